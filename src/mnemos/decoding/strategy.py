@@ -1,0 +1,98 @@
+"""The contract between a decoding strategy and the engine.
+
+A strategy drives one request through branches. A branch is a token sequence whose keys and values the engine keeps in
+pages; forked branches share them. At each step the engine evaluates the tokens that the branches have not evaluated yet,
+as rows of one ragged batch together with all other requests, and hands every strategy the rows that it wants. A strategy
+never calls the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+
+class Branch:
+    """A token sequence under construction: the prompt and what was generated so far.
+
+    tokens     all token ids; append to ask for the evaluation of more
+    evaluated  how many of them are in the cache; only the engine raises it, `truncate` lowers it
+    wanted     how many of the newest rows' logits the strategy is to be given (1, or drafts + 1 when verifying)
+    parent     the branch that this one was forked from, until the engine has shared its pages
+    """
+
+    def __init__(self, tokens: Sequence[int], parent: Branch | None = None) -> None:
+        self.tokens = list(tokens)
+        self.evaluated = parent.evaluated if parent else 0
+        self.wanted = 1
+        self.parent = parent
+
+    def fork(self) -> Branch:
+        """A branch with the same tokens that shares this one's cache pages."""
+        return Branch(self.tokens, parent=self)
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens behind `length`, evaluated or not."""
+        del self.tokens[length:]
+        self.evaluated = min(self.evaluated, length)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the model said about a branch's newest `wanted` tokens: float32 views, to be copied if kept.
+
+    logits (wanted, vocabulary); hidden (wanted, hidden size): the last hidden states.
+    """
+
+    logits: Floats
+    hidden: Floats
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A token that is certain to be part of the result, ready to be streamed."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class FinishedSequence:
+    """One finished result. finish_reason: stop, length, repetition, time or error; score: of beam search, else None."""
+
+    tokens: list[int]
+    finish_reason: str
+    emitted: list[Emitted] = field(default_factory=list)
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Advance:
+    """A strategy's answer to a step: the branches to go on with (none: the request is done) and what became certain.
+
+    A branch that is not in `branches` gives its pages back.
+    """
+
+    branches: list[Branch]
+    emitted: list[Emitted] = field(default_factory=list)
+    finished: list[FinishedSequence] = field(default_factory=list)
+
+
+class Strategy(Protocol):
+    """One request's way of turning logits into tokens. It holds all its state; the engine calls it from one thread."""
+
+    needs_all_prompt_rows: bool  # contrastive search keeps the hidden state of every prompt token
+    max_branches: int  # the most branches it will ever have at once, so that pages can be planned for
+
+    def start(self, prompt: Sequence[int]) -> list[Branch]: ...
+
+    def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
+        """Called when every branch returned last has been evaluated to its end."""
+        ...

@@ -1,0 +1,43 @@
+"""All that the engine knows about a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mnemos.ops.batch import Batch, KVLayout, Output
+from mnemos.ops.protocol import Cache
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Facts about a model that requests are checked against.
+
+    `window` is the number of positions that its attention reaches back, 0 without such a limit (or where only some
+    layers have one). `fingerprint` changes whenever the weights or the computation do; saved caches are bound to it.
+    """
+
+    architecture: str
+    vocabulary_size: int
+    context_length: int
+    hidden_size: int
+    layout: KVLayout
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    window: int = 0
+    parameters: int = 0
+    fingerprint: str = ""
+    details: dict[str, object] = field(default_factory=dict)  # for `inspect`: licence, name, quantization, ...
+
+
+class Model(Protocol):
+    """Any causal language model. Built-in architectures, adapters for foreign modules and test doubles all are one."""
+
+    spec: ModelSpec
+    cache: Cache
+
+    def reserve(self, pages: int) -> None:
+        """Makes room for `pages` cache pages of spec.layout; called once, before the first forward."""
+
+    def forward(self, batch: Batch) -> Output: ...

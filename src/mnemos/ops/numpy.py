@@ -1,0 +1,179 @@
+"""The reference backend: short, obviously right, slow. Every other backend is tested against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import erf
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos.formats.tensor import Tensor
+from mnemos.ops.batch import AttentionParams, Batch, Floats, Ints, KVLayout, Output, RopeParams
+from mnemos.ops.protocol import Forward
+
+_erf = np.vectorize(erf, otypes=[np.float64])
+
+
+class NumpyCache:
+    """Pages of keys and values, held as float32 values already rounded to the layout's dtype."""
+
+    def __init__(self, layout: KVLayout, pages: int) -> None:
+        self.layout = layout
+        self.pages = pages
+        shape = (layout.layers, 2, pages, layout.page_size, layout.kv_heads, layout.head_dim)
+        self.values = np.zeros(shape, dtype=np.float32)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        self.values[:, :, list(targets)] = self.values[:, :, list(sources)]
+
+    def read(self, page: int) -> npt.NDArray[np.uint8]:
+        return np.ascontiguousarray(self.values[:, :, page]).reshape(-1).view(np.uint8)
+
+    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None:
+        self.values[:, :, page] = content.view(np.float32).reshape(self.values[:, :, page].shape)
+
+
+def round_to(x: Floats, dtype: str) -> Floats:
+    """x (..., head_dim) as it reads back after storage in `dtype`."""
+    if dtype == "float16":
+        return np.clip(x, -65504, 65504).astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = x.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    if dtype == "int8":
+        scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+        return (np.rint(x * inverse) * scale).astype(np.float32)
+    return x
+
+
+def softmax(x: Floats) -> Floats:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True))
+
+
+class NumpyOps:
+    name = "numpy"
+
+    def matrix(self, tensor: Tensor) -> Floats:
+        return tensor.dequantize().reshape(tensor.rows, tensor.columns)
+
+    def vector(self, tensor: Tensor) -> Floats:
+        return tensor.dequantize().reshape(-1)
+
+    def cache(self, layout: KVLayout, pages: int) -> NumpyCache:
+        return NumpyCache(layout, pages)
+
+    def compile(self, forward: Forward, cache: NumpyCache) -> Callable[[Batch], Output]:
+        def step(batch: Batch) -> Output:
+            hidden, logits = forward(self, batch, cache)
+            return Output(logits=logits, hidden=hidden)
+
+        return step
+
+    def embed(self, matrix: Floats, token_ids: Ints) -> Floats:
+        return matrix[token_ids]
+
+    def rows(self, x: Floats, index: Ints) -> Floats:
+        return x[index]
+
+    def linear(self, x: Floats, matrix: Floats, bias: Floats | None = None) -> Floats:
+        y = x @ matrix.T
+        return y if bias is None else y + bias
+
+    def rms_norm(self, x: Floats, weight: Floats, epsilon: float) -> Floats:
+        groups = x.reshape(len(x), -1, len(weight))
+        mean = np.mean(groups.astype(np.float64) ** 2, axis=-1, keepdims=True)
+        return (groups / np.sqrt(mean + epsilon) * weight).astype(np.float32).reshape(x.shape)
+
+    def layer_norm(self, x: Floats, weight: Floats, bias: Floats | None, epsilon: float) -> Floats:
+        centred = x - x.mean(axis=-1, keepdims=True, dtype=np.float64)
+        y = centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + epsilon) * weight
+        return (y if bias is None else y + bias).astype(np.float32)
+
+    def rope(self, x: Floats, positions: Ints, params: RopeParams) -> Floats:
+        half = params.rotary_dim // 2
+        angles = positions.astype(np.float32)[:, None] * params.frequencies
+        cos, sin = (f(angles.astype(np.float64))[:, None] * params.magnitude for f in (np.cos, np.sin))
+        heads = x.reshape(len(x), -1, params.head_dim)
+        first, second, rest = np.split(heads, (half, 2 * half), axis=-1)
+        rotated = np.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1)
+        return rotated.astype(np.float32).reshape(x.shape)
+
+    def attention(
+        self, q: Floats, k: Floats, v: Floats, cache: NumpyCache, layer: int, batch: Batch, params: AttentionParams
+    ) -> Floats:
+        dtype, page_size = cache.layout.dtype, cache.layout.page_size
+        keys, values = cache.values[layer]
+        out = np.empty_like(q)
+        for s in range(batch.sequences):
+            new = slice(batch.sequence_starts[s], batch.sequence_starts[s + 1])
+            positions = batch.positions[new]
+            pages = batch.pages[batch.page_starts[s] : batch.page_starts[s + 1]]
+            shape = (len(positions), params.kv_heads, params.head_dim)
+            keys[pages[positions // page_size], positions % page_size] = round_to(k[new].reshape(shape), dtype)
+            values[pages[positions // page_size], positions % page_size] = round_to(v[new].reshape(shape), dtype)
+
+            past = np.arange(positions[-1] + 1)
+            group = params.heads // params.kv_heads
+            all_keys = keys[pages[past // page_size], past % page_size].repeat(group, axis=1)
+            all_values = values[pages[past // page_size], past % page_size].repeat(group, axis=1)
+            queries = q[new].reshape(len(positions), params.heads, params.head_dim)
+            scores = np.einsum("ihd,jhd->hij", queries, all_keys) * np.float32(params.scale)
+            if params.softcap:
+                scores = params.softcap * np.tanh(scores / params.softcap)
+            distance = positions[:, None] - past
+            hidden = (distance < 0) | ((distance >= params.window) if params.window else False)
+            probabilities = softmax(np.where(hidden, -np.inf, scores))
+            out[new] = np.einsum("hij,jhd->ihd", probabilities, all_values).reshape(len(positions), -1)
+        return out
+
+    def activation(self, x: Floats, kind: str) -> Floats:
+        if kind == "silu":
+            y = x / (1 + np.exp(-x.astype(np.float64)))
+        elif kind == "gelu":
+            y = 0.5 * x * (1 + _erf(x / np.sqrt(2)))
+        elif kind == "gelu_tanh":
+            y = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x.astype(np.float64) ** 3)))
+        elif kind == "relu":
+            y = np.maximum(x, 0)
+        else:
+            raise ValueError(f"activation {kind!r} is unknown")
+        return y.astype(np.float32)
+
+    def gated_activation(self, gate: Floats, up: Floats, kind: str) -> Floats:
+        return self.activation(gate, kind) * up
+
+    def add(self, x: Floats, y: Floats) -> Floats:
+        return x + y
+
+    def scale(self, x: Floats, factor: float) -> Floats:
+        return x * np.float32(factor)
+
+    def softcap(self, x: Floats, cap: float) -> Floats:
+        return np.float32(cap) * np.tanh(x / np.float32(cap))
+
+    def route(self, x: Floats, router: Floats, top_k: int, normalise: bool) -> tuple[Ints, Floats]:
+        probabilities = softmax(x @ router.T)
+        ids = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top_k].astype(np.int32)
+        weights = np.take_along_axis(probabilities, ids, axis=-1)
+        return ids, weights / weights.sum(axis=-1, keepdims=True) if normalise else weights
+
+    def experts(
+        self,
+        x: Floats,
+        ids: Ints,
+        weights: Floats,
+        gate: Sequence[Floats],
+        up: Sequence[Floats],
+        down: Sequence[Floats],
+        kind: str,
+    ) -> Floats:
+        y = np.zeros((len(x), down[0].shape[0]), dtype=np.float32)
+        for row, (chosen, share) in enumerate(zip(ids, weights, strict=True)):
+            for expert, weight in zip(chosen, share, strict=True):
+                one = x[row : row + 1]
+                inner = self.gated_activation(self.linear(one, gate[expert]), self.linear(one, up[expert]), kind)
+                y[row] += weight * self.linear(inner, down[expert])[0]
+        return y

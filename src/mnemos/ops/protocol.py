@@ -1,0 +1,104 @@
+"""The operators that an architecture is written over.
+
+`Array` is a backend's own array of float32 activations, (rows, columns); `Matrix` its own form of a weight.
+Every backend is tested against `mnemos.ops.numpy`, operator by operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos.formats.tensor import Tensor
+from mnemos.ops.batch import AttentionParams, Batch, KVLayout, Output, RopeParams
+
+Array = Any
+Matrix = Any
+Forward = Callable[["Ops", Any, "Cache"], tuple[Array, Array]]
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+class Cache(Protocol):
+    """Key/value storage for a fixed number of pages; who owns which page is the engine's business."""
+
+    layout: KVLayout
+    pages: int
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies whole pages, all layers."""
+
+    def read(self, page: int) -> npt.NDArray[np.uint8]:
+        """The page's content as flat bytes, in a form that `write` of the same backend and layout takes."""
+
+    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None: ...
+
+
+class Ops(Protocol):
+    name: str
+
+    # Parameters, made once at load.
+    def matrix(self, tensor: Tensor) -> Matrix:
+        """A (rows, columns) weight in the form that this backend multiplies fastest."""
+
+    def vector(self, tensor: Tensor) -> Array:
+        """A norm weight or bias, float32, flat."""
+
+    def cache(self, layout: KVLayout, pages: int) -> Cache: ...
+
+    def compile(self, forward: Forward, cache: Cache) -> Callable[[Batch], Output]:
+        """Turns an architecture's `forward(ops, batch, cache) -> (hidden, logits)` into a step on NumPy batches.
+
+        A backend may run `forward` at each step or record it once and replay it: `forward` must therefore do
+        nothing that depends on the batch's content and call nothing but ops on arrays.
+        """
+
+    # Operators. x is (T, columns).
+    def embed(self, matrix: Matrix, token_ids: Array) -> Array:
+        """Rows of `matrix`, (T, columns)."""
+
+    def rows(self, x: Array, index: Array) -> Array:
+        """The rows of x that `index` (R,) names."""
+
+    def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
+        """x @ matrix.T + bias: (T, matrix rows)."""
+
+    def rms_norm(self, x: Array, weight: Array, epsilon: float) -> Array:
+        """Each run of len(weight) columns divided by its root mean square, times weight.
+
+        len(weight) may divide the columns: then every head is normalised by itself. Zhang & Sennrich 2019.
+        """
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None, epsilon: float) -> Array: ...
+
+    def rope(self, x: Array, positions: Array, params: RopeParams) -> Array:
+        """Rotates every head of x (T, heads * head_dim) by its row's position."""
+
+    def attention(self, q: Array, k: Array, v: Array, cache: Cache, layer: int, batch: Any, params: AttentionParams) -> Array:
+        """Stores k and v of the new positions in the cache's pages, then attends over all positions up to each row's own."""
+
+    def activation(self, x: Array, kind: str) -> Array:
+        """kind is one of ACTIVATIONS; gelu is the exact (erf) form."""
+
+    def gated_activation(self, gate: Array, up: Array, kind: str) -> Array:
+        """activation(gate) * up."""
+
+    def add(self, x: Array, y: Array) -> Array: ...
+
+    def scale(self, x: Array, factor: float) -> Array: ...
+
+    def softcap(self, x: Array, cap: float) -> Array:
+        """cap * tanh(x / cap)."""
+
+    def route(self, x: Array, router: Matrix, top_k: int, normalise: bool) -> tuple[Array, Array]:
+        """Experts of each row: (ids (T, top_k), weights (T, top_k)), most probable first, ties to the lower id.
+
+        Weights are softmax probabilities over all experts; with `normalise` they are divided by their sum.
+        """
+
+    def experts(
+        self, x: Array, ids: Array, weights: Array, gate: Sequence[Matrix], up: Sequence[Matrix], down: Sequence[Matrix], kind: str
+    ) -> Array:
+        """Sum over a row's experts e of weight * down[e](activation(gate[e](x)) * up[e](x)), in the order of ids."""
