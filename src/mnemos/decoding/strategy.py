@@ -29,7 +29,7 @@ class Branch:
 
     def __init__(self, tokens: Sequence[int], parent: Branch | None = None) -> None:
         self.tokens = list(tokens)
-        self.evaluated = parent.evaluated if parent else 0
+        self.evaluated: int = parent.evaluated if parent else 0
         self.wanted = 1
         self.parent = parent
 

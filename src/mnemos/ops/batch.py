@@ -80,7 +80,7 @@ class AttentionParams:
 class RopeParams:
     """Rotary embedding in the half-split ("neox") order: element i is paired with element i + rotary_dim / 2.
 
-    `frequencies` (rotary_dim / 2,) float32: radians a position; `magnitude` multiplies cosine and sine (YaRN, LongRoPE).
+    `frequencies` (rotary_dim / 2,) float32: radians a position; `magnitude` multiplies both functions (YaRN, LongRoPE).
     The elements of a head behind rotary_dim pass unchanged. Source: Su et al. 2021, arXiv:2104.09864.
     """
 

@@ -40,11 +40,12 @@ def round_to(x: Floats, dtype: str) -> Floats:
         return np.clip(x, -65504, 65504).astype(np.float16).astype(np.float32)
     if dtype == "bfloat16":
         bits = x.view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+        rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return np.asarray(rounded & np.uint32(0xFFFF0000), dtype=np.uint32).view(np.float32)
     if dtype == "int8":
         scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-        return (np.rint(x * inverse) * scale).astype(np.float32)
+        return np.asarray(np.rint(x * inverse) * scale, dtype=np.float32)
     return x
 
 
@@ -73,24 +74,25 @@ class NumpyOps:
         return step
 
     def embed(self, matrix: Floats, token_ids: Ints) -> Floats:
-        return matrix[token_ids]
+        return np.asarray(matrix[token_ids])
 
     def rows(self, x: Floats, index: Ints) -> Floats:
-        return x[index]
+        return np.asarray(x[index])
 
     def linear(self, x: Floats, matrix: Floats, bias: Floats | None = None) -> Floats:
-        y = x @ matrix.T
+        y: Floats = x @ matrix.T
         return y if bias is None else y + bias
 
     def rms_norm(self, x: Floats, weight: Floats, epsilon: float) -> Floats:
         groups = x.reshape(len(x), -1, len(weight))
         mean = np.mean(groups.astype(np.float64) ** 2, axis=-1, keepdims=True)
-        return (groups / np.sqrt(mean + epsilon) * weight).astype(np.float32).reshape(x.shape)
+        y = groups / np.sqrt(mean + epsilon) * weight
+        return np.asarray(y, dtype=np.float32).reshape(x.shape)
 
     def layer_norm(self, x: Floats, weight: Floats, bias: Floats | None, epsilon: float) -> Floats:
         centred = x - x.mean(axis=-1, keepdims=True, dtype=np.float64)
         y = centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + epsilon) * weight
-        return (y if bias is None else y + bias).astype(np.float32)
+        return np.asarray(y if bias is None else y + bias, dtype=np.float32)
 
     def rope(self, x: Floats, positions: Ints, params: RopeParams) -> Floats:
         half = params.rotary_dim // 2
@@ -99,7 +101,7 @@ class NumpyOps:
         heads = x.reshape(len(x), -1, params.head_dim)
         first, second, rest = np.split(heads, (half, 2 * half), axis=-1)
         rotated = np.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1)
-        return rotated.astype(np.float32).reshape(x.shape)
+        return np.asarray(rotated, dtype=np.float32).reshape(x.shape)
 
     def attention(
         self, q: Floats, k: Floats, v: Floats, cache: NumpyCache, layer: int, batch: Batch, params: AttentionParams
@@ -140,7 +142,7 @@ class NumpyOps:
             y = np.maximum(x, 0)
         else:
             raise ValueError(f"activation {kind!r} is unknown")
-        return y.astype(np.float32)
+        return np.asarray(y, dtype=np.float32)
 
     def gated_activation(self, gate: Floats, up: Floats, kind: str) -> Floats:
         return self.activation(gate, kind) * up
@@ -149,10 +151,10 @@ class NumpyOps:
         return x + y
 
     def scale(self, x: Floats, factor: float) -> Floats:
-        return x * np.float32(factor)
+        return np.asarray(x * np.float32(factor))
 
     def softcap(self, x: Floats, cap: float) -> Floats:
-        return np.float32(cap) * np.tanh(x / np.float32(cap))
+        return np.asarray(np.float32(cap) * np.tanh(x / np.float32(cap)))
 
     def route(self, x: Floats, router: Floats, top_k: int, normalise: bool) -> tuple[Ints, Floats]:
         probabilities = softmax(x @ router.T)

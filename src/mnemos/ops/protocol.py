@@ -17,7 +17,7 @@ from mnemos.ops.batch import AttentionParams, Batch, KVLayout, Output, RopeParam
 
 Array = Any
 Matrix = Any
-Forward = Callable[["Ops", Any, "Cache"], tuple[Array, Array]]
+Forward = Callable[[Any, Any, Any], tuple[Array, Array]]  # (ops, batch, cache) -> (hidden, logits)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -48,7 +48,7 @@ class Ops(Protocol):
 
     def cache(self, layout: KVLayout, pages: int) -> Cache: ...
 
-    def compile(self, forward: Forward, cache: Cache) -> Callable[[Batch], Output]:
+    def compile(self, forward: Forward, cache: Any) -> Callable[[Batch], Output]:
         """Turns an architecture's `forward(ops, batch, cache) -> (hidden, logits)` into a step on NumPy batches.
 
         A backend may run `forward` at each step or record it once and replay it: `forward` must therefore do
@@ -76,8 +76,10 @@ class Ops(Protocol):
     def rope(self, x: Array, positions: Array, params: RopeParams) -> Array:
         """Rotates every head of x (T, heads * head_dim) by its row's position."""
 
-    def attention(self, q: Array, k: Array, v: Array, cache: Cache, layer: int, batch: Any, params: AttentionParams) -> Array:
-        """Stores k and v of the new positions in the cache's pages, then attends over all positions up to each row's own."""
+    def attention(
+        self, q: Array, k: Array, v: Array, cache: Any, layer: int, batch: Any, params: AttentionParams
+    ) -> Array:
+        """Stores k and v of the new positions in the cache's pages, then attends over all up to a row's own."""
 
     def activation(self, x: Array, kind: str) -> Array:
         """kind is one of ACTIVATIONS; gelu is the exact (erf) form."""
@@ -99,6 +101,13 @@ class Ops(Protocol):
         """
 
     def experts(
-        self, x: Array, ids: Array, weights: Array, gate: Sequence[Matrix], up: Sequence[Matrix], down: Sequence[Matrix], kind: str
+        self,
+        x: Array,
+        ids: Array,
+        weights: Array,
+        gate: Sequence[Matrix],
+        up: Sequence[Matrix],
+        down: Sequence[Matrix],
+        kind: str,
     ) -> Array:
         """Sum over a row's experts e of weight * down[e](activation(gate[e](x)) * up[e](x)), in the order of ids."""
