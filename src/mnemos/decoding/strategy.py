@@ -47,7 +47,8 @@ class Branch:
 class Rows:
     """What the model said about a branch's newest `wanted` tokens: float32 views, to be copied if kept.
 
-    logits (wanted, vocabulary); hidden (wanted, hidden size): the last hidden states.
+    logits (wanted, vocabulary); hidden (wanted, hidden size): the last hidden states. At the first step of a strategy
+    with `needs_all_prompt_rows`, hidden has a row for every prompt token, in order; logits may hold the last row only.
     """
 
     logits: Floats
@@ -56,21 +57,45 @@ class Rows:
 
 @dataclass(frozen=True)
 class Emitted:
-    """A token that is certain to be part of the result, ready to be streamed."""
+    """A token that is certain to be part of the result, ready to be streamed.
+
+    token_id, sequence   the token, and which of the request's results it continues (0 unless n > 1)
+    logprob              log probability under the model's own distribution, before any processor; None unless asked for
+    top_logprobs         the most probable (token id, log probability) pairs, as many as asked for
+    text                 None: the text is what the tokenizer makes of the token. A string: stream exactly this instead;
+                         the strategy sets it where stop strings hold text back ("" for now) or a stop token has no text
+    """
 
     token_id: int
-    logprob: float
+    logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    sequence: int = 0
+    text: str | None = None
 
 
 @dataclass(frozen=True)
 class FinishedSequence:
-    """One finished result. finish_reason: stop, length, repetition, time or error; score: of beam search, else None."""
+    """One finished result.
+
+    tokens         all generated tokens, the end-of-text or stop token included
+    finish_reason  stop, length, repetition, time or error
+    emitted        the tokens that were not streamed step by step (beams, best_of): all of them, or none
+    score          of beam search, else None
+    sequence       its number among the request's results
+    text_tokens    how many leading tokens make up its text (None: all); a token that only ended it does not count
+    text           its whole text where stop strings were given (it ends before the one that matched), else None:
+                   decode tokens[:text_tokens]. A stream's last piece is what of it was not streamed yet
+    stopped_by     the stop string or stop token id that ended it, else None
+    """
 
     tokens: list[int]
     finish_reason: str
     emitted: list[Emitted] = field(default_factory=list)
     score: float | None = None
+    sequence: int = 0
+    text_tokens: int | None = None
+    text: str | None = None
+    stopped_by: str | int | None = None
 
 
 @dataclass(frozen=True)
