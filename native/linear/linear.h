@@ -1,0 +1,104 @@
+// Matrix products y = x W^T over weights that are repacked once, for every storage type and instruction set.
+//
+// The caller owns parallelism: panels of 16 output rows are independent of each other, and so are input rows.
+// Every function is reentrant. Nothing but `Matrix`'s constructor allocates, and nothing throws but it (std::bad_alloc).
+//
+// Batch invariance: y[t, r] has the same bits whatever else is computed by the same call, another call or another
+// thread. All kernels of one instruction set take the same floating-point steps in the same order for one output.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace mnemos {
+
+// Storage types that a weight can have, numbered as in GGUF.
+enum class WeightType : int32_t {
+    f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13,
+    q6_k = 14, iq4_nl = 20, iq4_xs = 23, bf16 = 30,
+};
+
+bool is_weight_type(int32_t type);
+// Columns of one block of the file's form: a matrix has a whole number of blocks a row. 1, 32 or 256.
+int64_t block_columns(WeightType type);
+// Bytes of one row in the file's form.
+int64_t row_bytes(WeightType type, int64_t columns);
+
+// The kernels of one instruction set. Names: "scalar", "avx2", "avxvnni", "avx512", "avx512_bf16", "amx", "neon", "neon_i8mm".
+struct Kernels;
+// Those that this machine can run, slowest first; "scalar" is always there.
+std::vector<const Kernels *> runnable_kernels();
+const char *name_of(const Kernels &kernels);
+// Null if the name is unknown or the machine cannot run it.
+const Kernels *find_kernels(const char *name);
+// The fastest that this machine can run.
+const Kernels &best_kernels();
+
+// What a matrix wants its input to be: float32; bfloat16; or int8 in blocks of 32 columns, each with a float32 scale.
+enum class Form : int32_t { f32, bf16, int8 };
+
+constexpr int64_t panel_rows = 16;
+
+struct Layout;  // how a storage type lies in a panel
+
+class Matrix {
+  public:
+    // The bytes are undefined until `pack_panels` has run over all panels. `columns` must be a multiple of block_columns(type).
+    // With `as_float32` the weights are expanded and multiplied in float32.
+    Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const Kernels &kernels);
+    ~Matrix();
+    Matrix(const Matrix &) = delete;
+    Matrix &operator=(const Matrix &) = delete;
+
+    const WeightType type;
+    const int64_t rows, columns;
+    const Kernels &kernels;
+    const Layout &layout;
+    const Form form;
+
+    // The unit of parallel work. The last panel may be partly empty. A range of panels that begins at a multiple of 4
+    // and has a length that is a multiple of 4 is multiplied fastest.
+    int64_t panels() const { return (rows + panel_rows - 1) / panel_rows; }
+    size_t panel_bytes() const { return panel_bytes_; }
+    size_t bytes() const { return panel_bytes_ * size_t(panels()); }
+    const uint8_t *panel(int64_t index) const { return data_ + size_t(index) * panel_bytes_; }
+    uint8_t *panel(int64_t index) { return data_ + size_t(index) * panel_bytes_; }
+
+  private:
+    size_t panel_bytes_;
+    uint8_t *data_;
+};
+
+// Repacks rows from the file's form. `raw` is the first byte of row 0. May run in parallel over disjoint ranges.
+void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_t panel_end);
+
+// The exact values that the format defines: `columns` floats.
+void dequantize_row(const Matrix &matrix, int64_t row, float *out);
+
+// Rows of activations in the form that a matrix wants, in a workspace of the caller's.
+struct Input {
+    Form form;
+    int64_t rows, columns;
+    int64_t padded;        // columns, rounded up to what the form stores (a multiple of 32)
+    const Kernels *kernels;
+    float *values;         // f32: (rows, padded), zeros past `columns`
+    uint16_t *halves;      // bf16: (rows, padded), zeros past `columns`
+    int8_t *quants;        // int8: (rows, padded), -127 to 127
+    float *scales;         // int8: (rows, padded / 32): x is about scale * quant
+    float *sums;           // int8: (rows, padded / 32): scale * sum of the block's quants
+    int32_t *counts;       // int8: (rows, padded / 16): sum of quants, for each half block
+};
+
+// Bytes of workspace for `rows` rows; alignment 64.
+size_t input_bytes(Form form, int64_t rows, int64_t columns);
+Input bind_input(const Kernels &kernels, Form form, int64_t rows, int64_t columns, void *workspace);
+// Fills rows row_begin to row_end from x (row t at x + t * x_stride). Rows are independent of each other.
+void prepare_rows(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end);
+
+// y[t * y_stride + r] = bias[r] + sum over c of x[t, c] W[r, c], for rows row_begin <= t < row_end of the input and the
+// output rows r of the panels. `bias` may be null; otherwise it has matrix.rows floats. The input has the matrix's form and columns.
+void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+              int64_t panel_end, float *y, int64_t y_stride, const float *bias);
+
+}  // namespace mnemos
