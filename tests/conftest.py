@@ -1,0 +1,25 @@
+"""What tests of all rooms share: the real model, and property tests that run the same way everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from mnemos.errors import DownloadError
+from mnemos.hub.sources import resolve
+
+# Derandomized: a test that passed once passes again. `--hypothesis-profile=search` looks for new examples.
+settings.register_profile("steady", derandomize=True, deadline=None, database=None, print_blob=True)
+settings.register_profile("search", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, fetched once into the user's model cache."""
+    try:
+        return resolve("smollm2-135m")
+    except DownloadError as error:
+        pytest.skip(f"SmolLM2-135M-Instruct cannot be had: {error}")
