@@ -1,0 +1,221 @@
+"""What each field of `GenerationConfig` may hold: a table of rules.
+
+A kind of value is a function that returns the value in its normal form or None where it is not of that kind.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mnemos.errors import ConfigError
+
+LARGEST_INT = 2**31 - 1
+Check = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`check` gives a value's normal form, or None where it is not allowed; `meaning` completes "must be ..."."""
+
+    check: Check
+    meaning: str
+
+    def apply(self, field: str, value: Any) -> Any:
+        normal = self.check(value)
+        if normal is None:
+            raise ConfigError(f"{field} is {shown(value)}; it must be {self.meaning}")
+        return normal
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _integer(low: int, high: int) -> Check:
+    def check(value: Any) -> int | None:
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        return int(value) if whole and low <= value <= high else None
+
+    return check
+
+
+def whole(low: int, high: int = LARGEST_INT) -> Rule:
+    upper = "" if high == LARGEST_INT else f" to {high}"
+    return Rule(
+        _integer(low, high), f"a whole number from {low}{upper}" if upper else f"a whole number, at least {low}"
+    )
+
+
+def real(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Rule:
+    def check(value: Any) -> float | None:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float, np.integer, np.floating))
+            or abs(value) > 1e300
+        ):
+            return None
+        number = float(value)
+        above = number > low if open_low else number >= low
+        below = number < high if open_high else number <= high
+        return number if above and below and math.isfinite(number) else None
+
+    start = f"above {low:g}" if open_low else f"from {low:g}"
+    return Rule(check, f"a number {start} {'and below' if open_high else 'to'} {high:g}")
+
+
+def one_of(*names: str) -> Rule:
+    return Rule(
+        lambda value: value if isinstance(value, str) and value in names else None, f"one of {', '.join(names)}"
+    )
+
+
+def text(longest: int) -> Rule:
+    def check(value: Any) -> str | None:
+        return value if isinstance(value, str) and 0 < len(value) <= longest else None
+
+    return Rule(check, f"a non-empty string of at most {longest} characters")
+
+
+def several(item: Rule, most: int, *, single: bool = True) -> Rule:
+    """A tuple of what `item` allows; with `single`, one such value stands for a tuple of one."""
+
+    def check(value: Any) -> tuple[Any, ...] | None:
+        if single and (one := item.check(value)) is not None:
+            return (one,)
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+            return None
+        found = []
+        for element in value:
+            found.append(item.check(element))
+            if found[-1] is None or len(found) > most:
+                return None
+        return tuple(found)
+
+    alone = f"{item.meaning}, or " if single else ""
+    return Rule(check, f"{alone}a list of at most {most}, each {item.meaning}")
+
+
+def _filled(rule: Rule) -> Rule:
+    return Rule(lambda value: rule.check(value) or None, f"not empty and {rule.meaning}")
+
+
+def _bias(value: Any) -> dict[int, float] | None:
+    if not isinstance(value, Mapping) or len(value) > 65536:
+        return None
+    token, amount = _TOKEN.check, real(-100, 100).check
+    pairs = {}
+    for key, bias in value.items():
+        number = token(int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key)
+        strength = amount(bias)
+        if number is None or strength is None:
+            return None
+        pairs[number] = strength
+    return pairs
+
+
+def _temperature(value: Any) -> float | None:
+    number: float | None = real(0, 100).check(value)
+    return None if number is not None and 0 < number < 1e-10 else number
+
+
+def _early(value: Any) -> bool | str | None:
+    return value if isinstance(value, bool) or (isinstance(value, str) and value == "never") else None
+
+
+def _callable(value: Any) -> Any:
+    return value if callable(value) else None
+
+
+def _schema(value: Any) -> Any:
+    return value if isinstance(value, (dict, bool)) or _LONG_TEXT.check(value) else None
+
+
+_TOKEN = whole(0)
+_LONG_TEXT = text(1 << 20)
+_FLAG = Rule(lambda value: value if isinstance(value, bool) else None, "True or False")
+_EARLY = Rule(_early, 'True, False or "never"')
+
+STRATEGIES = {
+    "greedy": "greedy",
+    "sampling": "sampling",
+    "top_k": "sampling",
+    "top_p": "sampling",
+    "nucleus": "sampling",
+    "min_p": "sampling",
+    "typical": "sampling",
+    "beam_search": "beam",
+    "diverse_beam_search": "beam",
+    "beam_sampling": "beam",
+    "contrastive": "contrastive",
+}
+
+RULES: dict[str, Rule] = {
+    "strategy": one_of(*STRATEGIES),
+    "max_new_tokens": whole(1),
+    "max_length": whole(1),
+    "min_new_tokens": whole(0),
+    "min_length": whole(0),
+    "do_sample": _FLAG,
+    "temperature": Rule(_temperature, "0 (always the most probable token) or a number from 1e-10 to 100"),
+    "top_k": whole(0),
+    "top_p": real(0, 1, open_low=True),
+    "min_p": real(0, 1),
+    "typical_p": real(0, 1, open_low=True),
+    "epsilon_cutoff": real(0, 1, open_high=True),
+    "eta_cutoff": real(0, 1, open_high=True),
+    "repetition_penalty": real(0.01, 100),
+    "presence_penalty": real(-2, 2),
+    "frequency_penalty": real(-2, 2),
+    "no_repeat_ngram_size": whole(0),
+    "bad_words_ids": several(_filled(several(_TOKEN, 256, single=False)), 16384, single=False),
+    "bad_words": several(text(1024), 16384),
+    "logit_bias": Rule(_bias, "a mapping from token ids to numbers from -100 to 100"),
+    "logits_processors": several(Rule(_callable, "a callable (token_ids, logits)"), 64),
+    "seed": whole(0, 2**64 - 1),
+    "stop": several(text(4096), 256),
+    "stop_token_ids": several(_TOKEN, 4096),
+    "eos_token_id": several(_TOKEN, 4096),
+    "ignore_eos": _FLAG,
+    "pad_token_id": _TOKEN,
+    "bos_token_id": _TOKEN,
+    "stop_when_repeating": _FLAG,
+    "stopping_criteria": several(Rule(_callable, "a callable (token_ids) -> bool"), 64),
+    "max_time": real(0, 1e9, open_low=True),
+    "logprobs": whole(0, 100),
+    "num_beams": whole(1, 256),
+    "num_beam_groups": whole(1, 256),
+    "diversity_penalty": real(0, 1e6),
+    "length_penalty": real(-100, 100),
+    "early_stopping": _EARLY,
+    "num_return_sequences": whole(1, 1024),
+    "best_of": whole(1, 1024),
+    "penalty_alpha": real(0, 1),
+    "json_schema": Rule(_schema, "a JSON schema: a dict, True, or JSON text of at most 1048576 characters"),
+    "regex": _LONG_TEXT,
+    "choice": _filled(several(text(65536), 16384, single=False)),
+    "grammar": _LONG_TEXT,
+    "speculative": one_of("prompt_lookup", "draft"),
+    "draft_tokens": whole(1, 64),
+    "priority": whole(-LARGEST_INT),
+    "tenant": text(1024),
+    "deadline": real(0, 1e9, open_low=True),
+    "cache_salt": text(1024),
+    "overflow": one_of("error", "truncate_left", "sliding"),
+}
+ALIASES = {"n": "num_return_sequences", "max_tokens": "max_new_tokens"}
+
+
+def refuse_unknown(names: Iterable[str]) -> None:
+    known = [*RULES, *ALIASES]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
+            raise ConfigError(f"{name} is not a field of GenerationConfig; {hint}")
