@@ -1,0 +1,182 @@
+"""What decoder-only architectures share: the hyperparameters that all have, attention and feed-forward blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos.errors import FormatError
+from mnemos.models.fields import Fields
+from mnemos.models.rope import context_in_use
+from mnemos.models.weights import Linear, RMSNorm, Weights
+from mnemos.ops.batch import AttentionParams, RopeParams
+from mnemos.ops.protocol import Array, Cache, Matrix, Ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Hyperparameters of every architecture, under Hugging Face's names; `context_length` is the one in use."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    context_length: int
+
+
+def read_shape(fields: Fields, *, head_dim: int | None = None) -> dict[str, Any]:
+    """The values of DecoderConfig's fields; `head_dim` where the config may leave it out, else hidden size / heads."""
+    hidden = fields.size("hidden_size")
+    heads = fields.size("num_attention_heads")
+    kv_heads = fields.size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise fields.wrong("num_key_value_heads", f"a divisor of the {heads} attention heads")
+    if fields.get("head_dim") is None and head_dim is None:
+        if hidden % heads:
+            raise fields.wrong("num_attention_heads", f"a divisor of the hidden size {hidden}")
+        head_dim = hidden // heads
+    return {
+        "vocab_size": fields.size("vocab_size"),
+        "hidden_size": hidden,
+        "num_hidden_layers": fields.size("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": fields.size("head_dim", head_dim),
+        "context_length": context_in_use(fields),
+    }
+
+
+class Architecture(Protocol):
+    """One model family, written over ops: made from checked fields and weights, then only `forward` is called."""
+
+    gguf_names: ClassVar[dict[str, str]]  # what its GGUF tensors are called where that differs from the usual
+    ignored: ClassVar[tuple[str, ...]]  # patterns of tensors that a file may have beyond those of the model
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    @property
+    def window(self) -> int:
+        """How many positions attention reaches back in every layer; 0 where any layer has no limit."""
+
+    def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]: ...
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention with its projections; heads may be normalised one by one before the rotation."""
+
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    layer: int
+    params: AttentionParams
+    rope: RopeParams | None
+    q_norm: RMSNorm | None = None
+    k_norm: RMSNorm | None = None
+
+    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache) -> Array:
+        q, k, v = self.q_proj(ops, x), self.k_proj(ops, x), self.v_proj(ops, x)
+        if self.q_norm and self.k_norm:
+            q, k = self.q_norm(ops, q), self.k_norm(ops, k)
+        if self.rope:
+            q, k = ops.rope(q, batch.positions, self.rope), ops.rope(k, batch.positions, self.rope)
+        return self.o_proj(ops, ops.attention(q, k, v, cache, self.layer, batch, self.params))
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+    activation: str
+
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        return self.down_proj(ops, ops.gated_activation(self.gate_proj(ops, x), self.up_proj(ops, x), self.activation))
+
+
+@dataclass(frozen=True)
+class PreNormLayer:
+    """x + attention(norm(x)), then x + mlp(norm(x)): the layer of Llama and its kin."""
+
+    input_norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: Any
+
+    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache) -> Array:
+        x = ops.add(x, self.attention(ops, self.input_norm(ops, x), batch, cache))
+        return ops.add(x, self.mlp(ops, self.mlp_norm(ops, x)))
+
+
+def load_attention(
+    weights: Weights,
+    layer: int,
+    config: DecoderConfig,
+    rope: RopeParams | None,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    head_norm: tuple[float, float] | None = None,
+    interleaved: int = 0,
+) -> Attention:
+    """The attention block `layers.{layer}.self_attn` with separate q, k and v projections.
+
+    head_norm: (epsilon, offset of the weights) of the norms of each query and key head, if there are any.
+    interleaved: in how many leading elements of each head the file pairs neighbours instead of halves.
+    """
+    name = f"layers.{layer}.self_attn"
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    q_take, k_take = (half_split_rows(n, size, interleaved) if interleaved else None for n in (heads, kv_heads))
+    q_norm, k_norm = (
+        weights.rms_norm(f"{name}.{norm}", size, head_norm[0], offset=head_norm[1]) if head_norm else None
+        for norm in ("q_norm", "k_norm")
+    )
+    return Attention(
+        q_proj=weights.linear(f"{name}.q_proj", heads * size, config.hidden_size, qkv_bias, take=q_take),
+        k_proj=weights.linear(f"{name}.k_proj", kv_heads * size, config.hidden_size, qkv_bias, take=k_take),
+        v_proj=weights.linear(f"{name}.v_proj", kv_heads * size, config.hidden_size, qkv_bias),
+        o_proj=weights.linear(f"{name}.o_proj", config.hidden_size, heads * size, o_bias),
+        layer=layer,
+        params=AttentionParams(heads, kv_heads, size, size**-0.5 if scale is None else scale, window, softcap),
+        rope=rope,
+        q_norm=q_norm,
+        k_norm=k_norm,
+    )
+
+
+def load_gated_mlp(
+    weights: Weights, layer: int, hidden_size: int, inner_size: int, activation: str, bias: bool = False
+) -> GatedMLP:
+    name = f"layers.{layer}.mlp"
+    return GatedMLP(
+        gate_proj=weights.linear(f"{name}.gate_proj", inner_size, hidden_size, bias),
+        up_proj=weights.linear(f"{name}.up_proj", inner_size, hidden_size, bias),
+        down_proj=weights.linear(f"{name}.down_proj", hidden_size, inner_size, bias),
+        activation=activation,
+    )
+
+
+def load_head(weights: Weights, embedding: Matrix, config: DecoderConfig, tied: bool) -> Matrix:
+    """The output projection: the embedding itself where they are tied (in GGUF: where there is no other)."""
+    if tied or (weights.is_gguf and not weights.has("lm_head")):
+        return embedding
+    return weights.matrix("lm_head", config.vocab_size, config.hidden_size)
+
+
+def half_split_rows(heads: int, head_dim: int, rotary_dim: int) -> npt.NDArray[np.intp]:
+    """Where each row of a half-split projection lies in one whose rotary pairs are neighbours."""
+    if rotary_dim > head_dim or rotary_dim % 2:
+        raise FormatError(f"{rotary_dim} interleaved elements do not fit into heads of {head_dim}")
+    within = np.arange(head_dim)
+    within[:rotary_dim] = np.concatenate((np.arange(0, rotary_dim, 2), np.arange(1, rotary_dim, 2)))
+    return (np.arange(heads)[:, None] * head_dim + within).reshape(-1).astype(np.intp)

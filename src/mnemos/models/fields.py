@@ -1,0 +1,171 @@
+"""Checked reading of a model's hyperparameters, whichever file format holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from mnemos.errors import FormatError
+
+LARGEST = 2**31 - 1  # positions, ids and sizes are 32-bit integers behind this point
+_MISSING: Any = object()
+
+# Hugging Face's name for a hyperparameter -> its GGUF key behind "{architecture}.".
+GGUF_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
+    "sliding_window": "attention.sliding_window",
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "norm_topk_prob": "expert_weights_norm",
+    "use_parallel_residual": "use_parallel_residual",
+    "rotary_dim": "rope.dimension_count",
+    "rope_theta": "rope.freq_base",
+    "rope_local_base_freq": "rope.freq_base_swa",
+    "rope_type": "rope.scaling.type",
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "attention_factor": "rope.scaling.attn_factor",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Hyperparameters by their Hugging Face names, read from a config.json or from GGUF metadata.
+
+    Every method raises FormatError with the file, the field as it is named there, its value and the rule.
+    `keys` translates a name into the file's own; a name that it lacks does not exist in this kind of file.
+    `context_length` is what the user asked for, None for the model's own.
+    """
+
+    path: Path | str
+    values: Mapping[str, Any]
+    keys: Mapping[str, str] | None = None
+    context_length: int | None = None
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.keys is not None
+
+    def renamed(self, names: Mapping[str, str]) -> Fields:
+        """For a config.json that calls a hyperparameter differently: `names` gives its word for each usual one."""
+        return self if self.is_gguf else replace(self, values=_Renamed(self.values, names))
+
+    def key(self, name: str) -> str:
+        if self.keys is not None:
+            return self.keys.get(name, name)
+        return self.values.key(name) if isinstance(self.values, _Renamed) else name
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The raw value; null counts as absent."""
+        if self.keys is not None and name not in self.keys:
+            return default
+        value = self.values.get(self.key(name))
+        return default if value is None else value
+
+    def wrong(self, name: str, rule: str) -> FormatError:
+        """The error that says that field `name` does not keep `rule`."""
+        value = self.get(name, _MISSING)
+        found = "is absent" if value is _MISSING else f"is {_short(value)}"
+        return FormatError(f"{self.path}: field {self.key(name)!r} {found}; expected {rule}")
+
+    def size(self, name: str, default: int | None = None, *, least: int = 1, largest: int = LARGEST) -> int:
+        """An integer from `least` to `largest`; a list with one value repeated counts as that value."""
+        value = self.get(name, default)
+        if (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and len(value)
+            and all(v == value[0] for v in value)
+        ):
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= largest:
+            raise self.wrong(name, f"an integer from {least} to {largest}")
+        return value
+
+    def number(self, name: str, default: float | None = None, *, above: float = 0.0, most: float = 1e12) -> float:
+        """A finite number, above < value <= most."""
+        value = self.get(name, default)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not isfinite(value)
+            or not above < value <= most
+        ):
+            raise self.wrong(name, f"a number above {above:g}, at most {most:g}")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false")
+        return value
+
+    def choice(self, name: str, choices: Mapping[str, str], default: str | None = None) -> str:
+        """What `choices` gives for the field's text."""
+        value = self.get(name, default)
+        if not isinstance(value, str) or value not in choices:
+            raise self.wrong(name, "one of " + ", ".join(sorted(choices)))
+        return choices[value]
+
+    def sizes(self, name: str, count: int | None = None) -> tuple[int, ...]:
+        """A list of integers of at least 0, of `count` entries if given; empty where the field is absent."""
+        value = self.get(name, ())
+        if (
+            not isinstance(value, Sequence)
+            or isinstance(value, str)
+            or not all(type(v) is int and v >= 0 for v in value)
+        ):
+            raise self.wrong(name, "a list of integers of at least 0")
+        if value and count is not None and len(value) != count:
+            raise self.wrong(name, f"a list of {count} integers")
+        return tuple(value)
+
+    def table(self, name: str) -> Fields | None:
+        """The fields of a nested object, None where it is absent or empty."""
+        value = self.get(name)
+        if value is None or value == {}:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.wrong(name, "an object")
+        return Fields(f"{self.path}: {self.key(name)}", value, context_length=self.context_length)
+
+
+class _Renamed(Mapping[str, Any]):
+    def __init__(self, values: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        self._values = values
+        self._names = names
+
+    def key(self, name: str) -> str:
+        return self._names.get(name, name)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Any:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,189 @@
+"""From an open checkpoint to a model that runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from mnemos.errors import ConfigError, FormatError
+from mnemos.formats.checkpoint import Checkpoint
+from mnemos.models.contract import ModelSpec
+from mnemos.models.decoder import Architecture
+from mnemos.models.fields import GGUF_KEYS, Fields
+from mnemos.models.registry import find_architecture
+from mnemos.models.weights import Weights
+from mnemos.ops.batch import Batch, KVLayout, Output
+from mnemos.ops.protocol import Cache, Ops
+
+DTYPES = ("auto", "float32")
+KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
+_COMPUTATION = "1"  # raised whenever an architecture computes something else than before
+
+
+class LoadedModel:
+    """A built-in architecture with its weights, on one backend."""
+
+    def __init__(self, architecture: Architecture, spec: ModelSpec, ops: Ops) -> None:
+        self.architecture = architecture
+        self.spec = spec
+        self.ops = ops
+        self._cache: Cache | None = None
+        self._step: Callable[[Batch], Output] | None = None
+
+    @property
+    def cache(self) -> Cache:
+        if self._cache is None:
+            raise ConfigError("the model has no cache yet; call reserve(pages) first")
+        return self._cache
+
+    def reserve(self, pages: int) -> None:
+        """Makes room for `pages` cache pages of spec.layout; called once, before the first forward."""
+        if pages < 1:
+            raise ConfigError(f"pages is {pages}; expected at least 1")
+        self._cache = self.ops.cache(self.spec.layout, pages)
+        self._step = self.ops.compile(self.architecture.forward, self._cache)
+
+    def forward(self, batch: Batch) -> Output:
+        if self._step is None:
+            raise ConfigError("the model has no cache yet; call reserve(pages) first")
+        return self._step(batch)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    backend: str = "auto",
+    dtype: str = "auto",
+    kv_dtype: str = "auto",
+    context_length: int | None = None,
+) -> LoadedModel:
+    """The model of an open checkpoint, checked from end to end before anything is allocated.
+
+    dtype: "auto" keeps weights as they are stored, "float32" expands them; kv_dtype: "auto" is float32 with float32
+    weights and else float16. context_length: a shorter context than the model's own, or a longer one where its rotary
+    embedding is made to be stretched (see mnemos.models.rope). Errors: FormatError, UnsupportedError, ConfigError.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype is {kv_dtype!r}; expected one of {', '.join(KV_DTYPES)}")
+    architecture, fields = _describe(checkpoint, context_length)
+    checked = _build(architecture, fields, checkpoint, None)
+    ops = _get_ops(backend, dtype)
+    model = _build(architecture, fields, checkpoint, ops)
+    if kv_dtype == "auto":
+        kv_dtype = "float32" if dtype == "float32" else "float16"
+    config = checked.config
+    layout = KVLayout(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype=kv_dtype)
+    spec = ModelSpec(
+        architecture=_names(checkpoint)[0],
+        vocabulary_size=config.vocab_size,
+        context_length=config.context_length,
+        hidden_size=config.hidden_size,
+        layout=layout,
+        window=model.window,
+        parameters=sum(tensor.size for tensor in checkpoint.tensors.values()),
+        fingerprint=_fingerprint(checkpoint, config, (ops.name, dtype, kv_dtype)),
+        details=_details(checkpoint),
+        **_special_tokens(checkpoint, config.vocab_size),
+    )
+    return LoadedModel(model, spec, ops)
+
+
+def _names(checkpoint: Checkpoint) -> list[str]:
+    """What the file calls its architecture, the most telling name first."""
+    metadata = checkpoint.metadata
+    if checkpoint.kind == "gguf":
+        names = [metadata.get("general.architecture")]
+    else:
+        classes = metadata.get("architectures")
+        names = [*(classes if isinstance(classes, (list, tuple)) else [classes])[:1], metadata.get("model_type")]
+    found = [name for name in names if isinstance(name, str) and name]
+    if not found:
+        field = "general.architecture" if checkpoint.kind == "gguf" else "architectures or model_type"
+        raise FormatError(f"{checkpoint.path}: field {field} is absent; expected the architecture's name")
+    return found
+
+
+def _describe(checkpoint: Checkpoint, context_length: int | None) -> tuple[type[Any], Fields]:
+    """The architecture's class and its hyperparameters."""
+    names = _names(checkpoint)
+    architecture = find_architecture(names, checkpoint.path)
+    if checkpoint.kind != "gguf":
+        nested = checkpoint.metadata.get("text_config")
+        values = {**checkpoint.metadata, **nested} if isinstance(nested, Mapping) else checkpoint.metadata
+        return architecture, Fields(checkpoint.path, values, context_length=context_length)
+    keys = {name: f"{names[0]}.{suffix}" for name, suffix in GGUF_KEYS.items()}
+    values = {key: checkpoint.metadata[key] for key in keys.values() if key in checkpoint.metadata}
+    if "token_embd.weight" in checkpoint.tensors:
+        values.setdefault(keys["vocab_size"], checkpoint.tensors["token_embd.weight"].rows)
+    return architecture, Fields(checkpoint.path, values, keys, context_length)
+
+
+def _build(architecture: type[Any], fields: Fields, checkpoint: Checkpoint, ops: Ops | None) -> Architecture:
+    """The architecture with its weights; with `ops` None all is checked and nothing allocated."""
+    names = architecture.gguf_names if checkpoint.kind == "gguf" else None
+    weights = Weights(checkpoint.path, checkpoint.tensors, ops, names)
+    model: Architecture = architecture(fields, weights)
+    weights.finish(model.ignored)
+    return model
+
+
+def _get_ops(backend: str, dtype: str) -> Ops:
+    if backend == "numpy":
+        from mnemos.ops.numpy import NumpyOps
+
+        return NumpyOps()
+    from mnemos.ops.registry import get_ops
+
+    return get_ops(backend, dtype=dtype)
+
+
+def _special_tokens(checkpoint: Checkpoint, vocabulary_size: int) -> dict[str, Any]:
+    """Ids that end, begin and pad a text. Ids outside the vocabulary can never occur, so they are left out."""
+    if checkpoint.kind == "gguf":
+        key = "tokenizer.ggml.{}_token_id"
+        ends = [checkpoint.metadata.get(key.format(name)) for name in ("eos", "eot", "eom")]
+        begin, pad = checkpoint.metadata.get(key.format("bos")), checkpoint.metadata.get(key.format("padding"))
+    else:
+        config = {**checkpoint.metadata, **checkpoint.generation_config}
+        eos = config.get("eos_token_id")
+        ends = list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        begin, pad = config.get("bos_token_id"), config.get("pad_token_id")
+    known = range(vocabulary_size)
+    return {
+        "eos_token_ids": tuple(dict.fromkeys(e for e in ends if type(e) is int and e in known)),
+        "bos_token_id": begin if type(begin) is int and begin in known else None,
+        "pad_token_id": pad if type(pad) is int and pad in known else None,
+    }
+
+
+def _fingerprint(checkpoint: Checkpoint, config: object, computation: tuple[str, ...]) -> str:
+    """Changes with the hyperparameters, the tensors and the way they are computed.
+
+    Of each tensor, its name, type, shape and four short samples are hashed: training or quantizing again changes
+    every tensor everywhere, and reading all of a large file would cost more than loading it.
+    """
+    digest = sha256(repr((_COMPUTATION, config, computation)).encode())
+    for name in sorted(checkpoint.tensors):
+        tensor = checkpoint.tensors[name]
+        digest.update(repr((name, int(tensor.type), tensor.shape)).encode())
+        step = max(len(tensor.data) // 4, 1)
+        for start in range(0, len(tensor.data), step):
+            digest.update(tensor.data[start : start + 64].tobytes())
+    return digest.hexdigest()
+
+
+def _details(checkpoint: Checkpoint) -> dict[str, object]:
+    """What `inspect` shows beside the specification."""
+    metadata = checkpoint.metadata
+    types = Counter(tensor.type.name for tensor in checkpoint.tensors.values())
+    return {
+        "name": metadata.get("general.name") or metadata.get("_name_or_path") or Path(checkpoint.path).name,
+        "license": metadata.get("general.license") or metadata.get("license"),
+        "tensor_types": dict(types.most_common()),
+        "weight_bytes": sum(len(tensor.data) for tensor in checkpoint.tensors.values()),
+    }

@@ -1,0 +1,214 @@
+"""Rotary position embeddings: the scalings in use, as one table of frequencies each.
+
+All of them are fixed when a model is loaded, for the context length in use, so that a token's rotation never depends
+on how long the text became later or on how a prompt was cut:
+- dynamic NTK scales its base for the context length in use, not for the text so far. Up to the trained length it is
+  the plain embedding; with a longer context it equals the usual form for a text that fills the context.
+- LongRoPE takes its short factors when the context length in use is within the trained one, else its long ones. The
+  default context of such a model is therefore the trained one; a longer one is asked for with `context_length`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, floor, inf, log, pi, sqrt
+
+import numpy as np
+
+from mnemos.errors import ConfigError, FormatError
+from mnemos.models.fields import Fields
+from mnemos.ops.batch import Floats, RopeParams
+
+KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+KINDS_IN_FILES = {kind: kind for kind in KINDS} | {"none": "default", "su": "longrope"}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """One kind of layer's rotary embedding. Lengths are positions; betas are rotations over the trained length."""
+
+    theta: float
+    rotary_dim: int
+    kind: str = "default"
+    factor: float = 1.0
+    trained_length: int = 0
+    context_length: int = 0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    magnitude: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def params(self, head_dim: int, divisors: Floats | None = None) -> RopeParams:
+        """The table for heads of `head_dim`; `divisors` (rotary_dim / 2,) come from a GGUF's rope_freqs tensor."""
+        frequencies = self.frequencies()
+        if divisors is not None:
+            frequencies = frequencies / divisors
+        return RopeParams(head_dim, self.rotary_dim, frequencies.astype(np.float32), self.magnitude)
+
+    def frequencies(self) -> Floats:
+        """Radians a position, (rotary_dim / 2,)."""
+        exponents = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
+        plain = 1 / np.float32(self._base()) ** exponents
+        if self.kind == "linear":
+            return np.asarray(plain / np.float32(self.factor), np.float32)
+        if self.kind == "yarn":
+            return self._yarn(plain)
+        if self.kind == "llama3":
+            return self._llama3(plain)
+        if self.kind == "longrope":
+            factors = self.short_factors if self.context_length <= self.trained_length else self.long_factors
+            return np.asarray(plain / np.asarray(factors, np.float32), np.float32)
+        return np.asarray(plain, np.float32)
+
+    def _base(self) -> float:
+        """Dynamic NTK: bloc97 and emozilla 2023, as in Peng et al. 2023, arXiv:2309.00071, section 3.3."""
+        if self.kind != "dynamic" or self.context_length <= self.trained_length:
+            return self.theta
+        stretch = self.factor * self.context_length / self.trained_length - (self.factor - 1)
+        return float(self.theta * stretch ** (self.rotary_dim / (self.rotary_dim - 2)))
+
+    def _yarn(self, plain: Floats) -> Floats:
+        """Peng et al. 2023, arXiv:2309.00071: fast dimensions stay, slow ones are interpolated, a ramp between."""
+
+        def dimension(rotations: float) -> float:
+            return self.rotary_dim * log(self.trained_length / (rotations * 2 * pi)) / (2 * log(self.theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = floor(low), ceil(high)
+        low, high = max(low, 0), min(high, self.rotary_dim - 1)
+        if low == high:
+            high += 0.001
+        ramp = np.clip((np.arange(len(plain), dtype=np.float32) - low) / np.float32(high - low), 0, 1)
+        return np.asarray(plain / np.float32(self.factor) * ramp + plain * (1 - ramp), np.float32)
+
+    def _llama3(self, plain: Floats) -> Floats:
+        """Llama 3.1's scaling: wavelengths beyond the trained length are divided by factor, with a smooth change."""
+        turns = self.trained_length * plain.astype(np.float64) / (2 * pi)
+        span = self.high_frequency_factor - self.low_frequency_factor
+        keep = np.clip((turns - self.low_frequency_factor) / span, 0, 1)
+        return np.asarray(plain / self.factor * (1 - keep) + plain * keep, np.float32)
+
+
+def read_rope(fields: Fields, head_dim: int, *, theta: float = 10000.0, layer_type: str | None = None) -> Rope:
+    """The rotary embedding of a config's `rope_parameters`, `rope_scaling`, or GGUF `rope.*` fields.
+
+    theta is the base where none is given; layer_type is "full_attention" or "sliding_attention" where a config may
+    have one embedding for each.
+    """
+    positions = fields.size("max_position_embeddings")
+    table = _table(fields, layer_type)
+    kind = _kind(table)
+    rope = Rope(
+        theta=table.number("rope_theta", fields.number("rope_theta", theta, above=1.0), above=1.0),
+        rotary_dim=_rotary_dim(fields, table, head_dim),
+        kind=kind,
+        trained_length=_trained_length(fields, table, positions) if kind != "dynamic" else positions,
+        context_length=context_in_use(fields),
+    )
+    if kind == "default":
+        return rope
+    rope = replace(rope, factor=_factor(table, kind, positions / rope.trained_length))
+    if kind == "llama3":
+        low = table.number("low_freq_factor", 1.0)
+        return replace(
+            rope, low_frequency_factor=low, high_frequency_factor=table.number("high_freq_factor", above=low)
+        )
+    if kind == "yarn":
+        fast, slow = table.number("beta_fast", 32.0), table.number("beta_slow", 1.0)
+        magnitude = _yarn_magnitude(table, rope.factor)
+        return replace(rope, beta_fast=fast, beta_slow=slow, truncate=table.flag("truncate", True), magnitude=magnitude)
+    if kind == "longrope":
+        usual = 1.0 if rope.factor <= 1 else sqrt(1 + log(rope.factor) / log(rope.trained_length))
+        short, long = (_factors(table, name, rope.rotary_dim // 2) for name in ("short_factor", "long_factor"))
+        magnitude = table.number("attention_factor", usual)
+        return replace(rope, magnitude=magnitude, short_factors=short, long_factors=long)
+    return rope
+
+
+def context_in_use(fields: Fields) -> int:
+    """The context length that was asked for, else the model's own; ConfigError where the model cannot reach it."""
+    positions = fields.size("max_position_embeddings")
+    table = _table(fields, "full_attention")
+    kind = _kind(table)
+    trained = _trained_length(fields, table, positions)
+    own = longest = positions
+    if kind == "longrope":
+        own = min(trained, positions)
+    elif kind == "yarn":
+        own = longest = max(positions, int(trained * _factor(table, kind, positions / trained)))
+    elif kind in ("linear", "dynamic"):
+        longest = int(positions * _factor(table, kind, 1.0))
+    wanted = fields.context_length
+    if wanted is None:
+        return own
+    if not 1 <= wanted <= longest:
+        raise ConfigError(f"context_length is {wanted}; this model takes 1 to {longest}")
+    return wanted
+
+
+def _table(fields: Fields, layer_type: str | None) -> Fields:
+    """Where the scaling is described: a nested object in config.json, the top level in GGUF or where there is none."""
+    if fields.is_gguf:
+        return fields
+    table = fields.table("rope_parameters") or fields.table("rope_scaling")
+    if table is None:
+        return fields
+    return (table.table(layer_type) or table) if layer_type else table
+
+
+def _kind(table: Fields) -> str:
+    name = "type" if table.get("rope_type") is None and table.get("type") is not None else "rope_type"
+    return table.choice(name, KINDS_IN_FILES, "default")
+
+
+def _rotary_dim(fields: Fields, table: Fields, head_dim: int) -> int:
+    if fields.is_gguf:
+        size = fields.size("rotary_dim", head_dim, largest=head_dim)
+    else:
+        owner = table if table.get("partial_rotary_factor") is not None else fields
+        size = int(head_dim * owner.number("partial_rotary_factor", 1.0, most=1.0))
+    if size < 2 or size % 2:
+        raise FormatError(
+            f"{fields.path}: {size} elements of each head are rotated; expected an even number of at least 2"
+        )
+    return size
+
+
+def _trained_length(fields: Fields, table: Fields, positions: int) -> int:
+    """original_max_position_embeddings, beside the scaling or (Phi-3) at the top level."""
+    name = "original_max_position_embeddings"
+    return (table if table.get(name) is not None else fields).size(name, positions, least=2)
+
+
+def _factor(table: Fields, kind: str, default: float) -> float:
+    if kind in ("yarn", "longrope"):
+        return table.number("factor", max(default, 1.0), above=0.0)
+    return table.number("factor", above=0.0)
+
+
+def _factors(table: Fields, name: str, count: int) -> tuple[float, ...]:
+    values = table.get(name)
+    if not isinstance(values, Sequence) or len(values) != count:
+        raise table.wrong(name, f"a list of {count} numbers")
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < inf for v in values):
+        raise table.wrong(name, "finite numbers above 0")
+    return tuple(float(v) for v in values)
+
+
+def _yarn_magnitude(table: Fields, factor: float) -> float:
+    """The attention temperature of YaRN; GGUF files give a multiple of the usual one."""
+
+    def usual(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * log(factor) + 1.0
+
+    if table.is_gguf:
+        return usual(1.0) * table.number("attention_factor", 1.0)
+    if table.get("mscale") and table.get("mscale_all_dim"):
+        return table.number("attention_factor", usual(table.number("mscale")) / usual(table.number("mscale_all_dim")))
+    return table.number("attention_factor", usual(1.0))

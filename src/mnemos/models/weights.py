@@ -1,0 +1,218 @@
+"""A checkpoint's tensors, found by their Hugging Face names, checked and handed to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos.errors import FormatError
+from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.ops.batch import Floats
+from mnemos.ops.protocol import Array, Matrix, Ops
+
+# Hugging Face's name within a layer (or of the model) -> GGUF's. Architectures add to it or replace entries.
+GGUF_TENSORS = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_PREFIXES = ("model.", "", "transformer.", "gpt_neox.", "language_model.model.", "model.language_model.")
+_HEAD_PREFIXES = ("", "language_model.", "model.")
+# Buffers that old versions of transformers saved, and what belongs to other modalities.
+_HARMLESS = (
+    "*rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias", "*.attention.masked_bias",
+    "*.attn_rot_embd.weight", "vision_tower.*", "multi_modal_projector.*", "model.vision_tower.*",
+    "model.multi_modal_projector.*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Linear:
+    matrix: Matrix
+    bias: Array | None
+
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        return ops.linear(x, self.matrix, self.bias)
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    weight: Array
+    epsilon: float
+
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        return ops.rms_norm(x, self.weight, self.epsilon)
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    weight: Array
+    bias: Array | None
+    epsilon: float
+
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        return ops.layer_norm(x, self.weight, self.bias, self.epsilon)
+
+
+class Weights:
+    """Hands tensors to `ops`, each under the shape that the config asks for; FormatError where they disagree.
+
+    With `ops` None nothing is read or allocated and every parameter is None: building a model in this way
+    checks all names, shapes and types of a file, and `finish` then finds the tensors that nothing asked for.
+    """
+
+    def __init__(
+        self, path: Path | str, tensors: Mapping[str, Tensor], ops: Ops | None, gguf_names: Mapping[str, str] | None
+    ) -> None:
+        self.path = path
+        self.tensors = tensors
+        self.ops = ops
+        self.used: set[str] = set()
+        self._gguf_names = None if gguf_names is None else {**GGUF_TENSORS, **gguf_names}
+        anchors = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+        self._prefix = next((p for p in _PREFIXES if any(p + a in tensors for a in anchors)), _PREFIXES[0])
+
+    @property
+    def is_gguf(self) -> bool:
+        return self._gguf_names is not None
+
+    def file_name(self, name: str, suffix: str = ".weight") -> str:
+        """The file's name for `name`, given as "norm", "layers.3.self_attn.q_proj", ..."""
+        if self._gguf_names is None:
+            if name in ("lm_head", "embed_out"):
+                names = [prefix + name + suffix for prefix in _HEAD_PREFIXES]
+                return next((n for n in names if n in self.tensors), names[0])
+            return self._prefix + name + suffix
+        head, _, rest = name.partition(".")
+        if head in ("layers", "h") and rest:
+            layer, _, rest = rest.partition(".")
+            return f"blk.{layer}.{self._gguf_names.get(rest, rest)}{suffix}"
+        return self._gguf_names.get(name, name) + suffix
+
+    def has(self, name: str, suffix: str = ".weight") -> bool:
+        return self.file_name(name, suffix) in self.tensors
+
+    def tensor(self, name: str, shape: tuple[int, ...], suffix: str = ".weight") -> Tensor:
+        """The tensor as it lies in the file, of exactly this shape."""
+        key = self.file_name(name, suffix)
+        tensor = self.tensors.get(key)
+        if tensor is None:
+            raise FormatError(f"{self.path}: tensor {key!r} is missing; expected one of shape {list(shape)}")
+        self.used.add(key)
+        if tensor.shape != shape:
+            raise FormatError(
+                f"{self.path}: tensor {key!r} has shape {list(tensor.shape)}; the config asks for {list(shape)}"
+            )
+        if tensor.type in (TensorType.I8, TensorType.I16, TensorType.I32, TensorType.I64):
+            raise FormatError(
+                f"{self.path}: tensor {key!r} is of type {tensor.type.name}; expected floating point or quantized"
+            )
+        return tensor
+
+    def matrix(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        *,
+        take: npt.NDArray[np.intp] | slice | None = None,
+        transposed: bool = False,
+    ) -> Matrix:
+        """The weight of `name`, (rows, columns), or only its rows `take`.
+
+        transposed: the file holds (columns, rows), as GPT-2's layers do.
+        """
+        tensor = self.tensor(name, (columns, rows) if transposed else (rows, columns))
+        if self.ops is None:
+            return None
+        if transposed:
+            tensor = _transpose(tensor)
+        return self.ops.matrix(_taken(tensor, take))
+
+    def linear(
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        bias: bool = False,
+        *,
+        take: npt.NDArray[np.intp] | slice | None = None,
+        transposed: bool = False,
+    ) -> Linear:
+        """The projection `name` with its bias, or those outputs of it that `take` names."""
+        matrix = self.matrix(name, rows, columns, take=take, transposed=transposed)
+        if not bias:
+            return Linear(matrix, None)
+        tensor = self.tensor(name, (rows,), ".bias")
+        if self.ops is None:
+            return Linear(None, None)
+        values = tensor.dequantize()
+        return Linear(matrix, self.ops.vector(Tensor.from_array(tensor.name, values if take is None else values[take])))
+
+    def vector(self, name: str, size: int, suffix: str = ".weight", *, offset: float = 0.0) -> Array:
+        """A norm's weight or a bias, plus `offset`."""
+        tensor = self.tensor(name, (size,), suffix)
+        if self.ops is None:
+            return None
+        return self.ops.vector(Tensor.from_array(tensor.name, tensor.dequantize() + np.float32(offset)))
+
+    def rms_norm(self, name: str, size: int, epsilon: float, *, offset: float = 0.0) -> RMSNorm:
+        return RMSNorm(self.vector(name, size, offset=offset), epsilon)
+
+    def layer_norm(self, name: str, size: int, epsilon: float) -> LayerNorm:
+        return LayerNorm(self.vector(name, size), self.vector(name, size, ".bias"), epsilon)
+
+    def values(self, name: str, size: int) -> Floats | None:
+        """An optional small tensor's values; they are read even when nothing is to be allocated."""
+        return self.tensor(name, (size,)).dequantize() if self.has(name) else None
+
+    def stack(
+        self, name: str, shape: tuple[int, int, int], *, take: slice | None = None, suffix: str = ".weight"
+    ) -> list[Matrix]:
+        """The matrices of all experts, from one tensor (experts, rows, columns), or the rows `take` of each."""
+        tensor = self.tensor(name, shape, suffix)
+        if self.ops is None:
+            return [None] * shape[0]
+        experts = (tensor.slice_rows(e * shape[1], (e + 1) * shape[1]) for e in range(shape[0]))
+        return [self.ops.matrix(_taken(expert, take)) for expert in experts]
+
+    def finish(self, ignored: Sequence[str] = ()) -> None:
+        """Raises FormatError when the file has tensors that were not asked for and match no pattern of `ignored`."""
+        patterns = (*_HARMLESS, *ignored)
+        extra = [n for n in self.tensors if n not in self.used and not any(fnmatchcase(n, p) for p in patterns)]
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise FormatError(f"{self.path}: tensor {extra[0]!r}{more} has no place in a model of this config")
+
+
+def _taken(tensor: Tensor, take: npt.NDArray[np.intp] | slice | None) -> Tensor:
+    if take is None:
+        return tensor
+    return tensor.slice_rows(take.start, take.stop) if isinstance(take, slice) else tensor.take_rows(take)
+
+
+def _transpose(tensor: Tensor) -> Tensor:
+    """A matrix with rows and columns exchanged, in its own storage type; quantized ones become float32."""
+    rows, columns = tensor.shape
+    if tensor.type.is_quantized:
+        return Tensor.from_array(tensor.name, tensor.dequantize().T)
+    width = tensor.type.block[1]
+    flipped = np.ascontiguousarray(tensor.data.reshape(rows, columns, width).transpose(1, 0, 2))
+    return Tensor(tensor.name, tensor.type, (columns, rows), flipped.reshape(prod(flipped.shape)))
