@@ -1,0 +1,72 @@
+"""Who holds which page of the key/value cache: reference counts over a fixed number of page ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+NO_PAGE = -1  # stands in a page table where no layer's window reaches any more
+
+
+class PagePool:
+    """Page ids 0 to total - 1, each free or held a number of times. Pure bookkeeping: it moves no memory.
+
+    Pages that the prefix tree holds are `cached`; one that nobody else holds can be had back by eviction and is counted
+    as reclaimable. Low ids are given out first, so that a cache which commits memory lazily stays small.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.references = [0] * total
+        self.reclaimable = 0
+        self._free = list(range(total - 1, -1, -1))
+        self._cached = bytearray(total)
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        return self.total - len(self._free)
+
+    def allocate(self) -> int:
+        """A free page, held once. The caller has made sure that there is one."""
+        page = self._free.pop()
+        self.references[page] = 1
+        return page
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Holds each page once more."""
+        references, cached = self.references, self._cached
+        for page in pages:
+            if page != NO_PAGE:
+                if cached[page] and references[page] == 1:
+                    self.reclaimable -= 1
+                references[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Lets each page go once; one that nobody holds any more is free."""
+        references, cached = self.references, self._cached
+        for page in pages:
+            if page != NO_PAGE:
+                references[page] -= 1
+                if references[page] == 0:
+                    self._free.append(page)
+                elif cached[page] and references[page] == 1:
+                    self.reclaimable += 1
+
+    def is_shared(self, page: int) -> bool:
+        """True if writing to the page would change what another holder sees: copy it first."""
+        return self.references[page] > 1
+
+    def cache(self, page: int) -> None:
+        """The prefix tree holds the page from now on, beside the sequence that filled it."""
+        self.references[page] += 1
+        self._cached[page] = 1
+
+    def uncache(self, page: int) -> None:
+        """The prefix tree lets the page go."""
+        if self.references[page] == 1:
+            self.reclaimable -= 1
+        self._cached[page] = 0
+        self.release((page,))

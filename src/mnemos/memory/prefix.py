@@ -1,0 +1,154 @@
+"""Prefixes that were evaluated before: a tree over full cache pages, compared token by token."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mnemos.memory.pages import NO_PAGE, PagePool
+
+Tokens = tuple[int, ...]
+
+
+class Node:
+    """One full page. The way from the root to it spells the tokens of the prefix whose last page it is."""
+
+    __slots__ = ("children", "page", "parent", "salt", "tokens")
+
+    def __init__(self, parent: Node | None, tokens: Tokens, page: int, salt: str | None) -> None:
+        self.parent = parent
+        self.tokens = tokens
+        self.page = page
+        self.salt = salt
+        self.children: dict[Tokens, Node] = {}
+
+
+@dataclass
+class PrefixStatistics:
+    """Counts since the start: tokens that were looked up, tokens found, pages added and evicted."""
+
+    looked_up: int = 0
+    found: int = 0
+    added: int = 0
+    evicted: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.found / self.looked_up if self.looked_up else 0.0
+
+
+class PrefixTree:
+    """Full pages by the tokens that led to them, one tree for each salt.
+
+    A child is found by its page's exact tokens (a dictionary compares keys after hashing them), so two texts never share
+    a page by accident. The tree holds every page once; a page that nobody else holds is evicted when room is needed, the
+    least recently used first and children before their parents.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.statistics = PrefixStatistics()
+        self._roots: dict[str | None, Node] = {}
+        # Least recently used first. A touched path is moved to the end leaf first, so that a node always stands behind
+        # its descendants and the first nodes are leaves.
+        self._recency: OrderedDict[Node, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._recency)
+
+    def match(self, salt: str | None, tokens: Sequence[int], skip: int = 0) -> list[int]:
+        """The pages of the longest known prefix of `tokens`, without the first `skip` pages.
+
+        The pages are not held for the caller yet: share them before anything else is allocated.
+        """
+        path = self._path(salt, tokens)
+        self._touch(path)
+        return [node.page for node in path[skip:]]
+
+    def record_lookup(self, looked_up: int, found: int) -> None:
+        self.statistics.looked_up += looked_up
+        self.statistics.found += found
+
+    def insert(self, salt: str | None, tokens: Sequence[int], pages: Sequence[int]) -> None:
+        """Remembers the full pages that hold `tokens`; where the tree has a page already, it keeps its own."""
+        node = self._roots.get(salt)
+        if node is None:
+            node = self._roots[salt] = Node(None, (), NO_PAGE, salt)
+        path = []
+        for index in range(min(len(tokens) // self.page_size, len(pages))):
+            key = tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
+            child = node.children.get(key)
+            if child is None:
+                if pages[index] == NO_PAGE:
+                    break
+                child = node.children[key] = Node(node, key, pages[index], salt)
+                self.pool.cache(pages[index])
+                self.statistics.added += 1
+            path.append(child)
+            node = child
+        self._touch(path)
+        self._drop_empty_root(salt)
+
+    def evict(self, count: int) -> int:
+        """Frees up to `count` pages that only the tree holds; returns how many."""
+        victims = self._victims(count)
+        for node in victims:
+            self._remove(node)
+        return len(victims)
+
+    def clear(self) -> None:
+        """Forgets everything; pages that sequences still hold stay with them."""
+        for node in self._recency:
+            self.pool.uncache(node.page)
+        self._recency.clear()
+        self._roots.clear()
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes, the least recently used first."""
+        return iter(self._recency)
+
+    def _path(self, salt: str | None, tokens: Sequence[int]) -> list[Node]:
+        path: list[Node] = []
+        node = self._roots.get(salt)
+        size = self.page_size
+        for start in range(0, len(tokens) - size + 1, size):
+            node = node.children.get(tuple(tokens[start : start + size])) if node else None
+            if node is None:
+                break
+            path.append(node)
+        return path
+
+    def _touch(self, path: list[Node]) -> None:
+        for node in reversed(path):
+            self._recency[node] = None
+            self._recency.move_to_end(node)
+
+    def _victims(self, count: int) -> list[Node]:
+        """The least recently used nodes that only the tree holds and whose children are victims too."""
+        references = self.pool.references
+        victims: list[Node] = []
+        doomed: dict[Node, int] = {}  # how many of a node's children are victims
+        for node in self._recency:
+            if len(victims) == count:
+                break
+            if references[node.page] == 1 and len(node.children) == doomed.get(node, 0):
+                assert node.parent is not None
+                victims.append(node)
+                doomed[node.parent] = doomed.get(node.parent, 0) + 1
+        return victims
+
+    def _remove(self, node: Node) -> None:
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.tokens]
+        del self._recency[node]
+        self.pool.uncache(node.page)
+        self.statistics.evicted += 1
+        self._drop_empty_root(node.salt)
+
+    def _drop_empty_root(self, salt: str | None) -> None:
+        root = self._roots.get(salt)
+        if root is not None and not root.children:
+            del self._roots[salt]
