@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 class TensorType(IntEnum):
-    """Storage types, numbered as in GGUF."""
+    """Storage types, numbered as in GGUF; those from 1000 on occur in other formats only."""
 
     F32 = 0
     F16 = 1
@@ -33,6 +33,7 @@ class TensorType(IntEnum):
     I64 = 27
     F64 = 28
     BF16 = 30
+    U8 = 1000
 
     @property
     def block(self) -> tuple[int, int]:
@@ -69,6 +70,7 @@ _BLOCKS = {
     TensorType.I64: (1, 8),
     TensorType.F64: (1, 8),
     TensorType.BF16: (1, 2),
+    TensorType.U8: (1, 1),
 }
 
 

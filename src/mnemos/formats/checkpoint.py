@@ -1,0 +1,94 @@
+"""A model's files, opened: what they say about it and its tensors, whatever the format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mnemos.errors import FormatError
+from mnemos.formats.gguf import GGUFFile
+from mnemos.formats.safetensors import INDEX_NAME, SINGLE_NAME, open_safetensors, open_safetensors_folder
+from mnemos.formats.strict_json import read_json_object
+from mnemos.formats.tensor import Tensor
+
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+EXPECTED = "a .gguf file, or a folder with config.json and model.safetensors (or shards and their index) is needed"
+
+
+@dataclass
+class Checkpoint:
+    """Metadata and memory-mapped tensors, under the names that the files use.
+
+    kind                "gguf" or "huggingface"
+    path                what was opened: a file, or the folder of a Hugging Face model
+    metadata            GGUF's key-value pairs (large arrays decoded lazily), or the parsed config.json
+    generation_config   the parsed generation_config.json, if there is one
+    """
+
+    kind: Literal["gguf", "huggingface"]
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files that belong to the model lie (tokenizer.json, ...)."""
+        return self.path if os.path.isdir(self.path) else self.path.parent
+
+    def close(self) -> None:
+        """Lets go of the tensors and metadata. Views taken from them stay valid and keep the file mapped."""
+        self.metadata, self.tensors = {}, {}
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a GGUF file, a Hugging Face folder, a folder with one GGUF, or a .safetensors file beside a config.json.
+
+    Raises FormatError that says what is there and what would be right, UnsupportedError for storage types that are
+    known but not supported. Nothing but headers is read: tensors are read when they are used.
+    """
+    path = Path(path)
+    if os.path.isdir(path):  # unlike Path.is_dir, it never raises
+        return _open_folder(path)
+    if path.suffix == ".safetensors":
+        return _open_huggingface(path, path.parent, open_safetensors(path))
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise FormatError(f"{path}: {_PICKLED}; {EXPECTED}")
+    file = GGUFFile.open(path)
+    return Checkpoint("gguf", path, file.metadata, file.tensors)
+
+
+_PICKLED = "is a PyTorch pickle, which can run any code when it is read; save the model as safetensors"
+
+
+def _open_huggingface(path: Path, folder: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    config = read_json_object(folder / CONFIG_NAME)
+    generation = folder / GENERATION_CONFIG_NAME
+    generation_config = read_json_object(generation) if os.path.exists(generation) else {}
+    return Checkpoint("huggingface", path, config, tensors, generation_config)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise FormatError(f"{folder}: cannot be listed: {error}") from error
+    if SINGLE_NAME in names or INDEX_NAME in names:
+        return _open_huggingface(folder, folder, open_safetensors_folder(folder))
+    models = [name for name in names if name.endswith(".gguf") and ("-of-" not in name or "-00001-of-" in name)]
+    if len(models) == 1:
+        return open_checkpoint(folder / models[0])
+    if models:
+        raise FormatError(f"{folder}: holds {len(models)} GGUF models ({_listing(models)}); name one of the files")
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    if pickles:
+        raise FormatError(f"{folder / pickles[0]}: {_PICKLED}; {EXPECTED}")
+    raise FormatError(f"{folder}: holds no model but {_listing(names) if names else 'nothing'}; {EXPECTED}")
+
+
+def _listing(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
