@@ -1,0 +1,23 @@
+// What one instruction set's translation unit offers.
+#pragma once
+
+#include "linear/layout.h"
+
+namespace mnemos {
+
+struct Kernels {
+  const char *name;
+  Form bf16_form;       // what a bfloat16 matrix wants: bf16 where there is a bfloat16 dot product, else f32
+  void (*prepare_rows)(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end);
+  void (*multiply)(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                   int64_t panel_end, float *y, int64_t y_stride, const float *bias);
+};
+
+extern const Kernels scalar_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels, avx512bf16_kernels;
+#elif defined(__aarch64__)
+extern const Kernels neon_kernels, neondot_kernels, neoni8mm_kernels;
+#endif
+
+}  // namespace mnemos

@@ -1,0 +1,155 @@
+#include "linear/linear.h"
+
+#include <cstring>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu.h"
+#include "linear/kernels.h"
+
+namespace mnemos {
+namespace {
+
+struct TypeInfo {
+  int columns, bytes;
+  const Layout &layout;
+};
+
+const TypeInfo *info_of(WeightType type) {
+  static const TypeInfo f32{1, 4, layouts::f32}, f16{1, 2, layouts::f16}, bf16{1, 2, layouts::bf16};
+  static const TypeInfo q4_0{32, 18, layouts::q4_0}, q4_1{32, 20, layouts::q4_1}, q5_0{32, 22, layouts::q5_0};
+  static const TypeInfo q5_1{32, 24, layouts::q5_1}, q8_0{32, 34, layouts::q8_0}, iq4_nl{32, 18, layouts::iq4_nl};
+  static const TypeInfo q2_k{256, 84, layouts::q2_k}, q3_k{256, 110, layouts::q3_k}, q4_k{256, 144, layouts::q4_k};
+  static const TypeInfo q5_k{256, 176, layouts::q5_k}, q6_k{256, 210, layouts::q6_k}, iq4_xs{256, 136, layouts::iq4_xs};
+  switch (type) {
+    case WeightType::f32: return &f32;
+    case WeightType::f16: return &f16;
+    case WeightType::bf16: return &bf16;
+    case WeightType::q4_0: return &q4_0;
+    case WeightType::q4_1: return &q4_1;
+    case WeightType::q5_0: return &q5_0;
+    case WeightType::q5_1: return &q5_1;
+    case WeightType::q8_0: return &q8_0;
+    case WeightType::q2_k: return &q2_k;
+    case WeightType::q3_k: return &q3_k;
+    case WeightType::q4_k: return &q4_k;
+    case WeightType::q5_k: return &q5_k;
+    case WeightType::q6_k: return &q6_k;
+    case WeightType::iq4_nl: return &iq4_nl;
+    case WeightType::iq4_xs: return &iq4_xs;
+  }
+  return nullptr;
+}
+
+constexpr size_t huge_page = size_t(1) << 21;
+// Kernels may prefetch a little past the end; they never load there.
+size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+uint8_t *allocate(size_t bytes) {
+  if (bytes < huge_page) return static_cast<uint8_t *>(::operator new(rounded(bytes, 64), std::align_val_t(64)));
+  auto *data = static_cast<uint8_t *>(::operator new(rounded(bytes, 4096), std::align_val_t(huge_page)));
+#if defined(MADV_HUGEPAGE)
+  madvise(data, bytes, MADV_HUGEPAGE);  // only advice: fewer page faults and TLB misses
+#endif
+  return data;
+}
+
+void release(uint8_t *data, size_t bytes) {
+  ::operator delete(data, std::align_val_t(bytes < huge_page ? 64 : huge_page));
+}
+
+int64_t padded_columns(int64_t columns) { return (columns + 31) / 32 * 32; }
+
+Form form_of(const Layout &layout, const Kernels &kernels) {
+  if (layout.quantized()) return Form::int8;
+  return layout.type == WeightType::bf16 ? kernels.bf16_form : Form::f32;
+}
+
+}  // namespace
+
+bool is_weight_type(int32_t type) { return info_of(WeightType(type)) != nullptr; }
+int64_t block_columns(WeightType type) { return info_of(type)->columns; }
+int64_t row_bytes(WeightType type, int64_t columns) { return columns / info_of(type)->columns * info_of(type)->bytes; }
+const Layout &layout_of(WeightType type) { return info_of(type)->layout; }
+
+size_t panel_bytes_of(const Layout &layout, int64_t columns) {
+  if (layout.quantized()) return size_t(columns / (layout.group * 32) * layout.record_bytes());
+  if (layout.type == WeightType::f32) return size_t(columns) * 64;
+  if (layout.type == WeightType::f16) return size_t(columns) * 32;
+  return size_t((columns + 1) / 2) * 64;
+}
+
+Matrix::Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const Kernels &kernels)
+    : type(type),
+      rows(rows),
+      columns(columns),
+      kernels(kernels),
+      layout(as_float32 ? layouts::f32 : layout_of(type)),
+      form(form_of(layout, kernels)),
+      panel_bytes_(panel_bytes_of(layout, columns)),
+      data_(allocate(bytes())) {}
+
+Matrix::~Matrix() { release(data_, bytes()); }
+
+size_t input_bytes(Form form, int64_t rows, int64_t columns) {
+  const size_t cells = size_t(rows * padded_columns(columns));
+  if (form == Form::f32) return cells * 4;
+  if (form == Form::bf16) return cells * 2;
+  return rounded(cells, 64) + 2 * rounded(cells / 8, 64) + cells / 4;
+}
+
+Input bind_input(const Kernels &kernels, Form form, int64_t rows, int64_t columns, void *workspace) {
+  Input input{};
+  input.form = form;
+  input.rows = rows;
+  input.columns = columns;
+  input.padded = padded_columns(columns);
+  input.kernels = &kernels;
+  const size_t cells = size_t(rows * input.padded);
+  auto *bytes = static_cast<uint8_t *>(workspace);
+  if (form == Form::f32) {
+    input.values = reinterpret_cast<float *>(bytes);
+  } else if (form == Form::bf16) {
+    input.halves = reinterpret_cast<uint16_t *>(bytes);
+  } else {
+    input.quants = reinterpret_cast<int8_t *>(bytes);
+    bytes += rounded(cells, 64);
+    input.scales = reinterpret_cast<float *>(bytes);
+    bytes += rounded(cells / 8, 64);
+    input.sums = reinterpret_cast<float *>(bytes);
+    bytes += rounded(cells / 8, 64);
+    input.counts = reinterpret_cast<int32_t *>(bytes);
+  }
+  return input;
+}
+
+void prepare_rows(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end) {
+  input.kernels->prepare_rows(input, x, x_stride, row_begin, row_end);
+}
+
+void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+              int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
+  matrix.kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, bias);
+}
+
+std::vector<const Kernels *> runnable_kernels() {
+  std::vector<const Kernels *> kernels{&scalar_kernels};
+  return kernels;
+}
+
+const char *name_of(const Kernels &kernels) { return kernels.name; }
+
+const Kernels *find_kernels(const char *name) {
+  for (const Kernels *kernels : runnable_kernels())
+    if (strcmp(kernels->name, name) == 0) return kernels;
+  return nullptr;
+}
+
+const Kernels &current_kernels() {
+  return scalar_kernels;
+}
+
+}  // namespace mnemos

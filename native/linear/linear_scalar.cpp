@@ -1,0 +1,121 @@
+// The matrix products without special instructions: what every machine can run.
+#include <cmath>
+#include <cstring>
+
+#include "linear/product.h"
+
+namespace mnemos {
+namespace {
+
+struct Scalar {
+  struct Bytes {
+    uint8_t v[64];
+  };
+  struct Ints {
+    int32_t v[16];
+  };
+  struct Floats {
+    float v[16];
+  };
+  static constexpr bool signed_bytes = false;
+  static constexpr int tile_rows = 1;
+
+  static Bytes load(const uint8_t *p) {
+    Bytes bytes;
+    memcpy(bytes.v, p, 64);
+    return bytes;
+  }
+  static void store(uint8_t *p, const Bytes &bytes) { memcpy(p, bytes.v, 64); }
+  template <int Shift, int Mask>
+  static Bytes bits(Bytes a) {
+    for (uint8_t &byte : a.v) byte = uint8_t((Shift >= 0 ? byte << (Shift & 7) : byte >> (-Shift & 7)) & Mask);
+    return a;
+  }
+  static Bytes either(Bytes a, const Bytes &b) {
+    for (int i = 0; i < 64; i++) a.v[i] |= b.v[i];
+    return a;
+  }
+  static Bytes lookup(Bytes a, const uint8_t *table) {
+    for (uint8_t &byte : a.v) byte = table[byte];
+    return a;
+  }
+
+  static Ints broadcast_int(int32_t value) {
+    Ints ints;
+    for (int32_t &lane : ints.v) lane = value;
+    return ints;
+  }
+  struct Quad {
+    int8_t v[4];
+  };
+  static Quad broadcast_quad(const int8_t *p) { return {{p[0], p[1], p[2], p[3]}}; }
+  template <int Bits>
+  static Ints dot(Ints sum, const Bytes &codes, Quad x) {
+    for (int r = 0; r < 16; r++)
+      for (int i = 0; i < 4; i++) sum.v[r] += codes.v[r * 4 + i] * x.v[i];
+    return sum;
+  }
+
+  template <class Lane>
+  static Floats each(Lane lane) {
+    Floats floats;
+    for (int i = 0; i < 16; i++) floats.v[i] = lane(i);
+    return floats;
+  }
+  static Floats zero() { return broadcast(0); }
+  static Floats broadcast(float value) {
+    return each([&](int) { return value; });
+  }
+  static Floats load(const float *p) {
+    return each([&](int i) { return p[i]; });
+  }
+  static void store(float *p, const Floats &a) { memcpy(p, a.v, 64); }
+  static Floats load_halves(const uint8_t *p) {
+    return each([&](int i) { return half_to_float(uint16_t(p[2 * i] | p[2 * i + 1] << 8)); });
+  }
+  static Floats load_int8s(const uint8_t *p) {
+    return each([&](int i) { return float(int8_t(p[i])); });
+  }
+  static Floats load_low_bfloats(const uint8_t *p) {
+    return each([&](int i) { return bfloat_to_float(uint16_t(p[4 * i] | p[4 * i + 1] << 8)); });
+  }
+  static Floats load_high_bfloats(const uint8_t *p) { return load_low_bfloats(p + 2); }
+  static Floats to_floats(const Ints &a) {
+    return each([&](int i) { return float(a.v[i]); });
+  }
+  static Floats negate(const Floats &a) {
+    return each([&](int i) { return -a.v[i]; });
+  }
+  static Floats add(const Floats &a, const Floats &b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static Floats multiply(const Floats &a, const Floats &b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static Floats fma(const Floats &a, const Floats &b, const Floats &c) {  // rounds twice: there is no instruction
+    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  }
+
+  static void quantize(const float *x, int8_t *quants, float *scale, float *sum, int32_t *counts) {
+    float largest = 0;
+    for (int i = 0; i < 32; i++) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+    const bool tiny = !(largest > smallest_magnitude);
+    *scale = tiny ? 0 : largest / 127;
+    const float inverse = tiny ? 0 : 127 / largest;
+    for (int half = 0; half < 2; half++) {
+      int32_t count = 0;
+      for (int i = half * 16; i < half * 16 + 16; i++) {
+        quants[i] = int8_t(std::lrint(x[i] * inverse));
+        count += quants[i];
+      }
+      counts[half] = count;
+    }
+    *sum = *scale * float(counts[0] + counts[1]);
+  }
+};
+
+}  // namespace
+
+const Kernels scalar_kernels{"scalar", Form::f32, prepare_all<Scalar>, multiply_all<Scalar>};
+
+}  // namespace mnemos

@@ -1,0 +1,300 @@
+// From the file's form into panels.
+#include <cstring>
+
+#include "linear/layout.h"
+
+namespace mnemos {
+namespace {
+
+// One row's part of a record: codes, and scales as they will be stored.
+struct RecordRow {
+  uint8_t codes[256];
+  int8_t subscales[16];
+  uint8_t minima[16];
+  uint16_t scale, minimum;  // float16 bits
+};
+
+uint16_t read_half(const uint8_t *p) { return uint16_t(p[0] | p[1] << 8); }
+
+uint32_t read_word(const uint8_t *p) {
+  uint32_t word;
+  memcpy(&word, p, 4);
+  return word;
+}
+
+// 32 codes whose low nibbles are columns 0..15 and high ones 16..31.
+void split_nibbles(const uint8_t *nibbles, uint8_t *codes) {
+  for (int i = 0; i < 16; i++) {
+    codes[i] = nibbles[i] & 15;
+    codes[16 + i] = nibbles[i] >> 4;
+  }
+}
+
+void add_high_bits(const uint8_t *bits, uint8_t *codes) {
+  const uint32_t word = read_word(bits);
+  for (int i = 0; i < 32; i++) codes[i] |= uint8_t((word >> i & 1) << 4);
+}
+
+// Eight pairs of 6-bit scales and minima in 12 bytes, as Q4_K and Q5_K have them.
+void split_six_bits(const uint8_t *packed, RecordRow &row) {
+  for (int j = 0; j < 4; j++) {
+    row.subscales[j] = int8_t(packed[j] & 63);
+    row.minima[j] = packed[j + 4] & 63;
+    row.subscales[j + 4] = int8_t((packed[j + 8] & 15) | (packed[j] >> 6) << 4);
+    row.minima[j + 4] = uint8_t((packed[j + 8] >> 4) | (packed[j + 4] >> 6) << 4);
+  }
+}
+
+void read_q2_k(const uint8_t *p, RecordRow &row) {
+  const uint8_t *scales = p, *codes = p + 16;
+  for (int i = 0; i < 16; i++) {
+    row.subscales[i] = int8_t(scales[i] & 15);
+    row.minima[i] = scales[i] >> 4;
+  }
+  for (int i = 0; i < 256; i++) row.codes[i] = codes[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
+  row.scale = read_half(p + 80);
+  row.minimum = read_half(p + 82);
+}
+
+void read_q3_k(const uint8_t *p, RecordRow &row) {
+  const uint8_t *high = p, *codes = p + 32, *scales = p + 96;
+  for (int i = 0; i < 256; i++) {
+    const int low = codes[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
+    row.codes[i] = uint8_t(low | (high[i % 32] >> (i / 32) & 1) << 2);
+  }
+  for (int i = 0; i < 16; i++) {
+    const int low = scales[i % 8] >> (i / 8 * 4) & 15, top = scales[8 + i % 4] >> (i / 4 * 2) & 3;
+    row.subscales[i] = int8_t((low | top << 4) - 32);
+  }
+  row.scale = read_half(p + 108);
+}
+
+void read_q4_k(const uint8_t *p, RecordRow &row, const uint8_t *codes) {
+  row.scale = read_half(p);
+  row.minimum = read_half(p + 2);
+  split_six_bits(p + 4, row);
+  for (int chunk = 0; chunk < 4; chunk++)
+    for (int i = 0; i < 32; i++) {
+      row.codes[chunk * 64 + i] = codes[chunk * 32 + i] & 15;
+      row.codes[chunk * 64 + 32 + i] = codes[chunk * 32 + i] >> 4;
+    }
+}
+
+void read_q5_k(const uint8_t *p, RecordRow &row) {
+  read_q4_k(p, row, p + 48);
+  const uint8_t *high = p + 16;
+  for (int block = 0; block < 8; block++)
+    for (int i = 0; i < 32; i++) row.codes[block * 32 + i] |= uint8_t((high[i] >> block & 1) << 4);
+}
+
+void read_q6_k(const uint8_t *p, RecordRow &row) {
+  const uint8_t *low = p, *high = p + 128;
+  for (int part = 0; part < 2; part++)
+    for (int quarter = 0; quarter < 4; quarter++)
+      for (int i = 0; i < 32; i++) {
+        const int nibble = low[part * 64 + quarter % 2 * 32 + i] >> (quarter / 2 * 4) & 15;
+        const int top = high[part * 32 + i] >> (quarter * 2) & 3;
+        row.codes[part * 128 + quarter * 32 + i] = uint8_t(nibble | top << 4);
+      }
+  memcpy(row.subscales, p + 192, 16);
+  row.scale = read_half(p + 208);
+}
+
+void read_iq4_xs(const uint8_t *p, RecordRow &row) {
+  row.scale = read_half(p);
+  const int high = read_half(p + 2);
+  for (int block = 0; block < 8; block++) {
+    const int low = p[4 + block / 2] >> (block % 2 * 4) & 15;
+    row.subscales[block] = int8_t((low | (high >> (2 * block) & 3) << 4) - 32);
+    split_nibbles(p + 8 + block * 16, row.codes + block * 32);
+  }
+}
+
+void read_record(WeightType type, const uint8_t *p, RecordRow &row) {
+  switch (type) {
+    case WeightType::q4_0:
+    case WeightType::iq4_nl:
+      row.scale = read_half(p);
+      return split_nibbles(p + 2, row.codes);
+    case WeightType::q4_1:
+      row.scale = read_half(p);
+      row.minimum = read_half(p + 2);
+      return split_nibbles(p + 4, row.codes);
+    case WeightType::q5_0:
+      row.scale = read_half(p);
+      split_nibbles(p + 6, row.codes);
+      return add_high_bits(p + 2, row.codes);
+    case WeightType::q5_1:
+      row.scale = read_half(p);
+      row.minimum = read_half(p + 2);
+      split_nibbles(p + 8, row.codes);
+      return add_high_bits(p + 4, row.codes);
+    case WeightType::q8_0:
+      row.scale = read_half(p);
+      for (int i = 0; i < 32; i++) row.codes[i] = p[2 + i] ^ 0x80;
+      return;
+    case WeightType::q2_k: return read_q2_k(p, row);
+    case WeightType::q3_k: return read_q3_k(p, row);
+    case WeightType::q4_k: return read_q4_k(p, row, p + 16);
+    case WeightType::q5_k: return read_q5_k(p, row);
+    case WeightType::q6_k: return read_q6_k(p, row);
+    case WeightType::iq4_xs: return read_iq4_xs(p, row);
+    default: return;  // float types have no records
+  }
+}
+
+// Writes the codes of one block (32 columns) of one row: vector v's bytes 4r..4r+3 are codes 4v..4v+3.
+void store_codes(const Layout &layout, const uint8_t *codes, int r, uint8_t *block) {
+  uint32_t words[8];
+  memcpy(words, codes, 32);
+  auto put = [&](int vector, uint32_t word) { memcpy(block + vector * 64 + r * 4, &word, 4); };
+  const uint32_t ones = 0x01010101;
+  if (layout.base == 8)
+    for (int v = 0; v < 8; v++) put(v, words[v]);
+  if (layout.base == 4)
+    for (int j = 0; j < 4; j++) put(j, (words[j] & ones * 15) | (words[4 + j] & ones * 15) << 4);
+  if (layout.base == 2)
+    for (int k = 0; k < 2; k++) {
+      uint32_t word = 0;
+      for (int i = 0; i < 4; i++) word |= (words[2 * i + k] & ones * 3) << (2 * i);
+      put(k, word);
+    }
+  const uint32_t high_bits = ones * ((1u << layout.high) - 1);
+  const int vectors = layout.high, per_vector = layout.high == 0 ? 0 : 8 / layout.high;
+  for (int k = 0; k < vectors; k++) {
+    uint32_t word = 0;
+    for (int i = 0; i < per_vector; i++)
+      word |= (words[layout.high * i + k] >> layout.base & high_bits) << (layout.high * i);
+    put(layout.base + k, word);
+  }
+}
+
+void store_record(const Layout &layout, const RecordRow &row, int r, uint8_t *record) {
+  for (int block = 0; block < layout.group; block++)
+    store_codes(layout, row.codes + block * 32, r, record + block * layout.code_bytes());
+  uint8_t *p = record + layout.group * layout.code_bytes();
+  const int subscales = layout.subscales();
+  for (int i = 0; i < subscales; i++) p[i * 16 + r] = uint8_t(row.subscales[i]);
+  p += subscales * 16;
+  if (layout.minimum()) {
+    for (int i = 0; i < subscales; i++) p[i * 16 + r] = row.minima[i];
+    p += subscales * 16;
+  }
+  memcpy(p + r * 2, &row.scale, 2);
+  if (layout.minimum()) memcpy(p + 32 + r * 2, &row.minimum, 2);
+}
+
+uint8_t load_code(const Layout &layout, const uint8_t *block, int r, int column) {
+  const int v = column / 4, byte = r * 4 + column % 4;
+  int code = 0;
+  if (layout.base == 8) code = block[v * 64 + byte];
+  if (layout.base == 4) code = block[v % 4 * 64 + byte] >> (v / 4 * 4) & 15;
+  if (layout.base == 2) code = block[v % 2 * 64 + byte] >> (v / 2 * 2) & 3;
+  const uint8_t *plane = block + layout.base * 64;
+  if (layout.high == 1) code |= (plane[byte] >> v & 1) << layout.base;
+  if (layout.high == 2) code |= (plane[v % 2 * 64 + byte] >> (v / 2 * 2) & 3) << layout.base;
+  return uint8_t(layout.table ? iq4_values[code] : code);
+}
+
+// Values of row r of a record, 32 * group floats.
+void expand_record(const Layout &layout, const uint8_t *record, int r, float *out) {
+  const int subscales = layout.subscales(), width = layout.halves() ? 16 : 32;
+  const uint8_t *scales = record + layout.group * layout.code_bytes(), *minima = scales + subscales * 16;
+  const uint8_t *supers = layout.minimum() ? minima + subscales * 16 : minima;
+  const float scale = half_to_float(read_half(supers + r * 2));
+  const float minimum = layout.minimum() ? half_to_float(read_half(supers + 32 + r * 2)) : 0;
+  for (int i = 0; i < layout.group * 32; i++) {
+    const int sub = i / width;
+    const float factor = subscales ? scale * float(int8_t(scales[sub * 16 + r])) : scale;
+    const int code = load_code(layout, record + i / 32 * layout.code_bytes(), r, i % 32) - layout.offset;
+    out[i] = factor * float(code);
+    if (layout.minimum()) out[i] = subscales ? out[i] - minimum * float(minima[sub * 16 + r]) : out[i] + minimum;
+  }
+}
+
+float read_float(WeightType type, const uint8_t *row, int64_t column) {
+  if (type == WeightType::f32) return from_bits(read_word(row + column * 4));
+  if (type == WeightType::f16) return half_to_float(read_half(row + column * 2));
+  return bfloat_to_float(read_half(row + column * 2));
+}
+
+size_t float_offset(WeightType layout, int r, int64_t column) {
+  if (layout == WeightType::f32) return size_t(column * 64 + r * 4);
+  if (layout == WeightType::f16) return size_t(column * 32 + r * 2);
+  return size_t(column / 2 * 64 + r * 4 + column % 2 * 2);
+}
+
+void pack_float_row(const Layout &layout, WeightType type, const uint8_t *raw, int64_t columns, int r, uint8_t *panel) {
+  const int size = type == WeightType::f32 ? 4 : 2;
+  if (layout.type == type) {
+    for (int64_t c = 0; c < columns; c++) memcpy(panel + float_offset(type, r, c), raw + c * size, size_t(size));
+  } else if (block_columns(type) == 1) {
+    for (int64_t c = 0; c < columns; c++) {
+      const float value = read_float(type, raw, c);
+      memcpy(panel + float_offset(WeightType::f32, r, c), &value, 4);
+    }
+  }
+}
+
+// Expands a quantized row to float32 through the packed form of one record.
+void expand_row(WeightType type, const uint8_t *raw, int64_t columns, int r, uint8_t *panel) {
+  const Layout &stored = layout_of(type);
+  const int width = stored.group * 32;
+  const int64_t record_size = row_bytes(type, width);
+  uint8_t record[256 * 16 + 1024] = {};
+  float values[256];
+  RecordRow row;
+  for (int64_t begin = 0; begin < columns; begin += width, raw += record_size) {
+    read_record(type, raw, row);
+    store_record(stored, row, 0, record);
+    expand_record(stored, record, 0, values);
+    for (int i = 0; i < width; i++) memcpy(panel + float_offset(WeightType::f32, r, begin + i), values + i, 4);
+  }
+}
+
+void pack_row(const Matrix &matrix, const uint8_t *raw, int r, uint8_t *panel) {
+  const Layout &layout = matrix.layout;
+  if (!layout.quantized()) {
+    if (block_columns(matrix.type) > 1) return expand_row(matrix.type, raw, matrix.columns, r, panel);
+    return pack_float_row(layout, matrix.type, raw, matrix.columns, r, panel);
+  }
+  const int width = layout.group * 32;
+  const int64_t record_size = row_bytes(matrix.type, width);
+  RecordRow row;
+  for (int64_t begin = 0; begin < matrix.columns; begin += width, raw += record_size) {
+    read_record(matrix.type, raw, row);
+    store_record(layout, row, r, panel + begin / width * layout.record_bytes());
+  }
+}
+
+}  // namespace
+
+void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_t panel_end) {
+  const int64_t stride = row_bytes(matrix.type, matrix.columns);
+  for (int64_t index = panel_begin; index < panel_end; index++) {
+    const int64_t first = index * panel_rows;
+    const int64_t filled = matrix.rows - first < panel_rows ? matrix.rows - first : panel_rows;
+    const bool padded = matrix.layout.type == WeightType::bf16 && matrix.columns % 2 != 0;
+    if (filled < panel_rows || padded) memset(matrix.panel(index), 0, matrix.panel_bytes());
+    for (int r = 0; r < filled; r++) pack_row(matrix, raw + (first + r) * stride, r, matrix.panel(index));
+  }
+}
+
+void dequantize_row(const Matrix &matrix, int64_t row, float *out) {
+  const Layout &layout = matrix.layout;
+  const uint8_t *panel = matrix.panel(row / panel_rows);
+  const int r = int(row % panel_rows);
+  if (layout.quantized()) {
+    for (int64_t begin = 0; begin < matrix.columns; begin += layout.group * 32, panel += layout.record_bytes())
+      expand_record(layout, panel, r, out + begin);
+    return;
+  }
+  for (int64_t c = 0; c < matrix.columns; c++) {
+    const uint8_t *p = panel + float_offset(layout.type, r, c);
+    if (layout.type == WeightType::f32) memcpy(out + c, p, 4);
+    if (layout.type == WeightType::f16) out[c] = half_to_float(read_half(p));
+    if (layout.type == WeightType::bf16) out[c] = bfloat_to_float(read_half(p));
+  }
+}
+
+}  // namespace mnemos

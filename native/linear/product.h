@@ -1,0 +1,377 @@
+// The matrix products, written once over a vector policy S; each instruction set's translation unit includes this file.
+//
+// S has `Bytes` (64 bytes), `Ints` (16 int32) and `Floats` (16 float32), one lane of four bytes for each row of a panel, and:
+//   load, lookup, bits<shift, mask> (shifts each byte left, or right if negative, then masks), dot<bits> (adds to each
+//   lane the sum of four products of a code and an activation), and the usual arithmetic.
+// Everything is in an anonymous namespace: the same template compiled for two instruction sets must not be merged.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "linear/kernels.h"
+
+namespace mnemos {
+namespace {
+
+template <class Body, int... I>
+inline __attribute__((always_inline)) void unroll(Body &&body, std::integer_sequence<int, I...>) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+// body(0), ..., body(N - 1) with constants.
+template <int N, class Body>
+inline __attribute__((always_inline)) void unroll(Body &&body) {
+  unroll(body, std::make_integer_sequence<int, N>{});
+}
+
+// Columns of a chunk of the quantized products: the codes of two panels, expanded to bytes, stay in the level-1 cache.
+constexpr int chunk_blocks = 16;
+// Columns that the float products sum before they add to the total: short sums round less.
+constexpr int64_t float_chunk = 256;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// What a block's arithmetic needs, for all storage types: one scale or one for each half, with minima or an offset.
+template <const Layout &L>
+constexpr int scale_vectors = (L.halves() ? 2 : 1) * (L.minimum() ? 2 : 1);
+
+struct Expanded {  // panels of one chunk, ready to multiply
+  alignas(64) uint8_t codes[2][chunk_blocks * 512];
+  alignas(64) float scales[2][chunk_blocks * 4 * 16];
+};
+
+// Vector v of a block (columns 4v..4v+3) as unsigned codes, a byte each.
+template <class S, const Layout &L, int V>
+inline typename S::Bytes code_vector(const uint8_t *block) {
+  typename S::Bytes code;
+  if constexpr (L.base == 8) {
+    code = S::load(block + V * 64);
+  } else if constexpr (L.base == 4) {
+    code = S::template bits<-(V / 4 * 4), 15>(S::load(block + V % 4 * 64));
+  } else {
+    code = S::template bits<-(V / 2 * 2), 3>(S::load(block + V % 2 * 64));
+  }
+  const uint8_t *plane = block + L.base * 64;
+  if constexpr (L.high == 1) code = S::either(code, S::template bits<L.base - V, 1 << L.base>(S::load(plane)));
+  if constexpr (L.high == 2)
+    code = S::either(code, S::template bits<L.base - V / 2 * 2, 3 << L.base>(S::load(plane + V % 2 * 64)));
+  if constexpr (L.table) code = S::lookup(code, iq4_values);
+  return code;
+}
+
+// The scales of one block of a record: scale, or both halves' scales; then what is added for each unit of activation.
+template <class S, const Layout &L>
+inline void load_scales(const uint8_t *record, int block, typename S::Floats *out) {
+  const uint8_t *subscales = record + L.group * L.code_bytes(), *minima = subscales + L.subscales() * 16;
+  const uint8_t *supers = L.minimum() ? minima + L.subscales() * 16 : minima;
+  const typename S::Floats scale = S::load_halves(supers);
+  if constexpr (L.subscales() == 0) {
+    out[0] = scale;
+    if constexpr (L.minimum()) out[1] = S::load_halves(supers + 32);
+  } else {
+    constexpr int parts = L.halves() ? 2 : 1;
+    for (int i = 0; i < parts; i++) out[i] = S::multiply(scale, S::load_int8s(subscales + (block * parts + i) * 16));
+    if constexpr (L.minimum()) {
+      const typename S::Floats minimum = S::negate(S::load_halves(supers + 32));
+      for (int i = 0; i < parts; i++)
+        out[parts + i] = S::multiply(minimum, S::load_int8s(minima + (block * parts + i) * 16));
+    }
+  }
+}
+
+// Blocks first to first + count of a panel, expanded into bytes and float32 scales.
+template <class S, const Layout &L>
+void expand(const uint8_t *panel, int64_t first, int64_t count, uint8_t *codes, float *scales) {
+  const uint8_t *record = panel + first / L.group * L.record_bytes();
+  for (int64_t done = 0; done < count; done += L.group, record += L.record_bytes())
+    for (int block = 0; block < L.group; block++) {
+      const uint8_t *source = record + block * L.code_bytes();
+      unroll<8>([&](auto v) { S::store(codes + v * 64, code_vector<S, L, v>(source)); });
+      codes += 512;
+      typename S::Floats values[4];
+      load_scales<S, L>(record, block, values);
+      for (int i = 0; i < scale_vectors<L>; i++) S::store(scales + i * 16, values[i]);
+      scales += scale_vectors<L> * 16;
+    }
+}
+
+// One block of the activations of one row.
+struct Activation {
+  float scale, sum;
+  const int32_t *counts;
+};
+
+template <class S, const Layout &L>
+constexpr int offset_of = S::signed_bytes && L.bits() == 8 ? L.offset - 128 : L.offset;
+
+// What the dot products of a block (of its first and second half) start from, so that they end without the codes' offset.
+template <class S, const Layout &L>
+inline int32_t start_of(const int32_t *counts, int half) {
+  if constexpr (offset_of<S, L> == 0) return 0;
+  if constexpr (L.halves()) return -offset_of<S, L> * counts[half];
+  return half == 0 ? -offset_of<S, L> * (counts[0] + counts[1]) : 0;
+}
+
+// Adds one block to the totals. Every kernel ends a block here: this is the order of rounding that they share.
+// Without halves `first` is the whole block's dot product and `second` is ignored.
+template <class S, const Layout &L>
+inline typename S::Floats add_block(typename S::Floats total, typename S::Ints first, typename S::Ints second,
+                                    const typename S::Floats *scales, const Activation &x) {
+  if constexpr (L.halves()) {
+    typename S::Floats part = S::multiply(scales[0], S::to_floats(first));
+    part = S::fma(scales[1], S::to_floats(second), part);
+    total = S::fma(part, S::broadcast(x.scale), total);
+    if constexpr (L.minimum()) {
+      total = S::fma(scales[2], S::broadcast(x.scale * float(x.counts[0])), total);
+      total = S::fma(scales[3], S::broadcast(x.scale * float(x.counts[1])), total);
+    }
+  } else {
+    total = S::fma(S::multiply(scales[0], S::broadcast(x.scale)), S::to_floats(first), total);
+    if constexpr (L.minimum()) total = S::fma(scales[1], S::broadcast(x.sum), total);
+  }
+  return total;
+}
+
+// Where a kernel's results go: rows `stride` floats apart, one run of 16 floats a panel.
+struct Output {
+  float *rows[2];
+  int64_t stride[2];
+};
+
+// P panels by R rows over the blocks of one chunk.
+template <class S, const Layout &L, int P, int R>
+void tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
+          const Output &out) {
+  typename S::Floats totals[R][P];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) totals[r][p] = S::load(out.rows[p] + r * out.stride[p]);
+  const int64_t row_blocks = input.padded / 32, at = row * row_blocks + first_block;
+  for (int64_t b = 0; b < blocks; b++) {
+    const int8_t *quants = input.quants + (at + b) * 32;
+    const int32_t *counts = input.counts + (at + b) * 2;
+    typename S::Ints dots[2][R][P];
+    auto half = [&](int h) {
+      for (int r = 0; r < R; r++) {
+        const auto start = S::broadcast_int(start_of<S, L>(counts + r * row_blocks * 2, h));
+        for (int p = 0; p < P; p++) dots[L.halves() ? h : 0][r][p] = start;
+      }
+    };
+    half(0);
+    unroll<8>([&](auto v) {
+      if (L.halves() && v == 4) half(1);
+      constexpr int h = L.halves() ? v / 4 : 0;
+      typename S::Bytes codes[P];
+      for (int p = 0; p < P; p++) codes[p] = S::load(weights.codes[p] + b * 512 + v * 64);
+      for (int r = 0; r < R; r++) {
+        const auto x = S::broadcast_quad(quants + r * row_blocks * 32 + v * 4);
+        for (int p = 0; p < P; p++) dots[h][r][p] = S::template dot<L.bits()>(dots[h][r][p], codes[p], x);
+      }
+    });
+    for (int p = 0; p < P; p++) {
+      typename S::Floats scales[4];
+      for (int i = 0; i < scale_vectors<L>; i++)
+        scales[i] = S::load(weights.scales[p] + (b * scale_vectors<L> + i) * 16);
+      for (int r = 0; r < R; r++) {
+        const int64_t index = at + r * row_blocks + b;
+        const Activation x{input.scales[index], input.sums[index], input.counts + index * 2};
+        totals[r][p] = add_block<S, L>(totals[r][p], dots[0][r][p], dots[1][r][p], scales, x);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) S::store(out.rows[p] + r * out.stride[p], totals[r][p]);
+}
+
+// The float forms. A step is one column, or two in the bfloat16 layout.
+template <class S, WeightType W, int P, int R>
+void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, int64_t first, int64_t columns,
+                const Output &out) {
+  typename S::Floats sums[R][P];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) sums[r][p] = S::zero();
+  auto advance = [&](int64_t c, const typename S::Floats *weights) {
+    for (int r = 0; r < R; r++) {
+      const auto x = S::broadcast(input.values[(row + r) * input.padded + c]);
+      for (int p = 0; p < P; p++) sums[r][p] = S::fma(weights[p], x, sums[r][p]);
+    }
+  };
+  typename S::Floats weights[P];
+  for (int64_t c = first; c < first + columns; c++) {
+    if constexpr (W == WeightType::bf16) {
+      for (int p = 0; p < P; p++) weights[p] = S::load_low_bfloats(panels[p] + c * 32);
+      advance(c, weights);
+      if (++c == first + columns) break;
+      for (int p = 0; p < P; p++) weights[p] = S::load_high_bfloats(panels[p] + (c - 1) * 32);
+    } else {
+      for (int p = 0; p < P; p++)
+        weights[p] = W == WeightType::f32 ? S::load(reinterpret_cast<const float *>(panels[p] + c * 64))
+                                          : S::load_halves(panels[p] + c * 32);
+    }
+    advance(c, weights);
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) {
+      float *y = out.rows[p] + r * out.stride[p];
+      S::store(y, S::add(S::load(y), sums[r][p]));
+    }
+}
+
+// Results of the matrix's last panel where it is partly empty: they are made in a buffer of their own.
+struct Edge {
+  int filled;
+  alignas(64) float values[8][panel_rows];
+};
+
+// Calls body(integral_constant P, integral_constant R, row, output) for tiles that cover the rows; the panels have started.
+template <int P, int Most, class Body>
+void for_tiles(const Matrix &matrix, int64_t panel, int64_t row_begin, int64_t row_end, float *y, int64_t y_stride,
+               Body &&body) {
+  const int64_t last_rows = matrix.rows - (panel + P - 1) * panel_rows;
+  const int filled = int(smaller(last_rows, panel_rows));
+  Edge edge;
+  for (int64_t row = row_begin; row < row_end;) {
+    const int64_t count = smaller(row_end - row, Most);
+    Output out;
+    for (int p = 0; p < P; p++) {
+      out.rows[p] = y + row * y_stride + (panel + p) * panel_rows;
+      out.stride[p] = y_stride;
+    }
+    float *target = out.rows[P - 1];
+    if (filled < panel_rows) {
+      for (int r = 0; r < count; r++)
+        for (int i = 0; i < panel_rows; i++) edge.values[r][i] = i < filled ? target[r * y_stride + i] : 0;
+      out.rows[P - 1] = edge.values[0];
+      out.stride[P - 1] = panel_rows;
+    }
+    unroll<Most>([&](auto less) {
+      if (count == less + 1) body(std::integral_constant<int, less + 1>{}, row, out);
+    });
+    if (filled < panel_rows)
+      for (int r = 0; r < count; r++)
+        for (int i = 0; i < filled; i++) target[r * y_stride + i] = edge.values[r][i];
+    row += count;
+  }
+}
+
+// y = bias or 0, which the chunks are then added to.
+inline void start_rows(const Matrix &matrix, int64_t panel, int panels, int64_t row_begin, int64_t row_end, float *y,
+                       int64_t y_stride, const float *bias) {
+  const int64_t first = panel * panel_rows, last = smaller(matrix.rows, first + panels * panel_rows);
+  for (int64_t row = row_begin; row < row_end; row++)
+    for (int64_t i = first; i < last; i++) y[row * y_stride + i] = bias ? bias[i] : 0;
+}
+
+// Layouts that differ only in how they are stored share their tiles.
+template <const Layout &L>
+constexpr const Layout &same_arithmetic() {
+  if constexpr (L.halves()) return L;
+  else if constexpr (L.minimum()) return L.bits() == 4 ? layouts::q4_1 : layouts::q5_1;
+  else return L.table ? layouts::q8_0 : L;
+}
+
+template <class S, const Layout &L, int P>
+void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
+                        float *y, int64_t y_stride) {
+  Expanded weights;
+  const int64_t blocks = matrix.columns / 32;
+  for (int64_t first = 0; first < blocks; first += chunk_blocks) {
+    const int64_t count = smaller(chunk_blocks, blocks - first);
+    for (int p = 0; p < P; p++)
+      expand<S, L>(matrix.panel(panel + p), first, count, weights.codes[p], weights.scales[p]);
+    for_tiles<P, S::tile_rows>(matrix, panel, row_begin, row_end, y, y_stride, [&](auto r, int64_t row, const Output &out) {
+      tile<S, same_arithmetic<L>(), P, r>(weights, input, row, first, count, out);
+    });
+  }
+}
+
+template <class S, WeightType W, int P>
+void multiply_float(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
+                    float *y, int64_t y_stride) {
+  const uint8_t *panels[P];
+  for (int p = 0; p < P; p++) panels[p] = matrix.panel(panel + p);
+  for (int64_t first = 0; first < matrix.columns; first += float_chunk) {
+    const int64_t count = smaller(float_chunk, matrix.columns - first);
+    for_tiles<P, S::tile_rows>(matrix, panel, row_begin, row_end, y, y_stride, [&](auto r, int64_t row, const Output &out) {
+      float_tile<S, W, P, r>(panels, input, row, first, count, out);
+    });
+  }
+}
+
+// Calls body(integral_constant panels, panel) for pairs of panels and an odd last one.
+template <class Body>
+void for_panels(int64_t panel_begin, int64_t panel_end, Body &&body) {
+  int64_t panel = panel_begin;
+  for (; panel + 2 <= panel_end; panel += 2) body(std::integral_constant<int, 2>{}, panel);
+  if (panel < panel_end) body(std::integral_constant<int, 1>{}, panel);
+}
+
+template <const Layout &L>
+struct Quantized {
+  static constexpr const Layout &layout = L;
+};
+
+template <class Body>
+void with_layout(WeightType type, Body &&body) {
+  switch (type) {
+    case WeightType::q4_0: return body(Quantized<layouts::q4_0>{});
+    case WeightType::q4_1: return body(Quantized<layouts::q4_1>{});
+    case WeightType::q5_0: return body(Quantized<layouts::q5_0>{});
+    case WeightType::q5_1: return body(Quantized<layouts::q5_1>{});
+    case WeightType::q8_0: return body(Quantized<layouts::q8_0>{});
+    case WeightType::q2_k: return body(Quantized<layouts::q2_k>{});
+    case WeightType::q3_k: return body(Quantized<layouts::q3_k>{});
+    case WeightType::q4_k: return body(Quantized<layouts::q4_k>{});
+    case WeightType::q5_k: return body(Quantized<layouts::q5_k>{});
+    case WeightType::q6_k: return body(Quantized<layouts::q6_k>{});
+    case WeightType::iq4_nl: return body(Quantized<layouts::iq4_nl>{});
+    case WeightType::iq4_xs: return body(Quantized<layouts::iq4_xs>{});
+    default: return;  // float layouts
+  }
+}
+
+template <class S>
+void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                  int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
+  for_panels(panel_begin, panel_end, [&](auto panels, int64_t panel) {
+    start_rows(matrix, panel, panels, row_begin, row_end, y, y_stride, bias);
+    with_layout(matrix.layout.type, [&](auto q) {
+      multiply_quantized<S, decltype(q)::layout, panels>(matrix, input, row_begin, row_end, panel, y, y_stride);
+    });
+    auto floats = [&](auto type) {
+      multiply_float<S, type, panels>(matrix, input, row_begin, row_end, panel, y, y_stride);
+    };
+    switch (matrix.layout.type) {
+      case WeightType::f32: return floats(std::integral_constant<WeightType, WeightType::f32>{});
+      case WeightType::f16: return floats(std::integral_constant<WeightType, WeightType::f16>{});
+      case WeightType::bf16: return floats(std::integral_constant<WeightType, WeightType::bf16>{});
+      default: return;
+    }
+  });
+}
+
+// int8 activations: each block of 32 has the scale of its largest magnitude, and rounds to the nearest.
+// A block of nothing but tiny values is zero, so that no inverse overflows.
+constexpr float smallest_magnitude = 1e-30f;
+
+template <class S>
+void prepare_all(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end) {
+  const int64_t columns = input.columns, padded = input.padded;
+  for (int64_t row = row_begin; row < row_end; row++) {
+    const float *source = x + row * x_stride;
+    if (input.form == Form::f32) {
+      float *values = input.values + row * padded;
+      for (int64_t c = 0; c < padded; c++) values[c] = c < columns ? source[c] : 0;
+    } else if (input.form == Form::bf16) {
+      uint16_t *halves = input.halves + row * padded;
+      for (int64_t c = 0; c < padded; c++) halves[c] = c < columns ? float_to_bfloat(source[c]) : 0;
+    } else {
+      const int64_t blocks = padded / 32, first = row * blocks;
+      for (int64_t b = 0; b < blocks; b++)
+        S::quantize(source + b * 32, input.quants + (first + b) * 32, input.scales + first + b, input.sums + first + b,
+                    input.counts + (first + b) * 2);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mnemos
