@@ -1,0 +1,164 @@
+"""What every tokenizer comes down to, whichever file it was read from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mnemos.errors import FormatError, RequestError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Names of tokens that end a generation, in the chat and base models in use; llama.cpp goes by the same.
+END_NAMES = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
+    "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
+)  # fmt: skip
+
+
+class Spelling(Protocol):
+    """How a vocabulary writes bytes."""
+
+    def token_bytes(self, text: str) -> bytes: ...
+
+
+class ByteLevelSpelling:
+    """GPT-2's alphabet: each of 256 printable characters stands for a byte."""
+
+    def __init__(self) -> None:
+        self._bytes = {character: bytes((byte,)) for byte, character in enumerate(byte_characters())}
+
+    def token_bytes(self, text: str) -> bytes:
+        try:
+            return b"".join([self._bytes[character] for character in text])
+        except KeyError:  # not of the alphabet: a token that stands for its own text
+            return text.encode()
+
+
+class SentencePieceSpelling:
+    """U+2581 stands for a space; <0x0A> for a byte that is no character by itself."""
+
+    def token_bytes(self, text: str) -> bytes:
+        byte = parse_byte_token(text)
+        return text.replace("\u2581", " ").encode() if byte is None else bytes((byte,))
+
+
+class WordSpelling:
+    """Tokens are words, joined by spaces."""
+
+    def token_bytes(self, text: str) -> bytes:
+        return b" " + text.encode()
+
+
+@dataclass(frozen=True)
+class TokenizerCore:
+    """A tokenizer ready for work.
+
+    texts          each id's text as the vocabulary spells it; an id that stands for nothing has ""
+    spelling       how texts of ordinary tokens spell bytes
+    literal_ids    ids whose text stands for itself: special tokens and those that a user added
+    silent_ids     ids that decode to nothing at all (unused places of the vocabulary)
+    special_ids    ids that are not text: left out of decoded text unless asked for
+    strips_space   decoded text loses one leading space, because encoding puts one there
+    encoder        recognises every special token that is written in a text
+    plain_encoder  recognises only tokens that a user added: special tokens' names are text like any other
+    prefix_ids, suffix_ids   what add_special puts around a text; None: the encoder's own post-processor does it
+    """
+
+    label: str
+    texts: Sequence[str]
+    spelling: Spelling
+    literal_ids: frozenset[int]
+    silent_ids: frozenset[int]
+    special_ids: frozenset[int]
+    strips_space: bool
+    encoder: tokenizers.Tokenizer
+    plain_encoder: tokenizers.Tokenizer
+    prefix_ids: tuple[int, ...] | None
+    suffix_ids: tuple[int, ...]
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    unknown_id: int | None
+    eos_ids: frozenset[int]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if not 0 <= token_id < len(self.texts):
+            size = len(self.texts)
+            raise RequestError(f"token id {token_id} is outside of the vocabulary of {size} tokens ({self.label})")
+        if token_id in self.silent_ids:
+            return b""
+        text = self.texts[token_id]
+        return text.encode() if token_id in self.literal_ids else self.spelling.token_bytes(text)
+
+    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        encoder = self.encoder if parse_special else self.plain_encoder
+        if self.prefix_ids is None:
+            return list(encoder.encode(text, add_special_tokens=add_special).ids)
+        ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special else ids
+
+
+def byte_characters() -> list[str]:
+    """GPT-2's alphabet, a character for each byte: printable Latin-1 is itself, the rest starts at U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    characters, following = [], 0x100
+    for byte in range(256):
+        characters.append(chr(byte if byte in printable else following))
+        following += byte not in printable
+    return characters
+
+
+def parse_byte_token(text: str) -> int | None:
+    """The byte that a token such as <0x0A> stands for; None if it is no such token."""
+    if len(text) != 6 or not text.startswith("<0x") or text[5] != ">":
+        return None
+    try:
+        return int(text[3:5], 16) if text[3:5].isalnum() else None
+    except ValueError:
+        return None
+
+
+def share_model(
+    model: Any,
+    added: Mapping[str, bool],
+    *,
+    normalizer: Any = None,
+    pre_tokenizer: Any = None,
+    post_processor: Any = None,
+    strip_after: frozenset[str] = frozenset(),
+) -> tokenizers.Tokenizer:
+    """A Rust tokenizer over `model`, which it shares with others.
+
+    added         tokens to be found in raw text, each with whether it is special
+    strip_after   those of them that swallow the spaces behind them
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if post_processor is not None:
+        tokenizer.post_processor = post_processor
+    tokenizer.add_tokens(
+        [
+            AddedToken(text, special=special, normalized=False, rstrip=text in strip_after)
+            for text, special in added.items()
+            if text
+        ]
+    )
+    return tokenizer
+
+
+def check_id(label: str, field: str, value: Any, size: int) -> int:
+    """`value` as a token id, or a FormatError that names the field."""
+    if type(value) is not int:
+        raise FormatError(f"{label}: {field} is {str(value)[:80]!r}; it must be a token id")
+    if not 0 <= value < size:
+        raise FormatError(f"{label}: {field} is {value}; the vocabulary has {size} tokens")
+    return value

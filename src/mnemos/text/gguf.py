@@ -1,0 +1,187 @@
+"""Tokenizers from GGUF metadata: byte-pair merges (`gpt2`, `gemma4`) and SentencePiece's merges by score (`llama`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mnemos.errors import FormatError, UnsupportedError
+from mnemos.text.core import ByteLevelSpelling, SentencePieceSpelling, Spelling, TokenizerCore, share_model
+from mnemos.text.pretokenizers import PreTokenizer, find_pre_tokenizer
+from mnemos.text.vocabulary import PREFIX, TokenType, Vocabulary, mark_special_tokens, read_strings, read_vocabulary
+
+MODELS = ("gpt2", "llama", "gemma4")
+_SPACE = "\u2581"
+
+
+def model_name(metadata: Mapping[str, Any], label: str) -> str:
+    """`tokenizer.ggml.model`, if it is one that can be built."""
+    name = metadata.get(PREFIX + "model")
+    if name is None:
+        raise FormatError(f"{label}: {PREFIX}model is missing; the file holds no tokenizer")
+    if name not in MODELS:
+        raise UnsupportedError(f"{label}: {PREFIX}model is {str(name)[:80]!r}; supported are {', '.join(MODELS)}")
+    return str(name)
+
+
+def build_core(metadata: Mapping[str, Any], label: str) -> TokenizerCore:
+    """The tokenizer that a GGUF file's metadata describes; `label` is the file, for errors."""
+    name = model_name(metadata, label)
+    vocabulary = read_vocabulary(metadata, label)
+    if name == "llama":
+        return _sentencepiece_core(vocabulary)
+    pre = metadata.get(PREFIX + "pre", "default") if name == "gpt2" else "gemma4"
+    if not isinstance(pre, str):
+        raise FormatError(f"{label}: {PREFIX}pre is {str(pre)[:80]!r}; it must be the name of a pre-tokenizer")
+    return _bpe_core(vocabulary, find_pre_tokenizer(pre, label))
+
+
+def _bpe_core(vocabulary: Vocabulary, pre: PreTokenizer) -> TokenizerCore:
+    from tokenizers import Regex, models, normalizers, pre_tokenizers
+
+    merges = split_merges(read_strings(vocabulary.metadata, "merges", vocabulary.label), vocabulary.label)
+    try:
+        model = models.BPE(vocabulary.ids, merges, ignore_merges=pre.ignore_merges, byte_fallback=not pre.byte_level)
+    except Exception as error:  # the library raises plain Exception: a merge names an unknown token
+        raise FormatError(f"{vocabulary.label}: {PREFIX}merges do not fit {PREFIX}tokens: {error}") from error
+    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    if pre.byte_level:
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    return _finish(
+        vocabulary,
+        model,
+        ByteLevelSpelling() if pre.byte_level else SentencePieceSpelling(),
+        normalizer=None if pre.byte_level else normalizers.Replace(" ", _SPACE),
+        pre_tokenizer=pre_tokenizers.Sequence(steps),
+        add_bos=pre.add_bos,
+    )
+
+
+def split_merges(merges: Sequence[str], label: str) -> list[tuple[str, str]]:
+    """The two halves of each merge, which a space divides."""
+    flat = " ".join(merges).split(" ")
+    if len(flat) == 2 * len(merges) and all(" " in merge for merge in merges):
+        return list(zip(flat[::2], flat[1::2], strict=True))
+    pairs = []
+    for index, merge in enumerate(merges):
+        divider = merge.find(" ", 1)  # the first half is never empty, but may be a space
+        if divider < 0 or divider + 1 == len(merge):
+            problem = f"holds {merge[:80]!r} at {index}; a merge is two tokens with a space between"
+            raise FormatError(f"{label}: {PREFIX}merges {problem}")
+        pairs.append((merge[:divider], merge[divider + 1 :]))
+    return pairs
+
+
+def _sentencepiece_core(vocabulary: Vocabulary) -> TokenizerCore:
+    from tokenizers import models, normalizers
+
+    if vocabulary.scores is None:
+        raise FormatError(f"{vocabulary.label}: {PREFIX}scores is missing; the tokenizer 'llama' merges by score")
+    unknown = vocabulary.special_id("unknown_token_id", 0)
+    model = models.BPE(
+        vocabulary.ids,
+        merges_by_score(vocabulary),
+        unk_token=None if unknown is None else vocabulary.texts[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    adds_space = vocabulary.flag("add_space_prefix", True)
+    steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    if adds_space:
+        steps.insert(0, normalizers.Prepend(_SPACE))
+    return _finish(
+        vocabulary,
+        model,
+        SentencePieceSpelling(),
+        normalizer=normalizers.Sequence(steps),
+        add_bos=True,
+        adds_space=adds_space,
+        default_bos=1,
+        default_eos=2,
+        default_unknown=0,
+    )
+
+
+def merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Every pair of tokens whose concatenation is a token, that with the best score first.
+
+    SentencePiece merges any two neighbours that form a token. Only ordinary tokens take part: plain text never
+    becomes a special token.
+    """
+    assert vocabulary.scores is not None
+    texts, ids = vocabulary.texts, vocabulary.ids
+    candidates = vocabulary.of_type(TokenType.NORMAL, TokenType.USER_DEFINED)
+    mergeable = {texts[token] for token in candidates}
+    order = np.argsort(-vocabulary.scores[candidates], kind="stable")
+    merges = []
+    for token in np.asarray(candidates)[order].tolist():
+        text = texts[token]
+        halves = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+        pairs = [pair for pair in halves if pair[0] in mergeable and pair[1] in mergeable]
+        # The pair whose left half is the better token usually stands first in a text, too.
+        merges.extend(pairs if len(pairs) < 2 else sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]])))
+    return merges
+
+
+def _finish(
+    vocabulary: Vocabulary,
+    model: Any,
+    spelling: Spelling,
+    *,
+    normalizer: Any = None,
+    pre_tokenizer: Any = None,
+    add_bos: bool = False,
+    adds_space: bool = False,
+    default_bos: int | None = None,
+    default_eos: int | None = None,
+    default_unknown: int | None = None,
+) -> TokenizerCore:
+    """The parts that both kinds have in common: special tokens and what surrounds a text."""
+    bos = vocabulary.special_id("bos_token_id", default_bos)
+    eos = vocabulary.special_id("eos_token_id", default_eos)
+    unknown = vocabulary.special_id("unknown_token_id", default_unknown)
+    types, ends = mark_special_tokens(vocabulary, eos)
+    marked = replace(vocabulary, types=types)
+    special = marked.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
+    added = marked.of_type(TokenType.USER_DEFINED)
+    texts = vocabulary.texts
+    plain = {texts[token]: False for token in added}
+    strip_after = _strip_after(marked, [*special, *added])
+    parts = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "strip_after": strip_after}
+    return TokenizerCore(
+        label=vocabulary.label,
+        texts=texts,
+        spelling=spelling,
+        literal_ids=frozenset((*special, *added)),
+        silent_ids=frozenset(marked.of_type(TokenType.UNUSED, TokenType.UNDEFINED)),
+        special_ids=frozenset(special),
+        strips_space=adds_space,
+        encoder=share_model(model, {**plain, **{texts[token]: True for token in special}}, **parts),
+        plain_encoder=share_model(model, plain, **parts),
+        prefix_ids=_surrounding(marked, "add_bos_token", add_bos, "bos_token_id", bos),
+        suffix_ids=_surrounding(marked, "add_eos_token", False, "eos_token_id", eos),
+        bos_id=bos,
+        eos_id=eos,
+        pad_id=vocabulary.special_id("padding_token_id"),
+        unknown_id=unknown,
+        eos_ids=ends,
+    )
+
+
+def _surrounding(vocabulary: Vocabulary, flag: str, default: bool, key: str, token: int | None) -> tuple[int, ...]:
+    if not vocabulary.flag(flag, default):
+        return ()
+    if token is None:
+        raise FormatError(f"{vocabulary.label}: {PREFIX}{flag} is true, but {PREFIX}{key} is missing")
+    return (token,)
+
+
+def _strip_after(vocabulary: Vocabulary, tokens: Sequence[int]) -> frozenset[str]:
+    """Special tokens that swallow the spaces behind them: Phi-3's, which no key of the file says."""
+    name = str(vocabulary.metadata.get("general.name", "")).lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return frozenset()
+    return frozenset(vocabulary.texts[token] for token in tokens) - {"<unk>", "<s>", "<|endoftext|>"}

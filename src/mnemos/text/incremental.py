@@ -1,0 +1,46 @@
+"""Text from a stream of tokens: whole characters only, the same text as decoding everything at once."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+
+from mnemos.text.core import TokenizerCore
+
+
+class IncrementalDecoder:
+    """Turns token ids into text one by one. Bytes that end inside a UTF-8 character wait for the rest of it;
+    bytes that cannot become a character are U+FFFD.
+
+    continues: the text goes on from other text, so a leading space belongs to it and stays.
+    """
+
+    def __init__(self, core: TokenizerCore, skip_special: bool = True, continues: bool = False) -> None:
+        self._core = core
+        self._skipped = core.special_ids if skip_special else frozenset[int]()
+        self._strips_space = core.strips_space and not continues
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token; may be empty."""
+        piece = self._core.token_bytes(token_id)
+        if token_id in self._skipped or not piece:
+            return ""
+        if self._strips_space:
+            self._strips_space = False
+            piece = piece.removeprefix(b" ")
+        return self._utf8.decode(piece)
+
+    def finish(self) -> str:
+        """What was still waiting: U+FFFD if that is half a character."""
+        return self._utf8.decode(b"", final=True)
+
+
+def decode_tokens(core: TokenizerCore, ids: Iterable[int], skip_special: bool, continues: bool) -> str:
+    """Decodes everything at once."""
+    skipped = core.special_ids if skip_special else frozenset()
+    pieces = [core.token_bytes(token) for token in ids]
+    text = b"".join(piece for piece, token in zip(pieces, ids, strict=True) if token not in skipped)
+    if core.strips_space and not continues:
+        text = text.removeprefix(b" ")
+    return text.decode("utf-8", errors="replace")

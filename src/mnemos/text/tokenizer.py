@@ -1,0 +1,131 @@
+"""The tokenizer that the rest of Mnemos uses, whichever file it comes from."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mnemos.errors import FormatError, RequestError
+from mnemos.text.core import TokenizerCore
+from mnemos.text.incremental import IncrementalDecoder, decode_tokens
+
+if TYPE_CHECKING:
+    from mnemos.formats.checkpoint import Checkpoint
+    from mnemos.formats.gguf import GGUFFile
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Made by `from_gguf`, `from_file` or `from_checkpoint`, which only look at the file; the tokenizer is built by
+    `prepare()` or at its first use, once, whichever thread comes first. Safe to use from many threads.
+    """
+
+    def __init__(
+        self, build: Callable[[], TokenizerCore], vocabulary_size: int, chat_template: str | None = None
+    ) -> None:
+        self.vocabulary_size = vocabulary_size
+        self.chat_template = chat_template
+        self._build = build
+        self._built: TokenizerCore | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_gguf(cls, source: str | Path | GGUFFile) -> Tokenizer:
+        """The tokenizer in a GGUF file's metadata."""
+        from mnemos.formats.gguf import GGUFFile
+
+        file = GGUFFile.open(source) if isinstance(source, (str, Path)) else source
+        return cls.from_metadata(file.metadata, str(file.path))
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any], label: str) -> Tokenizer:
+        """The tokenizer that GGUF metadata describes; `label` is the file, for errors."""
+        from mnemos.text.gguf import build_core, model_name
+
+        model_name(metadata, label)
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        if not isinstance(tokens, Sequence) or isinstance(tokens, str):
+            raise FormatError(f"{label}: tokenizer.ggml.tokens is {str(tokens)[:80]}; it must be an array of strings")
+        template = metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise FormatError(f"{label}: tokenizer.chat_template is {str(template)[:80]}; it must be a string")
+        return cls(lambda: build_core(metadata, label), len(tokens), template)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Tokenizer:
+        """The tokenizer that lies in, or beside, an open checkpoint."""
+        path = Path(checkpoint.path)
+        if checkpoint.kind == "gguf":
+            return cls.from_metadata(checkpoint.metadata, str(path))
+        return cls.from_file(path if path.is_dir() else path.parent)
+
+    def prepare(self) -> Tokenizer:
+        """Builds the tokenizer now. Most of it runs without the GIL, so a thread can do it while weights load."""
+        _ = self._core
+        return self
+
+    @property
+    def _core(self) -> TokenizerCore:
+        if self._built is None:
+            with self._lock:
+                if self._built is None:
+                    self._built = self._build()
+        return self._built
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        add_special: with the bos and eos tokens around it that the model expects.
+        parse_special: the names of special tokens in the text mean those tokens; False for text that others wrote.
+        """
+        if not isinstance(text, str):
+            raise RequestError(f"the text to encode is of type {type(text).__name__}; it must be a str")
+        try:
+            return self._core.encode(text, add_special, parse_special)
+        except UnicodeEncodeError as error:
+            character = f"U+{ord(text[error.start]):04X}"
+            problem = f"has the lone surrogate {character} at {error.start}"
+            raise RequestError(f"the text {problem}; it must be Unicode text without surrogates") from error
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
+        """The text of token ids; bytes that are not UTF-8 are U+FFFD.
+
+        continues: the ids continue a text, so a leading space belongs to it; otherwise the one space is stripped
+        that SentencePiece tokenizers put before a text.
+        """
+        return decode_tokens(self._core, list(ids), skip_special, continues)
+
+    def decoder(self, skip_special: bool = True, continues: bool = False) -> IncrementalDecoder:
+        """A decoder for a stream of ids; what it yields adds up to what `decode` gives."""
+        return IncrementalDecoder(self._core, skip_special, continues)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; a special token's are its name."""
+        return self._core.token_bytes(token_id)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of tokens that are not text, such as bos, eos and the marks of a chat."""
+        return self._core.special_ids
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._core.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._core.eos_id
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends a generation."""
+        return self._core.eos_ids
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._core.pad_id
