@@ -137,6 +137,10 @@ void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64
 
 std::vector<const Kernels *> runnable_kernels() {
   std::vector<const Kernels *> kernels{&scalar_kernels};
+#if defined(__x86_64__)
+  const CpuFeatures &cpu = cpu_features();
+  if (cpu.avx512) kernels.push_back(&avx512_kernels);
+#endif
   return kernels;
 }
 
@@ -149,7 +153,11 @@ const Kernels *find_kernels(const char *name) {
 }
 
 const Kernels &current_kernels() {
-  return scalar_kernels;
+  const char *level = isa_name(current_isa());
+  const Kernels *best = &scalar_kernels;
+  for (const Kernels *kernels : runnable_kernels())  // "avx512bf16" is of the level "avx512"
+    if (strncmp(kernels->name, level, strlen(level)) == 0) best = kernels;
+  return *best;
 }
 
 }  // namespace mnemos
