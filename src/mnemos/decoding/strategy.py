@@ -1,9 +1,9 @@
 """The contract between a decoding strategy and the engine.
 
-A strategy drives one request through branches. A branch is a token sequence whose keys and values the engine keeps in
-pages; forked branches share them. At each step the engine evaluates the tokens that the branches have not evaluated yet,
-as rows of one ragged batch together with all other requests, and hands every strategy the rows that it wants. A strategy
-never calls the model.
+A strategy drives one request through branches. A branch is a token sequence whose keys and values the engine keeps
+in pages; forked branches share them. At each step the engine evaluates the tokens that the branches have not evaluated
+yet, as rows of one ragged batch together with all other requests, and hands every strategy the rows that it wants. A
+strategy never calls the model.
 """
 
 from __future__ import annotations

@@ -1,0 +1,192 @@
+"""From a request's config to its strategy, with the checks that need the prompt and the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from mnemos.decoding.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from mnemos.decoding.processors import filters_of, processors_of
+from mnemos.decoding.sampler import Cutoffs, fresh_seed
+from mnemos.decoding.sampling import Chooser, Sampling
+from mnemos.decoding.stopping import IncrementalDecoder, StopRules, StopWatch
+from mnemos.decoding.strategy import Strategy
+from mnemos.errors import ContextLengthError, RequestError
+from mnemos.models.contract import ModelSpec
+
+_FILTERS_BESIDE_CUTOFFS = ("typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+class Tokenizer(Protocol):
+    """What strategies need of a tokenizer."""
+
+    vocabulary_size: int
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+
+    def decoder(self, skip_special: bool = True) -> IncrementalDecoder: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+def fit_prompt(config: GenerationConfig, prompt_ids: Sequence[int], spec: ModelSpec) -> list[int]:
+    """The prompt as it will be evaluated: checked, and cut on the left where config.overflow says so.
+
+    Raises RequestError for an empty prompt or a token outside the vocabulary, ContextLengthError for one that is too
+    long. "truncate_left" leaves room for max_new_tokens (without one, for 256 but at most half the context).
+    """
+    if len(prompt_ids) == 0:
+        raise RequestError("the prompt is empty; give at least one token")
+    array = np.asarray(prompt_ids)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise RequestError(
+            f"the prompt is an array of {array.dtype} with shape {array.shape}; give a list of token ids"
+        )
+    _check_ids("the prompt", (int(array.min()), int(array.max())), spec)
+    prompt: list[int] = array.tolist()
+    if config.overflow != "truncate_left":
+        return prompt
+    wanted = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, spec.context_length // 2)
+    if wanted >= spec.context_length:
+        raise ContextLengthError(
+            f"max_new_tokens is {wanted}, which leaves no room for a prompt in the context of {spec.context_length}"
+        )
+    return prompt[-(spec.context_length - wanted) :]
+
+
+def new_tokens(config: GenerationConfig, prompt_length: int, spec: ModelSpec) -> int:
+    """The most tokens that may be generated. Raises ContextLengthError where the context is too small."""
+    limits = [config.max_new_tokens] if config.max_new_tokens else []
+    if config.max_length is not None:
+        if config.max_length <= prompt_length:
+            raise RequestError(
+                f"max_length is {config.max_length}, but the prompt alone has {prompt_length} tokens; raise it, "
+                "or give max_new_tokens"
+            )
+        limits.append(config.max_length - prompt_length)
+    most = min(limits, default=DEFAULT_NEW_TOKENS)
+    if config.overflow == "sliding":
+        return most
+    room = spec.context_length - prompt_length
+    if room < 1:
+        raise ContextLengthError(
+            f"the prompt has {prompt_length} tokens, {1 - room} more than fit with one new token into the context of "
+            f"{spec.context_length}; shorten it, or set overflow"
+        )
+    if config.max_new_tokens is not None and most > room:
+        raise ContextLengthError(
+            f"the prompt's {prompt_length} tokens and {most} new ones are {most - room} more than the context of "
+            f"{spec.context_length}; lower max_new_tokens, or set overflow"
+        )
+    return min(most, room)
+
+
+def make_strategy(
+    config: GenerationConfig, prompt_ids: Sequence[int], tokenizer: Tokenizer | None, spec: ModelSpec
+) -> Strategy:
+    """The strategy that runs one request. `prompt_ids` are as `fit_prompt` returned them.
+
+    Without a tokenizer, stop strings, bad words and constraints are refused. Raises RequestError or ContextLengthError
+    for a request that this model cannot run.
+    """
+    return _Builder(config, prompt_ids, tokenizer, spec).build()
+
+
+class _Builder:
+    def __init__(
+        self, config: GenerationConfig, prompt_ids: Sequence[int], tokenizer: Tokenizer | None, spec: ModelSpec
+    ) -> None:
+        self.config = config
+        self.prompt_ids = prompt_ids
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.most = new_tokens(config, len(prompt_ids), spec)
+        self.stop_ids = self._stop_ids()
+        self._check()
+
+    def build(self) -> Strategy:
+        return self._sampling()
+
+    def _sampling(self) -> Sampling:
+        config = self.config
+        return Sampling(
+            self._chooser(),
+            self.watch,
+            seed=fresh_seed() if config.seed is None else config.seed,
+            most=self.most,
+            results=config.num_return_sequences,
+            samples=config.best_of or config.num_return_sequences,
+            logprobs=config.logprobs,
+        )
+
+    def _chooser(self) -> Chooser:
+        config = self.config
+        processors = processors_of(config, self.stop_ids, self._bad_words())
+        if not config.samples:
+            return Chooser(processors)
+        if any(getattr(config, name) is not None for name in _FILTERS_BESIDE_CUTOFFS):
+            return Chooser(processors, filters_of(config), Cutoffs())
+        temperature = 1.0 if config.temperature is None else config.temperature
+        top_p = 1.0 if config.top_p is None else config.top_p
+        return Chooser(processors, (), Cutoffs(temperature, config.top_k or 0, top_p, config.min_p or 0.0))
+
+    def _rules(self) -> StopRules:
+        config = self.config
+        least = max(config.min_new_tokens, config.min_length - len(self.prompt_ids), 0)
+        criteria: Any = config.stopping_criteria
+        deadline = None if config.max_time is None else time.monotonic() + config.max_time
+        return StopRules(
+            self.stop_ids, least, self.most, tuple(config.stop), criteria, config.stop_when_repeating, deadline
+        )
+
+    def watch(self) -> StopWatch:
+        """Called when the strategy starts, from which max_time counts."""
+        rules = self._rules()
+        return StopWatch(rules, self._needed_tokenizer("stop").decoder() if rules.strings else None)
+
+    def _stop_ids(self) -> frozenset[int]:
+        eos = self.config.eos_ids
+        ending = () if self.config.ignore_eos else self.spec.eos_token_ids if eos is None else eos
+        return frozenset(ending) | frozenset(np.atleast_1d(self.config.stop_token_ids).astype(int).tolist())
+
+    def _bad_words(self) -> list[list[int]]:
+        """The banned token sequences; a banned word is banned at the start of a text and after a space."""
+        words = [list(sequence) for sequence in self.config.bad_words_ids]
+        for word in self.config.bad_words:
+            for text in (word, " " + word.lstrip()):
+                words.append(self._needed_tokenizer("bad_words").encode(text, add_special=False))
+        return [word for word in words if word]
+
+    def _needed_tokenizer(self, field: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(f"{field} needs a tokenizer, and this engine has none; give token ids instead")
+        return self.tokenizer
+
+    def _check(self) -> None:
+        config, spec = self.config, self.spec
+        ids: dict[str, Iterable[int]] = {
+            "logit_bias": config.logit_bias or (),
+            "stop_token_ids": np.atleast_1d(config.stop_token_ids).astype(int).tolist(),
+            "eos_token_id": config.eos_ids or (),
+            "bad_words_ids": [token for sequence in config.bad_words_ids for token in sequence],
+        }
+        for name, tokens in ids.items():
+            _check_ids(name, tokens, spec)
+        if config.stop:
+            self._needed_tokenizer("stop")
+        if config.min_new_tokens > self.most or config.min_length > len(self.prompt_ids) + self.most:
+            raise RequestError(
+                f"min_new_tokens is {config.min_new_tokens} and min_length {config.min_length}, but the lengths and "
+                f"the context allow {self.most} new tokens after {len(self.prompt_ids)}"
+            )
+
+
+def _check_ids(name: str, tokens: Iterable[int], spec: ModelSpec) -> None:
+    for token in tokens:
+        if not 0 <= token < spec.vocabulary_size:
+            raise RequestError(
+                f"{name} has the token id {token}; the vocabulary has ids from 0 to {spec.vocabulary_size - 1}"
+            )

@@ -1,0 +1,89 @@
+"""The tokens of one sequence, with the tables that logits processors read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+class History:
+    """A sequence that only grows. Its tables are made on first use, and then read new tokens only.
+
+    tokens is the prompt (prompt_length tokens) and what was generated since.
+    """
+
+    def __init__(self, tokens: Sequence[int], prompt_length: int | None = None) -> None:
+        self.tokens = list(tokens)
+        self.prompt_length = len(self.tokens) if prompt_length is None else prompt_length
+        self._array = np.empty(0, np.int64)
+        self._read = 0
+        self._seen = _Counts()
+        self._generated = _Counts(self.prompt_length)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+
+    def fork(self) -> History:
+        copy = History(self.tokens, self.prompt_length)
+        copy._seen, copy._generated = self._seen.copy(), self._generated.copy()
+        return copy
+
+    def array(self) -> Indices:
+        """All tokens as int64, a view that the next `append` may outdate."""
+        length = len(self.tokens)
+        if length > len(self._array):
+            grown = np.empty(2 * length, np.int64)
+            grown[: self._read] = self._array[: self._read]
+            self._array = grown
+        if self._read < length:
+            self._array[self._read : length] = self.tokens[self._read :]
+            self._read = length
+        return self._array[:length]
+
+    def seen(self) -> Indices:
+        """The distinct tokens of prompt and generated text, in no particular order."""
+        return self._seen.update(self.tokens)[0]
+
+    def counts(self) -> tuple[Indices, Indices]:
+        """The distinct generated tokens, and how often each occurs."""
+        return self._generated.update(self.tokens)
+
+
+class _Counts:
+    """How often each token occurs from `start` on."""
+
+    def __init__(self, start: int = 0) -> None:
+        self._slots: dict[int, int] = {}
+        self._ids = np.empty(64, np.int64)
+        self._counts = np.empty(64, np.int64)
+        self._next = start
+
+    def copy(self) -> _Counts:
+        other = _Counts(self._next)
+        other._slots = self._slots.copy()
+        other._ids, other._counts = self._ids.copy(), self._counts.copy()
+        return other
+
+    def update(self, tokens: list[int]) -> tuple[Indices, Indices]:
+        for position in range(self._next, len(tokens)):
+            self._add(tokens[position])
+        self._next = max(self._next, len(tokens))
+        used = len(self._slots)
+        return self._ids[:used], self._counts[:used]
+
+    def _add(self, token: int) -> None:
+        slot = self._slots.get(token)
+        if slot is None:
+            slot = self._slots[token] = len(self._slots)
+            if slot == len(self._ids):
+                self._ids, self._counts = np.resize(self._ids, 2 * slot), np.resize(self._counts, 2 * slot)
+            self._ids[slot], self._counts[slot] = token, 0
+        self._counts[slot] += 1

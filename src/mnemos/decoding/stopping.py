@@ -1,0 +1,172 @@
+"""When a text ends: stop tokens, stop strings, lengths, loops, time and a user's own criteria."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mnemos.errors import MnemosError, RequestError
+
+
+class IncrementalDecoder(Protocol):
+    """Turns token ids into text piece by piece, never half a character."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class StopStrings:
+    """Lets text through up to the first stop string, and never a part of one.
+
+    Text that may be the beginning of a stop string is held back until what follows decides. Of several stop strings the
+    one that is complete first counts, whatever pieces the text came in.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = tuple(strings)
+        self._longest = max(map(len, self._strings), default=1)
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, piece: str) -> str:
+        """The text that is certain now. After a match `matched` is set and nothing more comes."""
+        text = self._held + piece
+        ends = [(start + len(stop), start, stop) for stop in self._strings if (start := text.find(stop)) >= 0]
+        if ends:
+            _, start, self.matched = min(ends)
+            self._held = ""
+            return text[:start]
+        cut = self._certain(text)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def pass_through(self, piece: str) -> str:
+        """As `push`, but nothing in the text so far can be part of a match."""
+        text, self._held = self._held + piece, ""
+        return text
+
+    def finish(self) -> str:
+        """What was held back and turned out not to be a stop string."""
+        return self.pass_through("")
+
+    def _certain(self, text: str) -> int:
+        """Where the longest end of the text begins that begins a stop string."""
+        for start in range(max(len(text) - self._longest + 1, 0), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._strings):
+                return start
+        return len(text)
+
+
+class RepetitionDetector:
+    """Notices that the last tokens are one block over and over.
+
+    A loop is a block of up to `longest_block` tokens that filled the last `repeats` blocks and at least `span` tokens.
+    """
+
+    def __init__(self, longest_block: int = 128, repeats: int = 4, span: int = 64) -> None:
+        periods = np.arange(1, longest_block + 1)
+        # A block of p tokens has filled s tokens when the newest s - p of them equal those p places earlier.
+        self._enough = np.maximum(periods * repeats, span) - periods
+        self._equal = np.zeros(longest_block, np.int64)
+        self._recent = np.full(longest_block, -1, np.int64)  # newest first
+
+    def push(self, token: int) -> bool:
+        """True if the text has become a loop."""
+        self._equal = np.where(self._recent == token, self._equal + 1, 0)
+        self._recent = np.roll(self._recent, 1)
+        self._recent[0] = token
+        return bool(np.any(self._equal >= self._enough))
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a text ended; `stopped_by` is the stop string or stop token, and `is_text` whether the last token is text."""
+
+    reason: str
+    stopped_by: str | int | None = None
+    is_text: bool = True
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """What ends the texts of one request. Lengths are in generated tokens; `deadline` is on the clock of `clock`."""
+
+    stop_ids: frozenset[int]
+    least: int
+    most: int
+    strings: tuple[str, ...] = ()
+    criteria: tuple[Callable[[Sequence[int]], bool], ...] = ()
+    detect_loops: bool = False
+    deadline: float | None = None
+    clock: Callable[[], float] = time.monotonic
+
+
+class StopWatch:
+    """Follows one text and says when it ends, and what of it is certain."""
+
+    def __init__(self, rules: StopRules, decoder: IncrementalDecoder | None) -> None:
+        """`decoder` must be given where the rules have stop strings, and only there."""
+        self._rules = rules
+        self._decoder = decoder
+        self._strings = StopStrings(rules.strings)
+        self._loops = RepetitionDetector() if rules.detect_loops else None
+        self._text: list[str] = []
+        self._generated = 0
+
+    @property
+    def text(self) -> str | None:
+        """The whole text; None without stop strings."""
+        return None if self._decoder is None else "".join(self._text)
+
+    def push(self, token: int, tokens: Sequence[int]) -> tuple[str | None, End | None]:
+        """What text `token`, the last of `tokens`, made certain (None: the token's own), and whether it is the end."""
+        self._generated += 1
+        if token in self._rules.stop_ids:
+            return "", End("stop", token, is_text=False)
+        piece = self._push_text(token)
+        if self._strings.matched is not None:
+            return piece, End("stop", self._strings.matched)
+        return piece, self._other_end(token, tokens)
+
+    def finish(self) -> None:
+        """Adds to the text what was held back, unless a stop string ended it."""
+        if self._decoder is not None and self._strings.matched is None:
+            self._text.append(self._strings.push(self._decoder.finish()))
+            self._text.append(self._strings.finish())
+
+    def _push_text(self, token: int) -> str | None:
+        if self._decoder is None:
+            return None
+        piece = self._decoder.push(token)
+        early = self._generated <= self._rules.least
+        certain = self._strings.pass_through(piece) if early else self._strings.push(piece)
+        self._text.append(certain)
+        return certain
+
+    def _other_end(self, token: int, tokens: Sequence[int]) -> End | None:
+        rules = self._rules
+        looping = self._loops is not None and self._loops.push(token)
+        if rules.criteria and self._generated >= rules.least and any(_met(c, tokens) for c in rules.criteria):
+            return End("stop")
+        if looping:
+            return End("repetition")
+        if self._generated >= rules.most:
+            return End("length")
+        if rules.deadline is not None and rules.clock() >= rules.deadline:
+            return End("time")
+        return None
+
+
+def _met(criterion: Any, tokens: Sequence[int]) -> bool:
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    try:
+        return bool(criterion(tuple(tokens)))
+    except MnemosError:
+        raise
+    except Exception as error:
+        raise RequestError(f"stopping criterion {name} failed: {type(error).__name__}: {error}") from error
