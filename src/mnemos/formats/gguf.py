@@ -67,12 +67,6 @@ class GGUFFile:
         return first if parts <= 1 else _join_parts(first, parts)
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether the file begins like a GGUF file."""
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
-
-
 def _read(path: Path) -> GGUFFile:
     cursor = _Cursor(path, map_file(path))
     version, tensor_count, pair_count = _read_header(cursor)
