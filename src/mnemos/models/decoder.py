@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +16,9 @@ from mnemos.models.weights import Linear, RMSNorm, Weights
 from mnemos.ops.batch import AttentionParams, RopeParams
 from mnemos.ops.protocol import Array, Cache, Matrix, Ops
 
+MOST_LAYERS = 100_000  # more is a damaged field, found before a list is made of it
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -27,10 +31,17 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     context_length: int
+    windows: tuple[int, ...]  # for each layer how many positions attention reaches back, 0 without a limit
 
 
-def read_shape(fields: Fields, *, head_dim: int | None = None) -> dict[str, Any]:
-    """The values of DecoderConfig's fields; `head_dim` where the config may leave it out, else hidden size / heads."""
+def read_shape(
+    fields: Fields, *, head_dim: int | None = None, slides: Callable[[int], bool] = lambda layer: True
+) -> dict[str, Any]:
+    """The values of DecoderConfig's fields.
+
+    head_dim: where the config has none (else hidden size / heads). slides: which layers have the sliding window, if
+    there is one and the config does not list the layers' types.
+    """
     hidden = fields.size("hidden_size")
     heads = fields.size("num_attention_heads")
     kv_heads = fields.size("num_key_value_heads", heads)
@@ -43,12 +54,23 @@ def read_shape(fields: Fields, *, head_dim: int | None = None) -> dict[str, Any]
     return {
         "vocab_size": fields.size("vocab_size"),
         "hidden_size": hidden,
-        "num_hidden_layers": fields.size("num_hidden_layers"),
+        "num_hidden_layers": fields.size("num_hidden_layers", largest=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": fields.size("head_dim", head_dim),
         "context_length": context_in_use(fields),
+        "windows": _read_windows(fields, fields.size("num_hidden_layers", largest=MOST_LAYERS), slides),
     }
+
+
+def _read_windows(fields: Fields, layers: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
+    window = fields.size("sliding_window", 0, least=0) if fields.flag("use_sliding_window", True) else 0
+    types = fields.get("layer_types")
+    if types is None:
+        return tuple(window if slides(layer) else 0 for layer in range(layers))
+    if not isinstance(types, list) or len(types) != layers or not set(types) <= set(LAYER_TYPES):
+        raise fields.wrong("layer_types", f"a list of {layers} names out of {', '.join(LAYER_TYPES)}")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 
 class Architecture(Protocol):
@@ -59,10 +81,6 @@ class Architecture(Protocol):
 
     @property
     def config(self) -> DecoderConfig: ...
-
-    @property
-    def window(self) -> int:
-        """How many positions attention reaches back in every layer; 0 where any layer has no limit."""
 
     def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]: ...
 
@@ -102,6 +120,16 @@ class GatedMLP:
 
 
 @dataclass(frozen=True)
+class MLP:
+    up_proj: Linear
+    down_proj: Linear
+    activation: str
+
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        return self.down_proj(ops, ops.activation(self.up_proj(ops, x), self.activation))
+
+
+@dataclass(frozen=True)
 class PreNormLayer:
     """x + attention(norm(x)), then x + mlp(norm(x)): the layer of Llama and its kin."""
 
@@ -115,6 +143,14 @@ class PreNormLayer:
         return ops.add(x, self.mlp(ops, self.mlp_norm(ops, x)))
 
 
+@dataclass(frozen=True)
+class HeadNorm:
+    """Norms of each query and key head; `offset` is added to their weights."""
+
+    epsilon: float
+    offset: float = 0.0
+
+
 def load_attention(
     weights: Weights,
     layer: int,
@@ -122,23 +158,21 @@ def load_attention(
     rope: RopeParams | None,
     *,
     scale: float | None = None,
-    window: int = 0,
     softcap: float = 0.0,
     qkv_bias: bool = False,
     o_bias: bool = False,
-    head_norm: tuple[float, float] | None = None,
+    head_norm: HeadNorm | None = None,
     interleaved: int = 0,
 ) -> Attention:
     """The attention block `layers.{layer}.self_attn` with separate q, k and v projections.
 
-    head_norm: (epsilon, offset of the weights) of the norms of each query and key head, if there are any.
     interleaved: in how many leading elements of each head the file pairs neighbours instead of halves.
     """
     name = f"layers.{layer}.self_attn"
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q_take, k_take = (half_split_rows(n, size, interleaved) if interleaved else None for n in (heads, kv_heads))
     q_norm, k_norm = (
-        weights.rms_norm(f"{name}.{norm}", size, head_norm[0], offset=head_norm[1]) if head_norm else None
+        weights.rms_norm(f"{name}.{norm}", size, head_norm.epsilon, offset=head_norm.offset) if head_norm else None
         for norm in ("q_norm", "k_norm")
     )
     return Attention(
@@ -147,7 +181,9 @@ def load_attention(
         v_proj=weights.linear(f"{name}.v_proj", kv_heads * size, config.hidden_size, qkv_bias),
         o_proj=weights.linear(f"{name}.o_proj", config.hidden_size, heads * size, o_bias),
         layer=layer,
-        params=AttentionParams(heads, kv_heads, size, size**-0.5 if scale is None else scale, window, softcap),
+        params=AttentionParams(
+            heads, kv_heads, size, size**-0.5 if scale is None else scale, config.windows[layer], softcap
+        ),
         rope=rope,
         q_norm=q_norm,
         k_norm=k_norm,
@@ -166,11 +202,64 @@ def load_gated_mlp(
     )
 
 
-def load_head(weights: Weights, embedding: Matrix, config: DecoderConfig, tied: bool) -> Matrix:
-    """The output projection: the embedding itself where they are tied (in GGUF: where there is no other)."""
-    if tied or (weights.is_gguf and not weights.has("lm_head")):
+def load_head(weights: Weights, embedding: Matrix, config: DecoderConfig, tied: bool, name: str = "lm_head") -> Matrix:
+    """The output projection: the embedding itself where the two are tied; in GGUF, where there is no other."""
+    if not weights.has(name) if weights.is_gguf else tied:
+        weights.ignore(name)  # tied models may be saved with a copy
         return embedding
-    return weights.matrix("lm_head", config.vocab_size, config.hidden_size)
+    return weights.matrix(name, config.vocab_size, config.hidden_size)
+
+
+@dataclass(frozen=True)
+class PreNormDecoder:
+    """Embedding, layers of PreNormLayer, a last norm and the output projection."""
+
+    embed_tokens: Matrix
+    layers: list[PreNormLayer]
+    norm: RMSNorm
+    lm_head: Matrix
+    embed_scale: float | None = None
+
+    def __call__(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
+        x = ops.embed(self.embed_tokens, batch.token_ids)
+        if self.embed_scale:
+            x = ops.scale(x, self.embed_scale)
+        for layer in self.layers:
+            x = layer(ops, x, batch, cache)
+        hidden = self.norm(ops, ops.rows(x, batch.logit_rows))
+        return hidden, ops.linear(hidden, self.lm_head)
+
+
+def load_pre_norm_decoder(
+    weights: Weights,
+    config: DecoderConfig,
+    epsilon: float,
+    tied: bool,
+    attention: Callable[[int], Attention],
+    mlp: Callable[[int], Any],
+    norm_offset: float = 0.0,
+    embed_scale: float | None = None,
+) -> PreNormDecoder:
+    """A decoder whose layers have the attention and feed-forward blocks that the functions give for their number.
+
+    norm_offset is added to every norm's weights.
+    """
+
+    def norm(name: str) -> RMSNorm:
+        return weights.rms_norm(name, config.hidden_size, epsilon, offset=norm_offset)
+
+    embed_tokens = weights.matrix("embed_tokens", config.vocab_size, config.hidden_size)
+    layers = [
+        PreNormLayer(
+            input_norm=norm(f"layers.{i}.input_layernorm"),
+            attention=attention(i),
+            mlp_norm=norm(f"layers.{i}.post_attention_layernorm"),
+            mlp=mlp(i),
+        )
+        for i in range(config.num_hidden_layers)
+    ]
+    lm_head = load_head(weights, embed_tokens, config, tied)
+    return PreNormDecoder(embed_tokens, layers, norm("norm"), lm_head, embed_scale)
 
 
 def half_split_rows(heads: int, head_dim: int, rotary_dim: int) -> npt.NDArray[np.intp]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import isfinite
+from dataclasses import dataclass, field, replace
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from mnemos.errors import FormatError
+from mnemos.formats.tensor import Tensor
 
 LARGEST = 2**31 - 1  # positions, ids and sizes are 32-bit integers behind this point
 _MISSING: Any = object()
@@ -44,40 +45,43 @@ GGUF_KEYS = {
     "beta_fast": "rope.scaling.yarn_beta_fast",
     "beta_slow": "rope.scaling.yarn_beta_slow",
 }
+# Hyperparameters that GGUF keeps as tensors.
+GGUF_TABLES = {
+    "rope_freqs": "rope_freqs.weight",
+    "short_factor": "rope_factors_short.weight",
+    "long_factor": "rope_factors_long.weight",
+}
 
 
 @dataclass(frozen=True)
 class Fields:
     """Hyperparameters by their Hugging Face names, read from a config.json or from GGUF metadata.
 
-    Every method raises FormatError with the file, the field as it is named there, its value and the rule.
-    `keys` translates a name into the file's own; a name that it lacks does not exist in this kind of file.
-    `context_length` is what the user asked for, None for the model's own.
+    Every method raises FormatError with the file, the field as it is named there, its value and the rule. `keys`
+    translates names into the file's own; in GGUF, a name that it lacks is absent. `context_length` is what the user
+    asked for, None for the model's own.
     """
 
     path: Path | str
     values: Mapping[str, Any]
-    keys: Mapping[str, str] | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    is_gguf: bool = False
     context_length: int | None = None
 
-    @property
-    def is_gguf(self) -> bool:
-        return self.keys is not None
+    def renamed(self, **names: str) -> Fields:
+        """For a config.json that calls hyperparameters differently: its word for each usual name."""
+        return self if self.is_gguf else replace(self, keys={**self.keys, **names})
 
-    def renamed(self, names: Mapping[str, str]) -> Fields:
-        """For a config.json that calls a hyperparameter differently: `names` gives its word for each usual one."""
-        return self if self.is_gguf else replace(self, values=_Renamed(self.values, names))
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
+        """For a config.json that may leave these fields out."""
+        return replace(self, values={**defaults, **self.values})
 
     def key(self, name: str) -> str:
-        if self.keys is not None:
-            return self.keys.get(name, name)
-        return self.values.key(name) if isinstance(self.values, _Renamed) else name
+        return self.keys.get(name, name)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The raw value; null counts as absent."""
-        if self.keys is not None and name not in self.keys:
-            return default
-        value = self.values.get(self.key(name))
+        value = None if self.is_gguf and name not in self.keys else self.values.get(self.key(name))
         return default if value is None else value
 
     def wrong(self, name: str, rule: str) -> FormatError:
@@ -147,23 +151,35 @@ class Fields:
             raise self.wrong(name, "an object")
         return Fields(f"{self.path}: {self.key(name)}", value, context_length=self.context_length)
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` finite numbers above 0."""
+        values = self.get(name)
+        if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
+            raise self.wrong(name, f"a list of {count} numbers")
+        if not all(type(v) in (int, float) and 0 < v < inf for v in values):
+            raise self.wrong(name, "finite numbers above 0")
+        return tuple(float(v) for v in values)
 
-class _Renamed(Mapping[str, Any]):
-    def __init__(self, values: Mapping[str, Any], names: Mapping[str, str]) -> None:
-        self._values = values
-        self._names = names
 
-    def key(self, name: str) -> str:
-        return self._names.get(name, name)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
-
-    def __iter__(self) -> Any:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
+def gguf_fields(
+    path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], context_length: int | None
+) -> Fields:
+    """The hyperparameters of a GGUF file, those among its tensors included."""
+    architecture = metadata["general.architecture"]
+    keys = {name: f"{architecture}.{suffix}" for name, suffix in GGUF_KEYS.items()} | GGUF_TABLES
+    values = {key: metadata[key] for key in keys.values() if key in metadata}
+    for key in GGUF_TABLES.values():
+        if key in tensors:
+            if tensors[key].size > 65536:
+                raise FormatError(
+                    f"{path}: tensor {key!r} has {tensors[key].size} values; expected one for two elements of a head"
+                )
+            values[key] = tensors[key].dequantize().reshape(-1).tolist()
+    if GGUF_TABLES["long_factor"] in values:
+        values.setdefault(keys["rope_type"], "longrope")
+    if "token_embd.weight" in tensors:
+        values.setdefault(keys["vocab_size"], tensors["token_embd.weight"].rows)
+    return Fields(path, values, keys, True, context_length)
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ from mnemos.errors import ConfigError, FormatError
 from mnemos.formats.checkpoint import Checkpoint
 from mnemos.models.contract import ModelSpec
 from mnemos.models.decoder import Architecture
-from mnemos.models.fields import GGUF_KEYS, Fields
+from mnemos.models.fields import Fields, gguf_fields
 from mnemos.models.registry import find_architecture
 from mnemos.models.weights import Weights
 from mnemos.ops.batch import Batch, KVLayout, Output
@@ -66,38 +66,57 @@ def load_model(
     weights and else float16. context_length: a shorter context than the model's own, or a longer one where its rotary
     embedding is made to be stretched (see mnemos.models.rope). Errors: FormatError, UnsupportedError, ConfigError.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if kv_dtype not in KV_DTYPES:
-        raise ConfigError(f"kv_dtype is {kv_dtype!r}; expected one of {', '.join(KV_DTYPES)}")
+    _check_dtypes(dtype, kv_dtype)
     architecture, fields = _describe(checkpoint, context_length)
     checked = _build(architecture, fields, checkpoint, None)
     ops = _get_ops(backend, dtype)
     model = _build(architecture, fields, checkpoint, ops)
+    return LoadedModel(model, _specify(checkpoint, checked, ops.name, dtype, kv_dtype), ops)
+
+
+def describe_model(
+    checkpoint: Checkpoint, *, dtype: str = "auto", kv_dtype: str = "auto", context_length: int | None = None
+) -> ModelSpec:
+    """What `load_model` would make of an open checkpoint, checked as it does it; nothing is loaded."""
+    _check_dtypes(dtype, kv_dtype)
+    architecture, fields = _describe(checkpoint, context_length)
+    checked = _build(architecture, fields, checkpoint, None)
+    return _specify(checkpoint, checked, "", dtype, kv_dtype)
+
+
+def _check_dtypes(dtype: str, kv_dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if kv_dtype not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype is {kv_dtype!r}; expected one of {', '.join(KV_DTYPES)}")
+
+
+def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: str, kv_dtype: str) -> ModelSpec:
     if kv_dtype == "auto":
         kv_dtype = "float32" if dtype == "float32" else "float16"
-    config = checked.config
+    config = model.config
     layout = KVLayout(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype=kv_dtype)
-    spec = ModelSpec(
-        architecture=_names(checkpoint)[0],
+    return ModelSpec(
+        architecture=type(model).__module__.rpartition(".")[2],
         vocabulary_size=config.vocab_size,
         context_length=config.context_length,
         hidden_size=config.hidden_size,
         layout=layout,
-        window=model.window,
+        window=0 if 0 in config.windows else max(config.windows),
         parameters=sum(tensor.size for tensor in checkpoint.tensors.values()),
-        fingerprint=_fingerprint(checkpoint, config, (ops.name, dtype, kv_dtype)),
+        fingerprint=_fingerprint(checkpoint, config, (backend, dtype, kv_dtype)),
         details=_details(checkpoint),
         **_special_tokens(checkpoint, config.vocab_size),
     )
-    return LoadedModel(model, spec, ops)
 
 
 def _names(checkpoint: Checkpoint) -> list[str]:
     """What the file calls its architecture, the most telling name first."""
     metadata = checkpoint.metadata
     if checkpoint.kind == "gguf":
-        names = [metadata.get("general.architecture")]
+        name = metadata.get("general.architecture")
+        # Mixtral's files call themselves llama.
+        names = ["mixtral" if name == "llama" and metadata.get("llama.expert_count") else name]
     else:
         classes = metadata.get("architectures")
         names = [*(classes if isinstance(classes, (list, tuple)) else [classes])[:1], metadata.get("model_type")]
@@ -116,11 +135,8 @@ def _describe(checkpoint: Checkpoint, context_length: int | None) -> tuple[type[
         nested = checkpoint.metadata.get("text_config")
         values = {**checkpoint.metadata, **nested} if isinstance(nested, Mapping) else checkpoint.metadata
         return architecture, Fields(checkpoint.path, values, context_length=context_length)
-    keys = {name: f"{names[0]}.{suffix}" for name, suffix in GGUF_KEYS.items()}
-    values = {key: checkpoint.metadata[key] for key in keys.values() if key in checkpoint.metadata}
-    if "token_embd.weight" in checkpoint.tensors:
-        values.setdefault(keys["vocab_size"], checkpoint.tensors["token_embd.weight"].rows)
-    return architecture, Fields(checkpoint.path, values, keys, context_length)
+    tensors = checkpoint.tensors
+    return architecture, gguf_fields(checkpoint.path, checkpoint.metadata, tensors, context_length)
 
 
 def _build(architecture: type[Any], fields: Fields, checkpoint: Checkpoint, ops: Ops | None) -> Architecture:

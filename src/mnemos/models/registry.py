@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 from mnemos.errors import UnsupportedError
 
-# module: class -> names in files: GGUF's general.architecture, Hugging Face's model_type and class
+# "module:class" -> its names in files: GGUF's general.architecture, Hugging Face's model_type and class.
 ARCHITECTURES = {
-    "llama:Llama": ("llama", "mistral", "smollm3", "LlamaForCausalLM", "MistralForCausalLM", "SmolLM3ForCausalLM"),
+    "llama:Llama": ("llama", "mistral", "LlamaForCausalLM", "MistralForCausalLM"),
+    "smollm3:SmolLM3": ("smollm3", "SmolLM3ForCausalLM"),
+    "mixtral:Mixtral": ("mixtral", "MixtralForCausalLM"),
+    "qwen2:Qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3:Qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe:Qwen3Moe": ("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM"),
+    "gemma:Gemma": ("gemma", "GemmaForCausalLM"),
+    "gemma2:Gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3:Gemma3": ("gemma3", "gemma3_text", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+    "phi3:Phi3": ("phi3", "Phi3ForCausalLM"),
+    "gpt2:GPT2": ("gpt2", "GPT2LMHeadModel"),
+    "gpt_neox:GPTNeoX": ("gpt_neox", "gptneox", "GPTNeoXForCausalLM"),
 }
 
 
-def find_architecture(names: list[str], path: object) -> Any:
-    """The class for the first of `names` that is known; UnsupportedError when none is."""
+def find_architecture(names: Sequence[str], path: object) -> type[Any]:
+    """The class for the first of `names` that is known; UnsupportedError, which lists all, when none is."""
     known = {name: target for target, aliases in ARCHITECTURES.items() for name in aliases}
     for name in names:
         if name in known:
             module, _, cls = known[name].partition(":")
-            return getattr(import_module(f"mnemos.models.{module}"), cls)
-    supported = ", ".join(sorted(name for name in known if name.islower()))
-    raise UnsupportedError(
-        f"{path}: architecture {' / '.join(map(repr, names))} is not supported; supported are {supported}"
-    )
+            found: type[Any] = getattr(import_module(f"mnemos.models.{module}"), cls)
+            return found
+    asked = " / ".join(repr(name) for name in names)
+    raise UnsupportedError(f"{path}: architecture {asked} is not supported; supported are {', '.join(sorted(known))}")

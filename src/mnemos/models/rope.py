@@ -10,9 +10,8 @@ on how long the text became later or on how a prompt was cut:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, floor, inf, log, pi, sqrt
+from math import ceil, floor, log, pi, sqrt
 
 import numpy as np
 
@@ -42,18 +41,19 @@ class Rope:
     magnitude: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    divisors: tuple[float, ...] = ()  # GGUF's rope_freqs: Llama 3's scaling, worked out by the converter
 
-    def params(self, head_dim: int, divisors: Floats | None = None) -> RopeParams:
-        """The table for heads of `head_dim`; `divisors` (rotary_dim / 2,) come from a GGUF's rope_freqs tensor."""
+    def params(self, head_dim: int) -> RopeParams:
+        """The table for heads of `head_dim`."""
         frequencies = self.frequencies()
-        if divisors is not None:
-            frequencies = frequencies / divisors
-        return RopeParams(head_dim, self.rotary_dim, frequencies.astype(np.float32), self.magnitude)
+        if self.divisors:
+            frequencies = np.asarray(frequencies / np.asarray(self.divisors, np.float32), np.float32)
+        return RopeParams(head_dim, self.rotary_dim, frequencies, self.magnitude)
 
     def frequencies(self) -> Floats:
         """Radians a position, (rotary_dim / 2,)."""
         exponents = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
-        plain = 1 / np.float32(self._base()) ** exponents
+        plain = np.asarray(1 / np.float32(self._base()) ** exponents, np.float32)
         if self.kind == "linear":
             return np.asarray(plain / np.float32(self.factor), np.float32)
         if self.kind == "yarn":
@@ -63,7 +63,7 @@ class Rope:
         if self.kind == "longrope":
             factors = self.short_factors if self.context_length <= self.trained_length else self.long_factors
             return np.asarray(plain / np.asarray(factors, np.float32), np.float32)
-        return np.asarray(plain, np.float32)
+        return plain
 
     def _base(self) -> float:
         """Dynamic NTK: bloc97 and emozilla 2023, as in Peng et al. 2023, arXiv:2309.00071, section 3.3."""
@@ -95,22 +95,26 @@ class Rope:
         return np.asarray(plain / self.factor * (1 - keep) + plain * keep, np.float32)
 
 
-def read_rope(fields: Fields, head_dim: int, *, theta: float = 10000.0, layer_type: str | None = None) -> Rope:
+def read_rope(
+    fields: Fields, head_dim: int, *, theta: float = 10000.0, fraction: float = 1.0, layer_type: str | None = None
+) -> Rope:
     """The rotary embedding of a config's `rope_parameters`, `rope_scaling`, or GGUF `rope.*` fields.
 
-    theta is the base where none is given; layer_type is "full_attention" or "sliding_attention" where a config may
-    have one embedding for each.
+    theta and fraction (of each head that is rotated) hold where the config has none; layer_type is "full_attention" or
+    "sliding_attention" where a config may have one embedding for each.
     """
     positions = fields.size("max_position_embeddings")
     table = _table(fields, layer_type)
     kind = _kind(table)
     rope = Rope(
         theta=table.number("rope_theta", fields.number("rope_theta", theta, above=1.0), above=1.0),
-        rotary_dim=_rotary_dim(fields, table, head_dim),
+        rotary_dim=_rotary_dim(fields, table, head_dim, fraction),
         kind=kind,
         trained_length=_trained_length(fields, table, positions) if kind != "dynamic" else positions,
         context_length=context_in_use(fields),
     )
+    if fields.get("rope_freqs") is not None:
+        rope = replace(rope, divisors=fields.numbers("rope_freqs", rope.rotary_dim // 2))
     if kind == "default":
         return rope
     rope = replace(rope, factor=_factor(table, kind, positions / rope.trained_length))
@@ -125,7 +129,7 @@ def read_rope(fields: Fields, head_dim: int, *, theta: float = 10000.0, layer_ty
         return replace(rope, beta_fast=fast, beta_slow=slow, truncate=table.flag("truncate", True), magnitude=magnitude)
     if kind == "longrope":
         usual = 1.0 if rope.factor <= 1 else sqrt(1 + log(rope.factor) / log(rope.trained_length))
-        short, long = (_factors(table, name, rope.rotary_dim // 2) for name in ("short_factor", "long_factor"))
+        short, long = (table.numbers(name, rope.rotary_dim // 2) for name in ("short_factor", "long_factor"))
         magnitude = table.number("attention_factor", usual)
         return replace(rope, magnitude=magnitude, short_factors=short, long_factors=long)
     return rope
@@ -147,7 +151,7 @@ def context_in_use(fields: Fields) -> int:
     wanted = fields.context_length
     if wanted is None:
         return own
-    if not 1 <= wanted <= longest:
+    if type(wanted) is not int or not 1 <= wanted <= longest:
         raise ConfigError(f"context_length is {wanted}; this model takes 1 to {longest}")
     return wanted
 
@@ -164,15 +168,17 @@ def _table(fields: Fields, layer_type: str | None) -> Fields:
 
 def _kind(table: Fields) -> str:
     name = "type" if table.get("rope_type") is None and table.get("type") is not None else "rope_type"
-    return table.choice(name, KINDS_IN_FILES, "default")
+    kind = table.choice(name, KINDS_IN_FILES, "default")
+    # The first Phi-3 files call their LongRoPE "yarn".
+    return "longrope" if kind == "yarn" and table.get("short_factor") is not None else kind
 
 
-def _rotary_dim(fields: Fields, table: Fields, head_dim: int) -> int:
+def _rotary_dim(fields: Fields, table: Fields, head_dim: int, fraction: float) -> int:
     if fields.is_gguf:
         size = fields.size("rotary_dim", head_dim, largest=head_dim)
     else:
         owner = table if table.get("partial_rotary_factor") is not None else fields
-        size = int(head_dim * owner.number("partial_rotary_factor", 1.0, most=1.0))
+        size = int(head_dim * owner.number("partial_rotary_factor", fraction, most=1.0))
     if size < 2 or size % 2:
         raise FormatError(
             f"{fields.path}: {size} elements of each head are rotated; expected an even number of at least 2"
@@ -181,24 +187,15 @@ def _rotary_dim(fields: Fields, table: Fields, head_dim: int) -> int:
 
 
 def _trained_length(fields: Fields, table: Fields, positions: int) -> int:
-    """original_max_position_embeddings, beside the scaling or (Phi-3) at the top level."""
+    """original_max_position_embeddings, at the top level (Phi-3) or beside the scaling."""
     name = "original_max_position_embeddings"
-    return (table if table.get(name) is not None else fields).size(name, positions, least=2)
+    return (fields if fields.get(name) is not None else table).size(name, positions, least=2)
 
 
 def _factor(table: Fields, kind: str, default: float) -> float:
     if kind in ("yarn", "longrope"):
         return table.number("factor", max(default, 1.0), above=0.0)
     return table.number("factor", above=0.0)
-
-
-def _factors(table: Fields, name: str, count: int) -> tuple[float, ...]:
-    values = table.get(name)
-    if not isinstance(values, Sequence) or len(values) != count:
-        raise table.wrong(name, f"a list of {count} numbers")
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < inf for v in values):
-        raise table.wrong(name, "finite numbers above 0")
-    return tuple(float(v) for v in values)
 
 
 def _yarn_magnitude(table: Fields, factor: float) -> float:

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from mnemos.errors import FormatError
 from mnemos.formats.tensor import Tensor, TensorType
-from mnemos.ops.batch import Floats
 from mnemos.ops.protocol import Array, Matrix, Ops
 
 # Hugging Face's name within a layer (or of the model) -> GGUF's. Architectures add to it or replace entries.
@@ -35,11 +34,10 @@ GGUF_TENSORS = {
 }
 _PREFIXES = ("model.", "", "transformer.", "gpt_neox.", "language_model.model.", "model.language_model.")
 _HEAD_PREFIXES = ("", "language_model.", "model.")
-# Buffers that old versions of transformers saved, and what belongs to other modalities.
+# Buffers that old versions of transformers saved, and what gguf_fields reads.
 _HARMLESS = (
     "*rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias", "*.attention.masked_bias",
-    "*.attn_rot_embd.weight", "vision_tower.*", "multi_modal_projector.*", "model.vision_tower.*",
-    "model.multi_modal_projector.*",
+    "*.attn_rot_embd.weight", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight",
 )  # fmt: skip
 
 
@@ -179,10 +177,6 @@ class Weights:
     def layer_norm(self, name: str, size: int, epsilon: float) -> LayerNorm:
         return LayerNorm(self.vector(name, size), self.vector(name, size, ".bias"), epsilon)
 
-    def values(self, name: str, size: int) -> Floats | None:
-        """An optional small tensor's values; they are read even when nothing is to be allocated."""
-        return self.tensor(name, (size,)).dequantize() if self.has(name) else None
-
     def stack(
         self, name: str, shape: tuple[int, int, int], *, take: slice | None = None, suffix: str = ".weight"
     ) -> list[Matrix]:
@@ -192,6 +186,10 @@ class Weights:
             return [None] * shape[0]
         experts = (tensor.slice_rows(e * shape[1], (e + 1) * shape[1]) for e in range(shape[0]))
         return [self.ops.matrix(_taken(expert, take)) for expert in experts]
+
+    def ignore(self, name: str) -> None:
+        """Accepts that the file may hold this tensor although the model has no use for it."""
+        self.used.add(self.file_name(name))
 
     def finish(self, ignored: Sequence[str] = ()) -> None:
         """Raises FormatError when the file has tensors that were not asked for and match no pattern of `ignored`."""

@@ -1,0 +1,83 @@
+"""Mixture-of-experts feed-forward blocks: a router sends each token to a few of many gated MLPs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mnemos.models.fields import Fields
+from mnemos.models.weights import Weights
+from mnemos.ops.protocol import Array, Matrix, Ops
+
+GGUF_EXPERT_NAMES = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How many experts there are, how wide, how many a token visits, and whether their shares are made to sum to 1."""
+
+    experts: int
+    inner_size: int
+    top_k: int
+    normalise: bool
+
+
+@dataclass(frozen=True)
+class SparseMLP:
+    router: Matrix
+    gate: list[Matrix]
+    up: list[Matrix]
+    down: list[Matrix]
+    top_k: int
+    normalise: bool
+    activation: str
+
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        ids, weights = ops.route(x, self.router, self.top_k, self.normalise)
+        return ops.experts(x, ids, weights, self.gate, self.up, self.down, self.activation)
+
+
+def read_routing(fields: Fields, inner_name: str, normalise: bool) -> Routing:
+    """The fields num_local_experts, num_experts_per_tok and `inner_name`, the width of one expert."""
+    experts = fields.size("num_local_experts", largest=65536)
+    return Routing(experts, fields.size(inner_name), fields.size("num_experts_per_tok", largest=experts), normalise)
+
+
+def load_sparse_mlp(
+    weights: Weights,
+    layer: int,
+    hidden_size: int,
+    routing: Routing,
+    activation: str,
+    block: str = "mlp",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> SparseMLP:
+    """The block `layers.{layer}.{block}`: experts one by one under `names`, or fused as newer transformers write them.
+
+    GGUF, and the fused form whatever the architecture, keep to "mlp" and the usual names.
+    """
+    fused = f"layers.{layer}.mlp.experts"
+    if weights.is_gguf or weights.has(f"{fused}.gate_up_proj", ""):
+        block = "mlp"
+    name = f"layers.{layer}.{block}"
+    count, inner = routing.experts, routing.inner_size
+    wide, narrow = (count, inner, hidden_size), (count, hidden_size, inner)
+    if weights.is_gguf:
+        gate, up = weights.stack(f"{fused}.gate_proj", wide), weights.stack(f"{fused}.up_proj", wide)
+        down = weights.stack(f"{fused}.down_proj", narrow)
+    elif weights.has(f"{fused}.gate_up_proj", ""):
+        both = (count, 2 * inner, hidden_size)
+        gate = weights.stack(f"{fused}.gate_up_proj", both, take=slice(0, inner), suffix="")
+        up = weights.stack(f"{fused}.gate_up_proj", both, take=slice(inner, 2 * inner), suffix="")
+        down = weights.stack(f"{fused}.down_proj", narrow, suffix="")
+    else:
+        gate, up, down = (
+            [weights.matrix(f"{name}.experts.{expert}.{part}", *shape[1:]) for expert in range(count)]
+            for part, shape in zip(names, (wide, wide, narrow), strict=True)
+        )
+    router = weights.matrix(f"{name}.gate", count, hidden_size)
+    return SparseMLP(router, gate, up, down, routing.top_k, routing.normalise, activation)
