@@ -32,24 +32,29 @@ def human_bytes(count: float) -> str:
     """Decimal units: 98.4 MB."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
-            return f"{count:.3g} {unit}" if count < 100 or unit == "B" else f"{count:.0f} {unit}"
+            return f"{_rounded(count)} {unit}"
         count /= 1000
-    return f"{count:.3g} GB"
+    return f"{_rounded(count)} GB"
 
 
 def human_count(count: float) -> str:
     """135M, 8.03B."""
     for unit in ("", "K", "M"):
         if count < 1000:
-            return f"{count:.3g}{unit}"
+            return f"{_rounded(count)}{unit}"
         count /= 1000
-    return f"{count:.3g}B"
+    return f"{_rounded(count)}B"
+
+
+def _rounded(count: float) -> str:
+    return f"{count:.3g}" if count < 100 else f"{count:.0f}"
 
 
 class ProgressBar:
     """A bar on standard error, redrawn in place; without a terminal, one line for each stage.
 
-    Called as progress(stage, done, total); total 0 stands for unknown. `unit` is "B" for bytes or a noun.
+    Called as progress(stage, done, total); total 0 stands for unknown. `unit` is "B" for bytes or a noun; `note` is
+    shown at the end of the line.
     """
 
     def __init__(self, label: str, unit: str = "B", stream: TextIO | None = None) -> None:
@@ -58,6 +63,7 @@ class ProgressBar:
         self.stream = stream or sys.stderr
         self.live = is_terminal(self.stream)
         self.stage = ""
+        self.note = ""
         self.drawn_at = 0.0
         self.stage_began = 0.0
 
@@ -97,7 +103,7 @@ class ProgressBar:
         if bar_width >= 8:
             filled = bar_width * min(done, total) // total
             line += f" [{'=' * filled}{' ' * (bar_width - filled)}]"
-        for part in (f" {self._amount(done)} of {self._amount(total)}", self._rate(done, seconds)):
+        for part in (f" {self._amount(done)} of {self._amount(total)}", self._rate(done, seconds), f" {self.note}"):
             if len(line) + len(part) <= width:
                 line += part
         return line[:width]

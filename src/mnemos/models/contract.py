@@ -35,7 +35,9 @@ class Model(Protocol):
     """Any causal language model. Built-in architectures, adapters for foreign modules and test doubles all are one."""
 
     spec: ModelSpec
-    cache: Cache
+
+    @property
+    def cache(self) -> Cache: ...
 
     def reserve(self, pages: int) -> None:
         """Makes room for `pages` cache pages of spec.layout; called once, before the first forward."""

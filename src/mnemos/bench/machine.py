@@ -1,0 +1,70 @@
+"""The machine that figures were measured on, and the bandwidth that bounds them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+_REPEATS = 12
+
+
+@dataclass(frozen=True)
+class Machine:
+    """cores: how many this process may use; isa: what the native kernels use; bandwidth: bytes/s of reading."""
+
+    cpu: str
+    cores: int
+    isa: str
+    bandwidth: float
+
+
+def examine(size: int) -> Machine:
+    """The machine, with its read bandwidth over `size` bytes, such as those of a model's weights."""
+    return Machine(cpu_name(), usable_cores(), instruction_set(), read_bandwidth(size))
+
+
+def usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """As the operating system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def instruction_set() -> str:
+    """The instruction set that the native kernels run with here."""
+    return str(import_module("mnemos._native").isa())
+
+
+def read_bandwidth(size: int) -> float:
+    """Bytes per second that all usable cores together read in sequence from `size` bytes; the best of some runs."""
+    words = np.arange(max(size // 8, 1 << 16), dtype=np.uint64)
+    parts = np.array_split(words, usable_cores())
+    return max(words.nbytes / _seconds_to_read(parts) for _ in range(_REPEATS))
+
+
+def _seconds_to_read(parts: list[npt.NDArray[np.uint64]]) -> float:
+    # NumPy lets go of the interpreter while it adds, so the threads read at the same time.
+    threads = [threading.Thread(target=np.add.reduce, args=(part,)) for part in parts]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - start

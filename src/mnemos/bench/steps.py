@@ -1,0 +1,104 @@
+"""Model steps timed without the engine around them: prompts, single-stream decoding, batches.
+
+Every figure is measured as `docs/performance.md` defines it; a step includes the choice of the most probable token.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from mnemos.models.contract import Model
+from mnemos.ops.batch import Batch, Ints
+
+CHUNK = 512  # prompt tokens in one step
+WARM_UP = 16
+
+
+class Stepper:
+    """Runs a fixed number of sequences through a model, with pages of their own for each; all lengths are in tokens."""
+
+    def __init__(self, model: Model, sequences: int, length: int) -> None:
+        self.model = model
+        page_size = model.spec.layout.page_size
+        self.pages_each = -(-length // page_size)
+        self.pages = np.arange(sequences * self.pages_each, dtype=np.int32)
+        self.sequences = sequences
+        self.length = 0
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def step(self, token_ids: Sequence[Sequence[int]] | Ints) -> Ints:
+        """Evaluates the next tokens of every sequence, equally many of each; returns the most probable successors."""
+        count = len(token_ids[0])
+        rows = self.sequences * count
+        positions = np.tile(np.arange(self.length, self.length + count, dtype=np.int32), self.sequences)
+        batch = Batch(
+            token_ids=np.array(token_ids, dtype=np.int32).reshape(-1),
+            positions=positions,
+            sequence_starts=np.arange(0, rows + 1, count, dtype=np.int32),
+            pages=self.pages,
+            page_starts=np.arange(0, len(self.pages) + 1, self.pages_each, dtype=np.int32),
+            logit_rows=np.arange(count - 1, rows, count, dtype=np.int32),
+        )
+        self.length += count
+        return np.asarray(self.model.forward(batch).logits.argmax(axis=1), dtype=np.int32)
+
+    def prompt(self, token_ids: Sequence[Sequence[int]]) -> Ints:
+        """Evaluates prompts of equal length in chunks of CHUNK tokens altogether."""
+        each = max(CHUNK // self.sequences, 1)
+        for start in range(0, len(token_ids[0]), each):
+            chosen = self.step([tokens[start : start + each] for tokens in token_ids])
+        return chosen
+
+    def decode(self, chosen: Ints, steps: int) -> Ints:
+        for _ in range(steps):
+            chosen = self.step(chosen.reshape(-1, 1))
+        return chosen
+
+
+class StepBench:
+    """Measures one model; `reserve` is called here, so the model must be fresh."""
+
+    def __init__(self, model: Model, most_sequences: int, longest: int, seed: int = 0) -> None:
+        self.model = model
+        page_size = model.spec.layout.page_size
+        batch_pages = most_sequences * -(-(64 + 64 + 1) // page_size)
+        model.reserve(max(-(-longest // page_size), batch_pages))
+        self.random = random.Random(seed)
+        self._seconds(WARM_UP, 4)
+
+    def prompt_rate(self, tokens: int) -> float:
+        """ppN: tokens/s of a prompt of N random tokens, fresh at each of 4 runs, the best run."""
+        return tokens / min(self._seconds(tokens, 1) for _ in range(4))
+
+    def decode_rate(self, depth: int, tokens: int = 128) -> float:
+        """tgN: tokens/s of N greedy tokens behind a prompt of `depth` tokens; the best of 3."""
+        rates = []
+        for _ in range(3):
+            first = min(self._seconds(depth, 1) for _ in range(2))
+            rates.append(tokens / (self._seconds(depth, tokens + 1) - first))
+        return max(rates)
+
+    def batch_rate(self, sequences: int) -> float:
+        """bN: tokens/s of N sequences together, prompts of 64 tokens, 64 steps; decoding only."""
+        stepper = Stepper(self.model, sequences, 64 + 64 + 1)
+        chosen = stepper.prompt([self._tokens(64) for _ in range(sequences)])
+        start = time.perf_counter()
+        stepper.decode(chosen, 64)
+        return sequences * 64 / (time.perf_counter() - start)
+
+    def _seconds(self, prompt: int, new: int) -> float:
+        stepper = Stepper(self.model, 1, prompt + new)
+        tokens = [self._tokens(prompt)]
+        start = time.perf_counter()
+        stepper.decode(stepper.prompt(tokens), new - 1)
+        return time.perf_counter() - start
+
+    def _tokens(self, count: int) -> list[int]:
+        size = self.model.spec.vocabulary_size
+        return [self.random.randrange(min(100, size // 2), min(40_000, size)) for _ in range(count)]

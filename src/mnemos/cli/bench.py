@@ -1,0 +1,108 @@
+"""`mnemos bench`: how fast a model runs here, and how near that is to what the machine allows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mnemos.cli.terminal import human_bytes, is_terminal
+from mnemos.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mnemos.bench.machine import Machine
+    from mnemos.bench.results import Result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from mnemos.bench.metrics import DEFAULT_METRICS
+
+    parser.usage = "mnemos bench [MODEL] [options]"
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default="smollm2-135m", help="what to measure (default smollm2-135m)"
+    )
+    parser.add_argument(
+        "--metrics", metavar="NAME,...", default=",".join(DEFAULT_METRICS), help="see below; default: %(default)s"
+    )
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="native (default) or numpy")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
+    parser.add_argument("--ops", action="store_true", help="time each kernel alone instead")
+    parser.add_argument("--serving", action="store_true", help="many requests at once instead (see below)")
+    parser.add_argument("--requests", type=int, default=64, metavar="N", help="with --serving: how many (default 64)")
+    parser.add_argument("--rate", type=float, default=4.0, metavar="R", help="with --serving: arrivals a second")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --serving: of arrivals and lengths")
+    parser.epilog = (
+        "metrics:\n"
+        "  ppN          prompt of N random tokens, tokens/s, best of 4\n"
+        "  tgN          N greedy tokens behind a prompt of 16, tokens/s, best of 3\n"
+        "  tgN@dM       the same, ending at M tokens of context\n"
+        "  bN           N sequences at once, prompts of 64 tokens, 64 steps, decoding only, tokens/s\n"
+        "  cold         seconds of a whole `mnemos generate` of one token, median of 5, page cache warm\n"
+        "  rss          peak resident memory of that process, MB\n"
+        "  sampling     128 tokens through the engine, greedy and with temperature 0.8, top-k 50, top-p 0.95\n\n"
+        "examples:\n"
+        "  mnemos bench smollm2-135m\n"
+        "  mnemos bench model.gguf --metrics pp512,tg128,tg128@d1024 --json\n"
+        "  mnemos bench smollm2-135m --serving --requests 100 --rate 8\n"
+        "  mnemos bench --ops"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.ops and arguments.serving:
+        raise ConfigError("--ops and --serving are two measurements; give one of them")
+    if arguments.ops:
+        from mnemos.bench.kernels import main
+
+        return main(as_json=arguments.json)
+    from mnemos.cli.terminal import ProgressBar
+    from mnemos.hub.sources import resolve
+
+    with ProgressBar(arguments.model) as progress:
+        path = resolve(arguments.model, progress)
+    return _serve(arguments, path) if arguments.serving else _measure(arguments, path)
+
+
+def _measure(arguments: argparse.Namespace, path: Path) -> int:
+    from mnemos.bench.machine import examine
+    from mnemos.bench.metrics import Subject, measure, parse_metrics
+
+    metrics = parse_metrics([name for name in arguments.metrics.split(",") if name])
+    size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    machine = examine(size)
+    if not arguments.json:
+        print(_describe(machine, path, size))
+    for result in measure(metrics, Subject(path, arguments.backend, machine.bandwidth), _announce):
+        _announce("")
+        print(result.to_json() if arguments.json else _row(result), flush=True)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace, path: Path) -> int:
+    from mnemos.bench.serving import Workload, run_workload
+
+    workload = Workload(requests=arguments.requests, rate=arguments.rate, seed=arguments.seed)
+    for result in run_workload(path, arguments.backend, workload):
+        print(result.to_json() if arguments.json else _row(result), flush=True)
+    return 0
+
+
+def _announce(what: str) -> None:
+    """Shows what is being measured, on a terminal, until the figure is there."""
+    if is_terminal(sys.stderr):
+        sys.stderr.write("\r\x1b[K" + (f"measuring {what} ..." if what else ""))
+        sys.stderr.flush()
+
+
+def _describe(machine: Machine, path: Path, size: int) -> str:
+    return (
+        f"{path.name}, {human_bytes(size)}\n"
+        f"{machine.cpu}, {machine.cores} cores, {machine.isa}, reads {human_bytes(machine.bandwidth)}/s\n"
+    )
+
+
+def _row(result: Result) -> str:
+    share = f"  {result.share:4.0%} of what the memory bandwidth allows" if result.share is not None else ""
+    precision = 0 if result.value >= 100 else 3 if result.value < 10 else 1
+    return f"{result.metric:<18}{result.value:>10.{precision}f} {result.unit:<9}{share}".rstrip()

@@ -1,0 +1,150 @@
+"""`mnemos inspect`: what is in a model's files, and what it needs; nothing is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mnemos.cli.terminal import ProgressBar, human_bytes, human_count
+
+if TYPE_CHECKING:
+    from mnemos.formats.checkpoint import Checkpoint
+
+
+@dataclass
+class TypeShare:
+    """What the tensors of one storage type amount to."""
+
+    tensors: int = 0
+    values: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sizes in bytes, context and vocabulary in tokens; `cache_bytes` is what `context` tokens of one sequence take."""
+
+    path: str
+    name: str
+    architecture: str
+    licence: str
+    parameters: int
+    vocabulary: int
+    hidden_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    context_length: int
+    tokenizer: str
+    chat_template: bool
+    weight_bytes: int
+    cache_dtype: str
+    context: int
+    cache_bytes: int
+    types: dict[str, TypeShare] = field(default_factory=dict)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a known name, hf:org/name[:file], a .gguf file or a folder")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of context to give the memory for")
+    parser.add_argument(
+        "--kv-dtype", default="auto", metavar="TYPE", help="of the cache: float16 (auto), float32, int8"
+    )
+    parser.add_argument("--json", action="store_true", help="print all of it as a JSON object")
+    parser.epilog = (
+        "examples:\n  mnemos inspect smollm2-135m\n  mnemos inspect model.gguf --context 32768 --kv-dtype int8"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mnemos.formats.checkpoint import open_checkpoint
+    from mnemos.hub.sources import resolve
+
+    with ProgressBar(arguments.model) as progress:
+        path = resolve(arguments.model, progress)
+    report = examine(open_checkpoint(path), arguments.context, arguments.kv_dtype)
+    print(json.dumps(asdict(report), indent=2) if arguments.json else render(report))
+    return 0
+
+
+def examine(checkpoint: Checkpoint, context: int | None = None, kv_dtype: str = "auto") -> Report:
+    from mnemos.models.load import describe_model
+
+    spec = describe_model(checkpoint, context_length=context, kv_dtype=kv_dtype)
+    own = describe_model(checkpoint)
+    types: dict[str, TypeShare] = defaultdict(TypeShare)
+    for tensor in checkpoint.tensors.values():
+        share = types[tensor.type.name]
+        share.tensors += 1
+        share.values += tensor.size
+        share.bytes += len(tensor.data)
+    layout = spec.layout
+    pages = -(-spec.context_length // layout.page_size)
+    return Report(
+        path=str(checkpoint.path),
+        name=str(spec.details["name"]),
+        architecture=spec.architecture,
+        licence=str(spec.details["license"] or "not stated in the file"),
+        parameters=spec.parameters,
+        vocabulary=spec.vocabulary_size,
+        hidden_size=spec.hidden_size,
+        layers=layout.layers,
+        kv_heads=layout.kv_heads,
+        head_dim=layout.head_dim,
+        window=spec.window,
+        context_length=own.context_length,
+        tokenizer=_tokenizer(checkpoint),
+        chat_template=_has_chat_template(checkpoint),
+        weight_bytes=sum(share.bytes for share in types.values()),
+        cache_dtype=layout.dtype,
+        context=spec.context_length,
+        cache_bytes=pages * layout.page_bytes,
+        types=dict(sorted(types.items(), key=lambda item: -item[1].bytes)),
+    )
+
+
+def render(report: Report) -> str:
+    """The report as lines for people."""
+    window = f", attention reaches back {report.window:,} tokens" if report.window else ""
+    a_token = report.cache_bytes / max(report.context, 1)
+    cache = f"{human_bytes(report.cache_bytes)} of cache for {report.context:,} tokens in {report.cache_dtype}"
+    rows = [
+        ("model", report.name),
+        ("file", report.path),
+        ("licence", report.licence),
+        ("architecture", f"{report.architecture}: {report.layers} layers, hidden size {report.hidden_size}"),
+        ("attention", f"{report.kv_heads} key/value heads of {report.head_dim}{window}"),
+        ("parameters", f"{human_count(report.parameters)} ({report.parameters:,})"),
+        ("context", f"{report.context_length:,} tokens"),
+        ("vocabulary", f"{report.vocabulary:,} tokens"),
+        ("tokenizer", f"{report.tokenizer}, {'with' if report.chat_template else 'no'} chat template"),
+        ("memory", f"{human_bytes(report.weight_bytes)} of weights + {cache} ({human_bytes(a_token)} a token)"),
+    ]
+    lines = [f"{name:<13}{value}" for name, value in rows]
+    for index, (name, share) in enumerate(report.types.items()):
+        bits = 8 * share.bytes / max(share.values, 1)
+        title = "weights" if index == 0 else ""
+        amount = f"{share.tensors:>4} tensors  {human_count(share.values):>6} values  {human_bytes(share.bytes):>8}"
+        lines.append(f"{title:<13}{name:<7}{amount}  {bits:.3g} bits each")
+    return "\n".join(lines)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> str:
+    if checkpoint.kind == "gguf":
+        model = checkpoint.metadata.get("tokenizer.ggml.model", "none")
+        pre = checkpoint.metadata.get("tokenizer.ggml.pre")
+        return f"{model} ({pre})" if pre else str(model)
+    return "tokenizer.json" if (checkpoint.folder / "tokenizer.json").exists() else "none"
+
+
+def _has_chat_template(checkpoint: Checkpoint) -> bool:
+    if checkpoint.kind == "gguf":
+        return "tokenizer.chat_template" in checkpoint.metadata
+    folder: Path = checkpoint.folder
+    config = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").exists() or (config.exists() and '"chat_template"' in config.read_text())

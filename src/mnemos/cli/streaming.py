@@ -1,0 +1,43 @@
+"""A text shown as it comes into being, and how fast it came."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mnemos.engine.results import StreamedToken
+
+
+class StreamView:
+    """Writes the pieces of a stream to standard output and keeps what was shown, also when it is interrupted."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.tokens = 0
+        self._began = time.perf_counter()
+        self._first = 0.0
+        self._last = 0.0
+
+    def show(self, stream: Iterator[StreamedToken]) -> None:
+        for token in stream:
+            self._last = time.perf_counter()
+            if not self.tokens:
+                self._first = self._last
+            self.tokens += 1
+            self.text += token.text
+            sys.stdout.write(token.text)
+            sys.stdout.flush()
+
+    @property
+    def summary(self) -> str:
+        """`48 tokens, 213 tokens/s, first after 0.06 s`; the rate is that of the tokens behind the first."""
+        if not self.tokens:
+            return "no tokens"
+        parts = [f"{self.tokens} token{'s' if self.tokens > 1 else ''}"]
+        if self.tokens > 1 and self._last > self._first:
+            parts.append(f"{(self.tokens - 1) / (self._last - self._first):.0f} tokens/s")
+        parts.append(f"first after {self._first - self._began:.2f} s")
+        return ", ".join(parts)

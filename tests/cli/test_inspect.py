@@ -1,0 +1,56 @@
+"""`mnemos inspect` on the real model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mnemos.cli.main import main
+
+
+def inspect(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["inspect", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_all_facts_as_json(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads(inspect([str(smollm2), "--json", "--context", "1000"], capsys))
+    expected = {
+        "architecture": "llama",
+        "licence": "apache-2.0",
+        "parameters": 134_515_008,
+        "vocabulary": 49_152,
+        "layers": 30,
+        "context_length": 8192,
+        "context": 1000,
+        "tokenizer": "gpt2 (smollm)",
+        "chat_template": True,
+        "cache_dtype": "float16",
+    }
+    assert {name: report[name] for name in expected} == expected
+    assert report["cache_bytes"] == 1024 * 2 * 30 * 3 * 64 * 2  # whole pages of 32 tokens
+    assert {name: share["tensors"] for name, share in report["types"].items()} == {"Q4_1": 210, "Q8_0": 1, "F32": 61}
+    assert sum(share["bytes"] for share in report["types"].values()) == report["weight_bytes"]
+
+
+def test_the_same_for_people(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = inspect([str(smollm2)], capsys)
+    for words in ("apache-2.0", "135M (134,515,008)", "8,192 tokens", "with chat template", "Q4_1", "5 bits each"):
+        assert words in text
+    assert max(len(line) for line in text.splitlines()) < 120
+
+
+def test_what_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "text.gguf"
+    file.write_text("this is not a model at all, only text")
+    assert main(["inspect", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert str(file) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [["--context", "0"], ["--context", "-5"], ["--kv-dtype", "int7"]])
+def test_impossible_wishes_are_refused(smollm2: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(smollm2), *options]) == 2
+    assert capsys.readouterr().err.startswith("mnemos: error: ")

@@ -1,0 +1,125 @@
+"""The command itself: help, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mnemos.cli import main as main_module
+from mnemos.cli.main import COMMANDS, main
+from mnemos.errors import ConfigError, FormatError
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MNEMOS_HOME", str(tmp_path))
+    return tmp_path
+
+
+def usage_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mnemos: error: ") and error.count("\n") == 1
+    return error
+
+
+def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr("mnemos.cli.models.run", run)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"mnemos {command}" in text.partition("\n")[0]
+    assert "examples:" in text
+
+
+def test_help_lists_all_commands_and_version_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert all(command in capsys.readouterr().out for command in ("generate",))
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("mnemos ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["generat"], "invalid choice: 'generat'"),
+        (["pull"], "required: MODEL"),
+        (["models", "--remov", "x"], "unrecognized arguments"),
+        (["generate", "x", "--top-k", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in usage_error(argv, capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (FormatError("a.gguf: broken"), 1, "mnemos: error: a.gguf: broken"),
+        (ConfigError("top_k is -1"), 2, "mnemos: error: top_k is -1"),
+        (FileNotFoundError(2, "No such file", "x.txt"), 1, "mnemos: error: x.txt: No such file"),
+        (MemoryError(), 1, "mnemos: error: not enough memory"),
+        (ZeroDivisionError("a\nb"), 1, "mnemos: error: unexpected ZeroDivisionError: a b (--debug shows where)"),
+        (KeyboardInterrupt(), 130, "mnemos: interrupted"),
+    ],
+)
+def test_errors_are_one_line(
+    error: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fail_with(error, monkeypatch)
+    assert main(["models"]) == code
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", line + "\n")
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(FormatError("broken"), monkeypatch)
+    with pytest.raises(FormatError):
+        main(["models", "--debug"])
+
+
+def test_a_reader_that_left_is_no_error() -> None:
+    command = f"'{sys.executable}' -c 'import sys; from mnemos.cli.main import main; sys.exit(main([\"models\"]))'"
+    script = f"({command}; echo $? >&2) | true"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    assert done.stderr in ("141\n", "0\n")  # 0 where it had written before the reader left
+
+
+def test_a_command_imports_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys; from mnemos.cli.main import main; main(['models']); print([m for m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = done.stdout.splitlines()[-1]
+    assert "mnemos.cli.models" in loaded
+    for heavy in ("numpy", "mnemos.cli.generate", "mnemos.decoding", "tokenizers", "jinja2"):
+        assert f"'{heavy}'" not in loaded
+
+
+def test_signals_do_not_leave_their_mark_on_threads() -> None:
+    import threading
+
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["models"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert main_module.TERMINATED == 143
