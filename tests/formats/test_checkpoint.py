@@ -4,11 +4,11 @@ import json
 import os
 
 import pytest
-from small_files import SmallGGUF, small_safetensors
 
 from mnemos.errors import FormatError
 from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.formats.strict_json import MAX_BYTES
+from tests.formats.small_files import SmallGGUF, small_safetensors
 
 
 def huggingface(folder, config='{"model_type": "llama"}'):

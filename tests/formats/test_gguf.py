@@ -4,11 +4,11 @@ import struct
 
 import numpy as np
 import pytest
-from small_files import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, U64, SmallGGUF, info, pair, string
 
 from mnemos.errors import FormatError, UnsupportedError
 from mnemos.formats.gguf import GGUFFile
 from mnemos.formats.tensor import TensorType
+from tests.formats.small_files import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, U64, SmallGGUF, info, pair, string
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import struct
 
 import numpy as np
 import pytest
-from small_files import safetensors, small_safetensors
 
 from mnemos.errors import FormatError, UnsupportedError
 from mnemos.formats.safetensors import open_safetensors, open_safetensors_folder
 from mnemos.formats.tensor import TensorType
+from tests.formats.small_files import safetensors, small_safetensors
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_files import string
 
 from mnemos.errors import FormatError
 from mnemos.formats import string_array
 from mnemos.formats.string_array import locate_strings
+from tests.formats.small_files import string
 
 TEXTS = st.text(st.sampled_from("ab\0\1\n ä€😀"), max_size=12) | st.sampled_from(["", "x" * 255, "x" * 256, "\0" * 70])
 
