@@ -28,6 +28,10 @@ class ContextLengthError(RequestError):
     """A prompt does not fit into the model's context; the message says by how much."""
 
 
+class ModelError(MnemosError):
+    """A model does not do what a causal language model must, or its own code failed."""
+
+
 class CapacityError(MnemosError):
     """There is no room: the queue is full, a deadline passed, or the page pool or the machine's memory is too small."""
 

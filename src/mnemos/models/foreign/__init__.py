@@ -1,0 +1,1 @@
+"""Any PyTorch module that returns logits, run as a `Model`."""

@@ -1,0 +1,264 @@
+"""What a foreign module can do, found once by trying it on a few tokens."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mnemos.errors import ModelError
+from mnemos.models.foreign.call import Answer, Caller, describe
+from mnemos.models.foreign.past import (
+    AttentionStyle,
+    Axes,
+    HuggingFaceStyle,
+    KVCacheStyle,
+    NestedStyle,
+    PastStyle,
+    Source,
+    find_axes,
+    gather,
+)  # fmt: skip
+
+PROBE_LENGTH = 6
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """vocabulary: size of a row of logits; last_only: it answers for the last position only;
+
+    style, axes: how its cache is handled (None: it is run again over all tokens); chunks: it continues a cache with
+    several tokens at once; gaps: it heeds a mask, so that caches of different lengths can share a call.
+    """
+
+    vocabulary: int
+    hidden_size: int
+    last_only: bool
+    style: PastStyle | None
+    axes: list[Axes]
+    chunks: bool
+    gaps: bool
+
+
+class Probe:
+    """Tries token ids that every embedding of the module has, whichever of them is the vocabulary's."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+        sizes = [m.num_embeddings for m in caller.module.modules() if isinstance(m, nn.Embedding)]
+        self.size = min(sizes, default=2)
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(0, self.size, (2, PROBE_LENGTH), generator=generator).to(caller.device)
+
+    def run(self, use_kv_cache: bool) -> Abilities:
+        caller, ids = self.caller, self.ids
+        answer = caller(ids[:1], positions=self._positions(0, PROBE_LENGTH))
+        logits = self._check_shape(answer)
+        last_only = logits.shape[1] == 1
+        self.tolerance = tolerance(logits)
+        if not last_only:
+            self._check_causal(logits)
+        self._find_head(logits)
+        hidden = 0 if caller.head is None else int(self._hidden_size())
+        style: PastStyle | None = None
+        axes: list[Axes] = []
+        chunks = gaps = False
+        if use_kv_cache:
+            style, axes = self._find_style()
+            if style is not None:
+                chunks = self._agrees(style, (3, 3))
+                gaps = not last_only and self._gaps_agree(style, axes)
+        return Abilities(logits.shape[2], hidden, last_only, style, axes, chunks, gaps)
+
+    def _positions(self, start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop, device=self.caller.device)[None, :]
+
+    def _check_shape(self, answer: Answer) -> Tensor:
+        logits = answer.logits
+        if logits.shape[0] != 1 or logits.shape[1] not in (1, PROBE_LENGTH):
+            raise ModelError(
+                f"{describe(self.caller.module)} returned logits of shape {tuple(logits.shape)} for ids of shape "
+                f"(1, {PROBE_LENGTH}); expected (1, {PROBE_LENGTH}, vocabulary)"
+            )
+        if not torch.isfinite(logits).all():
+            raise ModelError(
+                f"{describe(self.caller.module)} returned logits that are not finite for ids {self.ids[0].tolist()}"
+            )
+        return logits
+
+    def _check_causal(self, logits: Tensor) -> None:
+        changed = self.ids[:1].clone()
+        changed[0, -1] = (changed[0, -1] + 1) % self.size
+        again = self.caller(changed, positions=self._positions(0, PROBE_LENGTH)).logits
+        difference = (again[:, :-1] - logits[:, :-1]).abs().max().item()
+        if difference > self.tolerance:
+            raise ModelError(
+                f"{describe(self.caller.module)} is not causal: changing token {PROBE_LENGTH - 1} changes logits of "
+                f"earlier tokens by up to {difference:.3g}; expected no change (is a causal mask missing?)"
+            )
+
+    def _find_head(self, logits: Tensor) -> None:
+        """The linear layer whose output the logits are; contrastive search needs what it reads."""
+        seen: list[tuple[nn.Module, Tensor]] = []
+
+        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            seen.append((module, output))
+
+        linears = [
+            m for m in self.caller.module.modules() if isinstance(m, nn.Linear) and m.out_features == logits.shape[2]
+        ]
+        handles = [linear.register_forward_hook(keep) for linear in linears]
+        try:
+            answer = self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for module, output in reversed(seen):
+            if output.shape == answer.logits.shape and torch.equal(output, answer.logits.to(output.dtype)):
+                self.caller.watch(module)
+                return
+
+    def _hidden_size(self) -> int:
+        self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH))
+        assert self.caller.hidden is not None
+        return self.caller.hidden.shape[-1]
+
+    def _find_style(self) -> tuple[PastStyle | None, list[Axes]]:
+        for style in self._candidates():
+            try:
+                axes = self._axes(style)
+                agrees = axes is not None and self._agrees(style, (3, 1, 1, 1))
+            except ModelError as error:
+                warnings.warn(
+                    f"the cache of {describe(self.caller.module)} is not used: {error.__cause__ or error}", stacklevel=5
+                )
+                continue
+            if axes is not None and agrees:
+                return style, axes
+        return None, []
+
+    def _candidates(self) -> list[PastStyle]:
+        caller = self.caller
+        style = AttentionStyle(caller.module)
+        if style.layers:
+            return [style]
+        if caller.signature.past is None:
+            return []
+        if hasattr(caller.module, "generation_config") or caller.signature.past == "past_key_values":
+            return [HuggingFaceStyle()]
+        try:
+            returned = caller(self.ids[:1, :3], use_cache=True, positions=self._positions(0, 3)).past
+        except ModelError:
+            returned = None
+        if returned is not None:
+            return [HuggingFaceStyle() if hasattr(returned, "get_seq_length") else NestedStyle(returned)]
+        return [KVCacheStyle()]
+
+    def step(self, style: PastStyle, ids: Tensor, past: Any, start: int) -> tuple[Tensor, Any]:
+        """One call that continues `past`, which covers the positions before `start`."""
+        return advance(
+            self.caller, style, ids, past, self._positions(start, start + ids.shape[1]).expand(ids.shape), None
+        )
+
+    def _axes(self, style: PastStyle) -> list[Axes] | None:
+        leaves = []
+        for rows, length in ((1, 3), (1, 4), (2, 3)):
+            _, past = self.step(style, self.ids[:rows, :length], style.empty(), 0)
+            leaves.append(style.leaves(past) if past is not None else [])
+        return find_axes(*leaves) if leaves[0] and len({len(item) for item in leaves}) == 1 else None
+
+    def _agrees(self, style: PastStyle, pieces: tuple[int, ...]) -> bool:
+        """Whether the cache fed in `pieces` gives the logits of the whole, within rounding."""
+        whole = self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH)).logits
+        past, start, difference = style.empty(), 0, 0.0
+        for piece in pieces:
+            logits, past = self.step(style, self.ids[:1, start : start + piece], past, start)
+            start += piece
+            if logits.shape[1] == piece and whole.shape[1] == PROBE_LENGTH:
+                difference = max(difference, (logits - whole[:, start - piece : start]).abs().max().item())
+            elif start == PROBE_LENGTH:
+                difference = max(difference, (logits[:, -1] - whole[:, -1]).abs().max().item())
+        if difference > self.tolerance and all(piece == 1 for piece in pieces[1:]):
+            warnings.warn(
+                f"{describe(self.caller.module)}: logits with its cache differ from those without by up to "
+                f"{difference:.3g} (allowed {self.tolerance:.3g}); it is not used, every step runs over all tokens",
+                stacklevel=5,
+            )
+        return difference <= self.tolerance
+
+    def _gaps_agree(self, style: PastStyle, axes: list[Axes]) -> bool:
+        """Whether two sequences of different length can share a step, the gap between them masked."""
+        config = getattr(self.caller.module, "config", None)
+        if getattr(config, "sliding_window", None) or not (
+            self.caller.signature.mask or isinstance(style, AttentionStyle)
+        ):
+            return False  # a window counts physical distance, which gaps change
+        parts, alone = [], []
+        for row, length in ((0, 4), (1, 2)):
+            _, past = self.step(style, self.ids[row : row + 1, :length], style.empty(), 0)
+            parts.append((Source([leaf.clone() for leaf in style.leaves(past)], axes, None), 0, length))
+            alone.append(self.step(style, self.ids[row : row + 1, length : length + 1], past, length)[0])
+        leaves, kept = gather(parts)
+        assert kept is not None
+        ids = torch.stack((self.ids[0, 4:5], self.ids[1, 2:3]))
+        positions = torch.tensor([[4], [2]], device=self.caller.device)
+        try:
+            together, _ = advance(self.caller, style, ids, style.build(leaves, 4), positions, kept)
+        except ModelError:
+            return False
+        return (together - torch.cat(alone)).abs().max().item() <= self.tolerance
+
+
+def advance(
+    caller: Caller,
+    style: PastStyle,
+    ids: Tensor,
+    past: Any,
+    positions: Tensor,
+    kept: Tensor | None,
+    new_kept: Tensor | None = None,
+    last_only: bool = False,
+) -> tuple[Tensor, Any]:
+    """Runs `ids` behind `past` and returns (logits, the new past).
+
+    kept (batch, past time) bool, new_kept (batch, new time) bool: which cached and new positions are real; None: all.
+    """
+    mask = None
+    if kept is not None or new_kept is not None:
+        old = (
+            kept
+            if kept is not None
+            else torch.ones(len(ids), past_time(style, past), dtype=torch.bool, device=ids.device)
+        )
+        new = new_kept if new_kept is not None else torch.ones_like(ids, dtype=torch.bool)
+        mask = torch.cat((old, new), dim=1)
+    if isinstance(style, AttentionStyle):
+        style.install(past, mask)
+        try:
+            answer = caller(ids, use_cache=True, mask=mask, positions=positions)
+        finally:
+            taken = style.release()
+        return answer.logits, taken
+    before = past.length if isinstance(style, KVCacheStyle) else 0
+    answer = caller(ids, past=past, use_cache=True, mask=mask, positions=positions, last_only=last_only)
+    if isinstance(style, KVCacheStyle):
+        if past.length == before:  # the module leaves the counting to its caller
+            past.increment_length(ids.shape[1])
+        return answer.logits, past
+    return answer.logits, answer.past if answer.past is not None else past
+
+
+def past_time(style: PastStyle, past: Any) -> int:
+    if past is None:
+        return 0
+    leaves = style.leaves(past)
+    return int(leaves[0].shape[-2]) if leaves else 0
+
+
+def tolerance(logits: Tensor) -> float:
+    """How far two computations of the same logits may lie apart: rounding of their dtype, scaled by their spread."""
+    relative = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 2e-2}.get(logits.dtype, 8e-2)
+    return relative * max(float(logits.float().abs().max()), 1.0)
