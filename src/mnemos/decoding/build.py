@@ -8,11 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mnemos.decoding.config import DEFAULT_NEW_TOKENS, GenerationConfig
+from mnemos.decoding.beam import BeamSearch, BeamSettings
+from mnemos.decoding.config import DEFAULT_CANDIDATES, DEFAULT_NEW_TOKENS, GenerationConfig
+from mnemos.decoding.contrastive import ContrastiveSearch
 from mnemos.decoding.processors import filters_of, processors_of
 from mnemos.decoding.sampler import Cutoffs, fresh_seed
 from mnemos.decoding.sampling import Chooser, Sampling
-from mnemos.decoding.stopping import IncrementalDecoder, StopRules, StopWatch
+from mnemos.decoding.stopping import IncrementalDecoder, StopRules, StopWatch, TextEnds
 from mnemos.decoding.strategy import Strategy
 from mnemos.errors import ContextLengthError, RequestError
 from mnemos.models.contract import ModelSpec
@@ -26,6 +28,8 @@ class Tokenizer(Protocol):
     vocabulary_size: int
 
     def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
     def decoder(self, skip_special: bool = True) -> IncrementalDecoder: ...
 
@@ -108,19 +112,61 @@ class _Builder:
         self._check()
 
     def build(self) -> Strategy:
-        return self._sampling()
+        match self.config.mode:
+            case "beam":
+                return self._beam_search()
+            case "contrastive":
+                return self._contrastive_search()
+            case _:
+                return self._sampling()
 
     def _sampling(self) -> Sampling:
         config = self.config
         return Sampling(
             self._chooser(),
             self.watch,
-            seed=fresh_seed() if config.seed is None else config.seed,
+            seed=self._seed(),
             most=self.most,
             results=config.num_return_sequences,
             samples=config.best_of or config.num_return_sequences,
             logprobs=config.logprobs,
         )
+
+    def _beam_search(self) -> BeamSearch:
+        config = self.config
+        settings = BeamSettings(
+            config.beams,
+            config.num_return_sequences,
+            self.most,
+            config.groups,
+            config.diversity_penalty or 0.0,
+            config.length_penalty,
+            config.early_stopping,
+            self._seed() if config.samples else None,
+            config.logprobs,
+            self._pad_id(),
+            len(self.stop_ids),
+        )
+        filters = filters_of(config, keep=len(self.stop_ids) + 1) if config.samples else []
+        processors = [*processors_of(config, self.stop_ids, self._bad_words()), *filters]
+        rules = self._rules()
+        decode = self._needed_tokenizer("stop").decode if rules.strings else None
+        return BeamSearch(settings, processors, TextEnds(rules, decode))
+
+    def _contrastive_search(self) -> ContrastiveSearch:
+        config = self.config
+        processors = processors_of(config, self.stop_ids, self._bad_words())
+        alpha, top_k = config.penalty_alpha or 0.0, config.top_k or DEFAULT_CANDIDATES
+        return ContrastiveSearch(top_k, alpha, processors, self.watch, config.logprobs)
+
+    def _seed(self) -> int:
+        return fresh_seed() if self.config.seed is None else self.config.seed
+
+    def _pad_id(self) -> int:
+        for token in (self.config.pad_token_id, self.spec.pad_token_id, *sorted(self.stop_ids)):
+            if token is not None:
+                return token
+        return 0
 
     def _chooser(self) -> Chooser:
         config = self.config

@@ -18,6 +18,7 @@ StoppingCriterion = Callable[[Sequence[int]], bool]
 
 DEFAULT_NEW_TOKENS = 256
 DEFAULT_BEAMS = 4
+DEFAULT_CANDIDATES = 4
 # What the strategies that are named after one parameter use when it is not given.
 NAMED_DEFAULTS: dict[str, dict[str, float | int]] = {
     "top_k": {"top_k": 50},
@@ -25,7 +26,7 @@ NAMED_DEFAULTS: dict[str, dict[str, float | int]] = {
     "nucleus": {"top_p": 0.9},
     "min_p": {"min_p": 0.1},
     "typical": {"typical_p": 0.9},
-    "contrastive": {"top_k": 4, "penalty_alpha": 0.6},
+    "contrastive": {"top_k": DEFAULT_CANDIDATES, "penalty_alpha": 0.6},
     "diverse_beam_search": {"num_beam_groups": 2, "diversity_penalty": 0.5},
 }
 

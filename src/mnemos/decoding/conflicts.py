@@ -136,6 +136,10 @@ CONFLICTS: tuple[Conflict, ...] = (
         "it must not exceed max_length",
     ),
     Conflict(
+        lambda c: _if(c.mode == "beam" and c.stop_when_repeating, "stop_when_repeating"),
+        "beams are compared at the end; loops are noticed in greedy decoding, sampling and contrastive search",
+    ),
+    Conflict(
         lambda c: _if(c.mode in ("beam", "contrastive") and c.overflow == "sliding", "overflow"),
         "an endless text goes with greedy decoding and sampling",
     ),

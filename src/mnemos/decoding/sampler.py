@@ -104,7 +104,7 @@ def _head(weights: Floats, reach: float) -> tuple[npt.NDArray[np.intp], npt.NDAr
     """
     size = _FIRST_CANDIDATES
     while True:
-        ids = _largest(weights, min(size, len(weights)))
+        ids = largest(weights, min(size, len(weights)))
         cumulative = np.cumsum(weights[ids], dtype=np.float64)
         if cumulative[-1] > reach or size >= len(weights):
             possible = int(np.count_nonzero(weights[ids]))
@@ -119,7 +119,7 @@ def _weights(logits: Floats, peak: np.float32, temperature: float) -> Floats:
     return np.exp(scaled, out=scaled)
 
 
-def _largest(weights: Floats, size: int) -> npt.NDArray[np.intp]:
+def largest(weights: Floats, size: int) -> npt.NDArray[np.intp]:
     """The indices of the `size` largest weights, descending, equal ones by ascending index."""
     if size < len(weights):
         smallest = np.partition(weights, len(weights) - size)[len(weights) - size]
@@ -137,12 +137,12 @@ def log_sum_exp(logits: Floats) -> float:
 
 def top_tokens(logits: Floats, count: int) -> list[int]:
     """The `count` most probable tokens, most probable first, equal ones by ascending id."""
-    return [int(token) for token in _largest(logits, min(count, len(logits)))] if count else []
+    return [int(token) for token in largest(logits, min(count, len(logits)))] if count else []
 
 
-def _no_choice(largest: float) -> RequestError:
-    if largest == -np.inf:
+def _no_choice(peak: float) -> RequestError:
+    if peak == -np.inf:
         return RequestError(
             "every token is forbidden here; loosen bad_words, logit_bias, the constraint or the processors"
         )
-    return RequestError(f"the largest logit is {largest}; logits must be finite to choose a token")
+    return RequestError(f"the largest logit is {peak}; logits must be finite to choose a token")

@@ -162,6 +162,35 @@ class StopWatch:
         return None
 
 
+class TextEnds:
+    """Says of whole texts whether their last token ends them, for searches that keep many texts at once."""
+
+    def __init__(self, rules: StopRules, decode: Callable[[Sequence[int]], str] | None) -> None:
+        """`decode` must be given where the rules have stop strings."""
+        self._rules = rules
+        self._decode = decode
+
+    def of(self, tokens: Sequence[int], prompt_length: int) -> tuple[End, str | None] | None:
+        """The end, if it is one, and the text where a stop string cuts it. `tokens` begin with the prompt."""
+        rules, generated = self._rules, len(tokens) - prompt_length
+        if tokens[-1] in rules.stop_ids:
+            return End("stop", tokens[-1], is_text=False), None
+        if generated <= rules.least:
+            return None
+        if self._decode is not None:
+            strings = StopStrings(rules.strings)
+            text = strings.push(self._decode(tokens[prompt_length:]))
+            if strings.matched is not None:
+                return End("stop", strings.matched), text
+        if any(_met(criterion, tokens) for criterion in rules.criteria):
+            return End("stop"), None
+        return None
+
+    @property
+    def expired(self) -> bool:
+        return self._rules.deadline is not None and self._rules.clock() >= self._rules.deadline
+
+
 def _met(criterion: Any, tokens: Sequence[int]) -> bool:
     name = getattr(criterion, "__name__", type(criterion).__name__)
     try:
