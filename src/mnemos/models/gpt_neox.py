@@ -34,6 +34,7 @@ class GPTNeoXConfig(DecoderConfig):
         if fields.get("rotary_pct") is not None or fields.get("rotary_emb_base") is not None:
             fields = fields.renamed(**_NAMES_IN_CONFIG)
         shape = read_shape(fields)
+        shape["num_key_value_heads"] = shape["num_attention_heads"]
         return cls(
             **shape,
             intermediate_size=fields.size("intermediate_size"),

@@ -13,6 +13,7 @@ GGUF_EXPERT_NAMES = {
     "mlp.experts.gate_proj": "ffn_gate_exps",
     "mlp.experts.up_proj": "ffn_up_exps",
     "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps",
 }
 
 
@@ -56,24 +57,27 @@ def load_sparse_mlp(
     block: str = "mlp",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> SparseMLP:
-    """The block `layers.{layer}.{block}`: experts one by one under `names`, or fused as newer transformers write them.
+    """The block `layers.{layer}.{block}`: experts one by one under `names`, or in tensors with an axis for the expert.
 
-    GGUF, and the fused form whatever the architecture, keep to "mlp" and the usual names.
+    The latter, and GGUF, keep to "mlp" and the usual names, whatever the architecture; gate and up may be fused there.
     """
-    fused = f"layers.{layer}.mlp.experts"
-    if weights.is_gguf or weights.has(f"{fused}.gate_up_proj", ""):
-        block = "mlp"
-    name = f"layers.{layer}.{block}"
+    suffix = ".weight" if weights.is_gguf else ""
+    fused = weights.has(f"layers.{layer}.mlp.experts.gate_up_proj", suffix)
+    name = f"layers.{layer}.mlp" if weights.is_gguf or fused else f"layers.{layer}.{block}"
     count, inner = routing.experts, routing.inner_size
     wide, narrow = (count, inner, hidden_size), (count, hidden_size, inner)
-    if weights.is_gguf:
-        gate, up = weights.stack(f"{fused}.gate_proj", wide), weights.stack(f"{fused}.up_proj", wide)
-        down = weights.stack(f"{fused}.down_proj", narrow)
-    elif weights.has(f"{fused}.gate_up_proj", ""):
+    if fused:
         both = (count, 2 * inner, hidden_size)
-        gate = weights.stack(f"{fused}.gate_up_proj", both, take=slice(0, inner), suffix="")
-        up = weights.stack(f"{fused}.gate_up_proj", both, take=slice(inner, 2 * inner), suffix="")
-        down = weights.stack(f"{fused}.down_proj", narrow, suffix="")
+        gate, up = (
+            weights.stack(f"{name}.experts.gate_up_proj", both, take=rows, suffix=suffix)
+            for rows in (slice(0, inner), slice(inner, 2 * inner))
+        )
+        down = weights.stack(f"{name}.experts.down_proj", narrow, suffix=suffix)
+    elif weights.is_gguf:
+        gate, up, down = (
+            weights.stack(f"{name}.experts.{part}", shape)
+            for part, shape in zip(("gate_proj", "up_proj", "down_proj"), (wide, wide, narrow), strict=True)
+        )
     else:
         gate, up, down = (
             [weights.matrix(f"{name}.experts.{expert}.{part}", *shape[1:]) for expert in range(count)]

@@ -1,0 +1,43 @@
+"""Runs a model step by step as the engine does: ragged batches, chunks, pages anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mnemos.models.contract import Model
+from mnemos.ops.batch import Batch
+
+
+def ints(values: Sequence[int]) -> np.ndarray:
+    return np.asarray(values, dtype=np.int32)
+
+
+class Session:
+    """A few texts, each with its own pages; `step` evaluates the next tokens of some of them in one batch."""
+
+    def __init__(self, model: Model, page_lists: Sequence[Sequence[int]]) -> None:
+        self.model = model
+        self.pages = [list(pages) for pages in page_lists]
+        self.lengths = [0] * len(page_lists)
+
+    def step(self, chunks: dict[int, Sequence[int]]) -> dict[int, np.ndarray]:
+        """Logits of every new token: text number -> float32 (new tokens, vocabulary)."""
+        token_ids, positions, starts, pages, page_starts = [], [], [0], [], [0]
+        for text, chunk in chunks.items():
+            token_ids += chunk
+            positions += range(self.lengths[text], self.lengths[text] + len(chunk))
+            self.lengths[text] += len(chunk)
+            starts.append(len(token_ids))
+            pages += self.pages[text]
+            page_starts.append(len(pages))
+        rows = range(len(token_ids))
+        arrays = (token_ids, positions, starts, pages, page_starts, rows)
+        logits = self.model.forward(Batch(*(ints(list(a)) for a in arrays))).logits.copy()
+        return {text: logits[starts[i] : starts[i + 1]] for i, text in enumerate(chunks)}
+
+
+def whole(model: Model, token_ids: Sequence[int], pages: Sequence[int]) -> np.ndarray:
+    """All logits of one text, evaluated at once."""
+    return Session(model, [pages]).step({0: list(token_ids)})[0]

@@ -1,0 +1,54 @@
+"""Every architecture gives the logits of Hugging Face transformers, however its texts are cut and mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from mnemos.models.load import LoadedModel
+from tests.models.checkpoints import CONFIGS, Reference, token_ids
+from tests.models.stepping import Session, whole
+
+TOLERANCE = 1e-4
+LoadFunction = Callable[[str, str], LoadedModel]
+ReferenceFunction = Callable[[str], Reference]
+each_architecture = pytest.mark.parametrize("name", CONFIGS)
+
+
+@each_architecture
+def test_whole_prompt(name: str, backend: str, load: LoadFunction, reference: ReferenceFunction) -> None:
+    ids = token_ids(75)
+    expected = reference(name).logits(ids)
+    assert np.ptp(expected) > 1
+    np.testing.assert_allclose(whole(load(name, backend), ids, [5, 2, 9]), expected, atol=TOLERANCE)
+
+
+@each_architecture
+def test_chunks_and_cached_steps(name: str, backend: str, load: LoadFunction, reference: ReferenceFunction) -> None:
+    ids = token_ids(48, seed=1)
+    session = Session(load(name, backend), [[3, 11]])
+    cuts = [0, 1, 20, 37, *range(38, 49)]
+    parts = [session.step({0: ids[a:b]})[0] for a, b in pairwise(cuts)]
+    np.testing.assert_allclose(np.concatenate(parts), reference(name).logits(ids), atol=TOLERANCE)
+
+
+@each_architecture
+def test_ragged_batch(name: str, backend: str, load: LoadFunction, reference: ReferenceFunction) -> None:
+    """Prompts, chunks and single steps of several texts in one batch, each in its own scattered pages."""
+    texts = [token_ids(40, seed=2), token_ids(9, seed=3), token_ids(66, seed=4)]
+    session = Session(load(name, backend), [[7, 0], [22], [13, 4, 1]])
+    steps = [
+        {0: (0, 33), 1: (0, 1)},
+        {2: (0, 64), 0: (33, 34)},
+        {1: (1, 8), 0: (34, 40), 2: (64, 65)},
+        {2: (65, 66), 1: (8, 9)},
+    ]
+    found: dict[int, list[np.ndarray]] = {0: [], 1: [], 2: []}
+    for step in steps:
+        for text, logits in session.step({text: texts[text][a:b] for text, (a, b) in step.items()}).items():
+            found[text].append(logits)
+    for text, ids in enumerate(texts):
+        np.testing.assert_allclose(np.concatenate(found[text]), reference(name).logits(ids), atol=TOLERANCE)
