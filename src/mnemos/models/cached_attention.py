@@ -124,7 +124,7 @@ class KVCache:
 class CachedAttention(nn.Module):
     """Multi-head attention that can keep its keys and values between calls.
 
-    query, key, value: (batch, time, d_model). With `use_cache=True` the new keys and values are appended to `cache`, and
+    query, key, value: (batch, time, d_model). With `use_cache=True` new keys and values are appended to `cache`, and
     the queries, taken as the newest positions, attend causally to all of them. Without it and without a `mask` every
     query sees every key, as in torch.nn.MultiheadAttention. `mask` (broadcastable to (batch, heads, queries, keys)) is
     boolean, True where a query may look, or added to the scores. Source: Vaswani et al. 2017, arXiv:1706.03762.

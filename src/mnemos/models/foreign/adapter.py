@@ -310,8 +310,8 @@ def adapt(
         )
     if use_kv_cache and abilities.style is None:
         warnings.warn(
-            f"{type(module).__name__} has no cache that can be used: every token runs over the whole text again, which is "
-            "slow. Give forward a past_kv argument and return (logits, past_kv), or use CachedAttention.",
+            f"{type(module).__name__} has no cache that can be used: every token runs over the whole text again, which "
+            "is slow. Give forward a past_kv argument and return (logits, past_kv), or use CachedAttention.",
             stacklevel=3,
         )
     config = getattr(module, "config", None) or getattr(module, "args", None)

@@ -1,0 +1,231 @@
+"""The operators through PyTorch: CPU, CUDA and Apple's MPS, in float32, bfloat16 or float16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mnemos.errors import ConfigError, UnsupportedError
+from mnemos.formats.tensor import Tensor as StoredTensor
+from mnemos.formats.tensor import TensorType
+from mnemos.ops.batch import AttentionParams, Batch, KVLayout, Output, RopeParams
+from mnemos.ops.protocol import Forward
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {TensorType.F32: torch.float32, TensorType.F16: torch.float16, TensorType.BF16: torch.bfloat16}
+
+
+def best_device() -> str:
+    """cuda where there is one, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class TorchCache:
+    """Pages of keys and values, (layers, 2, pages, page_size, kv_heads, head_dim), on the device."""
+
+    def __init__(self, layout: KVLayout, pages: int, device: torch.device) -> None:
+        if layout.dtype not in DTYPES:
+            raise UnsupportedError(
+                f"kv_dtype {layout.dtype!r} is not supported here; expected one of {', '.join(DTYPES)}"
+            )
+        self.layout = layout
+        self.pages = pages
+        shape = (layout.layers, 2, pages, layout.page_size, layout.kv_heads, layout.head_dim)
+        self.values = torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        self.values[:, :, list(targets)] = self.values[:, :, list(sources)]
+
+    def read(self, page: int) -> npt.NDArray[np.uint8]:
+        return np.asarray(self.values[:, :, page].contiguous().cpu().view(torch.uint8).numpy()).reshape(-1)
+
+    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None:
+        target = self.values[:, :, page]
+        stored = torch.from_numpy(np.array(content)).view(self.values.dtype)
+        self.values[:, :, page] = stored.reshape(target.shape).to(self.values.device)
+
+
+@dataclass(frozen=True)
+class Together:
+    """Sequences with as many new tokens each, whose attention is one call.
+
+    rows (S, new): their rows in the batch; slots (S, longest): where their positions lie in the cache, flat over
+    pages; positions (S, new); longest: the most positions that one of them has.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    positions: Tensor
+
+
+class TorchBatch:
+    """A `Batch` on the device, with what attention needs worked out once for all layers."""
+
+    def __init__(self, batch: Batch, page_size: int, device: torch.device) -> None:
+        def put(array: npt.NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array.astype(np.int64)).to(device)
+
+        self.token_ids, self.positions, self.logit_rows = map(put, (batch.token_ids, batch.positions, batch.logit_rows))
+        bounds = list(pairwise(batch.sequence_starts.tolist()))
+        page_bounds = list(pairwise(batch.page_starts.tolist()))
+        new_slots = np.empty(len(batch.token_ids), dtype=np.int64)
+        groups: dict[int, list[int]] = {}
+        for s, (first, last) in enumerate(bounds):
+            pages = batch.pages[slice(*page_bounds[s])].astype(np.int64)
+            where = batch.positions[first:last]
+            new_slots[first:last] = pages[where // page_size] * page_size + where % page_size
+            groups.setdefault(last - first, []).append(s)
+        self.new_slots = put(new_slots)
+        self.groups: list[Together] = []
+        for members in groups.values():
+            lengths = [int(batch.positions[bounds[s][1] - 1]) + 1 for s in members]
+            slots = np.zeros((len(members), max(lengths)), dtype=np.int64)
+            for i, (s, length) in enumerate(zip(members, lengths, strict=True)):
+                pages = batch.pages[slice(*page_bounds[s])].astype(np.int64)
+                past = np.arange(length)
+                slots[i, :length] = np.maximum(pages[past // page_size], 0) * page_size + past % page_size
+            rows = np.stack([np.arange(*bounds[s]) for s in members])
+            self.groups.append(Together(put(rows), put(slots), put(batch.positions[rows])))
+
+
+class TorchOps:
+    """device: "auto" takes the best there is; dtype: of weights and activations, by default bfloat16, on a CPU float32."""
+
+    name = "torch"
+
+    def __init__(self, device: str = "auto", dtype: str = "auto") -> None:
+        self.device = torch.device(best_device() if device == "auto" else device)
+        if dtype == "auto":
+            dtype = "float32" if self.device.type == "cpu" else "bfloat16"
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; expected auto or one of {', '.join(DTYPES)}")
+        self.dtype = DTYPES[dtype]
+
+    def matrix(self, tensor: StoredTensor) -> Tensor:
+        if tensor.type in _STORED and _STORED[tensor.type] == self.dtype:
+            stored = torch.from_numpy(np.array(tensor.data)).view(self.dtype)
+        else:
+            stored = torch.from_numpy(tensor.dequantize().reshape(-1)).to(self.dtype)
+        return stored.reshape(tensor.rows, tensor.columns).to(self.device)
+
+    def vector(self, tensor: StoredTensor) -> Tensor:
+        return torch.from_numpy(tensor.dequantize().reshape(-1)).to(self.device)
+
+    def cache(self, layout: KVLayout, pages: int) -> TorchCache:
+        return TorchCache(layout, pages, self.device)
+
+    def compile(self, forward: Forward, cache: TorchCache) -> Callable[[Batch], Output]:
+        def step(batch: Batch) -> Output:
+            with torch.inference_mode():
+                hidden, logits = forward(self, TorchBatch(batch, cache.layout.page_size, self.device), cache)
+            return Output(logits=logits.float().cpu().numpy(), hidden=hidden.float().cpu().numpy())
+
+        return step
+
+    def embed(self, matrix: Tensor, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, matrix)
+
+    def rows(self, x: Tensor, index: Tensor) -> Tensor:
+        return x[index]
+
+    def linear(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        groups = x.float().view(len(x), -1, len(weight))
+        normal = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + epsilon)
+        return (normal * weight).to(x.dtype).view(x.shape)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+        return F.layer_norm(x.float(), weight.shape, weight, bias, epsilon).to(x.dtype)
+
+    def rope(self, x: Tensor, positions: Tensor, params: RopeParams) -> Tensor:
+        half = params.rotary_dim // 2
+        frequencies = torch.from_numpy(params.frequencies).to(x.device)
+        angles = positions.to(torch.float32)[:, None, None] * frequencies
+        cos, sin = angles.cos() * params.magnitude, angles.sin() * params.magnitude
+        heads = x.view(len(x), -1, params.head_dim).float()
+        first, second, rest = (heads[..., a:b] for a, b in ((0, half), (half, 2 * half), (2 * half, None)))
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+        return rotated.to(x.dtype).view(x.shape)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache, layer: int, batch: TorchBatch, params: AttentionParams
+    ) -> Tensor:
+        keys, values = (side.view(-1, params.kv_heads, params.head_dim) for side in cache.values[layer])
+        keys[batch.new_slots] = k.view(len(k), params.kv_heads, params.head_dim).to(keys.dtype)
+        values[batch.new_slots] = v.view(len(v), params.kv_heads, params.head_dim).to(values.dtype)
+        out = torch.empty_like(q)
+        for part in batch.groups:
+            queries = q[part.rows].view(*part.rows.shape, params.heads, params.head_dim).transpose(1, 2)
+            past_keys, past_values = (side[part.slots].transpose(1, 2).to(q.dtype) for side in (keys, values))
+            attended = _attend(queries, past_keys, past_values, part.positions, params)
+            out[part.rows.flatten()] = attended.transpose(1, 2).reshape(-1, q.shape[1])
+        return out
+
+    def activation(self, x: Tensor, kind: str) -> Tensor:
+        if kind == "silu":
+            return F.silu(x)
+        if kind == "relu":
+            return F.relu(x)
+        return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+    def gated_activation(self, gate: Tensor, up: Tensor, kind: str) -> Tensor:
+        return self.activation(gate, kind) * up
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        return cap * torch.tanh(x / cap)
+
+    def route(self, x: Tensor, router: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        probabilities = F.linear(x, router).float().softmax(-1)
+        weights, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+        weights, ids = weights[:, :top_k], ids[:, :top_k]
+        return ids, weights / weights.sum(-1, keepdim=True) if normalise else weights
+
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate: Sequence[Tensor],
+        up: Sequence[Tensor],
+        down: Sequence[Tensor],
+        kind: str,
+    ) -> Tensor:
+        shares = torch.zeros(*ids.shape, down[0].shape[0], dtype=x.dtype, device=x.device)
+        for expert in torch.unique(ids).tolist():
+            row, place = torch.nonzero(ids == expert, as_tuple=True)
+            inner = self.gated_activation(F.linear(x[row], gate[expert]), F.linear(x[row], up[expert]), kind)
+            shares[row, place] = F.linear(inner, down[expert])
+        return (shares * weights[:, :, None].to(x.dtype)).sum(dim=1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, params: AttentionParams) -> Tensor:
+    """q (S, heads, new, head_dim), k and v (S, kv_heads, longest, head_dim), positions (S, new)."""
+    distance = positions[:, None, :, None] - torch.arange(k.shape[2], device=q.device)
+    visible = distance >= 0
+    if params.window:
+        visible = visible & (distance < params.window)
+    grouped = params.heads != params.kv_heads
+    if not params.softcap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=params.scale, enable_gqa=grouped)
+    if grouped:
+        k, v = (side.repeat_interleave(params.heads // params.kv_heads, dim=1) for side in (k, v))
+    scores = params.softcap * torch.tanh((q @ k.transpose(2, 3)).float() * params.scale / params.softcap)
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
