@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_wheel import CONTENT, MEMBER, write_wheel
 
 from mnemos.hub.registry import KNOWN_MODELS, KnownModel, WheelSource
+from tests.hub.tiny_wheel import CONTENT, MEMBER, write_wheel
 
 
 @pytest.fixture

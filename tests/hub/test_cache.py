@@ -8,12 +8,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from tiny_wheel import files_below
 
 from mnemos.errors import DownloadError
 from mnemos.hub import cache, wheels
 from mnemos.hub.registry import KnownModel
 from mnemos.hub.sources import resolve
+from tests.hub.tiny_wheel import files_below
 
 HOLD_LOCK = """
 import sys, time

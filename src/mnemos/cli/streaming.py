@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mnemos.engine.results import StreamedToken
+    from mnemos.engine.completion import StreamedToken
 
 
 class StreamView:
@@ -23,10 +23,10 @@ class StreamView:
 
     def show(self, stream: Iterator[StreamedToken]) -> None:
         for token in stream:
-            self._last = time.perf_counter()
-            if not self.tokens:
-                self._first = self._last
-            self.tokens += 1
+            if token.token_id is not None:
+                self._last = time.perf_counter()
+                self._first = self._first or self._last
+                self.tokens += 1
             self.text += token.text
             sys.stdout.write(token.text)
             sys.stdout.flush()
