@@ -99,7 +99,7 @@ class TorchBatch:
 
 
 class TorchOps:
-    """device: "auto" takes the best there is; dtype: of weights and activations, by default bfloat16, on a CPU float32."""
+    """device: "auto" takes the best there is; dtype: of weights and activations, auto: bfloat16, on a CPU float32."""
 
     name = "torch"
 
