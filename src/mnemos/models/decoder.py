@@ -68,7 +68,7 @@ def _read_windows(fields: Fields, layers: int, slides: Callable[[int], bool]) ->
     types = fields.get("layer_types")
     if types is None:
         return tuple(window if slides(layer) else 0 for layer in range(layers))
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= set(LAYER_TYPES):
+    if not isinstance(types, list) or len(types) != layers or any(kind not in LAYER_TYPES for kind in types):
         raise fields.wrong("layer_types", f"a list of {layers} names out of {', '.join(LAYER_TYPES)}")
     return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 

@@ -117,6 +117,8 @@ def read_rope(
         rope = replace(rope, divisors=fields.numbers("rope_freqs", rope.rotary_dim // 2))
     if kind == "default":
         return rope
+    if kind == "dynamic" and rope.rotary_dim < 4:
+        raise FormatError(f"{fields.path}: dynamic scaling rotates {rope.rotary_dim} elements; expected at least 4")
     rope = replace(rope, factor=_factor(table, kind, positions / rope.trained_length))
     if kind == "llama3":
         low = table.number("low_freq_factor", 1.0)

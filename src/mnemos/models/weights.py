@@ -196,7 +196,7 @@ class Weights:
         patterns = (*_HARMLESS, *ignored)
         extra = [n for n in self.tensors if n not in self.used and not any(fnmatchcase(n, p) for p in patterns)]
         if extra:
-            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
             raise FormatError(f"{self.path}: tensor {extra[0]!r}{more} has no place in a model of this config")
 
 
