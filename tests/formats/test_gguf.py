@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mnemos.errors import FormatError, UnsupportedError
-from mnemos.formats.gguf import GGUFFile
+from mnemos.formats.gguf import MAX_TEXT, GGUFFile
 from mnemos.formats.tensor import TensorType
 from tests.formats.small_files import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, U64, SmallGGUF, info, pair, string
 
@@ -103,11 +103,15 @@ BAD = {
     "tensor count": (SmallGGUF(tensor_count=HUGE), f"tensor count is {HUGE}"),
     "one tensor too many": (SmallGGUF(tensor_count=3), "tensor"),
     "pair count": (SmallGGUF(pair_count=HUGE), f"metadata count is {HUGE}"),
-    "key length": (SmallGGUF(pairs=[struct.pack("<QI", HUGE, U8) + b"x" * 8]), f"metadata key 0 needs {HUGE} bytes"),
+    "key length": (
+        SmallGGUF(pairs=[struct.pack("<QI", HUGE, U8) + b"x" * 8]),
+        f"metadata key 0 has {HUGE} bytes of text",
+    ),
     "key not UTF-8": (SmallGGUF(pairs=[pair(b"\xff", U8, 1)]), "metadata key 0 is .*not UTF-8"),
     "key twice": (SmallGGUF(pairs=[pair("k", U8, 1)] * 2), "metadata key 'k' appears twice"),
     "value type": (SmallGGUF(pairs=[string("k") + struct.pack("<II", 13, 0)]), "'k' has value type 13"),
-    "string length": (SmallGGUF(pairs=[string("k") + struct.pack("<IQ", STRING, 2**40)]), "'k' needs 1099511627776"),
+    "string length": (SmallGGUF(pairs=[string("k") + struct.pack("<IQ", STRING, 2**20)]), "'k' needs 1048576 bytes"),
+    "long text": (SmallGGUF(pairs=[pair("k", STRING, "x" * (MAX_TEXT + 1))]), f"'k' has {MAX_TEXT + 1} bytes of text"),
     "string not UTF-8": (SmallGGUF(pairs=[pair("k", STRING, b"\xc3")]), "'k' is .*not UTF-8"),
     "boolean": (SmallGGUF(pairs=[string("k") + struct.pack("<IB", BOOL, 2)]), "'k' is the boolean 2"),
     "boolean array": (SmallGGUF(pairs=[array_of(BOOL, 2, b"\1\2")]), "'k' holds the boolean 2"),

@@ -25,6 +25,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
+MAX_TEXT = 1 << 22  # bytes of one key, name or string value; the longest chat templates stay below a hundredth of it
 ALIGNMENT_KEY = "general.alignment"
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -103,6 +104,8 @@ class _Cursor:
 
     def string(self, field: str) -> str:
         (length,) = self.unpack(_U64, field)
+        if length > MAX_TEXT:
+            raise self.error(field, f"has {length} bytes of text; at most {MAX_TEXT} are allowed")
         start = self.advance(length, field)
         raw = self.content[start : start + length]
         try:

@@ -12,8 +12,9 @@ import numpy.typing as npt
 from mnemos.errors import FormatError
 from mnemos.formats.mapping import excerpt
 
+MAX_STRINGS = 1 << 24  # thirty times the largest vocabulary known; keeps the slow walk within seconds
 _HEADER = 8  # a string is a 64-bit little-endian length and that many bytes
-_WINDOW = 1 << 18
+_WINDOW = 1 << 16
 _STEPS = 256
 _LENGTH = struct.Struct("<Q")
 
@@ -99,6 +100,8 @@ def locate_strings(label: str, data: Bytes, count: int) -> StringArray:
     """
     if count > len(data) // _HEADER:
         raise FormatError(f"{label}: has {count} strings, but only {len(data)} bytes of the file are left")
+    if count > MAX_STRINGS:
+        raise FormatError(f"{label}: has {count} strings; at most {MAX_STRINGS} are allowed")
     headers = np.zeros(count + 1, dtype=np.int64)
     found = position = 0
     while found < count:
