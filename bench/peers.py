@@ -131,7 +131,7 @@ class OpenVino(Peer):
 
 class CTranslate2(StaticBatchPeer):
     cold = (
-        "import ctranslate2; from tokenizers import Tokenizer as T; t = T.from_file({models!r} + '/hf/tokenizer.json'); "
+        "import ctranslate2; from tokenizers import Tokenizer as T; t = T.from_file({models!r}+'/hf/tokenizer.json'); "
         "g = ctranslate2.Generator({models!r} + '/ct2', device='cpu', compute_type='int8', intra_threads={threads}); "
         "print(g.generate_batch([t.encode({prompt!r}).tokens], max_length=1)[0].sequences[0][-1])"
     )

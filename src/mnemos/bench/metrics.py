@@ -14,7 +14,6 @@ from mnemos.models.contract import ModelSpec
 DEFAULT_METRICS = ("cold", "rss", "pp128", "pp512", "pp1024", "tg128", "tg128@d1024", "b8", "b32", "sampling")
 _NAME = re.compile(r"(?P<kind>pp|tg|b)(?P<count>[1-9]\d{0,5})(?:@d(?P<depth>[1-9]\d{0,5}))?")
 _PROMPT_OF_TG = 16
-SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1}
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,9 @@ def measure(metrics: Sequence[Metric], subject: Subject, announce: Callable[[str
         yield from _measure_steps(steps, subject, announce)
     if any(metric.kind == "sampling" for metric in metrics):
         announce("sampling")
-        yield from _measure_sampling(subject)
+        from mnemos.bench.sampling import compare_sampling
+
+        yield from compare_sampling(subject.path, subject.backend)
 
 
 def _measure_processes(metrics: Sequence[Metric], subject: Subject) -> Iterator[Result]:
@@ -116,10 +117,3 @@ def _bytes_a_token(spec: ModelSpec, metric: Metric) -> float:
     """What one decode step reads at least: all weights once, and the keys and values of half-way through the run."""
     position_bytes = spec.layout.page_bytes / spec.layout.page_size
     return int(str(spec.details["weight_bytes"])) + position_bytes * (metric.depth + metric.count / 2)
-
-
-def _measure_sampling(subject: Subject) -> Iterator[Result]:
-    from mnemos.bench.sampling import engine_rate
-
-    yield Result("greedy128", engine_rate(subject.path, subject.backend, {}), "tokens/s")
-    yield Result("sampling128", engine_rate(subject.path, subject.backend, SAMPLING), "tokens/s")

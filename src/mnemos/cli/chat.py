@@ -9,7 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnemos.cli.options import add_generation_arguments, add_model_arguments, generation_config, load_engine
+from mnemos.cli.options import (
+    add_generation_arguments,
+    add_model_arguments,
+    generation_config,
+    load_engine,
+    tokenizer_of,
+)
 from mnemos.cli.streaming import StreamView
 from mnemos.cli.terminal import is_terminal, remark
 from mnemos.errors import ConfigError, MnemosError, RequestError
@@ -17,6 +23,7 @@ from mnemos.errors import ConfigError, MnemosError, RequestError
 if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
     from mnemos.engine.engine import InferenceEngine
+    from mnemos.text.tokenizer import Tokenizer
 
 COMMANDS = (
     ("/help", "this list"),
@@ -44,17 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = generation_config(arguments)
     with load_engine(arguments) as engine:
-        if not engine.tokenizer.chat_template:
+        tokenizer = tokenizer_of(engine, arguments.model)
+        if not tokenizer.chat_template:
             raise ConfigError(f"{arguments.model} has no chat template; use mnemos generate --raw")
-        Conversation(engine, config, arguments.system).talk()
+        Conversation(engine, tokenizer, config, arguments.system).talk()
     return 0
 
 
 class Conversation:
     """The messages so far, and the loop that adds to them."""
 
-    def __init__(self, engine: InferenceEngine, config: GenerationConfig, system: str | None) -> None:
+    def __init__(
+        self, engine: InferenceEngine, tokenizer: Tokenizer, config: GenerationConfig, system: str | None
+    ) -> None:
         self.engine = engine
+        self.tokenizer = tokenizer
         self.config = config
         self.opening = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.opening)
@@ -131,9 +142,9 @@ class Conversation:
 
     def _prompt(self) -> list[int]:
         """The conversation's token ids; the oldest exchanges are dropped where the context is too short for all."""
-        room = self.engine.model.spec.context_length - min(ANSWER_ROOM, self.engine.model.spec.context_length // 4)
+        room = self.engine.spec.context_length - min(ANSWER_ROOM, self.engine.spec.context_length // 4)
         dropped = 0
-        while len(ids := self.engine.tokenizer.encode_chat(self.messages)) > room:
+        while len(ids := self.tokenizer.encode_chat(self.messages)) > room:
             rest = self.messages[len(self.opening) :]
             if len(rest) < 3:
                 raise RequestError(f"the message takes {len(ids)} tokens, the context has room for {room}")

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mnemos.cli.options import add_model_arguments, load_engine
+from mnemos.cli.options import add_model_arguments, load_engine, tokenizer_of
 from mnemos.cli.terminal import ProgressBar
 from mnemos.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    from mnemos.engine.engine import InferenceEngine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,29 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from mnemos.bench.perplexity import score_chunks
-
     text = _read(Path(arguments.file))
     with load_engine(arguments) as engine:
-        longest = engine.model.spec.context_length
-        if not 2 <= arguments.chunk <= longest:
-            raise ConfigError(f"--chunk is {arguments.chunk}; it must be from 2 to {longest}, the model's context")
-        token_ids = engine.tokenizer.encode(text, add_special=False, parse_special=False)
-        if len(token_ids) < 2:
-            raise ConfigError(f"{arguments.file} has {len(token_ids)} tokens; at least 2 are needed")
-        total = scored = 0.0
+        token_ids = tokenizer_of(engine, arguments.model).encode(text, add_special=False, parse_special=False)
+        chunks = _cut(token_ids, arguments, engine.spec.context_length)
+        total, scored = 0.0, 0
         with ProgressBar(arguments.file, unit="tokens") as progress:
-            for likelihoods, done in score_chunks(engine, token_ids, arguments.chunk):
-                total -= math.fsum(likelihoods)
-                scored += len(likelihoods)
+            for log_likelihood, count, done in _score(engine, chunks):
+                total -= log_likelihood
+                scored += count
                 progress.note = f"perplexity {math.exp(total / scored):.2f}"
                 progress("scoring", done, len(token_ids))
     mean = total / scored
     if arguments.json:
-        figures = {"tokens": int(scored), "negative_log_likelihood": mean, "perplexity": math.exp(mean)}
+        figures = {"tokens": scored, "negative_log_likelihood": mean, "perplexity": math.exp(mean)}
         print(json.dumps({"file": arguments.file, "chunk": arguments.chunk, **figures}))
     else:
-        print(f"perplexity {math.exp(mean):.4f} (mean negative log likelihood {mean:.5f} over {scored:.0f} tokens)")
+        print(f"perplexity {math.exp(mean):.4f} (mean negative log likelihood {mean:.5f} over {scored} tokens)")
     return 0
 
 
@@ -59,3 +58,23 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _cut(token_ids: list[int], arguments: argparse.Namespace, longest: int) -> list[list[int]]:
+    size = arguments.chunk
+    if not 2 <= size <= longest:
+        raise ConfigError(f"--chunk is {size}; it must be from 2 to {longest}, the model's context")
+    chunks = [token_ids[start : start + size] for start in range(0, len(token_ids), size)]
+    scorable = [chunk for chunk in chunks if len(chunk) > 1]
+    if not scorable:
+        raise ConfigError(f"{arguments.file} has {len(token_ids)} tokens; at least 2 are needed")
+    return scorable
+
+
+def _score(engine: InferenceEngine, chunks: list[list[int]]) -> Iterator[tuple[float, int, int]]:
+    """Yields, for each chunk, its log likelihood, the number of its scored tokens, and the tokens done so far."""
+    done = 0
+    for chunk in chunks:
+        (score,) = engine.score([chunk])
+        done += len(chunk)
+        yield math.fsum(score.logprobs.tolist()), len(score.logprobs), done

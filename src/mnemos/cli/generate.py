@@ -6,7 +6,13 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from mnemos.cli.options import add_generation_arguments, add_model_arguments, generation_config, load_engine
+from mnemos.cli.options import (
+    add_generation_arguments,
+    add_model_arguments,
+    generation_config,
+    load_engine,
+    tokenizer_of,
+)
 from mnemos.cli.streaming import StreamView
 from mnemos.cli.terminal import is_terminal, remark
 from mnemos.errors import ConfigError
@@ -39,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--system is for the chat template, which --raw leaves out; give one of them")
     text = _read_prompt(arguments.prompt)
     with load_engine(arguments) as engine:
-        prompt = _prompt_ids(engine.tokenizer, text, arguments)
+        prompt = _prompt_ids(tokenizer_of(engine, arguments.model), text, arguments)
         if arguments.json:
             print(engine.complete(prompt, config).to_json())
             return 0

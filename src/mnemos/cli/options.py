@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mnemos.errors import FormatError
+
 if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
     from mnemos.engine.engine import InferenceEngine
+    from mnemos.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,20 @@ def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
 def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
     """The engine for `arguments.model`, fetched first if need be, with progress on standard error."""
     from mnemos.cli.terminal import ProgressBar
-    from mnemos.hub.sources import resolve
-
-    with ProgressBar(arguments.model) as progress:
-        path = resolve(arguments.model, progress)
     from mnemos.engine.engine import InferenceEngine
 
-    return InferenceEngine.from_pretrained(
-        path, backend=arguments.backend, dtype=arguments.dtype, context_length=arguments.context
-    )
+    with ProgressBar(arguments.model) as progress:
+        return InferenceEngine.from_pretrained(
+            arguments.model,
+            backend=arguments.backend,
+            dtype=arguments.dtype,
+            context_length=arguments.context,
+            progress=progress,
+        )
+
+
+def tokenizer_of(engine: InferenceEngine, model: str) -> Tokenizer:
+    """The engine's tokenizer; the model that `from_pretrained` loads always has one."""
+    if engine.tokenizer is None:
+        raise FormatError(f"{model} has no tokenizer")
+    return engine.tokenizer
