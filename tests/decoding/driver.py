@@ -22,6 +22,8 @@ class Run:
     emitted: list[Emitted] = field(default_factory=list)
     steps: int = 0
     rows: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -53,6 +55,8 @@ def drive(strategy: Strategy, prompt: Sequence[int], model: ToyModel, limit: int
         advance = strategy.advance(answers)
         run.emitted += advance.emitted
         run.finished += advance.finished
+        run.drafted += advance.drafted
+        run.accepted += advance.accepted
         branches = advance.branches
     return run
 

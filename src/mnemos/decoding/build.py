@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,8 @@ from mnemos.decoding.config import DEFAULT_CANDIDATES, DEFAULT_NEW_TOKENS, Gener
 from mnemos.decoding.contrastive import ContrastiveSearch
 from mnemos.decoding.processors import filters_of, processors_of
 from mnemos.decoding.sampler import Cutoffs, fresh_seed
-from mnemos.decoding.sampling import Chooser, Sampling
+from mnemos.decoding.sampling import Chooser, Drafter, Sampling
+from mnemos.decoding.speculative import DEFAULT_DRAFT_TOKENS, PromptLookup
 from mnemos.decoding.stopping import IncrementalDecoder, StopRules, StopWatch, TextEnds
 from mnemos.decoding.strategy import Strategy
 from mnemos.errors import ContextLengthError, RequestError
@@ -130,7 +131,15 @@ class _Builder:
             results=config.num_return_sequences,
             samples=config.best_of or config.num_return_sequences,
             logprobs=config.logprobs,
+            drafter=self._drafter(),
         )
+
+    def _drafter(self) -> Callable[[], Drafter] | None:
+        config = self.config
+        if config.speculative != "prompt_lookup":
+            return None
+        most = config.draft_tokens or DEFAULT_DRAFT_TOKENS
+        return lambda: PromptLookup(most)
 
     def _beam_search(self) -> BeamSearch:
         config = self.config

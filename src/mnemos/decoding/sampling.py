@@ -81,8 +81,14 @@ class _Text:
     drafter: Drafter | None
     drafts: list[int] = field(default_factory=list)
     emitted: list[Emitted] = field(default_factory=list)
+    streamed: int = 0
     logprob_sum: float = 0.0
     end: End | None = None
+
+    def take_new(self) -> list[Emitted]:
+        """The tokens that came since the last call."""
+        new, self.streamed = self.emitted[self.streamed :], len(self.emitted)
+        return new
 
     def finished(self, sequence: int, emitted: list[Emitted]) -> FinishedSequence:
         assert self.end is not None
@@ -152,34 +158,36 @@ class Sampling:
         return _Text(number, branch, history, seed, self._watch(), constraint, drafter)
 
     def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
-        emitted: list[Emitted] = []
         given = {text: rows[text.branch] for text in self._live}
         for text in self._live[1:]:
             if text.branch is self._live[0].branch:  # at the first step, all grow from the prompt's branch
                 text.branch = text.branch.fork()
-        for text in self._live:
-            emitted += self._extend(text, given[text])
+        drafted = sum(len(text.drafts) for text in self._live)
+        accepted = sum(self._extend(text, given[text]) for text in self._live)
         ended = [text for text in self._live if text.end is not None]
+        emitted = [token for text in self._live for token in text.take_new()]
         self._live = [text for text in self._live if text.end is None]
+        branches = [text.branch for text in self._live]
         if self._samples > self._results:
-            return Advance([text.branch for text in self._live], [], [] if self._live else self._best())
+            return Advance(branches, [], [] if self._live else self._best(), drafted, accepted)
         finished = [text.finished(text.sequence, []) for text in ended]
-        return Advance([text.branch for text in self._live], emitted, finished)
+        return Advance(branches, emitted, finished, drafted, accepted)
 
-    def _extend(self, text: _Text, rows: Rows) -> list[Emitted]:
-        """Chooses tokens until one differs from its draft, or the text ends."""
-        before, drafts = len(text.emitted), text.drafts
-        accepted = 0
+    def _extend(self, text: _Text, rows: Rows) -> int:
+        """Chooses tokens until one differs from its draft, or the text ends. Returns how many drafts were right."""
+        drafts, accepted = text.drafts, 0
         for row in rows.logits[-len(drafts) - 1 :]:
             token = self._choose(text, row)
-            if text.end is not None or accepted == len(drafts) or token != drafts[accepted]:
+            if accepted == len(drafts) or token != drafts[accepted]:
                 break
             accepted += 1
+            if text.end is not None:
+                break
         if drafts and text.drafter is not None:
             text.drafter.learn(len(drafts), accepted)
         if text.end is None:
             self._grow_branch(text)
-        return text.emitted[before:]
+        return accepted
 
     def _choose(self, text: _Text, row: Floats) -> int:
         token = self._chooser.choose(text.history, row, text.seed, text.constraint)

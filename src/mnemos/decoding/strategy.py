@@ -102,12 +102,15 @@ class FinishedSequence:
 class Advance:
     """A strategy's answer to a step: the branches to go on with (none: the request is done) and what became certain.
 
-    A branch that is not in `branches` gives its pages back.
+    A branch that is not in `branches` gives its pages back. `drafted` tokens of speculation were verified in this step,
+    and `accepted` of them were right.
     """
 
     branches: list[Branch]
     emitted: list[Emitted] = field(default_factory=list)
     finished: list[FinishedSequence] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Strategy(Protocol):
