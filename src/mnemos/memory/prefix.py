@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from mnemos.memory.pages import NO_PAGE, PagePool
 
@@ -24,20 +23,6 @@ class Node:
         self.children: dict[Tokens, Node] = {}
 
 
-@dataclass
-class PrefixStatistics:
-    """Counts since the start: tokens that were looked up, tokens found, pages added and evicted."""
-
-    looked_up: int = 0
-    found: int = 0
-    added: int = 0
-    evicted: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        return self.found / self.looked_up if self.looked_up else 0.0
-
-
 class PrefixTree:
     """Full pages by the tokens that led to them, one tree for each salt.
 
@@ -49,7 +34,7 @@ class PrefixTree:
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self.pool = pool
         self.page_size = page_size
-        self.statistics = PrefixStatistics()
+        self.evicted = 0  # pages, since the start
         self._roots: dict[str | None, Node] = {}
         # Least recently used first. A touched path is moved to the end leaf first, so that a node always stands behind
         # its descendants and the first nodes are leaves.
@@ -67,10 +52,6 @@ class PrefixTree:
         self._touch(path)
         return [node.page for node in path[skip:]]
 
-    def record_lookup(self, looked_up: int, found: int) -> None:
-        self.statistics.looked_up += looked_up
-        self.statistics.found += found
-
     def insert(self, salt: str | None, tokens: Sequence[int], pages: Sequence[int]) -> None:
         """Remembers the full pages that hold `tokens`; where the tree has a page already, it keeps its own."""
         node = self._roots.get(salt)
@@ -85,7 +66,6 @@ class PrefixTree:
                     break
                 child = node.children[key] = Node(node, key, pages[index], salt)
                 self.pool.cache(pages[index])
-                self.statistics.added += 1
             path.append(child)
             node = child
         self._touch(path)
@@ -145,7 +125,7 @@ class PrefixTree:
         del parent.children[node.tokens]
         del self._recency[node]
         self.pool.uncache(node.page)
-        self.statistics.evicted += 1
+        self.evicted += 1
         self._drop_empty_root(node.salt)
 
     def _drop_empty_root(self, salt: str | None) -> None:

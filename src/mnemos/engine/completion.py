@@ -1,0 +1,207 @@
+"""What comes out of a request: streamed tokens and the finished completion."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from math import isnan
+from typing import TYPE_CHECKING
+
+from mnemos.decoding.strategy import Emitted, FinishedSequence
+from mnemos.engine.sequence import Timings
+
+if TYPE_CHECKING:
+    from mnemos.text.tokenizer import IncrementalDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class StreamedToken:
+    """A token as it becomes certain.
+
+    text           what the stream shows now: whole characters, possibly none, never a part of a stop string
+    token_id       None where only text that was held back comes out at the end
+    sequence       which of the request's results it belongs to
+    finish_reason  at a result's last token (stop, length, repetition, time or error), else None
+    """
+
+    text: str
+    token_id: int | None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    sequence: int = 0
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens: of the prompt, of these found in the prefix cache, and generated (all results together)."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One result. `logprobs` has a value for each token if they were asked for, else it is empty.
+
+    finish_reason is stop, length, repetition, time, error or, of what a cancelled request had so far, cancelled.
+    token_ids are all that were generated, the end-of-text or stop token included; the text leaves those out.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    score: float | None = None
+    stopped_by: str | int | None = None
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A request's results, the best or first one's fields within easy reach."""
+
+    choices: list[Choice]
+    prompt_ids: list[int]
+    usage: Usage
+    timings: Timings
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def logprobs(self) -> list[float]:
+        return self.choices[0].logprobs
+
+    @property
+    def finish_reason(self) -> str:
+        return self.choices[0].finish_reason
+
+    @property
+    def score(self) -> float | None:
+        return self.choices[0].score
+
+    def to_json(self) -> str:
+        """The completion as one line of JSON; times in seconds."""
+        timings = {
+            "queued": self.timings.queued,
+            "time_to_first_token": self.timings.time_to_first_token,
+            "total": self.timings.total,
+        }
+        content = {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "choices": [asdict(choice) for choice in self.choices],
+            "prompt_ids": self.prompt_ids,
+            "usage": {**asdict(self.usage), "total_tokens": self.usage.total_tokens},
+            "timings": {name: None if isnan(seconds) else seconds for name, seconds in timings.items()},
+        }
+        return json.dumps(content, ensure_ascii=False)
+
+
+class Assembler:
+    """Turns what a strategy gives out into streamed tokens and, at the end, choices. Without a tokenizer texts are empty."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+        self.choices: list[Choice] = []
+        self._emitted: dict[int, list[Emitted]] = {}
+        self._texts: dict[int, str] = {}
+        self._decoders: dict[int, IncrementalDecoder] = {}
+
+    def stream(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> list[StreamedToken]:
+        """The next tokens of the stream."""
+        ends = {one.sequence: one for one in finished}
+        tokens = [*emitted, *(token for one in finished for token in one.emitted)]
+        streamed = []
+        for position, token in enumerate(tokens):
+            self._emitted.setdefault(token.sequence, []).append(token)
+            piece, reason = self._piece(token), None
+            last = all(later.sequence != token.sequence for later in tokens[position + 1 :])
+            if last and token.sequence in ends:
+                end = ends.pop(token.sequence)
+                piece += self._rest(end, piece)
+                reason = end.finish_reason
+            self._texts[token.sequence] = self._texts.get(token.sequence, "") + piece
+            streamed.append(
+                StreamedToken(piece, token.token_id, token.logprob, token.top_logprobs, token.sequence, reason)
+            )
+        for end in ends.values():
+            rest = self._rest(end, "")
+            self._texts[end.sequence] = self._texts.get(end.sequence, "") + rest
+            streamed.append(StreamedToken(rest, None, sequence=end.sequence, finish_reason=end.finish_reason))
+        for end in finished:
+            self.choices.append(self._choice(end, self._texts[end.sequence]))
+        return streamed
+
+    def collect(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None:
+        """The same without a stream: texts are decoded at once."""
+        for token in emitted:
+            self._emitted.setdefault(token.sequence, []).append(token)
+        for end in finished:
+            if end.emitted:
+                self._emitted[end.sequence] = end.emitted
+            self.choices.append(self._choice(end, self._whole_text(end)))
+
+    def abandon(self) -> None:
+        """The request was cancelled: what there is becomes choices."""
+        ended = {choice.index for choice in self.choices}
+        for sequence, tokens in self._emitted.items():
+            if sequence not in ended:
+                ids = [token.token_id for token in tokens]
+                text = self._texts.get(sequence)
+                if text is None:
+                    shown = [token.text for token in tokens]
+                    held = any(piece is not None for piece in shown)
+                    text = "".join(piece or "" for piece in shown) if held else self._decode(ids)
+                self.choices.append(self._choice(FinishedSequence(ids, "cancelled", sequence=sequence), text))
+        if not self.choices:
+            self.choices.append(Choice("", [], "cancelled"))
+
+    def _piece(self, token: Emitted) -> str:
+        if token.text is not None or self.tokenizer is None:
+            return token.text or ""
+        decoder = self._decoders.get(token.sequence)
+        if decoder is None:
+            decoder = self._decoders[token.sequence] = self.tokenizer.decoder(continues=True)
+        return decoder.push(token.token_id)
+
+    def _rest(self, end: FinishedSequence, piece: str) -> str:
+        """What of a finished text was not streamed before or with `piece`."""
+        if end.text is not None:
+            return end.text[len(self._texts.get(end.sequence, "")) + len(piece) :]
+        decoder = self._decoders.get(end.sequence)
+        if decoder is not None:
+            return decoder.finish()
+        return "" if self._emitted.get(end.sequence) else self._whole_text(end)
+
+    def _whole_text(self, end: FinishedSequence) -> str:
+        return end.text if end.text is not None else self._decode(end.tokens[: end.text_tokens])
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, continues=True) if self.tokenizer is not None else ""
+
+    def _choice(self, end: FinishedSequence, text: str) -> Choice:
+        tokens = self._emitted.get(end.sequence, [])
+        asked = bool(tokens) and tokens[0].logprob is not None
+        return Choice(
+            text=text,
+            token_ids=end.tokens,
+            finish_reason=end.finish_reason,
+            logprobs=[token.logprob for token in tokens if token.logprob is not None],
+            top_logprobs=[token.top_logprobs for token in tokens] if asked else [],
+            score=end.score,
+            stopped_by=end.stopped_by,
+            index=end.sequence,
+        )

@@ -1,0 +1,310 @@
+"""The engine that a user holds: prompts in, texts, tokens and scores out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mnemos.engine.completion import Assembler, Completion, StreamedToken
+from mnemos.engine.inputs import read_prompts
+from mnemos.memory.planning import plan_pages
+from mnemos.engine.runner import Runner
+from mnemos.engine.scheduler import Limits
+from mnemos.engine.scoring import ForcedLogits, ForcedScore, Score
+from mnemos.engine.sequence import Request, Timings
+from mnemos.engine.statistics import Listener, Statistics
+from mnemos.engine.streaming import Channel, RequestHandle
+from mnemos.errors import CapacityError, ConfigError, ContextLengthError, MnemosError, RequestError
+
+if TYPE_CHECKING:
+    from mnemos.decoding.config import GenerationConfig
+    from mnemos.decoding.strategy import Floats, Strategy
+    from mnemos.hub.cache import Progress
+    from mnemos.models.contract import Model
+    from mnemos.text.tokenizer import Tokenizer
+
+
+class InferenceEngine:
+    """Runs a model for any number of callers at once. Safe to use from many threads; a context manager.
+
+    model: a `Model`, or an nn.Module, which is adapted (`device` and `use_kv_cache` are for those).
+    context_length     the most positions of a sequence; by default the model's own
+    max_batch_tokens   rows of a step that holds a part of a prompt; smaller: smoother streams, slower prompts
+    max_sequences      branches (a beam is one) that run at once
+    cache_tokens       positions that the key/value cache holds for all requests together; memory is taken as it is
+                       used. By default room for two full contexts, at least 65,536, in a quarter of free memory
+    prefix_cache       keep what was evaluated for requests that begin alike
+    queue_size         requests that may wait; more are refused with CapacityError
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer | None = None,
+        device: str | None = None,
+        use_kv_cache: bool = True,
+        *,
+        context_length: int | None = None,
+        max_batch_tokens: int = 512,
+        max_sequences: int = 64,
+        cache_tokens: int | None = None,
+        prefix_cache: bool = True,
+        queue_size: int = 1024,
+    ) -> None:
+        for name, value in (
+            ("context_length", context_length),
+            ("max_batch_tokens", max_batch_tokens),
+            ("max_sequences", max_sequences),
+            ("cache_tokens", cache_tokens),
+            ("queue_size", queue_size),
+        ):
+            _check_count(name, value)
+        self.tokenizer = tokenizer
+        self.model = _as_model(model, tokenizer, device, use_kv_cache)
+        spec = self.model.spec
+        if context_length is not None and context_length > spec.context_length:
+            raise ConfigError(f"context_length is {context_length}; the model's own is {spec.context_length}")
+        self.spec = replace(spec, context_length=context_length or spec.context_length)
+        pages = plan_pages(self.spec, cache_tokens)
+        self.model.reserve(pages)
+        limits = Limits(self.spec.context_length, max_batch_tokens, max_sequences)
+        self._runner = Runner(self.model, pages, limits, prefix_cache, queue_size)
+        # Runs when the engine is collected and at interpreter exit; holds the runner, never the engine.
+        self._finalizer = weakref.finalize(self, self._runner.close, False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        context_length: int | None = None,
+        progress: Progress | None = None,
+        **engine_options: Any,
+    ) -> InferenceEngine:
+        """An engine for a registry name, a GGUF file or a Hugging Face folder.
+
+        dtype: "auto" as stored, or "float32"; kv_dtype: the cache's, "auto", "float32", "float16", "bfloat16" or "int8".
+        progress: called as f(stage, done, total) while a model is fetched. Other options as of the class.
+        """
+        from mnemos.formats.checkpoint import open_checkpoint
+        from mnemos.hub.sources import resolve
+        from mnemos.models.load import load_model
+        from mnemos.text.tokenizer import Tokenizer
+
+        path = resolve(source) if progress is None else resolve(source, progress)
+        checkpoint = open_checkpoint(path)
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        building = threading.Thread(target=_prepare, args=(tokenizer,), daemon=True)
+        building.start()
+        model = load_model(checkpoint, backend=backend, dtype=dtype, kv_dtype=kv_dtype, context_length=context_length)
+        return cls(model, tokenizer, **engine_options)
+
+    # Generation.
+
+    def generate(
+        self, prompts: Any, attention_mask: Any = None, config: GenerationConfig | None = None, **overrides: Any
+    ) -> Any:
+        """Results in the form that the prompts come in.
+
+        A text gives a text, a list of texts a list; token ids give token ids and an array or tensor (batch, time) such an
+        array, both with the prompt included, arrays padded on the right with pad_token_id. With n results for a prompt,
+        lists hold a list for it and arrays have n rows. `overrides` replace fields of the config.
+        """
+        wanted = read_prompts(prompts, attention_mask, self.tokenizer)
+        config = self._config(config, overrides)
+        results = wanted.form(self._complete_all(wanted.token_ids, config), self._pad_id(config))
+        return results[0] if wanted.single else results
+
+    def complete(self, prompts: Any, config: GenerationConfig | None = None, **overrides: Any) -> Any:
+        """A `Completion` for one prompt (a text or token ids), a list of them for several."""
+        wanted = read_prompts(prompts, None, self.tokenizer)
+        completions = self._complete_all(wanted.token_ids, self._config(config, overrides))
+        return completions[0] if wanted.single else completions
+
+    def stream(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[StreamedToken]:
+        """The tokens of one prompt's results as they become certain. Ending the iteration early cancels the request."""
+        return iter(self.submit(prompt, config, **overrides))
+
+    def submit(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> RequestHandle:
+        """Queues one prompt and returns at once; CapacityError if the queue is full."""
+        wanted = read_prompts(prompt, None, self.tokenizer)
+        if len(wanted.token_ids) != 1:
+            raise RequestError(f"{len(wanted.token_ids)} prompts were given; submit and stream take one")
+        return self._submit(wanted.token_ids[0], self._config(config, overrides))
+
+    # Evaluation of given tokens.
+
+    def logits(self, token_ids: Sequence[int]) -> Floats:
+        """float32 (time, vocabulary): row i is what the model expects behind token i."""
+        strategy = ForcedLogits(self.spec.vocabulary_size)
+        self._force([read_prompts(token_ids, None, None).token_ids[0]], [strategy])
+        return strategy.logits
+
+    def score(self, texts: Any) -> list[Score]:
+        """Log likelihoods of texts (or token ids), each token given all before it; the first is not scored."""
+        wanted = read_prompts(texts, None, self.tokenizer)
+        for token_ids in wanted.token_ids:
+            if len(token_ids) < 2:
+                raise RequestError(f"the text has {len(token_ids)} token; scoring needs at least 2")
+        strategies = [ForcedScore() for _ in wanted.token_ids]
+        self._force(wanted.token_ids, strategies)
+        return [strategy.score for strategy in strategies]
+
+    # The engine itself.
+
+    def stats(self) -> Statistics:
+        """A snapshot of what the engine has done and is doing."""
+        return self._runner.statistics()
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Calls `listener` with an Event for every request's steps in life; returns what ends that.
+
+        It is called in the engine's thread and must be quick; its exceptions end its subscription.
+        """
+        return self._runner.subscribe(listener)
+
+    def save_prefix_cache(self, path: str | os.PathLike[str]) -> int:
+        """Writes the prefix cache to a file, which is bound to this very model; returns the number of pages."""
+        from mnemos.memory.storage import save_prefixes
+
+        placement = self._runner.scheduler.placement
+        return self._runner.call(lambda: save_prefixes(path, placement.tree_or_error, self.model.cache, self.spec))
+
+    def load_prefix_cache(self, path: str | os.PathLike[str]) -> int:
+        """Reads what save_prefix_cache wrote, as far as pages are free; returns the number of pages.
+
+        FormatError if the file is damaged or of another model; then nothing has changed.
+        """
+        from mnemos.memory.storage import load_prefixes
+
+        placement = self._runner.scheduler.placement
+        return self._runner.call(lambda: load_prefixes(path, placement.tree_or_error, self.model.cache, self.spec))
+
+    def close(self, drain: bool = False) -> None:
+        """Ends the engine: with `drain` after all requests are done, else at once, which ends them with an error."""
+        self._runner.close(drain)
+
+    def __enter__(self) -> InferenceEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close(drain=exception[0] is None)
+
+    def cancel(self, request: Request) -> None:
+        self._runner.cancel(request)
+
+    def check_thread(self) -> None:
+        self._runner.check_thread()
+
+    # Inner workings.
+
+    def _config(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> GenerationConfig:
+        from mnemos.decoding.config import GenerationConfig
+
+        if config is None:
+            return GenerationConfig(**overrides)
+        if not isinstance(config, GenerationConfig):
+            raise ConfigError(f"config is of type {type(config).__name__}; give a GenerationConfig")
+        return config.with_overrides(**overrides) if overrides else config
+
+    def _complete_all(self, prompts: list[list[int]], config: GenerationConfig) -> list[Completion]:
+        """All prompts are checked before the first one runs; those beyond the queue's size wait for room in it."""
+        planned = deque(self._plan(token_ids, config) for token_ids in prompts)
+        handles: list[RequestHandle] = []
+        try:
+            while planned:
+                try:
+                    handles.append(self._launch(planned[0], config))
+                    planned.popleft()
+                except CapacityError:
+                    running = next((handle for handle in handles if not handle.done), None)
+                    if running is None:
+                        raise
+                    running.wait()
+            return [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+
+    def _plan(self, token_ids: list[int], config: GenerationConfig) -> tuple[Strategy, list[int]]:
+        from mnemos.decoding.build import fit_prompt, make_strategy
+
+        if config.overflow == "sliding" and self.spec.context_length < SMALLEST_SLIDING:
+            raise RequestError(
+                f"overflow is 'sliding' and the context {self.spec.context_length}; it needs {SMALLEST_SLIDING}"
+            )
+        prompt = fit_prompt(config, token_ids, self.spec)
+        return make_strategy(config, prompt, self.tokenizer, self.spec), prompt
+
+    def _submit(self, token_ids: list[int], config: GenerationConfig) -> RequestHandle:
+        return self._launch(self._plan(token_ids, config), config)
+
+    def _launch(self, planned: tuple[Strategy, list[int]], config: GenerationConfig | None) -> RequestHandle:
+        strategy, prompt = planned
+        now = time.perf_counter()
+        channel = Channel()
+        request = Request(strategy, prompt, channel, Timings(now))
+        if config is not None:
+            request.priority = config.priority
+            request.tenant = config.tenant
+            request.salt = config.cache_salt
+            request.deadline = None if config.deadline is None else now + config.deadline
+            request.sliding = config.overflow == "sliding"
+        self._runner.submit(request)
+        return RequestHandle(self, request, channel, Assembler(self.tokenizer))
+
+    def _force(self, prompts: list[list[int]], strategies: Sequence[Strategy]) -> None:
+        from mnemos.decoding.build import fit_prompt
+        from mnemos.decoding.config import GenerationConfig
+
+        config = GenerationConfig()
+        handles = []
+        for prompt in prompts:
+            if len(prompt) > self.spec.context_length:
+                raise ContextLengthError(
+                    f"{len(prompt)} tokens are {len(prompt) - self.spec.context_length} more than the context of "
+                    f"{self.spec.context_length}"
+                )
+            fit_prompt(config, prompt, self.spec)
+        for prompt, strategy in zip(prompts, strategies, strict=True):
+            handles.append(self._launch((strategy, prompt), None))
+        for handle in handles:
+            handle.result()
+
+    def _pad_id(self, config: GenerationConfig) -> int:
+        known = (config.pad_token_id, self.spec.pad_token_id, *self.spec.eos_token_ids[:1], 0)
+        return next(token for token in known if token is not None)
+
+
+SMALLEST_SLIDING = 8
+
+
+def _check_count(name: str, value: object) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
+
+
+def _as_model(model: Any, tokenizer: Tokenizer | None, device: str | None, use_kv_cache: bool) -> Model:
+    if all(hasattr(model, name) for name in ("spec", "reserve", "forward")):
+        return model  # type: ignore[no-any-return]
+    from mnemos.models.adapter import adapt
+
+    size = None if tokenizer is None else tokenizer.vocabulary_size
+    return adapt(model, device=device, use_kv_cache=use_kv_cache, vocabulary_size=size)
+
+
+def _prepare(tokenizer: Tokenizer) -> None:
+    """Builds the tokenizer while the weights load. An error comes again, to the caller, at the first use."""
+    with contextlib.suppress(MnemosError):
+        tokenizer.prepare()

@@ -1,0 +1,39 @@
+"""How much of a prompt a step may hold without stalling the streams that decode beside it."""
+
+from __future__ import annotations
+
+STALL = 2.0  # a step with a chunk may take this many times one without: inter-token latency stays below 3 x its median
+SMALLEST_CHUNK = 16
+SMOOTHING = 0.2
+
+
+class Pace:
+    """Learns the seconds of a decoding step and of a prompt token from the steps that were run.
+
+    The chunk's size changes when tokens come, never which: logits do not depend on how a prompt was cut.
+    """
+
+    def __init__(self, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        self._prompt_token = 0.0
+        self._decode_step = 0.0
+
+    def chunk(self, decode_rows: int) -> int:
+        """The most prompt tokens of a step that also decodes `decode_rows` rows."""
+        room = max(self.batch_tokens - decode_rows, SMALLEST_CHUNK)
+        if not decode_rows or not self._prompt_token or not self._decode_step:
+            return room
+        allowed = (STALL - 1) * self._decode_step / self._prompt_token
+        return max(SMALLEST_CHUNK, min(room, int(allowed)))
+
+    def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
+        """Learns from a step."""
+        if not prefill_rows:
+            self._decode_step = _smooth(self._decode_step, seconds)
+        elif prefill_rows >= SMALLEST_CHUNK:
+            rest = seconds - self._decode_step if decode_rows else seconds
+            self._prompt_token = _smooth(self._prompt_token, max(rest, 0.0) / prefill_rows)
+
+
+def _smooth(old: float, new: float) -> float:
+    return new if not old else old + SMOOTHING * (new - old)

@@ -1,0 +1,84 @@
+"""Requests that wait: by priority, then fairly between tenants, then in order of arrival."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+
+from mnemos.engine.sequence import Request, State
+
+
+class WaitingQueue:
+    """Among equal priorities the tenant that was served the fewest tokens comes first.
+
+    A tenant that had nothing here starts level with the least served one that has, so nobody saves up claims while idle.
+    Source: the virtual token counter of Sheng et al. 2024, "Fairness in Serving Large Language Models".
+    """
+
+    def __init__(self) -> None:
+        self._levels: dict[int, dict[str, deque[Request]]] = {}
+        self._served: dict[str, float] = {}
+        self._requests: dict[str, int] = {}  # waiting and running ones of each tenant
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def enter(self, request: Request) -> None:
+        """A new request: counts for its tenant until `leave`."""
+        if request.tenant not in self._requests:
+            self._served[request.tenant] = min(self._served.values(), default=0.0)
+            self._requests[request.tenant] = 0
+        self._requests[request.tenant] += 1
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.number, request))
+        self._line(request).append(request)
+        self._length += 1
+
+    def put_back(self, request: Request) -> None:
+        """A preempted request waits again, before all others of its tenant and priority."""
+        self._line(request).appendleft(request)
+        self._length += 1
+
+    def leave(self, request: Request) -> None:
+        """The request has ended, wherever it was."""
+        self._requests[request.tenant] -= 1
+        if not self._requests[request.tenant]:
+            del self._requests[request.tenant], self._served[request.tenant]
+
+    def charge(self, tenant: str, tokens: int) -> None:
+        self._served[tenant] += tokens
+
+    def peek(self) -> Request | None:
+        """Who is next."""
+        if not self._length:
+            return None
+        lines = self._levels[min(self._levels)]
+        return lines[min(lines, key=self._served.__getitem__)][0]
+
+    def remove(self, request: Request) -> None:
+        """Takes a request that waits out of its line."""
+        lines = self._levels[request.priority]
+        line = lines[request.tenant]
+        line.remove(request)
+        self._length -= 1
+        if not line:
+            del lines[request.tenant]
+        if not lines:
+            del self._levels[request.priority]
+
+    def expired(self, now: float) -> list[Request]:
+        """The requests that have not started by their deadline; they still wait until removed."""
+        late = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = heapq.heappop(self._deadlines)[2]
+            if not request.started and request.state is State.WAITING:
+                late.append(request)
+        return late
+
+    def waiting(self) -> list[Request]:
+        return [request for lines in self._levels.values() for line in lines.values() for request in line]
+
+    def _line(self, request: Request) -> deque[Request]:
+        return self._levels.setdefault(request.priority, {}).setdefault(request.tenant, deque())

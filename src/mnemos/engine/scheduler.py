@@ -1,0 +1,226 @@
+"""Which tokens are evaluated next: continuous batching over cache pages."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+from mnemos.decoding.strategy import Branch, Rows
+from mnemos.engine.pace import Pace
+from mnemos.engine.placement import Placement
+from mnemos.engine.queue import WaitingQueue
+from mnemos.engine.sequence import Request, Sequence, State
+from mnemos.engine.step import Step
+from mnemos.errors import CapacityError
+from mnemos.models.contract import Model
+from mnemos.ops.batch import Output
+
+
+@dataclass(frozen=True)
+class Limits:
+    """context_length: positions of one sequence; batch_tokens: rows of a step with a prompt in it; sequences: branches."""
+
+    context_length: int
+    batch_tokens: int = 512
+    sequences: int = 64
+
+
+class Scheduler:
+    """Decides what each step evaluates. All methods are called from one thread.
+
+    A step takes the running requests in order of (priority, admission): all rows of those that decode, and chunks of
+    prompts as far as the budget of tokens reaches. Then waiting requests are admitted if their pages are there. When
+    pages run out, unused prefixes are evicted, then the last running request is preempted: it gives its pages back, waits
+    and is recomputed, which changes nothing but the time. A request that cannot go on is handed to `fail`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pages: int,
+        limits: Limits,
+        fail: Callable[[Request, Exception], None],
+        prefix_cache: bool = True,
+    ) -> None:
+        self.limits = limits
+        self.placement = Placement(model, pages, limits.context_length, prefix_cache)
+        self.queue = WaitingQueue()
+        self.running: list[Request] = []
+        self.pace = Pace(limits.batch_tokens)
+        self.preemptions = 0
+        self._fail = fail
+        self._admissions = count(1)
+        self._refused: tuple[Request | None, int] = (None, 0)  # who did not fit, with so many pages to be had
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or len(self.queue))
+
+    # Requests come and go.
+
+    def add(self, request: Request) -> None:
+        self.queue.enter(request)
+
+    def remove(self, request: Request) -> None:
+        """The request has ended, for whatever reason: its pages are given back."""
+        if request.state is State.ENDED:
+            return
+        if request.state is State.RUNNING:
+            self.running.remove(request)
+        else:
+            self.queue.remove(request)
+        request.state = State.ENDED
+        self.placement.release(request)
+        self.queue.leave(request)
+
+    def finish(self, request: Request) -> None:
+        """The request is done: what it evaluated is remembered for others, and its pages are given back."""
+        self.placement.remember(request)
+        self.remove(request)
+
+    def place(self, request: Request, branches: list[Branch]) -> None:
+        """Goes on with `branches`; forks share pages with their parents, the others' pages are given back."""
+        self.placement.place(request, branches)
+
+    # A step.
+
+    def schedule(self, now: float) -> Step | None:
+        """The next step's rows, None if there is nothing to evaluate."""
+        for request in self.queue.expired(now):
+            waited = now - request.timings.submitted
+            self._fail(request, CapacityError(f"request waited {waited:.3f} s in the queue, beyond its deadline"))
+        self._make_way()
+        step = Step()
+        chunk = self.pace.chunk(sum(request.pending for request in self.running if not request.prefilling))
+        index = 0
+        while index < len(self.running):
+            request = self.running[index]
+            rows = self._plan(step, request, chunk)
+            chunk -= rows if request.prefilling else 0
+            index += request.state is State.RUNNING
+        while chunk > 0 and (candidate := self.queue.peek()) is not None and self._fits(candidate):
+            self._admit(candidate, now)
+            if candidate.state is State.RUNNING:
+                chunk -= self._plan(step, candidate, chunk, newcomer=True)
+        return step if step.items else None
+
+    def collect(self, step: Step, output: Output) -> list[tuple[Request, dict[Branch, Rows]]]:
+        """Takes in what a step evaluated; returns the requests whose strategies are to be asked, with their rows."""
+        ready = []
+        logits, hidden = output.logits, output.hidden
+        for request, parts, complete in step.items:
+            rows = 0
+            for sequence, number, start, end in parts:
+                sequence.done += number
+                rows += number
+                if start < end:
+                    sequence.take(logits[start:end], hidden[start:end], keep=not complete)
+            request.pending -= rows
+            self.queue.charge(request.tenant, rows)
+            self.placement.settle(request)
+            if not request.pending:
+                ready.append((request, {sequence.branch: sequence.complete() for sequence in request.sequences}))
+        return ready
+
+    def _plan(self, step: Step, request: Request, chunk: int, newcomer: bool = False) -> int:
+        """Puts a request's next rows into the step, at most `chunk` while it is prefilling; returns their number."""
+        try:
+            planned: list[tuple[Sequence, int]] = []
+            total = 0
+            for sequence in request.sequences:
+                rows = self.placement.prepare(request, sequence)
+                if request.prefilling:
+                    rows = min(rows, chunk - total)
+                if rows <= 0:
+                    continue
+                if not self._reserve(request, sequence, rows, newcomer):
+                    break
+                planned.append((sequence, rows))
+                total += rows
+        except Exception as error:
+            self._fail(request, error)
+        if request.state is not State.RUNNING or not planned:
+            return 0
+        step.add(request, planned, total)
+        return total
+
+    def _reserve(self, request: Request, sequence: Sequence, rows: int, newcomer: bool) -> bool:
+        """Makes sure of pages for a sequence's next rows; False if they are not to be had in this step."""
+        placement = self.placement
+        needed = placement.pages_missing(sequence, rows)
+        if needed:
+            while not placement.make_room(needed):
+                if newcomer:  # all others are in the step already
+                    return False
+                victim = self.running[-1]
+                if len(self.running) == 1:
+                    placement.refuse(sequence, rows)
+                self._preempt(victim)
+                if victim is request:
+                    return False
+            placement.extend(sequence, rows)
+        return True
+
+    # Who runs.
+
+    def _fits(self, request: Request) -> bool:
+        """True if the request can be admitted now: branches and pages, with a page to spare for each that runs."""
+        if not self.running:
+            return True
+        branches = sum(other.strategy.max_branches for other in self.running)
+        if branches + request.strategy.max_branches > self.limits.sequences:
+            return False
+        available = self.placement.available
+        if self._refused == (request, available):
+            return False
+        fits = self.placement.fits(request, len(self.running))
+        self._refused = (None, 0) if fits else (request, available)
+        return fits
+
+    def _admit(self, request: Request, now: float) -> None:
+        self.queue.remove(request)
+        request.state = State.RUNNING
+        request.rank = (request.priority, next(self._admissions))
+        insort(self.running, request, key=_rank)
+        if request.started:
+            return
+        request.started = True
+        request.timings.started = now
+        try:
+            self.placement.start(request)
+        except Exception as error:
+            self._fail(request, error)
+
+    def _make_way(self) -> None:
+        """Preempts for the next waiting request, if that is more urgent or its tenant has nothing running."""
+        while (candidate := self.queue.peek()) is not None and not self._fits(candidate):
+            victim = self._less_entitled(candidate)
+            if victim is None:
+                return
+            self._preempt(victim)
+
+    def _less_entitled(self, candidate: Request) -> Request | None:
+        last = self.running[-1]
+        if last.priority > candidate.priority:
+            return last
+        running = Counter(request.tenant for request in self.running)
+        if candidate.tenant in running:
+            return None
+        peers = (request for request in reversed(self.running) if request.priority == candidate.priority)
+        return next((request for request in peers if running[request.tenant] > 1), None)
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        request.state = State.WAITING
+        self.placement.remember(request)
+        self.placement.suspend(request)
+        self.queue.put_back(request)
+        self.preemptions += 1
+        request.preemptions += 1
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank

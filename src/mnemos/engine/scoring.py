@@ -1,0 +1,94 @@
+"""Teacher-forced evaluation of given tokens, as strategies beside all others: logits and log likelihoods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos.decoding.strategy import Advance, Branch, FinishedSequence, Floats, Rows
+
+CHUNK = 128  # rows of logits that are held at once
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """logprobs (tokens - 1,) float64: natural log likelihood of each token but the first, given all before it."""
+
+    token_ids: list[int]
+    logprobs: npt.NDArray[np.float64]
+
+    @property
+    def mean_nll(self) -> float:
+        """Mean negative log likelihood of a token, in nats."""
+        return float(-self.logprobs.mean())
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(self.mean_nll))
+
+
+class Forced:
+    """Evaluates the prompt and nothing else, CHUNK rows at a time."""
+
+    needs_all_prompt_rows = False
+    max_branches = 1
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def take(self, start: int, logits: Floats) -> None:
+        """Is given the logits of the tokens from `start` on, a view that is overwritten by the next step."""
+        raise NotImplementedError
+
+    def start(self, prompt: Sequence[int]) -> list[Branch]:
+        self.tokens = list(prompt)
+        branch = Branch(self.tokens[:CHUNK])
+        branch.wanted = len(branch.tokens)
+        return [branch]
+
+    def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
+        ((branch, given),) = rows.items()
+        end = len(branch.tokens)
+        self.take(end - len(given.logits), given.logits)
+        following = self.tokens[end : end + CHUNK]
+        if not following:
+            return Advance([], finished=[FinishedSequence([], "stop")])
+        branch.tokens += following
+        branch.wanted = len(following)
+        return Advance([branch])
+
+
+class ForcedLogits(Forced):
+    """logits (time, vocabulary) float32."""
+
+    def __init__(self, vocabulary_size: int) -> None:
+        super().__init__()
+        self.vocabulary_size = vocabulary_size
+        self.logits: Floats = np.empty((0, vocabulary_size), dtype=np.float32)
+
+    def take(self, start: int, logits: Floats) -> None:
+        if not start:
+            self.logits = np.empty((len(self.tokens), self.vocabulary_size), dtype=np.float32)
+        self.logits[start : start + len(logits)] = logits
+
+
+class ForcedScore(Forced):
+    """The log likelihood of each token but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logprobs: list[float] = []
+
+    def take(self, start: int, logits: Floats) -> None:
+        targets = self.tokens[start + 1 : start + 1 + len(logits)]
+        rows = logits[: len(targets)]
+        peaks = rows.max(axis=1, keepdims=True)
+        totals = np.log(np.exp(rows - peaks).sum(axis=1, dtype=np.float64)) + peaks[:, 0]
+        self.logprobs += (rows[np.arange(len(targets)), targets] - totals).tolist()
+
+    @property
+    def score(self) -> Score:
+        return Score(self.tokens, np.array(self.logprobs))

@@ -1,0 +1,111 @@
+"""What an engine has done and is doing: a snapshot, and events for whoever exports them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+RECENT = 2048  # latencies that the percentiles look back on
+
+
+@dataclass(frozen=True)
+class Event:
+    """kind: submitted, refused, started, first_token, finished, cancelled or failed.
+
+    `request` is its number, `seconds` the time since it was submitted, `tokens` what it has generated so far.
+    """
+
+    kind: str
+    request: int
+    seconds: float
+    tokens: int = 0
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass
+class Counters:
+    """Written by the engine's thread (`submitted` and `refused` by callers under the runner's lock)."""
+
+    submitted: int = 0
+    refused: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    evaluated_tokens: int = 0
+    steps: int = 0
+    busy_seconds: float = 0.0  # in steps
+    model_seconds: float = 0.0  # of these, in the model
+    first_token_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    inter_token_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median and 99th percentile of the latest measurements, in seconds; nan without any."""
+
+    median: float
+    p99: float
+
+    @classmethod
+    def of(cls, seconds: deque[float]) -> Latency:
+        ordered = sorted(seconds.copy())
+        if not ordered:
+            return cls(float("nan"), float("nan"))
+        return cls(ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)])
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A snapshot. Counts are since the engine was made; latencies are of the latest RECENT measurements."""
+
+    waiting: int
+    running: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int  # held by nobody but the prefix cache
+    submitted: int
+    refused: int
+    finished: int
+    cancelled: int
+    failed: int
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    evaluated_tokens: int
+    steps: int
+    busy_seconds: float
+    model_seconds: float
+    prefix_evictions: int
+    time_to_first_token: Latency
+    inter_token_latency: Latency
+    drafted_tokens: int
+    accepted_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens for each second in which the engine had work."""
+        return self.generated_tokens / self.busy_seconds if self.busy_seconds else 0.0
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Of the prompts' tokens, how many were found in the prefix cache."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def overhead(self) -> float:
+        """The share of the engine's busy time that was not spent in the model."""
+        return 1 - self.model_seconds / self.busy_seconds if self.busy_seconds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Of the drafted tokens of speculative decoding, how many the model agreed with."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0

@@ -1,0 +1,71 @@
+"""One step's ragged batch while it is put together."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mnemos.engine.sequence import Request, Sequence
+from mnemos.ops.batch import Batch
+
+Part = tuple[Sequence, int, int, int]  # sequence, rows, first asked row and end of the asked rows in the output
+
+
+class Step:
+    """Rows of many requests.
+
+    items: each request with its parts, and whether they complete what its strategy waits for.
+    """
+
+    __slots__ = (
+        "decode_rows",
+        "items",
+        "logit_rows",
+        "page_starts",
+        "pages",
+        "positions",
+        "prefill_rows",
+        "sequence_starts",
+        "token_ids",
+    )
+
+    def __init__(self) -> None:
+        self.items: list[tuple[Request, list[Part], bool]] = []
+        self.token_ids: list[int] = []
+        self.positions: list[int] = []
+        self.sequence_starts = [0]
+        self.pages: list[int] = []
+        self.page_starts = [0]
+        self.logit_rows: list[int] = []
+        self.decode_rows = 0
+        self.prefill_rows = 0
+
+    def add(self, request: Request, planned: list[tuple[Sequence, int]], rows: int) -> None:
+        """Takes the next positions of a request's sequences, `rows` in all; their pages are there."""
+        self.items.append((request, [self._add(*part) for part in planned], rows == request.pending))
+        if request.prefilling:
+            self.prefill_rows += rows
+        else:
+            self.decode_rows += rows
+
+    def _add(self, sequence: Sequence, rows: int) -> Part:
+        done = sequence.done
+        row = len(self.token_ids)
+        self.token_ids += sequence.tokens(done, done + rows)
+        self.positions += range(done, done + rows)
+        self.sequence_starts.append(row + rows)
+        self.pages += sequence.pages
+        self.page_starts.append(len(self.pages))
+        asked = len(self.logit_rows)
+        if done + rows > sequence.first:
+            self.logit_rows += range(row + max(0, sequence.first - done), row + rows)
+        return sequence, rows, asked, len(self.logit_rows)
+
+    def batch(self) -> Batch:
+        return Batch(
+            token_ids=np.array(self.token_ids, dtype=np.int32),
+            positions=np.array(self.positions, dtype=np.int32),
+            sequence_starts=np.array(self.sequence_starts, dtype=np.int32),
+            pages=np.array(self.pages, dtype=np.int32),
+            page_starts=np.array(self.page_starts, dtype=np.int32),
+            logit_rows=np.array(self.logit_rows, dtype=np.int32),
+        )

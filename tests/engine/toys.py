@@ -1,0 +1,89 @@
+"""Doubles: a model whose logits are a hash of what its cache holds, and the strategies that tests drive it with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mnemos.models.contract import ModelSpec
+from mnemos.ops.batch import Batch, KVLayout, Output
+
+VOCABULARY = 97
+
+
+class ToyCache:
+    """One integer a position: the token that was written there, or garbage."""
+
+    def __init__(self, layout: KVLayout, pages: int) -> None:
+        self.layout = layout
+        self.pages = pages
+        self.tokens = np.full((pages, layout.page_size), -7, dtype=np.int64)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        self.tokens[list(targets)] = self.tokens[list(sources)]
+
+    def read(self, page: int) -> np.ndarray:
+        return self.tokens[page].copy().view(np.uint8)
+
+    def write(self, page: int, content: np.ndarray) -> None:
+        self.tokens[page] = content.view(np.int64)
+
+
+class ToyModel:
+    """Logits depend on every token that the window reaches, as read from the pages: a wrong page changes them."""
+
+    def __init__(self, page_size: int = 4, context_length: int = 256, window: int = 0, fingerprint: str = "toy") -> None:
+        layout = KVLayout(layers=1, kv_heads=1, head_dim=1, page_size=page_size)
+        self.spec = ModelSpec(
+            "toy", VOCABULARY, context_length, 2, layout, eos_token_ids=(0,), window=window, fingerprint=fingerprint
+        )
+        self.cache: ToyCache
+        self.batches: list[Batch] = []
+        self.fail_on: int | None = None  # a token id that makes forward raise
+
+    def reserve(self, pages: int) -> None:
+        self.cache = ToyCache(self.spec.layout, pages)
+
+    def forward(self, batch: Batch) -> Output:
+        self.batches.append(batch)
+        if self.fail_on is not None and self.fail_on in batch.token_ids:
+            raise ArithmeticError("the toy broke")
+        size = self.spec.layout.page_size
+        hidden = np.zeros((len(batch.token_ids), 2), dtype=np.float32)
+        logits = np.zeros((len(batch.token_ids), VOCABULARY), dtype=np.float32)
+        for s in range(batch.sequences):
+            table = batch.pages[batch.page_starts[s] : batch.page_starts[s + 1]]
+            rows = range(batch.sequence_starts[s], batch.sequence_starts[s + 1])
+            for row in rows:
+                position = batch.positions[row]
+                assert table[position // size] >= 0
+                self.cache.tokens[table[position // size], position % size] = batch.token_ids[row]
+            for row in rows:
+                position = int(batch.positions[row])
+                first = max(0, position - self.spec.window + 1) if self.spec.window else 0
+                seen = []
+                for past in range(first, position + 1):
+                    assert table[past // size] >= 0
+                    seen.append(int(self.cache.tokens[table[past // size], past % size]))
+                logits[row], hidden[row] = toy_row(seen, position)
+        return Output(logits[batch.logit_rows], hidden[batch.logit_rows])
+
+
+def toy_row(seen: Sequence[int], position: int) -> tuple[np.ndarray, np.ndarray]:
+    """The logits and the hidden state behind a text; end-of-text (0) is never likely."""
+    state = 17 + position
+    for token in seen:
+        state = (state * 1_000_003 + token + 1) % 2_147_483_647
+    logits = ((np.arange(VOCABULARY) + 1) * (state % 65_521 + 1) % 9973 / 997).astype(np.float32)
+    logits[0] = -5
+    return logits, np.array([state % 1009, position], dtype=np.float32)
+
+
+def toy_greedy(prompt: Sequence[int], count: int, window: int = 0) -> list[int]:
+    """What greedy decoding gives without any engine."""
+    tokens = list(prompt)
+    for _ in range(count):
+        first = max(0, len(tokens) - window) if window else 0
+        tokens.append(int(toy_row(tokens[first:], len(tokens) - 1)[0].argmax()))
+    return tokens[len(prompt) :]
