@@ -18,7 +18,7 @@ struct Avx512 {
   using Ints = __m512i;
   using Floats = __m512;
   static constexpr bool signed_bytes = false;
-  static constexpr int tile_rows = 6;
+  static constexpr int tile_panels = 2, tile_rows = 6, stream_rows = 8;
 
   static Bytes load(const uint8_t *p) { return _mm512_loadu_si512(p); }
   static void store(uint8_t *p, Bytes a) { _mm512_storeu_si512(p, a); }
@@ -41,9 +41,19 @@ struct Avx512 {
     return _mm512_set1_epi32(quad);
   }
   template <int Bits>
+  static Ints begin(int32_t start) {
+    return broadcast_int(start);
+  }
+  template <int Bits>
+  static Ints end(Ints sum, int32_t) {
+    return sum;
+  }
+  template <int Bits>
   static Ints dot(Ints sum, Bytes codes, Ints x) {
     return _mm512_dpbusd_epi32(sum, codes, x);
   }
+
+  static Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 
   static Floats zero() { return _mm512_setzero_ps(); }
   static Floats broadcast(float value) { return _mm512_set1_ps(value); }

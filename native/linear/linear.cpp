@@ -139,6 +139,8 @@ std::vector<const Kernels *> runnable_kernels() {
   std::vector<const Kernels *> kernels{&scalar_kernels};
 #if defined(__x86_64__)
   const CpuFeatures &cpu = cpu_features();
+  if (cpu.avx2) kernels.push_back(&avx2_kernels);
+  if (cpu.avx_vnni) kernels.push_back(&avxvnni_kernels);
   if (cpu.avx512) kernels.push_back(&avx512_kernels);
 #endif
   return kernels;
@@ -153,11 +155,15 @@ const Kernels *find_kernels(const char *name) {
 }
 
 const Kernels &current_kernels() {
-  const char *level = isa_name(current_isa());
-  const Kernels *best = &scalar_kernels;
-  for (const Kernels *kernels : runnable_kernels())  // "avx512bf16" is of the level "avx512"
-    if (strncmp(kernels->name, level, strlen(level)) == 0) best = kernels;
-  return *best;
+  const CpuFeatures &cpu = cpu_features();
+  switch (current_isa()) {
+#if defined(__x86_64__)
+    case Isa::avx2: return cpu.avx_vnni ? avxvnni_kernels : avx2_kernels;
+    case Isa::avx512:
+    case Isa::amx: return avx512_kernels;
+#endif
+    default: return scalar_kernels;
+  }
 }
 
 }  // namespace mnemos

@@ -18,7 +18,7 @@ struct Scalar {
     float v[16];
   };
   static constexpr bool signed_bytes = false;
-  static constexpr int tile_rows = 1;
+  static constexpr int tile_panels = 1, tile_rows = 1, stream_rows = 0;
 
   static Bytes load(const uint8_t *p) {
     Bytes bytes;
@@ -50,10 +50,22 @@ struct Scalar {
   };
   static Quad broadcast_quad(const int8_t *p) { return {{p[0], p[1], p[2], p[3]}}; }
   template <int Bits>
+  static Ints begin(int32_t start) {
+    return broadcast_int(start);
+  }
+  template <int Bits>
+  static Ints end(const Ints &sum, int32_t) {
+    return sum;
+  }
+  template <int Bits>
   static Ints dot(Ints sum, const Bytes &codes, Quad x) {
     for (int r = 0; r < 16; r++)
       for (int i = 0; i < 4; i++) sum.v[r] += codes.v[r * 4 + i] * x.v[i];
     return sum;
+  }
+  static Ints add_ints(Ints a, const Ints &b) {
+    for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
+    return a;
   }
 
   template <class Lane>

@@ -1,8 +1,9 @@
 // The matrix products, written once over a vector policy S; each instruction set's translation unit includes this file.
 //
 // S has `Bytes` (64 bytes), `Ints` (16 int32) and `Floats` (16 float32), one lane of four bytes for each row of a panel, and:
-//   load, lookup, bits<shift, mask> (shifts each byte left, or right if negative, then masks), dot<bits> (adds to each
-//   lane the sum of four products of a code and an activation), and the usual arithmetic.
+//   load, lookup, bits<shift, mask> (shifts each byte left, or right if negative, then masks), and the usual arithmetic;
+//   begin, dot and end<bits>: a sum of at most 32 products of codes (of so many bits) and activations for each lane,
+//   four at a time, which starts from an integer.
 // Everything is in an anonymous namespace: the same template compiled for two instruction sets must not be merged.
 #pragma once
 
@@ -24,8 +25,9 @@ inline __attribute__((always_inline)) void unroll(Body &&body) {
   unroll(body, std::make_integer_sequence<int, N>{});
 }
 
+constexpr int most_panels = 2;  // of a tile
 // Columns of a chunk of the quantized products: the codes of two panels, expanded to bytes, stay in the level-1 cache.
-constexpr int chunk_blocks = 16;
+constexpr int chunk_blocks = 24;
 // Columns that the float products sum before they add to the total: short sums round less.
 constexpr int64_t float_chunk = 256;
 
@@ -36,8 +38,8 @@ template <const Layout &L>
 constexpr int scale_vectors = (L.halves() ? 2 : 1) * (L.minimum() ? 2 : 1);
 
 struct Expanded {  // panels of one chunk, ready to multiply
-  alignas(64) uint8_t codes[2][chunk_blocks * 512];
-  alignas(64) float scales[2][chunk_blocks * 4 * 16];
+  alignas(64) uint8_t codes[most_panels][chunk_blocks * 512];
+  alignas(64) float scales[most_panels][chunk_blocks * 4 * 16];
 };
 
 // Vector v of a block (columns 4v..4v+3) as unsigned codes, a byte each.
@@ -134,25 +136,38 @@ inline typename S::Floats add_block(typename S::Floats total, typename S::Ints f
 
 // Where a kernel's results go: rows `stride` floats apart, one run of 16 floats a panel.
 struct Output {
-  float *rows[2];
-  int64_t stride[2];
+  float *rows[most_panels];
+  int64_t stride[most_panels];
+};
+
+// Asks for the packed weights that come after the ones at work, a few lines with each block, so that memory and
+// arithmetic overlap.
+struct Prefetch {
+  const uint8_t *next[most_panels];
+  int64_t bytes, step, done;
+
+  void advance(int panels) {
+    for (const int64_t end = smaller(bytes, done + step); done < end; done += 64)
+      for (int p = 0; p < panels; p++) __builtin_prefetch(next[p] + done, 0, 2);
+  }
 };
 
 // P panels by R rows over the blocks of one chunk.
 template <class S, const Layout &L, int P, int R>
 void tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
-          const Output &out) {
+          const Output &out, Prefetch &prefetch) {
   typename S::Floats totals[R][P];
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) totals[r][p] = S::load(out.rows[p] + r * out.stride[p]);
   const int64_t row_blocks = input.padded / 32, at = row * row_blocks + first_block;
   for (int64_t b = 0; b < blocks; b++) {
+    prefetch.advance(P);
     const int8_t *quants = input.quants + (at + b) * 32;
     const int32_t *counts = input.counts + (at + b) * 2;
     typename S::Ints dots[2][R][P];
     auto half = [&](int h) {
       for (int r = 0; r < R; r++) {
-        const auto start = S::broadcast_int(start_of<S, L>(counts + r * row_blocks * 2, h));
+        const auto start = S::template begin<L.bits()>(start_of<S, L>(counts + r * row_blocks * 2, h));
         for (int p = 0; p < P; p++) dots[L.halves() ? h : 0][r][p] = start;
       }
     };
@@ -174,12 +189,57 @@ void tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
       for (int r = 0; r < R; r++) {
         const int64_t index = at + r * row_blocks + b;
         const Activation x{input.scales[index], input.sums[index], input.counts + index * 2};
-        totals[r][p] = add_block<S, L>(totals[r][p], dots[0][r][p], dots[1][r][p], scales, x);
+        const auto first = S::template end<L.bits()>(dots[0][r][p], start_of<S, L>(x.counts, 0));
+        const auto second = S::template end<L.bits()>(dots[1][r][p], start_of<S, L>(x.counts, 1));
+        totals[r][p] = add_block<S, L>(totals[r][p], first, second, scales, x);
       }
     }
   }
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) S::store(out.rows[p] + r * out.stride[p], totals[r][p]);
+}
+
+// How far ahead of a record its successor is asked for from memory.
+constexpr int64_t prefetch_bytes = 4096;
+
+// One panel by R rows over all blocks, straight from the packed form: for few rows, where reading the weights is the work.
+template <class S, const Layout &L, int R>
+void stream(const uint8_t *panel, const Input &input, int64_t row, const Output &out) {
+  typename S::Floats totals[R];
+  for (int r = 0; r < R; r++) totals[r] = S::load(out.rows[0] + r * out.stride[0]);
+  const int64_t row_blocks = input.padded / 32;
+  int64_t at = row * row_blocks;
+  for (int64_t done = 0; done < row_blocks; done += L.group, panel += L.record_bytes()) {
+    for (int ahead = 0; ahead < L.record_bytes(); ahead += 64) __builtin_prefetch(panel + prefetch_bytes + ahead);
+    for (int block = 0; block < L.group; block++, at++) {
+      const uint8_t *source = panel + block * L.code_bytes();
+      typename S::Ints dots[2][R];
+      int32_t starts[2][R];
+      for (int r = 0; r < R; r++)
+        for (int h = 0; h < 2; h++) {
+          starts[h][r] = start_of<S, L>(input.counts + (at + r * row_blocks) * 2, h);
+          dots[h][r] = S::template begin<L.bits()>(starts[h][r]);
+        }
+      unroll<8>([&](auto v) {
+        const auto codes = code_vector<S, L, v>(source);
+        for (int r = 0; r < R; r++) {
+          const auto x = S::broadcast_quad(input.quants + (at + r * row_blocks) * 32 + v * 4);
+          dots[v / 4][r] = S::template dot<L.bits()>(dots[v / 4][r], codes, x);
+        }
+      });
+      typename S::Floats scales[4];
+      load_scales<S, L>(panel, block, scales);
+      for (int r = 0; r < R; r++) {
+        const int64_t index = at + r * row_blocks;
+        const Activation x{input.scales[index], input.sums[index], input.counts + index * 2};
+        auto first = S::template end<L.bits()>(dots[0][r], starts[0][r]);
+        const auto second = S::template end<L.bits()>(dots[1][r], starts[1][r]);
+        if constexpr (!L.halves()) first = S::add_ints(first, second);
+        totals[r] = add_block<S, L>(totals[r], first, second, scales, x);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++) S::store(out.rows[0] + r * out.stride[0], totals[r]);
 }
 
 // The float forms. A step is one column, or two in the bfloat16 layout.
@@ -219,7 +279,7 @@ void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, i
 // Results of the matrix's last panel where it is partly empty: they are made in a buffer of their own.
 struct Edge {
   int filled;
-  alignas(64) float values[8][panel_rows];
+  alignas(64) float values[16][panel_rows];
 };
 
 // Calls body(integral_constant P, integral_constant R, row, output) for tiles that cover the rows; the panels have started.
@@ -272,14 +332,27 @@ constexpr const Layout &same_arithmetic() {
 template <class S, const Layout &L, int P>
 void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                         float *y, int64_t y_stride) {
-  Expanded weights;
-  const int64_t blocks = matrix.columns / 32;
-  for (int64_t first = 0; first < blocks; first += chunk_blocks) {
-    const int64_t count = smaller(chunk_blocks, blocks - first);
+  if (row_end - row_begin <= S::stream_rows) {
     for (int p = 0; p < P; p++)
+      for_tiles<1, S::stream_rows>(matrix, panel + p, row_begin, row_end, y, y_stride, [&](auto r, int64_t row, const Output &out) {
+        stream<S, L, r>(matrix.panel(panel + p), input, row, out);
+      });
+    return;
+  }
+  Expanded weights;
+  const int64_t blocks = matrix.columns / 32, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
+  const int64_t chunk = ((blocks + chunks - 1) / chunks + L.group - 1) / L.group * L.group;  // chunks of even sizes
+  const int64_t tiles = (row_end - row_begin + S::tile_rows - 1) / S::tile_rows;
+  for (int64_t first = 0; first < blocks; first += chunk) {
+    const int64_t count = smaller(chunk, blocks - first), end = first + count;
+    Prefetch prefetch{{}, chunk / L.group * L.record_bytes(), 0, 0};
+    prefetch.step = (prefetch.bytes / (tiles * count) + 63) / 64 * 64;
+    for (int p = 0; p < P; p++) {
       expand<S, L>(matrix.panel(panel + p), first, count, weights.codes[p], weights.scales[p]);
+      prefetch.next[p] = end < blocks ? matrix.panel(panel + p) + end / L.group * L.record_bytes() : matrix.panel(panel + p + P);
+    }
     for_tiles<P, S::tile_rows>(matrix, panel, row_begin, row_end, y, y_stride, [&](auto r, int64_t row, const Output &out) {
-      tile<S, same_arithmetic<L>(), P, r>(weights, input, row, first, count, out);
+      tile<S, same_arithmetic<L>(), P, r>(weights, input, row, first, count, out, prefetch);
     });
   }
 }
@@ -297,12 +370,12 @@ void multiply_float(const Matrix &matrix, const Input &input, int64_t row_begin,
   }
 }
 
-// Calls body(integral_constant panels, panel) for pairs of panels and an odd last one.
-template <class Body>
+// Calls body(integral_constant panels, panel) for groups of `Most` panels, then for single ones.
+template <int Most, class Body>
 void for_panels(int64_t panel_begin, int64_t panel_end, Body &&body) {
   int64_t panel = panel_begin;
-  for (; panel + 2 <= panel_end; panel += 2) body(std::integral_constant<int, 2>{}, panel);
-  if (panel < panel_end) body(std::integral_constant<int, 1>{}, panel);
+  for (; panel + Most <= panel_end; panel += Most) body(std::integral_constant<int, Most>{}, panel);
+  for (; panel < panel_end; panel++) body(std::integral_constant<int, 1>{}, panel);
 }
 
 template <const Layout &L>
@@ -332,7 +405,7 @@ void with_layout(WeightType type, Body &&body) {
 template <class S>
 void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                   int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
-  for_panels(panel_begin, panel_end, [&](auto panels, int64_t panel) {
+  for_panels<S::tile_panels>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
     start_rows(matrix, panel, panels, row_begin, row_end, y, y_stride, bias);
     with_layout(matrix.layout.type, [&](auto q) {
       multiply_quantized<S, decltype(q)::layout, panels>(matrix, input, row_begin, row_end, panel, y, y_stride);

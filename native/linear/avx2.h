@@ -1,0 +1,172 @@
+// The vector policies of AVX2 (with FMA and F16C) and of AVX-VNNI: a panel's 16 rows are two registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "linear/product.h"
+
+namespace mnemos {
+namespace {
+
+struct IntPair {
+  __m256i low, high;
+};
+struct FloatPair {
+  __m256 low, high;
+};
+
+struct Avx2 {
+  using Bytes = IntPair;
+  using Ints = IntPair;
+  using Floats = FloatPair;
+  using Quad = __m256i;
+  static constexpr bool signed_bytes = true;  // pairs of products of two full bytes overflow 16 bits: see `dot`
+  static constexpr int tile_panels = 1, tile_rows = 4, stream_rows = 4;
+
+  template <class Lane>
+  static IntPair each(IntPair a, Lane lane) {
+    return {lane(a.low), lane(a.high)};
+  }
+  static __m256i load_ints(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+  static __m128i load_ints_half(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
+
+  static Bytes load(const uint8_t *p) { return {load_ints(p), load_ints(p + 32)}; }
+  static void store(uint8_t *p, Bytes a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a.low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p + 32), a.high);
+  }
+  template <int Shift, int Mask>
+  static Bytes bits(Bytes a) {
+    return each(a, [](__m256i v) {
+      if constexpr (Shift > 0) v = _mm256_slli_epi16(v, Shift);
+      if constexpr (Shift < 0) v = _mm256_srli_epi16(v, -Shift);
+      return _mm256_and_si256(v, _mm256_set1_epi8(Mask));
+    });
+  }
+  static Bytes either(Bytes a, Bytes b) { return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)}; }
+  static Bytes lookup(Bytes a, const uint8_t *table) {
+    const __m256i values = _mm256_broadcastsi128_si256(load_ints_half(table));
+    return each(a, [&](__m256i v) { return _mm256_shuffle_epi8(values, v); });
+  }
+
+  static Ints broadcast_int(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+  static Ints add_ints(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+  static Quad broadcast_quad(const int8_t *p) {
+    int32_t quad;
+    __builtin_memcpy(&quad, p, 4);
+    return _mm256_set1_epi32(quad);
+  }
+
+  // Sums of small codes stay in 16 bits until the block ends: 16 products of at most 15 * 127.
+  template <int Bits>
+  static Ints begin(int32_t start) {
+    return broadcast_int(Bits <= 4 ? 0 : start);
+  }
+  template <int Bits>
+  static Ints dot(Ints sum, Bytes codes, Quad x) {
+    return {dot_half<Bits>(sum.low, codes.low, x), dot_half<Bits>(sum.high, codes.high, x)};
+  }
+  template <int Bits>
+  static Ints end(Ints sum, int32_t start) {
+    if constexpr (Bits > 4) return sum;
+    const __m256i ones = _mm256_set1_epi16(1);
+    return add_ints(each(sum, [&](__m256i v) { return _mm256_madd_epi16(v, ones); }), broadcast_int(start));
+  }
+  template <int Bits>
+  static __m256i dot_half(__m256i sum, __m256i codes, __m256i x) {
+    if constexpr (Bits <= 4) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
+    if constexpr (Bits == 8) {  // |code - 128| times the activation with the sign of code - 128
+      const __m256i value = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+      x = _mm256_sign_epi8(x, value);
+      codes = _mm256_abs_epi8(value);
+    }
+    const __m256i pairs = _mm256_maddubs_epi16(codes, x);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+
+  static Floats zero() { return broadcast(0); }
+  static Floats broadcast(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+  static Floats load(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float *p, Floats a) {
+    _mm256_storeu_ps(p, a.low);
+    _mm256_storeu_ps(p + 8, a.high);
+  }
+  static Floats load_halves(const uint8_t *p) {
+    return {_mm256_cvtph_ps(load_ints_half(p)), _mm256_cvtph_ps(load_ints_half(p + 16))};
+  }
+  static Floats load_int8s(const uint8_t *p) {
+    const __m128i bytes = load_ints_half(p);
+    return to_floats({_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
+  }
+  static Floats load_low_bfloats(const uint8_t *p) {
+    return as_floats(each(load(p), [](__m256i v) { return _mm256_slli_epi32(v, 16); }));
+  }
+  static Floats load_high_bfloats(const uint8_t *p) {
+    return as_floats(each(load(p), [](__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000))); }));
+  }
+  static Floats as_floats(Ints a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
+  static Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+  static Floats negate(Floats a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_xor_ps(a.low, sign), _mm256_xor_ps(a.high, sign)};
+  }
+  static Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+  static Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+  static Floats fma(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+  }
+
+  static __m128i fold(__m256i a) { return _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)); }
+  static int32_t sum_lanes(__m256i a) {
+    __m128i four = fold(a);
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+  }
+  static float largest_lane(__m256 a) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  }
+
+  static void quantize(const float *x, int8_t *quants, float *scale, float *sum, int32_t *counts) {
+    __m256 values[4];
+    __m256 magnitude = _mm256_setzero_ps();
+    for (int i = 0; i < 4; i++) {
+      values[i] = _mm256_loadu_ps(x + i * 8);
+      magnitude = _mm256_max_ps(magnitude, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), values[i]));
+    }
+    const float largest = largest_lane(magnitude);
+    const bool tiny = !(largest > smallest_magnitude);
+    *scale = tiny ? 0 : largest / 127;
+    const __m256 inverse = _mm256_set1_ps(tiny ? 0 : 127 / largest);
+    __m256i ints[4];
+    for (int i = 0; i < 4; i++) ints[i] = _mm256_cvtps_epi32(_mm256_mul_ps(values[i], inverse));
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(ints[0], ints[1]), _mm256_packs_epi32(ints[2], ints[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(quants), _mm256_permutevar8x32_epi32(bytes, order));
+    for (int half = 0; half < 2; half++) counts[half] = sum_lanes(_mm256_add_epi32(ints[2 * half], ints[2 * half + 1]));
+    *sum = *scale * float(counts[0] + counts[1]);
+  }
+};
+
+#if defined(__AVXVNNI__)
+struct AvxVnni : Avx2 {
+  static constexpr bool signed_bytes = false;
+
+  template <int Bits>
+  static Ints begin(int32_t start) {
+    return broadcast_int(start);
+  }
+  template <int Bits>
+  static Ints dot(Ints sum, Bytes codes, Quad x) {
+    return {_mm256_dpbusd_avx_epi32(sum.low, codes.low, x), _mm256_dpbusd_avx_epi32(sum.high, codes.high, x)};
+  }
+  template <int Bits>
+  static Ints end(Ints sum, int32_t) {
+    return sum;
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace mnemos

@@ -1,0 +1,8 @@
+// The matrix products with AVX2 and the 256-bit integer dot product.
+#include "linear/avx2.h"
+
+namespace mnemos {
+
+const Kernels avxvnni_kernels{"avxvnni", Form::f32, prepare_all<AvxVnni>, multiply_all<AvxVnni>};
+
+}  // namespace mnemos
