@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,10 +40,13 @@ class ByteLevelSpelling:
 
 
 class SentencePieceSpelling:
-    """U+2581 stands for a space; <0x0A> for a byte that is no character by itself."""
+    """U+2581 stands for a space and, with byte_fallback, <0x0A> for a byte that is no character by itself."""
+
+    def __init__(self, byte_fallback: bool = True) -> None:
+        self._byte_fallback = byte_fallback
 
     def token_bytes(self, text: str) -> bytes:
-        byte = parse_byte_token(text)
+        byte = parse_byte_token(text) if self._byte_fallback else None
         return text.replace("\u2581", " ").encode() if byte is None else bytes((byte,))
 
 
@@ -124,19 +128,14 @@ def parse_byte_token(text: str) -> int | None:
 
 def share_model(
     model: Any,
-    added: Mapping[str, bool],
+    added: Sequence[tokenizers.AddedToken],
     *,
     normalizer: Any = None,
     pre_tokenizer: Any = None,
     post_processor: Any = None,
-    strip_after: frozenset[str] = frozenset(),
 ) -> tokenizers.Tokenizer:
-    """A Rust tokenizer over `model`, which it shares with others.
-
-    added         tokens to be found in raw text, each with whether it is special
-    strip_after   those of them that swallow the spaces behind them
-    """
-    from tokenizers import AddedToken, Tokenizer
+    """A Rust tokenizer over `model`, which it shares with others; `added` tokens are found in raw text."""
+    from tokenizers import Tokenizer
 
     tokenizer = Tokenizer(model)
     if normalizer is not None:
@@ -145,14 +144,21 @@ def share_model(
         tokenizer.pre_tokenizer = pre_tokenizer
     if post_processor is not None:
         tokenizer.post_processor = post_processor
-    tokenizer.add_tokens(
-        [
-            AddedToken(text, special=special, normalized=False, rstrip=text in strip_after)
-            for text, special in added.items()
-            if text
-        ]
-    )
+    tokenizer.add_tokens(list(added))
     return tokenizer
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turns what the Rust library raises over bad input, panics included, into a FormatError beginning with `what`."""
+    try:
+        yield
+    except Exception as error:
+        raise FormatError(f"{what}: {str(error)[:400]}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which no module exports
+            raise
+        raise FormatError(f"{what}: {str(error)[:400]}") from error
 
 
 def check_id(label: str, field: str, value: Any, size: int) -> int:

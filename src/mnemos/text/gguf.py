@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mnemos.errors import FormatError, UnsupportedError
-from mnemos.text.core import ByteLevelSpelling, SentencePieceSpelling, Spelling, TokenizerCore, share_model
+from mnemos.text.core import (
+    ByteLevelSpelling,
+    SentencePieceSpelling,
+    Spelling,
+    TokenizerCore,
+    library_errors,
+    share_model,
+)
 from mnemos.text.pretokenizers import PreTokenizer, find_pre_tokenizer
 from mnemos.text.vocabulary import PREFIX, TokenType, Vocabulary, mark_special_tokens, read_strings, read_vocabulary
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
 
 MODELS = ("gpt2", "llama", "gemma4")
 _SPACE = "\u2581"
@@ -43,10 +53,8 @@ def _bpe_core(vocabulary: Vocabulary, pre: PreTokenizer) -> TokenizerCore:
     from tokenizers import Regex, models, normalizers, pre_tokenizers
 
     merges = split_merges(read_strings(vocabulary.metadata, "merges", vocabulary.label), vocabulary.label)
-    try:
+    with library_errors(f"{vocabulary.label}: {PREFIX}merges do not fit {PREFIX}tokens"):
         model = models.BPE(vocabulary.ids, merges, ignore_merges=pre.ignore_merges, byte_fallback=not pre.byte_level)
-    except Exception as error:  # the library raises plain Exception: a merge names an unknown token
-        raise FormatError(f"{vocabulary.label}: {PREFIX}merges do not fit {PREFIX}tokens: {error}") from error
     steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     if pre.byte_level:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
@@ -148,9 +156,9 @@ def _finish(
     special = marked.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
     added = marked.of_type(TokenType.USER_DEFINED)
     texts = vocabulary.texts
-    plain = {texts[token]: False for token in added}
-    strip_after = _strip_after(marked, [*special, *added])
-    parts = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "strip_after": strip_after}
+    plain = [_written(texts[token], False, marked) for token in added]
+    all_written = plain + [_written(texts[token], True, marked) for token in special]
+    parts = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
     return TokenizerCore(
         label=vocabulary.label,
         texts=texts,
@@ -159,7 +167,7 @@ def _finish(
         silent_ids=frozenset(marked.of_type(TokenType.UNUSED, TokenType.UNDEFINED)),
         special_ids=frozenset(special),
         strips_space=adds_space,
-        encoder=share_model(model, {**plain, **{texts[token]: True for token in special}}, **parts),
+        encoder=share_model(model, all_written, **parts),
         plain_encoder=share_model(model, plain, **parts),
         prefix_ids=_surrounding(marked, "add_bos_token", add_bos, "bos_token_id", bos),
         suffix_ids=_surrounding(marked, "add_eos_token", False, "eos_token_id", eos),
@@ -179,9 +187,10 @@ def _surrounding(vocabulary: Vocabulary, flag: str, default: bool, key: str, tok
     return (token,)
 
 
-def _strip_after(vocabulary: Vocabulary, tokens: Sequence[int]) -> frozenset[str]:
-    """Special tokens that swallow the spaces behind them: Phi-3's, which no key of the file says."""
+def _written(text: str, special: bool, vocabulary: Vocabulary) -> AddedToken:
+    """A token as it is found in raw text. Phi-3's swallow the spaces behind them, which no key of the file says."""
+    from tokenizers import AddedToken
+
     name = str(vocabulary.metadata.get("general.name", "")).lower()
-    if "phi-3" not in name and "phi3" not in name:
-        return frozenset()
-    return frozenset(vocabulary.texts[token] for token in tokens) - {"<unk>", "<s>", "<|endoftext|>"}
+    strips = ("phi-3" in name or "phi3" in name) and text not in ("<unk>", "<s>", "<|endoftext|>")
+    return AddedToken(text, special=special, normalized=False, rstrip=strips)

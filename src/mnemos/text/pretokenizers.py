@@ -69,7 +69,7 @@ _GPT4O = _cased_words(r"\p{N}{1,3}", f"(?:{_CONTRACTION})?")
 _BLOOM = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _LINES = r"[^\n]+|\n+"
 # Digits in groups of three counted from the right: the one or two that are left over come off the front first.
-_LEFT_OVER_DIGITS = r"\A\p{N}{1,2}(?=(?:\p{N}{3})++\z)"
+_LEFT_OVER_DIGITS = r"(?<!\d)\d{1,2}(?=(?:\d{3})++(?!\d))"
 # Letters that have case, as DeepSeek's tokenizer lists them.
 _DEEPSEEK_LETTERS = (
     r"A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
@@ -182,14 +182,20 @@ _STYLES: dict[PreTokenizer, tuple[str, ...]] = {
             rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|{_SPACES}",
         )
     ): ("kimi-k2",),
-    PreTokenizer((r"\p{N}+", _LEFT_OVER_DIGITS, r"\p{N}{3}")): ("superbpe",),
+    PreTokenizer((r"\p{N}+", _LEFT_OVER_DIGITS, r"\d{3}")): ("superbpe",),
     _BAILING_STYLE: ("bailingmoe", "bailingmoe2", "llada-moe"),
     PreTokenizer(
         (rf"{_CONTRACTION}|{_LEAD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|{_SPACES}",)
     ): ("seed-coder",),
     PreTokenizer((rf"{_LEAD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|{_SPACES}",)): ("ufakzeka",),
     PreTokenizer(
-        (r"\p{N}+", _LEFT_OVER_DIGITS, r"\p{N}{3}", _EAST_ASIAN, _punctuated_words(r"[\r\n]*", r"\s*[\r\n]+"))
+        (
+            r"\p{N}+",
+            r"\A\p{N}{1,2}(?=(?:\p{N}{3})++\z)",
+            r"\p{N}{3}",
+            _EAST_ASIAN,
+            _punctuated_words(r"[\r\n]*", r"\s*[\r\n]+"),
+        )
     ): ("afmoe",),
     PreTokenizer((_LINES, _QWEN2)): ("laguna",),
     PreTokenizer(

@@ -14,6 +14,7 @@ from mnemos.text.incremental import IncrementalDecoder, decode_tokens
 if TYPE_CHECKING:
     from mnemos.formats.checkpoint import Checkpoint
     from mnemos.formats.gguf import GGUFFile
+    from mnemos.text.chat import ChatTemplate
 
 Message = Mapping[str, Any]
 
@@ -26,12 +27,13 @@ class Tokenizer:
     """
 
     def __init__(
-        self, build: Callable[[], TokenizerCore], vocabulary_size: int, chat_template: str | None = None
+        self, build: Callable[[], TokenizerCore], vocabulary_size: int | None = None, chat_template: str | None = None
     ) -> None:
-        self.vocabulary_size = vocabulary_size
         self.chat_template = chat_template
+        self._vocabulary_size = vocabulary_size
         self._build = build
         self._built: TokenizerCore | None = None
+        self._template: tuple[str, ChatTemplate] | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -55,6 +57,18 @@ class Tokenizer:
         if template is not None and not isinstance(template, str):
             raise FormatError(f"{label}: tokenizer.chat_template is {str(template)[:80]}; it must be a string")
         return cls(lambda: build_core(metadata, label), len(tokens), template)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer in a `tokenizer.json`, or in the folder that holds one, as Hugging Face writes them."""
+        from mnemos.text.huggingface import build_core, read_chat_template, read_settings
+
+        file = Path(path)
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if not file.is_file():
+            raise FormatError(f"{file}: does not exist; a tokenizer.json is needed")
+        settings = read_settings(file.parent)
+        return cls(lambda: build_core(file, settings), chat_template=read_chat_template(file.parent, settings))
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Tokenizer:
@@ -107,6 +121,56 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text; a special token's are its name."""
         return self._core.token_bytes(token_id)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """A conversation as the text that the model was trained on.
+
+        messages: each with a role and a content. chat_template: Jinja text instead of the model's own.
+        variables: more for the template, such as `tools`. Errors: RequestError if the template refuses the messages.
+        """
+        from mnemos.text.chat import check_messages
+
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        names["unk_token"] = self._core.unknown_id
+        tokens = {name: "" if token is None else self._core.texts[token] for name, token in names.items()}
+        template = self._compiled_template(chat_template)
+        variables = {**tokens, **variables}
+        return template.render(check_messages(messages), add_generation_prompt=add_generation_prompt, **variables)
+
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """Token ids of a conversation. Where the model wants bos and its template does not write it, it is added."""
+        text = self.apply_chat_template(messages, add_generation_prompt, **variables)
+        ids = self.encode(text, add_special=False)
+        core = self._core
+        if core.bos_id is not None and core.prefix_ids == (core.bos_id,) and ids[:1] != [core.bos_id]:
+            return [core.bos_id, *ids]
+        return ids
+
+    def _compiled_template(self, source: str | None) -> ChatTemplate:
+        from mnemos.text.chat import ChatTemplate, default_template
+
+        core = self._core
+        if source is None:
+            source = self.chat_template
+        if source is None:
+            source = default_template(lambda text: core.encoder.token_to_id(text) is not None, core.label)
+        with self._lock:
+            if self._template is None or self._template[0] != source:
+                self._template = (source, ChatTemplate(source, core.label))
+            return self._template[1]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids run from 0 to one less than this."""
+        return len(self._core.texts) if self._vocabulary_size is None else self._vocabulary_size
 
     @property
     def special_ids(self) -> frozenset[int]:

@@ -1,0 +1,202 @@
+"""Tokenizers from `tokenizer.json` and the small files beside it, as Hugging Face writes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mnemos.errors import FormatError, UnsupportedError
+from mnemos.text.core import (
+    END_NAMES,
+    ByteLevelSpelling,
+    SentencePieceSpelling,
+    Spelling,
+    TokenizerCore,
+    WordSpelling,
+    check_id,
+    library_errors,
+    share_model,
+)
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_SPARSEST = 16  # ids may be this many times as many as tokens; beyond that a file only wants our memory
+_SMALLEST = 1 << 16
+_DECODERS = "ByteLevel, Metaspace, a Sequence of Replace, ByteFallback, Fuse and Strip, or none"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The files beside tokenizer.json, parsed: {} for one that is not there."""
+
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    special: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+def read_settings(folder: Path) -> Settings:
+    names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+    return Settings(*(_read_object(folder / name) for name in names))
+
+
+def read_chat_template(folder: Path, settings: Settings) -> str | None:
+    """The default chat template: in a file of its own, or in tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return _read_text(file)
+    template = settings.tokenizer.get("chat_template")
+    if template is None:
+        template = _read_object(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # several templates, each with a name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        problem = f"chat_template is {str(template)[:80]}"
+        raise FormatError(f"{folder}: {problem}; it must be a string or a list with a 'default'")
+    return template
+
+
+def build_core(file: Path, settings: Settings) -> TokenizerCore:
+    """The tokenizer in `file`."""
+    from tokenizers import Tokenizer
+
+    content = _read_text(file)
+    with library_errors(f"{file}: is not a tokenizer.json that the tokenizers library can read"):
+        encoder = Tokenizer.from_str(content)
+        encoder.no_truncation()
+        encoder.no_padding()
+        added = encoder.get_added_tokens_decoder()
+        vocabulary = encoder.get_vocab(with_added_tokens=True)
+    texts = _texts_by_id(file, vocabulary)
+    spelling, strips_space = _spelling(file, encoder)
+    bos, eos, pad, unknown = (
+        _special_id(file, settings, vocabulary, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+    )
+    add_bos = encoder.post_processor is None and settings.tokenizer.get("add_bos_token") is True
+    return TokenizerCore(
+        label=str(file),
+        texts=texts,
+        spelling=spelling,
+        literal_ids=frozenset(added),
+        silent_ids=frozenset(token for token, text in enumerate(texts) if not text),
+        special_ids=frozenset(token for token, entry in added.items() if entry.special),
+        strips_space=strips_space,
+        encoder=encoder,
+        plain_encoder=_plain_encoder(encoder, added, content),
+        prefix_ids=(bos,) if add_bos and bos is not None else None if encoder.post_processor is not None else (),
+        suffix_ids=(),
+        bos_id=bos,
+        eos_id=eos,
+        pad_id=pad,
+        unknown_id=unknown,
+        eos_ids=_end_ids(file, settings, added, eos, len(texts)),
+    )
+
+
+def _texts_by_id(file: Path, vocabulary: dict[str, int]) -> list[str]:
+    if not vocabulary:
+        raise FormatError(f"{file}: model.vocab is empty; a tokenizer needs at least one token")
+    size = max(vocabulary.values()) + 1
+    if size > max(_SPARSEST * len(vocabulary), _SMALLEST):
+        problem = f"has {len(vocabulary)} tokens, but an id of {size - 1}"
+        raise FormatError(f"{file}: model.vocab {problem}; ids must be dense")
+    texts = [""] * size
+    for text, token in vocabulary.items():
+        texts[token] = text
+    return texts
+
+
+def _spelling(file: Path, encoder: tokenizers.Tokenizer) -> tuple[Spelling, bool]:
+    """(how tokens spell bytes, whether decoding strips one leading space), from the file's `decoder`."""
+    if encoder.decoder is None:
+        return WordSpelling(), True
+    decoder = json.loads(encoder.decoder.__getstate__())
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [step["type"] for step in steps]
+    if "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Fuse"}:
+        return ByteLevelSpelling(), False
+    if kinds == ["Metaspace"] and steps[0].get("replacement", "\u2581") == "\u2581":
+        return SentencePieceSpelling(byte_fallback=False), steps[0].get("prepend_scheme", "always") != "never"
+    replaces_space = any(
+        step["type"] == "Replace" and step.get("pattern") == {"String": "\u2581"} and step.get("content") == " "
+        for step in steps
+    )
+    if replaces_space and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} and kinds.count("Replace") == 1:
+        strips = [step for step in steps if step["type"] == "Strip"]
+        if all(step.get("content") == " " and step.get("start") == 1 and step.get("stop") == 0 for step in strips):
+            return SentencePieceSpelling("ByteFallback" in kinds), bool(strips)
+    raise UnsupportedError(f"{file}: decoder is {str(decoder)[:200]}; supported are {_DECODERS}")
+
+
+def _plain_encoder(
+    encoder: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedToken], content: str
+) -> tokenizers.Tokenizer:
+    """The same tokenizer, for which special tokens' names are text like any other."""
+    from tokenizers import Tokenizer
+
+    plain = share_model(
+        encoder.model,
+        [added[token] for token in sorted(added)],
+        normalizer=encoder.normalizer,
+        pre_tokenizer=encoder.pre_tokenizer,
+        post_processor=encoder.post_processor,
+    )
+    if any(plain.token_to_id(entry.content) != token for token, entry in added.items()):
+        plain = Tokenizer.from_str(content)
+        plain.no_truncation()
+        plain.no_padding()
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _special_id(file: Path, settings: Settings, vocabulary: dict[str, int], name: str) -> int | None:
+    """The id of the token that plays the role `name`, such as eos_token: by its text, or by its id in another file."""
+    text = settings.tokenizer.get(name, settings.special.get(name))
+    if isinstance(text, dict):
+        text = text.get("content")
+    if isinstance(text, str) and text in vocabulary:
+        return vocabulary[text]
+    for origin, source in (("generation_config.json", settings.generation), ("config.json", settings.model)):
+        value = source.get(f"{name}_id")
+        value = value[0] if isinstance(value, list) and value else value
+        if value is not None:
+            return check_id(str(file.parent / origin), f"{name}_id", value, max(vocabulary.values()) + 1)
+    return None
+
+
+def _end_ids(
+    file: Path, settings: Settings, added: dict[int, tokenizers.AddedToken], eos_id: int | None, size: int
+) -> frozenset[int]:
+    ends = {token for token, entry in added.items() if entry.content in END_NAMES}
+    if eos_id is not None:
+        ends.add(eos_id)
+    stated = settings.generation.get("eos_token_id")
+    for value in stated if isinstance(stated, list) else [] if stated is None else [stated]:
+        ends.add(check_id(str(file.parent / "generation_config.json"), "eos_token_id", value, size))
+    return frozenset(ends)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FormatError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{file}: byte {error.start} is not UTF-8; the file must be UTF-8 text") from error
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object, {} if the file is not there."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file}: is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{file}: holds a {type(value).__name__}; it must be a JSON object")
+    return value
