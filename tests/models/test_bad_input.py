@@ -60,7 +60,7 @@ SIZES = {
     ),
     "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"),
     "mixtral": ("num_local_experts", "num_experts_per_tok"),
-    "qwen3moe": ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    "qwen3moe": ("num_experts_per_tok", "moe_intermediate_size"),
     "gemma3": ("hidden_size", "intermediate_size", "num_hidden_layers"),
 }
 
