@@ -42,7 +42,7 @@ _UNSUPPORTED_TYPES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
-_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf")
+_PART_NAME = r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf"
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def _integer(file: GGUFFile, key: str, default: int) -> int:
 
 def _join_parts(first: GGUFFile, parts: int) -> GGUFFile:
     """One model from `stem-00001-of-0000N.gguf` to `stem-0000N-of-0000N.gguf`; all metadata is in the first."""
-    match = _PART_NAME.fullmatch(first.path.name)
+    match = re.fullmatch(_PART_NAME, first.path.name)
     if match is None or int(match["parts"]) != parts or int(match["part"]) != 1:
         problem = f"is one of {parts} files of a model (split.count)"
         raise FormatError(f"{first.path}: {problem}; open the first, named like model-00001-of-{parts:05d}.gguf")

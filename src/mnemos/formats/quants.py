@@ -18,7 +18,7 @@ from mnemos.formats.tensor import TensorType
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-_CHUNK = 1 << 22  # bytes expanded at a time, so that temporary arrays stay small
+_CHUNK = 1 << 16  # bytes expanded at a time: temporary arrays stay in the cache
 _IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
 _NUMBERS = {
     TensorType.F32: "<f4",
