@@ -1,0 +1,58 @@
+"""An engine that says what it is told to, for tests of what stands around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from mnemos.engine.completion import StreamedToken
+
+
+class ScriptedTokenizer:
+    """A word is a token; chats are written as `role: content` lines."""
+
+    def __init__(self, template: str | None = "a template") -> None:
+        self.chat_template = template
+        self.texts: list[str] = []
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        self.texts.append(text)
+        return list(range(len(text.split())))
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.encode("\n".join(f"{message['role']}: {message['content']}" for message in messages))
+
+
+class ScriptedEngine:
+    """Answers every prompt with the next of `answers`: words, or an exception that is raised at its place."""
+
+    def __init__(self, *answers: list[str | BaseException], context: int = 1000, template: str | None = "a") -> None:
+        self.answers = list(answers)
+        self.tokenizer = ScriptedTokenizer(template)
+        self.spec = SimpleNamespace(context_length=context)
+        self.configs: list[Any] = []
+
+    def __enter__(self) -> ScriptedEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def stream(self, prompt: list[int], config: Any) -> Iterator[StreamedToken]:
+        self.configs.append(config)
+        for number, piece in enumerate(self.answers.pop(0)):
+            if isinstance(piece, BaseException):
+                raise piece
+            yield StreamedToken(piece, number)
+        yield StreamedToken("", None, finish_reason="stop")
+
+    def complete(self, prompt: list[int], config: Any) -> Any:
+        self.configs.append(config)
+        text = "".join(str(piece) for piece in self.answers.pop(0))
+        return SimpleNamespace(to_json=lambda: f'{{"text": "{text}"}}')
+
+
+def loads(engine: ScriptedEngine) -> Callable[[object], ScriptedEngine]:
+    """Stands for `load_engine`."""
+    return lambda arguments: engine
