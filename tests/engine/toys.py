@@ -33,7 +33,9 @@ class ToyCache:
 class ToyModel:
     """Logits depend on every token that the window reaches, as read from the pages: a wrong page changes them."""
 
-    def __init__(self, page_size: int = 4, context_length: int = 256, window: int = 0, fingerprint: str = "toy") -> None:
+    def __init__(
+        self, page_size: int = 4, context_length: int = 256, window: int = 0, fingerprint: str = "toy"
+    ) -> None:
         layout = KVLayout(layers=1, kv_heads=1, head_dim=1, page_size=page_size)
         self.spec = ModelSpec(
             "toy", VOCABULARY, context_length, 2, layout, eos_token_ids=(0,), window=window, fingerprint=fingerprint

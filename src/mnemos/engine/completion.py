@@ -11,7 +11,8 @@ from mnemos.decoding.strategy import Emitted, FinishedSequence
 from mnemos.engine.sequence import Timings
 
 if TYPE_CHECKING:
-    from mnemos.text.tokenizer import IncrementalDecoder, Tokenizer
+    from mnemos.text.incremental import IncrementalDecoder
+    from mnemos.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Completion:
 
 
 class Assembler:
-    """Turns what a strategy gives out into streamed tokens and, at the end, choices. Without a tokenizer texts are empty."""
+    """Turns what a strategy gives out into streamed tokens and choices; without a tokenizer, texts are empty."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer

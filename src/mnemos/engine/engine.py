@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from mnemos.engine.completion import Assembler, Completion, StreamedToken
 from mnemos.engine.inputs import read_prompts
-from mnemos.memory.planning import plan_pages
 from mnemos.engine.runner import Runner
 from mnemos.engine.scheduler import Limits
 from mnemos.engine.scoring import ForcedLogits, ForcedScore, Score
@@ -22,11 +21,13 @@ from mnemos.engine.sequence import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
 from mnemos.engine.streaming import Channel, RequestHandle
 from mnemos.errors import CapacityError, ConfigError, ContextLengthError, MnemosError, RequestError
+from mnemos.memory.planning import plan_pages
 
 if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
     from mnemos.decoding.strategy import Floats, Strategy
     from mnemos.hub.cache import Progress
+    from mnemos.memory.prefix import PrefixTree
     from mnemos.models.contract import Model
     from mnemos.text.tokenizer import Tokenizer
 
@@ -93,7 +94,7 @@ class InferenceEngine:
     ) -> InferenceEngine:
         """An engine for a registry name, a GGUF file or a Hugging Face folder.
 
-        dtype: "auto" as stored, or "float32"; kv_dtype: the cache's, "auto", "float32", "float16", "bfloat16" or "int8".
+        dtype: "auto" as stored, or "float32"; kv_dtype, the cache's: "auto", "float32", "float16", "bfloat16", "int8".
         progress: called as f(stage, done, total) while a model is fetched. Other options as of the class.
         """
         from mnemos.formats.checkpoint import open_checkpoint
@@ -116,9 +117,9 @@ class InferenceEngine:
     ) -> Any:
         """Results in the form that the prompts come in.
 
-        A text gives a text, a list of texts a list; token ids give token ids and an array or tensor (batch, time) such an
-        array, both with the prompt included, arrays padded on the right with pad_token_id. With n results for a prompt,
-        lists hold a list for it and arrays have n rows. `overrides` replace fields of the config.
+        A text gives a text, a list of texts a list; token ids give token ids and an array or tensor (batch, time) such
+        an array, both with the prompt included, arrays padded on the right with pad_token_id. With n results for a
+        prompt, lists hold a list for it and arrays have n rows. `overrides` replace fields of the config.
         """
         wanted = read_prompts(prompts, attention_mask, self.tokenizer)
         config = self._config(config, overrides)
@@ -177,8 +178,8 @@ class InferenceEngine:
         """Writes the prefix cache to a file, which is bound to this very model; returns the number of pages."""
         from mnemos.memory.storage import save_prefixes
 
-        placement = self._runner.scheduler.placement
-        return self._runner.call(lambda: save_prefixes(path, placement.tree_or_error, self.model.cache, self.spec))
+        tree = self._prefix_tree()
+        return self._runner.call(lambda: save_prefixes(path, tree, self.model.cache, self.spec))
 
     def load_prefix_cache(self, path: str | os.PathLike[str]) -> int:
         """Reads what save_prefix_cache wrote, as far as pages are free; returns the number of pages.
@@ -187,8 +188,8 @@ class InferenceEngine:
         """
         from mnemos.memory.storage import load_prefixes
 
-        placement = self._runner.scheduler.placement
-        return self._runner.call(lambda: load_prefixes(path, placement.tree_or_error, self.model.cache, self.spec))
+        tree = self._prefix_tree()
+        return self._runner.call(lambda: load_prefixes(path, tree, self.model.cache, self.spec))
 
     def close(self, drain: bool = False) -> None:
         """Ends the engine: with `drain` after all requests are done, else at once, which ends them with an error."""
@@ -281,6 +282,12 @@ class InferenceEngine:
             handles.append(self._launch((strategy, prompt), None))
         for handle in handles:
             handle.result()
+
+    def _prefix_tree(self) -> PrefixTree:
+        tree = self._runner.scheduler.placement.tree
+        if tree is None:
+            raise ConfigError("prefix_cache is False; make the engine with prefix_cache=True to save or load one")
+        return tree
 
     def _pad_id(self, config: GenerationConfig) -> int:
         known = (config.pad_token_id, self.spec.pad_token_id, *self.spec.eos_token_ids[:1], 0)

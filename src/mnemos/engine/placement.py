@@ -191,7 +191,7 @@ class Placement:
 
     def _trim(self, sequence: Sequence, length: int) -> None:
         """Keeps the first `length` cached positions."""
-        if self.window and any(page == NO_PAGE for page in sequence.pages[max(0, length - self.window + 1) // self.page_size :]):
+        if self.window and NO_PAGE in sequence.pages[max(0, length - self.window + 1) // self.page_size :]:
             length = 0  # what these positions see was let go
         sequence.done = min(sequence.done, length)
         count = self._pages(sequence.done)

@@ -11,7 +11,7 @@ from mnemos.engine.sequence import Request, State
 class WaitingQueue:
     """Among equal priorities the tenant that was served the fewest tokens comes first.
 
-    A tenant that had nothing here starts level with the least served one that has, so nobody saves up claims while idle.
+    A tenant that had nothing here starts level with the least served one that has: nobody saves up claims while idle.
     Source: the virtual token counter of Sheng et al. 2024, "Fairness in Serving Large Language Models".
     """
 

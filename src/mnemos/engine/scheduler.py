@@ -21,7 +21,7 @@ from mnemos.ops.batch import Output
 
 @dataclass(frozen=True)
 class Limits:
-    """context_length: positions of one sequence; batch_tokens: rows of a step with a prompt in it; sequences: branches."""
+    """Of one sequence's positions, of a step's rows while a prompt is in it, and of branches that run at once."""
 
     context_length: int
     batch_tokens: int = 512
@@ -33,8 +33,8 @@ class Scheduler:
 
     A step takes the running requests in order of (priority, admission): all rows of those that decode, and chunks of
     prompts as far as the budget of tokens reaches. Then waiting requests are admitted if their pages are there. When
-    pages run out, unused prefixes are evicted, then the last running request is preempted: it gives its pages back, waits
-    and is recomputed, which changes nothing but the time. A request that cannot go on is handed to `fail`.
+    pages run out, unused prefixes are evicted, then the last running request is preempted: it gives its pages back,
+    waits and is recomputed, which changes nothing but the time. A request that cannot go on is handed to `fail`.
     """
 
     def __init__(

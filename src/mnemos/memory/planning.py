@@ -13,10 +13,10 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def plan_pages(spec: ModelSpec, cache_tokens: int | None) -> int:
-    """Pages for `cache_tokens` positions; None: for two full contexts, at least DEFAULT_TOKENS, in a quarter of memory.
+    """Pages for `cache_tokens` positions; None: two full contexts, at least DEFAULT_TOKENS, in a quarter of memory.
 
-    Backends commit a page's memory when it is first written, so a generous plan costs nothing. CapacityError if what was
-    asked for is beyond the machine's memory.
+    Backends commit a page's memory when it is first written, so a generous plan costs nothing. CapacityError if what
+    was asked for is beyond the machine's memory.
     """
     layout, memory = spec.layout, machine_memory()
     if cache_tokens is not None:

@@ -26,9 +26,9 @@ class Node:
 class PrefixTree:
     """Full pages by the tokens that led to them, one tree for each salt.
 
-    A child is found by its page's exact tokens (a dictionary compares keys after hashing them), so two texts never share
-    a page by accident. The tree holds every page once; a page that nobody else holds is evicted when room is needed, the
-    least recently used first and children before their parents.
+    A child is found by its page's exact tokens (a dictionary compares keys after hashing them), so two texts never
+    share a page by accident. The tree holds every page once; a page that nobody else holds is evicted when room is
+    needed, the least recently used first and children before their parents.
     """
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
@@ -49,14 +49,12 @@ class PrefixTree:
         The pages are not held for the caller yet: share them before anything else is allocated.
         """
         path = self._path(salt, tokens)
-        self._touch(path)
+        self.touch(path)
         return [node.page for node in path[skip:]]
 
     def insert(self, salt: str | None, tokens: Sequence[int], pages: Sequence[int]) -> None:
         """Remembers the full pages that hold `tokens`; where the tree has a page already, it keeps its own."""
-        node = self._roots.get(salt)
-        if node is None:
-            node = self._roots[salt] = Node(None, (), NO_PAGE, salt)
+        node = self.root(salt)
         path = []
         for index in range(min(len(tokens) // self.page_size, len(pages))):
             key = tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
@@ -64,12 +62,31 @@ class PrefixTree:
             if child is None:
                 if pages[index] == NO_PAGE:
                     break
-                child = node.children[key] = Node(node, key, pages[index], salt)
-                self.pool.cache(pages[index])
+                child = self.attach(node, key, pages[index])
             path.append(child)
             node = child
-        self._touch(path)
-        self._drop_empty_root(salt)
+        self.touch(path)
+        if not self._roots[salt].children:
+            del self._roots[salt]
+
+    def root(self, salt: str | None) -> Node:
+        """Where the texts of a salt begin."""
+        node = self._roots.get(salt)
+        if node is None:
+            node = self._roots[salt] = Node(None, (), NO_PAGE, salt)
+        return node
+
+    def attach(self, parent: Node, tokens: Tokens, page: int) -> Node:
+        """A new node below `parent`; its path must be touched before anything is evicted."""
+        node = parent.children[tokens] = Node(parent, tokens, page, parent.salt)
+        self._recency[node] = None
+        self.pool.cache(page)
+        return node
+
+    def touch(self, path: Sequence[Node]) -> None:
+        """These nodes, parents first, are the most recently used."""
+        for node in reversed(path):
+            self._recency.move_to_end(node)
 
     def evict(self, count: int) -> int:
         """Frees up to `count` pages that only the tree holds; returns how many."""
@@ -100,11 +117,6 @@ class PrefixTree:
             path.append(node)
         return path
 
-    def _touch(self, path: list[Node]) -> None:
-        for node in reversed(path):
-            self._recency[node] = None
-            self._recency.move_to_end(node)
-
     def _victims(self, count: int) -> list[Node]:
         """The least recently used nodes that only the tree holds and whose children are victims too."""
         references = self.pool.references
@@ -126,9 +138,5 @@ class PrefixTree:
         del self._recency[node]
         self.pool.uncache(node.page)
         self.evicted += 1
-        self._drop_empty_root(node.salt)
-
-    def _drop_empty_root(self, salt: str | None) -> None:
-        root = self._roots.get(salt)
-        if root is not None and not root.children:
-            del self._roots[salt]
+        if parent.parent is None and not parent.children:
+            del self._roots[parent.salt]
