@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mnemos.ops.batch import Batch, KVLayout, Output
 from mnemos.ops.protocol import Cache
@@ -43,3 +44,11 @@ class Model(Protocol):
         """Makes room for `pages` cache pages of spec.layout; called once, before the first forward."""
 
     def forward(self, batch: Batch) -> Output: ...
+
+
+@runtime_checkable
+class ConditionedModel(Protocol):
+    """A model that reads the prompt apart from what it generates, as encoder-decoder models do."""
+
+    def begin(self, prompt: Sequence[int]) -> tuple[object, list[int]]:
+        """(what every batch is to carry in `conditions` for this request, the tokens that generation begins with)."""

@@ -21,6 +21,7 @@ class Batch:
                                      pages[page_starts[s] + p // page_size], at slot p % page_size;
                                      a page that no layer's window reaches any more may be -1
     logit_rows (R,)                  the rows whose logits (and last hidden states) are asked for
+    conditions                       what the model's `begin` made of each sequence's prompt; () for models without it
     """
 
     token_ids: Ints
@@ -29,6 +30,7 @@ class Batch:
     pages: Ints
     page_starts: Ints
     logit_rows: Ints
+    conditions: tuple[object, ...] = ()
 
     @property
     def sequences(self) -> int:

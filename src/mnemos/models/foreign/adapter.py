@@ -40,6 +40,7 @@ class Slot:
     group: Group | None = None
     source: Source | None = None
     row: int = 0
+    condition: Any = None
 
 
 @dataclass
@@ -49,6 +50,11 @@ class Group:
     past: Any
     slots: list[Slot]
     kept: Tensor | None
+
+    def is_exactly(self, jobs: list[Job]) -> bool:
+        """Whether these sequences, in this order, are all that the group has, and none has gone another way."""
+        same = [id(slot) for slot in self.slots] == [id(job.slot) for job in jobs]
+        return same and all(slot.group is self for slot in self.slots)
 
 
 class SlotCache:
@@ -65,7 +71,7 @@ class SlotCache:
         for source, target in zip(sources, targets, strict=True):
             slot = self.slots[source]
             self._model.freeze(slot)
-            self.slots[target] = Slot(list(slot.tokens), None, slot.source, slot.row)
+            self.slots[target] = Slot(list(slot.tokens), None, slot.source, slot.row, slot.condition)
 
     def read(self, page: int) -> npt.NDArray[np.uint8]:
         raise UnsupportedError("the cache of a PyTorch module cannot be saved; expected a built-in architecture")
@@ -105,12 +111,15 @@ class ForeignModel:
         """Turns a slot's share of a running group into rows of fixed tensors."""
         if slot.group is None:
             return
-        group, style = slot.group, self.abilities.style
-        assert style is not None
-        source = Source(style.leaves(group.past), self.abilities.axes, group.kept)
+        group = slot.group
+        source = self._snapshot(group)
         for row, member in enumerate(group.slots):
             if member.group is group:
                 member.source, member.row, member.group = source, row, None
+
+    def _snapshot(self, group: Group) -> Source:
+        assert self.abilities.style is not None
+        return Source(self.abilities.style.leaves(group.past), self.abilities.axes, group.kept)
 
     def forward(self, batch: Batch) -> Output:
         jobs = self._jobs(batch)
@@ -144,6 +153,7 @@ class ForeignModel:
             start = int(batch.positions[first])
             if start == 0:
                 slot.group, slot.source, slot.tokens = None, None, []
+                slot.condition = batch.conditions[s] if batch.conditions else None
             elif start > len(slot.tokens):
                 raise ModelError(f"position {start} follows {len(slot.tokens)} tokens; expected no gap")
             elif start < len(slot.tokens):
@@ -234,8 +244,7 @@ class ForeignModel:
         if jobs[0].start == 0:
             return style.empty(), None
         group = jobs[0].slot.group
-        together = group is not None and [id(slot) for slot in group.slots] == [id(job.slot) for job in jobs]
-        if group is not None and together and all(slot.group is group for slot in group.slots):
+        if group is not None and group.is_exactly(jobs):
             return group.past, group.kept
         parts = []
         for job in jobs:
@@ -299,6 +308,10 @@ def adapt(
         )
     training = module.training
     module.eval()
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        from mnemos.models.foreign.encoder_decoder import adapt_encoder_decoder
+
+        return adapt_encoder_decoder(module, caller, context_length)
     try:
         abilities = Probe(caller).run(use_kv_cache)
     finally:

@@ -158,6 +158,7 @@ class Source:
     leaves: list[Tensor]
     axes: list[Axes]
     kept: Tensor | None
+    cross: Source | None = None  # of an encoder-decoder model: keys and values over the encoder's output
 
     def row(self, index: int, row: int, length: int) -> Tensor:
         """Leaf `index` of one sequence: batch axis of 1, exactly its first `length` real positions."""
