@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from mnemos.models.contract import Model
-from mnemos.ops.batch import Batch
+from mnemos.ops.batch import Batch, Output
 
 
 def ints(values: Sequence[int]) -> np.ndarray:
-    return np.asarray(values, dtype=np.int32)
+    return np.asarray(list(values), dtype=np.int32)
 
 
 class Session:
@@ -24,6 +24,12 @@ class Session:
 
     def step(self, chunks: dict[int, Sequence[int]]) -> dict[int, np.ndarray]:
         """Logits of every new token: text number -> float32 (new tokens, vocabulary)."""
+        logits = self.outputs(chunks).logits.copy()
+        starts = np.cumsum([0, *(len(chunk) for chunk in chunks.values())])
+        return {text: logits[starts[i] : starts[i + 1]] for i, text in enumerate(chunks)}
+
+    def outputs(self, chunks: dict[int, Sequence[int]], rows: Sequence[int] | None = None) -> Output:
+        """The model's own output for some rows of the batch, or all; views that the next step may overwrite."""
         token_ids, positions, starts, pages, page_starts = [], [], [0], [], [0]
         for text, chunk in chunks.items():
             token_ids += chunk
@@ -32,10 +38,8 @@ class Session:
             starts.append(len(token_ids))
             pages += self.pages[text]
             page_starts.append(len(pages))
-        rows = range(len(token_ids))
-        arrays = (token_ids, positions, starts, pages, page_starts, rows)
-        logits = self.model.forward(Batch(*(ints(list(a)) for a in arrays))).logits.copy()
-        return {text: logits[starts[i] : starts[i + 1]] for i, text in enumerate(chunks)}
+        wanted = range(len(token_ids)) if rows is None else rows
+        return self.model.forward(Batch(*map(ints, (token_ids, positions, starts, pages, page_starts, wanted))))
 
 
 def whole(model: Model, token_ids: Sequence[int], pages: Sequence[int]) -> np.ndarray:

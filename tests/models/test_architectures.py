@@ -52,3 +52,17 @@ def test_ragged_batch(name: str, backend: str, load: LoadFunction, reference: Re
             found[text].append(logits)
     for text, ids in enumerate(texts):
         np.testing.assert_allclose(np.concatenate(found[text]), reference(name).logits(ids), atol=TOLERANCE)
+
+
+@each_architecture
+def test_only_the_rows_asked_for(name: str, backend: str, load: LoadFunction) -> None:
+    """Logits and hidden states of some rows, in any order, or of none; the cache is filled for all."""
+    ids = [token_ids(21, seed=5), token_ids(13, seed=6)]
+    model, pages = load(name, backend), [[5], [17]]
+    all_rows = Session(model, pages).step({0: ids[0], 1: ids[1]})
+    all_hidden = Session(model, pages).outputs({0: ids[0], 1: ids[1]}).hidden.copy()
+    session = Session(model, pages)
+    assert session.outputs({0: ids[0][:9]}, rows=[]).logits.shape == (0, model.spec.vocabulary_size)
+    found = session.outputs({0: ids[0][9:], 1: ids[1]}, rows=[24, 11])
+    np.testing.assert_allclose(found.logits, [all_rows[1][12], all_rows[0][20]], atol=1e-5)
+    np.testing.assert_allclose(found.hidden, all_hidden[[33, 20]], atol=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -85,6 +85,22 @@ class Architecture(Protocol):
     def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]: ...
 
 
+class Layer(Protocol):
+    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
+        """The layer's output; only the rows `wanted` of it, if given (keys and values are stored for all)."""
+
+
+def run_layers(layers: Sequence[Layer], ops: Ops, x: Array, batch: Any, cache: Cache) -> Array:
+    """The rows of the last layer's output whose logits are asked for; for the others, it only fills the cache."""
+    for layer in layers[:-1]:
+        x = layer(ops, x, batch, cache)
+    return layers[-1](ops, x, batch, cache, batch.logit_rows)
+
+
+def only(ops: Ops, x: Array, wanted: Array | None) -> Array:
+    return x if wanted is None else ops.rows(x, wanted)
+
+
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention with its projections; heads may be normalised one by one before the rotation."""
@@ -99,13 +115,14 @@ class Attention:
     q_norm: RMSNorm | None = None
     k_norm: RMSNorm | None = None
 
-    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache) -> Array:
+    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
         q, k, v = self.q_proj(ops, x), self.k_proj(ops, x), self.v_proj(ops, x)
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(ops, q), self.k_norm(ops, k)
         if self.rope:
             q, k = ops.rope(q, batch.positions, self.rope), ops.rope(k, batch.positions, self.rope)
-        return self.o_proj(ops, ops.attention(q, k, v, cache, self.layer, batch, self.params))
+        mixed = ops.attention(q, k, v, cache, self.layer, batch, self.params)
+        return self.o_proj(ops, only(ops, mixed, wanted))
 
 
 @dataclass(frozen=True)
@@ -138,8 +155,9 @@ class PreNormLayer:
     mlp_norm: RMSNorm
     mlp: Any
 
-    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache) -> Array:
-        x = ops.add(x, self.attention(ops, self.input_norm(ops, x), batch, cache))
+    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
+        attended = self.attention(ops, self.input_norm(ops, x), batch, cache, wanted)
+        x = ops.add(only(ops, x, wanted), attended)
         return ops.add(x, self.mlp(ops, self.mlp_norm(ops, x)))
 
 
@@ -224,9 +242,7 @@ class PreNormDecoder:
         x = ops.embed(self.embed_tokens, batch.token_ids)
         if self.embed_scale:
             x = ops.scale(x, self.embed_scale)
-        for layer in self.layers:
-            x = layer(ops, x, batch, cache)
-        hidden = self.norm(ops, ops.rows(x, batch.logit_rows))
+        hidden = self.norm(ops, run_layers(self.layers, ops, x, batch, cache))
         return hidden, ops.linear(hidden, self.lm_head)
 
 

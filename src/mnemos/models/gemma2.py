@@ -14,7 +14,9 @@ from mnemos.models.decoder import (
     load_attention,
     load_gated_mlp,
     load_head,
+    only,
     read_shape,
+    run_layers,
 )
 from mnemos.models.fields import Fields
 from mnemos.models.gemma import gemma_norm_offset
@@ -81,9 +83,9 @@ class SandwichLayer:
     mlp: GatedMLP
     post_mlp_norm: RMSNorm
 
-    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache) -> Array:
-        attended = self.attention(ops, self.input_norm(ops, x), batch, cache)
-        x = ops.add(x, self.post_attention_norm(ops, attended))
+    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
+        attended = self.attention(ops, self.input_norm(ops, x), batch, cache, wanted)
+        x = ops.add(only(ops, x, wanted), self.post_attention_norm(ops, attended))
         return ops.add(x, self.post_mlp_norm(ops, self.mlp(ops, self.pre_mlp_norm(ops, x))))
 
 
@@ -118,9 +120,7 @@ class SandwichDecoder:
 
     def __call__(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
         x = ops.scale(ops.embed(self.embed_tokens, batch.token_ids), self.embed_scale)
-        for layer in self.layers:
-            x = layer(ops, x, batch, cache)
-        hidden = self.norm(ops, ops.rows(x, batch.logit_rows))
+        hidden = self.norm(ops, run_layers(self.layers, ops, x, batch, cache))
         logits = ops.linear(hidden, self.lm_head)
         return hidden, ops.softcap(logits, self.softcap) if self.softcap else logits
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from mnemos.errors import UnsupportedError
 from mnemos.models.activations import read_activation
-from mnemos.models.decoder import MLP, Attention, DecoderConfig, load_head, read_shape
+from mnemos.models.decoder import MLP, Attention, DecoderConfig, load_head, only, read_shape, run_layers
 from mnemos.models.fields import Fields
 from mnemos.models.weights import LayerNorm, Weights
 from mnemos.ops.batch import AttentionParams
@@ -66,8 +66,9 @@ class Layer:
     ln_2: LayerNorm
     mlp: MLP
 
-    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache) -> Array:
-        x = ops.add(x, self.attention(ops, self.ln_1(ops, x), batch, cache))
+    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
+        attended = self.attention(ops, self.ln_1(ops, x), batch, cache, wanted)
+        x = ops.add(only(ops, x, wanted), attended)
         return ops.add(x, self.mlp(ops, self.ln_2(ops, x)))
 
 
@@ -104,9 +105,7 @@ class GPT2:
 
     def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
         x = ops.add(ops.embed(self.wte, batch.token_ids), ops.embed(self.wpe, batch.positions))
-        for layer in self.layers:
-            x = layer(ops, x, batch, cache)
-        hidden = self.ln_f(ops, ops.rows(x, batch.logit_rows))
+        hidden = self.ln_f(ops, run_layers(self.layers, ops, x, batch, cache))
         return hidden, ops.linear(hidden, self.lm_head)
 
 

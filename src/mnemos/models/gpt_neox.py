@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos.models.activations import read_activation
-from mnemos.models.decoder import MLP, Attention, DecoderConfig, load_head, read_shape
+from mnemos.models.decoder import MLP, Attention, DecoderConfig, load_head, only, read_shape, run_layers
 from mnemos.models.fields import Fields
 from mnemos.models.rope import Rope, read_rope
 from mnemos.models.weights import LayerNorm, Weights
@@ -55,8 +55,9 @@ class Layer:
     mlp: MLP
     parallel: bool
 
-    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache) -> Array:
-        attended = self.attention(ops, self.input_norm(ops, x), batch, cache)
+    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
+        attended = self.attention(ops, self.input_norm(ops, x), batch, cache, wanted)
+        x = only(ops, x, wanted)
         if self.parallel:
             return ops.add(x, ops.add(attended, self.mlp(ops, self.mlp_norm(ops, x))))
         x = ops.add(x, attended)
@@ -96,9 +97,7 @@ class GPTNeoX:
 
     def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
         x = ops.embed(self.embed_in, batch.token_ids)
-        for layer in self.layers:
-            x = layer(ops, x, batch, cache)
-        hidden = self.final_layer_norm(ops, ops.rows(x, batch.logit_rows))
+        hidden = self.final_layer_norm(ops, run_layers(self.layers, ops, x, batch, cache))
         return hidden, ops.linear(hidden, self.embed_out)
 
 
