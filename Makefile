@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip
 PIP_INSTALL := $(PIP) install -qq --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src/mnemos native -type f ! -name '*.so' ! -name '*.pyc' 2>/dev/null)
 
-.PHONY: help demo test lint types pytest bench clean
+.PHONY: help demo test lint types pytest bench native clean
 
 help:
 	@echo 'make demo    build Mnemos, fetch a small model once and let it answer a question'
@@ -30,6 +30,16 @@ pytest: $(VENV)/.done-dev
 
 bench: $(VENV)/.done-install
 	@$(BIN)/mnemos bench smollm2-135m
+
+# The native core alone, into the source tree; the module is replaced in one move, so that running programs keep theirs.
+NATIVE_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(shell command -v $(PYTHON)))
+NATIVE_FLAGS ?=
+NATIVE_BUILD ?= build/native
+native:
+	@$(NATIVE_PYTHON) -m cmake --version >/dev/null 2>&1 || command -v cmake >/dev/null || $(NATIVE_PYTHON) -m pip install -qq cmake ninja nanobind
+	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake -S . -B $(NATIVE_BUILD) -G Ninja -DPython_EXECUTABLE="$(NATIVE_PYTHON)" $(NATIVE_FLAGS) >/dev/null
+	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake --build $(NATIVE_BUILD)
+	@cd $(NATIVE_BUILD)/native && for file in _native*.so; do cp $$file $(CURDIR)/src/mnemos/.$$file.new && mv $(CURDIR)/src/mnemos/.$$file.new $(CURDIR)/src/mnemos/$$file; done
 
 clean:
 	rm -rf $(VENV) build

@@ -77,9 +77,12 @@ CpuFeatures detect() { return {}; }
 std::vector<Isa> available_levels() {
   const CpuFeatures &features = cpu_features();
   std::vector<Isa> levels{Isa::scalar};
-  if (features.neon) levels.push_back(Isa::neon);
+  if (features.neon_dotprod) levels.push_back(Isa::neon);
+  if (features.neon_i8mm) levels.push_back(Isa::neon_i8mm);
   if (features.avx2) levels.push_back(Isa::avx2);
+  if (features.avx_vnni) levels.push_back(Isa::avxvnni);
   if (features.avx512) levels.push_back(Isa::avx512);
+  if (features.avx512_bf16) levels.push_back(Isa::avx512_bf16);
   if (features.amx) levels.push_back(Isa::amx);
   return levels;
 }
@@ -127,8 +130,11 @@ const char *isa_name(Isa isa) {
   switch (isa) {
     case Isa::scalar: return "scalar";
     case Isa::neon: return "neon";
+    case Isa::neon_i8mm: return "neon_i8mm";
     case Isa::avx2: return "avx2";
+    case Isa::avxvnni: return "avxvnni";
     case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::amx: return "amx";
   }
   return "unknown";

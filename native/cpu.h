@@ -6,8 +6,8 @@
 
 namespace mnemos {
 
-// Levels of kernels. Each x86 level contains the one before it; `neon` exists on Arm only.
-enum class Isa { scalar, neon, avx2, avx512, amx };
+// Levels of kernels; their names are those of the matrix products' kernels too.
+enum class Isa { scalar, neon, neon_i8mm, avx2, avxvnni, avx512, avx512_bf16, amx };
 
 struct CpuFeatures {
   bool avx2 = false;         // with FMA, F16C and BMI2

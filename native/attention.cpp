@@ -1,0 +1,254 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "tasks.h"
+
+namespace mnemos {
+namespace {
+
+constexpr int64_t wanted_tile_rows = 64;
+
+int64_t group_of(const Attention &a) { return a.heads / a.kv_heads; }
+
+int64_t tile_tokens(const Attention &a) { return std::max<int64_t>(1, wanted_tile_rows / group_of(a)); }
+
+// Floats of one partial result: values of every query of the group, then maxima and sums.
+int64_t partial_floats(const Attention &a) {
+  return group_of(a) * a.cache->cell().value_stride + 2 * ((group_of(a) + 15) / 16 * 16);
+}
+
+int64_t first_visible(const Attention &a, int64_t position) {
+  return a.window > 0 ? std::max<int64_t>(0, position - a.window + 1) : 0;
+}
+
+// Norm and rotation of one head, in place in `head`.
+void transform(const Step &step, const Norm &norm, const RopeTable *rope, int64_t position, int64_t head_dim, float *head) {
+  if (norm.kind != Norm::none) step.kernels->rms_norm(head, norm.weight->data(), norm.epsilon, head, 1, head_dim);
+  if (rope != nullptr) step.kernels->rope(head, rope->cosines(position), rope->sines(position), head, rope->half());
+}
+
+int64_t sequence_of(const BatchView &batch, int64_t token) {
+  const int32_t *end = batch.sequence_starts + batch.sequences + 1;
+  return std::upper_bound(batch.sequence_starts, end, static_cast<int32_t>(token)) - batch.sequence_starts - 1;
+}
+
+class StoreTask : public Task {
+ public:
+  StoreTask(const Attention &attention, int q, int k, int v, int queries) : a_(attention), q_(q), k_(k), v_(v), queries_(queries) {
+    reads = {q, k, v};
+    writes = {queries};
+  }
+  int64_t items(const Step &step) const override { return (step.batch.tokens + tokens_per_item - 1) / tokens_per_item; }
+  int64_t scratch_bytes(const BatchView &, int) const override { return a_.head_dim * static_cast<int64_t>(sizeof(float)); }
+
+  void run(const Step &step, int64_t item, int thread) const override {
+    const int64_t end = std::min((item + 1) * tokens_per_item, step.batch.tokens);
+    for (int64_t t = item * tokens_per_item; t < end; t++) {
+      const int64_t position = step.batch.positions[t];
+      const int64_t width = a_.heads * a_.head_dim;
+      const float *q = step.data(q_, thread) + t * width;
+      float *queries = step.data(queries_, thread) + t * width;
+      std::memcpy(queries, q, static_cast<size_t>(width) * sizeof(float));
+      for (int64_t h = 0; h < a_.heads; h++) {
+        transform(step, a_.query_norm, a_.query_rope.get(), position, a_.head_dim, queries + h * a_.head_dim);
+      }
+      for (int64_t h = 0; h < a_.kv_heads; h++) store(step, t, position, h, thread);
+    }
+  }
+
+ private:
+  static constexpr int64_t tokens_per_item = 2;
+
+  void store(const Step &step, int64_t t, int64_t position, int64_t head, int thread) const {
+    const CellLayout &cell = a_.cache->cell();
+    const int64_t at = (t * a_.kv_heads + head) * a_.head_dim;
+    const BatchView &batch = step.batch;
+    const int64_t page = batch.pages[batch.page_starts[sequence_of(batch, t)] + position / cell.slots];
+    uint8_t *data = a_.cache->cells(a_.layer, head) + page * a_.cache->page_bytes();
+    float *key = step.thread_scratch(thread);
+    std::memcpy(key, step.data(k_, thread) + at, static_cast<size_t>(a_.head_dim) * sizeof(float));
+    transform(step, a_.key_norm, a_.key_rope.get(), position, a_.head_dim, key);
+    step.kernels->store_key(cell, data, position % cell.slots, key);
+    step.kernels->store_value(cell, data, position % cell.slots, step.data(v_, thread) + at);
+  }
+
+  const Attention a_;
+  const int q_, k_, v_, queries_;
+};
+
+class AttendTask : public Task {
+ public:
+  AttendTask(const Attention &attention, int queries, int partials, int y)
+      : a_(attention), queries_(queries), partials_(partials), y_(y) {
+    reads = {queries};
+    writes = {partials, y};
+  }
+  int64_t items(const Step &step) const override {
+    return static_cast<int64_t>(step.tile_sets[a_.tile_set].tiles.size()) * a_.kv_heads;
+  }
+  int64_t scratch_bytes(const BatchView &, int) const override {
+    const int64_t rows = tile_tokens(a_) * group_of(a_);
+    return rows * (score_stride + 3 * a_.cache->cell().value_stride) * static_cast<int64_t>(sizeof(float));
+  }
+
+  void run(const Step &step, int64_t item, int thread) const override {
+    // Long tiles come last in a prompt, so they are handed out first.
+    const auto &tiles = step.tile_sets[a_.tile_set].tiles;
+    const int64_t head = item % a_.kv_heads;
+    const QueryTile &query = tiles[tiles.size() - 1 - static_cast<size_t>(item / a_.kv_heads)];
+    const CellLayout &cell = a_.cache->cell();
+    const int64_t group = group_of(a_), stride = cell.value_stride;
+    int64_t first[max_tile_rows], last[max_tile_rows];
+    float most[max_tile_rows], total[max_tile_rows];
+    AttentionTile tile{};
+    tile.cell = &cell;
+    tile.cells = a_.cache->cells(a_.layer, head);
+    tile.page_bytes = a_.cache->page_bytes();
+    tile.pages = step.batch.pages + step.batch.page_starts[query.sequence];
+    tile.rows = (query.token_end - query.token_begin) * group;
+    tile.first = first;
+    tile.last = last;
+    tile.softcap = a_.softcap;
+    float *queries = step.thread_scratch(thread);
+    tile.queries = queries;
+    tile.partial = queries + tile.rows * stride;
+    tile.result = tile.partial + tile.rows * stride;
+    tile.scores = tile.result + tile.rows * stride;
+    tile.most = most;
+    tile.total = total;
+    for (int64_t r = 0; r < tile.rows; r++) {
+      const int64_t t = query.token_begin + r / group;
+      last[r] = step.batch.positions[t];
+      first[r] = first_visible(a_, last[r]);
+      most[r] = -INFINITY;
+      total[r] = 0;
+      std::memset(tile.result + r * stride, 0, static_cast<size_t>(stride) * sizeof(float));
+      std::memset(queries + r * stride, 0, static_cast<size_t>(stride) * sizeof(float));
+      step.kernels->scale(step.data(queries_, thread) + (t * a_.heads + head * group + r % group) * a_.head_dim, a_.scale,
+                          queries + r * stride, a_.head_dim);
+    }
+    step.kernels->attend(tile, query.block_begin, query.block_end);
+    query.split < 0 ? write_result(step, query, head, tile, thread) : write_partial(step, query, head, tile, thread);
+  }
+
+ private:
+  void write_result(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile, int thread) const {
+    const int64_t group = group_of(a_);
+    for (int64_t r = 0; r < tile.rows; r++) {
+      const int64_t t = query.token_begin + r / group;
+      step.kernels->scale(tile.result + r * tile.cell->value_stride, 1.0f / tile.total[r],
+                          step.data(y_, thread) + (t * a_.heads + head * group + r % group) * a_.head_dim, a_.head_dim);
+    }
+  }
+
+  void write_partial(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile, int thread) const {
+    const int64_t values = tile.rows * tile.cell->value_stride;
+    float *partial = step.data(partials_, thread) + (query.split * a_.kv_heads + head) * partial_floats(a_);
+    std::memcpy(partial, tile.result, static_cast<size_t>(values) * sizeof(float));
+    std::memcpy(partial + values, tile.most, static_cast<size_t>(tile.rows) * sizeof(float));
+    std::memcpy(partial + values + tile.rows, tile.total, static_cast<size_t>(tile.rows) * sizeof(float));
+  }
+
+  const Attention a_;
+  const int queries_, partials_, y_;
+};
+
+// Tiles of one token that were split lie one after the other, one for each block.
+class MergeTask : public Task {
+ public:
+  MergeTask(const Attention &attention, int partials, int y) : a_(attention), partials_(partials), y_(y) {
+    reads = {partials};
+    writes = {y};
+  }
+  bool active(const Step &step) const override { return step.tile_sets[a_.tile_set].partials > 0; }
+  int64_t items(const Step &step) const override {
+    return active(step) ? static_cast<int64_t>(step.tile_sets[a_.tile_set].tiles.size()) * a_.kv_heads : 0;
+  }
+  int64_t scratch_bytes(const BatchView &, int) const override {
+    return a_.cache->cell().value_stride * static_cast<int64_t>(sizeof(float));
+  }
+
+  void run(const Step &step, int64_t item, int thread) const override {
+    const auto &tiles = step.tile_sets[a_.tile_set].tiles;
+    const int64_t head = item % a_.kv_heads, index = item / a_.kv_heads;
+    const QueryTile &first = tiles[static_cast<size_t>(index)];
+    const bool begins = index == 0 || tiles[static_cast<size_t>(index - 1)].sequence != first.sequence;
+    if (first.split < 0 || !begins) return;
+    int64_t count = 1;
+    while (index + count < static_cast<int64_t>(tiles.size()) &&
+           tiles[static_cast<size_t>(index + count)].sequence == first.sequence) {
+      count++;
+    }
+    for (int64_t r = 0; r < group_of(a_); r++) merge_row(step, first, count, head, r, thread);
+  }
+
+ private:
+  void merge_row(const Step &step, const QueryTile &first, int64_t count, int64_t head, int64_t r, int thread) const {
+    const int64_t stride = a_.cache->cell().value_stride, group = group_of(a_);
+    float *result = step.thread_scratch(thread);
+    std::memset(result, 0, static_cast<size_t>(stride) * sizeof(float));
+    float most = -INFINITY, total = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const float *partial = step.data(partials_, thread) + ((first.split + i) * a_.kv_heads + head) * partial_floats(a_);
+      const float *numbers = partial + group * stride;
+      step.kernels->merge(numbers[r], numbers[group + r], partial + r * stride, &most, &total, result, stride);
+    }
+    step.kernels->scale(result, 1.0f / total,
+                        step.data(y_, thread) + (first.token_begin * a_.heads + head * group + r) * a_.head_dim, a_.head_dim);
+  }
+
+  const Attention a_;
+  const int partials_, y_;
+};
+
+}  // namespace
+
+std::unique_ptr<Task> make_store(const Attention &attention, int q, int k, int v, int queries) {
+  return std::make_unique<StoreTask>(attention, q, k, v, queries);
+}
+
+std::unique_ptr<Task> make_attend(const Attention &attention, int queries, int partials, int y) {
+  return std::make_unique<AttendTask>(attention, queries, partials, y);
+}
+
+std::unique_ptr<Task> make_merge(const Attention &attention, int partials, int y) {
+  return std::make_unique<MergeTask>(attention, partials, y);
+}
+
+TileSet make_tiles(const BatchView &batch, const Attention &attention, int threads) {
+  TileSet set;
+  const int64_t size = tile_tokens(attention);
+  int64_t whole_tiles = 0;
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    whole_tiles += (batch.sequence_starts[s + 1] - batch.sequence_starts[s] + size - 1) / size;
+  }
+  const bool few = threads > 1 && whole_tiles * attention.kv_heads < 4 * threads;
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+    for (int64_t t = begin; t < end; t += size) {
+      QueryTile tile{s, t, std::min(t + size, end), 0, 0, -1};
+      tile.block_begin = first_visible(attention, batch.positions[t]) / attention_block;
+      tile.block_end = batch.positions[tile.token_end - 1] / attention_block + 1;
+      const bool split = few && end - begin == 1 && tile.block_end - tile.block_begin > 1;
+      if (!split) {
+        set.tiles.push_back(tile);
+        continue;
+      }
+      for (int64_t block = tile.block_begin; block < tile.block_end; block++) {
+        QueryTile part = tile;
+        part.block_begin = block;
+        part.block_end = block + 1;
+        part.split = set.partials++;
+        set.tiles.push_back(part);
+      }
+    }
+  }
+  return set;
+}
+
+int64_t partials_bytes(const TileSet &tiles, const Attention &attention) {
+  return tiles.partials * attention.kv_heads * partial_floats(attention) * static_cast<int64_t>(sizeof(float));
+}
+
+}  // namespace mnemos

@@ -1,0 +1,344 @@
+// The Python module mnemos._native. Arrays are checked for type, shape and contiguity here, for content in the core.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <optional>
+
+#include "error.h"
+#include "mapping.h"
+#include "program.h"
+#include "sampler.h"
+#include "length_prefixed.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace mnemos {
+namespace {
+
+template <typename T, typename... Shape>
+using Array = nb::ndarray<const T, Shape..., nb::c_contig, nb::device::cpu>;
+using Floats = Array<float, nb::ndim<1>>;
+using FloatRows = Array<float, nb::ndim<2>>;
+using Doubles = Array<double, nb::ndim<1>>;
+using Ints = Array<int32_t, nb::ndim<1>>;
+using Bytes = Array<uint8_t, nb::ndim<1>>;
+
+const char *error_class(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::config: return "ConfigError";
+    case ErrorKind::request: return "RequestError";
+    case ErrorKind::unsupported: return "UnsupportedError";
+    case ErrorKind::capacity: return "CapacityError";
+    case ErrorKind::format: return "FormatError";
+  }
+  return "MnemosError";
+}
+
+void translate(const std::exception_ptr &pointer, void *) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const Error &error) {
+    nb::object type = nb::module_::import_("mnemos.errors").attr(error_class(error.kind));
+    PyErr_SetString(type.ptr(), error.what());
+  }
+}
+
+// The kernels of the level in use; a level that has none of its own uses those of the next lower one.
+const Kernels &linear_kernels() {
+  for (int level = static_cast<int>(current_isa()); level >= 0; level--) {
+    if (const Kernels *kernels = find_kernels(isa_name(static_cast<Isa>(level)))) return *kernels;
+  }
+  throw unsupported_error("no kernels for matrix products run on this machine");
+}
+
+std::shared_ptr<Matrix> make_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32, bool release,
+                                    Pool &pool) {
+  if (!is_weight_type(type)) throw unsupported_error("a weight of storage type " + std::to_string(type) + " cannot be multiplied");
+  const WeightType weight = static_cast<WeightType>(type);
+  if (rows < 1 || columns < 1 || columns % block_columns(weight) != 0) {
+    throw config_error("a weight of " + std::to_string(rows) + " x " + std::to_string(columns) + " values is no whole number of blocks of " +
+                       std::to_string(block_columns(weight)));
+  }
+  int64_t bytes = 0;
+  if (__builtin_mul_overflow(row_bytes(weight, columns), rows, &bytes) || bytes != static_cast<int64_t>(data.size())) {
+    throw config_error("a weight of " + std::to_string(rows) + " x " + std::to_string(columns) + " values has " +
+                       std::to_string(data.size()) + " bytes; its type needs " + std::to_string(bytes));
+  }
+  const uint8_t *raw = data.data();
+  nb::gil_scoped_release release_gil;
+  std::shared_ptr<Matrix> matrix;
+  try {
+    matrix = std::make_shared<Matrix>(weight, rows, columns, as_float32, linear_kernels());
+  } catch (const std::bad_alloc &) {
+    throw capacity_error("the system has no memory left for a weight of " + std::to_string(bytes) + " bytes");
+  }
+  pool.for_each(matrix->panels(), 8, [&](int64_t begin, int64_t end, int) { pack_panels(*matrix, raw, begin, end); });
+  if (release) release_file_pages(raw, static_cast<size_t>(bytes));
+  return matrix;
+}
+
+VectorPointer copy_vector(const std::optional<Floats> &array) {
+  if (!array) return nullptr;
+  return std::make_shared<const std::vector<float>>(array->data(), array->data() + array->size());
+}
+
+ActivationKind activation_kind(const std::string &name) {
+  if (name == "silu") return ActivationKind::silu;
+  if (name == "gelu") return ActivationKind::gelu;
+  if (name == "gelu_tanh") return ActivationKind::gelu_tanh;
+  if (name == "relu") return ActivationKind::relu;
+  throw config_error("activation '" + name + "' is unknown; it must be silu, gelu, gelu_tanh or relu");
+}
+
+nb::object as_array(const OutputView &output) {
+  auto *owner = new std::shared_ptr<Workspace>(output.owner);
+  nb::capsule capsule(owner, [](void *p) noexcept { delete static_cast<std::shared_ptr<Workspace> *>(p); });
+  const size_t shape[2] = {static_cast<size_t>(output.rows), static_cast<size_t>(output.width)};
+  void *data = const_cast<void *>(output.data);
+  if (output.type == ValueType::int32) {
+    return nb::ndarray<nb::numpy, int32_t, nb::ndim<2>>(data, 2, shape, capsule).cast();
+  }
+  return nb::ndarray<nb::numpy, float, nb::ndim<2>>(data, 2, shape, capsule).cast();
+}
+
+InputView input_view(nb::handle object) {
+  FloatRows floats;
+  if (nb::try_cast(object, floats, false)) {
+    return {floats.data(), static_cast<int64_t>(floats.shape(0)), static_cast<int64_t>(floats.shape(1)), ValueType::float32};
+  }
+  Array<int32_t, nb::ndim<2>> ints;
+  if (nb::try_cast(object, ints, false)) {
+    return {ints.data(), static_cast<int64_t>(ints.shape(0)), static_cast<int64_t>(ints.shape(1)), ValueType::int32};
+  }
+  throw config_error("a program's inputs must be float32 or int32 arrays of two axes, contiguous in memory");
+}
+
+nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages, Ints page_starts,
+                     Ints logit_rows, nb::list inputs) {
+  BatchView batch;
+  batch.tokens = static_cast<int64_t>(positions.size());
+  batch.chosen = static_cast<int64_t>(logit_rows.size());
+  batch.sequences = static_cast<int64_t>(sequence_starts.size()) - 1;
+  if (token_ids.size() != positions.size() || batch.sequences < 0 || page_starts.size() != sequence_starts.size()) {
+    throw request_error("a batch needs as many token_ids as positions and as many page_starts as sequence_starts; it has " +
+                        std::to_string(token_ids.size()) + ", " + std::to_string(positions.size()) + ", " +
+                        std::to_string(page_starts.size()) + " and " + std::to_string(sequence_starts.size()));
+  }
+  batch.token_ids = token_ids.data();
+  batch.positions = positions.data();
+  batch.sequence_starts = sequence_starts.data();
+  batch.pages = pages.data();
+  batch.page_starts = page_starts.data();
+  batch.logit_rows = logit_rows.data();
+  std::vector<InputView> views;
+  for (nb::handle input : inputs) views.push_back(input_view(input));
+  std::vector<OutputView> outputs;
+  {
+    nb::gil_scoped_release release_gil;
+    outputs = program.run(batch, static_cast<int64_t>(pages.size()), views);
+  }
+  nb::list result;
+  for (const OutputView &output : outputs) result.append(as_array(output));
+  return result;
+}
+
+Norm make_norm_params(Norm::Kind kind, const Floats &weight, const std::optional<Floats> &bias, float epsilon) {
+  Norm norm;
+  norm.kind = kind;
+  norm.weight = copy_vector(weight);
+  norm.bias = copy_vector(bias);
+  norm.epsilon = epsilon;
+  return norm;
+}
+
+template <typename T>
+nb::object owned_array(std::vector<T> values) {
+  auto *owner = new std::vector<T>(std::move(values));
+  nb::capsule capsule(owner, [](void *p) noexcept { delete static_cast<std::vector<T> *>(p); });
+  return nb::ndarray<nb::numpy, T, nb::ndim<1>>(owner->data(), {owner->size()}, capsule).cast();
+}
+
+const float *checked_row(const FloatRows &logits, size_t row) {
+  if (logits.shape(1) == 0) throw request_error("logits have no columns");
+  return logits.data() + row * logits.shape(1);
+}
+
+// Calls each(sampler, row pointer, columns, row index) for every row, without the GIL.
+template <typename Each>
+void for_rows(const FloatRows &logits, const Each &each) {
+  nb::gil_scoped_release release_gil;
+  Sampler sampler(vector_kernels(current_isa()));
+  for (size_t r = 0; r < logits.shape(0); r++) each(sampler, checked_row(logits, r), static_cast<int64_t>(logits.shape(1)), r);
+}
+
+nb::object sample_rows(FloatRows logits, Floats temperature, Ints top_k, Doubles top_p, Doubles min_p, Doubles random) {
+  const size_t rows = logits.shape(0);
+  if (temperature.size() != rows || top_k.size() != rows || top_p.size() != rows || min_p.size() != rows || random.size() != rows) {
+    throw config_error("sampling needs one temperature, top_k, top_p, min_p and random number for each of the " +
+                       std::to_string(rows) + " rows");
+  }
+  for (size_t r = 0; r < rows; r++) {
+    if (!(temperature.data()[r] > 0)) throw config_error("temperature is " + std::to_string(temperature.data()[r]) + "; it must be above 0");
+  }
+  std::vector<int32_t> tokens(rows);
+  for_rows(logits, [&](Sampler &sampler, const float *row, int64_t n, size_t r) {
+    const Cutoffs cutoffs{temperature.data()[r], top_k.data()[r], top_p.data()[r], min_p.data()[r]};
+    tokens[r] = sampler.sample(row, n, cutoffs, random.data()[r]);
+  });
+  return owned_array(std::move(tokens));
+}
+
+nb::object greedy_rows(FloatRows logits) {
+  std::vector<int32_t> tokens(logits.shape(0));
+  for_rows(logits, [&](Sampler &sampler, const float *row, int64_t n, size_t r) { tokens[r] = sampler.greedy(row, n); });
+  return owned_array(std::move(tokens));
+}
+
+nb::object log_sum_exp_rows(FloatRows logits) {
+  std::vector<double> sums(logits.shape(0));
+  for_rows(logits, [&](Sampler &sampler, const float *row, int64_t n, size_t r) { sums[r] = sampler.log_sum_exp(row, n); });
+  return owned_array(std::move(sums));
+}
+
+nb::object top_tokens(Floats logits, int64_t count) {
+  Sampler sampler(vector_kernels(current_isa()));
+  return owned_array(sampler.top(logits.data(), static_cast<int64_t>(logits.size()), count));
+}
+
+void bind_program(nb::module_ &m) {
+  using ProgramClass = nb::class_<Program>;
+  ProgramClass(m, "Program")
+      .def(nb::init<std::shared_ptr<Pool>, std::shared_ptr<Cache>>(), "pool"_a, "cache"_a.none())
+      .def("input", [](Program &p, int64_t width, bool integers) { return p.input(width, integers ? ValueType::int32 : ValueType::float32); },
+           "width"_a, "integers"_a)
+      .def("embed", [](Program &p, std::shared_ptr<Matrix> matrix, bool by_position) {
+        return p.embed(matrix, by_position ? Index::positions : Index::token_ids);
+      }, "matrix"_a, "by_position"_a)
+      .def("rows", &Program::choose_rows, "x"_a)
+      .def("linear", [](Program &p, int x, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
+        return p.linear(x, matrix, copy_vector(bias));
+      }, "x"_a, "matrix"_a, "bias"_a.none())
+      .def("rms_norm", [](Program &p, int x, Floats weight, float epsilon) {
+        return p.norm(x, make_norm_params(Norm::rms, weight, std::nullopt, epsilon));
+      }, "x"_a, "weight"_a, "epsilon"_a)
+      .def("layer_norm", [](Program &p, int x, Floats weight, std::optional<Floats> bias, float epsilon) {
+        return p.norm(x, make_norm_params(Norm::layer, weight, bias, epsilon));
+      }, "x"_a, "weight"_a, "bias"_a.none(), "epsilon"_a)
+      .def("rope", [](Program &p, int x, Floats frequencies, int64_t head_dim, float magnitude) {
+        return p.rope(x, {frequencies.data(), frequencies.data() + frequencies.size()}, head_dim, magnitude);
+      }, "x"_a, "frequencies"_a, "head_dim"_a, "magnitude"_a)
+      .def("attention", [](Program &p, int q, int k, int v, int64_t layer, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                           float scale, int64_t window, float softcap) {
+        Attention attention{};
+        attention.layer = layer;
+        attention.heads = heads;
+        attention.kv_heads = kv_heads;
+        attention.head_dim = head_dim;
+        attention.scale = scale;
+        attention.window = window;
+        attention.softcap = softcap;
+        return p.attention(q, k, v, attention);
+      }, "q"_a, "k"_a, "v"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "softcap"_a)
+      .def("activation", [](Program &p, int x, const std::string &kind) {
+        return p.elementwise({ElementwiseKind::activation, 0, activation_kind(kind)}, x, -1);
+      }, "x"_a, "kind"_a)
+      .def("gated_activation", [](Program &p, int gate, int up, const std::string &kind) {
+        return p.elementwise({ElementwiseKind::gated_activation, 0, activation_kind(kind)}, gate, up);
+      }, "gate"_a, "up"_a, "kind"_a)
+      .def("add", [](Program &p, int x, int y) { return p.elementwise({ElementwiseKind::add, 0, ActivationKind::silu}, x, y); },
+           "x"_a, "y"_a)
+      .def("scale", [](Program &p, int x, float factor) {
+        return p.elementwise({ElementwiseKind::scale, factor, ActivationKind::silu}, x, -1);
+      }, "x"_a, "factor"_a)
+      .def("softcap", [](Program &p, int x, float cap) {
+        return p.elementwise({ElementwiseKind::softcap, cap, ActivationKind::silu}, x, -1);
+      }, "x"_a, "cap"_a)
+      .def("route", [](Program &p, int x, std::shared_ptr<Matrix> router, int64_t top_k, bool normalise) {
+        return p.route(x, router, top_k, normalise);
+      }, "x"_a, "router"_a, "top_k"_a, "normalise"_a)
+      .def("experts", [](Program &p, int x, int ids, int weights, const std::vector<std::shared_ptr<Matrix>> &gate,
+                         const std::vector<std::shared_ptr<Matrix>> &up, const std::vector<std::shared_ptr<Matrix>> &down,
+                         const std::string &kind) {
+        Experts experts{};
+        experts.gate.assign(gate.begin(), gate.end());
+        experts.up.assign(up.begin(), up.end());
+        experts.down.assign(down.begin(), down.end());
+        experts.activation = activation_kind(kind);
+        return p.experts(x, ids, weights, std::move(experts));
+      }, "x"_a, "ids"_a, "weights"_a, "gate"_a, "up"_a, "down"_a, "kind"_a)
+      .def("width", &Program::width, "value"_a)
+      .def("finish", &Program::finish, "outputs"_a)
+      .def("run", &run_program, "token_ids"_a, "positions"_a, "sequence_starts"_a, "pages"_a, "page_starts"_a, "logit_rows"_a,
+           "inputs"_a)
+      .def("poison", &Program::poison, "on"_a)
+      .def("workspace_bytes", &Program::workspace_bytes, "tokens"_a, "chosen"_a)
+      .def_prop_ro("tasks", &Program::tasks)
+      .def_prop_ro("barriers", &Program::barriers);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  nb::register_exception_translator(translate);
+  nb::set_leak_warnings(false);  // the shared pools outlive the interpreter's bookkeeping
+
+  m.def("isa", [] { return std::string(isa_name(current_isa())); });
+  m.def("available_isas", &available_isas);
+  m.def("select_isa", &select_isa, "name"_a);
+  m.def("usable_cores", &usable_cores);
+  m.def("available_memory", &available_memory);
+
+  nb::class_<Pool>(m, "Pool").def_prop_ro("threads", &Pool::threads);
+  m.def("shared_pool", &shared_pool, "threads"_a);
+
+  nb::class_<Matrix>(m, "Matrix")
+      .def_ro("rows", &Matrix::rows)
+      .def_ro("columns", &Matrix::columns)
+      .def_prop_ro("bytes", &Matrix::bytes);
+  m.def("make_matrix", &make_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a, "release"_a, "pool"_a);
+
+  nb::class_<Cache>(m, "Cache")
+      .def("__init__",
+           [](Cache *cache, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size, const std::string &dtype,
+              int64_t pages) { new (cache) Cache(layers, kv_heads, head_dim, page_size, cache_type(dtype), pages); },
+           "layers"_a, "kv_heads"_a, "head_dim"_a, "page_size"_a, "dtype"_a, "pages"_a)
+      .def_ro("pages", &Cache::pages)
+      .def_prop_ro("page_bytes", &Cache::page_bytes)
+      .def("copy", &Cache::copy, "source"_a, "target"_a)
+      .def("read",
+           [](const Cache &cache, int64_t page) {
+             const uint8_t *data = cache.page(page);
+             return owned_array(std::vector<uint8_t>(data, data + cache.page_bytes()));
+           },
+           "page"_a)
+      .def("write",
+           [](Cache &cache, int64_t page, Bytes content) {
+             uint8_t *data = cache.page(page);
+             if (static_cast<int64_t>(content.size()) != cache.page_bytes()) {
+               throw config_error("a page's content has " + std::to_string(content.size()) + " bytes; this cache's pages have " +
+                                  std::to_string(cache.page_bytes()));
+             }
+             std::memcpy(data, content.data(), content.size());
+           },
+           "page"_a, "content"_a);
+
+  bind_program(m);
+
+  m.def("uniform", &uniform, "seed"_a, "position"_a, "draw"_a = 0);
+  m.def("sample", &sample_rows, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "random"_a);
+  m.def("greedy", &greedy_rows, "logits"_a);
+  m.def("log_sum_exp", &log_sum_exp_rows, "logits"_a);
+  m.def("top_tokens", &top_tokens, "logits"_a, "count"_a);
+  m.def("skip_strings",
+        [](Bytes buffer, uint64_t offset, uint64_t count) { return skip_strings(buffer.data(), buffer.size(), offset, count); },
+        "buffer"_a, "offset"_a, "count"_a);
+}
+
+}  // namespace mnemos

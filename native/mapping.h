@@ -1,0 +1,17 @@
+// Memory in large pieces: zeroed, aligned to pages, and only taken from the system as it is touched.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mnemos {
+
+// Throws Error (capacity) naming `purpose` if it is not to be had.
+uint8_t *map_memory(size_t bytes, const char *purpose);
+void unmap_memory(uint8_t *data, size_t bytes);
+
+// Gives the memory of whole pages inside this range back: the range must be an unmodified mapping of a file, from which
+// they are read again when needed.
+void release_file_pages(const uint8_t *data, size_t bytes);
+
+}  // namespace mnemos

@@ -1,0 +1,106 @@
+#include <algorithm>
+#include <utility>
+
+#include "tasks.h"
+
+namespace mnemos {
+namespace {
+
+// Rows that one item multiplies: enough to pay for expanding a panel's weights, few enough that input and result stay
+// in the second-level cache.
+constexpr int64_t tile_rows = 128;
+constexpr int64_t tile_panels = 4;
+
+int64_t tiles_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+class ProductTask : public Task {
+ public:
+  ProductTask(std::vector<Product> products, int input, PreparedForm form, Rows rows)
+      : products_(std::move(products)), input_(input), form_(form), rows_(rows) {
+    reads = {input};
+    for (const Product &product : products_) {
+      if (product.residual >= 0) reads.push_back(product.residual);
+      writes.push_back(product.y);
+      panel_tiles_ += tiles_of(product.matrix->panels(), tile_panels);
+    }
+  }
+
+  int64_t items(const Step &step) const override { return panel_tiles_ * tiles_of(step.rows(rows_), tile_rows); }
+
+  int64_t scratch_bytes(const BatchView &, int) const override {
+    return 2 * tile_rows * tile_panels * panel_rows * static_cast<int64_t>(sizeof(float));
+  }
+
+  void run(const Step &step, int64_t item, int thread) const override {
+    const int64_t row_tiles = tiles_of(step.rows(rows_), tile_rows);
+    int64_t tile = item / row_tiles;
+    size_t index = 0;
+    for (; tile >= tiles_of(products_[index].matrix->panels(), tile_panels); index++) {
+      tile -= tiles_of(products_[index].matrix->panels(), tile_panels);
+    }
+    const Product &product = products_[index];
+    Range range;
+    range.row_begin = item % row_tiles * tile_rows;
+    range.row_end = std::min(range.row_begin + tile_rows, step.rows(rows_));
+    range.panel_begin = tile * tile_panels;
+    range.panel_end = std::min(range.panel_begin + tile_panels, product.matrix->panels());
+    const Input input = bind_input(*form_.kernels, form_.form, step.rows(rows_), form_.columns,
+                                   step.data<uint8_t>(input_, thread));
+    if (!product.activated && product.residual < 0) return multiply_into(product, input, range, step, thread);
+    multiply_and_finish(product, input, range, step, thread);
+  }
+
+ private:
+  struct Range {
+    int64_t row_begin, row_end, panel_begin, panel_end;
+  };
+
+  static const float *bias_of(const VectorPointer &bias) { return bias ? bias->data() : nullptr; }
+
+  void multiply_into(const Product &product, const Input &input, const Range &range, const Step &step, int thread) const {
+    multiply(*product.matrix, input, range.row_begin, range.row_end, range.panel_begin, range.panel_end,
+             step.data(product.y, thread), product.matrix->rows, bias_of(product.bias));
+  }
+
+  // Goes through scratch that holds this tile alone.
+  void multiply_and_finish(const Product &product, const Input &input, const Range &range, const Step &step,
+                           int thread) const {
+    const int64_t width = product.matrix->rows, first = range.panel_begin * panel_rows;
+    const int64_t count = std::min(range.panel_end * panel_rows, width) - first;
+    constexpr int64_t stride = tile_panels * panel_rows;
+    float *result = step.thread_scratch(thread), *second = result + tile_rows * stride;
+    const auto tile_of = [&](const Matrix &matrix, const VectorPointer &bias, float *into) {
+      multiply(matrix, input, range.row_begin, range.row_end, range.panel_begin, range.panel_end,
+               into - range.row_begin * stride - first, stride, bias_of(bias));
+    };
+    tile_of(*product.matrix, product.bias, result);
+    if (product.second) tile_of(*product.second, product.second_bias, second);
+    const VectorKernels &kernels = *step.kernels;
+    float *y = step.data(product.y, thread);
+    const float *residual = product.residual < 0 ? nullptr : step.data(product.residual, thread);
+    for (int64_t t = range.row_begin; t < range.row_end; t++, result += stride, second += stride) {
+      const int64_t at = t * width + first;
+      if (product.second) {
+        kernels.gated_activation(product.activation, result, second, y + at, count);
+      } else if (product.activated) {
+        kernels.activation(product.activation, result, y + at, count);
+      } else {
+        kernels.add(residual + at, result, y + at, count);
+      }
+    }
+  }
+
+  const std::vector<Product> products_;
+  const int input_;
+  const PreparedForm form_;
+  const Rows rows_;
+  int64_t panel_tiles_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Task> make_products(std::vector<Product> products, int input, PreparedForm form, Rows rows) {
+  return std::make_unique<ProductTask>(std::move(products), input, form, rows);
+}
+
+}  // namespace mnemos

@@ -1,0 +1,271 @@
+"""The native backend: a forward pass is recorded once and then runs in C++, one call a step, on all cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from mmap import mmap
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos import _native
+from mnemos.errors import CapacityError, ConfigError
+from mnemos.formats.tensor import Tensor
+from mnemos.ops.batch import AttentionParams, Batch, Floats, Ints, KVLayout, Output, RopeParams
+from mnemos.ops.protocol import Forward
+
+DTYPES = ("auto", "float32")
+_NO_INTS = np.zeros(0, dtype=np.int32)
+_STARTS = np.zeros(1, dtype=np.int32)
+
+
+class NativeCache:
+    """Pages of keys and values in native memory; a page costs nothing until it is written."""
+
+    def __init__(self, layout: KVLayout, pages: int) -> None:
+        self.layout = layout
+        self.pages = pages
+        self.core = _native.Cache(
+            layout.layers, layout.kv_heads, layout.head_dim, layout.page_size, layout.dtype, pages
+        )
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            self.core.copy(int(source), int(target))
+
+    def read(self, page: int) -> npt.NDArray[np.uint8]:
+        return self.core.read(page)
+
+    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None:
+        self.core.write(page, content)
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A result of the program that is being recorded."""
+
+    program: _native.Program
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class _BatchArray:
+    """One of a batch's arrays, whose content is known when a step runs."""
+
+    program: _native.Program
+    field: str
+
+
+@dataclass(frozen=True)
+class _RecordedBatch:
+    """What an architecture sees in place of a batch while it is recorded."""
+
+    token_ids: _BatchArray
+    positions: _BatchArray
+    logit_rows: _BatchArray
+
+
+class NativeOps:
+    """Operators that are recorded when their operands come from a recording, and run at once on NumPy arrays.
+
+    threads: None for all cores that the process may use; backends with as many threads share one pool. dtype: "auto"
+    multiplies weights in the form in which they are stored, with activations rounded to 8 bits by blocks of 32 or to
+    bfloat16; "float32" expands weights and multiplies in float32.
+    """
+
+    name = "native"
+
+    def __init__(self, threads: int | None = None, dtype: str = "auto") -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}; expected at least 1")
+        self.as_float32 = dtype == "float32"
+        self.pool = _native.shared_pool(threads or 0)
+
+    # Parameters.
+
+    def matrix(self, tensor: Tensor) -> _native.Matrix:
+        return _native.make_matrix(
+            tensor.data,
+            int(tensor.type),
+            tensor.rows,
+            tensor.columns,
+            as_float32=self.as_float32,
+            release=_is_mapped(tensor.data),
+            pool=self.pool,
+        )
+
+    def vector(self, tensor: Tensor) -> Floats:
+        return np.ascontiguousarray(tensor.dequantize().reshape(-1), dtype=np.float32)
+
+    def cache(self, layout: KVLayout, pages: int) -> NativeCache:
+        return NativeCache(layout, pages)
+
+    def compile(self, forward: Forward, cache: NativeCache) -> Callable[[Batch], Output]:
+        program = _native.Program(self.pool, cache.core)
+        batch = _RecordedBatch(*(_BatchArray(program, field) for field in ("token_ids", "positions", "logit_rows")))
+        hidden, logits = forward(self, batch, cache)
+        program.finish([hidden.number, logits.number])
+
+        def step(batch: Batch) -> Output:
+            hidden, logits = _run(program, batch, [])
+            return Output(logits=logits, hidden=hidden)
+
+        return step
+
+    # Operators.
+
+    def embed(self, matrix: _native.Matrix, token_ids: Any) -> Any:
+        if isinstance(token_ids, _BatchArray):
+            program = token_ids.program
+            return Value(program, program.embed(matrix, by_position=token_ids.field == "positions"))
+        return self._eager((), lambda program: program.embed(matrix, by_position=False), token_ids=token_ids)
+
+    def rows(self, x: Any, index: Any) -> Any:
+        if isinstance(x, Value):
+            return Value(x.program, x.program.rows(x.number))
+        return self._eager((x,), lambda program, x: program.rows(x), logit_rows=index)
+
+    def linear(self, x: Any, matrix: _native.Matrix, bias: Floats | None = None) -> Any:
+        return self._apply((x,), lambda program, x: program.linear(x, matrix, bias))
+
+    def rms_norm(self, x: Any, weight: Floats, epsilon: float) -> Any:
+        return self._apply((x,), lambda program, x: program.rms_norm(x, weight, epsilon))
+
+    def layer_norm(self, x: Any, weight: Floats, bias: Floats | None, epsilon: float) -> Any:
+        return self._apply((x,), lambda program, x: program.layer_norm(x, weight, bias, epsilon))
+
+    def rope(self, x: Any, positions: Any, params: RopeParams) -> Any:
+        if 2 * len(params.frequencies) != params.rotary_dim:
+            raise ConfigError(f"rotary_dim is {params.rotary_dim} with {len(params.frequencies)} frequencies")
+        frequencies = np.ascontiguousarray(params.frequencies, dtype=np.float32)
+
+        def record(program: _native.Program, x: int) -> int:
+            return program.rope(x, frequencies, params.head_dim, params.magnitude)
+
+        return self._apply((x,), record, positions=positions)
+
+    def attention(
+        self, q: Any, k: Any, v: Any, cache: NativeCache, layer: int, batch: Any, params: AttentionParams
+    ) -> Any:
+        def record(program: _native.Program, q: int, k: int, v: int) -> int:
+            shape = params.heads, params.kv_heads, params.head_dim
+            return program.attention(q, k, v, layer, *shape, params.scale, params.window, params.softcap)
+
+        if isinstance(q, Value):
+            return self._apply((q, k, v), record)
+        return self._eager((q, k, v), record, cache=cache, batch=batch)
+
+    def activation(self, x: Any, kind: str) -> Any:
+        return self._apply((x,), lambda program, x: program.activation(x, kind))
+
+    def gated_activation(self, gate: Any, up: Any, kind: str) -> Any:
+        return self._apply((gate, up), lambda program, gate, up: program.gated_activation(gate, up, kind))
+
+    def add(self, x: Any, y: Any) -> Any:
+        return self._apply((x, y), lambda program, x, y: program.add(x, y))
+
+    def scale(self, x: Any, factor: float) -> Any:
+        return self._apply((x,), lambda program, x: program.scale(x, factor))
+
+    def softcap(self, x: Any, cap: float) -> Any:
+        return self._apply((x,), lambda program, x: program.softcap(x, cap))
+
+    def route(self, x: Any, router: _native.Matrix, top_k: int, normalise: bool) -> tuple[Any, Any]:
+        ids, weights = self._apply((x,), lambda program, x: program.route(x, router, top_k, normalise))
+        return ids, weights
+
+    def experts(
+        self,
+        x: Any,
+        ids: Any,
+        weights: Any,
+        gate: Sequence[_native.Matrix],
+        up: Sequence[_native.Matrix],
+        down: Sequence[_native.Matrix],
+        kind: str,
+    ) -> Any:
+        def record(program: _native.Program, x: int, ids: int, weights: int) -> int:
+            return program.experts(x, ids, weights, list(gate), list(up), list(down), kind)
+
+        return self._apply((x, ids, weights), record)
+
+    # The two ways of an operator.
+
+    def _apply(self, operands: tuple[Any, ...], record: Callable[..., Any], **arrays: Any) -> Any:
+        first = operands[0]
+        if not isinstance(first, Value):
+            return self._eager(operands, record, **arrays)
+        result = record(first.program, *(operand.number for operand in operands))
+        if isinstance(result, tuple):
+            return tuple(Value(first.program, number) for number in result)
+        return Value(first.program, result)
+
+    def _eager(
+        self,
+        operands: tuple[Any, ...],
+        record: Callable[..., Any],
+        *,
+        cache: NativeCache | None = None,
+        batch: Batch | None = None,
+        **arrays: Any,
+    ) -> Any:
+        """Runs one operator as a program of its own; the result is a copy."""
+        program = _native.Program(self.pool, cache.core if cache is not None else None)
+        inputs = [np.ascontiguousarray(operand) for operand in operands]
+        numbers = [program.input(array.shape[1], integers=array.dtype == np.int32) for array in inputs]
+        result = record(program, *numbers)
+        program.finish(list(result) if isinstance(result, tuple) else [result])
+        if batch is None:
+            batch = _batch_of(len(inputs[0]) if inputs else len(arrays["token_ids"]), **arrays)
+        outputs = tuple(output.copy() for output in _run(program, batch, inputs))
+        return outputs if isinstance(result, tuple) else outputs[0]
+
+
+def check_memory(needed: int, purpose: str) -> None:
+    """Raises CapacityError, with what is missing, if the machine or the process's cgroup cannot give `needed` bytes."""
+    available = _native.available_memory()
+    if 0 <= available < needed:
+        missing = (needed - available) / 1e6
+        raise CapacityError(
+            f"{purpose} needs {needed / 1e6:.0f} MB of memory and {available / 1e6:.0f} MB are available: "
+            f"{missing:.0f} MB are missing"
+        )
+
+
+def _run(program: _native.Program, batch: Batch, inputs: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    return program.run(
+        batch.token_ids,
+        batch.positions,
+        batch.sequence_starts,
+        batch.pages,
+        batch.page_starts,
+        batch.logit_rows,
+        inputs,
+    )
+
+
+def _batch_of(
+    rows: int, token_ids: Ints | None = None, positions: Ints | None = None, logit_rows: Ints | None = None
+) -> Batch:
+    """A batch for one operator alone, of which only the array that the operator reads has a meaning."""
+    zeros = np.zeros(rows, dtype=np.int32)
+
+    def flat(array: Ints | None) -> Ints:
+        return zeros if array is None else np.ascontiguousarray(array, dtype=np.int32)
+
+    index = _NO_INTS if logit_rows is None else flat(logit_rows)
+    return Batch(flat(token_ids), flat(positions), _STARTS, _NO_INTS, _STARTS, index)
+
+
+def _is_mapped(array: npt.NDArray[np.uint8]) -> bool:
+    """True if the array is a read-only view of a memory-mapped file: its pages can be dropped and read again."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    return isinstance(base, mmap) and not array.flags.writeable

@@ -1,0 +1,29 @@
+"""Backends by name."""
+
+from __future__ import annotations
+
+from mnemos.errors import MissingDependencyError, UnsupportedError
+from mnemos.ops.protocol import Ops
+
+BACKENDS = ("auto", "native", "numpy")
+
+
+def get_ops(name: str = "auto", *, dtype: str = "auto", threads: int | None = None) -> Ops:
+    """The backend of that name; "auto" is native.
+
+    dtype: "auto" multiplies weights as they are stored, "float32" expands them. threads: None uses all cores that the
+    process may use. Errors: UnsupportedError, ConfigError, MissingDependencyError (the native core was not built).
+    """
+    if name == "numpy":
+        from mnemos.ops.numpy import NumpyOps
+
+        return NumpyOps()
+    if name not in BACKENDS:
+        raise UnsupportedError(f"backend {name!r} is unknown; supported are {', '.join(BACKENDS)}")
+    try:
+        from mnemos.ops.native import NativeOps
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the native core cannot be loaded ({error}); reinstall mnemos, or use backend='numpy'"
+        ) from error
+    return NativeOps(threads=threads, dtype=dtype)
