@@ -88,8 +88,9 @@ def random_model(vocabulary: int, seed: int = 0, scale: float = 2.0, order: int 
 class LetterTokenizer:
     """One token a letter, and a few of several letters."""
 
-    def __init__(self, pieces: Sequence[str]) -> None:
+    def __init__(self, pieces: Sequence[str], special: Sequence[int] = ()) -> None:
         self.pieces = list(pieces)
+        self.special_ids = frozenset(special)
         self.vocabulary_size = len(self.pieces)
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:

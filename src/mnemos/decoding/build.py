@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from mnemos.decoding.config import DEFAULT_CANDIDATES, DEFAULT_NEW_TOKENS, Gener
 from mnemos.decoding.contrastive import ContrastiveSearch
 from mnemos.decoding.processors import filters_of, processors_of
 from mnemos.decoding.sampler import Cutoffs, fresh_seed
-from mnemos.decoding.sampling import Chooser, Drafter, Sampling
+from mnemos.decoding.sampling import Chooser, Constraint, Drafter, Sampling
 from mnemos.decoding.speculative import DEFAULT_DRAFT_TOKENS, PromptLookup
 from mnemos.decoding.stopping import IncrementalDecoder, StopRules, StopWatch, TextEnds
 from mnemos.decoding.strategy import Strategy
@@ -26,11 +26,15 @@ _FILTERS_BESIDE_CUTOFFS = ("typical_p", "epsilon_cutoff", "eta_cutoff")
 class Tokenizer(Protocol):
     """What strategies need of a tokenizer."""
 
-    vocabulary_size: int
+    @property
+    def vocabulary_size(self) -> int: ...
+
+    @property
+    def special_ids(self) -> Collection[int]: ...
 
     def encode(self, text: str, add_special: bool = True) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
 
     def decoder(self, skip_special: bool = True) -> IncrementalDecoder: ...
 
@@ -131,8 +135,19 @@ class _Builder:
             results=config.num_return_sequences,
             samples=config.best_of or config.num_return_sequences,
             logprobs=config.logprobs,
+            constraint=self._constraint(),
             drafter=self._drafter(),
         )
+
+    def _constraint(self) -> Constraint | None:
+        field = self.config.constraint
+        if field is None:
+            return None
+        from mnemos.decoding.grammar import compiler_of
+
+        tokenizer = self._needed_tokenizer(field)
+        eos = self.config.eos_ids or self.spec.eos_token_ids
+        return compiler_of(tokenizer, eos).constraint(self.config)
 
     def _drafter(self) -> Callable[[], Drafter] | None:
         config = self.config

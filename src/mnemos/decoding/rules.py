@@ -6,7 +6,7 @@ A kind of value is a function that returns the value in its normal form or None 
 from __future__ import annotations
 
 import difflib
-import math
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,16 +55,14 @@ def whole(low: int, high: int = LARGEST_INT) -> Rule:
 
 def real(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Rule:
     def check(value: Any) -> float | None:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float, np.integer, np.floating))
-            or abs(value) > 1e300
-        ):
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            return None
+        if not low <= value <= high:  # before the conversion, which a large whole number would not survive
             return None
         number = float(value)
         above = number > low if open_low else number >= low
         below = number < high if open_high else number <= high
-        return number if above and below and math.isfinite(number) else None
+        return number if above and below else None
 
     start = f"above {low:g}" if open_low else f"from {low:g}"
     return Rule(check, f"a number {start} {'and below' if open_high else 'to'} {high:g}")
@@ -134,7 +132,12 @@ def _callable(value: Any) -> Any:
 
 
 def _schema(value: Any) -> Any:
-    return value if isinstance(value, (dict, bool)) or _LONG_TEXT.check(value) else None
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        small = isinstance(schema, (dict, bool)) and len(json.dumps(schema, allow_nan=False)) <= 1 << 20
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return value if small else None
 
 
 _TOKEN = whole(0)
@@ -197,7 +200,7 @@ RULES: dict[str, Rule] = {
     "num_return_sequences": whole(1, 1024),
     "best_of": whole(1, 1024),
     "penalty_alpha": real(0, 1),
-    "json_schema": Rule(_schema, "a JSON schema: a dict, True, or JSON text of at most 1048576 characters"),
+    "json_schema": Rule(_schema, "a JSON schema: a dict, True or False, or JSON text of at most 1048576 characters"),
     "regex": _LONG_TEXT,
     "choice": _filled(several(text(65536), 16384, single=False)),
     "grammar": _LONG_TEXT,

@@ -1,0 +1,160 @@
+"""Texts that follow a JSON schema, a regular expression, a list of choices or a grammar, by way of llguidance.
+
+After each token the set of tokens that may come next is computed in a thread of its own, while the model evaluates the
+token. Where a state cannot be computed within llguidance's limits of time and memory the request ends with an error; it
+never goes on without the constraint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos.errors import ConfigError, MissingDependencyError, RequestError
+
+if TYPE_CHECKING:
+    from mnemos.decoding.config import GenerationConfig
+
+Floats = npt.NDArray[np.float32]
+_LONGEST_REASON = 300
+
+
+class Vocabulary(Protocol):
+    """What grammars need of a tokenizer."""
+
+    @property
+    def vocabulary_size(self) -> int: ...
+
+    @property
+    def special_ids(self) -> Collection[int]: ...
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class GrammarCompiler:
+    """Makes constraints over one vocabulary. `end_ids` are the tokens that may follow a complete text."""
+
+    def __init__(self, vocabulary: Vocabulary, end_ids: Iterable[int]) -> None:
+        guidance = _llguidance()
+        tokens = _Tokens(vocabulary, sorted(end_ids))
+        wrapper = guidance.TokenizerWrapper(tokens)
+        self._tokenizer = guidance.LLTokenizer(wrapper, eos_token=tokens.end_ids)
+        self._matcher = guidance.LLMatcher
+        self._workers = ThreadPoolExecutor(1, thread_name_prefix="mnemos-grammar")
+
+    def constraint(self, config: GenerationConfig) -> GrammarConstraint:
+        """The constraint that the config asks for. Raises ConfigError with the reason where it cannot be followed."""
+        field = config.constraint or ""
+        try:
+            matcher = self._matcher(self._tokenizer, self._grammar(field, getattr(config, field)), log_level=0)
+            constraint = GrammarConstraint(matcher, self._workers)
+            constraint.check()
+        except (ValueError, RequestError) as error:
+            raise ConfigError(f"{field} cannot be followed: {error}") from error
+        return constraint
+
+    def _grammar(self, field: str, value: Any) -> Any:
+        match field:
+            case "json_schema":
+                return self._matcher.grammar_from_json_schema(value if isinstance(value, str) else json.dumps(value))
+            case "regex":
+                return self._matcher.grammar_from_regex(value)
+            case "choice":
+                choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
+                return self._matcher.grammar_from_lark(f"start: {choices}")
+            case _:
+                return self._matcher.grammar_from_lark(value)
+
+
+class GrammarConstraint:
+    """Where a text stands in its grammar; see `mnemos.decoding.sampling.Constraint`."""
+
+    def __init__(self, matcher: Any, workers: ThreadPoolExecutor) -> None:
+        self._matcher = matcher
+        self._workers = workers
+        self._mask: Future[bytes] = workers.submit(matcher.compute_bitmask)
+
+    def check(self) -> None:
+        """Raises RequestError if there is no way to begin."""
+        self._mask.result()
+        self._refuse_error()
+
+    def forbid(self, logits: Floats) -> None:
+        packed = self._mask.result()
+        self._refuse_error()
+        allowed = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")[: len(logits)]
+        logits[len(allowed) :] = -np.inf
+        logits[: len(allowed)][allowed == 0] = -np.inf
+
+    def accept(self, token: int) -> None:
+        self._mask.result()
+        self._matcher.consume_token(token)
+        self._refuse_error()
+        if not self.complete:
+            self._mask = self._workers.submit(self._matcher.compute_bitmask)
+
+    def fork(self) -> GrammarConstraint:
+        self._mask.result()
+        return GrammarConstraint(self._matcher.deep_copy(), self._workers)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._matcher.is_stopped())
+
+    def _refuse_error(self) -> None:
+        if self._matcher.is_error():
+            reason = " ".join(str(self._matcher.get_error()).split("\n<state>")[0].split())
+            raise RequestError(reason[:_LONGEST_REASON] or "the grammar is too complex")
+
+
+class _Tokens:
+    """A vocabulary as llguidance takes it. Without tokens that end a text, one behind the vocabulary stands in."""
+
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary, end_ids: list[int]) -> None:
+        self._vocabulary = vocabulary
+        size = vocabulary.vocabulary_size
+        special = sorted(vocabulary.special_ids)
+        self.tokens = [vocabulary.token_bytes(token) for token in range(size)]
+        self.end_ids = [token for token in end_ids if token < size]
+        if not self.end_ids:
+            self.end_ids = [size]
+            self.tokens.append(b"<end>")
+        self.eos_token_id = self.end_ids[0]
+        self.special_token_ids = sorted({*special, *self.end_ids})
+
+    def __call__(self, text: bytes) -> list[int]:
+        """The tokens of a text that the grammar forces."""
+        return self._vocabulary.encode(text.decode(), add_special=False)
+
+
+# Making a compiler reads the whole vocabulary, so it is kept as long as the tokenizer that it belongs to.
+_compilers: WeakKeyDictionary[Any, dict[tuple[int, ...], GrammarCompiler]] = WeakKeyDictionary()
+_lock = Lock()
+
+
+def compiler_of(vocabulary: Vocabulary, end_ids: Iterable[int]) -> GrammarCompiler:
+    key = tuple(sorted(end_ids))
+    with _lock:
+        known = _compilers.setdefault(vocabulary, {})
+        if key not in known:
+            known[key] = GrammarCompiler(vocabulary, key)
+        return known[key]
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        raise MissingDependencyError("constraints need llguidance: pip install 'mnemos[grammar]'") from error
+    return llguidance
