@@ -84,7 +84,7 @@ class NumpyOps:
         return y if bias is None else y + bias
 
     def rms_norm(self, x: Floats, weight: Floats, epsilon: float) -> Floats:
-        groups = x.reshape(len(x), -1, len(weight))
+        groups = x.reshape(len(x), x.shape[1] // len(weight), len(weight))
         mean = np.mean(groups.astype(np.float64) ** 2, axis=-1, keepdims=True)
         y = groups / np.sqrt(mean + epsilon) * weight
         return np.asarray(y, dtype=np.float32).reshape(x.shape)
