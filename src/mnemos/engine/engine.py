@@ -284,7 +284,7 @@ class InferenceEngine:
             handle.result()
 
     def _prefix_tree(self) -> PrefixTree:
-        tree = self._runner.scheduler.placement.tree
+        tree = self._runner.executor.scheduler.placement.tree
         if tree is None:
             raise ConfigError("prefix_cache is False; make the engine with prefix_cache=True to save or load one")
         return tree

@@ -1,0 +1,180 @@
+"""Running requests on an executor without threads, and strategies that check what they are given."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows, Strategy
+from mnemos.engine.executor import Executor
+from mnemos.engine.scheduler import Limits
+from mnemos.engine.sequence import Request, Timings
+from tests.engine.toys import VOCABULARY, ToyModel, toy_row
+
+
+class Results:
+    """A sink that keeps everything."""
+
+    def __init__(self) -> None:
+        self.emitted: list[Emitted] = []
+        self.finished: list[FinishedSequence] = []
+        self.ended = False
+        self.error: BaseException | None = None
+
+    def deliver(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None:
+        assert not self.ended
+        self.emitted += emitted
+        self.finished += finished
+
+    def end(self, error: BaseException | None) -> None:
+        assert not self.ended
+        self.ended = True
+        self.error = error
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [one.tokens for one in sorted(self.finished, key=lambda one: one.sequence)]
+
+
+class Greedy:
+    """The most likely token, `count` times."""
+
+    needs_all_prompt_rows = False
+    max_branches = 1
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.chosen: list[int] = []
+
+    def start(self, prompt: Sequence[int]) -> list[Branch]:
+        return [Branch(prompt)]
+
+    def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
+        ((branch, given),) = rows.items()
+        self.chosen.append(int(given.logits[-1].argmax()))
+        emitted = [Emitted(self.chosen[-1])]
+        if len(self.chosen) == self.count:
+            return Advance([], emitted, [FinishedSequence(self.chosen, "length")])
+        branch.tokens.append(self.chosen[-1])
+        return Advance([branch], emitted)
+
+
+class Wild:
+    """Forks, truncates, drafts, drops and begins anew at random, and checks every row against the toy model."""
+
+    def __init__(self, seed: int, steps: int, branches: int, window: int = 0, all_rows: bool = False) -> None:
+        self.random = random.Random(seed)
+        self.left = steps
+        self.max_branches = branches
+        self.window = window
+        self.needs_all_prompt_rows = all_rows
+        self.prompt: list[int] = []
+        self.branches: list[Branch] = []
+        self.seen = 0
+
+    def start(self, prompt: Sequence[int]) -> list[Branch]:
+        self.prompt = list(prompt)
+        self.branches = [Branch(prompt)]
+        return self.branches
+
+    def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
+        assert list(rows) == self.branches
+        for branch, given in rows.items():
+            assert branch.evaluated == len(branch.tokens)
+            hidden_rows = len(self.prompt) if self.needs_all_prompt_rows and not self.seen else len(given.logits)
+            assert len(given.hidden) == hidden_rows
+            assert len(given.logits) >= min(branch.wanted, len(branch.tokens))
+            self._check(branch, given)
+        self.seen += 1
+        if self.seen > self.left:
+            return Advance([], finished=[FinishedSequence([self.seen], "length")])
+        self.branches = self._next()
+        for branch in self.branches:
+            self._grow(branch)
+        return Advance(self.branches)
+
+    def _check(self, branch: Branch, given: Rows) -> None:
+        end = len(branch.tokens)
+        for part, which in ((given.logits, 0), (given.hidden, 1)):
+            for offset in range(len(part)):
+                position = end - len(part) + offset
+                first = max(0, position - self.window + 1) if self.window else 0
+                expected = toy_row(branch.tokens[first : position + 1], position)[which]
+                np.testing.assert_array_equal(part[offset], expected)
+
+    def _next(self) -> list[Branch]:
+        chosen = []
+        for branch in self.branches:
+            if self.random.random() < 0.3 and len(branch.tokens) > 1:
+                branch.truncate(self.random.randint(1, len(branch.tokens) - 1))
+            for _ in range(self.random.choice([0, 1, 1, 1, 2])):
+                before = self.random.random() < 0.5
+                chosen.append(branch.fork() if before or branch in chosen else branch)
+                if chosen[-1] is not branch and self.random.random() < 0.2:
+                    chosen[-1] = chosen[-1].fork()  # a grandchild whose parent the engine never sees
+        if self.random.random() < 0.1:
+            chosen.append(Branch(self.prompt))
+        self.random.shuffle(chosen)
+        return chosen[: self.max_branches] or [Branch(self.prompt)]
+
+    def _grow(self, branch: Branch) -> None:
+        grown = self.random.choice([0, 1, 1, 2, 3])
+        branch.tokens += [self.random.randrange(VOCABULARY) for _ in range(grown)]
+        branch.wanted = self.random.choice([1, 1, max(1, grown), 2])
+
+
+def make_request(strategy: Strategy, prompt: Sequence[int], **fields: object) -> tuple[Request, Results]:
+    results = Results()
+    request = Request(strategy, list(prompt), results, Timings(0.0))
+    for name, value in fields.items():
+        assert hasattr(request, name)
+        setattr(request, name, value)
+    return request, results
+
+
+def make_executor(
+    model: ToyModel, pages: int = 1000, batch_tokens: int = 64, sequences: int = 16, prefix_cache: bool = True
+) -> Executor:
+    model.reserve(pages)
+    limits = Limits(model.spec.context_length, batch_tokens, sequences)
+    return Executor(model, pages, limits, prefix_cache)
+
+
+def run(executor: Executor, limit: int = 10_000) -> None:
+    """Runs until nothing is left to do."""
+    for _ in range(limit):
+        if not executor.has_work:
+            return
+        executor.step()
+    raise AssertionError("requests do not come to an end")
+
+
+def check_pages(executor: Executor) -> None:
+    """Every reference is accounted for by a page table or the prefix tree."""
+    placement = executor.scheduler.placement
+    counts = [0] * placement.pool.total
+    for request in executor.requests:
+        for sequence in request.sequences:
+            for page in sequence.pages:
+                if page >= 0:
+                    counts[page] += 1
+    reclaimable = 0
+    for node in placement.tree.nodes() if placement.tree else ():
+        counts[node.page] += 1
+        reclaimable += counts[node.page] == 1
+    assert counts == placement.pool.references
+    assert placement.pool.free == counts.count(0)
+    assert placement.pool.reclaimable == reclaimable
+
+
+def check_whole(executor: Executor) -> None:
+    """Nothing runs, and every page is free but those of the prefix tree, which can all be had back."""
+    check_pages(executor)
+    pool, tree = executor.scheduler.placement.pool, executor.scheduler.placement.tree
+    assert not executor.has_work
+    assert pool.used == (len(tree) if tree else 0)
+    if tree:
+        tree.evict(pool.total)
+    assert pool.free == pool.total
