@@ -20,8 +20,9 @@ struct Avx2 {
   using Ints = IntPair;
   using Floats = FloatPair;
   using Quad = __m256i;
+  static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = true;  // pairs of products of two full bytes overflow 16 bits: see `dot`
-  static constexpr int tile_panels = 1, tile_rows = 4, stream_rows = 4;
+  static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4;
 
   template <class Lane>
   static IntPair each(IntPair a, Lane lane) {

@@ -17,8 +17,9 @@ struct Avx512 {
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
+  static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = false;
-  static constexpr int tile_panels = 2, tile_rows = 6, stream_rows = 8;
+  static constexpr int tile_panels = 2, tile_rows = 6, float_rows = 6, stream_rows = 8;
 
   static Bytes load(const uint8_t *p) { return _mm512_loadu_si512(p); }
   static void store(uint8_t *p, Bytes a) { _mm512_storeu_si512(p, a); }

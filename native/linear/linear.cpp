@@ -142,6 +142,7 @@ std::vector<const Kernels *> runnable_kernels() {
   if (cpu.avx2) kernels.push_back(&avx2_kernels);
   if (cpu.avx_vnni) kernels.push_back(&avxvnni_kernels);
   if (cpu.avx512) kernels.push_back(&avx512_kernels);
+  if (cpu.avx512_bf16) kernels.push_back(&avx512bf16_kernels);
 #endif
   return kernels;
 }
@@ -155,15 +156,9 @@ const Kernels *find_kernels(const char *name) {
 }
 
 const Kernels &current_kernels() {
-  const CpuFeatures &cpu = cpu_features();
-  switch (current_isa()) {
-#if defined(__x86_64__)
-    case Isa::avx2: return cpu.avx_vnni ? avxvnni_kernels : avx2_kernels;
-    case Isa::avx512:
-    case Isa::amx: return avx512_kernels;
-#endif
-    default: return scalar_kernels;
-  }
+  const Isa level = current_isa();
+  const Kernels *kernels = find_kernels(isa_name(level));
+  return kernels != nullptr ? *kernels : *runnable_kernels().back();
 }
 
 }  // namespace mnemos

@@ -3,6 +3,6 @@
 
 namespace mnemos {
 
-const Kernels avx2_kernels{"avx2", Form::f32, prepare_all<Avx2>, multiply_all<Avx2>};
+const Kernels avx2_kernels = kernels_of<Avx2>("avx2");
 
 }  // namespace mnemos

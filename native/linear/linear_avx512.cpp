@@ -3,6 +3,6 @@
 
 namespace mnemos {
 
-const Kernels avx512_kernels{"avx512", Form::f32, prepare_all<Avx512>, multiply_all<Avx512>};
+const Kernels avx512_kernels = kernels_of<Avx512>("avx512");
 
 }  // namespace mnemos

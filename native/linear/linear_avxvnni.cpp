@@ -3,6 +3,6 @@
 
 namespace mnemos {
 
-const Kernels avxvnni_kernels{"avxvnni", Form::f32, prepare_all<AvxVnni>, multiply_all<AvxVnni>};
+const Kernels avxvnni_kernels = kernels_of<AvxVnni>("avxvnni");
 
 }  // namespace mnemos

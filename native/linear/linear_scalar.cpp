@@ -17,8 +17,9 @@ struct Scalar {
   struct Floats {
     float v[16];
   };
+  static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = false;
-  static constexpr int tile_panels = 1, tile_rows = 1, stream_rows = 0;
+  static constexpr int tile_panels = 1, tile_rows = 1, float_rows = 1, stream_rows = 0;
 
   static Bytes load(const uint8_t *p) {
     Bytes bytes;
@@ -128,6 +129,6 @@ struct Scalar {
 
 }  // namespace
 
-const Kernels scalar_kernels{"scalar", Form::f32, prepare_all<Scalar>, multiply_all<Scalar>};
+const Kernels scalar_kernels = kernels_of<Scalar>("scalar");
 
 }  // namespace mnemos
