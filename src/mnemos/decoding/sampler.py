@@ -1,14 +1,26 @@
-"""Choosing a token from a row of logits: the most probable one, or a draw with counter-based random numbers."""
+"""Choosing a token from a row of logits: the most probable one, or a draw with counter-based random numbers.
+
+The functions that end in _numpy are the reference; the others take the native core where it is built.
+"""
 
 from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mnemos.errors import RequestError
+
+_native: Any
+try:
+    _native = import_module("mnemos._native")
+except ImportError:  # not built: NumPy does it
+    _native = None
 
 Floats = npt.NDArray[np.float32]
 _MASK = 0xFFFFFFFF
@@ -56,21 +68,51 @@ class Cutoffs:
     top_p: float = 1.0
     min_p: float = 0.0
 
+    @cached_property
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        """As the native core takes them."""
+        values = ((self.temperature, np.float32), (self.top_k, np.int32), (self.top_p, float), (self.min_p, float))
+        return tuple(np.array([value], kind) for value, kind in values)
+
 
 def greedy(logits: Floats) -> int:
     """The most probable token, of equal ones the lowest id. Raises RequestError if none is possible."""
-    token = int(logits.argmax())
-    if not np.isfinite(logits[token]):
-        raise _no_choice(float(logits[token]))
-    return token
+    return greedy_numpy(logits) if _native is None else int(_native.greedy(logits[None])[0])
 
 
 def sample(logits: Floats, cutoffs: Cutoffs, random: float) -> int:
     """The token at `random` (0 to 1) of the cumulative distribution over tokens in descending probability.
 
     Of equally probable tokens the lower id comes first. The distribution is softmax(logits / temperature) cut off by
-    top_k, top_p and min_p in this order. Only as many candidates are sorted as the draw needs.
+    top_k, top_p and min_p in this order. Only as many candidates are sorted as the draw needs. Raises RequestError if
+    no token is possible.
     """
+    if _native is None:
+        return sample_numpy(logits, cutoffs, random)
+    return int(_native.sample(logits[None], *cutoffs.arrays, np.array([random]))[0])
+
+
+def log_sum_exp(logits: Floats) -> float:
+    return log_sum_exp_numpy(logits) if _native is None else float(_native.log_sum_exp(logits[None])[0])
+
+
+def top_tokens(logits: Floats, count: int) -> list[int]:
+    """The `count` most probable tokens, most probable first, equal ones by ascending id."""
+    count = min(count, len(logits))
+    if count == 0:
+        return []
+    ids = largest(logits, count) if _native is None else _native.top_tokens(logits, count)
+    return [int(token) for token in ids]
+
+
+def greedy_numpy(logits: Floats) -> int:
+    token = int(logits.argmax())
+    if not np.isfinite(logits[token]):
+        raise _no_choice(float(logits[token]))
+    return token
+
+
+def sample_numpy(logits: Floats, cutoffs: Cutoffs, random: float) -> int:
     peak = logits.max()
     if not np.isfinite(peak):
         raise _no_choice(float(peak))
@@ -130,14 +172,9 @@ def largest(weights: Floats, size: int) -> npt.NDArray[np.intp]:
     return ids[np.argsort(-weights[ids], kind="stable")]
 
 
-def log_sum_exp(logits: Floats) -> float:
+def log_sum_exp_numpy(logits: Floats) -> float:
     peak = float(logits.max())
     return peak + float(np.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64)))
-
-
-def top_tokens(logits: Floats, count: int) -> list[int]:
-    """The `count` most probable tokens, most probable first, equal ones by ascending id."""
-    return [int(token) for token in largest(logits, min(count, len(logits)))] if count else []
 
 
 def _no_choice(peak: float) -> RequestError:

@@ -1,0 +1,115 @@
+"""Random numbers and draws: known answers, exact distributions, and the native core against NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mnemos.decoding import sampler
+from mnemos.decoding.sampler import (
+    Cutoffs,
+    greedy,
+    greedy_numpy,
+    log_sum_exp,
+    log_sum_exp_numpy,
+    philox,
+    sample,
+    sample_numpy,
+    stream_seed,
+    top_tokens,
+    uniform,
+)
+from mnemos.errors import RequestError
+
+CUTOFFS = [
+    Cutoffs(),
+    Cutoffs(0.7),
+    Cutoffs(1.3, top_k=40),
+    Cutoffs(1.0, top_k=1),
+    Cutoffs(1.0, 0, 0.9),
+    Cutoffs(0.8, 50, 0.95, 0.05),
+    Cutoffs(5.0, 0, 0.999),
+    Cutoffs(20.0),
+    Cutoffs(1.0, 0, 1.0, 0.1),
+    Cutoffs(1e-10),
+    Cutoffs(100.0, 0, 0.5, 0.99),
+]
+
+
+def distribution(logits, cutoffs):
+    """The definition, in float64 and with a full sort: token ids and their cumulative probabilities."""
+    scaled = (logits.astype(np.float64) - logits.max()) / cutoffs.temperature
+    order = np.argsort(-scaled, kind="stable")
+    weights = np.exp(scaled[order])
+    if 0 < cutoffs.top_k < len(logits):
+        weights[scaled[order] < scaled[order[cutoffs.top_k - 1]]] = 0
+    if cutoffs.top_p < 1:
+        before = np.cumsum(weights) - weights
+        weights[before >= cutoffs.top_p * weights.sum()] = 0
+    weights[weights < cutoffs.min_p * weights[0]] = 0
+    return order, np.cumsum(weights / weights.sum())
+
+
+def test_philox_gives_the_published_answers():
+    assert philox(0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert philox(2**64 - 1, 2**128 - 1) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+    counter = 0x03707344_13198A2E_85A308D3_243F6A88
+    assert philox(0x299F31D0_A4093822, counter) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+
+
+def test_random_numbers_are_uniform_and_depend_on_all_their_arguments():
+    numbers = np.array([uniform(5, position) for position in range(4000)])
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = np.histogram(numbers, 20, (0, 1))[0]
+    assert ((counts - 200) ** 2 / 200).sum() < 43.8  # the 0.1% quantile for 19 degrees of freedom
+    assert len({uniform(s, p, d) for s in (1, 2**63) for p in (0, 2**40) for d in (0, 1)}) == 8
+    assert stream_seed(9, 0) == 9
+    assert len({stream_seed(9, i) for i in range(100)}) == 100
+
+
+@pytest.mark.parametrize("cutoffs", CUTOFFS, ids=str)
+@pytest.mark.parametrize("size", [1, 2, 50, 3000])
+def test_draws_follow_the_definition(cutoffs, size):
+    random = np.random.default_rng(size)
+    logits = (random.standard_normal(size) * 3).astype(np.float32)
+    logits[random.random(size) < 0.1] = -np.inf
+    logits[-1] = 1.0
+    order, cumulative = distribution(logits, cutoffs)
+    for number in [0.0, *random.random(60)]:
+        if np.abs(cumulative - number).min() > 1e-5 or number == 0:
+            expected = order[np.searchsorted(cumulative, number, side="right")]
+            assert sample_numpy(logits, cutoffs, number) == expected
+            assert sample(logits, cutoffs, number) == expected
+    for draw in (sample, sample_numpy):
+        assert logits[draw(logits, cutoffs, 1 - 2**-53)] > -np.inf
+
+
+def test_of_equal_logits_the_lowest_id_comes_first():
+    logits = np.zeros(1000, np.float32)
+    assert greedy(logits) == greedy_numpy(logits) == 0
+    for number in (0.0, 0.1234, 0.5, 0.9999):
+        assert sample(logits, Cutoffs(), number) == sample_numpy(logits, Cutoffs(), number) == int(number * 1000)
+    assert top_tokens(logits, 3) == [0, 1, 2]
+
+
+def test_native_choices_are_numpys():
+    if sampler._native is None:
+        pytest.skip("the native core is not built")
+    random = np.random.default_rng(1)
+    for _ in range(20):
+        logits = (random.standard_normal(20001) * 4).astype(np.float32)
+        assert greedy(logits) == greedy_numpy(logits)
+        assert log_sum_exp(logits) == pytest.approx(log_sum_exp_numpy(logits), abs=1e-6)
+        assert top_tokens(logits, 20) == np.argsort(-logits, kind="stable")[:20].tolist()
+    assert sampler._native.uniform(2**63 + 5, 77, 3) == uniform(2**63 + 5, 77, 3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, np.inf])
+def test_a_row_without_a_choice_is_an_error(bad):
+    logits = np.full(40, bad, np.float32)
+    for choose in (greedy, greedy_numpy):
+        with pytest.raises(RequestError):
+            choose(logits)
+    for draw in (sample, sample_numpy):
+        with pytest.raises(RequestError):
+            draw(logits, Cutoffs(), 0.5)
