@@ -85,7 +85,12 @@ int32_t Sampler::sample(const float *logits, int64_t n, const Cutoffs &cutoffs, 
   const auto accumulate = [&] {
     cumulative_.clear();
     double sum = 0;
-    for (int32_t id : candidates_) cumulative_.push_back(sum += weight(id));
+    for (int32_t id : candidates_) {
+      const double added = weight(id);
+      if (added == 0) break;  // a forbidden token must not be drawn, even where rounding puts the target beyond the sum
+      cumulative_.push_back(sum += added);
+    }
+    candidates_.resize(cumulative_.size());
   };
   int64_t size = limited ? cutoffs.top_k : first_candidates;
   // Without top_k, as many candidates as the draw or the cut needs.
