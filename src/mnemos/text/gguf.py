@@ -32,9 +32,9 @@ def model_name(metadata: Mapping[str, Any], label: str) -> str:
     name = metadata.get(PREFIX + "model")
     if name is None:
         raise FormatError(f"{label}: {PREFIX}model is missing; the file holds no tokenizer")
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise UnsupportedError(f"{label}: {PREFIX}model is {str(name)[:80]!r}; supported are {', '.join(MODELS)}")
-    return str(name)
+    return name
 
 
 def build_core(metadata: Mapping[str, Any], label: str) -> TokenizerCore:
@@ -71,7 +71,7 @@ def _bpe_core(vocabulary: Vocabulary, pre: PreTokenizer) -> TokenizerCore:
 def split_merges(merges: Sequence[str], label: str) -> list[tuple[str, str]]:
     """The two halves of each merge, which a space divides."""
     flat = " ".join(merges).split(" ")
-    if len(flat) == 2 * len(merges) and all(" " in merge for merge in merges):
+    if len(flat) == 2 * len(merges) and "" not in flat and all(" " in merge for merge in merges):
         return list(zip(flat[::2], flat[1::2], strict=True))
     pairs = []
     for index, merge in enumerate(merges):

@@ -121,7 +121,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, cache_size=0, optimized=False)
         self.budget = budget
         self.globals = {name: self.globals[name] for name in _GLOBALS}
-        self.filters = {name: self._priced(name, self.filters[name]) for name in _FILTERS}
+        filters: dict[str, Any] = dict(self.filters)
+        self.filters = {name: self._priced(name, filters[name]) for name in _FILTERS}
         self.tests = {name: self._priced(name, test) for name, test in TESTS.items()}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:

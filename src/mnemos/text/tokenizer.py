@@ -99,12 +99,12 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise RequestError(f"the text to encode is of type {type(text).__name__}; it must be a str")
+        core = self._core
         try:
-            return self._core.encode(text, add_special, parse_special)
-        except UnicodeEncodeError as error:
-            character = f"U+{ord(text[error.start]):04X}"
-            problem = f"has the lone surrogate {character} at {error.start}"
-            raise RequestError(f"the text {problem}; it must be Unicode text without surrogates") from error
+            return core.encode(text, add_special, parse_special)
+        except TypeError:  # what the Rust library calls text that it cannot take over as UTF-8
+            _check_surrogates(text)
+            raise
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
         """The text of token ids; bytes that are not UTF-8 are U+FFFD.
@@ -193,3 +193,12 @@ class Tokenizer:
     @property
     def pad_id(self) -> int | None:
         return self._core.pad_id
+
+
+def _check_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        character = f"U+{ord(text[error.start]):04X}"
+        problem = f"has the lone surrogate {character} at {error.start}"
+        raise RequestError(f"the text {problem}; it must be Unicode text without surrogates") from error

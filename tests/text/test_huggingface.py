@@ -1,0 +1,125 @@
+"""tokenizer.json and the files beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as RustTokenizer
+
+from mnemos.errors import UnsupportedError
+from mnemos.text.tokenizer import Tokenizer as MnemosTokenizer
+
+from .test_vectors import TEXTS
+
+
+def byte_level_folder(folder: Path) -> RustTokenizer:
+    """A small BPE tokenizer trained here, with special tokens behind the vocabulary, as Llama 3 has them."""
+    rust = Tokenizer(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    rust.decoder = decoders.ByteLevel()
+    from tokenizers.trainers import BpeTrainer
+
+    trainer = BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    rust.train_from_iterator(TEXTS * 3, trainer)
+    rust.add_special_tokens(["<|begin|>", "<|im_end|>"])
+    rust.add_tokens([AddedToken("<think>", normalized=False)])
+    begin = rust.token_to_id("<|begin|>")
+    rust.post_processor = processors.TemplateProcessing("<|begin|> $A", None, [("<|begin|>", begin)])
+    rust.enable_truncation(4)
+    rust.save(str(folder / "tokenizer.json"))
+    return rust
+
+
+def test_ids_are_those_of_the_library(tmp_path: Path) -> None:
+    rust = byte_level_folder(tmp_path)
+    rust.no_truncation()
+    ours = MnemosTokenizer.from_file(tmp_path)
+    for text in [*TEXTS, "a <think>b</think> <|im_end|>"]:
+        for add_special in (True, False):
+            ids = rust.encode(text, add_special_tokens=add_special).ids
+            assert ours.encode(text, add_special) == ids
+            assert ours.decode(ids, skip_special=False) == rust.decode(ids, skip_special_tokens=False)
+            assert ours.decode(ids) == rust.decode(ids)
+    assert ours.vocabulary_size == rust.get_vocab_size()
+
+
+def test_special_names_can_be_text(tmp_path: Path) -> None:
+    rust = byte_level_folder(tmp_path)
+    ours = MnemosTokenizer.from_file(tmp_path / "tokenizer.json")
+    end, think = rust.token_to_id("<|im_end|>"), rust.token_to_id("<think>")
+    assert ours.encode("<think><|im_end|>", add_special=False) == [think, end]
+    plain = ours.encode("<think><|im_end|>", add_special=False, parse_special=False)
+    assert plain[0] == think and end not in plain
+    assert ours.decode(plain) == "<think><|im_end|>"
+    assert ours.special_ids == {rust.token_to_id("<|begin|>"), end}
+
+
+def test_roles_and_ends(tmp_path: Path) -> None:
+    rust = byte_level_folder(tmp_path)
+    begin, end, think = (rust.token_to_id(text) for text in ("<|begin|>", "<|im_end|>", "<think>"))
+    config = {"bos_token": {"content": "<|begin|>"}, "eos_token": "<|im_end|>", "chat_template": "{{ bos_token }}!"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, think], "pad_token_id": end}))
+    ours = MnemosTokenizer.from_file(tmp_path)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.eos_ids) == (begin, end, end, {end, think})
+    assert ours.apply_chat_template([]) == "<|begin|>!"
+    assert ours.encode_chat([])[0] == begin
+    (tmp_path / "chat_template.jinja").write_text("from its own file")
+    assert MnemosTokenizer.from_file(tmp_path).chat_template == "from its own file"
+    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert MnemosTokenizer.from_file(tmp_path).chat_template == "b"
+
+
+SENTENCEPIECE: dict[str, Callable[[], decoders.Decoder]] = {
+    "llama": lambda: decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    ),
+    "gemma": lambda: decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]),
+    "metaspace": lambda: decoders.Metaspace(),
+}
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_sentencepiece_decoders(name: str, tmp_path: Path) -> None:
+    words = ["\u2581", "h", "i", "\u2581h", "\u2581hi"]
+    vocabulary = {text: token for token, text in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *words])}
+    merges = [("\u2581", "h"), ("\u2581h", "i")]
+    rust = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True))
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    rust.decoder = SENTENCEPIECE[name]()
+    rust.save(str(tmp_path / "tokenizer.json"))
+    ours = MnemosTokenizer.from_file(tmp_path)
+    for text in ("hi", " hi", "hi hi", "\u00e9hi\U0001f999"):
+        ids = rust.encode(text).ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == rust.decode(ids)
+
+
+def test_words_are_joined_by_spaces(tmp_path: Path) -> None:
+    rust = Tokenizer(models.WordLevel({"one": 0, "two": 1, "?": 2}, unk_token="?"))
+    rust.pre_tokenizer = pre_tokenizers.Whitespace()
+    rust.save(str(tmp_path / "tokenizer.json"))
+    ours = MnemosTokenizer.from_file(tmp_path)
+    assert ours.encode("one two three") == [0, 1, 2]
+    assert ours.decode([0, 1, 0]) == rust.decode([0, 1, 0]) == "one two one"
+
+
+def test_unknown_decoders_are_named(tmp_path: Path) -> None:
+    rust = Tokenizer(models.WordLevel({"one": 0}, unk_token="one"))
+    rust.decoder = decoders.CTC()
+    rust.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UnsupportedError, match=r"decoder is .*CTC.*supported are ByteLevel"):
+        MnemosTokenizer.from_file(tmp_path).prepare()
