@@ -82,10 +82,11 @@ def test_several_gguf_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
-def test_pickles_are_never_read(tmp_path, name):
+def test_pickles_are_never_run(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n")
-    for source in (tmp_path, tmp_path / name):
-        with pytest.raises(FormatError, match=f"{name}: is a PyTorch pickle.*save the model as safetensors"):
+    folder_problem = "is a PyTorch pickle.*save the model as safetensors"
+    for source, problem in ((tmp_path, folder_problem), (tmp_path / name, "cannot be read as")):
+        with pytest.raises(FormatError, match=f"{name}: {problem}"):
             open_checkpoint(source)
 
 

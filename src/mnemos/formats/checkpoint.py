@@ -56,13 +56,30 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open_folder(path)
     if path.suffix == ".safetensors":
         return _open_huggingface(path, path.parent, open_safetensors(path))
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        raise FormatError(f"{path}: {_PICKLED}; {EXPECTED}")
+    if path.suffix in PICKLED_SUFFIXES and os.path.exists(path):
+        return _open_pickled(path)
     file = GGUFFile.open(path)
     return Checkpoint("gguf", path, file.metadata, file.tensors)
 
 
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _PICKLED = "is a PyTorch pickle, which can run any code when it is read; save the model as safetensors"
+
+
+def _open_pickled(path: Path) -> Checkpoint:
+    """A training script's checkpoint, with its hyperparameters in it or in a config.json beside it."""
+    from mnemos.formats.pickled import read_pickled
+
+    state = read_pickled(path)
+    config = path.parent / CONFIG_NAME
+    if os.path.exists(config) and not state.arguments:
+        return Checkpoint("huggingface", path, read_json_object(config), state.tensors)
+    if not state.arguments:
+        raise FormatError(
+            f"{path}: holds a state dict without hyperparameters; expected 'model_args' beside it or a config.json in "
+            "the same folder, or load it into your own module and give that to InferenceEngine"
+        )
+    return Checkpoint("huggingface", path, {"architectures": ["MiniLLM"], **state.arguments}, state.tensors)
 
 
 def _open_huggingface(path: Path, folder: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:

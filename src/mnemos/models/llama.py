@@ -58,8 +58,14 @@ class Llama:
         return self.decoder(ops, batch, cache)
 
 
-def load_llama(weights: Weights, config: LlamaConfig, rotated: tuple[bool, ...]) -> PreNormDecoder:
-    """The decoder; `rotated` tells which layers have rotary embeddings. GGUF has no field for biases, only tensors."""
+def load_llama(
+    weights: Weights, config: LlamaConfig, rotated: tuple[bool, ...], neighbours: bool = False
+) -> PreNormDecoder:
+    """The decoder. GGUF has no field for biases, only tensors.
+
+    rotated: which layers have rotary embeddings; neighbours: whether the file pairs neighbouring elements of a head,
+    as GGUF files of this family do.
+    """
     rope = config.rope.params(config.head_dim)
 
     def has_bias(name: str, configured: bool) -> bool:
@@ -80,7 +86,7 @@ def load_llama(weights: Weights, config: LlamaConfig, rotated: tuple[bool, ...])
             rope if rotated[layer] else None,
             qkv_bias=qkv_bias,
             o_bias=o_bias,
-            interleaved=config.rope.rotary_dim if weights.is_gguf else 0,
+            interleaved=config.rope.rotary_dim if weights.is_gguf or neighbours else 0,
         ),
         mlp=lambda layer: load_gated_mlp(
             weights, layer, config.hidden_size, config.intermediate_size, config.hidden_act, mlp_bias

@@ -11,6 +11,7 @@ from mnemos.errors import UnsupportedError
 # "module:class" -> its names in files: GGUF's general.architecture, Hugging Face's model_type and class.
 ARCHITECTURES = {
     "llama:Llama": ("llama", "mistral", "LlamaForCausalLM", "MistralForCausalLM"),
+    "mini_llm:MiniLLM": ("mini-llm", "MiniLLM"),
     "smollm3:SmolLM3": ("smollm3", "SmolLM3ForCausalLM"),
     "mixtral:Mixtral": ("mixtral", "MixtralForCausalLM"),
     "qwen2:Qwen2": ("qwen2", "Qwen2ForCausalLM"),

@@ -14,6 +14,7 @@ from mnemos.errors import ModelError
 
 MASK_NAMES = ("attention_mask",)
 POSITION_NAMES = ("position_ids", "positions")
+OFFSET_NAMES = ("start_pos", "past_length")
 PAST_NAMES = (
     "past_key_values", "past_kv", "past_kvs", "past_key_value", "past", "layer_past", "kv_cache", "kv_caches", "cache",
     "caches",
@@ -22,11 +23,15 @@ PAST_NAMES = (
 
 @dataclass(frozen=True)
 class Signature:
-    """The names under which a forward takes what the engine has to say; None where it takes no such thing."""
+    """The names under which a forward takes what the engine has to say; None where it takes no such thing.
+
+    positions: (batch, time); offset: one number, the position of the first new token of all sequences.
+    """
 
     ids: str
     mask: str | None
     positions: str | None
+    offset: str | None
     past: str | None
     use_cache: bool
     logits_to_keep: bool
@@ -54,7 +59,7 @@ def read_signature(module: nn.Module) -> Signature:
     def first(names: tuple[str, ...]) -> str | None:
         return next((name for name in names if name in named), None)
 
-    known = {ids, *MASK_NAMES, *POSITION_NAMES, *PAST_NAMES, "use_cache", "logits_to_keep"}
+    known = {ids, *MASK_NAMES, *POSITION_NAMES, *OFFSET_NAMES, *PAST_NAMES, "use_cache", "logits_to_keep"}
     unknown = [n for n, p in named.items() if n not in known and p.default is inspect.Parameter.empty]
     if unknown:
         raise ModelError(
@@ -62,12 +67,13 @@ def read_signature(module: nn.Module) -> Signature:
             f"expected forward(input_ids) with, at most, {', '.join(sorted(known - {ids}))} beside it"
         )
     return Signature(
-        ids,
-        first(MASK_NAMES),
-        first(POSITION_NAMES),
-        first(PAST_NAMES),
-        "use_cache" in named,
-        "logits_to_keep" in named,
+        ids=ids,
+        mask=first(MASK_NAMES),
+        positions=first(POSITION_NAMES),
+        offset=first(OFFSET_NAMES),
+        past=first(PAST_NAMES),
+        use_cache="use_cache" in named,
+        logits_to_keep="logits_to_keep" in named,
     )
 
 
@@ -118,6 +124,8 @@ class Caller:
             arguments[names.mask] = mask.to(torch.int64)
         if names.positions and positions is not None:
             arguments[names.positions] = positions
+        if names.offset and positions is not None:
+            arguments[names.offset] = int(positions[0, 0])
         if names.logits_to_keep and last_only:
             arguments["logits_to_keep"] = 1
         training = self.module.training

@@ -192,9 +192,8 @@ class Probe:
     def _gaps_agree(self, style: PastStyle, axes: list[Axes]) -> bool:
         """Whether two sequences of different length can share a step, the gap between them masked."""
         config = getattr(self.caller.module, "config", None)
-        if getattr(config, "sliding_window", None) or not (
-            self.caller.signature.mask or isinstance(style, AttentionStyle)
-        ):
+        heeds_mask = self.caller.signature.mask or isinstance(style, AttentionStyle)
+        if not heeds_mask or self.caller.signature.offset or getattr(config, "sliding_window", None):
             return False  # a window counts physical distance, which gaps change
         parts, alone = [], []
         for row, length in ((0, 4), (1, 2)):
