@@ -31,8 +31,13 @@ void split_nibbles(const uint8_t *nibbles, uint8_t *codes) {
 }
 
 void add_high_bits(const uint8_t *bits, uint8_t *codes) {
-  const uint32_t word = read_word(bits);
-  for (int i = 0; i < 32; i++) codes[i] |= uint8_t((word >> i & 1) << 4);
+  for (int i = 0; i < 4; i++) {
+    uint64_t word;
+    memcpy(&word, codes + i * 8, 8);
+    const uint64_t isolated = (bits[i] * 0x0101010101010101) & 0x8040201008040201;  // bit k alone in byte k
+    word |= ((isolated + 0x7f7f7f7f7f7f7f7f) & 0x8080808080808080) >> 3;
+    memcpy(codes + i * 8, &word, 8);
+  }
 }
 
 // Eight pairs of 6-bit scales and minima in 12 bytes, as Q4_K and Q5_K have them.
@@ -51,17 +56,19 @@ void read_q2_k(const uint8_t *p, RecordRow &row) {
     row.subscales[i] = int8_t(scales[i] & 15);
     row.minima[i] = scales[i] >> 4;
   }
-  for (int i = 0; i < 256; i++) row.codes[i] = codes[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
+  for (int block = 0; block < 8; block++)
+    for (int i = 0; i < 32; i++) row.codes[block * 32 + i] = codes[block / 4 * 32 + i] >> (block % 4 * 2) & 3;
   row.scale = read_half(p + 80);
   row.minimum = read_half(p + 82);
 }
 
 void read_q3_k(const uint8_t *p, RecordRow &row) {
   const uint8_t *high = p, *codes = p + 32, *scales = p + 96;
-  for (int i = 0; i < 256; i++) {
-    const int low = codes[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
-    row.codes[i] = uint8_t(low | (high[i % 32] >> (i / 32) & 1) << 2);
-  }
+  for (int block = 0; block < 8; block++)
+    for (int i = 0; i < 32; i++) {
+      const int low = codes[block / 4 * 32 + i] >> (block % 4 * 2) & 3;
+      row.codes[block * 32 + i] = uint8_t(low | (high[i] >> block & 1) << 2);
+    }
   for (int i = 0; i < 16; i++) {
     const int low = scales[i % 8] >> (i / 8 * 4) & 15, top = scales[8 + i % 4] >> (i / 4 * 2) & 3;
     row.subscales[i] = int8_t((low | top << 4) - 32);
@@ -184,16 +191,21 @@ void store_record(const Layout &layout, const RecordRow &row, int r, uint8_t *re
   if (layout.minimum()) memcpy(p + 32 + r * 2, &row.minimum, 2);
 }
 
-uint8_t load_code(const Layout &layout, const uint8_t *block, int r, int column) {
-  const int v = column / 4, byte = r * 4 + column % 4;
-  int code = 0;
-  if (layout.base == 8) code = block[v * 64 + byte];
-  if (layout.base == 4) code = block[v % 4 * 64 + byte] >> (v / 4 * 4) & 15;
-  if (layout.base == 2) code = block[v % 2 * 64 + byte] >> (v / 2 * 2) & 3;
-  const uint8_t *plane = block + layout.base * 64;
-  if (layout.high == 1) code |= (plane[byte] >> v & 1) << layout.base;
-  if (layout.high == 2) code |= (plane[v % 2 * 64 + byte] >> (v / 2 * 2) & 3) << layout.base;
-  return uint8_t(layout.table ? iq4_values[code] : code);
+// The inverse of store_codes.
+void load_codes(const Layout &layout, const uint8_t *block, int r, uint8_t *codes) {
+  auto get = [&](int vector) { return read_word(block + vector * 64 + r * 4); };
+  const uint32_t ones = 0x01010101, base_bits = ones * ((1u << layout.base) - 1), high_bits = ones * ((1u << layout.high) - 1);
+  const int per_vector = 8 / layout.base, per_high = layout.high == 0 ? 1 : 8 / layout.high;
+  const int vectors = 8 / per_vector, high_vectors = 8 / per_high;
+  uint32_t words[8];
+  for (int v = 0; v < 8; v++) {
+    words[v] = get(v % vectors) >> (v / vectors * layout.base) & base_bits;
+    if (layout.high > 0)
+      words[v] |= (get(layout.base + v % high_vectors) >> (v / high_vectors * layout.high) & high_bits) << layout.base;
+  }
+  memcpy(codes, words, 32);
+  if (layout.table)
+    for (int i = 0; i < 32; i++) codes[i] = iq4_values[codes[i]];
 }
 
 // Values of row r of a record, 32 * group floats.
@@ -203,12 +215,17 @@ void expand_record(const Layout &layout, const uint8_t *record, int r, float *ou
   const uint8_t *supers = layout.minimum() ? minima + subscales * 16 : minima;
   const float scale = half_to_float(read_half(supers + r * 2));
   const float minimum = layout.minimum() ? half_to_float(read_half(supers + 32 + r * 2)) : 0;
-  for (int i = 0; i < layout.group * 32; i++) {
-    const int sub = i / width;
-    const float factor = subscales ? scale * float(int8_t(scales[sub * 16 + r])) : scale;
-    const int code = load_code(layout, record + i / 32 * layout.code_bytes(), r, i % 32) - layout.offset;
-    out[i] = factor * float(code);
-    if (layout.minimum()) out[i] = subscales ? out[i] - minimum * float(minima[sub * 16 + r]) : out[i] + minimum;
+  for (int block = 0; block < layout.group; block++) {
+    uint8_t codes[32];
+    load_codes(layout, record + block * layout.code_bytes(), r, codes);
+    for (int i = 0; i < 32; i += width) {
+      const int sub = (block * 32 + i) / width;
+      const float factor = subscales ? scale * float(int8_t(scales[sub * 16 + r])) : scale;
+      const float added = subscales && layout.minimum() ? -(minimum * float(minima[sub * 16 + r])) : minimum;
+      for (int j = i; j < i + width; j++) out[block * 32 + j] = factor * float(codes[j] - layout.offset);
+      if (layout.minimum())
+        for (int j = i; j < i + width; j++) out[block * 32 + j] += added;
+    }
   }
 }
 
@@ -224,46 +241,56 @@ size_t float_offset(WeightType layout, int r, int64_t column) {
   return size_t(column / 2 * 64 + r * 4 + column % 2 * 2);
 }
 
-void pack_float_row(const Layout &layout, WeightType type, const uint8_t *raw, int64_t columns, int r, uint8_t *panel) {
+// Columns begin to end of a row.
+void pack_floats(const Layout &layout, WeightType type, const uint8_t *raw, int64_t begin, int64_t end, int r, uint8_t *panel) {
   const int size = type == WeightType::f32 ? 4 : 2;
-  if (layout.type == type) {
-    for (int64_t c = 0; c < columns; c++) memcpy(panel + float_offset(type, r, c), raw + c * size, size_t(size));
-  } else if (block_columns(type) == 1) {
-    for (int64_t c = 0; c < columns; c++) {
+  if (layout.type == WeightType::bf16) {
+    for (int64_t c = begin; c < end; c += 2)
+      memcpy(panel + float_offset(type, r, c), raw + c * 2, size_t(end - c > 1 ? 4 : 2));
+  } else if (layout.type == type) {
+    for (int64_t c = begin; c < end; c++) memcpy(panel + float_offset(type, r, c), raw + c * size, size_t(size));
+  } else {
+    for (int64_t c = begin; c < end; c++) {
       const float value = read_float(type, raw, c);
       memcpy(panel + float_offset(WeightType::f32, r, c), &value, 4);
     }
   }
 }
 
-// Expands a quantized row to float32 through the packed form of one record.
-void expand_row(WeightType type, const uint8_t *raw, int64_t columns, int r, uint8_t *panel) {
+// One record of a quantized row as float32, through its packed form.
+void expand_floats(WeightType type, const uint8_t *raw, int64_t begin, int r, uint8_t *panel) {
   const Layout &stored = layout_of(type);
-  const int width = stored.group * 32;
-  const int64_t record_size = row_bytes(type, width);
-  uint8_t record[256 * 16 + 1024] = {};
+  uint8_t record[256 * 16 + 1024];
   float values[256];
   RecordRow row;
-  for (int64_t begin = 0; begin < columns; begin += width, raw += record_size) {
-    read_record(type, raw, row);
-    store_record(stored, row, 0, record);
-    expand_record(stored, record, 0, values);
-    for (int i = 0; i < width; i++) memcpy(panel + float_offset(WeightType::f32, r, begin + i), values + i, 4);
-  }
+  read_record(type, raw, row);
+  store_record(stored, row, 0, record);
+  expand_record(stored, record, 0, values);
+  for (int i = 0; i < stored.group * 32; i++) memcpy(panel + float_offset(WeightType::f32, r, begin + i), values + i, 4);
 }
 
-void pack_row(const Matrix &matrix, const uint8_t *raw, int r, uint8_t *panel) {
+// The rows of one panel, a run of columns at a time, so that what is written together stays in the cache.
+void pack_panel(const Matrix &matrix, const uint8_t *raw, int64_t rows, uint8_t *panel) {
   const Layout &layout = matrix.layout;
-  if (!layout.quantized()) {
-    if (block_columns(matrix.type) > 1) return expand_row(matrix.type, raw, matrix.columns, r, panel);
-    return pack_float_row(layout, matrix.type, raw, matrix.columns, r, panel);
-  }
-  const int width = layout.group * 32;
-  const int64_t record_size = row_bytes(matrix.type, width);
-  RecordRow row;
-  for (int64_t begin = 0; begin < matrix.columns; begin += width, raw += record_size) {
-    read_record(matrix.type, raw, row);
-    store_record(layout, row, r, panel + begin / width * layout.record_bytes());
+  const int64_t stride = row_bytes(matrix.type, matrix.columns);
+  const int64_t width = block_columns(matrix.type) == 1 ? 32 : block_columns(matrix.type);
+  for (int64_t begin = 0; begin < matrix.columns; begin += width) {
+    const int64_t end = begin + width < matrix.columns ? begin + width : matrix.columns;
+    for (int r = 0; r < rows; r++) {
+      const uint8_t *source = raw + r * stride;
+      if (block_columns(matrix.type) == 1) {
+        pack_floats(layout, matrix.type, source, begin, end, r, panel);
+        continue;
+      }
+      const uint8_t *block = source + row_bytes(matrix.type, begin);
+      if (layout.quantized()) {
+        RecordRow row;
+        read_record(matrix.type, block, row);
+        store_record(layout, row, r, panel + begin / width * layout.record_bytes());
+      } else {
+        expand_floats(matrix.type, block, begin, r, panel);
+      }
+    }
   }
 }
 
@@ -276,7 +303,7 @@ void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_
     const int64_t filled = matrix.rows - first < panel_rows ? matrix.rows - first : panel_rows;
     const bool padded = matrix.layout.type == WeightType::bf16 && matrix.columns % 2 != 0;
     if (filled < panel_rows || padded) memset(matrix.panel(index), 0, matrix.panel_bytes());
-    for (int r = 0; r < filled; r++) pack_row(matrix, raw + (first + r) * stride, r, matrix.panel(index));
+    pack_panel(matrix, raw + first * stride, filled, matrix.panel(index));
   }
 }
 
