@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mnemos import _native
+import mnemos._native as _native
 from mnemos.errors import CapacityError, ConfigError
 from mnemos.formats.tensor import Tensor
 from mnemos.ops.batch import AttentionParams, Batch, Floats, Ints, KVLayout, Output, RopeParams

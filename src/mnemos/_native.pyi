@@ -1,0 +1,129 @@
+"""The native core. Arrays must be contiguous and of exactly the type named; errors are those of mnemos.errors."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+Bytes = npt.NDArray[np.uint8]
+
+def isa() -> str:
+    """The level of kernels in use. UnsupportedError if MNEMOS_ISA names one that this CPU does not have."""
+
+def available_isas() -> list[str]: ...
+def select_isa(name: str) -> None:
+    """Changes the level for what is made from now on; "" goes back to MNEMOS_ISA or the best."""
+
+def usable_cores() -> int:
+    """Cores of the affinity mask, cut down to the cgroup's CPU quota."""
+
+def available_memory() -> int:
+    """Bytes that can still be taken, within the cgroup's limit; -1 if the system does not tell."""
+
+class Pool:
+    @property
+    def threads(self) -> int: ...
+
+def shared_pool(threads: int) -> Pool:
+    """The pool of that size, shared within the process; 0: usable_cores(). ConfigError if there are fewer."""
+
+class Matrix:
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def bytes(self) -> int:
+        """Memory of the repacked form."""
+
+def make_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool, release: bool, pool: Pool) -> Matrix:
+    """Repacks a weight; with `release` the pages of the mapped file that it came from are given back."""
+
+class Cache:
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: str, pages: int) -> None: ...
+    @property
+    def pages(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
+    def copy(self, source: int, target: int) -> None: ...
+    def read(self, page: int) -> Bytes: ...
+    def write(self, page: int, content: Bytes) -> None: ...
+
+class Program:
+    """A forward pass under recording, then ready to run. Values are numbers, in the order of recording."""
+
+    def __init__(self, pool: Pool, cache: Cache | None) -> None: ...
+    def input(self, width: int, integers: bool) -> int: ...
+    def embed(self, matrix: Matrix, by_position: bool) -> int: ...
+    def rows(self, x: int) -> int: ...
+    def linear(self, x: int, matrix: Matrix, bias: Floats | None) -> int: ...
+    def rms_norm(self, x: int, weight: Floats, epsilon: float) -> int: ...
+    def layer_norm(self, x: int, weight: Floats, bias: Floats | None, epsilon: float) -> int: ...
+    def rope(self, x: int, frequencies: Floats, head_dim: int, magnitude: float) -> int: ...
+    def attention(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        layer: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> int: ...
+    def activation(self, x: int, kind: str) -> int: ...
+    def gated_activation(self, gate: int, up: int, kind: str) -> int: ...
+    def add(self, x: int, y: int) -> int: ...
+    def scale(self, x: int, factor: float) -> int: ...
+    def softcap(self, x: int, cap: float) -> int: ...
+    def route(self, x: int, router: Matrix, top_k: int, normalise: bool) -> tuple[int, int]: ...
+    def experts(
+        self, x: int, ids: int, weights: int, gate: list[Matrix], up: list[Matrix], down: list[Matrix], kind: str
+    ) -> int: ...
+    def width(self, value: int) -> int: ...
+    def finish(self, outputs: list[int]) -> None: ...
+    def run(
+        self,
+        token_ids: Ints,
+        positions: Ints,
+        sequence_starts: Ints,
+        pages: Ints,
+        page_starts: Ints,
+        logit_rows: Ints,
+        inputs: list[npt.NDArray[Any]],
+    ) -> list[npt.NDArray[Any]]:
+        """One step on a checked batch; the results are views that the next step overwrites."""
+
+    def poison(self, on: bool) -> None:
+        """Fills the workspace with NaN before each step, to find reads of what was not written."""
+
+    def workspace_bytes(self, tokens: int, chosen: int) -> int:
+        """Memory of a step with so many tokens and rows of logits, partial results of long contexts not counted."""
+
+    @property
+    def tasks(self) -> int: ...
+    @property
+    def barriers(self) -> int:
+        """Meetings of all threads in a step of one token."""
+
+def uniform(seed: int, position: int, draw: int = 0) -> float:
+    """53 random bits as a number from 0 to below 1: Philox4x32-10 with counter position | draw << 64."""
+
+def sample(logits: Floats, temperature: Floats, top_k: Ints, top_p: Doubles, min_p: Doubles, random: Doubles) -> Ints:
+    """A token for each row of logits (rows, vocabulary): temperature, top_k, top_p, min_p, then the token at `random`
+    of the cumulative distribution in descending probability, equal ones by ascending id."""
+
+def greedy(logits: Floats) -> Ints:
+    """The lowest id of the largest logit, for each row."""
+
+def log_sum_exp(logits: Floats) -> Doubles: ...
+def top_tokens(logits: Floats, count: int) -> Ints:
+    """The most probable tokens of one row, descending, equal ones by ascending id."""
+
+def skip_strings(buffer: Bytes, offset: int, count: int) -> int:
+    """The offset behind `count` length-prefixed strings. FormatError if they reach beyond the buffer."""

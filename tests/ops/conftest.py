@@ -1,0 +1,13 @@
+from collections.abc import Iterator
+
+import pytest
+
+from mnemos import _native
+
+
+@pytest.fixture(params=_native.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every level of kernels that this machine can run; what is made during the test keeps it."""
+    _native.select_isa(request.param)
+    yield request.param
+    _native.select_isa("")
