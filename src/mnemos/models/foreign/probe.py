@@ -227,11 +227,8 @@ def advance(
     """
     mask = None
     if kept is not None or new_kept is not None:
-        old = (
-            kept
-            if kept is not None
-            else torch.ones(len(ids), past_time(style, past), dtype=torch.bool, device=ids.device)
-        )
+        before = int(positions[0, 0])  # without gaps, all sequences have as many
+        old = torch.ones(len(ids), before, dtype=torch.bool, device=ids.device) if kept is None else kept
         new = new_kept if new_kept is not None else torch.ones_like(ids, dtype=torch.bool)
         mask = torch.cat((old, new), dim=1)
     if isinstance(style, AttentionStyle):
@@ -248,13 +245,6 @@ def advance(
             past.increment_length(ids.shape[1])
         return answer.logits, past
     return answer.logits, answer.past if answer.past is not None else past
-
-
-def past_time(style: PastStyle, past: Any) -> int:
-    if past is None:
-        return 0
-    leaves = style.leaves(past)
-    return int(leaves[0].shape[-2]) if leaves else 0
 
 
 def tolerance(logits: Tensor) -> float:
