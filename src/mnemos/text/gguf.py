@@ -70,9 +70,9 @@ def _bpe_core(vocabulary: Vocabulary, pre: PreTokenizer) -> TokenizerCore:
 
 def split_merges(merges: Sequence[str], label: str) -> list[tuple[str, str]]:
     """The two halves of each merge, which a space divides."""
-    flat = " ".join(merges).split(" ")
-    if len(flat) == 2 * len(merges) and "" not in flat and all(" " in merge for merge in merges):
-        return list(zip(flat[::2], flat[1::2], strict=True))
+    halves: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+    if set(map(len, halves)) == {2}:  # all but exotic files; the careful way takes three times as long
+        return halves
     pairs = []
     for index, merge in enumerate(merges):
         divider = merge.find(" ", 1)  # the first half is never empty, but may be a space

@@ -123,7 +123,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals = {name: self.globals[name] for name in _GLOBALS}
         filters: dict[str, Any] = dict(self.filters)
         self.filters = {name: self._priced(name, filters[name]) for name in _FILTERS}
-        self.tests = {name: self._priced(name, test) for name, test in TESTS.items()}
+        tests: dict[str, Any] = dict(TESTS)
+        self.tests = {name: self._priced(name, test) for name, test in tests.items()}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template: nodes.Template = _Pricing().visit(super()._parse(source, name, filename))
@@ -239,9 +240,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             else:
                 self.budget.charge(len(value) * times)
 
-    def _check_method(
-        self, kind: type, owner: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _check_method(self, kind: type, owner: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in _METHODS[kind]:
             allowed = ", ".join(sorted(_METHODS[kind])) or "none"
             raise SecurityError(f"the method {name} of {kind.__name__} is not for templates; those that are: {allowed}")

@@ -89,11 +89,14 @@ def read_vocabulary(metadata: Mapping[str, Any], label: str) -> Vocabulary:
         raise FormatError(f"{label}: {PREFIX}tokens holds {texts[index][:80]!r} {places}; tokens must be unique")
     types = _read_numbers(metadata, "token_type", label, len(texts), "iu")
     scores = _read_numbers(metadata, "scores", label, len(texts), "iuf")
+    if types is None:
+        types = np.full(len(texts), TokenType.NORMAL)
+    known = (types >= min(TokenType)) & (types <= max(TokenType))
     return Vocabulary(
         label,
         texts,
         ids,
-        np.full(len(texts), TokenType.NORMAL, dtype=np.int32) if types is None else types.astype(np.int32),
+        np.where(known, types, TokenType.UNDEFINED).astype(np.int32),
         None if scores is None else scores.astype(np.float32),
         metadata,
     )
@@ -111,9 +114,7 @@ def read_strings(metadata: Mapping[str, Any], name: str, label: str) -> list[str
     return strings
 
 
-def _read_numbers(
-    metadata: Mapping[str, Any], name: str, label: str, size: int, kinds: str
-) -> npt.NDArray[Any] | None:
+def _read_numbers(metadata: Mapping[str, Any], name: str, label: str, size: int, kinds: str) -> npt.NDArray[Any] | None:
     """The array of `size` numbers under `tokenizer.ggml.<name>`; `kinds` are the NumPy kinds allowed."""
     value = metadata.get(PREFIX + name)
     if value is None:
