@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mnemos.errors import CapacityError
 from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
 from mnemos.formats.tensor import Tensor, TensorType
 from mnemos.models.load import describe_model, load_model
 from tests.models.checkpoints import Reference, token_ids
+from tests.models.conftest import HAS_NATIVE
 from tests.models.stepping import whole
 
 ReferenceFunction = Callable[[str], Reference]
@@ -161,3 +163,16 @@ def test_details(reference: ReferenceFunction) -> None:
     spec = describe_model(open_checkpoint(reference("llama-tied").folder))
     assert spec.details["tensor_types"] == {"F32": 29}
     assert spec.details["weight_bytes"] == 4 * spec.parameters
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
+def test_too_little_memory(reference: ReferenceFunction, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mnemos import _native
+
+    checkpoint = open_checkpoint(reference("llama").folder)
+    needed = 4 * describe_model(checkpoint).parameters
+    monkeypatch.setattr(_native, "available_memory", lambda: needed)
+    load_model(checkpoint, backend="native", dtype="float32")
+    monkeypatch.setattr(_native, "available_memory", lambda: 1000)
+    with pytest.raises(CapacityError, match="model.* needs 1 MB of memory and 0 MB are available"):
+        load_model(checkpoint, backend="native", dtype="float32")

@@ -17,7 +17,7 @@ REFERENCES: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "data" / "smollm2" / "greedy.json").read_text(encoding="utf-8")
 )
 PAGES = [4, 2, 9, 0, 7]
-STEPS = 5
+STEPS = 3
 
 
 @pytest.fixture(scope="module")

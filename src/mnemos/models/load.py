@@ -17,6 +17,7 @@ from mnemos.models.registry import find_architecture
 from mnemos.models.weights import Weights
 from mnemos.ops.batch import Batch, KVLayout, Output
 from mnemos.ops.protocol import Cache, Ops
+from mnemos.ops.registry import get_ops
 
 DTYPES = ("auto", "float32")
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
@@ -69,9 +70,11 @@ def load_model(
     _check_dtypes(dtype, kv_dtype)
     architecture, fields = _describe(checkpoint, context_length)
     checked = _build(architecture, fields, checkpoint, None)
-    ops = _get_ops(backend, dtype)
-    model = _build(architecture, fields, checkpoint, ops)
-    return LoadedModel(model, _specify(checkpoint, checked, ops.name, dtype, kv_dtype), ops)
+    ops = get_ops(backend, dtype=dtype)
+    _check_memory(checkpoint, ops, dtype)
+    # Before the weights are read: a backend gives a mapped file's pages back as it goes, and this touches many.
+    spec = _specify(checkpoint, checked, ops.name, dtype, kv_dtype)
+    return LoadedModel(_build(architecture, fields, checkpoint, ops), spec, ops)
 
 
 def describe_model(
@@ -148,14 +151,21 @@ def _build(architecture: type[Any], fields: Fields, checkpoint: Checkpoint, ops:
     return model
 
 
-def _get_ops(backend: str, dtype: str) -> Ops:
-    if backend == "numpy":
-        from mnemos.ops.numpy import NumpyOps
+def _check_memory(checkpoint: Checkpoint, ops: Ops, dtype: str) -> None:
+    """CapacityError, which says how much is missing, where the weights do not fit into memory.
 
-        return NumpyOps()
-    from mnemos.ops.registry import get_ops
+    Only the native core knows what is available; it keeps weights at about their size in the file.
+    """
+    if ops.name == "native":
+        from mnemos.ops.native import check_memory
 
-    return get_ops(backend, dtype=dtype)
+        check_memory(weight_memory(checkpoint, dtype), f"{checkpoint.path} as {dtype}")
+
+
+def weight_memory(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes that the weights take once loaded."""
+    expanded = 4 if dtype == "float32" else 0
+    return sum(max(len(tensor.data), expanded * tensor.size) for tensor in checkpoint.tensors.values())
 
 
 def _special_tokens(checkpoint: Checkpoint, vocabulary_size: int) -> dict[str, Any]:
