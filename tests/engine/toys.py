@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -89,3 +90,57 @@ def toy_greedy(prompt: Sequence[int], count: int, window: int = 0) -> list[int]:
         first = max(0, len(tokens) - window) if window else 0
         tokens.append(int(toy_row(tokens[first:], len(tokens) - 1)[0].argmax()))
     return tokens[len(prompt) :]
+
+
+class SlowModel(ToyModel):
+    """Waits in every step until the test lets it go on, so that what happens meanwhile is certain."""
+
+    def __init__(self, **options: int) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.permits = threading.Semaphore(0)
+        self.entered = threading.Event()
+
+    def forward(self, batch: Batch) -> Output:
+        self.entered.set()
+        assert self.permits.acquire(timeout=30)
+        return super().forward(batch)
+
+    def free(self) -> None:
+        """No waiting from now on."""
+        self.permits.release(1_000_000)
+
+
+class LetterTokenizer:
+    """Token i is the letter chr(32 + i); each letter is a token."""
+
+    vocabulary_size = VOCABULARY
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        return [ord(letter) - 32 for letter in text]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True, continues: bool = False) -> str:
+        return "".join(chr(32 + token) for token in ids)
+
+    def decoder(self, skip_special: bool = True, continues: bool = False) -> LetterDecoder:
+        return LetterDecoder()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(32 + token_id).encode()
+
+
+class LetterDecoder:
+    """Holds every second letter back, as decoders do with half characters."""
+
+    def __init__(self) -> None:
+        self.held = ""
+
+    def push(self, token_id: int) -> str:
+        self.held += chr(32 + token_id)
+        if len(self.held) < 2:
+            return ""
+        piece, self.held = self.held, ""
+        return piece
+
+    def finish(self) -> str:
+        piece, self.held = self.held, ""
+        return piece

@@ -7,12 +7,13 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mnemos.engine.completion import Assembler, Completion, StreamedToken
+from mnemos.engine.gather import run_all
 from mnemos.engine.inputs import read_prompts
 from mnemos.engine.runner import Runner
 from mnemos.engine.scheduler import Limits
@@ -20,7 +21,7 @@ from mnemos.engine.scoring import ForcedLogits, ForcedScore, Score
 from mnemos.engine.sequence import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
 from mnemos.engine.streaming import Channel, RequestHandle
-from mnemos.errors import CapacityError, ConfigError, ContextLengthError, MnemosError, RequestError
+from mnemos.errors import ConfigError, ContextLengthError, MnemosError, RequestError
 from mnemos.memory.planning import plan_pages
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from mnemos.memory.prefix import PrefixTree
     from mnemos.models.contract import Model
     from mnemos.text.tokenizer import Tokenizer
+
+
+SMALLEST_SLIDING = 8  # positions of a context in which endless generation has room to move
 
 
 class InferenceEngine:
@@ -122,14 +126,14 @@ class InferenceEngine:
         prompt, lists hold a list for it and arrays have n rows. `overrides` replace fields of the config.
         """
         wanted = read_prompts(prompts, attention_mask, self.tokenizer)
-        config = self._config(config, overrides)
-        results = wanted.form(self._complete_all(wanted.token_ids, config), self._pad_id(config))
+        config = self.make_config(config, **overrides)
+        results = wanted.form(self._complete_all(wanted.token_ids, config), self.pad_id(config))
         return results[0] if wanted.single else results
 
     def complete(self, prompts: Any, config: GenerationConfig | None = None, **overrides: Any) -> Any:
         """A `Completion` for one prompt (a text or token ids), a list of them for several."""
         wanted = read_prompts(prompts, None, self.tokenizer)
-        completions = self._complete_all(wanted.token_ids, self._config(config, overrides))
+        completions = self._complete_all(wanted.token_ids, self.make_config(config, **overrides))
         return completions[0] if wanted.single else completions
 
     def stream(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[StreamedToken]:
@@ -139,16 +143,14 @@ class InferenceEngine:
     def submit(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> RequestHandle:
         """Queues one prompt and returns at once; CapacityError if the queue is full."""
         wanted = read_prompts(prompt, None, self.tokenizer)
-        if len(wanted.token_ids) != 1:
-            raise RequestError(f"{len(wanted.token_ids)} prompts were given; submit and stream take one")
-        return self._submit(wanted.token_ids[0], self._config(config, overrides))
+        return self.launcher(wanted.only, self.make_config(config, **overrides))()
 
     # Evaluation of given tokens.
 
     def logits(self, token_ids: Sequence[int]) -> Floats:
         """float32 (time, vocabulary): row i is what the model expects behind token i."""
         strategy = ForcedLogits(self.spec.vocabulary_size)
-        self._force([read_prompts(token_ids, None, None).token_ids[0]], [strategy])
+        self._force([read_prompts(token_ids, None, None).only], [strategy])
         return strategy.logits
 
     def score(self, texts: Any) -> list[Score]:
@@ -209,7 +211,8 @@ class InferenceEngine:
 
     # Inner workings.
 
-    def _config(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> GenerationConfig:
+    def make_config(self, config: GenerationConfig | None = None, **overrides: Any) -> GenerationConfig:
+        """`config`, or the default one, with some fields replaced. ConfigError for a value outside its meaning."""
         from mnemos.decoding.config import GenerationConfig
 
         if config is None:
@@ -218,27 +221,8 @@ class InferenceEngine:
             raise ConfigError(f"config is of type {type(config).__name__}; give a GenerationConfig")
         return config.with_overrides(**overrides) if overrides else config
 
-    def _complete_all(self, prompts: list[list[int]], config: GenerationConfig) -> list[Completion]:
-        """All prompts are checked before the first one runs; those beyond the queue's size wait for room in it."""
-        planned = deque(self._plan(token_ids, config) for token_ids in prompts)
-        handles: list[RequestHandle] = []
-        try:
-            while planned:
-                try:
-                    handles.append(self._launch(planned[0], config))
-                    planned.popleft()
-                except CapacityError:
-                    running = next((handle for handle in handles if not handle.done), None)
-                    if running is None:
-                        raise
-                    running.wait()
-            return [handle.result() for handle in handles]
-        except BaseException:
-            for handle in handles:
-                handle.cancel()
-            raise
-
-    def _plan(self, token_ids: list[int], config: GenerationConfig) -> tuple[Strategy, list[int]]:
+    def launcher(self, token_ids: Sequence[int], config: GenerationConfig) -> Callable[[], RequestHandle]:
+        """Checks a request, and returns what queues it. RequestError or ContextLengthError if it cannot be run."""
         from mnemos.decoding.build import fit_prompt, make_strategy
 
         if config.overflow == "sliding" and self.spec.context_length < SMALLEST_SLIDING:
@@ -246,42 +230,48 @@ class InferenceEngine:
                 f"overflow is 'sliding' and the context {self.spec.context_length}; it needs {SMALLEST_SLIDING}"
             )
         prompt = fit_prompt(config, token_ids, self.spec)
-        return make_strategy(config, prompt, self.tokenizer, self.spec), prompt
+        self._runner.executor.scheduler.placement.check_length(len(prompt))
+        strategy = make_strategy(config, prompt, self.tokenizer, self.spec)
+        return partial(self._launch, strategy, prompt, config)
 
-    def _submit(self, token_ids: list[int], config: GenerationConfig) -> RequestHandle:
-        return self._launch(self._plan(token_ids, config), config)
-
-    def _launch(self, planned: tuple[Strategy, list[int]], config: GenerationConfig | None) -> RequestHandle:
-        strategy, prompt = planned
+    def _launch(self, strategy: Strategy, prompt: list[int], config: GenerationConfig) -> RequestHandle:
         now = time.perf_counter()
         channel = Channel()
-        request = Request(strategy, prompt, channel, Timings(now))
-        if config is not None:
-            request.priority = config.priority
-            request.tenant = config.tenant
-            request.salt = config.cache_salt
-            request.deadline = None if config.deadline is None else now + config.deadline
-            request.sliding = config.overflow == "sliding"
+        request = Request(
+            strategy,
+            prompt,
+            channel,
+            Timings(now),
+            priority=config.priority,
+            tenant=config.tenant,
+            salt=config.cache_salt,
+            deadline=None if config.deadline is None else now + config.deadline,
+            sliding=config.overflow == "sliding",
+        )
         self._runner.submit(request)
         return RequestHandle(self, request, channel, Assembler(self.tokenizer))
 
+    def _complete_all(self, prompts: list[list[int]], config: GenerationConfig) -> list[Completion]:
+        """All prompts are checked before the first one runs."""
+        self.check_thread()
+        return run_all([self.launcher(token_ids, config) for token_ids in prompts], self._runner.queue_size)
+
     def _force(self, prompts: list[list[int]], strategies: Sequence[Strategy]) -> None:
         from mnemos.decoding.build import fit_prompt
-        from mnemos.decoding.config import GenerationConfig
 
-        config = GenerationConfig()
-        handles = []
+        self.check_thread()
+        config = self.make_config()
         for prompt in prompts:
-            if len(prompt) > self.spec.context_length:
-                raise ContextLengthError(
-                    f"{len(prompt)} tokens are {len(prompt) - self.spec.context_length} more than the context of "
-                    f"{self.spec.context_length}"
-                )
             fit_prompt(config, prompt, self.spec)
-        for prompt, strategy in zip(prompts, strategies, strict=True):
-            handles.append(self._launch((strategy, prompt), None))
-        for handle in handles:
-            handle.result()
+            excess = len(prompt) - self.spec.context_length
+            if excess > 0:
+                raise ContextLengthError(
+                    f"the text has {len(prompt)} tokens, {excess} more than the context of {self.spec.context_length}"
+                )
+        pairs = zip(strategies, prompts, strict=True)
+        run_all(
+            [partial(self._launch, strategy, prompt, config) for strategy, prompt in pairs], self._runner.queue_size
+        )
 
     def _prefix_tree(self) -> PrefixTree:
         tree = self._runner.executor.scheduler.placement.tree
@@ -289,12 +279,10 @@ class InferenceEngine:
             raise ConfigError("prefix_cache is False; make the engine with prefix_cache=True to save or load one")
         return tree
 
-    def _pad_id(self, config: GenerationConfig) -> int:
+    def pad_id(self, config: GenerationConfig) -> int:
+        """What fills up arrays: the config's pad token, else the model's, else its end-of-text token."""
         known = (config.pad_token_id, self.spec.pad_token_id, *self.spec.eos_token_ids[:1], 0)
         return next(token for token in known if token is not None)
-
-
-SMALLEST_SLIDING = 8
 
 
 def _check_count(name: str, value: object) -> None:

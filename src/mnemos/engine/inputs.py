@@ -26,6 +26,13 @@ class Prompts:
     form: Callable[[list[Completion], int], Any]  # (completions, pad id) -> texts, ids or an array
     single: bool
 
+    @property
+    def only(self) -> list[int]:
+        """The one prompt. RequestError if there are several."""
+        if len(self.token_ids) != 1:
+            raise RequestError(f"{len(self.token_ids)} prompts were given where one is expected")
+        return self.token_ids[0]
+
 
 def read_prompts(prompts: Any, attention_mask: Any, tokenizer: Tokenizer | None) -> Prompts:
     """Understands what a user passes as prompts.
@@ -113,6 +120,7 @@ def _array_form(like: Any, flat: bool) -> Callable[[list[Completion], int], Any]
     """Rows of prompt and result, padded on the right, as the same kind of array; one row stays flat."""
 
     def form(completions: list[Completion], pad_id: int) -> Any:
+        """Rows for all completions together."""
         rows = [row for completion in completions for row in _whole_rows(completion)]
         padded = pad(rows, pad_id)
         if flat and len(rows) == 1:

@@ -123,6 +123,15 @@ class Placement:
 
     # Admission.
 
+    def check_length(self, prompt: int) -> None:
+        """CapacityError for a prompt that could not run even with all pages for itself."""
+        needed = self._pages(min(prompt + 1, self.context_length))
+        if needed > self.pool.total:
+            raise CapacityError(
+                f"a prompt of {prompt} tokens needs {needed} cache pages of {self.page_size} tokens; there are "
+                f"{self.pool.total}: give the engine more cache_tokens"
+            )
+
     @property
     def available(self) -> int:
         """Pages that are free or can be had by eviction."""

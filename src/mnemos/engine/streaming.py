@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mnemos.decoding.strategy import Emitted, FinishedSequence
@@ -25,6 +26,7 @@ class Channel:
         self.ended = False
         self.error: BaseException | None = None
         self.streaming = False
+        self.callbacks: deque[Callable[[], None]] = deque()
         self._event = threading.Event()
         self._wake: Callable[[], None] = self._event.set
 
@@ -37,6 +39,8 @@ class Channel:
         self.error = error
         self.ended = True
         self._wake()
+        while self.callbacks:
+            self.callbacks.popleft()()
 
     def wait(self) -> None:
         """Until something new is there."""
@@ -82,6 +86,14 @@ class RequestHandle:
     def preemptions(self) -> int:
         """How often it had to give its memory to others and was recomputed."""
         return self._request.preemptions
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Has `callback` called once nothing more will come, in the engine's thread or at once; it must not raise."""
+        callbacks = self._channel.callbacks
+        callbacks.append(callback)
+        if self._channel.ended:  # perhaps too late to be seen: whoever pops it calls it
+            with suppress(IndexError):
+                callbacks.popleft()()
 
     def cancel(self) -> None:
         """Ends the request within a step. What came so far can still be read."""
