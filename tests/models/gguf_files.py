@@ -8,7 +8,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf import MODEL_ARCH
+from gguf import MODEL_ARCH, GGMLQuantizationType
+from gguf.quants import quantize
 
 ARCHITECTURES = {
     "llama": MODEL_ARCH.LLAMA,
@@ -28,13 +29,17 @@ ARCHITECTURES = {
 _PERMUTED = ("llama", "mistral", "mixtral", "smollm3")
 
 
-def write_gguf(module: Any, path: Path) -> Path:
-    """The module's weights and hyperparameters in a new file at `path`."""
+def write_gguf(module: Any, path: Path, quantization: GGMLQuantizationType | None = None) -> Path:
+    """The module's weights and hyperparameters in a new file at `path`; matrices may be quantized."""
     config = module.config
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
     _write_hyperparameters(writer, config)
     for name, array in _tensors(module):
-        writer.add_tensor(name, np.ascontiguousarray(array, dtype=np.float32))
+        values = np.ascontiguousarray(array, dtype=np.float32)
+        if quantization is not None and values.ndim > 1 and values.shape[-1] % 32 == 0:
+            writer.add_tensor(name, quantize(values, quantization), raw_dtype=quantization)
+        else:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

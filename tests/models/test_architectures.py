@@ -10,6 +10,7 @@ import pytest
 
 from mnemos.models.load import LoadedModel
 from tests.models.checkpoints import CONFIGS, Reference, token_ids
+from tests.models.conftest import HAS_NATIVE, open_model
 from tests.models.stepping import Session, whole
 
 TOLERANCE = 1e-4
@@ -52,6 +53,18 @@ def test_ragged_batch(name: str, backend: str, load: LoadFunction, reference: Re
             found[text].append(logits)
     for text, ids in enumerate(texts):
         np.testing.assert_allclose(np.concatenate(found[text]), reference(name).logits(ids), atol=TOLERANCE)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
+@each_architecture
+def test_native_default_stays_close(name: str, reference: ReferenceFunction) -> None:
+    """Weights as they are stored, activations of 8 or 16 bits, a float16 cache: near the float32 logits."""
+    ids = token_ids(48, seed=7)
+    model = open_model(reference(name).folder, "native", dtype="auto")
+    session = Session(model, [[3, 1]])
+    found = np.concatenate([session.step({0: ids[:40]})[0], *(session.step({0: [token]})[0] for token in ids[40:])])
+    expected = reference(name).logits(ids)
+    assert np.abs(found - expected).mean() < 0.03 * expected.std()
 
 
 @each_architecture

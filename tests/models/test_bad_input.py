@@ -124,6 +124,15 @@ def test_heads_must_divide_the_hidden_size(folder: Sources) -> None:
         describe_model(checkpoint)
 
 
+def test_heads_of_absurd_width_are_refused_before_a_table_is_made_of_them(folder: Sources) -> None:
+    checkpoint = with_field(folder("qwen2"), "head_dim", 2**30)
+    with pytest.raises(FormatError, match="field 'head_dim' is 1073741824; expected an integer from 1 to 65536"):
+        describe_model(checkpoint)
+    wide = without_field(with_field(folder("qwen2"), "hidden_size", 2**30), "head_dim")
+    with pytest.raises(FormatError, match="expected heads of at most 65536 elements"):
+        describe_model(wide)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_any_field_changed_gives_a_model_or_a_named_error(name: str, folder: Sources) -> None:
     checkpoint = folder(name)

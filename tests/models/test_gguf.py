@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 from mnemos.formats.checkpoint import open_checkpoint
+from mnemos.formats.tensor import Tensor
 from mnemos.models.load import load_model
 from tests.models.checkpoints import CONFIGS, Reference, token_ids
 from tests.models.conftest import open_model
@@ -24,6 +27,23 @@ def test_same_logits(name: str, backend: str, reference: Callable[[str], Referen
     path = write_gguf(reference(name).module, tmp_path / "model.gguf")
     ids = token_ids(40)
     np.testing.assert_allclose(whole(open_model(path, backend), ids, [4, 0]), reference(name).logits(ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt_neox", "mixtral", "qwen3moe"])
+def test_quantized_rows_and_slices(
+    name: str, backend: str, reference: Callable[[str], Reference], tmp_path: Path
+) -> None:
+    """Rows are reordered, fused matrices cut and experts separated in their storage form, without a change of value."""
+    path = write_gguf(reference(name).module, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0)
+    checkpoint = open_checkpoint(path)
+    assert {"Q8_0", "F32"} == {tensor.type.name for tensor in checkpoint.tensors.values()}
+    expanded = {key: Tensor.from_array(key, tensor.dequantize()) for key, tensor in checkpoint.tensors.items()}
+    found = []
+    for source in (checkpoint, replace(checkpoint, tensors=expanded)):
+        model = load_model(source, backend=backend, dtype="float32")
+        model.reserve(2)
+        found.append(whole(model, token_ids(40), [1, 0]))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
 
 
 def test_same_specification(reference: Callable[[str], Reference], tmp_path: Path) -> None:

@@ -174,5 +174,5 @@ def test_too_little_memory(reference: ReferenceFunction, monkeypatch: pytest.Mon
     monkeypatch.setattr(_native, "available_memory", lambda: needed)
     load_model(checkpoint, backend="native", dtype="float32")
     monkeypatch.setattr(_native, "available_memory", lambda: 1000)
-    with pytest.raises(CapacityError, match="model.* needs 1 MB of memory and 0 MB are available"):
+    with pytest.raises(CapacityError, match="as float32 needs .* MB of memory and 0 MB are available"):
         load_model(checkpoint, backend="native", dtype="float32")

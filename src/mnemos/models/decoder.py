@@ -16,7 +16,9 @@ from mnemos.models.weights import Linear, RMSNorm, Weights
 from mnemos.ops.batch import AttentionParams, RopeParams
 from mnemos.ops.protocol import Array, Cache, Matrix, Ops
 
-MOST_LAYERS = 100_000  # more is a damaged field, found before a list is made of it
+# More is a damaged field, found before anything is made of that size.
+MOST_LAYERS = 100_000
+WIDEST_HEAD = 65_536
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -51,13 +53,15 @@ def read_shape(
         if hidden % heads:
             raise fields.wrong("num_attention_heads", f"a divisor of the hidden size {hidden}")
         head_dim = hidden // heads
+        if head_dim > WIDEST_HEAD:
+            raise fields.wrong("num_attention_heads", f"heads of at most {WIDEST_HEAD} elements")
     return {
         "vocab_size": fields.size("vocab_size"),
         "hidden_size": hidden,
         "num_hidden_layers": fields.size("num_hidden_layers", largest=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": fields.size("head_dim", head_dim),
+        "head_dim": fields.size("head_dim", head_dim, largest=WIDEST_HEAD),
         "context_length": context_in_use(fields),
         "windows": _read_windows(fields, fields.size("num_hidden_layers", largest=MOST_LAYERS), slides),
     }

@@ -82,6 +82,6 @@ class Qwen3Moe:
 
 def _sparse_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
     """Every `decoder_sparse_step`-th layer has experts, those in `mlp_only_layers` excepted."""
-    dense = fields.sizes("mlp_only_layers")
+    dense = set(fields.sizes("mlp_only_layers"))
     step = fields.size("decoder_sparse_step", 1)
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
