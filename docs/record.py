@@ -28,12 +28,11 @@ TYPING_SECONDS, PAUSE_SECONDS = 0.03, 0.4
 _PIECES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+")
 
 _STYLE = """
-text { font: 14px ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace; fill: #e6edf3;
-       white-space: pre; }
+text { font: 14px 'DejaVu Sans Mono', ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; fill: #e6edf3; }
 .faint { fill: #8b949e; }
 .prompt { fill: #7ee787; }
-@keyframes show { from { opacity: 0 } to { opacity: 1 } }
-@keyframes hide { from { opacity: 1 } to { opacity: 0 } }
+@keyframes show { from { fill-opacity: 0 } to { fill-opacity: 1 } }
+@keyframes hide { from { fill-opacity: 1 } to { fill-opacity: 0 } }
 """
 
 
@@ -129,22 +128,33 @@ def draw(command: list[str], pieces: list[tuple[float, str]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}">',
         f"<style>{_STYLE}</style>",
         '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>',
-        *(_element(run) for run in screen.runs if run.text.strip()),
+        *_lines(screen.runs),
         "</svg>",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _element(run: Run) -> str:
-    x = MARGIN + run.column * CHARACTER_WIDTH
-    y = MARGIN + run.row * LINE_HEIGHT + 14
+def _lines(runs: list[Run]) -> list[str]:
+    """One text element for each row of what stays, so that any font spaces it well, and one for each run that goes."""
+    rows: dict[tuple[int, int], list[Run]] = {}
+    for index, run in enumerate(runs):
+        rows.setdefault((run.row, -1 if run.end is None else index), []).append(run)
+    return [_line(row, parts) for (row, _), parts in sorted(rows.items())]
+
+
+def _line(row: int, parts: list[Run]) -> str:
+    x, y = MARGIN + parts[0].column * CHARACTER_WIDTH, MARGIN + row * LINE_HEIGHT + 14
+    spans = "".join(_span(run) for run in parts)
+    return f'<text x="{x:.1f}" y="{y}" xml:space="preserve">{spans}</text>'
+
+
+def _span(run: Run) -> str:
     # Where animations are not played the text simply stands there, except what the terminal cleared.
     animation = f"animation:show 1ms {run.begin:.2f}s both"
     if run.end is not None:
-        animation += f",hide 1ms {run.end:.2f}s forwards;opacity:0"
+        animation += f",hide 1ms {run.end:.2f}s forwards;fill-opacity:0"
     kind = f' class="{run.style}"' if run.style else ""
-    length = f'textLength="{len(run.text) * CHARACTER_WIDTH:.1f}"'
-    return f'<text x="{x:.1f}" y="{y}" {length}{kind} style="{animation}">{escape(run.text)}</text>'
+    return f'<tspan{kind} style="{animation}">{escape(run.text)}</tspan>'
 
 
 def main() -> None:

@@ -34,6 +34,8 @@ GROUPS = {
         Option("max_new_tokens", int, "most tokens to generate (default 256)"),
         Option("min_new_tokens", int, "fewest tokens to generate"),
         Option("max_time", float, "stop after this many seconds", "S"),
+        Option("ignore_eos", None, "go on behind the model's end of text"),
+        Option("overflow", str, "a prompt too long: error (default), truncate_left, sliding (endless)", "HOW"),
     ),
     "sampling (without any of these the most probable token is taken)": (
         Option("temperature", float, "below 1 is more sober, above 1 more random; 0 is greedy", "T"),
@@ -68,6 +70,10 @@ SEVERAL = (
     Option("stop", str, "end the text before this string; may be given several times", "TEXT"),
     Option("choice", str, "the text is one of these; given several times", "TEXT"),
 )
+RESULTS = (
+    Option("num_return_sequences", int, "with --json: this many results"),
+    Option("logprobs", int, "with --json: log probabilities, and those of the N most probable tokens"),
+)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
@@ -96,12 +102,18 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option.flag, action="append", metavar=option.metavar, help=option.help)
 
 
+def add_result_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of RESULTS, for a command that prints whole completions."""
+    for option in RESULTS:
+        parser.add_argument(option.flag, type=option.parse, metavar=option.metavar, help=option.help)
+
+
 def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
     """ConfigError for values outside their meaning."""
     from mnemos.decoding.config import GenerationConfig
 
-    fields = [option.field for options in GROUPS.values() for option in options] + [o.field for o in SEVERAL]
-    return GenerationConfig(**{name: getattr(arguments, name) for name in fields})
+    options = [*(option for group in GROUPS.values() for option in group), *SEVERAL, *RESULTS]
+    return GenerationConfig(**{option.field: getattr(arguments, option.field, None) for option in options})
 
 
 def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
