@@ -21,7 +21,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-MAX_SOURCE = 1 << 20
+MAX_SOURCE = 1 << 18
 _BASE_UNITS = 2_000_000
 _UNITS_PER_INPUT = 100  # how often an honest template may handle each part of its input
 

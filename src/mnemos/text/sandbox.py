@@ -19,14 +19,14 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.runtime import Context, LoopContext
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.tests import TESTS
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 _UNIT = 16  # characters that cost as much as one operation
-_MAX_INTEGER_BITS = 1024
+_MAX_INTEGER_BITS = 256
 _MAX_WIDTH = 256
 _SECONDS = 5.0
 _CALL = 8  # calls are slow
@@ -139,7 +139,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if kind is not None:
             args = _with_list(args) if __obj.__name__ == "join" else args
             self._check_method(kind, owner, __obj.__name__, args, kwargs)
-        elif isinstance(__obj, LoopContext):
+        elif not isinstance(__obj, Macro):
             self.budget.charge_value(args)
         result = super().call(__context, __obj, *args, **kwargs)
         self.budget.charge_value(None if isinstance(result, Namespace) else result)
@@ -307,7 +307,11 @@ class _Pricing(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        return _call("priced_value", node) if isinstance(node.arg, nodes.Slice) else node
+        if isinstance(node.arg, nodes.Slice):
+            return _call("priced_value", node)
+        if not isinstance(node.arg, nodes.Const):
+            node.arg = _call("priced_value", node.arg)  # a key is hashed, all of it
+        return node
 
 
 def _call(method: str, *args: Any) -> nodes.Call:
