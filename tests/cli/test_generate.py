@@ -82,6 +82,7 @@ def test_json_is_the_whole_completion(monkeypatch: pytest.MonkeyPatch, capsys: p
         (["--temperature", "nan"], "temperature"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--raw", "--system", "x"], "--system is for the chat template"),
+        (["--num-return-sequences", "2", "--temperature", "1"], "several results need --json"),
     ],
 )
 def test_impossible_options_are_refused_before_the_model_is_loaded(
@@ -91,6 +92,12 @@ def test_impossible_options_are_refused_before_the_model_is_loaded(
     assert main(["generate", "model", "prompt", *options]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_an_empty_prompt_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert run(ScriptedEngine(), [], monkeypatch) == 2
+    assert "the prompt is empty" in capsys.readouterr().err
 
 
 def test_system_without_a_template_is_refused(

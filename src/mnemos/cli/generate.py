@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mnemos.cli.options import (
     add_generation_arguments,
     add_model_arguments,
+    add_result_arguments,
     generation_config,
     load_engine,
     tokenizer_of,
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message, for models with a chat template")
     parser.add_argument("--json", action="store_true", help="print the whole completion as a JSON object at the end")
     parser.add_argument("--quiet", action="store_true", help="no remark on speed on standard error")
+    add_result_arguments(parser)
     add_generation_arguments(parser)
     parser.epilog = (
         "A model with a chat template gets PROMPT as a user's message; any other, or with --raw, continues it.\n\n"
@@ -43,7 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
     config = generation_config(arguments)
     if arguments.raw and arguments.system:
         raise ConfigError("--system is for the chat template, which --raw leaves out; give one of them")
+    if config.num_return_sequences > 1 and not arguments.json:
+        raise ConfigError(f"--num-return-sequences is {config.num_return_sequences}; several results need --json")
     text = _read_prompt(arguments.prompt)
+    if not text:
+        raise ConfigError("the prompt is empty; give it as an argument or on standard input")
     with load_engine(arguments) as engine:
         prompt = _prompt_ids(tokenizer_of(engine, arguments.model), text, arguments)
         if arguments.json:

@@ -105,7 +105,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of RESULTS, for a command that prints whole completions."""
     for option in RESULTS:
-        parser.add_argument(option.flag, type=option.parse, metavar=option.metavar, help=option.help)
+        parser.add_argument(option.flag, type=option.parse or str, metavar=option.metavar, help=option.help)
 
 
 def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
@@ -113,7 +113,8 @@ def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
     from mnemos.decoding.config import GenerationConfig
 
     options = [*(option for group in GROUPS.values() for option in group), *SEVERAL, *RESULTS]
-    return GenerationConfig(**{option.field: getattr(arguments, option.field, None) for option in options})
+    values: dict[str, Any] = {option.field: getattr(arguments, option.field, None) for option in options}
+    return GenerationConfig(**values)
 
 
 def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
