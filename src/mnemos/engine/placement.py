@@ -85,7 +85,7 @@ class Placement:
 
     def prepare(self, request: Request, sequence: Sequence) -> int:
         """Shares what others have evaluated already; returns how many positions are left to evaluate, 0: not yet."""
-        if request.prefilling:
+        if request.prefilling or not sequence.done:
             if sequence.leader is not None and not self._follow(request, sequence):
                 return 0
             self._reuse(request, sequence)
