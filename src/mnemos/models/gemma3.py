@@ -1,6 +1,7 @@
 """Gemma 3, text only: Gemma 2 with head norms, five local layers to one global one, each kind with its own rotary base.
 
-Source: Gemma Team 2025, arXiv:2503.19786. Of multimodal checkpoints, the language model is read.
+Source: Gemma Team 2025, arXiv:2503.19786. Scores are not capped any more, whatever a config says. Of multimodal
+checkpoints, the language model is read.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ class Gemma3Config(DecoderConfig):
     local_rope: Rope
     attention_bias: bool
     query_pre_attn_scalar: float
-    attn_logit_softcapping: float  # 0: none
     final_logit_softcapping: float  # 0: none
     tie_word_embeddings: bool
 
@@ -68,7 +68,6 @@ class Gemma3Config(DecoderConfig):
             local_rope=_read_local_rope(fields, shape),
             attention_bias=fields.flag("attention_bias", False),
             query_pre_attn_scalar=read_query_scalar(fields, shape, widest=62),
-            attn_logit_softcapping=read_softcap(fields, "attn_logit_softcapping"),
             final_logit_softcapping=read_softcap(fields, "final_logit_softcapping"),
             tie_word_embeddings=fields.flag("tie_word_embeddings", True),
         )
@@ -100,7 +99,6 @@ class Gemma3:
                 config,
                 local_rope if config.windows[i] else rope,
                 scale=config.query_pre_attn_scalar**-0.5,
-                softcap=config.attn_logit_softcapping,
                 qkv_bias=config.attention_bias,
                 o_bias=config.attention_bias,
                 head_norm=HeadNorm(config.rms_norm_eps, offset),
