@@ -14,4 +14,4 @@ count() {
 
 short=$(count 4)
 long=$(count 12)
-echo "$(((long - short) / 8)) instructions a decode step (16 to 28 tokens of context, one thread, AVX2)"
+echo "$(((long - short) / 8)) instructions a decode step (20 to 28 tokens of context, one thread, AVX2)"
