@@ -1,0 +1,202 @@
+"""Each native kernel timed alone, beside what the machine's memory and arithmetic allow."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mnemos.bench.machine import cpu_name, instruction_set, read_bandwidth
+from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.ops.batch import AttentionParams, Batch, Floats, KVLayout
+from mnemos.ops.native import NativeOps
+from mnemos.ops.protocol import Array, Ops
+
+WEIGHT_TYPES = (
+    TensorType.Q4_0,
+    TensorType.Q4_1,
+    TensorType.Q5_0,
+    TensorType.Q8_0,
+    TensorType.Q4_K,
+    TensorType.Q5_K,
+    TensorType.Q6_K,
+    TensorType.IQ4_NL,
+    TensorType.BF16,
+    TensorType.F16,
+    TensorType.F32,
+)
+_WIDTH = 2048
+_WEIGHT_BYTES = 96 << 20  # more than the last-level cache of most machines, so that memory is what is read
+_CONTEXT = 1024
+_REPEATS = 3
+# Multiply-adds of a dot-product instruction for each of float32: int8 by fours, bfloat16 by twos.
+_INT8_RATE = {"scalar": 1, "avx2": 2, "neon": 4, "neon_i8mm": 8}
+_FUSED_RATE = 4
+
+Forward = Callable[[Ops, Any, Any], tuple[Array, Array]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """bandwidth: bytes/s; float32: FLOP/s of all cores, as NumPy's matrix product reaches it."""
+
+    bandwidth: float
+    float32: float
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel over `rows` rows of activations: seconds, bytes of weights or cache read, floating-point operations.
+
+    `limit_seconds` is the longer of what reading and computing need at least.
+    """
+
+    kernel: str
+    rows: int
+    seconds: float
+    bytes: int
+    operations: int
+    limit_seconds: float
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.bytes / self.seconds / 1e9
+
+    @property
+    def gigaflops(self) -> float:
+        return self.operations / self.seconds / 1e9
+
+    @property
+    def share(self) -> float:
+        """Of the machine's limit."""
+        return self.limit_seconds / self.seconds
+
+
+def measure_limits() -> Limits:
+    x = np.random.default_rng(0).standard_normal((1536, 1536), dtype=np.float32)
+    seconds = min(_seconds(lambda: x @ x) for _ in range(5 * _REPEATS))
+    return Limits(read_bandwidth(_WEIGHT_BYTES), 2 * 1536**3 / seconds)
+
+
+def measure_kernels(
+    rows: Sequence[int] = (1, 32, 512), types: Sequence[TensorType] = WEIGHT_TYPES, limits: Limits | None = None
+) -> Iterator[KernelTime]:
+    """Matrix products of every type, then attention over a long context, as they are measured."""
+    limits = limits or measure_limits()
+    ops = NativeOps()
+    for kind in types:
+        yield from _measure_products(ops, kind, rows, limits)
+    yield from _measure_attention(ops, rows, limits)
+
+
+def _measure_products(ops: NativeOps, kind: TensorType, rows: Sequence[int], limits: Limits) -> Iterator[KernelTime]:
+    """A chain of square products, with a norm between so that values stay of one size."""
+    first = ops.matrix(_random_weight(kind, _WIDTH))
+    count = max(2, _WEIGHT_BYTES // first.bytes)
+    weights = [first, *(ops.matrix(_random_weight(kind, _WIDTH)) for _ in range(count - 1))]
+    embedding = ops.matrix(Tensor.from_array("embedding", _floats(8, _WIDTH)))
+    norm = np.ones(_WIDTH, dtype=np.float32)
+
+    def forward(ops: Ops, batch: Any, cache: Any) -> tuple[Array, Array]:
+        x = ops.embed(embedding, batch.token_ids)
+        for weight in weights:
+            x = ops.rms_norm(ops.linear(x, weight), norm, 1e-5)
+        return x, ops.rows(x, batch.logit_rows)
+
+    size, operations = count * first.bytes, 2 * count * _WIDTH**2
+    rate = limits.float32 * _int8_rate() if kind.is_quantized else limits.float32 * _float_rate(kind)
+    for t, seconds in _time_steps(ops, forward, KVLayout(1, 1, 8), rows, context=0):
+        limit = max(size / limits.bandwidth, operations * t / rate)
+        yield KernelTime(f"linear {kind.name}", t, seconds, size, operations * t, limit)
+
+
+def _measure_attention(ops: NativeOps, rows: Sequence[int], limits: Limits) -> Iterator[KernelTime]:
+    """Heads as in a model of a billion parameters, several layers, behind a context of 1,024 positions."""
+    layers, heads, kv_heads, head_dim = 8, 32, 8, 64
+    embedding = ops.matrix(Tensor.from_array("embedding", _floats(8, heads * head_dim)))
+    keys = ops.matrix(Tensor.from_array("keys", _floats(8, kv_heads * head_dim)))
+    layout = KVLayout(layers, kv_heads, head_dim)
+    params = AttentionParams(heads, kv_heads, head_dim, head_dim**-0.5)
+
+    def forward(ops: Ops, batch: Any, cache: Any) -> tuple[Array, Array]:
+        x, k = ops.embed(embedding, batch.token_ids), ops.embed(keys, batch.token_ids)
+        for layer in range(layers):
+            x = ops.attention(x, k, k, cache, layer, batch, params)
+        return x, ops.rows(x, batch.logit_rows)
+
+    for t, seconds in _time_steps(ops, forward, layout, rows, _CONTEXT):
+        size = (_CONTEXT + t) * layout.page_bytes // layout.page_size
+        operations = 4 * layers * heads * head_dim * t * (_CONTEXT + t // 2)
+        limit = max(size / limits.bandwidth, operations / limits.float32)
+        yield KernelTime(f"attention {layout.dtype} after {_CONTEXT}", t, seconds, size, operations, limit)
+
+
+def _time_steps(
+    ops: NativeOps, forward: Forward, layout: KVLayout, rows: Sequence[int], context: int
+) -> Iterator[tuple[int, float]]:
+    """(rows, best seconds) of a step of one sequence behind `context` positions."""
+    pages = -(-(context + max(rows)) // layout.page_size)
+    step = ops.compile(forward, ops.cache(layout, pages))
+    for t in (context, *rows) if context else rows:  # the first one fills the cache
+        start = context if t != context else 0
+        batch = _batch(t, start, pages)
+        seconds = min(_seconds(lambda batch=batch: step(batch)) for _ in range(_REPEATS))  # type: ignore[misc]
+        if t != context:
+            yield t, seconds
+
+
+def _batch(rows: int, start: int, pages: int) -> Batch:
+    token_ids = (np.arange(rows) % 8).astype(np.int32)
+    positions = np.arange(start, start + rows, dtype=np.int32)
+    bounds = np.array([0, rows], dtype=np.int32)
+    page_starts = np.array([0, pages], dtype=np.int32)
+    last = np.array([rows - 1], dtype=np.int32)
+    return Batch(token_ids, positions, bounds, np.arange(pages, dtype=np.int32), page_starts, last)
+
+
+def _random_weight(kind: TensorType, width: int) -> Tensor:
+    """Bytes below 0x34 are numbers below 0.25 wherever a type has a float in them."""
+    data = np.random.default_rng(0).integers(0, 0x34, width * kind.row_bytes(width), dtype=np.uint8)
+    return Tensor("weight", kind, (width, width), data)
+
+
+def _floats(rows: int, columns: int) -> Floats:
+    return np.random.default_rng(0).standard_normal((rows, columns), dtype=np.float32)
+
+
+def _int8_rate() -> int:
+    return _INT8_RATE.get(instruction_set(), _FUSED_RATE)
+
+
+def _float_rate(kind: TensorType) -> int:
+    return 2 if kind is TensorType.BF16 and instruction_set() in ("avx512_bf16", "amx") else 1
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main(as_json: bool) -> int:
+    """Prints a line for each kernel as soon as it is measured."""
+    limits = measure_limits()
+    if not as_json:
+        print(f"{cpu_name()}, {instruction_set()}", end=": ")
+        print(f"reads {limits.bandwidth / 1e9:.1f} GB/s, float32 products {limits.float32 / 1e9:.0f} GFLOP/s\n")
+        print(f"{'kernel':28}{'rows':>5}{'ms':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>10}")
+    for result in measure_kernels(limits=limits):
+        if as_json:
+            rates = {"gb_per_s": round(result.gigabytes_per_second, 2), "gflop_per_s": round(result.gigaflops, 1)}
+            print(json.dumps({**asdict(result), **rates, "share": round(result.share, 3)}), flush=True)
+        else:
+            print(
+                f"{result.kernel:28}{result.rows:5}{result.seconds * 1e3:10.3f}{result.gigabytes_per_second:8.1f}"
+                f"{result.gigaflops:9.0f}{result.share:10.0%}",
+                flush=True,
+            )
+    return 0
