@@ -85,7 +85,7 @@ class AttendTask : public Task {
     writes = {partials, y};
   }
   int64_t items(const Step &step) const override {
-    return static_cast<int64_t>(step.tile_sets[a_.tile_set].tiles.size()) * a_.kv_heads;
+    return static_cast<int64_t>(step.tile_sets[a_.tile_set].tiles.size()) * a_.kv_heads / heads_per_item(step);
   }
   int64_t scratch_bytes(const BatchView &, int) const override {
     const int64_t rows = tile_tokens(a_) * group_of(a_);
@@ -95,8 +95,18 @@ class AttendTask : public Task {
   void run(const Step &step, int64_t item, int thread) const override {
     // Long tiles come last in a prompt, so they are handed out first.
     const auto &tiles = step.tile_sets[a_.tile_set].tiles;
-    const int64_t head = item % a_.kv_heads;
-    const QueryTile &query = tiles[tiles.size() - 1 - static_cast<size_t>(item / a_.kv_heads)];
+    const int64_t heads = heads_per_item(step), first = item * heads % a_.kv_heads;
+    const QueryTile &query = tiles[tiles.size() - 1 - static_cast<size_t>(item * heads / a_.kv_heads)];
+    for (int64_t head = first; head < first + heads; head++) run_head(step, query, head, head + 1 < first + heads, thread);
+  }
+
+ private:
+  // The heads of a page lie one after the other, so where there are parts enough, one thread does them all.
+  int64_t heads_per_item(const Step &step) const {
+    return step.tile_sets[a_.tile_set].partials >= 4 * step.threads ? a_.kv_heads : 1;
+  }
+
+  void run_head(const Step &step, const QueryTile &query, int64_t head, bool head_follows, int thread) const {
     const CellLayout &cell = a_.cache->cell();
     const int64_t group = group_of(a_), stride = cell.value_stride;
     int64_t first[max_tile_rows], last[max_tile_rows];
@@ -110,6 +120,7 @@ class AttendTask : public Task {
     tile.first = first;
     tile.last = last;
     tile.softcap = a_.softcap;
+    tile.next_cell = head_follows ? cell.bytes : 0;
     float *queries = step.thread_scratch(thread);
     tile.queries = queries;
     tile.partial = queries + tile.rows * stride;
@@ -132,7 +143,6 @@ class AttendTask : public Task {
     query.split < 0 ? write_result(step, query, head, tile, thread) : write_partial(step, query, head, tile, thread);
   }
 
- private:
   void write_result(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile, int thread) const {
     const int64_t group = group_of(a_);
     for (int64_t r = 0; r < tile.rows; r++) {

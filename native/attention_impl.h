@@ -34,16 +34,24 @@ constexpr int most_rows = 8;
 constexpr int most_rows = 4;
 #endif
 
+// Few rows wait for memory, not for arithmetic: then each step of a product also fetches a line that comes next. The
+// processor's own prefetching stops at the borders of the small pieces that a page consists of.
+constexpr int64_t most_rows_to_fetch_for = 16;
+
 // c[r][j] (+)= sum over i of a[r][i] b[i][j], for R rows and N vectors of columns. The sum runs over i one by one,
 // whatever R and N are, which is what makes a row's result independent of its neighbours.
 template <typename Element, int R, int N>
 inline void outer_product(const float *a, int64_t a_stride, const typename Element::Type *b, int64_t b_stride,
-                          int64_t count, float *c, int64_t c_stride, bool accumulate) {
+                          int64_t count, float *c, int64_t c_stride, bool accumulate, const uint8_t *ahead) {
+  constexpr int64_t line = 64, lines = (sizeof(typename Element::Type) * N * width + line - 1) / line;
   Vec sums[R][N];
   for (int r = 0; r < R; r++) {
     for (int j = 0; j < N; j++) sums[r][j] = accumulate ? load(c + r * c_stride + j * width) : zero();
   }
   for (int64_t i = 0; i < count; i++, b += b_stride) {
+    if (R < most_rows && ahead != nullptr) {
+      for (int64_t j = 0; j < lines; j++) prefetch(ahead + (i * lines + j) * line);
+    }
     Vec column[N];
     for (int j = 0; j < N; j++) column[j] = Element::load(b + j * width);
     for (int r = 0; r < R; r++) {
@@ -58,22 +66,24 @@ inline void outer_product(const float *a, int64_t a_stride, const typename Eleme
 
 template <typename Element, int R>
 inline void product_of_rows(const float *a, int64_t a_stride, const typename Element::Type *b, int64_t b_stride,
-                            int64_t count, float *c, int64_t c_stride, int64_t columns, bool accumulate) {
+                            int64_t count, float *c, int64_t c_stride, int64_t columns, bool accumulate,
+                            const uint8_t *ahead) {
   int64_t j = 0;
   for (; j + 2 * width <= columns; j += 2 * width) {
-    outer_product<Element, R, 2>(a, a_stride, b + j, b_stride, count, c + j, c_stride, accumulate);
+    outer_product<Element, R, 2>(a, a_stride, b + j, b_stride, count, c + j, c_stride, accumulate, ahead);
+    if (ahead != nullptr) ahead += 2 * width * count * static_cast<int64_t>(sizeof(typename Element::Type));
   }
   for (; j < columns; j += width) {
-    outer_product<Element, R, 1>(a, a_stride, b + j, b_stride, count, c + j, c_stride, accumulate);
+    outer_product<Element, R, 1>(a, a_stride, b + j, b_stride, count, c + j, c_stride, accumulate, nullptr);
   }
 }
 
 template <typename Element>
 inline void product(int64_t rows, const float *a, int64_t a_stride, const typename Element::Type *b, int64_t b_stride,
-                    int64_t count, float *c, int64_t c_stride, int64_t columns, bool accumulate) {
+                    int64_t count, float *c, int64_t c_stride, int64_t columns, bool accumulate, const uint8_t *ahead) {
   const auto run = [&](auto tag, int64_t r) {
     product_of_rows<Element, decltype(tag)::value>(a + r * a_stride, a_stride, b, b_stride, count, c + r * c_stride,
-                                                   c_stride, columns, accumulate);
+                                                   c_stride, columns, accumulate, r == 0 ? ahead : nullptr);
   };
   int64_t r = 0;
   for (; r + most_rows <= rows; r += most_rows) run(std::integral_constant<int, most_rows>{}, r);
@@ -111,9 +121,10 @@ void score_block(const AttentionTile &tile, const BlockRange &range) {
   for_each_page<Element>(tile, range, [&](int64_t position, const uint8_t *data) {
     const auto *keys = reinterpret_cast<const typename Element::Type *>(data);
     float *scores = tile.scores + (position - range.start);
+    const uint8_t *ahead = tile.rows <= most_rows_to_fetch_for ? data + cell.value_offset : nullptr;
 
     product<Element>(tile.rows, tile.queries, cell.value_stride, keys, cell.key_stride, cell.head_dim, scores,
-                     score_stride, cell.key_stride, false);
+                     score_stride, cell.key_stride, false, ahead);
     if (cell.type != CacheType::int8) return;
     const auto *scales = reinterpret_cast<const float *>(data + cell.key_scale_offset);
     for (int64_t r = 0; r < tile.rows; r++) {
@@ -153,8 +164,16 @@ inline void exponentials(float *scores, int64_t first, int64_t last, int64_t use
   *total = sum(sums);
 }
 
+// The keys that are wanted when these values are done with: the next block's or the next cell's.
+inline const uint8_t *keys_ahead(const AttentionTile &tile, int64_t position, const uint8_t *data, bool next_block) {
+  if (tile.rows > most_rows_to_fetch_for) return nullptr;
+  if (!next_block) return tile.next_cell != 0 ? data + tile.next_cell : nullptr;
+  const int64_t page = (position + attention_block) / tile.cell->slots;
+  return page <= tile.last[tile.rows - 1] / tile.cell->slots ? tile.cells + tile.pages[page] * tile.page_bytes : nullptr;
+}
+
 template <typename Element>
-void weigh_values(const AttentionTile &tile, const BlockRange &range) {
+void weigh_values(const AttentionTile &tile, const BlockRange &range, bool next_block) {
   const CellLayout &cell = *tile.cell;
   bool accumulate = false;
   for_each_page<Element>(tile, range, [&](int64_t position, const uint8_t *data) {
@@ -170,7 +189,8 @@ void weigh_values(const AttentionTile &tile, const BlockRange &range) {
       }
     }
     product<Element>(tile.rows, weights, score_stride, values + begin * cell.value_stride, cell.value_stride,
-                     end - begin, tile.partial, cell.value_stride, cell.value_stride, accumulate);
+                     end - begin, tile.partial, cell.value_stride, cell.value_stride, accumulate,
+                     keys_ahead(tile, position, data, next_block));
     accumulate = true;
   });
 }
@@ -189,7 +209,7 @@ void merge(float most, float total, const float *values, float *into_most, float
 }
 
 template <typename Element>
-void attend_block(const AttentionTile &tile, int64_t block) {
+void attend_block(const AttentionTile &tile, int64_t block, bool next_block) {
   BlockRange range{block * attention_block, INT64_MAX, -1};
   const int64_t end = range.start + attention_block - 1;
   for (int64_t r = 0; r < tile.rows; r++) {
@@ -207,7 +227,7 @@ void attend_block(const AttentionTile &tile, int64_t block) {
     exponentials(tile.scores + r * score_stride, tile.first[r] - range.start, tile.last[r] - range.start, used,
                  tile.softcap, &most[r], &total[r]);
   }
-  weigh_values<Element>(tile, range);
+  weigh_values<Element>(tile, range, next_block);
   for (int64_t r = 0; r < tile.rows; r++) {
     if (tile.first[r] > end || tile.last[r] < range.start) continue;
     merge(most[r], total[r], tile.partial + r * tile.cell->value_stride, &tile.most[r], &tile.total[r],
@@ -217,7 +237,9 @@ void attend_block(const AttentionTile &tile, int64_t block) {
 
 void attend(const AttentionTile &tile, int64_t block_begin, int64_t block_end) {
   const auto run = [&](auto element) {
-    for (int64_t block = block_begin; block < block_end; block++) attend_block<decltype(element)>(tile, block);
+    for (int64_t block = block_begin; block < block_end; block++) {
+      attend_block<decltype(element)>(tile, block, block + 1 < block_end);
+    }
   };
   switch (tile.cell->type) {
     case CacheType::float32: return run(FloatElement{});

@@ -36,6 +36,7 @@ struct AttentionTile {
   const int32_t *pages;      // page table of the sequence
   int64_t rows;
   const int64_t *first, *last;  // (rows,) positions that each query sees, both ends included
+  int64_t next_cell;         // bytes to the cell that the caller attends to next, with the same pages; 0 if it does not
   const float *queries;      // (rows, value_stride), already scaled
   float softcap;
   float *scores;             // scratch (rows, score_stride)

@@ -26,6 +26,14 @@ uint8_t *map_memory(size_t bytes, const char *purpose) {
   throw capacity_error("the system has no " + std::to_string(bytes) + " bytes of address space for " + purpose);
 }
 
+void prefer_large_pages(uint8_t *data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  madvise(data, bytes, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 void unmap_memory(uint8_t *data, size_t bytes) {
 #if defined(_WIN32)
   (void)bytes;

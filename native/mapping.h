@@ -8,6 +8,8 @@ namespace mnemos {
 
 // Throws Error (capacity) naming `purpose` if it is not to be had.
 uint8_t *map_memory(size_t bytes, const char *purpose);
+// Asks for large pages behind this memory, which save address translations; no more than a hint.
+void prefer_large_pages(uint8_t *data, size_t bytes);
 void unmap_memory(uint8_t *data, size_t bytes);
 
 // Gives the memory of whole pages inside this range back: the range must be an unmodified mapping of a file, from which

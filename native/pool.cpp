@@ -21,9 +21,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// The gap between two steps (sampling, scheduling) is well below this, so that threads rarely sleep while text is
-// generated, and soon do when it is not.
-constexpr auto spin_time = std::chrono::microseconds(800);
+// The gap between two steps (sampling, scheduling) is below this, so that threads rarely sleep while text is generated,
+// and soon do when it is not.
+constexpr auto spin_between_regions = std::chrono::microseconds(500);
+// Inside a region the others are late by microseconds, unless one has lost its core: then it may well go on with ours.
+constexpr auto spin_inside_region = std::chrono::microseconds(100);
 constexpr auto polite_after = std::chrono::microseconds(40);
 
 inline void relax() {
@@ -36,7 +38,7 @@ inline void relax() {
 
 // Spins until done() or until it is time to sleep; after some microseconds it lets other threads of the core go first.
 template <typename Done>
-bool spin_until(const Done &done) {
+bool spin_until(const Done &done, std::chrono::microseconds most) {
   for (int i = 0; i < 200; i++) {
     if (done()) return true;
     relax();
@@ -48,7 +50,7 @@ bool spin_until(const Done &done) {
       relax();
     }
     const auto waited = Clock::now() - start;
-    if (waited > spin_time) return done();
+    if (waited > most) return done();
     if (waited > polite_after) std::this_thread::yield();
   }
 }
@@ -68,7 +70,7 @@ void Barrier::wait() {
     return;
   }
   const auto passed = [&] { return generation_.load() != generation; };
-  if (spin_until(passed)) return;
+  if (spin_until(passed, spin_inside_region)) return;
   std::unique_lock<std::mutex> lock(mutex_);
   sleepers_.fetch_add(1);
   wake_.wait(lock, passed);
@@ -102,13 +104,17 @@ struct Pool::Crew {
 
   void finish_region() {
     const auto done = [&] { return running.load() == 0; };
-    while (!spin_until(done)) std::this_thread::yield();
+    if (spin_until(done, spin_inside_region)) return;
+    std::unique_lock<std::mutex> lock(mutex);
+    caller_sleeps.store(true);
+    finished.wait(lock, done);
+    caller_sleeps.store(false);
   }
 
   void work(int index) {
     for (uint32_t seen = 0;; seen++) {
       const auto called = [&] { return generation.load() != seen; };
-      if (!spin_until(called)) {
+      if (!spin_until(called, spin_between_regions)) {
         std::unique_lock<std::mutex> lock(mutex);
         sleepers.fetch_add(1);
         wake.wait(lock, called);
@@ -116,7 +122,10 @@ struct Pool::Crew {
       }
       if (stop) return;
       (*body)(index);
-      running.fetch_sub(1);
+      if (running.fetch_sub(1) == 1 && caller_sleeps.load()) {
+        std::lock_guard<std::mutex> lock(mutex);
+        finished.notify_all();
+      }
     }
   }
 
@@ -126,9 +135,9 @@ struct Pool::Crew {
   std::atomic<uint32_t> generation{0};
   std::atomic<int> running;
   std::atomic<int> sleepers{0};
-  std::atomic<bool> stop{false};
+  std::atomic<bool> stop{false}, caller_sleeps{false};
   std::mutex mutex;
-  std::condition_variable wake;
+  std::condition_variable wake, finished;
 };
 
 Pool::Pool(int threads) : threads_(threads) {

@@ -262,6 +262,8 @@ inline Vec exp(Vec x) {
   return select(vanishes, zero(), mul(y, power_of_two(n)));
 }
 
+inline void prefetch(const uint8_t *p) { __builtin_prefetch(p, 0, 3); }
+
 // Calls body(offset, n) with n = width for whole vectors and once with the rest.
 template <typename Body>
 inline void for_vectors(int64_t count, const Body &body) {
