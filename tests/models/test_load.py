@@ -61,6 +61,16 @@ def test_gemma3_within_a_multimodal_checkpoint(prefix: str, reference: Reference
     same("gemma3", replace(checkpoint, metadata=outer, tensors=tensors))
 
 
+def test_what_gemma2_leaves_out_and_what_it_switches_off(reference: ReferenceFunction) -> None:
+    checkpoint = open_checkpoint(reference("gemma2").folder)
+    names = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
+    rest = {k: v for k, v in checkpoint.metadata.items() if k not in names}
+    for metadata, expected in ((rest, (50.0, 30.0, 4096)), (rest | dict.fromkeys(names), (0.0, 0.0, 0))):
+        model = load_model(replace(checkpoint, metadata=metadata), backend="numpy")
+        config: Any = model.architecture.config
+        assert (config.attn_logit_softcapping, config.final_logit_softcapping, config.windows[0]) == expected
+
+
 def test_gpt_neox_as_older_versions_wrote_it(reference: ReferenceFunction, same: Any) -> None:
     checkpoint = open_checkpoint(reference("gpt_neox").folder)
     old = {k: v for k, v in checkpoint.metadata.items() if k not in ("rope_parameters", "num_key_value_heads")}

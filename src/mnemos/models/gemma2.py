@@ -30,6 +30,9 @@ GGUF_SANDWICH_NAMES = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 
+# What transformers takes a config to mean that leaves these out; null means none.
+_DEFAULTS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma2Config(DecoderConfig):
@@ -45,6 +48,8 @@ class Gemma2Config(DecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> Gemma2Config:
+        if not fields.is_gguf:
+            fields = fields.with_defaults(_DEFAULTS)
         shape = read_shape(fields, head_dim=256, slides=lambda layer: layer % 2 == 0)
         return cls(
             **shape,
