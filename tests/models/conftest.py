@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers", reason="the reference models need transformers")
-
 from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.models.load import LoadedModel, load_model
 from tests.models.checkpoints import CONFIGS, Reference, build
