@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip
 PIP_INSTALL := $(PIP) install -qq --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src/mnemos native -type f ! -name '*.so' ! -name '*.pyc' 2>/dev/null)
 
-.PHONY: help demo test lint types pytest bench native clean
+.PHONY: help demo test lint types pytest bench native sanitize clean
 
 help:
 	@echo 'make demo    build Mnemos, fetch a small model once and let it answer a question'
@@ -41,6 +41,16 @@ native:
 	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake --build $(NATIVE_BUILD)
 	@cd $(NATIVE_BUILD)/native && for file in _native*.so; do cp $$file $(CURDIR)/src/mnemos/.$$file.new && mv $(CURDIR)/src/mnemos/.$$file.new $(CURDIR)/src/mnemos/$$file; done
 
+# The operators' tests under AddressSanitizer and UBSan, with a build of their own that nothing else uses.
+SANITIZED := build/sanitize
+sanitize:
+	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE="$(NATIVE_PYTHON)" -DMNEMOS_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
+	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake --build $(SANITIZED)
+	@rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package && cp -r src/mnemos $(SANITIZED)/package/
+	@rm -f $(SANITIZED)/package/mnemos/_native*.so && cp $(SANITIZED)/native/_native*.so $(SANITIZED)/package/mnemos/
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		PYTHONPATH=$(SANITIZED)/package PYTHONDONTWRITEBYTECODE=1 $(NATIVE_PYTHON) -m pytest tests/ops -p no:cacheprovider
+
 clean:
 	rm -rf $(VENV) build
 
@@ -57,5 +67,5 @@ $(VENV)/.done-install: $(VENV)/.done-venv $(SOURCES)
 
 $(VENV)/.done-dev: $(VENV)/.done-install
 	@echo '== installing what the tests need, PyTorch among it (some minutes the first time)'
-	@$(PIP_INSTALL) '.[dev]'
+	@$(PIP_INSTALL) 'mnemos[dev]'
 	@touch $@
