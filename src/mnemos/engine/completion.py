@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from math import isnan
 from typing import TYPE_CHECKING
@@ -95,6 +94,8 @@ class Completion:
 
     def to_json(self) -> str:
         """The completion as one line of JSON; times in seconds."""
+        import json
+
         timings = {
             "queued": self.timings.queued,
             "time_to_first_token": self.timings.time_to_first_token,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 from mnemos.decoding.strategy import Branch, Emitted, Rows
@@ -13,8 +12,6 @@ from mnemos.engine.step import Step
 from mnemos.errors import MnemosError
 from mnemos.models.contract import Model
 from mnemos.ops.batch import Output
-
-logger = logging.getLogger(__name__)
 
 
 class Executor:
@@ -81,6 +78,8 @@ class Executor:
         """Asks the strategy how to go on. What goes wrong in it ends its request alone."""
         try:
             advance = request.strategy.advance(rows)
+            self.counters.drafted += advance.drafted
+            self.counters.accepted += advance.accepted
             if advance.emitted:
                 self._note_tokens(request, advance.emitted, now)
             if advance.branches:
@@ -131,7 +130,14 @@ class Executor:
                     listener(event)
                 except Exception:
                     self.listeners = [other for other in self.listeners if other is not listener]
-                    logger.exception("a listener of engine events failed and is not called any more")
+                    log_exception("a listener of engine events failed and is not called any more")
+
+
+def log_exception(message: str) -> None:
+    """Logs the exception that is being handled."""
+    import logging  # not at the top: most programs never need it, and it takes time to load
+
+    logging.getLogger("mnemos.engine").exception(message)
 
 
 def _check_output(output: Output, rows: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 STALL = 2.0  # a step with a chunk may take this many times one without: inter-token latency stays below 3 x its median
-SMALLEST_CHUNK = 16
+SMALLEST_CHUNK = 8
+MEASURABLE = 8  # prompt tokens in a step that are enough to learn from
 SMOOTHING = 0.2
 
 
@@ -30,7 +31,7 @@ class Pace:
         """Learns from a step."""
         if not prefill_rows:
             self._decode_step = _smooth(self._decode_step, seconds)
-        elif prefill_rows >= SMALLEST_CHUNK:
+        elif prefill_rows >= MEASURABLE:
             rest = seconds - self._decode_step if decode_rows else seconds
             self._prompt_token = _smooth(self._prompt_token, max(rest, 0.0) / prefill_rows)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import TypeVar, cast
 
-from mnemos.engine.executor import Executor
+from mnemos.engine.executor import Executor, log_exception
 from mnemos.engine.scheduler import Limits
 from mnemos.engine.sequence import Request, State
 from mnemos.engine.statistics import Latency, Listener, Statistics
@@ -18,7 +16,6 @@ from mnemos.errors import CapacityError, MnemosError
 from mnemos.models.contract import Model
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 
 class Runner:
@@ -58,11 +55,14 @@ class Runner:
     def call(self, function: Callable[[], T]) -> T:
         """Runs a function between two steps and returns its result."""
         self.check_thread()
-        future: Future[T] = Future()
+        results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
         with self._lock:
             self._check_open()
-            self._post(partial(_fulfil, future, function))
-        return future.result()
+            self._post(partial(_call, function, results))
+        result, error = results.get()
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def close(self, drain: bool) -> None:
         """Ends the thread: after all requests are done, or at once, which ends them with an error."""
@@ -144,7 +144,7 @@ class Runner:
             try:
                 executor.step()
             except Exception as error:  # a defect of the engine itself: nobody shall wait forever for it
-                logger.exception("a step failed; all requests end")
+                log_exception("a step failed; all requests end")
                 self._fail_all(error)
 
     def _stop(self, drain: bool) -> None:
@@ -157,8 +157,8 @@ class Runner:
             self.executor.fail(request, error)
 
 
-def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
+def _call(function: Callable[[], T], results: SimpleQueue[tuple[T | None, BaseException | None]]) -> None:
     try:
-        future.set_result(function())
+        results.put((function(), None))
     except BaseException as error:
-        future.set_exception(error)
+        results.put((None, error))

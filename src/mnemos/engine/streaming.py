@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -15,6 +14,8 @@ from mnemos.engine.sequence import Request, State, Timings
 from mnemos.errors import MnemosError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from mnemos.engine.engine import InferenceEngine
 
 
@@ -47,9 +48,11 @@ class Channel:
         self._event.wait()
         self._event.clear()
 
-    def wake_in(self, loop: asyncio.AbstractEventLoop) -> asyncio.Event:
-        """From now on the reader waits for the returned event."""
-        event = asyncio.Event()
+    def wake_in_loop(self) -> asyncio.Event:
+        """From now on the reader, a coroutine of the running event loop, waits for the returned event."""
+        import asyncio  # not at the top: it would double the time that a program without it takes to start
+
+        loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
             if not loop.is_closed():  # else nobody reads any more
@@ -134,7 +137,7 @@ class RequestHandle:
 
     async def __aiter__(self) -> AsyncIterator[StreamedToken]:
         channel = self._channel
-        event = channel.wake_in(asyncio.get_running_loop())
+        event = channel.wake_in_loop()
         channel.streaming = True
         try:
             while True:
@@ -153,7 +156,7 @@ class RequestHandle:
         return self._result_async().__await__()
 
     async def _result_async(self) -> Completion:
-        event = self._channel.wake_in(asyncio.get_running_loop())
+        event = self._channel.wake_in_loop()
         try:
             while not self._channel.ended:
                 await event.wait()
