@@ -60,17 +60,19 @@ def load_model(
     dtype: str = "auto",
     kv_dtype: str = "auto",
     context_length: int | None = None,
+    threads: int | None = None,
 ) -> LoadedModel:
     """The model of an open checkpoint, checked from end to end before anything is allocated.
 
     dtype: "auto" keeps weights as they are stored, "float32" expands them; kv_dtype: "auto" is float32 with float32
     weights and else float16. context_length: a shorter context than the model's own, or a longer one where its rotary
-    embedding is made to be stretched (see mnemos.models.rope). Errors: FormatError, UnsupportedError, ConfigError.
+    embedding is made to be stretched (see mnemos.models.rope). threads: None uses all cores that the process may use.
+    Errors: FormatError, UnsupportedError, ConfigError.
     """
     _check_dtypes(dtype, kv_dtype)
     architecture, fields = _describe(checkpoint, context_length)
     checked = _build(architecture, fields, checkpoint, None)
-    ops = get_ops(backend, dtype=dtype)
+    ops = get_ops(backend, dtype=dtype, threads=threads)
     _check_memory(checkpoint, ops, dtype)
     # Before the weights are read: a backend gives a mapped file's pages back as it goes, and this touches many.
     spec = _specify(checkpoint, checked, ops.name, dtype, kv_dtype)
