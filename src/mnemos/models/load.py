@@ -19,7 +19,7 @@ from mnemos.ops.batch import Batch, KVLayout, Output
 from mnemos.ops.protocol import Cache, Ops
 from mnemos.ops.registry import get_ops
 
-DTYPES = ("auto", "float32")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 _COMPUTATION = "1"  # raised whenever an architecture computes something else than before
 
@@ -64,9 +64,10 @@ def load_model(
 ) -> LoadedModel:
     """The model of an open checkpoint, checked from end to end before anything is allocated.
 
-    dtype: "auto" keeps weights as they are stored, "float32" expands them; kv_dtype: "auto" is float32 with float32
-    weights and else float16. context_length: a shorter context than the model's own, or a longer one where its rotary
-    embedding is made to be stretched (see mnemos.models.rope). threads: None uses all cores that the process may use.
+    dtype: "auto" keeps weights as they are stored, "float32" expands them; "bfloat16" and "float16" are for PyTorch.
+    kv_dtype: "auto" is float32 with float32 weights and else float16. context_length: a shorter context than the
+    model's own, or a longer one where its rotary embedding is made to be stretched (see mnemos.models.rope). threads:
+    None uses all cores that the process may use.
     Errors: FormatError, UnsupportedError, ConfigError.
     """
     _check_dtypes(dtype, kv_dtype)
