@@ -63,7 +63,7 @@ def test_streams_of_arrays_give_ids_with_item(engine: InferenceEngine) -> None:
     with pytest.raises(RequestError, match="2 prompts"):
         streaming.generate_stream(np.array([[1, 2], [3, 4]]))
     streamed = streaming.generate_stream(PROMPTS[0], None, GenerationConfig(max_new_tokens=6))
-    assert [token.token_id for token in streamed] == tokens
+    assert [token.item() for token in streamed] == tokens
 
 
 def test_streams_of_text(speaker: InferenceEngine) -> None:
