@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 
 from mnemos.bench.machine import Machine, examine
@@ -84,19 +85,22 @@ def run(engine: str, command: list[str], metrics: str, figures: Figures) -> None
         if line.startswith('{"engine"'):
             figure = json.loads(line)
             figures.add(engine, figure["metric"], figure["value"])
+            remark(f"    {figure['metric']} {figure['value']} {figure['unit']}")
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         figures.missing[engine] = last[0][:200]
 
 
 def measure(commands: dict[str, list[str]], rounds: int, metrics: list[str]) -> Figures:
+    """All rounds, or what there is of them when Ctrl-C ends it."""
     figures = Figures()
-    for number in range(1, rounds + 1):
-        for metric in metrics:
-            for engine, command in commands.items():
-                if engine not in figures.missing:
-                    remark(f"round {number} of {rounds}: {metric}, {engine}")
-                    run(engine, command, metric, figures)
+    try:
+        for number, metric, (engine, command) in product(range(1, rounds + 1), metrics, commands.items()):
+            if engine not in figures.missing:
+                remark(f"round {number} of {rounds}: {metric}, {engine}")
+                run(engine, command, metric, figures)
+    except KeyboardInterrupt:
+        remark("interrupted: the table holds what was measured so far")
     return figures
 
 
