@@ -93,7 +93,11 @@ class Placement:
 
     def pages_missing(self, sequence: Sequence, rows: int) -> int:
         """How many pages the next `rows` positions need beyond those that the sequence may write to."""
-        return self._pages(sequence.done + rows) - len(sequence.pages) + self._must_copy(sequence)
+        done, pages, size = sequence.done, sequence.pages, self.page_size
+        missing = (done + rows + size - 1) // size - len(pages)
+        if done % size and self.pool.references[pages[done // size]] > 1:  # it must be copied before it is written to
+            missing += 1
+        return missing
 
     def make_room(self, count: int) -> bool:
         """True if `count` pages are free, if need be after eviction of unused prefixes."""
