@@ -137,12 +137,16 @@ void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64
 
 std::vector<const Kernels *> runnable_kernels() {
   std::vector<const Kernels *> kernels{&scalar_kernels};
-#if defined(__x86_64__)
   const CpuFeatures &cpu = cpu_features();
+#if defined(__aarch64__)
+  if (cpu.neon_dotprod) kernels.push_back(&neon_kernels);
+#elif defined(__x86_64__)
   if (cpu.avx2) kernels.push_back(&avx2_kernels);
   if (cpu.avx_vnni) kernels.push_back(&avxvnni_kernels);
   if (cpu.avx512) kernels.push_back(&avx512_kernels);
   if (cpu.avx512_bf16) kernels.push_back(&avx512bf16_kernels);
+#else
+  (void)cpu;
 #endif
   return kernels;
 }
