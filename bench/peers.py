@@ -201,6 +201,7 @@ class Vllm(StaticBatchPeer):
             VLLM_CPU_KVCACHE_SPACE="2",
             VLLM_CPU_OMP_THREADS_BIND="nobind",
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            OMP_NUM_THREADS=str(THREADS),  # else it takes one
             HF_HUB_OFFLINE="1",
         )
         from vllm import LLM, SamplingParams

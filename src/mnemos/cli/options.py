@@ -83,7 +83,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default: str | None 
     parser.add_argument("model", metavar="MODEL", nargs="?" if default else None, default=default, help=text)
     group = parser.add_argument_group("running the model")
     group.add_argument(
-        "--backend", default="auto", metavar="NAME", help="native (default) or numpy, the slow reference"
+        "--backend", default="auto", metavar="NAME", help="native (default), torch, or numpy, the reference"
     )
     group.add_argument("--dtype", default="auto", metavar="TYPE", help="auto: weights as stored; float32: expanded")
     group.add_argument("--context", type=int, metavar="N", help="context length in tokens (default: the model's)")
