@@ -49,10 +49,12 @@ class StreamingInference:
         self, prompt: Any, attention_mask: Any = None, config: GenerationConfig | None = None, **overrides: Any
     ) -> Iterator[Any]:
         """For an array or tensor of token ids, (time,) or (1, time), such an array of one id, shape (), at a time;
-        for a text or a list of ids a `StreamedToken`."""
+        for a list of ids a NumPy integer, for a text a `StreamedToken`."""
         reading = read_prompts(prompt, attention_mask, self.engine.tokenizer)
         handle = self.engine.launcher(reading.only, self.engine.make_config(config, **overrides))()
-        return _array_tokens(iter(handle), prompt) if hasattr(prompt, "shape") else iter(handle)
+        if isinstance(prompt, str):
+            return iter(handle)
+        return _array_tokens(iter(handle), prompt if hasattr(prompt, "shape") else np.array(prompt))
 
 
 class ResponseStreamer:
@@ -134,9 +136,7 @@ class _Bar:
 
 
 def _array_tokens(tokens: Iterator[StreamedToken], like: Any) -> Iterator[Any]:
-    make: Callable[[int], Any] = (
-        like.new_tensor if hasattr(like, "new_tensor") else lambda id_: np.asarray(id_, like.dtype)
-    )
+    make: Callable[[int], Any] = like.new_tensor if hasattr(like, "new_tensor") else like.dtype.type
     return (make(token.token_id) for token in tokens if token.token_id is not None)
 
 

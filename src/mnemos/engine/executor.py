@@ -107,7 +107,7 @@ class Executor:
                 counters.inter_token_seconds.append(now - times[-1])
             else:
                 counters.first_token_seconds.append(now - request.timings.submitted)
-                counters.prompt_tokens += len(request.prompt)
+                counters.prompt_tokens += len(request.source or request.prompt)
                 counters.cached_tokens += request.cached_tokens
                 self._tell("first_token", request, now)
             times.append(now)

@@ -109,6 +109,7 @@ class Runner:
             busy_seconds=counters.busy_seconds,
             model_seconds=counters.model_seconds,
             prefix_evictions=0 if tree is None else tree.evicted,
+            prefix_pages=0 if tree is None else len(tree),
             time_to_first_token=Latency.of(counters.first_token_seconds),
             inter_token_latency=Latency.of(counters.inter_token_seconds),
             drafted_tokens=counters.drafted,
@@ -134,14 +135,12 @@ class Runner:
 
     def _run(self) -> None:
         executor, inbox = self.executor, self._inbox
-        while True:
-            if not executor.has_work:
-                if self._stopping:
-                    return
-                inbox.get()()
-            while not inbox.empty():
-                inbox.get()()
+        while executor.has_work or not self._stopping:
             try:
+                if not executor.has_work:
+                    inbox.get()()
+                while not inbox.empty():
+                    inbox.get()()
                 executor.step()
             except Exception as error:  # a defect of the engine itself: nobody shall wait forever for it
                 log_exception("a step failed; all requests end")

@@ -89,6 +89,7 @@ class Statistics:
     inter_token_latency: Latency
     drafted_tokens: int
     accepted_tokens: int
+    prefix_pages: int = 0  # held by the prefix cache, also those in use
 
     @property
     def tokens_per_second(self) -> float:

@@ -17,6 +17,7 @@ class Step:
     """
 
     __slots__ = (
+        "conditions",
         "decode_rows",
         "items",
         "logit_rows",
@@ -36,12 +37,15 @@ class Step:
         self.pages: list[int] = []
         self.page_starts = [0]
         self.logit_rows: list[int] = []
+        self.conditions: list[object] = []
         self.decode_rows = 0
         self.prefill_rows = 0
 
     def add(self, request: Request, planned: list[tuple[Sequence, int]], rows: int) -> None:
         """Takes the next positions of a request's sequences, `rows` in all; their pages are there."""
         self.items.append((request, [self._add(*part) for part in planned], rows == request.pending))
+        if request.condition is not None:
+            self.conditions += [request.condition] * len(planned)
         if request.prefilling:
             self.prefill_rows += rows
         else:
@@ -68,4 +72,5 @@ class Step:
             pages=np.array(self.pages, dtype=np.int32),
             page_starts=np.array(self.page_starts, dtype=np.int32),
             logit_rows=np.array(self.logit_rows, dtype=np.int32),
+            conditions=tuple(self.conditions),
         )

@@ -55,7 +55,7 @@ class Channel:
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            if not loop.is_closed():  # else nobody reads any more
+            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(event.set)
 
         self._wake = wake
@@ -191,5 +191,5 @@ class RequestHandle:
         assembler.abandon()
         choices = sorted(assembler.choices, key=lambda choice: choice.index)
         generated = sum(len(choice.token_ids) for choice in choices)
-        usage = Usage(len(request.prompt), request.cached_tokens, generated)
+        usage = Usage(len(request.source or request.prompt), request.cached_tokens, generated)
         return Completion(choices, request.prompt, usage, request.timings)

@@ -35,6 +35,7 @@ class PrefixTree:
         self.pool = pool
         self.page_size = page_size
         self.evicted = 0  # pages, since the start
+        self.limit: int | None = None  # the most pages to remember, beside those in use
         self._roots: dict[str | None, Node] = {}
         # Least recently used first. A touched path is moved to the end leaf first, so that a node always stands behind
         # its descendants and the first nodes are leaves.
@@ -68,6 +69,8 @@ class PrefixTree:
         self.touch(path)
         if not self._roots[salt].children:
             del self._roots[salt]
+        if self.limit is not None and len(self) > self.limit:
+            self.evict(len(self) - self.limit)
 
     def root(self, salt: str | None) -> Node:
         """Where the texts of a salt begin."""
@@ -94,6 +97,11 @@ class PrefixTree:
         for node in victims:
             self._remove(node)
         return len(victims)
+
+    def restrict(self, limit: int) -> None:
+        """From now on remembers at most `limit` pages beside those in use."""
+        self.limit = limit
+        self.evict(max(0, len(self) - limit))
 
     def clear(self) -> None:
         """Forgets everything; pages that sequences still hold stay with them."""
