@@ -93,25 +93,30 @@ class InferenceEngine:
         dtype: str = "auto",
         kv_dtype: str = "auto",
         context_length: int | None = None,
+        threads: int | None = None,
         progress: Progress | None = None,
         **engine_options: Any,
     ) -> InferenceEngine:
         """An engine for a registry name, a GGUF file or a Hugging Face folder.
 
         dtype: "auto" as stored, or "float32"; kv_dtype, the cache's: "auto", "float32", "float16", "bfloat16", "int8".
-        progress: called as f(stage, done, total) while a model is fetched. Other options as of the class.
+        threads: None for all cores that the process may use. progress: called as f(stage, done, total) while a model
+        is fetched. Other options as of the class.
         """
         from mnemos.formats.checkpoint import open_checkpoint
         from mnemos.hub.sources import resolve
         from mnemos.models.load import load_model
         from mnemos.text.tokenizer import Tokenizer
 
+        _check_count("threads", threads)
         path = resolve(source) if progress is None else resolve(source, progress)
         checkpoint = open_checkpoint(path)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         building = threading.Thread(target=_prepare, args=(tokenizer,), daemon=True)
         building.start()
-        model = load_model(checkpoint, backend=backend, dtype=dtype, kv_dtype=kv_dtype, context_length=context_length)
+        model = load_model(
+            checkpoint, backend=backend, dtype=dtype, kv_dtype=kv_dtype, context_length=context_length, threads=threads
+        )
         return cls(model, tokenizer, **engine_options)
 
     # Generation.
