@@ -165,7 +165,9 @@ class BeamSearch:
                 group.add(self._hypothesis(candidate, rows[parent.branch].logits[-1], *end))
             if len(kept) == size:
                 break
-        group.done = not kept or group.is_settled(float(candidates[0].score), self._generated)
+        # As Hugging Face does it: among groups, a text that has just ended counts as one under way.
+        leading = candidates if self._settings.groups > 1 else kept
+        group.done = not kept or group.is_settled(float(leading[0].score), self._generated)
         return kept
 
     def _candidates(self, group: _Group, rows: Mapping[Branch, Rows], chosen: list[int]) -> list[_Candidate]:

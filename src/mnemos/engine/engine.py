@@ -21,15 +21,17 @@ from mnemos.engine.scoring import ForcedLogits, ForcedScore, Score
 from mnemos.engine.sequence import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
 from mnemos.engine.streaming import Channel, RequestHandle
-from mnemos.errors import ConfigError, ContextLengthError, MnemosError, RequestError
+from mnemos.errors import ConfigError, ContextLengthError, MnemosError, RequestError, UnsupportedError
 from mnemos.memory.planning import plan_pages
+from mnemos.models.contract import ConditionedModel
+from mnemos.text.adapter import adapt_tokenizer
 
 if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
     from mnemos.decoding.strategy import Floats, Strategy
     from mnemos.hub.cache import Progress
     from mnemos.memory.prefix import PrefixTree
-    from mnemos.models.contract import Model
+    from mnemos.models.contract import Model, ModelSpec
     from mnemos.text.tokenizer import Tokenizer
 
 
@@ -40,6 +42,7 @@ class InferenceEngine:
     """Runs a model for any number of callers at once. Safe to use from many threads; a context manager.
 
     model: a `Model`, or an nn.Module, which is adapted (`device` and `use_kv_cache` are for those).
+    tokenizer: a `mnemos.Tokenizer`, or any with encode(text) and decode(ids), as those of transformers.
     context_length     the most positions of a sequence; by default the model's own
     max_batch_tokens   rows of a step that holds a part of a prompt; smaller: smoother streams, slower prompts
     max_sequences      branches (a beam is one) that run at once
@@ -52,7 +55,7 @@ class InferenceEngine:
     def __init__(
         self,
         model: Any,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Any = None,
         device: str | None = None,
         use_kv_cache: bool = True,
         *,
@@ -71,15 +74,18 @@ class InferenceEngine:
             ("queue_size", queue_size),
         ):
             _check_count(name, value)
-        self.tokenizer = tokenizer
-        self.model = _as_model(model, tokenizer, device, use_kv_cache)
-        spec = self.model.spec
+        self.tokenizer: Tokenizer | None = adapt_tokenizer(tokenizer)
+        self.model = _as_model(model, self.tokenizer, device, use_kv_cache)
+        spec = _with_ends(self.model.spec, self.tokenizer)
         if context_length is not None and context_length > spec.context_length:
             raise ConfigError(f"context_length is {context_length}; the model's own is {spec.context_length}")
         self.spec = replace(spec, context_length=context_length or spec.context_length)
         pages = plan_pages(self.spec, cache_tokens)
         self.model.reserve(pages)
         limits = Limits(self.spec.context_length, max_batch_tokens, max_sequences)
+        self._conditioned = self.model if isinstance(self.model, ConditionedModel) else None
+        # What a conditioned model makes of a text depends on more than the text.
+        prefix_cache = prefix_cache and self._conditioned is None
         self._runner = Runner(self.model, pages, limits, prefix_cache, queue_size)
         # Runs when the engine is collected and at interpreter exit; holds the runner, never the engine.
         self._finalizer = weakref.finalize(self, self._runner.close, False)
@@ -94,28 +100,25 @@ class InferenceEngine:
         kv_dtype: str = "auto",
         context_length: int | None = None,
         threads: int | None = None,
+        tokenizer: Any = None,
         progress: Progress | None = None,
         **engine_options: Any,
     ) -> InferenceEngine:
-        """An engine for a registry name, a GGUF file or a Hugging Face folder.
+        """An engine for a registry name, a GGUF file, a Hugging Face folder or a training checkpoint (.pt).
 
         dtype: "auto" as stored, or "float32"; kv_dtype, the cache's: "auto", "float32", "float16", "bfloat16", "int8".
-        threads: None for all cores that the process may use. progress: called as f(stage, done, total) while a model
-        is fetched. Other options as of the class.
+        threads: None for all cores that the process may use. tokenizer: in place of the one that lies with the model.
+        progress: called as f(stage, done, total) while a model is fetched. Other options as of the class.
         """
-        from mnemos.formats.checkpoint import open_checkpoint
-        from mnemos.hub.sources import resolve
-        from mnemos.models.load import load_model
-        from mnemos.text.tokenizer import Tokenizer
-
-        _check_count("threads", threads)
-        path = resolve(source) if progress is None else resolve(source, progress)
-        checkpoint = open_checkpoint(path)
-        tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        building = threading.Thread(target=_prepare, args=(tokenizer,), daemon=True)
-        building.start()
-        model = load_model(
-            checkpoint, backend=backend, dtype=dtype, kv_dtype=kv_dtype, context_length=context_length, threads=threads
+        model, tokenizer = load_pretrained(
+            source,
+            backend=backend,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            context_length=context_length,
+            threads=threads,
+            tokenizer=tokenizer,
+            progress=progress,
         )
         return cls(model, tokenizer, **engine_options)
 
@@ -128,12 +131,31 @@ class InferenceEngine:
 
         A text gives a text, a list of texts a list; token ids give token ids and an array or tensor (batch, time) such
         an array, both with the prompt included, arrays padded on the right with pad_token_id. With n results for a
-        prompt, lists hold a list for it and arrays have n rows. `overrides` replace fields of the config.
+        prompt, lists hold a list for it and arrays have n rows. `overrides` replace fields of the config, which may
+        also stand in attention_mask's place. An encoder-decoder model's results hold the decoder's tokens only.
         """
+        from mnemos.decoding.config import GenerationConfig
+
+        if isinstance(attention_mask, GenerationConfig):
+            attention_mask, config = None, attention_mask
         wanted = read_prompts(prompts, attention_mask, self.tokenizer)
         config = self.make_config(config, **overrides)
         results = wanted.form(self._complete_all(wanted.token_ids, config), self.pad_id(config))
         return results[0] if wanted.single else results
+
+    def generate_batched(
+        self,
+        prompts: Sequence[Any],
+        max_new_tokens: int = 128,
+        batch_size: int = 4,
+        config: GenerationConfig | None = None,
+        **overrides: Any,
+    ) -> list[Any]:
+        """`generate` for many prompts, at most `batch_size` at once."""
+        from mnemos.engine.batching import BatchInference
+
+        batch = BatchInference(self, batch_size)
+        return batch.generate(prompts, config, max_new_tokens=max_new_tokens, **overrides)
 
     def complete(self, prompts: Any, config: GenerationConfig | None = None, **overrides: Any) -> Any:
         """A `Completion` for one prompt (a text or token ids), a list of them for several."""
@@ -198,6 +220,16 @@ class InferenceEngine:
         tree = self._prefix_tree()
         return self._runner.call(lambda: load_prefixes(path, tree, self.model.cache, self.spec))
 
+    def clear_prefix_cache(self) -> None:
+        """Forgets what was evaluated for earlier requests."""
+        tree = self._prefix_tree()
+        self._runner.call(tree.clear)
+
+    def limit_prefix_cache(self, pages: int) -> None:
+        """Remembers at most `pages` cache pages that nobody uses, the latest used ones."""
+        tree = self._prefix_tree()
+        self._runner.call(partial(tree.restrict, pages))
+
     def close(self, drain: bool = False) -> None:
         """Ends the engine: with `drain` after all requests are done, else at once, which ends them with an error."""
         self._runner.close(drain)
@@ -235,11 +267,22 @@ class InferenceEngine:
                 f"overflow is 'sliding' and the context {self.spec.context_length}; it needs {SMALLEST_SLIDING}"
             )
         prompt = fit_prompt(config, token_ids, self.spec)
+        source, condition = None, None
+        if self._conditioned is not None:
+            source = prompt
+            condition, prompt = self._runner.call(partial(self._conditioned.begin, source))
         self._runner.executor.scheduler.placement.check_length(len(prompt))
         strategy = make_strategy(config, prompt, self.tokenizer, self.spec)
-        return partial(self._launch, strategy, prompt, config)
+        return partial(self._launch, strategy, prompt, config, source, condition)
 
-    def _launch(self, strategy: Strategy, prompt: list[int], config: GenerationConfig) -> RequestHandle:
+    def _launch(
+        self,
+        strategy: Strategy,
+        prompt: list[int],
+        config: GenerationConfig,
+        source: list[int] | None = None,
+        condition: object = None,
+    ) -> RequestHandle:
         now = time.perf_counter()
         channel = Channel()
         request = Request(
@@ -252,6 +295,8 @@ class InferenceEngine:
             salt=config.cache_salt,
             deadline=None if config.deadline is None else now + config.deadline,
             sliding=config.overflow == "sliding",
+            source=source,
+            condition=condition,
         )
         self._runner.submit(request)
         return RequestHandle(self, request, channel, Assembler(self.tokenizer))
@@ -265,6 +310,10 @@ class InferenceEngine:
         from mnemos.decoding.build import fit_prompt
 
         self.check_thread()
+        if self._conditioned is not None:
+            raise UnsupportedError(
+                f"{self.spec.architecture} reads its prompt apart from what it writes; a text alone has no score"
+            )
         config = self.make_config()
         for prompt in prompts:
             fit_prompt(config, prompt, self.spec)
@@ -293,6 +342,45 @@ class InferenceEngine:
 def _check_count(name: str, value: object) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
+
+
+def load_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    dtype: str = "auto",
+    kv_dtype: str = "auto",
+    context_length: int | None = None,
+    threads: int | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> tuple[Model, Any]:
+    """(model, tokenizer) for `InferenceEngine.from_pretrained`."""
+    from mnemos.formats.checkpoint import open_checkpoint
+    from mnemos.hub.sources import resolve
+    from mnemos.models.load import load_model
+
+    _check_count("threads", threads)
+    path = resolve(source) if progress is None else resolve(source, progress)
+    checkpoint = open_checkpoint(path)
+    if tokenizer is None:
+        from mnemos.text.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        building = threading.Thread(target=_prepare, args=(tokenizer,), daemon=True)
+        building.start()
+    model = load_model(
+        checkpoint, backend=backend, dtype=dtype, kv_dtype=kv_dtype, context_length=context_length, threads=threads
+    )
+    return model, tokenizer
+
+
+def _with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
+    """Where the model does not say which tokens end a text, the tokenizer does."""
+    if spec.eos_token_ids:
+        return spec
+    ends = sorted(token for token in getattr(tokenizer, "eos_ids", ()) if token < spec.vocabulary_size)
+    return replace(spec, eos_token_ids=tuple(ends))
 
 
 def _as_model(model: Any, tokenizer: Tokenizer | None, device: str | None, use_kv_cache: bool) -> Model:

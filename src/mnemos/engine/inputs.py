@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from mnemos.engine.completion import Completion
 from mnemos.errors import RequestError
+from mnemos.text.processor import pad
 
 if TYPE_CHECKING:
     from mnemos.text.tokenizer import Tokenizer
@@ -130,14 +131,6 @@ def _array_form(like: Any, flat: bool) -> Callable[[list[Completion], int], Any]
         return padded.astype(like.dtype)
 
     return form
-
-
-def pad(rows: Sequence[Sequence[int]], pad_id: int) -> npt.NDArray[np.int64]:
-    """(rows, longest) int64, filled up with `pad_id` on the right."""
-    padded = np.full((len(rows), max(map(len, rows))), pad_id, dtype=np.int64)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = row
-    return padded
 
 
 def _whole_rows(completion: Completion) -> list[list[int]]:

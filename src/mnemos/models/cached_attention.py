@@ -33,6 +33,8 @@ class KVCache:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ConfigError(f"{name} is {size!r}; expected a whole number of at least 1")
         self.max_length: int | None = max_length
+        self.max_batch_size: int | None = batch_size
+        self.max_seq_len: int | None = max_length
         self.device = torch.device(device)
         self.length = 0
         shape = (batch_size, num_heads, max_length, head_dim)
@@ -40,10 +42,11 @@ class KVCache:
         self.values = [torch.zeros(shape, device=self.device, dtype=dtype) for _ in range(num_layers)]
 
     @classmethod
-    def growing(cls) -> KVCache:
-        """A cache without sizes: layers, batch and length follow the updates."""
+    def growing(cls, max_batch_size: int | None = None, max_seq_len: int | None = None) -> KVCache:
+        """A cache without sizes: layers, batch and length follow the updates, at most up to these limits."""
         cache = cls.__new__(cls)
         cache.max_length, cache.length, cache.keys, cache.values = None, 0, [], []
+        cache.max_batch_size, cache.max_seq_len = max_batch_size, max_seq_len
         cache.device = torch.device("cpu")
         return cache
 
@@ -81,6 +84,13 @@ class KVCache:
         return held[:, :, :end], self.values[layer_idx][:, :, :end]
 
     def _grow(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + key.shape[2]
+        for name, limit, size in (
+            ("max_batch_size", self.max_batch_size, key.shape[0]),
+            ("max_seq_len", self.max_seq_len, end),
+        ):
+            if limit is not None and size > limit:
+                raise ConfigError(f"{name} of the cache is {limit}; {size} are needed: make it larger")
         if layer_idx == len(self.keys):
             self.keys.append(key)
             self.values.append(value)

@@ -306,16 +306,11 @@ def adapt(
             f"{type(module).__name__} has its parameters on {caller.device} but device is {device!r}; "
             f"expected device={str(caller.device)!r}, or move the module with .to({device!r}) first"
         )
-    training = module.training
-    module.eval()
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         from mnemos.models.foreign.encoder_decoder import adapt_encoder_decoder
 
         return adapt_encoder_decoder(module, caller, context_length)
-    try:
-        abilities = Probe(caller).run(use_kv_cache)
-    finally:
-        module.train(training)
+    abilities = Probe(caller).run(use_kv_cache)
     if vocabulary_size is not None and vocabulary_size > abilities.vocabulary:
         raise ModelError(
             f"the tokenizer has {vocabulary_size} tokens but {describe(module)} returns {abilities.vocabulary} logits; "

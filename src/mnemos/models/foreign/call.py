@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,17 +129,23 @@ class Caller:
             arguments[names.offset] = int(positions[0, 0])
         if names.logits_to_keep and last_only:
             arguments["logits_to_keep"] = 1
+        self.hidden = None
+        with self.running(ids):
+            if names.ids == "input_ids":
+                output = self.module(input_ids=ids, **arguments)
+            else:
+                output = self.module(ids, **arguments)
+        return read_output(output, self.module)
+
+    @contextmanager
+    def running(self, ids: Tensor) -> Iterator[None]:
+        """Evaluation mode, no gradients, and a ModelError for whatever the module raises over `ids`."""
         training = self.module.training
         if training:
             self.module.eval()
-        self.hidden = None
         try:
             with torch.inference_mode():
-                output = (
-                    self.module(ids, **arguments)
-                    if names.ids != "input_ids"
-                    else self.module(input_ids=ids, **arguments)
-                )
+                yield
         except Exception as error:
             raise ModelError(
                 f"{describe(self.module)} raised {type(error).__name__}: {error} "
@@ -147,7 +154,6 @@ class Caller:
         finally:
             if training:
                 self.module.train()
-        return read_output(output, self.module)
 
 
 def read_output(output: Any, module: nn.Module) -> Answer:

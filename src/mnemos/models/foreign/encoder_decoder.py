@@ -32,15 +32,15 @@ class Encoded:
 class EncoderDecoderModel(ForeignModel):
     """The decoder, with each sequence's encoder output and the keys and values over it kept in its slot."""
 
-    start_token: int
+    start_tokens: list[int]
 
     def begin(self, prompt: Sequence[int]) -> tuple[object, list[int]]:
-        """Runs the encoder over the prompt; the decoder begins with the model's start token."""
-        with torch.inference_mode():
-            ids = torch.tensor([list(prompt)], device=self._caller.device)
+        """Runs the encoder over the prompt; the decoder begins with the model's start tokens."""
+        ids = torch.tensor([list(prompt)], device=self._caller.device)
+        with self._caller.running(ids):
             encoder: Any = self.module.get_encoder
             states = encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
-        return Encoded(states), [self.start_token]
+        return Encoded(states), list(self.start_tokens)
 
     def _partition(self, jobs: list[Job]) -> list[list[Job]]:
         parts: dict[tuple[int, int], list[Job]] = {}
@@ -62,7 +62,7 @@ class EncoderDecoderModel(ForeignModel):
         encoded = [job.slot.condition.states for job in jobs]
         states, mask = _side_by_side(encoded) if mask is None else (encoded[0], mask)
         ids, _ = self._pad([job.new for job in jobs])
-        with torch.inference_mode():
+        with self._caller.running(ids):
             output = self.module(
                 # The states themselves are read only where the keys and values over them are not known yet.
                 encoder_outputs=(states.expand(len(jobs), -1, -1),),
@@ -111,20 +111,13 @@ def _side_by_side(states: list[Tensor]) -> tuple[Tensor, Tensor]:
 def adapt_encoder_decoder(module: nn.Module, caller: Caller, context_length: int | None) -> EncoderDecoderModel:
     """Makes a model of a Hugging Face encoder-decoder module. ConfigError: it does not say how the decoder begins."""
     config: Any = module.config
-    start = next(
-        (
-            value
-            for holder in (getattr(module, "generation_config", None), config)
-            if (value := getattr(holder, "decoder_start_token_id", None)) is not None
-        ),
-        None,
-    )
+    start = _setting(module, "decoder_start_token_id")
     if start is None:
         raise ConfigError(f"{type(module).__name__}'s decoder_start_token_id is None; set it in its config")
     found = (getattr(config, name, None) for name in CONTEXT_NAMES if name != "max_length")
     context = context_length or next((n for n in found if isinstance(n, int) and n > 0), DEFAULT_CONTEXT)
-    with torch.inference_mode():
-        ids = torch.tensor([[start]], device=caller.device)
+    ids = torch.tensor([[start]], device=caller.device)
+    with caller.running(ids):
         output = module(input_ids=ids, decoder_input_ids=ids, use_cache=False)
     eos = getattr(module, "generation_config", config).eos_token_id
     spec = ModelSpec(
@@ -140,5 +133,14 @@ def adapt_encoder_decoder(module: nn.Module, caller: Caller, context_length: int
     )
     abilities = Abilities(output.logits.shape[-1], 0, False, HuggingFaceStyle(), [], True, False)
     model = EncoderDecoderModel(module, abilities, caller, spec)
-    model.start_token = int(start)
+    forced = _setting(module, "forced_bos_token_id")  # such as the language to translate into
+    model.start_tokens = [int(start)] if forced is None else [int(start), int(forced)]
     return model
+
+
+def _setting(module: nn.Module, name: str) -> Any:
+    """What the module's generation config, or else its config, says."""
+    for holder in (getattr(module, "generation_config", None), module.config):
+        if (value := getattr(holder, name, None)) is not None:
+            return value
+    return None

@@ -177,6 +177,11 @@ class Probe:
         for piece in pieces:
             logits, past = self.step(style, self.ids[:1, start : start + piece], past, start)
             start += piece
+            if logits.shape[::2] != whole.shape[::2]:
+                raise ModelError(
+                    f"{describe(self.caller.module)} returned logits of shape {tuple(logits.shape)} with its cache; "
+                    f"expected (1, {piece}, {whole.shape[2]})"
+                )
             if logits.shape[1] == piece and whole.shape[1] == PROBE_LENGTH:
                 difference = max(difference, (logits - whole[:, start - piece : start]).abs().max().item())
             elif start == PROBE_LENGTH:

@@ -1,0 +1,44 @@
+"""Limits of an engine and defaults of its texts in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mnemos.decoding.config import GenerationConfig
+    from mnemos.engine.engine import InferenceEngine
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """max_batch_size: sequences that run at once; max_seq_length: positions of a sequence, prompt included; use_cache:
+    keys and values are kept between steps. The rest are the sampling parameters of `generation()`."""
+
+    max_batch_size: int = 32
+    max_seq_length: int = 2048
+    default_temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 50
+    repetition_penalty: float = 1.1
+    use_cache: bool = True
+
+    def generation(self, **overrides: Any) -> GenerationConfig:
+        """How texts are generated; `overrides` replace or add fields."""
+        from mnemos.decoding.config import GenerationConfig
+
+        fields = {
+            "do_sample": True,
+            "temperature": self.default_temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+            "max_length": self.max_seq_length,
+        }
+        return GenerationConfig(**{**fields, **overrides})
+
+    def engine(self, model: Any, tokenizer: Any = None, device: str | None = None) -> InferenceEngine:
+        """An engine within these limits."""
+        from mnemos.engine.engine import InferenceEngine
+
+        return InferenceEngine(model, tokenizer, device, self.use_cache, max_sequences=self.max_batch_size)

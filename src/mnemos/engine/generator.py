@@ -1,0 +1,60 @@
+"""Texts from a training checkpoint and the folder of its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mnemos.engine.engine import InferenceEngine
+from mnemos.text.tokenizer import Tokenizer
+
+
+class Generator:
+    """A checkpoint ({'model_args': ..., 'model': state_dict} or any model that Mnemos reads), ready to write.
+
+    checkpoint_path   as of `InferenceEngine.from_pretrained`
+    tokenizer_path    a tokenizer.json or the folder that holds one
+    device            "cpu": the native backend; any other is PyTorch's, such as "cuda"
+    """
+
+    def __init__(
+        self,
+        checkpoint_path: str | os.PathLike[str],
+        tokenizer_path: str | os.PathLike[str],
+        device: str = "cpu",
+        **engine_options: Any,
+    ) -> None:
+        self.tokenizer = Tokenizer.from_file(os.fspath(tokenizer_path))
+        backend = "auto" if device == "cpu" else f"torch:{device}"
+        options = {"backend": backend, "tokenizer": self.tokenizer, **engine_options}
+        self.engine = InferenceEngine.from_pretrained(checkpoint_path, **options)
+
+    def generate(
+        self, prompt: str, max_new_tokens: int = 50, temperature: float = 0.7, top_p: float = 0.9, **overrides: Any
+    ) -> str:
+        """The prompt and the text that continues it. temperature 0 always takes the most probable token."""
+        return self.generate_batch([prompt], 1, max_new_tokens, temperature, top_p, **overrides)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        batch_size: int = 8,
+        max_new_tokens: int = 50,
+        temperature: float = 0.7,
+        top_p: float = 0.9,
+        **overrides: Any,
+    ) -> list[str]:
+        """As `generate`, for many prompts, at most `batch_size` at once."""
+        sampling = {"temperature": temperature, "top_p": top_p, **overrides}
+        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        rows = self.engine.generate_batched(ids, max_new_tokens, batch_size, **sampling)
+        return [self.tokenizer.decode(row) for row in rows]
+
+    def generate_stream(
+        self, prompt: str, max_new_tokens: int = 50, temperature: float = 0.7, top_p: float = 0.9, **overrides: Any
+    ) -> Iterator[int]:
+        """The new tokens' ids as they come; `engine.stream` gives their texts too."""
+        sampling = {"temperature": temperature, "top_p": top_p, **overrides}
+        stream = self.engine.stream(prompt, max_new_tokens=max_new_tokens, **sampling)
+        return (token.token_id for token in stream if token.token_id is not None)

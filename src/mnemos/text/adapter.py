@@ -1,0 +1,144 @@
+"""Tokenizers of other libraries (transformers, tokenizers, one's own), used as the engine uses its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from mnemos.errors import ConfigError, RequestError, UnsupportedError
+
+_HALF = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for a character whose last bytes are still to come
+
+
+def adapt_tokenizer(tokenizer: Any) -> Any:
+    """`tokenizer` if it has the interface of `mnemos.Tokenizer`, else a wrapper around it.
+
+    A foreign one has encode(text) -> ids, or is called and answers with input_ids, and has decode(ids) -> text. With
+    keywords add_special_tokens and skip_special_tokens they are used. ConfigError for anything else.
+    """
+    if tokenizer is None or all(hasattr(tokenizer, name) for name in ("encode", "decoder", "vocabulary_size")):
+        return tokenizer
+    if not callable(getattr(tokenizer, "decode", None)) or not (hasattr(tokenizer, "encode") or callable(tokenizer)):
+        raise ConfigError(
+            f"tokenizer is a {type(tokenizer).__name__}; expected a mnemos.Tokenizer, or an object with encode(text) "
+            "and decode(ids) as those of transformers have"
+        )
+    return ForeignTokenizer(tokenizer)
+
+
+class ForeignTokenizer:
+    """A tokenizer with encode and decode behind the interface of `mnemos.Tokenizer`, as far as the engine needs it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self._encode = inner.encode if hasattr(inner, "encode") else inner
+        self._takes_add_special = _takes(self._encode, "add_special_tokens")
+        self._takes_skip_special = _takes(inner.decode, "skip_special_tokens")
+        self._tidies = hasattr(inner, "clean_up_tokenization_spaces")  # " ." to ".": not reversible piece by piece
+        # Behind another token, a text keeps the leading space that decoding by itself may strip.
+        self._anchor = self.encode("a", add_special=False)[-1:] if self._takes_skip_special else []
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of a text."""
+        if not isinstance(text, str):
+            raise RequestError(f"the text to encode is of type {type(text).__name__}; it must be a str")
+        ids = self._encode(text, add_special_tokens=add_special) if self._takes_add_special else self._encode(text)
+        if hasattr(ids, "keys"):
+            ids = ids["input_ids"]
+        ids = getattr(ids, "input_ids", getattr(ids, "ids", ids))
+        return [int(token) for token in ids]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
+        """The text of token ids; `continues`: they go on from other text, so that a leading space stays."""
+        ids = [int(token) for token in ids]
+        if not continues or not self._anchor:
+            return self._decode(ids, skip_special)
+        before = self._decode(self._anchor, skip_special)
+        return self._decode([*self._anchor, *ids], skip_special)[len(before) :]
+
+    def decoder(self, skip_special: bool = True, continues: bool = False) -> ForeignDecoder:
+        """A decoder for a stream of ids; what it yields adds up to what `decode` gives."""
+        return ForeignDecoder(self, skip_special, self._anchor if continues else [])
+
+    def _decode(self, ids: list[int], skip_special: bool) -> str:
+        options = {"skip_special_tokens": skip_special} if self._takes_skip_special else {}
+        if self._tidies:
+            options["clean_up_tokenization_spaces"] = False
+        return str(self.inner.decode(ids, **options))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        raise UnsupportedError(
+            f"the bytes of single tokens are not known of a {type(self.inner).__name__}; constrained texts need "
+            "mnemos.Tokenizer.from_file('tokenizer.json')"
+        )
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids run from 0 to one less than this."""
+        for name in ("vocab_size", "n_vocab", "get_vocab_size", "get_piece_size"):
+            size = getattr(self.inner, name, None)
+            if size is not None:
+                size = int(size() if callable(size) else size)
+                return max(size, len(self.inner)) if hasattr(self.inner, "__len__") else size
+        if hasattr(self.inner, "__len__"):
+            return len(self.inner)
+        return 1  # unknown: whatever the model has will do
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(getattr(self.inner, "all_special_ids", ()))
+
+    @property
+    def bos_id(self) -> int | None:
+        return getattr(self.inner, "bos_token_id", None)
+
+    @property
+    def eos_id(self) -> int | None:
+        return getattr(self.inner, "eos_token_id", None)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset(() if self.eos_id is None else (self.eos_id,))
+
+    @property
+    def pad_id(self) -> int | None:
+        return getattr(self.inner, "pad_token_id", None)
+
+
+class ForeignDecoder:
+    """Turns token ids into text one by one, by decoding the latest ones together; whole characters only."""
+
+    def __init__(self, tokenizer: ForeignTokenizer, skip_special: bool, anchor: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._ids = list(anchor)
+        self._shown = len(anchor)  # of `_ids`, how many have been given out as text
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token; may be empty."""
+        self._ids.append(int(token_id))
+        piece = self._rest()
+        if piece.endswith(_HALF):
+            return ""
+        if piece:
+            del self._ids[: self._shown]
+            self._shown = len(self._ids)
+        return piece
+
+    def finish(self) -> str:
+        """What was still waiting."""
+        return self._rest()
+
+    def _rest(self) -> str:
+        before = self._tokenizer._decode(self._ids[: self._shown], self._skip_special)
+        return self._tokenizer._decode(self._ids, self._skip_special)[len(before) :]
+
+
+def _takes(function: Any, keyword: str) -> bool:
+    """Whether a callable has a parameter of that name, or takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a compiled library without a signature
+        return False
+    return any(p.name == keyword or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
