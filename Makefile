@@ -44,7 +44,7 @@ native:
 # The operators' tests under AddressSanitizer and UBSan, with a build of their own that nothing else uses.
 SANITIZED := build/sanitize
 sanitize:
-	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE="$(NATIVE_PYTHON)" -DMNEMOS_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo >/dev/null
+	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE="$(NATIVE_PYTHON)" -DMNEMOS_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug >/dev/null
 	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake --build $(SANITIZED)
 	@rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package && cp -r src/mnemos $(SANITIZED)/package/
 	@rm -f $(SANITIZED)/package/mnemos/_native*.so && cp $(SANITIZED)/native/_native*.so $(SANITIZED)/package/mnemos/
