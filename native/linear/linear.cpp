@@ -45,7 +45,6 @@ const TypeInfo *info_of(WeightType type) {
 }
 
 constexpr size_t huge_page = size_t(1) << 21;
-// Kernels may prefetch a little past the end; they never load there.
 size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 uint8_t *allocate(size_t bytes) {
@@ -157,12 +156,6 @@ const Kernels *find_kernels(const char *name) {
   for (const Kernels *kernels : runnable_kernels())
     if (strcmp(kernels->name, name) == 0) return kernels;
   return nullptr;
-}
-
-const Kernels &current_kernels() {
-  const Isa level = current_isa();
-  const Kernels *kernels = find_kernels(isa_name(level));
-  return kernels != nullptr ? *kernels : *runnable_kernels().back();
 }
 
 }  // namespace mnemos

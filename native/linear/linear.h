@@ -25,15 +25,13 @@ int64_t block_columns(WeightType type);
 // Bytes of one row in the file's form.
 int64_t row_bytes(WeightType type, int64_t columns);
 
-// The kernels of one instruction set: "scalar", "avx2", "avxvnni", "avx512", "avx512_bf16", "amx"; "neon", "neon_i8mm".
+// The kernels of one instruction set: "scalar", "avx2", "avxvnni", "avx512", "avx512_bf16"; "neon".
 struct Kernels;
 const char *name_of(const Kernels &kernels);
 // Those that this machine can run, slowest first; "scalar" is always there.
 std::vector<const Kernels *> runnable_kernels();
 // Null if the name is unknown or the machine cannot run it.
 const Kernels *find_kernels(const char *name);
-// Those of the level that `current_isa()` names (see cpu.h).
-const Kernels &current_kernels();
 
 // What a matrix wants its input to be: float32; bfloat16; or int8 in blocks of 32 columns, each with a float32 scale.
 enum class Form : int32_t { f32, bf16, int8 };

@@ -194,7 +194,8 @@ void store_record(const Layout &layout, const RecordRow &row, int r, uint8_t *re
 // The inverse of store_codes.
 void load_codes(const Layout &layout, const uint8_t *block, int r, uint8_t *codes) {
   auto get = [&](int vector) { return read_word(block + vector * 64 + r * 4); };
-  const uint32_t ones = 0x01010101, base_bits = ones * ((1u << layout.base) - 1), high_bits = ones * ((1u << layout.high) - 1);
+  const uint32_t ones = 0x01010101;
+  const uint32_t base_bits = ones * ((1u << layout.base) - 1), high_bits = ones * ((1u << layout.high) - 1);
   const int per_vector = 8 / layout.base, per_high = layout.high == 0 ? 1 : 8 / layout.high;
   const int vectors = 8 / per_vector, high_vectors = 8 / per_high;
   uint32_t words[8];
@@ -242,7 +243,8 @@ size_t float_offset(WeightType layout, int r, int64_t column) {
 }
 
 // Columns begin to end of a row.
-void pack_floats(const Layout &layout, WeightType type, const uint8_t *raw, int64_t begin, int64_t end, int r, uint8_t *panel) {
+void pack_floats(const Layout &layout, WeightType type, const uint8_t *raw, int64_t begin, int64_t end, int r,
+                 uint8_t *panel) {
   const int size = type == WeightType::f32 ? 4 : 2;
   if (layout.type == WeightType::bf16) {
     for (int64_t c = begin; c < end; c += 2)

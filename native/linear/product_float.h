@@ -1,0 +1,95 @@
+// Products with weights in float32, float16 or bfloat16; see tiles.h.
+#pragma once
+
+#include "linear/tiles.h"
+
+namespace mnemos {
+namespace {
+
+// Columns that the float products sum before they add to the total: short sums round less.
+constexpr int64_t float_chunk = 256;
+
+// The even (0) or odd (1) one of two columns.
+template <class S, WeightType W, int Which>
+inline typename S::Floats load_column(const uint8_t *pair) {
+  if constexpr (W == WeightType::f32) return S::load(reinterpret_cast<const float *>(pair + Which * 64));
+  else if constexpr (W == WeightType::f16) return S::load_halves(pair + Which * 32);
+  else return Which == 0 ? S::load_low_bfloats(pair) : S::load_high_bfloats(pair);
+}
+
+// The float forms: columns first to first + columns of P panels by R rows, added to the output.
+template <class S, WeightType W, int P, int R>
+void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, int64_t first, int64_t columns,
+                const Output &out) {
+  typename S::Floats sums[R][P];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) sums[r][p] = S::zero();
+  constexpr int column_bytes = W == WeightType::f32 ? 64 : 32;
+  auto advance = [&](int64_t c, const typename S::Floats *weights) {
+    for (int r = 0; r < R; r++) {
+      const auto x = S::broadcast(input.values[(row + r) * input.padded + c]);
+      for (int p = 0; p < P; p++) sums[r][p] = S::fma(weights[p], x, sums[r][p]);
+    }
+  };
+  typename S::Floats weights[P];
+  int64_t c = first;
+  for (; c + 1 < first + columns; c += 2) {  // two columns a step: the bfloat16 layout has them side by side
+    const int64_t at = c * column_bytes;
+    if constexpr (R <= 2)  // few rows: reading the weights is the work
+      for (int p = 0; p < P; p++)
+        for (int line = 0; line < 2 * column_bytes; line += 64) __builtin_prefetch(panels[p] + at + prefetch_bytes + line);
+    if constexpr (W == WeightType::bf16 && S::bf16_form == Form::bf16) {
+      for (int r = 0; r < R; r++) {
+        const auto x = S::broadcast_bfloats(input.halves + (row + r) * input.padded + c);
+        for (int p = 0; p < P; p++) sums[r][p] = S::dot_bfloats(sums[r][p], S::load(panels[p] + at), x);
+      }
+    } else {
+      for (int p = 0; p < P; p++) weights[p] = load_column<S, W, 0>(panels[p] + at);
+      advance(c, weights);
+      for (int p = 0; p < P; p++) weights[p] = load_column<S, W, 1>(panels[p] + at);
+      advance(c + 1, weights);
+    }
+  }
+  if (c < first + columns) {
+    if constexpr (W == WeightType::bf16 && S::bf16_form == Form::bf16) {  // the layout and the input end with a zero
+      for (int r = 0; r < R; r++) {
+        const auto x = S::broadcast_bfloats(input.halves + (row + r) * input.padded + c);
+        for (int p = 0; p < P; p++) sums[r][p] = S::dot_bfloats(sums[r][p], S::load(panels[p] + c * column_bytes), x);
+      }
+    } else {
+      for (int p = 0; p < P; p++) weights[p] = load_column<S, W, 0>(panels[p] + c * column_bytes);
+      advance(c, weights);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) {
+      float *y = out.rows[p] + r * out.stride[p];
+      S::store(y, S::add(S::load(y), sums[r][p]));
+    }
+}
+
+template <class S, WeightType W, int P>
+void multiply_float(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
+                    float *y, int64_t y_stride) {
+  const uint8_t *panels[P];
+  for (int p = 0; p < P; p++) panels[p] = matrix.panel(panel + p);
+  for (int64_t first = 0; first < matrix.columns; first += float_chunk) {
+    const int64_t count = smaller(float_chunk, matrix.columns - first);
+    for_tiles<P, S::float_rows>(matrix, panel, row_begin, row_end, y, y_stride,
+              [&](auto r, int64_t row, const Output &out) {
+      float_tile<S, W, P, r>(panels, input, row, first, count, out);
+    });
+  }
+}
+
+template <class S, WeightType W>
+void multiply_floats(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                     int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
+  for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
+    start_rows(matrix, panel, panels, row_begin, row_end, y, y_stride, bias);
+    multiply_float<S, W, panels>(matrix, input, row_begin, row_end, panel, y, y_stride);
+  });
+}
+
+}  // namespace
+}  // namespace mnemos

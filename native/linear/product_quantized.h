@@ -1,0 +1,275 @@
+// Products with quantized weights and int8 activations; see tiles.h.
+#pragma once
+
+#include "linear/tiles.h"
+
+namespace mnemos {
+namespace {
+
+// Columns of a chunk of the quantized products: the codes of two panels, expanded to bytes, stay in the level-1 cache.
+constexpr int chunk_blocks = 24;
+
+// What a block's arithmetic needs, for all storage types: one scale or one for each half, with minima or an offset.
+template <const Layout &L>
+constexpr int scale_vectors = (L.halves() ? 2 : 1) * (L.minimum() ? 2 : 1);
+
+struct Expanded {  // panels of one chunk, ready to multiply
+  alignas(64) uint8_t codes[most_panels][chunk_blocks * 512];
+  alignas(64) float scales[most_panels][chunk_blocks * 4 * 16];
+};
+
+// Vector v of a block (columns 4v..4v+3) as unsigned codes, a byte each.
+template <class S, const Layout &L, int V>
+inline typename S::Bytes code_vector(const uint8_t *block) {
+  typename S::Bytes code;
+  if constexpr (L.base == 8) {
+    code = S::load(block + V * 64);
+  } else if constexpr (L.base == 4) {
+    code = S::template bits<-(V / 4 * 4), 15>(S::load(block + V % 4 * 64));
+  } else {
+    code = S::template bits<-(V / 2 * 2), 3>(S::load(block + V % 2 * 64));
+  }
+  const uint8_t *plane = block + L.base * 64;
+  if constexpr (L.high == 1) code = S::either(code, S::template bits<L.base - V, 1 << L.base>(S::load(plane)));
+  if constexpr (L.high == 2)
+    code = S::either(code, S::template bits<L.base - V / 2 * 2, 3 << L.base>(S::load(plane + V % 2 * 64)));
+  if constexpr (L.table) code = S::lookup(code, iq4_values);
+  return code;
+}
+
+// The scales of one block of a record: scale, or both halves' scales; then what is added for each unit of activation.
+template <class S, const Layout &L>
+inline void load_scales(const uint8_t *record, int block, typename S::Floats *out) {
+  const uint8_t *subscales = record + L.group * L.code_bytes(), *minima = subscales + L.subscales() * 16;
+  const uint8_t *supers = L.minimum() ? minima + L.subscales() * 16 : minima;
+  const typename S::Floats scale = S::load_halves(supers);
+  if constexpr (L.subscales() == 0) {
+    out[0] = scale;
+    if constexpr (L.minimum()) out[1] = S::load_halves(supers + 32);
+  } else {
+    constexpr int parts = L.halves() ? 2 : 1;
+    for (int i = 0; i < parts; i++) out[i] = S::multiply(scale, S::load_int8s(subscales + (block * parts + i) * 16));
+    if constexpr (L.minimum()) {
+      const typename S::Floats minimum = S::negate(S::load_halves(supers + 32));
+      for (int i = 0; i < parts; i++)
+        out[parts + i] = S::multiply(minimum, S::load_int8s(minima + (block * parts + i) * 16));
+    }
+  }
+}
+
+// Blocks first to first + count of a panel, expanded into bytes and float32 scales.
+template <class S, const Layout &L>
+void expand(const uint8_t *panel, int64_t first, int64_t count, uint8_t *codes, float *scales) {
+  const uint8_t *record = panel + first / L.group * L.record_bytes();
+  for (int64_t done = 0; done < count; done += L.group, record += L.record_bytes())
+    for (int block = 0; block < L.group; block++) {
+      const uint8_t *source = record + block * L.code_bytes();
+      unroll<8>([&](auto v) { S::store(codes + v * 64, code_vector<S, L, v>(source)); });
+      codes += 512;
+      typename S::Floats values[4];
+      load_scales<S, L>(record, block, values);
+      for (int i = 0; i < scale_vectors<L>; i++) S::store(scales + i * 16, values[i]);
+      scales += scale_vectors<L> * 16;
+    }
+}
+
+// One block of the activations of one row.
+struct Activation {
+  float scale, sum;
+  const int32_t *counts;
+};
+
+template <class S, const Layout &L>
+constexpr int offset_of = S::signed_bytes && L.bits() == 8 ? L.offset - 128 : L.offset;
+
+// What the dot products of a block (of its first and second half) start from, so that they end without the codes' offset.
+template <class S, const Layout &L>
+inline int32_t start_of(const int32_t *counts, int half) {
+  if constexpr (offset_of<S, L> == 0) return 0;
+  if constexpr (L.halves()) return -offset_of<S, L> * counts[half];
+  return half == 0 ? -offset_of<S, L> * (counts[0] + counts[1]) : 0;
+}
+
+// Adds one block to the totals. Every kernel ends a block here: this is the order of rounding that they share.
+// Without halves `first` is the whole block's dot product and `second` is ignored.
+template <class S, const Layout &L>
+inline typename S::Floats add_block(typename S::Floats total, typename S::Ints first, typename S::Ints second,
+                                    const typename S::Floats *scales, const Activation &x) {
+  if constexpr (L.halves()) {
+    typename S::Floats part = S::multiply(scales[0], S::to_floats(first));
+    part = S::fma(scales[1], S::to_floats(second), part);
+    total = S::fma(part, S::broadcast(x.scale), total);
+    if constexpr (L.minimum()) {
+      total = S::fma(scales[2], S::broadcast(x.scale * float(x.counts[0])), total);
+      total = S::fma(scales[3], S::broadcast(x.scale * float(x.counts[1])), total);
+    }
+  } else {
+    total = S::fma(S::multiply(scales[0], S::broadcast(x.scale)), S::to_floats(first), total);
+    if constexpr (L.minimum()) total = S::fma(scales[1], S::broadcast(x.sum), total);
+  }
+  return total;
+}
+
+// Asks for the packed weights that come after the ones at work, a few lines with each block, so that memory and
+// arithmetic overlap.
+struct Prefetch {
+  const uint8_t *next[most_panels];
+  int64_t bytes, step, done;
+
+  void advance(int panels) {
+    for (const int64_t end = smaller(bytes, done + step); done < end; done += 64)
+      for (int p = 0; p < panels; p++) __builtin_prefetch(next[p] + done, 0, 2);
+  }
+};
+
+// P panels by R rows over the blocks of one chunk.
+template <class S, const Layout &L, int P, int R>
+void tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
+          const Output &out, Prefetch &prefetch) {
+  typename S::Floats totals[R][P];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) totals[r][p] = S::load(out.rows[p] + r * out.stride[p]);
+  const int64_t row_blocks = input.padded / 32, at = row * row_blocks + first_block;
+  for (int64_t b = 0; b < blocks; b++) {
+    prefetch.advance(P);
+    const int8_t *quants = input.quants + (at + b) * 32;
+    const int32_t *counts = input.counts + (at + b) * 2;
+    typename S::Ints dots[2][R][P];
+    auto half = [&](int h) {
+      for (int r = 0; r < R; r++) {
+        const auto start = S::template begin<L.bits()>(start_of<S, L>(counts + r * row_blocks * 2, h));
+        for (int p = 0; p < P; p++) dots[L.halves() ? h : 0][r][p] = start;
+      }
+    };
+    half(0);
+    unroll<8>([&](auto v) {
+      if (L.halves() && v == 4) half(1);
+      constexpr int h = L.halves() ? v / 4 : 0;
+      typename S::Bytes codes[P];
+      for (int p = 0; p < P; p++) codes[p] = S::load(weights.codes[p] + b * 512 + v * 64);
+      for (int r = 0; r < R; r++) {
+        const auto x = S::broadcast_quad(quants + r * row_blocks * 32 + v * 4);
+        for (int p = 0; p < P; p++) dots[h][r][p] = S::template dot<L.bits()>(dots[h][r][p], codes[p], x);
+      }
+    });
+    for (int p = 0; p < P; p++) {
+      typename S::Floats scales[4];
+      for (int i = 0; i < scale_vectors<L>; i++)
+        scales[i] = S::load(weights.scales[p] + (b * scale_vectors<L> + i) * 16);
+      for (int r = 0; r < R; r++) {
+        const int64_t index = at + r * row_blocks + b;
+        const Activation x{input.scales[index], input.sums[index], input.counts + index * 2};
+        const auto first = S::template end<L.bits()>(dots[0][r][p], start_of<S, L>(x.counts, 0));
+        const auto second = S::template end<L.bits()>(dots[1][r][p], start_of<S, L>(x.counts, 1));
+        totals[r][p] = add_block<S, L>(totals[r][p], first, second, scales, x);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) S::store(out.rows[p] + r * out.stride[p], totals[r][p]);
+}
+
+// One panel by R rows over all blocks, straight from the packed form: for few rows, where reading the weights is the work.
+template <class S, const Layout &L, int R>
+void stream(const uint8_t *panel, const Input &input, int64_t row, const Output &out) {
+  typename S::Floats totals[R];
+  for (int r = 0; r < R; r++) totals[r] = S::load(out.rows[0] + r * out.stride[0]);
+  const int64_t row_blocks = input.padded / 32;
+  int64_t at = row * row_blocks;
+  for (int64_t done = 0; done < row_blocks; done += L.group, panel += L.record_bytes()) {
+    for (int ahead = 0; ahead < L.record_bytes(); ahead += 64) __builtin_prefetch(panel + prefetch_bytes + ahead);
+    for (int block = 0; block < L.group; block++, at++) {
+      const uint8_t *source = panel + block * L.code_bytes();
+      typename S::Ints dots[2][R];
+      int32_t starts[2][R];
+      for (int r = 0; r < R; r++)
+        for (int h = 0; h < 2; h++) {
+          starts[h][r] = start_of<S, L>(input.counts + (at + r * row_blocks) * 2, h);
+          dots[h][r] = S::template begin<L.bits()>(starts[h][r]);
+        }
+      unroll<8>([&](auto v) {
+        const auto codes = code_vector<S, L, v>(source);
+        for (int r = 0; r < R; r++) {
+          const auto x = S::broadcast_quad(input.quants + (at + r * row_blocks) * 32 + v * 4);
+          dots[v / 4][r] = S::template dot<L.bits()>(dots[v / 4][r], codes, x);
+        }
+      });
+      typename S::Floats scales[4];
+      load_scales<S, L>(panel, block, scales);
+      for (int r = 0; r < R; r++) {
+        const int64_t index = at + r * row_blocks;
+        const Activation x{input.scales[index], input.sums[index], input.counts + index * 2};
+        auto first = S::template end<L.bits()>(dots[0][r], starts[0][r]);
+        const auto second = S::template end<L.bits()>(dots[1][r], starts[1][r]);
+        if constexpr (!L.halves()) first = S::add_ints(first, second);
+        totals[r] = add_block<S, L>(totals[r], first, second, scales, x);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++) S::store(out.rows[0] + r * out.stride[0], totals[r]);
+}
+
+// Layouts that differ only in how they are stored share their tiles.
+template <const Layout &L>
+constexpr const Layout &same_arithmetic() {
+  if constexpr (L.halves()) return L;
+  else if constexpr (L.minimum()) return L.bits() == 4 ? layouts::q4_1 : layouts::q5_1;
+  else return L.table ? layouts::q8_0 : L;
+}
+
+template <class S, const Layout &L, int P>
+void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
+                        float *y, int64_t y_stride) {
+  if (row_end - row_begin <= S::stream_rows) {
+    for (int p = 0; p < P; p++)
+      for_tiles<1, S::stream_rows>(matrix, panel + p, row_begin, row_end, y, y_stride,
+                [&](auto r, int64_t row, const Output &out) {
+        stream<S, L, r>(matrix.panel(panel + p), input, row, out);
+      });
+    return;
+  }
+  Expanded weights;
+  const int64_t blocks = matrix.columns / 32, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
+  const int64_t chunk = ((blocks + chunks - 1) / chunks + L.group - 1) / L.group * L.group;  // chunks of even sizes
+  const int64_t tiles = (row_end - row_begin + S::tile_rows - 1) / S::tile_rows;
+  for (int64_t first = 0; first < blocks; first += chunk) {
+    const int64_t count = smaller(chunk, blocks - first), end = first + count;
+    Prefetch prefetch{{}, chunk / L.group * L.record_bytes(), 0, 0};
+    prefetch.step = (prefetch.bytes / (tiles * count) + 63) / 64 * 64;
+    for (int p = 0; p < P; p++) {
+      expand<S, L>(matrix.panel(panel + p), first, count, weights.codes[p], weights.scales[p]);
+      prefetch.next[p] = end < blocks ? matrix.panel(panel + p) + end / L.group * L.record_bytes() : matrix.panel(panel + p + P);
+    }
+    for_tiles<P, S::tile_rows>(matrix, panel, row_begin, row_end, y, y_stride,
+              [&](auto r, int64_t row, const Output &out) {
+      tile<S, same_arithmetic<L>(), P, r>(weights, input, row, first, count, out, prefetch);
+    });
+  }
+}
+
+template <const Layout &L>
+struct Quantized {
+  static constexpr const Layout &layout = L;
+};
+
+template <class Body>
+void with_layout(WeightType type, Body &&body) {
+  switch (type) {
+    case WeightType::q4_0: return body(Quantized<layouts::q4_0>{});
+    case WeightType::q4_1: return body(Quantized<layouts::q4_1>{});
+    case WeightType::q5_0: return body(Quantized<layouts::q5_0>{});
+    case WeightType::q5_1: return body(Quantized<layouts::q5_1>{});
+    case WeightType::q8_0: return body(Quantized<layouts::q8_0>{});
+    case WeightType::q2_k: return body(Quantized<layouts::q2_k>{});
+    case WeightType::q3_k: return body(Quantized<layouts::q3_k>{});
+    case WeightType::q4_k: return body(Quantized<layouts::q4_k>{});
+    case WeightType::q5_k: return body(Quantized<layouts::q5_k>{});
+    case WeightType::q6_k: return body(Quantized<layouts::q6_k>{});
+    case WeightType::iq4_nl: return body(Quantized<layouts::iq4_nl>{});
+    case WeightType::iq4_xs: return body(Quantized<layouts::iq4_xs>{});
+    default: return;  // float layouts
+  }
+}
+
+}  // namespace
+}  // namespace mnemos
