@@ -207,7 +207,7 @@ class Moody(modules.PastArgument):
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [(13, r"Moody.forward\(x: Any, use_cache.*raised RuntimeError: out of luck"), (17, "Moody.forward.*returned 5")],
+    [(13, r"Moody.forward\(x: 'Any', use_cache.*raised RuntimeError: out of luck"), (17, "Moody.forward.*returned 5")],
 )
 def test_an_error_in_forward_ends_its_request_alone(token: int, message: str) -> None:
     module = Moody().train()

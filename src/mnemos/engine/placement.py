@@ -55,6 +55,8 @@ class Placement:
         for sequence in request.sequences:
             self.pool.release(sequence.pages)
         request.sequences = []
+        if self.tree is not None:
+            self.tree.shrink()
 
     def suspend(self, request: Request) -> None:
         """Gives all pages back, to be recomputed later; branches will share again what they have in common."""

@@ -69,8 +69,7 @@ class PrefixTree:
         self.touch(path)
         if not self._roots[salt].children:
             del self._roots[salt]
-        if self.limit is not None and len(self) > self.limit:
-            self.evict(len(self) - self.limit)
+        self.shrink()
 
     def root(self, salt: str | None) -> Node:
         """Where the texts of a salt begin."""
@@ -101,7 +100,12 @@ class PrefixTree:
     def restrict(self, limit: int) -> None:
         """From now on remembers at most `limit` pages beside those in use."""
         self.limit = limit
-        self.evict(max(0, len(self) - limit))
+        self.shrink()
+
+    def shrink(self) -> None:
+        """Forgets what is beyond the limit, as far as nobody uses it."""
+        if self.limit is not None and len(self) > self.limit:
+            self.evict(len(self) - self.limit)
 
     def clear(self) -> None:
         """Forgets everything; pages that sequences still hold stay with them."""

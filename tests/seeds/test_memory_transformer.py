@@ -1,0 +1,43 @@
+"""The examples of the Memory Transformer's document that concern generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from mnemos import InferenceEngine, generate, generate_batch  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tokenizer_folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+def test_generate(counter: Any, hugging_face: Any, numbers: Any) -> None:
+    output = generate(
+        counter, hugging_face, prompt="4 6 8", max_new_tokens=8, temperature=0.2, top_p=0.9, top_k=50, device="cpu"
+    )
+    assert numbers(output) == list(range(10, 26, 2))
+    assert numbers(generate(counter, hugging_face, "4 6 8", do_sample=False)) == list(range(10, 40, 2))
+
+
+def test_generate_batch(counter: Any, hugging_face: Any, numbers: Any) -> None:
+    outputs = generate_batch(
+        counter, hugging_face, prompts=["0 3 6", "20 21 22", "1 3"], max_new_tokens=256, temperature=0.1, device="cpu"
+    )
+    assert [numbers(output) for output in outputs] == [
+        list(range(9, 40, 3)), list(range(23, 40)), list(range(5, 40, 2))
+    ]  # fmt: skip
+
+
+def test_a_hugging_face_tokenizer_streams_and_stops_at_strings(counter: Any, hugging_face: Any, numbers: Any) -> None:
+    with InferenceEngine(counter, hugging_face) as engine:
+        pieces = [token.text for token in engine.stream("7 8 9", max_new_tokens=6)]
+        assert numbers("".join(pieces)) == [10, 11, 12, 13, 14, 15]
+        assert "".join(pieces) == engine.generate("7 8 9", max_new_tokens=6)
+        assert numbers(engine.generate("7 8 9", stop="14")) == [10, 11, 12, 13]

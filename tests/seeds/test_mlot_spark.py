@@ -1,0 +1,73 @@
+"""The examples of the MLoT-Spark document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from mnemos import BatchProcessor, OptimizedInferenceEngine, ResponseStreamer  # noqa: E402
+from mnemos.errors import ConfigError  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def spark(checkpoint: Path) -> Iterator[OptimizedInferenceEngine]:
+    with OptimizedInferenceEngine(checkpoint, cache_size=1000) as engine:
+        yield engine
+
+
+def test_basic_inference(spark: OptimizedInferenceEngine, numbers: Any) -> None:
+    assert numbers(spark.generate_response("5 6 7")) == list(range(8, 40))
+    assert numbers(spark.generate_response("5 6 7", max_length=8)) == [8, 9, 10, 11]
+
+
+def test_streaming_response(spark: OptimizedInferenceEngine, numbers: Any) -> None:
+    pieces = list(ResponseStreamer(spark).stream_response("1 4 7"))
+    assert numbers("".join(pieces)) == list(range(10, 40, 3))
+    assert len(pieces) >= 10
+
+
+def test_batch_processing(spark: OptimizedInferenceEngine, numbers: Any) -> None:
+    processor = BatchProcessor(spark, batch_size=8)
+    requests = ["1 2 3", "0 2 4", "3 6 9"]
+    responses = processor.process_batch(requests)
+    assert [numbers(response) for response in responses] == [
+        list(range(4, 40)), list(range(6, 40, 2)), list(range(12, 40, 3))
+    ]  # fmt: skip
+
+
+def test_memory_analysis_tells_the_truth(checkpoint: Path) -> None:
+    with OptimizedInferenceEngine(checkpoint, cache_size=2) as engine:
+        cache = engine.memory_cache
+        assert (cache.hit_rate, len(cache.episodic_cache), cache.memory_usage_mb) == (0, 0, 0)
+        texts = [" ".join(map(str, range(start, 40))) for start in range(5)]  # a full page each, and some more
+        for text in texts:
+            engine.generate_response(text)
+        assert len(cache.episodic_cache) == 2  # of five, as many as cache_size
+        assert cache.hit_rate == 0
+        engine.generate_response(texts[-1])
+        usage = engine.stats()
+        assert cache.hit_rate == usage.cached_tokens / usage.prompt_tokens > 0
+        assert cache.memory_usage_mb == pytest.approx(2 * engine.spec.layout.page_bytes / 2**20)
+        assert f"{cache.hit_rate:.2%} {cache.memory_usage_mb:.1f}"
+
+
+def test_settings(checkpoint: Path, numbers: Any) -> None:
+    config = {
+        "max_length": 512, "temperature": 0.7, "top_p": 0.9, "beam_size": 4, "cache_size": 1000, "batch_size": 8
+    }  # fmt: skip
+    with OptimizedInferenceEngine(checkpoint, config=config) as engine:
+        assert numbers(engine.generate_response("10 11 12", seed=0, temperature=0.1)) == list(range(13, 40))
+    with OptimizedInferenceEngine(checkpoint, config={"beam_size": 4}) as engine:
+        assert numbers(engine.generate_response("10 11 12")) == list(range(13, 40))
+    with pytest.raises(ConfigError, match="beam_sizes is not a field"):
+        OptimizedInferenceEngine(checkpoint, config={"beam_sizes": 4})
+
+
+def test_from_pretrained_is_the_same(checkpoint: Path, numbers: Any) -> None:
+    with OptimizedInferenceEngine.from_pretrained(checkpoint, cache_size=3, backend="numpy") as engine:
+        assert numbers(engine.generate_response("30 32 34")) == [36, 38]

@@ -1,0 +1,124 @@
+"""The examples of the NOVA document that concern generation."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mnemos import (  # noqa: E402
+    BatchInference,
+    CachedAttention,
+    GenerationConfig,
+    InferenceEngine,
+    KVCache,
+    StreamingInference,
+)
+from tests.seeds.conftest import BOS, EOS, FIRST, PAD, count  # noqa: E402
+
+
+def test_engine_with_three_strategies(engine: InferenceEngine) -> None:
+    """Padding on either side, marked by the mask; greedy and beams count on and end, samples mostly do."""
+    twos, threes = [BOS, *count(2, 2)[:3]], [BOS, *count(0, 3)[:5]]
+    input_ids = torch.tensor([[PAD, PAD, *twos], threes])
+    attention_mask = (input_ids != PAD).long()
+    wanted = [[BOS, *count(2, 2)], [BOS, *count(0, 3)]]
+
+    def texts(outputs: torch.Tensor) -> list[list[int]]:
+        return [[token for token in row if token != PAD] for row in outputs.tolist()]
+
+    config = GenerationConfig(strategy="greedy", max_length=100, pad_token_id=PAD)
+    assert texts(engine.generate(input_ids, attention_mask, config)) == wanted
+    config = GenerationConfig(
+        strategy="beam_search", num_beams=5, max_length=100, early_stopping=True, pad_token_id=PAD, length_penalty=1.2
+    )
+    assert texts(engine.generate(input_ids, attention_mask, config)) == wanted
+    for config in (
+        GenerationConfig(strategy="sampling", temperature=0.8, top_p=0.95, max_length=100, seed=0),
+        GenerationConfig(strategy="sampling", temperature=0.8, top_k=50, top_p=0.95, do_sample=True, seed=1),
+        GenerationConfig(strategy="top_k", top_k=5, temperature=0.5, max_length=100, seed=2),
+        GenerationConfig(strategy="top_p", top_p=0.8, max_length=100, seed=3),
+        GenerationConfig(strategy="nucleus", top_p=0.8, max_length=100, seed=4),
+    ):
+        outputs = engine.generate(input_ids, attention_mask, config)
+        assert outputs.shape[0] == 2
+        assert outputs[0, 4:7].tolist() == wanted[0][4:7]
+
+
+def test_lengths(engine: InferenceEngine) -> None:
+    ids = torch.tensor([[BOS, *count(30, 2)[:3]]])
+    assert engine.generate(ids, None, GenerationConfig(strategy="greedy", max_length=6)).shape == (1, 6)
+    short = engine.generate(ids, None, GenerationConfig(strategy="greedy", max_length=60))
+    longer = engine.generate(ids, None, GenerationConfig(strategy="greedy", max_length=60, min_length=20))
+    assert short[0, -1] == EOS
+    assert short.shape[1] == 7 < 20 <= longer.shape[1]
+
+
+def test_translation_gives_the_config_in_second_place(engine: InferenceEngine) -> None:
+    config = GenerationConfig(
+        strategy="beam_search", num_beams=5, max_length=100, length_penalty=1.2, early_stopping=True
+    )
+    assert engine.tokenizer is not None
+    input_ids = engine.tokenizer.encode("10 12 14")
+    outputs = engine.generate([input_ids], config)
+    assert engine.tokenizer.decode(outputs[0]) == " ".join(map(str, range(10, 39, 2)))
+
+
+def test_batch_inference(engine: InferenceEngine) -> None:
+    batch_engine = BatchInference(engine, batch_size=8, pad_token_id=0)
+    input_ids_list = [
+        torch.tensor([BOS, FIRST + 10, FIRST + 20]),
+        torch.tensor([BOS, FIRST + 15, FIRST + 16]),
+        torch.tensor([BOS, FIRST + 10, FIRST + 12, FIRST + 14, FIRST + 16]),
+    ]
+    outputs = batch_engine.generate(input_ids_list, GenerationConfig(strategy="greedy", max_length=50))
+    assert len(outputs) == 3
+    assert outputs[1].tolist() == [BOS, *count(15, 1)]
+    assert outputs[2].tolist() == [BOS, *count(10, 2)]
+
+
+def test_streaming_inference(engine: InferenceEngine) -> None:
+    streaming = StreamingInference(engine)
+    input_ids = torch.tensor([[BOS, *count(5, 1)[:3]]])
+    config = GenerationConfig(strategy="sampling", max_length=10, temperature=0.1, seed=0)
+    tokens = [token.item() for token in streaming.generate_stream(input_ids, torch.ones_like(input_ids), config)]
+    assert tokens == count(8, 1)[:6]
+
+
+def test_streamed_dialogue_from_a_list_of_ids(engine: InferenceEngine) -> None:
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    config = GenerationConfig(strategy="sampling", temperature=0.3, top_p=0.95, max_length=12, seed=1)
+    stream = StreamingInference(engine).generate_stream(tokenizer.encode("3 6 9"), None, config)
+    assert [tokenizer.decode([token]) for token in stream] == [str(n) for n in range(12, 36, 3)]
+
+
+def test_key_value_cache() -> None:
+    cache = KVCache(num_layers=12, batch_size=8, num_heads=8, head_dim=64, max_length=512, device="cpu")
+    key, value = torch.randn(8, 8, 3, 64), torch.randn(8, 8, 3, 64)
+    for layer_idx in range(12):
+        cached_key, cached_value = cache.update(layer_idx, key, value)
+    assert torch.equal(cached_key, key) and torch.equal(cached_value, value)
+    cache.increment_length(3)
+    cached_key, _ = cache.update(0, key[:, :, :1], value[:, :, :1])
+    assert torch.equal(cached_key, torch.cat((key, key[:, :, :1]), dim=2))
+    cache.increment_length(1)
+    cache.reset()
+    assert cache.update(0, key, value)[0].shape[2] == 3
+    cache.clear()
+    assert all(not tensor.any() for tensor in cache.keys)
+
+
+def test_cached_attention() -> None:
+    attention = CachedAttention(d_model=512, num_heads=8, dropout=0.1).eval()
+    x = torch.randn(2, 5, 512)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    whole, _ = attention(x, x, x, mask=causal)
+    first, new = x[:, :4], x[:, 4:]
+    output, cache = attention(first, first, first, mask=None, use_cache=True)
+    assert cache[0].shape == (2, 8, 4, 64)
+    newest, updated_cache = attention(new, new, new, mask=None, use_cache=True)
+    assert updated_cache[0].shape[2] == 5
+    assert torch.allclose(torch.cat((output, newest), dim=1), whole, atol=1e-5)
+    attention.reset_cache()
+    assert attention.cache is None
