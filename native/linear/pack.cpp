@@ -34,7 +34,7 @@ void add_high_bits(const uint8_t *bits, uint8_t *codes) {
   for (int i = 0; i < 4; i++) {
     uint64_t word;
     memcpy(&word, codes + i * 8, 8);
-    const uint64_t isolated = (bits[i] * 0x0101010101010101) & 0x8040201008040201;  // bit k alone in byte k
+    const uint64_t isolated = (bits[i] * uint64_t{0x0101010101010101}) & 0x8040201008040201;  // bit k alone in byte k
     word |= ((isolated + 0x7f7f7f7f7f7f7f7f) & 0x8080808080808080) >> 3;
     memcpy(codes + i * 8, &word, 8);
   }
