@@ -92,6 +92,17 @@ def test_of_equal_logits_the_lowest_id_comes_first():
     assert top_tokens(logits, 3) == [0, 1, 2]
 
 
+def test_the_fast_order_is_the_stable_one():
+    random = np.random.default_rng(2)
+    for values in (
+        random.standard_normal(999),
+        random.integers(-3, 3, 999),
+        np.array([0.0, -0.0, np.inf, -np.inf, 0.0]),
+    ):
+        values = values.astype(np.float32)
+        np.testing.assert_array_equal(sampler.descending(values), np.argsort(-values, kind="stable"))
+
+
 def test_native_choices_are_numpys():
     if sampler._native is None:
         pytest.skip("the native core is not built")

@@ -93,7 +93,7 @@ class GrammarConstraint:
         self._refuse_error()
         allowed = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")[: len(logits)]
         logits[len(allowed) :] = -np.inf
-        logits[: len(allowed)][allowed == 0] = -np.inf
+        np.copyto(logits[: len(allowed)], -np.inf, where=allowed == 0)
 
     def accept(self, token: int) -> None:
         self._mask.result()

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from mnemos.decoding.config import GenerationConfig
 from mnemos.decoding.history import History
+from mnemos.decoding.sampler import covering, descending
 from mnemos.errors import MnemosError, RequestError
 
 Floats = npt.NDArray[np.float32]
@@ -152,7 +153,7 @@ class TopP:
     def __call__(self, history: History, logits: Floats) -> None:
         possible = np.flatnonzero(logits > _REMOVED)
         # Ascending; of equally probable tokens the lower id comes later.
-        order = possible[np.argsort(-logits[possible], kind="stable")[::-1]]
+        order = possible[descending(logits[possible])[::-1]]
         below = _cumulative(logits[order]) <= np.float32(1 - self.top_p)
         below[-self.keep :] = False
         logits[order[below]] = _REMOVED
@@ -180,10 +181,10 @@ class Typical:
     def __call__(self, history: History, logits: Floats) -> None:
         possible = np.flatnonzero(logits > _REMOVED)
         log_probabilities = _log_softmax(logits[possible])
-        entropy = -np.sum(log_probabilities * np.exp(log_probabilities))
-        distance = np.abs(-log_probabilities - entropy)
-        order = np.argsort(distance, kind="stable")
-        last = int(np.sum(_cumulative(logits[possible[order]]) < np.float32(self.mass)))
+        probabilities = np.exp(log_probabilities)
+        distance = np.abs(log_probabilities - np.sum(log_probabilities * probabilities))
+        order, cumulative = covering(-distance, probabilities, self.mass, 1024)
+        last = int(np.sum(cumulative.astype(np.float32) < np.float32(self.mass)))
         removed = distance > distance[order[min(last, len(order) - 1)]]
         removed[order[: self.keep]] = False
         logits[possible[removed]] = _REMOVED
