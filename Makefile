@@ -6,13 +6,15 @@ PIP := $(BIN)/python -m pip
 PIP_INSTALL := $(PIP) install -qq --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src/mnemos native -type f ! -name '*.so' ! -name '*.pyc' 2>/dev/null)
 
-.PHONY: help demo test lint types pytest bench native sanitize clean
+.PHONY: help demo test lint pytest bench native sanitize test-neon clean
 
 help:
 	@echo 'make demo    build Mnemos, fetch a small model once and let it answer a question'
 	@echo 'make test    lint, types and all tests'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make native  rebuild the native core in place, for work on it'
+	@echo 'make sanitize   run the native tests under AddressSanitizer and UBSan'
+	@echo 'make test-neon  run the Arm kernels under qemu-user (Debian: g++-aarch64-linux-gnu, qemu-user)'
 	@echo 'make bench   measure this machine with the small model'
 	@echo 'make clean   remove .venv and build files'
 
@@ -50,6 +52,9 @@ sanitize:
 	@rm -f $(SANITIZED)/package/mnemos/_native*.so && cp $(SANITIZED)/native/_native*.so $(SANITIZED)/package/mnemos/
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		PYTHONPATH=$(SANITIZED)/package PYTHONDONTWRITEBYTECODE=1 $(NATIVE_PYTHON) -m pytest tests/ops -p no:cacheprovider
+
+test-neon:
+	native/linear/tests/run.sh neon
 
 clean:
 	rm -rf $(VENV) build
