@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mnemos import BatchProcessor, OptimizedInferenceEngine, ResponseStreamer  # noqa: E402
-from mnemos.errors import ConfigError  # noqa: E402
+from mnemos import BatchProcessor, OptimizedInferenceEngine, ResponseStreamer
+from mnemos.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

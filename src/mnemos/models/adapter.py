@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from mnemos.errors import MissingDependencyError
@@ -18,4 +19,7 @@ def adapt(module: Any, **options: Any) -> ForeignModel:
         raise MissingDependencyError("running an nn.Module needs PyTorch: pip install 'mnemos[torch]'") from error
     from mnemos.models.foreign.adapter import adapt as adapt_module
 
-    return adapt_module(module, **options)
+    # OpenMP keeps worker threads for every thread that ever used it, and where there are more of them than cores, each
+    # operator waits for its workers to wake. What is tried here is tried in a thread that ends.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(adapt_module, module, **options).result()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.errors import ModelError
+from mnemos.models.foreign.packing import PackedLinears
 
 MASK_NAMES = ("attention_mask",)
 POSITION_NAMES = ("position_ids", "positions")
@@ -95,6 +96,7 @@ class Caller:
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.head: nn.Module | None = None
         self.hidden: Tensor | None = None
+        self._packed = PackedLinears(module)
 
     def watch(self, head: nn.Module) -> None:
         """Keeps what `head` (the output projection) reads as `hidden`, (batch, time, hidden size)."""
@@ -143,6 +145,7 @@ class Caller:
         training = self.module.training
         if training:
             self.module.eval()
+        self._packed.install()
         try:
             with torch.inference_mode():
                 yield
@@ -152,6 +155,7 @@ class Caller:
                 f"(input ids of shape {tuple(ids.shape)} on {ids.device}, parameters on {self.device})"
             ) from error
         finally:
+            self._packed.remove()
             if training:
                 self.module.train()
 

@@ -1,0 +1,74 @@
+"""Linear layers from packed weights: the same products, gone again after the call, and never stale."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mnemos.models.foreign.call import Caller  # noqa: E402
+from mnemos.models.foreign.packing import PackedLinears, _available  # noqa: E402
+from tests.models.foreign_modules import PastArgument  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not _available(), reason="this PyTorch has no oneDNN")
+
+
+class Special(torch.nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_those_of_the_layer(dtype: torch.dtype, rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(70, 33, bias=bias).to(dtype)
+    packed = PackedLinears(torch.nn.Sequential(layer))
+    x = torch.randn(2, rows, 70).to(dtype)
+    with torch.inference_mode():
+        wanted = layer(x)
+        packed.install()
+        got = layer(x)
+        packed.remove()
+    assert got.shape == wanted.shape and got.dtype == dtype
+    assert torch.allclose(got.float(), wanted.float(), atol=1e-5 if dtype == torch.float32 else 2e-2)
+    assert "forward" not in layer.__dict__
+
+
+def test_a_changed_weight_is_seen_at_the_next_call() -> None:
+    module = PastArgument()
+    caller = Caller(module)
+    ids = torch.tensor([[1, 2, 3]])
+    before = caller(ids).logits
+    with torch.no_grad():
+        module.head.weight.mul_(2.0)
+    assert torch.allclose(caller(ids).logits, 2 * before, atol=1e-4)
+    module.head.weight = torch.nn.Parameter(torch.zeros_like(module.head.weight))
+    assert not caller(ids).logits.any()
+    module.load_state_dict({**module.state_dict(), "head.weight": torch.ones_like(module.head.weight)})
+    assert caller(ids).logits.any()
+    assert all("forward" not in layer.__dict__ for layer in module.modules())
+
+
+def test_layers_that_compute_something_else_are_left_alone() -> None:
+    special, patched = Special(8, 8), torch.nn.Linear(8, 8)
+    patched.forward = lambda x: x * 0  # type: ignore[method-assign]
+    module = torch.nn.Sequential(special, patched)
+    packed = PackedLinears(module)
+    x = torch.randn(2, 8)
+    with torch.inference_mode():
+        wanted = special(x)
+        packed.install()
+        assert torch.equal(special(x), wanted) and not patched(x).any()
+        packed.remove()
+    assert not patched(x).any()
+
+
+def test_training_goes_on_between_calls() -> None:
+    module = PastArgument().train()
+    caller = Caller(module)
+    ids = torch.tensor([[1, 2, 3]])
+    caller(ids)
+    module(ids).sum().backward()
+    assert module.head.weight.grad is not None
