@@ -21,6 +21,7 @@ class Scheduler {
   }
 
   Schedule run() {
+    mark_precise();
     plan_fusions();
     for (size_t i = 0; i < graph_.operators.size(); i++) {
       if (!done_[i]) schedule(static_cast<int>(i));
@@ -54,6 +55,25 @@ class Scheduler {
   }
   void add(std::unique_ptr<Task> task) { schedule_.tasks.push_back(std::move(task)); }
 
+  // Products whose rounding shows most take finer activations: those whose results are an output of the program (logits),
+  // or an attention's queries, keys or values, perhaps normalised, rotated or scaled in between.
+  void mark_precise() {
+    precise_.assign(graph_.operators.size(), false);
+    for (int v : graph_.outputs) mark_source(v);
+    for (const Operator &o : graph_.operators) {
+      if (o.kind == OperatorKind::attention) std::for_each(o.inputs.begin(), o.inputs.end(), [&](int v) { mark_source(v); });
+    }
+  }
+  void mark_source(int v) {
+    const int source = producer_[at(v)];
+    if (source < 0) return;
+    const Operator &o = op(source);
+    if (o.kind == OperatorKind::linear) precise_[at(source)] = true;
+    const bool alone = o.kind == OperatorKind::elementwise && o.inputs.size() == 1;
+    if (o.kind == OperatorKind::norm || o.kind == OperatorKind::rope || alone) mark_source(o.inputs[0]);
+  }
+  PreparedForm form_of(int i) const { return prepared_form(*op(i).matrix, precise_[at(i)]); }
+
   // A product that an operator behind it finishes: the operator's place in the list is where the product is needed.
   struct Finish {
     int by = -1;        // the operator that does it
@@ -79,7 +99,7 @@ class Scheduler {
       if (product >= 0) finish_[at(product)] = {i, -1, -1}, done_[at(i)] = true;
     } else if (o.elementwise.kind == ElementwiseKind::gated_activation) {
       const int gate = only_source(o.inputs[0], OperatorKind::linear), up = only_source(o.inputs[1], OperatorKind::linear);
-      if (gate < 0 || up < 0 || !same_product_shape(op(gate), op(up))) return;
+      if (gate < 0 || up < 0 || !same_product_shape(gate, up)) return;
       finish_[at(gate)] = {i, up, -1};
       done_[at(i)] = done_[at(up)] = true;
     } else if (o.elementwise.kind == ElementwiseKind::add) {
@@ -95,9 +115,8 @@ class Scheduler {
     }
   }
 
-  static bool same_product_shape(const Operator &a, const Operator &b) {
-    return a.inputs[0] == b.inputs[0] && a.matrix->rows == b.matrix->rows &&
-           prepared_form(*a.matrix) == prepared_form(*b.matrix);
+  bool same_product_shape(int a, int b) const {
+    return op(a).inputs[0] == op(b).inputs[0] && op(a).matrix->rows == op(b).matrix->rows && form_of(a) == form_of(b);
   }
 
   void fuse_into_attention(int v) {
@@ -198,12 +217,12 @@ class Scheduler {
   // All products of the same rows in the same form run as one task.
   void schedule_products(int i) {
     const int x = op(i).inputs[0];
-    const PreparedForm form = prepared_form(*op(i).matrix);
+    const PreparedForm form = form_of(i);
     const int input = prepared(x, form);
     std::vector<Product> products{make_product(i)};
     for (int j = i + 1; j < static_cast<int>(graph_.operators.size()); j++) {
       const Operator &o = op(j);
-      if (done_[at(j)] || o.kind != OperatorKind::linear || o.inputs[0] != x || !(prepared_form(*o.matrix) == form)) continue;
+      if (done_[at(j)] || o.kind != OperatorKind::linear || o.inputs[0] != x || !(form_of(j) == form)) continue;
       const int residual = finish_[at(j)].residual;
       if (residual >= 0 && producer_[at(residual)] > i) continue;  // what it adds may not be there yet
       done_[at(j)] = true;
@@ -298,7 +317,7 @@ class Scheduler {
 
   const Graph &graph_;
   Schedule schedule_;
-  std::vector<bool> done_;
+  std::vector<bool> done_, precise_;  // by operator
   std::vector<int> producer_, uses_, buffer_;
   std::vector<Finish> finish_;
   std::vector<Prepared> prepared_;

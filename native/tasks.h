@@ -46,7 +46,9 @@ struct PreparedForm {
     return form == o.form && kernels == o.kernels && columns == o.columns;
   }
 };
-inline PreparedForm prepared_form(const Matrix &matrix) { return {matrix.form, &matrix.kernels, matrix.columns}; }
+inline PreparedForm prepared_form(const Matrix &matrix, bool precise = false) {
+  return {matrix.input_form(precise), &matrix.kernels, matrix.columns};
+}
 
 // input = prepared(norm(x)).
 std::unique_ptr<Task> make_prepare(Norm norm, int x, int input, PreparedForm form, Rows rows);

@@ -22,6 +22,7 @@ struct Avx2 {
   using Quad = __m256i;
   static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = true;  // pairs of products of two full bytes overflow 16 bits: see `dot`
+  static constexpr int narrow_bits = 4;
   static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4;
 
   template <class Lane>
@@ -52,6 +53,7 @@ struct Avx2 {
 
   static Ints broadcast_int(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
   static Ints add_ints(Ints a, Ints b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+  static Ints shift_part(Ints a) { return {_mm256_slli_epi32(a.low, 7), _mm256_slli_epi32(a.high, 7)}; }
   static Quad broadcast_quad(const int8_t *p) {
     int32_t quad;
     __builtin_memcpy(&quad, p, 4);
@@ -61,7 +63,7 @@ struct Avx2 {
   // Sums of small codes stay in 16 bits until the block ends: 16 products of at most 15 * 127.
   template <int Bits>
   static Ints begin(int32_t start) {
-    return broadcast_int(Bits <= 4 ? 0 : start);
+    return broadcast_int(Bits <= narrow_bits ? 0 : start);
   }
   template <int Bits>
   static Ints dot(Ints sum, Bytes codes, Quad x) {
@@ -69,13 +71,13 @@ struct Avx2 {
   }
   template <int Bits>
   static Ints end(Ints sum, int32_t start) {
-    if constexpr (Bits > 4) return sum;
+    if constexpr (Bits > narrow_bits) return sum;
     const __m256i ones = _mm256_set1_epi16(1);
     return add_ints(each(sum, [&](__m256i v) { return _mm256_madd_epi16(v, ones); }), broadcast_int(start));
   }
   template <int Bits>
   static __m256i dot_half(__m256i sum, __m256i codes, __m256i x) {
-    if constexpr (Bits <= 4) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
+    if constexpr (Bits <= narrow_bits) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
     if constexpr (Bits == 8) {  // |code - 128| times the activation with the sign of code - 128
       const __m256i value = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
       x = _mm256_sign_epi8(x, value);
@@ -129,30 +131,39 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
   }
 
-  static void quantize(const float *x, int8_t *quants, float *scale, float *sum, int32_t *counts) {
-    __m256 values[4];
+  static float largest_magnitude(const float *x) {
     __m256 magnitude = _mm256_setzero_ps();
-    for (int i = 0; i < 4; i++) {
-      values[i] = _mm256_loadu_ps(x + i * 8);
-      magnitude = _mm256_max_ps(magnitude, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), values[i]));
+    for (int i = 0; i < 4; i++)
+      magnitude = _mm256_max_ps(magnitude, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(x + i * 8)));
+    return largest_lane(magnitude);
+  }
+  template <int Parts>
+  static void quantize(const float *x, float inverse, int8_t *quants, int32_t *counts) {
+    __m256i values[4];
+    for (int i = 0; i < 4; i++)
+      values[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i * 8), _mm256_set1_ps(inverse)));
+    for (int half = 0; half < 2; half++) counts[half] = sum_lanes(_mm256_add_epi32(values[2 * half], values[2 * half + 1]));
+    if constexpr (Parts == 2) {
+      __m256i first[4];
+      for (int i = 0; i < 4; i++) {
+        first[i] = _mm256_srai_epi32(_mm256_add_epi32(values[i], _mm256_set1_epi32(64)), 7);
+        values[i] = _mm256_sub_epi32(values[i], _mm256_slli_epi32(first[i], 7));
+      }
+      store_int8s(quants, first);
     }
-    const float largest = largest_lane(magnitude);
-    const bool tiny = !(largest > smallest_magnitude);
-    *scale = tiny ? 0 : largest / 127;
-    const __m256 inverse = _mm256_set1_ps(tiny ? 0 : 127 / largest);
-    __m256i ints[4];
-    for (int i = 0; i < 4; i++) ints[i] = _mm256_cvtps_epi32(_mm256_mul_ps(values[i], inverse));
-    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(ints[0], ints[1]), _mm256_packs_epi32(ints[2], ints[3]));
+    store_int8s(quants + (Parts - 1) * 32, values);
+  }
+  static void store_int8s(int8_t *p, const __m256i *a) {
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(a[2], a[3]));
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(quants), _mm256_permutevar8x32_epi32(bytes, order));
-    for (int half = 0; half < 2; half++) counts[half] = sum_lanes(_mm256_add_epi32(ints[2 * half], ints[2 * half + 1]));
-    *sum = *scale * float(counts[0] + counts[1]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm256_permutevar8x32_epi32(bytes, order));
   }
 };
 
 #if defined(__AVXVNNI__)
 struct AvxVnni : Avx2 {
   static constexpr bool signed_bytes = false;
+  static constexpr int narrow_bits = 0;
 
   template <int Bits>
   static Ints begin(int32_t start) {

@@ -19,6 +19,7 @@ struct Avx512 {
   using Floats = __m512;
   static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = false;
+  static constexpr int narrow_bits = 0;
   static constexpr int tile_panels = 2, tile_rows = 6, float_rows = 6, stream_rows = 8;
 
   static Bytes load(const uint8_t *p) { return _mm512_loadu_si512(p); }
@@ -55,6 +56,7 @@ struct Avx512 {
   }
 
   static Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+  static Ints shift_part(Ints a) { return _mm512_slli_epi32(a, 7); }
 
   static Floats zero() { return _mm512_setzero_ps(); }
   static Floats broadcast(float value) { return _mm512_set1_ps(value); }
@@ -78,19 +80,25 @@ struct Avx512 {
   static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
-  static void quantize(const float *x, int8_t *quants, float *scale, float *sum, int32_t *counts) {
+  static float largest_magnitude(const float *x) {
     const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
-    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-    const bool tiny = !(largest > smallest_magnitude);
-    *scale = tiny ? 0 : largest / 127;
-    const __m512 inverse = _mm512_set1_ps(tiny ? 0 : 127 / largest);
-    const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
-    const __m512i second = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(quants), _mm512_cvtepi32_epi8(first));
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(quants + 16), _mm512_cvtepi32_epi8(second));
-    counts[0] = _mm512_reduce_add_epi32(first);
-    counts[1] = _mm512_reduce_add_epi32(second);
-    *sum = *scale * float(counts[0] + counts[1]);
+    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+  }
+  template <int Parts>
+  static void quantize(const float *x, float inverse, int8_t *quants, int32_t *counts) {
+    for (int half = 0; half < 2; half++, x += 16, quants += 16) {
+      __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(inverse)));
+      counts[half] = _mm512_reduce_add_epi32(value);
+      if constexpr (Parts == 2) {
+        const __m512i first = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(64)), 7);
+        store_int8s(quants, first);
+        value = _mm512_sub_epi32(value, _mm512_slli_epi32(first, 7));
+      }
+      store_int8s(quants + (Parts - 1) * 32, value);
+    }
+  }
+  static void store_int8s(int8_t *p, __m512i a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(a));
   }
 };
 

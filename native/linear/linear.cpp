@@ -60,6 +60,7 @@ void release(uint8_t *data, size_t bytes) {
   ::operator delete(data, std::align_val_t(bytes < huge_page ? 64 : huge_page));
 }
 
+size_t parts_of(Form form) { return form == Form::int15 ? 2 : 1; }
 int64_t padded_columns(int64_t columns) { return (columns + 31) / 32 * 32; }
 
 Form form_of(const Layout &layout, const Kernels &kernels) {
@@ -97,7 +98,7 @@ size_t input_bytes(Form form, int64_t rows, int64_t columns) {
   const size_t cells = size_t(rows * padded_columns(columns));
   if (form == Form::f32) return cells * 4;
   if (form == Form::bf16) return cells * 2;
-  return rounded(cells, 64) + 2 * rounded(cells / 8, 64) + cells / 4;
+  return rounded(cells * parts_of(form), 64) + 2 * rounded(cells / 8, 64) + cells / 4;
 }
 
 Input bind_input(const Kernels &kernels, Form form, int64_t rows, int64_t columns, void *workspace) {
@@ -115,7 +116,7 @@ Input bind_input(const Kernels &kernels, Form form, int64_t rows, int64_t column
     input.halves = reinterpret_cast<uint16_t *>(bytes);
   } else {
     input.quants = reinterpret_cast<int8_t *>(bytes);
-    bytes += rounded(cells, 64);
+    bytes += rounded(cells * parts_of(form), 64);
     input.scales = reinterpret_cast<float *>(bytes);
     bytes += rounded(cells / 8, 64);
     input.sums = reinterpret_cast<float *>(bytes);

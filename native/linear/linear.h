@@ -33,8 +33,9 @@ std::vector<const Kernels *> runnable_kernels();
 // Null if the name is unknown or the machine cannot run it.
 const Kernels *find_kernels(const char *name);
 
-// What a matrix wants its input to be: float32; bfloat16; or int8 in blocks of 32 columns, each with a float32 scale.
-enum class Form : int32_t { f32, bf16, int8 };
+// What a product wants its input to be: float32; bfloat16; int8 in blocks of 32 columns, each with a float32 scale; or
+// the same with 15 bits, 128 times as fine, as two int8 parts. Quantized matrices can be multiplied by both of these.
+enum class Form : int32_t { f32, bf16, int8, int15 };
 
 constexpr int64_t panel_rows = 16;
 
@@ -53,7 +54,9 @@ class Matrix {
     const int64_t rows, columns;
     const Kernels &kernels;
     const Layout &layout;
-    const Form form;
+    const Form form;  // what its products want, at least
+    // With `precise`, the finest form that its products can take.
+    Form input_form(bool precise) const { return precise && form == Form::int8 ? Form::int15 : form; }
 
     // The unit of parallel work. The last panel may be partly empty. A range of panels that begins at a multiple of 4
     // and has a length that is a multiple of 4 is multiplied fastest.
@@ -82,10 +85,11 @@ struct Input {
     const Kernels *kernels;
     float *values;         // f32: (rows, padded), zeros past `columns`
     uint16_t *halves;      // bf16: (rows, padded), zeros past `columns`
-    int8_t *quants;        // int8: (rows, padded), -127 to 127
-    float *scales;         // int8: (rows, padded / 32): x is about scale * quant
-    float *sums;           // int8: (rows, padded / 32): scale * sum of the block's quants
-    int32_t *counts;       // int8: (rows, padded / 16): sum of quants, for each half block
+    // int8, int15:
+    int8_t *quants;        // (rows, padded / 32, parts, 32), -127 to 127: a quant is its part, or 128 * first + second
+    float *scales;         // (rows, padded / 32): x is about scale * quant
+    float *sums;           // (rows, padded / 32): scale * sum of the block's quants
+    int32_t *counts;       // (rows, padded / 16): sum of quants, for each half block
 };
 
 // Bytes of workspace for `rows` rows; alignment 64.
@@ -95,7 +99,8 @@ Input bind_input(const Kernels &kernels, Form form, int64_t rows, int64_t column
 void prepare_rows(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end);
 
 // y[t * y_stride + r] = bias[r] + sum over c of x[t, c] W[r, c], for rows row_begin <= t < row_end of the input and the
-// output rows r of the panels. `bias` may be null; otherwise it has matrix.rows floats. The input has the matrix's form and columns.
+// output rows r of the panels. `bias` may be null; otherwise it has matrix.rows floats. The input has
+// a form that the matrix takes, and its columns.
 void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
               int64_t panel_end, float *y, int64_t y_stride, const float *bias);
 

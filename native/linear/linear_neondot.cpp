@@ -18,6 +18,7 @@ struct Neon {
   };
   static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = true;  // the dot product takes two signed operands
+  static constexpr int narrow_bits = 0;
   static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4;
 
   template <class Vectors, class Lane>
@@ -50,6 +51,9 @@ struct Neon {
 
   static Ints add_ints(const Ints &a, const Ints &b) {
     return each<Ints>([&](int i) { return vaddq_s32(a.v[i], b.v[i]); });
+  }
+  static Ints shift_part(const Ints &a) {
+    return each<Ints>([&](int i) { return vshlq_n_s32(a.v[i], 7); });
   }
   static int8x16_t broadcast_quad(const int8_t *p) {
     int32_t quad;
@@ -117,23 +121,31 @@ struct Neon {
     return each<Floats>([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
   }
 
-  static void quantize(const float *x, int8_t *quants, float *scale, float *sum, int32_t *counts) {
+  static float largest_magnitude(const float *x) {
     float32x4_t magnitude = vdupq_n_f32(0);
     for (int i = 0; i < 8; i++) magnitude = vmaxq_f32(magnitude, vabsq_f32(vld1q_f32(x + i * 4)));
-    const float largest = vmaxvq_f32(magnitude);
-    const bool tiny = !(largest > smallest_magnitude);
-    *scale = tiny ? 0 : largest / 127;
-    const float32x4_t inverse = vdupq_n_f32(tiny ? 0 : 127 / largest);
-    for (int half = 0; half < 2; half++) {
-      int32x4_t ints[4];
-      for (int i = 0; i < 4; i++) ints[i] = vcvtnq_s32_f32(vmulq_f32(vld1q_f32(x + half * 16 + i * 4), inverse));
-      const int16x8_t low = vcombine_s16(vqmovn_s32(ints[0]), vqmovn_s32(ints[1]));
-      const int16x8_t high = vcombine_s16(vqmovn_s32(ints[2]), vqmovn_s32(ints[3]));
-      const int8x16_t bytes = vcombine_s8(vqmovn_s16(low), vqmovn_s16(high));
-      vst1q_s8(quants + half * 16, bytes);
-      counts[half] = vaddlvq_s8(bytes);
+    return vmaxvq_f32(magnitude);
+  }
+  template <int Parts>
+  static void quantize(const float *x, float inverse, int8_t *quants, int32_t *counts) {
+    for (int half = 0; half < 2; half++, quants += 16) {
+      int32x4_t values[4], first[4];
+      for (int i = 0; i < 4; i++) values[i] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + half * 16 + i * 4), inverse));
+      counts[half] = vaddvq_s32(vaddq_s32(vaddq_s32(values[0], values[1]), vaddq_s32(values[2], values[3])));
+      if constexpr (Parts == 2) {
+        for (int i = 0; i < 4; i++) {
+          first[i] = vshrq_n_s32(vaddq_s32(values[i], vdupq_n_s32(64)), 7);
+          values[i] = vsubq_s32(values[i], vshlq_n_s32(first[i], 7));
+        }
+        store_int8s(quants, first);
+      }
+      store_int8s(quants + (Parts - 1) * 32, values);
     }
-    *sum = *scale * float(counts[0] + counts[1]);
+  }
+  static void store_int8s(int8_t *p, const int32x4_t *a) {
+    const int16x8_t low = vcombine_s16(vqmovn_s32(a[0]), vqmovn_s32(a[1]));
+    const int16x8_t high = vcombine_s16(vqmovn_s32(a[2]), vqmovn_s32(a[3]));
+    vst1q_s8(p, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
   }
 };
 

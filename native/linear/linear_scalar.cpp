@@ -19,6 +19,7 @@ struct Scalar {
   };
   static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = false;
+  static constexpr int narrow_bits = 0;
   static constexpr int tile_panels = 1, tile_rows = 1, float_rows = 1, stream_rows = 0;
 
   static Bytes load(const uint8_t *p) {
@@ -68,6 +69,10 @@ struct Scalar {
     for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
     return a;
   }
+  static Ints shift_part(Ints a) {
+    for (int32_t &lane : a.v) lane *= 128;
+    return a;
+  }
 
   template <class Lane>
   static Floats each(Lane lane) {
@@ -109,21 +114,23 @@ struct Scalar {
     return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
   }
 
-  static void quantize(const float *x, int8_t *quants, float *scale, float *sum, int32_t *counts) {
+  static float largest_magnitude(const float *x) {
     float largest = 0;
     for (int i = 0; i < 32; i++) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
-    const bool tiny = !(largest > smallest_magnitude);
-    *scale = tiny ? 0 : largest / 127;
-    const float inverse = tiny ? 0 : 127 / largest;
-    for (int half = 0; half < 2; half++) {
-      int32_t count = 0;
-      for (int i = half * 16; i < half * 16 + 16; i++) {
-        quants[i] = int8_t(std::lrint(x[i] * inverse));
-        count += quants[i];
+    return largest;
+  }
+  template <int Parts>
+  static void quantize(const float *x, float inverse, int8_t *quants, int32_t *counts) {
+    counts[0] = counts[1] = 0;
+    for (int i = 0; i < 32; i++) {
+      int value = int(std::lrint(x[i] * inverse));
+      counts[i / 16] += value;
+      if constexpr (Parts == 2) {
+        quants[i] = int8_t((value + 64) >> 7);
+        value -= quants[i] * 128;
       }
-      counts[half] = count;
+      quants[(Parts - 1) * 32 + i] = int8_t(value);
     }
-    *sum = *scale * float(counts[0] + counts[1]);
   }
 };
 

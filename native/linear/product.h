@@ -22,14 +22,28 @@ void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, i
   for_panels<S::tile_panels>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
     start_rows(matrix, panel, panels, row_begin, row_end, y, y_stride, bias);
     with_layout(matrix.layout.type, [&](auto q) {
-      multiply_quantized<S, decltype(q)::layout, panels>(matrix, input, row_begin, row_end, panel, y, y_stride);
+      constexpr const Layout &layout = decltype(q)::layout;
+      const auto multiply = input.form == Form::int15 ? multiply_quantized<S, layout, 2, panels>
+                                                      : multiply_quantized<S, layout, 1, panels>;
+      multiply(matrix, input, row_begin, row_end, panel, y, y_stride);
     });
   });
 }
 
-// int8 activations: each block of 32 has the scale of its largest magnitude, and rounds to the nearest.
+
+// Each block of 32 activations has the scale of its largest magnitude, and rounds to the nearest.
 // A block of nothing but tiny values is zero, so that no inverse overflows.
 constexpr float smallest_magnitude = 1e-30f;
+
+template <class S, int Parts>
+inline void quantize_block(const float *x, int8_t *quants, float *scale, float *sum, int32_t *counts) {
+  constexpr float most = Parts == 1 ? 127 : 127 * 128;
+  const float largest = S::largest_magnitude(x);
+  const bool tiny = !(largest > smallest_magnitude);
+  *scale = tiny ? 0 : largest / most;
+  S::template quantize<Parts>(x, tiny ? 0 : most / largest, quants, counts);
+  *sum = *scale * float(counts[0] + counts[1]);
+}
 
 template <class S>
 void prepare_all(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end) {
@@ -44,9 +58,11 @@ void prepare_all(const Input &input, const float *x, int64_t x_stride, int64_t r
       for (int64_t c = 0; c < padded; c++) halves[c] = c < columns ? float_to_bfloat(source[c]) : 0;
     } else {
       const int64_t blocks = padded / 32, first = row * blocks;
+      const bool precise = input.form == Form::int15;
+      const auto quantize = precise ? quantize_block<S, 2> : quantize_block<S, 1>;
       for (int64_t b = 0; b < blocks; b++)
-        S::quantize(source + b * 32, input.quants + (first + b) * 32, input.scales + first + b, input.sums + first + b,
-                    input.counts + (first + b) * 2);
+        quantize(source + b * 32, input.quants + (first + b) * (precise ? 64 : 32), input.scales + first + b,
+                 input.sums + first + b, input.counts + (first + b) * 2);
     }
   }
 }

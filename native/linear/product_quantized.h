@@ -1,4 +1,5 @@
-// Products with quantized weights and int8 activations; see tiles.h.
+// Products with quantized weights and activations of one int8 part or two; see tiles.h. With two, a dot product is
+// 128 * (that of the first parts) + (that of the second ones), exact in 32 bits: 32 * 255 * 128 * 127 is below 2^31.
 #pragma once
 
 #include "linear/tiles.h"
@@ -90,6 +91,16 @@ inline int32_t start_of(const int32_t *counts, int half) {
   return half == 0 ? -offset_of<S, L> * (counts[0] + counts[1]) : 0;
 }
 
+// The dot products of a block's first parts are complete.
+template <class S, const Layout &L>
+inline typename S::Ints shifted(typename S::Ints dots) {
+  return S::shift_part(S::template end<L.bits()>(dots, 0));
+}
+
+// Sums of codes this small are kept in 16 bits until the block ends, so the second parts cannot be added to the first ones' sums.
+template <class S, const Layout &L>
+constexpr bool apart = L.bits() <= S::narrow_bits;
+
 // Adds one block to the totals. Every kernel ends a block here: this is the order of rounding that they share.
 // Without halves `first` is the whole block's dot product and `second` is ignored.
 template <class S, const Layout &L>
@@ -123,7 +134,7 @@ struct Prefetch {
 };
 
 // P panels by R rows over the blocks of one chunk.
-template <class S, const Layout &L, int P, int R>
+template <class S, const Layout &L, int Parts, int P, int R>
 void tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
           const Output &out, Prefetch &prefetch) {
   typename S::Floats totals[R][P];
@@ -132,25 +143,33 @@ void tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
   const int64_t row_blocks = input.padded / 32, at = row * row_blocks + first_block;
   for (int64_t b = 0; b < blocks; b++) {
     prefetch.advance(P);
-    const int8_t *quants = input.quants + (at + b) * 32;
+    const int8_t *quants = input.quants + (at + b) * Parts * 32;
     const int32_t *counts = input.counts + (at + b) * 2;
-    typename S::Ints dots[2][R][P];
-    auto half = [&](int h) {
-      for (int r = 0; r < R; r++) {
-        const auto start = S::template begin<L.bits()>(start_of<S, L>(counts + r * row_blocks * 2, h));
-        for (int p = 0; p < P; p++) dots[L.halves() ? h : 0][r][p] = start;
-      }
-    };
-    half(0);
-    unroll<8>([&](auto v) {
-      if (L.halves() && v == 4) half(1);
-      constexpr int h = L.halves() ? v / 4 : 0;
-      typename S::Bytes codes[P];
-      for (int p = 0; p < P; p++) codes[p] = S::load(weights.codes[p] + b * 512 + v * 64);
-      for (int r = 0; r < R; r++) {
-        const auto x = S::broadcast_quad(quants + r * row_blocks * 32 + v * 4);
-        for (int p = 0; p < P; p++) dots[h][r][p] = S::template dot<L.bits()>(dots[h][r][p], codes[p], x);
-      }
+    typename S::Ints dots[2][R][P], high[2][R][P];
+    unroll<Parts>([&](auto part) {
+      constexpr bool last = part == Parts - 1;
+      auto half = [&](int h) {
+        for (int r = 0; r < R; r++) {
+          const auto start = S::template begin<L.bits()>(last ? start_of<S, L>(counts + r * row_blocks * 2, h) : 0);
+          for (int p = 0; p < P; p++) {
+            auto &dot = dots[L.halves() ? h : 0][r][p];
+            if constexpr (part > 0) high[L.halves() ? h : 0][r][p] = shifted<S, L>(dot);
+            dot = start;
+            if constexpr (part > 0 && !apart<S, L>) dot = S::add_ints(start, high[L.halves() ? h : 0][r][p]);
+          }
+        }
+      };
+      half(0);
+      unroll<8>([&](auto v) {
+        if (L.halves() && v == 4) half(1);
+        constexpr int h = L.halves() ? v / 4 : 0;
+        typename S::Bytes codes[P];
+        for (int p = 0; p < P; p++) codes[p] = S::load(weights.codes[p] + b * 512 + v * 64);
+        for (int r = 0; r < R; r++) {
+          const auto x = S::broadcast_quad(quants + (r * row_blocks * Parts + part) * 32 + v * 4);
+          for (int p = 0; p < P; p++) dots[h][r][p] = S::template dot<L.bits()>(dots[h][r][p], codes[p], x);
+        }
+      });
     });
     for (int p = 0; p < P; p++) {
       typename S::Floats scales[4];
@@ -159,9 +178,12 @@ void tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
       for (int r = 0; r < R; r++) {
         const int64_t index = at + r * row_blocks + b;
         const Activation x{input.scales[index], input.sums[index], input.counts + index * 2};
-        const auto first = S::template end<L.bits()>(dots[0][r][p], start_of<S, L>(x.counts, 0));
-        const auto second = S::template end<L.bits()>(dots[1][r][p], start_of<S, L>(x.counts, 1));
-        totals[r][p] = add_block<S, L>(totals[r][p], first, second, scales, x);
+        typename S::Ints ends[2];
+        for (int h = 0; h < (L.halves() ? 2 : 1); h++) {
+          ends[h] = S::template end<L.bits()>(dots[h][r][p], start_of<S, L>(x.counts, h));
+          if constexpr (Parts == 2 && apart<S, L>) ends[h] = S::add_ints(ends[h], high[h][r][p]);
+        }
+        totals[r][p] = add_block<S, L>(totals[r][p], ends[0], ends[L.halves() ? 1 : 0], scales, x);
       }
     }
   }
@@ -170,8 +192,10 @@ void tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
 }
 
 // One panel by R rows over all blocks, straight from the packed form: for few rows, where reading the weights is the work.
-template <class S, const Layout &L, int R>
+// Sums of a block's halves and of its parts are kept apart, so that the dot products need not wait for each other.
+template <class S, const Layout &L, int Parts, int R>
 void stream(const uint8_t *panel, const Input &input, int64_t row, const Output &out) {
+  constexpr int sums = L.halves() || Parts == 1 ? 2 : 1;
   typename S::Floats totals[R];
   for (int r = 0; r < R; r++) totals[r] = S::load(out.rows[0] + r * out.stride[0]);
   const int64_t row_blocks = input.padded / 32;
@@ -180,29 +204,35 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
     for (int ahead = 0; ahead < L.record_bytes(); ahead += 64) __builtin_prefetch(panel + prefetch_bytes + ahead);
     for (int block = 0; block < L.group; block++, at++) {
       const uint8_t *source = panel + block * L.code_bytes();
-      typename S::Ints dots[2][R];
-      int32_t starts[2][R];
+      typename S::Ints dots[Parts][sums][R];
+      int32_t starts[sums][R];
       for (int r = 0; r < R; r++)
-        for (int h = 0; h < 2; h++) {
+        for (int h = 0; h < sums; h++) {
           starts[h][r] = start_of<S, L>(input.counts + (at + r * row_blocks) * 2, h);
-          dots[h][r] = S::template begin<L.bits()>(starts[h][r]);
+          dots[Parts - 1][h][r] = S::template begin<L.bits()>(starts[h][r]);
+          if constexpr (Parts == 2) dots[0][h][r] = S::template begin<L.bits()>(0);
         }
       unroll<8>([&](auto v) {
+        constexpr int h = v / 4 * (sums - 1);
         const auto codes = code_vector<S, L, v>(source);
-        for (int r = 0; r < R; r++) {
-          const auto x = S::broadcast_quad(input.quants + (at + r * row_blocks) * 32 + v * 4);
-          dots[v / 4][r] = S::template dot<L.bits()>(dots[v / 4][r], codes, x);
-        }
+        for (int r = 0; r < R; r++)
+          for (int part = 0; part < Parts; part++) {
+            const auto x = S::broadcast_quad(input.quants + ((at + r * row_blocks) * Parts + part) * 32 + v * 4);
+            dots[part][h][r] = S::template dot<L.bits()>(dots[part][h][r], codes, x);
+          }
       });
       typename S::Floats scales[4];
       load_scales<S, L>(panel, block, scales);
       for (int r = 0; r < R; r++) {
         const int64_t index = at + r * row_blocks;
         const Activation x{input.scales[index], input.sums[index], input.counts + index * 2};
-        auto first = S::template end<L.bits()>(dots[0][r], starts[0][r]);
-        const auto second = S::template end<L.bits()>(dots[1][r], starts[1][r]);
-        if constexpr (!L.halves()) first = S::add_ints(first, second);
-        totals[r] = add_block<S, L>(totals[r], first, second, scales, x);
+        typename S::Ints ends[2];
+        for (int h = 0; h < sums; h++) {
+          ends[h] = S::template end<L.bits()>(dots[Parts - 1][h][r], starts[h][r]);
+          if constexpr (Parts == 2) ends[h] = S::add_ints(ends[h], shifted<S, L>(dots[0][h][r]));
+        }
+        if constexpr (sums == 2 && !L.halves()) ends[0] = S::add_ints(ends[0], ends[1]);
+        totals[r] = add_block<S, L>(totals[r], ends[0], ends[sums - 1], scales, x);
       }
     }
   }
@@ -217,14 +247,14 @@ constexpr const Layout &same_arithmetic() {
   else return L.table ? layouts::q8_0 : L;
 }
 
-template <class S, const Layout &L, int P>
+template <class S, const Layout &L, int Parts, int P>
 void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                         float *y, int64_t y_stride) {
   if (row_end - row_begin <= S::stream_rows) {
     for (int p = 0; p < P; p++)
       for_tiles<1, S::stream_rows>(matrix, panel + p, row_begin, row_end, y, y_stride,
                 [&](auto r, int64_t row, const Output &out) {
-        stream<S, L, r>(matrix.panel(panel + p), input, row, out);
+        stream<S, L, Parts, r>(matrix.panel(panel + p), input, row, out);
       });
     return;
   }
@@ -242,7 +272,7 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
     }
     for_tiles<P, S::tile_rows>(matrix, panel, row_begin, row_end, y, y_stride,
               [&](auto r, int64_t row, const Output &out) {
-      tile<S, same_arithmetic<L>(), P, r>(weights, input, row, first, count, out, prefetch);
+      tile<S, same_arithmetic<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
     });
   }
 }

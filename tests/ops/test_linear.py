@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -63,32 +65,68 @@ def activations(rows: int, columns: int) -> np.ndarray:
     return x
 
 
-def largest_error(kind: TensorType, x: np.ndarray, weight: np.ndarray, level: str, as_float32: bool) -> np.ndarray:
+def product(ops: NativeOps, x: np.ndarray, tensor: Tensor, bias: np.ndarray | None = None, *, precise: bool) -> Any:
+    """x W^T + bias. What a program returns takes finer activations than what it goes on to compute with."""
+    weight = ops.matrix(tensor)
+    if precise:
+        return ops.linear(x, weight, bias)
+    zeros = np.zeros((len(x), tensor.rows), dtype=np.float32)
+    return ops._eager((zeros, x), lambda program, zeros, x: program.add(zeros, program.linear(x, weight, bias)))
+
+
+def largest_error(
+    kind: TensorType, x: np.ndarray, weight: np.ndarray, level: str, as_float32: bool, precise: bool
+) -> np.ndarray:
     """What rounding the activations, and then the sums, can cost each output."""
     sizes = np.abs(weight).T.astype(np.float64)
     sums = 1e-6 * (np.abs(x) @ sizes) + 1e-30
     if kind.is_quantized and not as_float32:
         blocks = np.abs(x).reshape(len(x), -1, 32).max(axis=-1)
-        tiny = np.where(blocks < 1e-30, blocks, blocks / 254 * (1 + 1e-4))  # half a step of 127 to each side
+        steps = 2 * 127 * (128 if precise else 1)  # half a step is lost
+        tiny = np.where(blocks < 1e-30, blocks, blocks / steps * (1 + 1e-4))
         return tiny.repeat(32, axis=1) @ sizes + 8 * sums
     if kind is TensorType.BF16 and not as_float32 and level in ("avx512_bf16", "amx"):
         return 2.0**-8 * (np.abs(x) @ sizes) + sums
     return sums
 
 
-@pytest.mark.parametrize("as_float32", [False, True])
+@pytest.mark.parametrize(("as_float32", "precise"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("kind", WEIGHTS, ids=lambda kind: kind.name)
-def test_products_are_as_exact_as_the_activations(isa: str, kind: TensorType, as_float32: bool) -> None:
+def test_products_are_as_exact_as_the_activations(isa: str, kind: TensorType, as_float32: bool, precise: bool) -> None:
     ops = NativeOps(dtype="float32" if as_float32 else "auto")
     for rows, columns in shapes(kind):
         tensor = random_weight(kind, rows, columns)
         weight = tensor.dequantize()
         bias = np.random.default_rng(0).standard_normal(rows).astype(np.float32)
-        x = activations(15, columns)
-        expected = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
-        error = np.abs(ops.linear(x, ops.matrix(tensor), bias) - expected)
-        bound = largest_error(kind, x, weight, isa, as_float32) + 1e-6 * np.abs(bias)
-        assert (error <= bound).all(), f"{rows} x {columns}: {(error / bound).max():.2f} times the bound"
+        for count in (5, 15):
+            x = activations(count, columns)
+            expected = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
+            error = np.abs(product(ops, x, tensor, bias, precise=precise) - expected)
+            bound = largest_error(kind, x, weight, isa, as_float32, precise) + 1e-6 * np.abs(bias)
+            assert (error <= bound).all(), f"{rows} x {columns}: {(error / bound).max():.2f} times the bound"
+
+
+@pytest.mark.parametrize("kind", [TensorType.Q4_0, TensorType.Q4_1, TensorType.Q8_0], ids=lambda kind: kind.name)
+def test_fine_activations_multiply_integers_exactly(isa: str, kind: TensorType) -> None:
+    """Codes and activations at both ends of their ranges: no sum overflows, no part loses a bit."""
+    rows, columns = 20, 128
+    generator = np.random.default_rng(3)
+    elements, size = kind.block
+    blocks = generator.choice(np.array([0, 0x7F, 0x80, 0xFF], dtype=np.uint8), (rows * columns // elements, size))
+    for offset in HALVES[kind]:
+        blocks[:, offset : offset + 2] = np.array([1], dtype=np.float16).view(np.uint8)
+    tensor = Tensor("weight", kind, (rows, columns), blocks.reshape(-1))
+    for count in (3, 20):
+        x = generator.choice(np.array([-16256, -16255, -8191, -64, -1, 0, 1, 63, 64, 8192, 16256]), (count, columns))
+        x[:, ::32] = 16256
+        x[0], x[1] = 16256, -16256
+        expected = x @ tensor.dequantize().T.astype(np.int64)
+        found = product(NativeOps(), x.astype(np.float32), tensor, precise=True)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=columns * 16256 * 255 * 2.0**-23)
+        small = (x % 128).astype(np.float32)
+        small[:, ::32] = 127
+        found = product(NativeOps(), small, tensor, precise=True)
+        np.testing.assert_array_equal(found, small @ tensor.dequantize().T)
 
 
 @pytest.mark.parametrize("as_float32", [False, True])
@@ -101,31 +139,31 @@ def test_rows_dequantize_to_the_exact_values(isa: str, kind: TensorType, as_floa
         np.testing.assert_array_equal(found, tensor.dequantize())
 
 
+@pytest.mark.parametrize("precise", [False, True])
 @pytest.mark.parametrize("kind", WEIGHTS, ids=lambda kind: kind.name)
-def test_bits_do_not_depend_on_the_other_rows(isa: str, kind: TensorType) -> None:
+def test_bits_do_not_depend_on_the_other_rows(isa: str, kind: TensorType, precise: bool) -> None:
     columns = 1024 + (0 if kind.is_quantized else 3)
     tensor = random_weight(kind, 90, columns)
     x = activations(140, columns)
     alone, together = NativeOps(threads=1), NativeOps()
-    weight = alone.matrix(tensor)
-    whole = alone.linear(x, weight)
-    np.testing.assert_array_equal(together.linear(x, together.matrix(tensor)), whole)
+    whole = product(alone, x, tensor, precise=precise)
+    np.testing.assert_array_equal(product(together, x, tensor, precise=precise), whole)
     start = 0
     for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 32, 50):
-        part = alone.linear(x[start : start + count], weight)
+        part = product(alone, x[start : start + count], tensor, precise=precise)
         np.testing.assert_array_equal(part.view(np.uint32), whole[start : start + count].view(np.uint32))
         start += count
 
 
+@pytest.mark.parametrize("precise", [False, True])
 @pytest.mark.parametrize("kind", list(HALVES), ids=lambda kind: kind.name)
-def test_levels_with_fused_arithmetic_agree_bit_for_bit(kind: TensorType) -> None:
+def test_levels_with_fused_arithmetic_agree_bit_for_bit(kind: TensorType, precise: bool) -> None:
     tensor, x = random_weight(kind, 40, 1536), activations(9, 1536)
     results = {}
     try:
         for level in _native.available_isas():
             _native.select_isa(level)
-            ops = NativeOps()
-            results[level] = ops.linear(x, ops.matrix(tensor))
+            results[level] = product(NativeOps(), x, tensor, precise=precise)
     finally:
         _native.select_isa("")
     plain = results.pop("scalar")  # rounds products and sums apart

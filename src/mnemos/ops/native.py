@@ -71,8 +71,8 @@ class NativeOps:
     """Operators that are recorded when their operands come from a recording, and run at once on NumPy arrays.
 
     threads: None for all cores that the process may use; backends with as many threads share one pool. dtype: "auto"
-    multiplies weights in the form in which they are stored, with activations rounded to 8 bits by blocks of 32 or to
-    bfloat16; "float32" expands weights and multiplies in float32.
+    multiplies weights in the form in which they are stored, with activations rounded to 8 bits by blocks of 32 (15 bits
+    for queries, keys, values and logits) or to bfloat16; "float32" expands weights and multiplies in float32.
     """
 
     name = "native"
