@@ -7,7 +7,7 @@
 namespace mnemos {
 namespace {
 
-constexpr int64_t wanted_tile_rows = 64;
+constexpr int64_t wanted_tile_rows = 96;
 
 int64_t group_of(const Attention &a) { return a.heads / a.kv_heads; }
 
@@ -22,10 +22,16 @@ int64_t first_visible(const Attention &a, int64_t position) {
   return a.window > 0 ? std::max<int64_t>(0, position - a.window + 1) : 0;
 }
 
-// Norm and rotation of one head, in place in `head`.
-void transform(const Step &step, const Norm &norm, const RopeTable *rope, int64_t position, int64_t head_dim, float *head) {
-  if (norm.kind != Norm::none) step.kernels->rms_norm(head, norm.weight->data(), norm.epsilon, head, 1, head_dim);
-  if (rope != nullptr) step.kernels->rope(head, rope->cosines(position), rope->sines(position), head, rope->half());
+// y = one head of queries or keys, normed and rotated.
+void transform(const Step &step, const Norm &norm, const RopeTable *rope, int64_t position, int64_t head_dim, const float *x,
+               float *y) {
+  if (norm.kind != Norm::none) {
+    step.kernels->rms_norm(x, norm.weight->data(), norm.epsilon, y, 1, head_dim);
+    x = y;
+  }
+  const int64_t rotated = rope == nullptr ? 0 : 2 * rope->half();
+  if (rope != nullptr) step.kernels->rope(x, rope->cosines(position), rope->sines(position), y, rope->half());
+  if (x != y) std::memcpy(y + rotated, x + rotated, static_cast<size_t>(head_dim - rotated) * sizeof(float));
 }
 
 int64_t sequence_of(const BatchView &batch, int64_t token) {
@@ -33,55 +39,60 @@ int64_t sequence_of(const BatchView &batch, int64_t token) {
   return std::upper_bound(batch.sequence_starts, end, static_cast<int32_t>(token)) - batch.sequence_starts - 1;
 }
 
+// True if no sequence has several tokens: then whoever attends to a token's own block stores its key and value first.
+bool one_token_each(const BatchView &batch) {
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    if (batch.sequence_starts[s + 1] - batch.sequence_starts[s] > 1) return false;
+  }
+  return true;
+}
+
+// Norms, rotates and stores the key of one token and head of keys, and stores its value.
+void store_token(const Step &step, const Attention &a, const float *k, const float *v, int64_t sequence, int64_t t, int64_t head,
+                 float *scratch) {
+  const CellLayout &cell = a.cache->cell();
+  const int64_t position = step.batch.positions[t], at = (t * a.kv_heads + head) * a.head_dim;
+  const int64_t page = step.batch.pages[step.batch.page_starts[sequence] + position / cell.slots];
+  uint8_t *data = a.cache->cells(a.layer, head) + page * a.cache->page_bytes();
+  transform(step, a.key_norm, a.key_rope.get(), position, a.head_dim, k + at, scratch);
+  step.kernels->store_key(cell, data, position % cell.slots, scratch);
+  step.kernels->store_value(cell, data, position % cell.slots, v + at);
+}
+
 class StoreTask : public Task {
  public:
-  StoreTask(const Attention &attention, int q, int k, int v, int queries) : a_(attention), q_(q), k_(k), v_(v), queries_(queries) {
-    reads = {q, k, v};
-    writes = {queries};
+  StoreTask(const Attention &attention, int k, int v, int stored) : a_(attention), k_(k), v_(v) {
+    reads = {k, v};
+    writes = {stored};
   }
-  int64_t items(const Step &step) const override { return (step.batch.tokens + tokens_per_item - 1) / tokens_per_item; }
+  bool active(const Step &step) const override { return !step.tile_sets[a_.tile_set].one_token_each; }
+  int64_t items(const Step &step) const override {
+    return (step.batch.tokens + tokens_per_item - 1) / tokens_per_item * a_.kv_heads;
+  }
   int64_t scratch_bytes(const BatchView &, int) const override { return a_.head_dim * static_cast<int64_t>(sizeof(float)); }
 
   void run(const Step &step, int64_t item, int thread) const override {
-    const int64_t end = std::min((item + 1) * tokens_per_item, step.batch.tokens);
-    for (int64_t t = item * tokens_per_item; t < end; t++) {
-      const int64_t position = step.batch.positions[t];
-      const int64_t width = a_.heads * a_.head_dim;
-      const float *q = step.data(q_, thread) + t * width;
-      float *queries = step.data(queries_, thread) + t * width;
-      std::memcpy(queries, q, static_cast<size_t>(width) * sizeof(float));
-      for (int64_t h = 0; h < a_.heads; h++) {
-        transform(step, a_.query_norm, a_.query_rope.get(), position, a_.head_dim, queries + h * a_.head_dim);
-      }
-      for (int64_t h = 0; h < a_.kv_heads; h++) store(step, t, position, h, thread);
+    const int64_t begin = item / a_.kv_heads * tokens_per_item, end = std::min(begin + tokens_per_item, step.batch.tokens);
+    int64_t sequence = sequence_of(step.batch, begin);
+    for (int64_t t = begin; t < end; t++) {
+      while (step.batch.sequence_starts[sequence + 1] <= t) sequence++;
+      store_token(step, a_, step.data(k_, thread), step.data(v_, thread), sequence, t, item % a_.kv_heads,
+                  step.thread_scratch(thread));
     }
   }
 
  private:
-  static constexpr int64_t tokens_per_item = 2;
-
-  void store(const Step &step, int64_t t, int64_t position, int64_t head, int thread) const {
-    const CellLayout &cell = a_.cache->cell();
-    const int64_t at = (t * a_.kv_heads + head) * a_.head_dim;
-    const BatchView &batch = step.batch;
-    const int64_t page = batch.pages[batch.page_starts[sequence_of(batch, t)] + position / cell.slots];
-    uint8_t *data = a_.cache->cells(a_.layer, head) + page * a_.cache->page_bytes();
-    float *key = step.thread_scratch(thread);
-    std::memcpy(key, step.data(k_, thread) + at, static_cast<size_t>(a_.head_dim) * sizeof(float));
-    transform(step, a_.key_norm, a_.key_rope.get(), position, a_.head_dim, key);
-    step.kernels->store_key(cell, data, position % cell.slots, key);
-    step.kernels->store_value(cell, data, position % cell.slots, step.data(v_, thread) + at);
-  }
+  static constexpr int64_t tokens_per_item = 32;  // neighbours share the lines of their keys
 
   const Attention a_;
-  const int q_, k_, v_, queries_;
+  const int k_, v_;
 };
 
 class AttendTask : public Task {
  public:
-  AttendTask(const Attention &attention, int queries, int partials, int y)
-      : a_(attention), queries_(queries), partials_(partials), y_(y) {
-    reads = {queries};
+  AttendTask(const Attention &attention, int q, int k, int v, int stored, int partials, int y)
+      : a_(attention), q_(q), k_(k), v_(v), partials_(partials), y_(y) {
+    reads = {q, k, v, stored};
     writes = {partials, y};
   }
   int64_t items(const Step &step) const override {
@@ -89,15 +100,23 @@ class AttendTask : public Task {
   }
   int64_t scratch_bytes(const BatchView &, int) const override {
     const int64_t rows = tile_tokens(a_) * group_of(a_);
-    return rows * (score_stride + 3 * a_.cache->cell().value_stride) * static_cast<int64_t>(sizeof(float));
+    const CellLayout &cell = a_.cache->cell();
+    return (rows * (score_stride + 3 * cell.value_stride) + expanded_floats(cell)) * static_cast<int64_t>(sizeof(float));
   }
 
   void run(const Step &step, int64_t item, int thread) const override {
     // Long tiles come last in a prompt, so they are handed out first.
-    const auto &tiles = step.tile_sets[a_.tile_set].tiles;
+    const TileSet &set = step.tile_sets[a_.tile_set];
     const int64_t heads = heads_per_item(step), first = item * heads % a_.kv_heads;
-    const QueryTile &query = tiles[tiles.size() - 1 - static_cast<size_t>(item * heads / a_.kv_heads)];
-    for (int64_t head = first; head < first + heads; head++) run_head(step, query, head, head + 1 < first + heads, thread);
+    const QueryTile &query = set.tiles[set.tiles.size() - 1 - static_cast<size_t>(item * heads / a_.kv_heads)];
+    const bool stores = set.one_token_each && step.batch.positions[query.token_begin] / attention_block < query.block_end;
+    for (int64_t head = first; head < first + heads; head++) {
+      if (stores) {
+        store_token(step, a_, step.data(k_, thread), step.data(v_, thread), query.sequence, query.token_begin, head,
+                    step.thread_scratch(thread));
+      }
+      run_head(step, query, head, head + 1 < first + heads, thread);
+    }
   }
 
  private:
@@ -126,6 +145,7 @@ class AttendTask : public Task {
     tile.partial = queries + tile.rows * stride;
     tile.result = tile.partial + tile.rows * stride;
     tile.scores = tile.result + tile.rows * stride;
+    tile.expanded = tile.scores + tile.rows * score_stride;
     tile.most = most;
     tile.total = total;
     for (int64_t r = 0; r < tile.rows; r++) {
@@ -134,10 +154,10 @@ class AttendTask : public Task {
       first[r] = first_visible(a_, last[r]);
       most[r] = -INFINITY;
       total[r] = 0;
-      std::memset(tile.result + r * stride, 0, static_cast<size_t>(stride) * sizeof(float));
-      std::memset(queries + r * stride, 0, static_cast<size_t>(stride) * sizeof(float));
-      step.kernels->scale(step.data(queries_, thread) + (t * a_.heads + head * group + r % group) * a_.head_dim, a_.scale,
-                          queries + r * stride, a_.head_dim);
+      float *row = queries + r * stride;
+      transform(step, a_.query_norm, a_.query_rope.get(), last[r], a_.head_dim,
+                step.data(q_, thread) + (t * a_.heads + head * group + r % group) * a_.head_dim, row);
+      step.kernels->scale(row, a_.scale, row, a_.head_dim);
     }
     step.kernels->attend(tile, query.block_begin, query.block_end);
     query.split < 0 ? write_result(step, query, head, tile, thread) : write_partial(step, query, head, tile, thread);
@@ -161,7 +181,7 @@ class AttendTask : public Task {
   }
 
   const Attention a_;
-  const int queries_, partials_, y_;
+  const int q_, k_, v_, partials_, y_;
 };
 
 // Tiles of one token that were split lie one after the other, one for each block.
@@ -197,7 +217,6 @@ class MergeTask : public Task {
   void merge_row(const Step &step, const QueryTile &first, int64_t count, int64_t head, int64_t r, int thread) const {
     const int64_t stride = a_.cache->cell().value_stride, group = group_of(a_);
     float *result = step.thread_scratch(thread);
-    std::memset(result, 0, static_cast<size_t>(stride) * sizeof(float));
     float most = -INFINITY, total = 0;
     for (int64_t i = 0; i < count; i++) {
       const float *partial = step.data(partials_, thread) + ((first.split + i) * a_.kv_heads + head) * partial_floats(a_);
@@ -214,12 +233,12 @@ class MergeTask : public Task {
 
 }  // namespace
 
-std::unique_ptr<Task> make_store(const Attention &attention, int q, int k, int v, int queries) {
-  return std::make_unique<StoreTask>(attention, q, k, v, queries);
+std::unique_ptr<Task> make_store(const Attention &attention, int k, int v, int stored) {
+  return std::make_unique<StoreTask>(attention, k, v, stored);
 }
 
-std::unique_ptr<Task> make_attend(const Attention &attention, int queries, int partials, int y) {
-  return std::make_unique<AttendTask>(attention, queries, partials, y);
+std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials, int y) {
+  return std::make_unique<AttendTask>(attention, q, k, v, stored, partials, y);
 }
 
 std::unique_ptr<Task> make_merge(const Attention &attention, int partials, int y) {
@@ -228,6 +247,7 @@ std::unique_ptr<Task> make_merge(const Attention &attention, int partials, int y
 
 TileSet make_tiles(const BatchView &batch, const Attention &attention, int threads) {
   TileSet set;
+  set.one_token_each = one_token_each(batch);
   const int64_t size = tile_tokens(attention);
   int64_t whole_tiles = 0;
   for (int64_t s = 0; s < batch.sequences; s++) {

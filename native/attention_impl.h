@@ -27,12 +27,15 @@ struct ByteElement {
   static Vec load(const int8_t *p) { return load_byte(p); }
 };
 
-// Rows of queries that share the loads of one vector of keys or values: as many as the registers hold.
+// Rows of queries that share the loads of a vector of keys or values, and vectors that share the loads of a query's
+// elements: as many as the registers hold. A tile of many rows is cut into groups of so many.
 #if defined(__AVX512F__)
-constexpr int most_rows = 8;
+constexpr int most_rows = 8, group_rows = 6, most_vectors = 4;
 #else
-constexpr int most_rows = 4;
+constexpr int most_rows = 4, group_rows = 4, most_vectors = 2;
 #endif
+// From so many rows on, a block of keys and values is converted to float32 once for all of them.
+constexpr int64_t rows_to_expand_for = 2 * group_rows;
 
 // Few rows wait for memory, not for arithmetic: then each step of a product also fetches a line that comes next. The
 // processor's own prefetching stops at the borders of the small pieces that a page consists of.
@@ -68,14 +71,18 @@ template <typename Element, int R>
 inline void product_of_rows(const float *a, int64_t a_stride, const typename Element::Type *b, int64_t b_stride,
                             int64_t count, float *c, int64_t c_stride, int64_t columns, bool accumulate,
                             const uint8_t *ahead) {
+  constexpr int64_t size = static_cast<int64_t>(sizeof(typename Element::Type));
   int64_t j = 0;
-  for (; j + 2 * width <= columns; j += 2 * width) {
-    outer_product<Element, R, 2>(a, a_stride, b + j, b_stride, count, c + j, c_stride, accumulate, ahead);
-    if (ahead != nullptr) ahead += 2 * width * count * static_cast<int64_t>(sizeof(typename Element::Type));
-  }
-  for (; j < columns; j += width) {
-    outer_product<Element, R, 1>(a, a_stride, b + j, b_stride, count, c + j, c_stride, accumulate, nullptr);
-  }
+  const auto run = [&](auto tag) {
+    constexpr int N = decltype(tag)::value;
+    for (; j + N * width <= columns; j += N * width) {
+      outer_product<Element, R, N>(a, a_stride, b + j, b_stride, count, c + j, c_stride, accumulate, N > 1 ? ahead : nullptr);
+      if (ahead != nullptr) ahead += N * width * count * size;
+    }
+  };
+  if constexpr (R <= group_rows && most_vectors > 2) run(std::integral_constant<int, most_vectors>{});
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
 }
 
 template <typename Element>
@@ -195,7 +202,14 @@ void weigh_values(const AttentionTile &tile, const BlockRange &range, bool next_
   });
 }
 
+// Merges nothing but the numbers where nothing was merged into before.
 void merge(float most, float total, const float *values, float *into_most, float *into_total, float *into, int64_t n) {
+  if (*into_most == -INFINITY) {
+    for (int64_t i = 0; i < n; i += width) store(into + i, load(values + i));
+    *into_total = total;
+    *into_most = most;
+    return;
+  }
   const float maximum = most > *into_most ? most : *into_most;
   const Vec shift = splat(maximum);
   const Vec old_share = exp(sub(splat(*into_most), shift)), new_share = exp(sub(splat(most), shift));
@@ -208,18 +222,121 @@ void merge(float most, float total, const float *values, float *into_most, float
   *into_most = maximum;
 }
 
-template <typename Element>
-void attend_block(const AttentionTile &tile, int64_t block, bool next_block) {
+// The positions of the block that some of the rows see; nothing if last < 0.
+inline BlockRange visible(const AttentionTile &tile, int64_t block, int64_t row_begin, int64_t row_end) {
   BlockRange range{block * attention_block, INT64_MAX, -1};
   const int64_t end = range.start + attention_block - 1;
-  for (int64_t r = 0; r < tile.rows; r++) {
+  for (int64_t r = row_begin; r < row_end; r++) {
     if (tile.first[r] > end || tile.last[r] < range.start) continue;
     range.first = tile.first[r] < range.first ? tile.first[r] : range.first;
     range.last = tile.last[r] > range.last ? tile.last[r] : range.last;
   }
-  if (range.last < 0) return;
   range.first = range.first < range.start ? range.start : range.first;
   range.last = range.last > end ? end : range.last;
+  return range;
+}
+
+inline void merge_rows(const AttentionTile &tile, const BlockRange &range, const float *most, const float *total) {
+  const int64_t stride = tile.cell->value_stride;
+  for (int64_t r = 0; r < tile.rows; r++) {
+    if (tile.first[r] >= range.start + attention_block || tile.last[r] < range.start) continue;
+    merge(most[r], total[r], tile.partial + r * stride, &tile.most[r], &tile.total[r], tile.result + r * stride, stride);
+  }
+}
+
+// A block of keys and values in float32: keys in segments of `segment` positions, (head_dim, segment) each, values as
+// (position, value_stride), and the scales of both where the cache has them.
+constexpr int64_t segment = most_vectors * width;
+
+struct Expanded {
+  float *keys, *values, *key_scales, *value_scales;
+
+  explicit Expanded(const AttentionTile &tile)
+      : keys(tile.expanded), values(keys + attention_block * tile.cell->head_dim),
+        key_scales(values + attention_block * tile.cell->value_stride), value_scales(key_scales + attention_block) {}
+};
+
+template <typename Element>
+void expand_block(const AttentionTile &tile, const BlockRange &range) {
+  using Type = typename Element::Type;
+  const CellLayout &cell = *tile.cell;
+  const Expanded block(tile);
+  for_each_page<Element>(tile, range, [&](int64_t position, const uint8_t *data) {
+    const int64_t at = position - range.start;
+    const auto *keys = reinterpret_cast<const Type *>(data), *values = reinterpret_cast<const Type *>(data + cell.value_offset);
+    for (int64_t j = 0; j < cell.slots; j += width) {
+      float *into = block.keys + (at + j) / segment * segment * cell.head_dim + (at + j) % segment;
+      for (int64_t i = 0; i < cell.head_dim; i++) store(into + i * segment, Element::load(keys + i * cell.key_stride + j));
+    }
+    const int64_t count = range.last - position + 1 < cell.slots ? range.last - position + 1 : cell.slots;
+    float *into = block.values + at * cell.value_stride;
+    for (int64_t i = 0; i < count * cell.value_stride; i += width) store(into + i, Element::load(values + i));
+    if (cell.type != CacheType::int8) return;
+    std::memcpy(block.key_scales + at, data + cell.key_scale_offset, static_cast<size_t>(cell.slots) * sizeof(float));
+    std::memcpy(block.value_scales + at, data + cell.value_scale_offset, static_cast<size_t>(cell.slots) * sizeof(float));
+  });
+}
+
+// Calls run(integral_constant) with `count`, which is 1 to Most.
+template <int Most, typename Run>
+inline void with_count(int64_t count, const Run &run) {
+  if constexpr (Most > 1) {
+    if (count < Most) return with_count<Most - 1>(count, run);
+  }
+  run(std::integral_constant<int, Most>{});
+}
+
+// Calls visit(integral_constant rows, first row, what they see) for the groups of a tile that see any of the block.
+template <typename Visit>
+inline void for_groups(const AttentionTile &tile, int64_t block, const Visit &visit) {
+  for (int64_t r = 0; r < tile.rows; r += group_rows) {
+    const int64_t count = tile.rows - r < group_rows ? tile.rows - r : group_rows;
+    const BlockRange range = visible(tile, block, r, r + count);
+    if (range.last >= 0) with_count<group_rows>(count, [&](auto rows) { visit(rows, r, range); });
+  }
+}
+
+// As score_block, exponentials and weigh_values, with the same sums in the same order.
+template <typename Element>
+void attend_expanded(const AttentionTile &tile, int64_t block, const BlockRange &all) {
+  const CellLayout &cell = *tile.cell;
+  const Expanded expanded(tile);
+  const int64_t stride = cell.value_stride;
+  expand_block<Element>(tile, all);
+  for (int64_t at = 0; at <= all.last - all.start; at += segment) {  // a segment of keys stays in the first-level cache
+    for_groups(tile, block, [&](auto rows, int64_t r, const BlockRange &range) {
+      const int64_t vectors = (range.last - range.start - at + width) / width;
+      if (vectors <= 0) return;
+      with_count<most_vectors>(vectors < most_vectors ? vectors : most_vectors, [&](auto count) {
+        outer_product<FloatElement, decltype(rows)::value, decltype(count)::value>(
+            tile.queries + r * stride, stride, expanded.keys + at * cell.head_dim, segment, cell.head_dim,
+            tile.scores + r * score_stride + at, score_stride, false, nullptr);
+      });
+    });
+  }
+  float most[max_tile_rows], total[max_tile_rows];
+  for_groups(tile, block, [&](auto rows, int64_t r, const BlockRange &range) {
+    const int64_t used = range.last - range.start + 1, begin = range.first - range.start;
+    for (int64_t i = r; i < r + decltype(rows)::value; i++) {
+      float *row = tile.scores + i * score_stride;
+      if (cell.type == CacheType::int8) map(row, expanded.key_scales, row, used, [](Vec s, Vec k) { return mul(s, k); });
+      exponentials(row, tile.first[i] - range.start, tile.last[i] - range.start, used, tile.softcap, &most[i], &total[i]);
+      if (cell.type == CacheType::int8) {
+        map(row + begin, expanded.value_scales + begin, row + begin, used - begin, [](Vec w, Vec v) { return mul(w, v); });
+      }
+    }
+    product_of_rows<FloatElement, decltype(rows)::value>(tile.scores + r * score_stride + begin, score_stride,
+                                                         expanded.values + begin * stride, stride, used - begin,
+                                                         tile.partial + r * stride, stride, stride, false, nullptr);
+  });
+  merge_rows(tile, all, most, total);
+}
+
+template <typename Element>
+void attend_block(const AttentionTile &tile, int64_t block, bool next_block) {
+  const BlockRange range = visible(tile, block, 0, tile.rows);
+  if (range.last < 0) return;
+  if (tile.rows >= rows_to_expand_for && tile.cell->slots % width == 0) return attend_expanded<Element>(tile, block, range);
   score_block<Element>(tile, range);
   const int64_t used = range.last - range.start + 1;
   float most[max_tile_rows], total[max_tile_rows];
@@ -228,11 +345,7 @@ void attend_block(const AttentionTile &tile, int64_t block, bool next_block) {
                  tile.softcap, &most[r], &total[r]);
   }
   weigh_values<Element>(tile, range, next_block);
-  for (int64_t r = 0; r < tile.rows; r++) {
-    if (tile.first[r] > end || tile.last[r] < range.start) continue;
-    merge(most[r], total[r], tile.partial + r * tile.cell->value_stride, &tile.most[r], &tile.total[r],
-          tile.result + r * tile.cell->value_stride, tile.cell->value_stride);
-  }
+  merge_rows(tile, range, most, total);
 }
 
 void attend(const AttentionTile &tile, int64_t block_begin, int64_t block_end) {
@@ -294,6 +407,13 @@ void store_key(const CellLayout &cell, uint8_t *data, int64_t slot, const float 
 }
 
 void store_value(const CellLayout &cell, uint8_t *data, int64_t slot, const float *value) {
+  if (cell.type == CacheType::float16 && cell.head_dim % width == 0) {
+    auto *halves = reinterpret_cast<uint16_t *>(data + cell.value_offset) + slot * cell.value_stride;
+    for (int64_t i = 0; i < cell.head_dim; i += width) {
+      store_half(halves + i, min(max(load(value + i), splat(-65504.0f)), splat(65504.0f)));
+    }
+    return;
+  }
   const float scale = encode(cell.type, value, cell.head_dim, [&](int64_t i, auto element) {
     put(data + cell.value_offset, slot * cell.value_stride + i, element);
   });

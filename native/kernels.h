@@ -28,6 +28,11 @@ struct CellLayout {
   int64_t bytes;
 };
 
+// A block of keys and values in float32, with their scales.
+constexpr int64_t expanded_floats(const CellLayout &cell) {
+  return attention_block * (cell.head_dim + cell.value_stride + 2);
+}
+
 // One query tile of one head of keys: `rows` queries, and the blocks of keys that they are to see.
 struct AttentionTile {
   const CellLayout *cell;
@@ -41,8 +46,9 @@ struct AttentionTile {
   float softcap;
   float *scores;             // scratch (rows, score_stride)
   float *partial;            // scratch (rows, value_stride)
+  float *expanded;           // scratch of expanded_floats(cell)
   float *most, *total;       // (rows,) running maximum and sum of exponentials
-  float *result;             // (rows, value_stride) running weighted sum of values
+  float *result;             // (rows, value_stride) running weighted sum of values, set by the first block that a row sees
 };
 
 struct VectorKernels {
@@ -64,7 +70,7 @@ struct VectorKernels {
   void (*store_value)(const CellLayout &cell, uint8_t *data, int64_t slot, const float *value);
   // Merges blocks begin to end into most, total and result, in order.
   void (*attend)(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
-  // Merges one row's state (most, total, n values) into another.
+  // Merges one row's state (most, total, n values) into another, whose values need not be set if its most is -infinity.
   void (*merge)(float most, float total, const float *values, float *into_most, float *into_total, float *into, int64_t n);
 
   // For sampling and log probabilities.

@@ -243,12 +243,12 @@ class Scheduler {
       inputs[j] = buffer(v);
     }
     attention.tile_set = tile_set(attention);
-    BufferSpec rotated, partials;
-    rotated.row_floats = attention.heads * attention.head_dim;
+    BufferSpec partials;
     partials.kind = BufferSpec::partials;
-    const int queries = add_buffer(rotated), partial = add_buffer(partials), y = buffer(o.outputs[0]);
-    add(make_store(attention, inputs[0], inputs[1], buffer(o.inputs[2]), queries));
-    add(make_attend(attention, queries, partial, y));
+    const int k = inputs[1], v = buffer(o.inputs[2]), stored = float_buffer(Rows::tokens, 0, 1);
+    const int partial = add_buffer(partials), y = buffer(o.outputs[0]);
+    add(make_store(attention, k, v, stored));
+    add(make_attend(attention, inputs[0], k, v, stored, partial, y));
     add(make_merge(attention, partial, y));
   }
 

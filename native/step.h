@@ -36,6 +36,7 @@ struct QueryTile {
 struct TileSet {
   std::vector<QueryTile> tiles;
   int64_t partials = 0;
+  bool one_token_each = false;  // no sequence has several tokens
 };
 
 struct Step {

@@ -93,9 +93,10 @@ struct Attention {
   Norm query_norm, key_norm;
   std::shared_ptr<const RopeTable> query_rope, key_rope;
 };
-// Norms and rotates queries into `queries`, and keys into the cache, and stores values there.
-std::unique_ptr<Task> make_store(const Attention &attention, int q, int k, int v, int queries);
-std::unique_ptr<Task> make_attend(const Attention &attention, int queries, int partials, int y);
+// Norms and rotates keys and stores them and values in the cache, in batches in which a sequence has several tokens;
+// `stored` stands for what is in the cache then. In other batches make_attend's task does it.
+std::unique_ptr<Task> make_store(const Attention &attention, int k, int v, int stored);
+std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials, int y);
 // Merges the partial results of long contexts that were split among threads.
 std::unique_ptr<Task> make_merge(const Attention &attention, int partials, int y);
 // The tiles for this batch. Long contexts are split when there are few tiles.
