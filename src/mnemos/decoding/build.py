@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from mnemos.decoding.contrastive import ContrastiveSearch
 from mnemos.decoding.processors import filters_of, processors_of
 from mnemos.decoding.sampler import Cutoffs, fresh_seed
 from mnemos.decoding.sampling import Chooser, Constraint, Drafter, Sampling
-from mnemos.decoding.speculative import DEFAULT_DRAFT_TOKENS, PromptLookup
+from mnemos.decoding.speculative import DEFAULT_DRAFT_TOKENS, DraftModel, PromptLookup
 from mnemos.decoding.stopping import IncrementalDecoder, StopRules, StopWatch, TextEnds
 from mnemos.decoding.strategy import Strategy
 from mnemos.errors import ContextLengthError, RequestError
@@ -151,10 +152,10 @@ class _Builder:
 
     def _drafter(self) -> Callable[[], Drafter] | None:
         config = self.config
-        if config.speculative != "prompt_lookup":
+        if config.speculative is None:
             return None
-        most = config.draft_tokens or DEFAULT_DRAFT_TOKENS
-        return lambda: PromptLookup(most)
+        kind = PromptLookup if config.speculative == "prompt_lookup" else DraftModel
+        return partial(kind, config.draft_tokens or DEFAULT_DRAFT_TOKENS)
 
     def _beam_search(self) -> BeamSearch:
         config = self.config

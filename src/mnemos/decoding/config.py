@@ -57,10 +57,10 @@ class GenerationConfig:
     list. `stopping_criteria` are called as f(token_ids) -> bool; max_time is in seconds from the first step.
     stop_when_repeating ends a degenerate loop. logprobs: the number of most probable tokens to report beside the
     chosen one's log probability (0: that alone), of the model's own distribution. best_of samples that many and
-    returns the num_return_sequences most probable a token. speculative: "prompt_lookup" or "draft" change the time
-    only; draft_tokens is the most tokens drafted at once. json_schema, regex, choice, grammar (Lark) constrain the
-    text. deadline: the longest wait in the queue, in seconds. n is num_return_sequences, max_tokens is
-    max_new_tokens. None for any field means its default.
+    returns the num_return_sequences most probable a token. speculative: "prompt_lookup" or, by the engine's draft
+    model, "draft" change the time only; draft_tokens is the most tokens drafted at once. json_schema, regex, choice,
+    grammar (Lark) constrain the text. deadline: the longest wait in the queue, in seconds. n is num_return_sequences,
+    max_tokens is max_new_tokens. None for any field means its default.
     """
 
     strategy: str | None = None

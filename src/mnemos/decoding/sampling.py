@@ -39,6 +39,9 @@ class Drafter(Protocol):
     def draft(self, history: History, limit: int) -> list[int]:
         """At most `limit` tokens, none if there is no good guess."""
 
+    def ask(self, limit: int) -> int:
+        """How many tokens the engine's draft model shall guess instead."""
+
     def learn(self, drafted: int, accepted: int) -> None:
         """How many of the last draft's tokens turned out right."""
 
@@ -79,11 +82,15 @@ class _Text:
     watch: StopWatch
     constraint: Constraint | None
     drafter: Drafter | None
-    drafts: list[int] = field(default_factory=list)
     emitted: list[Emitted] = field(default_factory=list)
     streamed: int = 0
     logprob_sum: float = 0.0
     end: End | None = None
+
+    @property
+    def drafts(self) -> list[int]:
+        """What was guessed, by the strategy or the engine's draft model, behind the chosen tokens."""
+        return self.branch.tokens[len(self.history.tokens) :]
 
     def take_new(self) -> list[Emitted]:
         """The tokens that came since the last call."""
@@ -212,9 +219,11 @@ class Sampling:
         text.branch.truncate(len(tokens) - 1)
         text.branch.tokens.append(tokens[-1])
         room = self._most - text.history.generated - 1
-        text.drafts = text.drafter.draft(text.history, room) if text.drafter is not None and room > 0 else []
-        text.branch.tokens += text.drafts
-        text.branch.wanted = 1 + len(text.drafts)
+        drafts, asked = [], 0
+        if text.drafter is not None and room > 0:
+            drafts, asked = text.drafter.draft(text.history, room), text.drafter.ask(room)
+        text.branch.tokens += drafts
+        text.branch.wanted, text.branch.drafts = 1 + len(drafts), asked
 
     def _best(self) -> list[FinishedSequence]:
         best = sorted(self._texts, key=lambda text: -text.logprob_sum / text.history.generated)[: self._results]

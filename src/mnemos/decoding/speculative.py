@@ -2,7 +2,8 @@
 
 A draft token is accepted where it equals the token that is chosen at its place anyway. Greedy decoding then is exact
 bit by bit; so is sampling, because its random numbers depend on seed and position only: the text is the same as without
-drafts, and so is its distribution. Sources: Leviathan et al. 2022, arXiv:2211.17192; prompt lookup: Saxena 2023.
+drafts, and so is its distribution. Guesses come from the text itself, or from a small model that the engine runs.
+Sources: Leviathan et al. 2022, arXiv:2211.17192; prompt lookup: Saxena 2023.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class DraftLength:
     the estimate recovers slowly, so that a single token is tried from time to time.
     """
 
-    def __init__(self, most: int, cost: float = 0.25) -> None:
+    def __init__(self, most: int, cost: float = 0.2) -> None:
         self._most = most
         self._cost = cost
         self._probability = 0.5
@@ -63,6 +64,25 @@ class PromptLookup:
             return []
         period = len(tokens) - place  # beyond the text's end, the draft goes on repeating itself
         return [int(tokens[place + i % period]) for i in range(size)]
+
+    def ask(self, limit: int) -> int:
+        return 0
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        self._length.learn(drafted, accepted)
+
+
+class DraftModel:
+    """Leaves the guesses to the engine's draft model, and says how many are worth its time."""
+
+    def __init__(self, most: int) -> None:
+        self._length = DraftLength(most, cost=0.4)  # a row of the batch and a step of the draft model
+
+    def draft(self, history: History, limit: int) -> list[int]:
+        return []
+
+    def ask(self, limit: int) -> int:
+        return min(self._length.next(), limit)
 
     def learn(self, drafted: int, accepted: int) -> None:
         self._length.learn(drafted, accepted)

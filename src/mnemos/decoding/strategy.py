@@ -24,6 +24,8 @@ class Branch:
     tokens     all token ids; append to ask for the evaluation of more
     evaluated  how many of them are in the cache; only the engine raises it, `truncate` lowers it
     wanted     how many of the newest rows' logits the strategy is to be given (1, or drafts + 1 when verifying)
+    drafts     how many tokens the engine's draft model may guess behind the last one; it appends those that it has to
+               `tokens` and raises `wanted` by their number
     parent     the branch that this one was forked from, until the engine has shared its pages
     """
 
@@ -31,6 +33,7 @@ class Branch:
         self.tokens = list(tokens)
         self.evaluated: int = parent.evaluated if parent else 0
         self.wanted = 1
+        self.drafts = 0
         self.parent = parent
 
     def fork(self) -> Branch:

@@ -29,6 +29,7 @@ from mnemos.text.adapter import adapt_tokenizer
 if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
     from mnemos.decoding.strategy import Floats, Strategy
+    from mnemos.engine.drafting import Drafting
     from mnemos.hub.cache import Progress
     from mnemos.memory.prefix import PrefixTree
     from mnemos.models.contract import Model, ModelSpec
@@ -50,6 +51,7 @@ class InferenceEngine:
                        used. By default room for two full contexts, at least 65,536, in a quarter of free memory
     prefix_cache       keep what was evaluated for requests that begin alike
     queue_size         requests that may wait; more are refused with CapacityError
+    draft_model        a small model over the same vocabulary, which guesses ahead for requests with speculative="draft"
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class InferenceEngine:
         cache_tokens: int | None = None,
         prefix_cache: bool = True,
         queue_size: int = 1024,
+        draft_model: Model | None = None,
     ) -> None:
         for name, value in (
             ("context_length", context_length),
@@ -86,7 +89,8 @@ class InferenceEngine:
         self._conditioned = self.model if isinstance(self.model, ConditionedModel) else None
         # What a conditioned model makes of a text depends on more than the text.
         prefix_cache = prefix_cache and self._conditioned is None
-        self._runner = Runner(self.model, pages, limits, prefix_cache, queue_size)
+        drafting = None if draft_model is None else _drafting(draft_model, self.spec, limits, cache_tokens)
+        self._runner = Runner(self.model, pages, limits, prefix_cache, queue_size, drafting)
         # Runs when the engine is collected and at interpreter exit; holds the runner, never the engine.
         self._finalizer = weakref.finalize(self, self._runner.close, False)
 
@@ -101,6 +105,7 @@ class InferenceEngine:
         context_length: int | None = None,
         threads: int | None = None,
         tokenizer: Any = None,
+        draft: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
         **engine_options: Any,
     ) -> InferenceEngine:
@@ -108,6 +113,7 @@ class InferenceEngine:
 
         dtype: "auto" as stored, or "float32"; kv_dtype, the cache's: "auto", "float32", "float16", "bfloat16", "int8".
         threads: None for all cores that the process may use. tokenizer: in place of the one that lies with the model.
+        draft: a small model with the same tokenizer, which guesses ahead for requests with speculative="draft".
         progress: called as f(stage, done, total) while a model is fetched. Other options as of the class.
         """
         model, tokenizer = load_pretrained(
@@ -120,6 +126,10 @@ class InferenceEngine:
             tokenizer=tokenizer,
             progress=progress,
         )
+        if draft is not None:
+            engine_options["draft_model"], _ = load_pretrained(
+                draft, backend=backend, dtype=dtype, threads=threads, tokenizer=tokenizer, progress=progress
+            )
         return cls(model, tokenizer, **engine_options)
 
     # Generation.
@@ -266,6 +276,8 @@ class InferenceEngine:
             raise RequestError(
                 f"overflow is 'sliding' and the context {self.spec.context_length}; it needs {SMALLEST_SLIDING}"
             )
+        if config.speculative == "draft" and self._runner.executor.drafting is None:
+            raise RequestError("speculative is 'draft' and the engine has no draft model; give it a draft_model")
         prompt = fit_prompt(config, token_ids, self.spec)
         source, condition = None, None
         if self._conditioned is not None:
@@ -373,6 +385,19 @@ def load_pretrained(
         checkpoint, backend=backend, dtype=dtype, kv_dtype=kv_dtype, context_length=context_length, threads=threads
     )
     return model, tokenizer
+
+
+def _drafting(model: Model, spec: ModelSpec, limits: Limits, cache_tokens: int | None) -> Drafting:
+    from mnemos.engine.drafting import Drafting
+
+    if model.spec.vocabulary_size != spec.vocabulary_size:
+        raise ConfigError(
+            f"draft_model has a vocabulary of {model.spec.vocabulary_size} tokens and the model one of "
+            f"{spec.vocabulary_size}; drafts need the same"
+        )
+    pages = plan_pages(model.spec, cache_tokens)
+    model.reserve(pages)
+    return Drafting(model, pages, replace(limits, context_length=model.spec.context_length))
 
 
 def _with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:

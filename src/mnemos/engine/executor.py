@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from mnemos.decoding.strategy import Branch, Emitted, Rows
+from mnemos.engine.drafting import Drafting
 from mnemos.engine.scheduler import Limits, Scheduler
 from mnemos.engine.sequence import Request, State
 from mnemos.engine.statistics import Counters, Event, Listener
@@ -17,8 +18,11 @@ from mnemos.ops.batch import Output
 class Executor:
     """Runs requests to their ends; what fails ends the requests concerned and nothing else."""
 
-    def __init__(self, model: Model, pages: int, limits: Limits, prefix_cache: bool = True) -> None:
+    def __init__(
+        self, model: Model, pages: int, limits: Limits, prefix_cache: bool = True, drafting: Drafting | None = None
+    ) -> None:
         self.model = model
+        self.drafting = drafting
         self.scheduler = Scheduler(model, pages, limits, self.fail, prefix_cache)
         self.counters = Counters()
         self.listeners: list[Listener] = []
@@ -65,9 +69,12 @@ class Executor:
             self._fail_all(step, error)
             return
         left = time.perf_counter()
-        for request, rows in scheduler.collect(step, output):
+        ready = scheduler.collect(step, output)
+        for request, rows in ready:
             if request.state is State.RUNNING:
                 self._advance(request, rows, left)
+        if self.drafting is not None:
+            self._draft(self.drafting, [request for request, _ in ready if request.state is State.RUNNING])
         scheduler.pace.observe(step.decode_rows, step.prefill_rows, left - entered)
         counters.steps += 1
         counters.evaluated_tokens += len(step.token_ids)
@@ -91,6 +98,7 @@ class Executor:
             self.fail(request, error)
             return
         self.scheduler.finish(request)
+        self._forget_drafts(request)
         for finished in advance.finished:
             if finished.emitted:
                 self._note_tokens(request, finished.emitted, now)
@@ -99,6 +107,23 @@ class Executor:
         request.sink.end(None)
         self.counters.finished += 1
         self._tell("finished", request, now)
+
+    def _draft(self, drafting: Drafting, requests: list[Request]) -> None:
+        """Has the draft model guess how texts go on. If it fails, they go on without."""
+        before = drafting.seconds
+        try:
+            drafted = drafting.extend(requests)
+        except Exception:
+            drafting.give_up()
+            drafted = [request for request in requests if request.state is State.RUNNING]
+            log_exception("the draft model failed; requests go on without drafts")
+        for request in drafted:
+            self.scheduler.place(request, [sequence.branch for sequence in request.sequences])
+        self.counters.model_seconds += drafting.seconds - before
+
+    def _forget_drafts(self, request: Request) -> None:
+        if self.drafting is not None:
+            self.drafting.forget(request)
 
     def _note_tokens(self, request: Request, emitted: list[Emitted], now: float) -> None:
         times, counters = request.timings.tokens, self.counters
@@ -118,6 +143,7 @@ class Executor:
             self.fail(request, error)
 
     def _end(self, request: Request, error: Exception | None, kind: str) -> None:
+        self._forget_drafts(request)
         request.timings.finished = time.perf_counter()
         request.sink.end(error)
         self._tell(kind, request, request.timings.finished)

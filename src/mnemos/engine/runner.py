@@ -8,6 +8,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar, cast
 
+from mnemos.engine.drafting import Drafting
 from mnemos.engine.executor import Executor, log_exception
 from mnemos.engine.scheduler import Limits
 from mnemos.engine.sequence import Request, State
@@ -26,8 +27,16 @@ class Runner:
     collected, and that ends the thread.
     """
 
-    def __init__(self, model: Model, pages: int, limits: Limits, prefix_cache: bool, queue_size: int) -> None:
-        self.executor = Executor(model, pages, limits, prefix_cache)
+    def __init__(
+        self,
+        model: Model,
+        pages: int,
+        limits: Limits,
+        prefix_cache: bool,
+        queue_size: int,
+        drafting: Drafting | None = None,
+    ) -> None:
+        self.executor = Executor(model, pages, limits, prefix_cache, drafting)
         self.queue_size = queue_size
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()  # of what callers do together: starting the thread, counting the queue, closing
