@@ -65,7 +65,7 @@ def test_close_lets_go_but_leaves_views_valid(tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(FormatError, match="nowhere: does not exist"):
         open_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(FormatError, match="holds no model but nothing; a .gguf file, or a folder with config.json"):
+    with pytest.raises(FormatError, match="is an empty folder; a .gguf file, or a folder with config.json"):
         open_checkpoint(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(FormatError, match=r"holds no model but notes.txt; a .gguf file"):

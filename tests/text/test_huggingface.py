@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
-from mnemos.errors import UnsupportedError
+from mnemos.errors import FormatError, UnsupportedError
 from mnemos.text.tokenizer import Tokenizer as MnemosTokenizer
 
 from .test_vectors import TEXTS
@@ -123,3 +123,13 @@ def test_unknown_decoders_are_named(tmp_path: Path) -> None:
     rust.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UnsupportedError, match=r"decoder is .*CTC.*supported are ByteLevel"):
         MnemosTokenizer.from_file(tmp_path).prepare()
+
+
+def test_a_pattern_that_takes_too_long_is_an_error(tmp_path: Path) -> None:
+    rust = Tokenizer(models.BPE({character: i for i, character in enumerate("ab!")}, []))
+    rust.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    rust.save(str(tmp_path / "tokenizer.json"))
+    ours = MnemosTokenizer.from_file(tmp_path)
+    assert ours.encode("ab") == [0, 1]
+    with pytest.raises(FormatError, match="tokenizer.json: this tokenizer fails on the text"):
+        ours.encode("a" * 40 + "!")

@@ -104,7 +104,8 @@ def _open_folder(folder: Path) -> Checkpoint:
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     if pickles:
         raise FormatError(f"{folder / pickles[0]}: {_PICKLED}; {EXPECTED}")
-    raise FormatError(f"{folder}: holds no model but {_listing(names) if names else 'nothing'}; {EXPECTED}")
+    found = f"holds no model but {_listing(names)}" if names else "is an empty folder"
+    raise FormatError(f"{folder}: {found}; {EXPECTED}")
 
 
 def _listing(names: list[str]) -> str:

@@ -25,10 +25,12 @@ def map_file(path: Path) -> mmap.mmap:
     require_file(path)
     try:
         with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise FormatError(f"{path}: is empty")
             if sys.platform == "win32":
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-    except (OSError, ValueError, OverflowError) as error:  # ValueError: the file is empty
+    except (OSError, ValueError, OverflowError) as error:
         raise FormatError(f"{path}: cannot be mapped into memory: {error}") from error
 
 

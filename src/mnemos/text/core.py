@@ -100,9 +100,14 @@ class TokenizerCore:
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         encoder = self.encoder if parse_special else self.plain_encoder
+        try:
+            ids: list[int] = encoder.encode(text, add_special_tokens=add_special and self.prefix_ids is None).ids
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise FormatError(f"{self.label}: this tokenizer fails on the text: {str(error)[:400]}") from error
         if self.prefix_ids is None:
-            return list(encoder.encode(text, add_special_tokens=add_special).ids)
-        ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
+            return ids
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special else ids
 
 
@@ -156,9 +161,14 @@ def library_errors(what: str) -> Iterator[None]:
     except Exception as error:
         raise FormatError(f"{what}: {str(error)[:400]}") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # which no module exports
+        if not _is_panic(error):
             raise
         raise FormatError(f"{what}: {str(error)[:400]}") from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether the Rust library gave up, such as over a regular expression that takes too long on a text."""
+    return type(error).__name__ == "PanicException"  # which no module exports
 
 
 def check_id(label: str, field: str, value: Any, size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ class Tokenizer:
 
         model_name(metadata, label)
         tokens = metadata.get("tokenizer.ggml.tokens")
+        if tokens is None:
+            raise FormatError(f"{label}: tokenizer.ggml.tokens is missing; without it there is no tokenizer")
         if not isinstance(tokens, Sequence) or isinstance(tokens, str):
             raise FormatError(f"{label}: tokenizer.ggml.tokens is {str(tokens)[:80]}; it must be an array of strings")
         template = metadata.get("tokenizer.chat_template")
@@ -60,15 +63,14 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer in a `tokenizer.json`, or in the folder that holds one, as Hugging Face writes them."""
-        from mnemos.text.huggingface import build_core, read_chat_template, read_settings
+        """The tokenizer in a `tokenizer.json` or SentencePiece's `tokenizer.model`, or in the folder that holds one."""
+        from mnemos.text import huggingface, sentencepiece
 
-        file = Path(path)
-        file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
-            raise FormatError(f"{file}: does not exist; a tokenizer.json is needed")
-        settings = read_settings(file.parent)
-        return cls(lambda: build_core(file, settings), chat_template=read_chat_template(file.parent, settings))
+        file = _tokenizer_file(Path(path))
+        build = sentencepiece.build_core if file.suffix == ".model" else huggingface.build_core
+        settings = huggingface.read_settings(file.parent)
+        template = huggingface.read_chat_template(file.parent, settings)
+        return cls(lambda: build(file, settings), chat_template=template)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Tokenizer:
@@ -148,6 +150,8 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation. Where the model wants bos and its template does not write it, it is added."""
         text = self.apply_chat_template(messages, add_generation_prompt, **variables)
+        if not text:
+            raise RequestError(f"{self._core.label}: the chat template makes no text at all of these messages")
         ids = self.encode(text, add_special=False)
         core = self._core
         if core.bos_id is not None and core.prefix_ids == (core.bos_id,) and ids[:1] != [core.bos_id]:
@@ -193,6 +197,16 @@ class Tokenizer:
     @property
     def pad_id(self) -> int | None:
         return self._core.pad_id
+
+
+def _tokenizer_file(path: Path) -> Path:
+    """The file to read: `path` itself, or what a folder has."""
+    candidates = [path / "tokenizer.json", path / "tokenizer.model"] if os.path.isdir(path) else [path]
+    for file in candidates:
+        if os.path.isfile(file):
+            return file
+    needed = "a tokenizer.json, or a tokenizer.model of SentencePiece, is needed"
+    raise FormatError(f"{candidates[0]}: does not exist; {needed}")
 
 
 def _check_surrogates(text: str) -> None:
