@@ -37,7 +37,8 @@ class PackedLinears:
     """The packed linear layers of one module. A layer whose weight was changed since is packed anew when next used."""
 
     def __init__(self, module: nn.Module) -> None:
-        layers = [] if hasattr(module, "_orig_mod") else [m for m in module.modules() if _can_be_packed(m)]
+        compiled = hasattr(module, "_orig_mod")
+        layers = [m for m in module.modules() if type(m) is nn.Linear and _can_be_packed(m) and not compiled]
         bytes_needed = sum(layer.weight.nbytes for layer in layers)
         if not _available() or bytes_needed > machine_memory() // MEMORY_SHARE:
             layers = []
@@ -61,15 +62,15 @@ class PackedLinears:
 
 
 def _available() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    backend: Any = torch.backends.mkldnn
+    return bool(backend.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _can_be_packed(module: nn.Module) -> bool:
+def _can_be_packed(layer: nn.Linear) -> bool:
     """Exactly nn.Linear with ordinary parameters in memory; what was subclassed or patched computes something else."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
-        return False
-    weight = module.weight
-    return weight.device.type == "cpu" and weight.dtype in _DTYPES and not weight.is_inference()
+    weight = layer.weight
+    plain = type(layer) is nn.Linear and "forward" not in layer.__dict__ and not weight.is_inference()
+    return plain and weight.device.type == "cpu" and weight.dtype in _DTYPES
 
 
 def _pack(layer: nn.Linear) -> PackedLayer | None:
