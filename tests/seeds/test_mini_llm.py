@@ -57,7 +57,7 @@ def test_native_and_torch_agree_with_the_training_code(
 
 
 def test_what_is_missing_is_named(checkpoint: Path, tmp_path: Path, tokenizer_folder: Path) -> None:
-    with pytest.raises(FormatError, match="a tokenizer.json is needed"):
+    with pytest.raises(FormatError, match="tokenizer.json: does not exist"):
         Generator(checkpoint, tmp_path)
     with pytest.raises(FormatError, match="ckpt.pt"):
         Generator(tmp_path / "ckpt.pt", tokenizer_folder)

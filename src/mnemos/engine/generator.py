@@ -14,7 +14,7 @@ class Generator:
     """A checkpoint ({'model_args': ..., 'model': state_dict} or any model that Mnemos reads), ready to write.
 
     checkpoint_path   as of `InferenceEngine.from_pretrained`
-    tokenizer_path    a tokenizer.json or the folder that holds one
+    tokenizer_path    a tokenizer.json, a SentencePiece model, or the folder that holds one
     device            "cpu": the native backend; any other is PyTorch's, such as "cuda"
     """
 
