@@ -43,7 +43,7 @@ def run_mnemos(gguf: str, models: str, work: Work) -> Times:
 
 @dataclass
 class Slot:
-    """A request in one of llama.cpp's sequences; `next`: what of its prompt is left to evaluate, then its last token."""
+    """A request in one of llama.cpp's sequences; `next`: what is left of its prompt, then its last token."""
 
     number: int
     sequence: int

@@ -6,9 +6,12 @@ from itertools import pairwise
 
 import pytest
 
+from mnemos.bench.scheduling import SchedulingBench
 from mnemos.bench.serving import Workload, percentile, plan, summarize
+from mnemos.engine.engine import InferenceEngine
 from mnemos.engine.sequence import Timings
 from mnemos.errors import ConfigError
+from tests.engine.toys import ToyModel
 
 
 def test_a_seed_fixes_the_workload() -> None:
@@ -48,3 +51,13 @@ def test_percentiles(p: int, value: float) -> None:
 def test_impossible_workloads_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         Workload(**options)  # type: ignore[arg-type]
+
+
+def test_figures_of_scheduling_on_any_model() -> None:
+    with InferenceEngine(ToyModel(context_length=512), prefix_cache=False, cache_tokens=16_384) as engine:
+        figures = {result.metric: result.value for result in SchedulingBench(engine).results()}
+        assert engine.stats().pages_used == 0
+    ratios = ["concurrent32", "stall", "beams4", "lookup_loop", "lookup_other"]
+    assert list(figures) == [*ratios, "overhead1", "overhead32"]
+    assert all(figures[name] > 0 for name in ratios)
+    assert 0 < figures["overhead1"] < 100 and 0 < figures["overhead32"] < 100

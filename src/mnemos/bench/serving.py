@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mnemos.bench.results import Result
+from mnemos.bench.scheduling import SchedulingBench
 from mnemos.engine.engine import InferenceEngine
 from mnemos.engine.sequence import Timings
 from mnemos.errors import ConfigError
@@ -62,12 +63,13 @@ def _log_uniform(generator: random.Random, bounds: tuple[int, int]) -> int:
 
 
 def run_workload(path: Path, backend: str, workload: Workload) -> Iterator[Result]:
-    """Runs a workload on a fresh engine and yields its figures."""
-    with InferenceEngine.from_pretrained(path, backend=backend) as engine:
+    """Runs a workload on a fresh engine and yields its figures, then those of scheduling and strategies."""
+    with InferenceEngine.from_pretrained(path, backend=backend, prefix_cache=False) as engine:
         engine.complete([1, 2, 3], max_new_tokens=4, ignore_eos=True)
         timings = serve(engine, plan(workload, engine.spec.vocabulary_size))
         yield from summarize(timings)
         yield Result("overhead", 100 * engine.stats().overhead, "% of busy time")
+        yield from SchedulingBench(engine, workload.seed).results()
 
 
 def serve(engine: InferenceEngine, arrivals: list[Arrival]) -> list[Timings]:
