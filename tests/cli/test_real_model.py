@@ -53,6 +53,13 @@ def test_eval_is_the_mean_over_chunks(smollm2: Path, tmp_path: Path, capsys: pyt
     assert figures["perplexity"] == pytest.approx(math.exp(figures["negative_log_likelihood"]))
 
 
+def test_eval_keeps_to_a_short_context(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 10)
+    assert main(["eval", str(smollm2), str(file), "--context", "64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["chunk"] == 64
+
+
 @pytest.mark.parametrize(
     ("content", "options", "words"),
     [

@@ -75,7 +75,9 @@ class Conversation:
         asks = is_terminal(sys.stdin) and is_terminal(sys.stdout)
         if asks:
             with suppress(ImportError):  # line editing and history, where the platform has them
-                import readline  # noqa: F401
+                import readline
+
+                readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
             remark("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.")
         while True:
             try:
@@ -91,8 +93,10 @@ class Conversation:
                 return
             try:
                 self.take(line)
-            except (MnemosError, OSError) as error:
+            except MnemosError as error:
                 print(f"mnemos: error: {error}", file=sys.stderr)
+            except OSError as error:
+                print(f"mnemos: error: {error.filename}: {error.strerror}", file=sys.stderr)
 
     def take(self, line: str) -> None:
         """One line of input: a command or a message."""

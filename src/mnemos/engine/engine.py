@@ -185,9 +185,9 @@ class InferenceEngine:
     # Evaluation of given tokens.
 
     def logits(self, token_ids: Sequence[int]) -> Floats:
-        """float32 (time, vocabulary): row i is what the model expects behind token i."""
+        """float32 (time, vocabulary): row i is what the model expects behind token i (of a text, if that is given)."""
         strategy = ForcedLogits(self.spec.vocabulary_size)
-        self._force([read_prompts(token_ids, None, None).only], [strategy])
+        self._force([read_prompts(token_ids, None, self.tokenizer).only], [strategy])
         return strategy.logits
 
     def score(self, texts: Any) -> list[Score]:

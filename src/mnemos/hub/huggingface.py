@@ -13,6 +13,7 @@ from mnemos.errors import ConfigError, DownloadError, MissingDependencyError
 from mnemos.hub.cache import Progress, check_room
 
 # What a folder of safetensors needs to be loaded; nothing that could hold code.
+_NETWORK_LIBRARIES = ("requests", "urllib3", "httpx", "httpcore")
 _FOLDER_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*")
 _REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?::(.+))?")
 
@@ -57,8 +58,12 @@ def fetch(reference: HubReference, folder: Path, progress: Progress) -> None:
         progress("downloading", done, done)
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
         raise DownloadError(f"cannot fetch {reference.name}: {' '.join(str(error).split())}") from error
-    except ConnectionError as error:
-        raise DownloadError(f"cannot fetch {reference.name}: no connection to the hub ({error})") from error
+    except Exception as error:  # of the library beneath, which is requests or httpx: neither is ours to import
+        known = type(error).__module__.partition(".")[0] in _NETWORK_LIBRARIES
+        if not known and not isinstance(error, ConnectionError):
+            raise
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DownloadError(f"cannot fetch {reference.name}: no connection to the hub ({problem})") from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the library's notes for resuming
 
 
