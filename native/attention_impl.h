@@ -152,13 +152,15 @@ inline void exponentials(float *scores, int64_t first, int64_t last, int64_t use
   const Vec numbers = lane_numbers(), low = splat(static_cast<float>(first)), high = splat(static_cast<float>(last));
   const Vec hidden = splat(-INFINITY), c = splat(cap);
   Vec maximum = hidden;
+  if (cap > 0) map(scores, scores, (used + width - 1) / width * width, [&](Vec s) { return mul(c, tanh(div(s, c))); });
   for (int64_t i = 0; i < used; i += width) {
-    const Vec number = add(numbers, splat(static_cast<float>(i)));
     Vec s = load(scores + i);
-    if (cap > 0) s = mul(c, tanh(div(s, c)));
-    s = select(less(number, low), hidden, select(less(high, number), hidden, s));
+    if (i < first || i + width - 1 > last) {
+      const Vec number = add(numbers, splat(static_cast<float>(i)));
+      s = select(less(number, low), hidden, select(less(high, number), hidden, s));
+      store(scores + i, s);
+    }
     maximum = max(s, maximum);
-    store(scores + i, s);
   }
   *most = largest(maximum);
   const Vec shift = splat(*most);

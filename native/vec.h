@@ -37,9 +37,7 @@ inline Vec abs(Vec a) { return _mm512_abs_ps(a); }
 inline Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no, yes); }
-inline Vec power_of_two(Vec n) {  // n whole, -126 to 127
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtps_epi32(add(n, splat(127.0f))), 23));
-}
+inline Vec times_power_of_two(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }  // n whole, -126 to 127
 inline Vec copy_sign(Vec magnitude, Vec sign) {
   const __m512i bit = _mm512_set1_epi32(static_cast<int>(0x80000000u));
   return _mm512_castsi512_ps(_mm512_or_epi32(_mm512_andnot_epi32(bit, _mm512_castps_si512(magnitude)),
@@ -87,8 +85,8 @@ inline Vec abs(Vec a) { return _mm256_andnot_ps(splat(-0.0f), a); }
 inline Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Mask less(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 inline Vec select(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, m); }
-inline Vec power_of_two(Vec n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtps_epi32(add(n, splat(127.0f))), 23));
+inline Vec times_power_of_two(Vec x, Vec n) {
+  return mul(x, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtps_epi32(add(n, splat(127.0f))), 23)));
 }
 inline Vec copy_sign(Vec magnitude, Vec sign) {
   const Vec bit = splat(-0.0f);
@@ -177,11 +175,11 @@ inline Vec copy_sign(Vec magnitude, Vec sign) {
   return magnitude;
 }
 inline Vec abs(Vec a) { return copy_sign(a, zero()); }
-inline Vec power_of_two(Vec n) {
+inline Vec times_power_of_two(Vec x, Vec n) {
   const Mask exponent = (__builtin_convertvector(n, Mask) + 127) << 23;
-  Vec x;
-  std::memcpy(&x, &exponent, sizeof x);
-  return x;
+  Vec power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return x * power;
 }
 inline float sum(Vec a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
 inline float largest(Vec a) {
@@ -259,7 +257,7 @@ inline Vec exp(Vec x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   const Vec y = add(fma(mul(r, r), p, r), splat(1.0f));
-  return select(vanishes, zero(), mul(y, power_of_two(n)));
+  return select(vanishes, zero(), times_power_of_two(y, n));
 }
 
 inline void prefetch(const uint8_t *p) { __builtin_prefetch(p, 0, 3); }

@@ -5,21 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mnemos.decoding.beam import BeamSearch, BeamSettings
 from mnemos.decoding.config import DEFAULT_CANDIDATES, DEFAULT_NEW_TOKENS, GenerationConfig
-from mnemos.decoding.contrastive import ContrastiveSearch
 from mnemos.decoding.processors import filters_of, processors_of
 from mnemos.decoding.sampler import Cutoffs, fresh_seed
 from mnemos.decoding.sampling import Chooser, Constraint, Drafter, Sampling
-from mnemos.decoding.speculative import DEFAULT_DRAFT_TOKENS, DraftModel, PromptLookup
 from mnemos.decoding.stopping import IncrementalDecoder, StopRules, StopWatch, TextEnds
 from mnemos.decoding.strategy import Strategy
 from mnemos.errors import ContextLengthError, RequestError
 from mnemos.models.contract import ModelSpec
+
+if TYPE_CHECKING:  # a process that only samples starts faster without the others
+    from mnemos.decoding.beam import BeamSearch
+    from mnemos.decoding.contrastive import ContrastiveSearch
 
 _FILTERS_BESIDE_CUTOFFS = ("typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -154,10 +155,14 @@ class _Builder:
         config = self.config
         if config.speculative is None:
             return None
+        from mnemos.decoding.speculative import DEFAULT_DRAFT_TOKENS, DraftModel, PromptLookup
+
         kind = PromptLookup if config.speculative == "prompt_lookup" else DraftModel
         return partial(kind, config.draft_tokens or DEFAULT_DRAFT_TOKENS)
 
     def _beam_search(self) -> BeamSearch:
+        from mnemos.decoding.beam import BeamSearch, BeamSettings
+
         config = self.config
         settings = BeamSettings(
             config.beams,
@@ -179,6 +184,8 @@ class _Builder:
         return BeamSearch(settings, processors, TextEnds(rules, decode))
 
     def _contrastive_search(self) -> ContrastiveSearch:
+        from mnemos.decoding.contrastive import ContrastiveSearch
+
         config = self.config
         processors = processors_of(config, self.stop_ids, self._bad_words())
         alpha, top_k = config.penalty_alpha or 0.0, config.top_k or DEFAULT_CANDIDATES
