@@ -5,7 +5,7 @@ The functions that end in _numpy are the reference; the others take the native c
 
 from __future__ import annotations
 
-import secrets
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -48,7 +48,7 @@ def uniform(seed: int, position: int, draw: int = 0) -> float:
 
 
 def fresh_seed() -> int:
-    return secrets.randbits(64)
+    return int.from_bytes(os.urandom(8), "little")
 
 
 def stream_seed(seed: int, stream: int) -> int:
