@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstdint>
 #include <utility>
 
 #include "tasks.h"
@@ -6,10 +7,11 @@
 namespace mnemos {
 namespace {
 
-// Rows that one item multiplies: enough to pay for expanding a panel's weights, few enough that input and result stay
-// in the second-level cache.
-constexpr int64_t tile_rows = 128;
-constexpr int64_t tile_panels = 4;
+// Rows that one item multiplies, at most: enough to pay for expanding a panel's weights, few enough that input and result
+// stay in the second-level cache. The kernels take rows by six, or by a divisor of it.
+constexpr int64_t most_rows = 192, row_unit = 6;
+// Panels of one item, at most. With many rows the kernels take panels by two.
+constexpr int64_t most_panels = 4, many_rows = 8;
 
 int64_t tiles_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -21,29 +23,34 @@ class ProductTask : public Task {
     for (const Product &product : products_) {
       if (product.residual >= 0) reads.push_back(product.residual);
       writes.push_back(product.y);
-      panel_tiles_ += tiles_of(product.matrix->panels(), tile_panels);
+      for (int64_t panels = 1; panels <= most_panels; panels++) {
+        panel_tiles_[panels] += tiles_of(product.matrix->panels(), panels);
+      }
     }
   }
 
-  int64_t items(const Step &step) const override { return panel_tiles_ * tiles_of(step.rows(rows_), tile_rows); }
+  int64_t items(const Step &step) const override {
+    const Cut cut = cut_for(step);
+    return panel_tiles_[cut.panels] * cut.row_tiles;
+  }
 
   int64_t scratch_bytes(const BatchView &, int) const override {
-    return 2 * tile_rows * tile_panels * panel_rows * static_cast<int64_t>(sizeof(float));
+    return 2 * most_rows * most_panels * panel_rows * static_cast<int64_t>(sizeof(float));
   }
 
   void run(const Step &step, int64_t item, int thread) const override {
-    const int64_t row_tiles = tiles_of(step.rows(rows_), tile_rows);
-    int64_t tile = item / row_tiles;
+    const Cut cut = cut_for(step);
+    int64_t tile = item / cut.row_tiles;
     size_t index = 0;
-    for (; tile >= tiles_of(products_[index].matrix->panels(), tile_panels); index++) {
-      tile -= tiles_of(products_[index].matrix->panels(), tile_panels);
+    for (; tile >= tiles_of(products_[index].matrix->panels(), cut.panels); index++) {
+      tile -= tiles_of(products_[index].matrix->panels(), cut.panels);
     }
     const Product &product = products_[index];
     Range range;
-    range.row_begin = item % row_tiles * tile_rows;
-    range.row_end = std::min(range.row_begin + tile_rows, step.rows(rows_));
-    range.panel_begin = tile * tile_panels;
-    range.panel_end = std::min(range.panel_begin + tile_panels, product.matrix->panels());
+    range.row_begin = item % cut.row_tiles * cut.rows;
+    range.row_end = std::min(range.row_begin + cut.rows, step.rows(rows_));
+    range.panel_begin = tile * cut.panels;
+    range.panel_end = std::min(range.panel_begin + cut.panels, product.matrix->panels());
     const Input input = bind_input(*form_.kernels, form_.form, step.rows(rows_), form_.columns,
                                    step.data<uint8_t>(input_, thread));
     if (!product.activated && product.residual < 0) return multiply_into(product, input, range, step, thread);
@@ -54,6 +61,24 @@ class ProductTask : public Task {
   struct Range {
     int64_t row_begin, row_end, panel_begin, panel_end;
   };
+
+  // How the work is cut into items.
+  struct Cut {
+    int64_t rows, row_tiles, panels;
+  };
+
+  // Rows in tiles of the same size; as many panels an item as let all threads end together, rather more than few.
+  Cut cut_for(const Step &step) const {
+    const int64_t rows = step.rows(rows_), least_tiles = std::max<int64_t>(1, tiles_of(rows, most_rows));
+    Cut cut{tiles_of(tiles_of(rows, least_tiles), row_unit) * row_unit, 0, most_panels};
+    cut.row_tiles = rows > 0 ? tiles_of(rows, cut.rows) : 0;
+    int64_t least = INT64_MAX;
+    for (int64_t panels = most_panels; panels >= 2; panels -= rows > many_rows ? 2 : 1) {
+      const int64_t longest = tiles_of(panel_tiles_[panels] * cut.row_tiles, step.threads) * panels;
+      if (longest < least) least = longest, cut.panels = panels;
+    }
+    return cut;
+  }
 
   static const float *bias_of(const VectorPointer &bias) { return bias ? bias->data() : nullptr; }
 
@@ -67,8 +92,8 @@ class ProductTask : public Task {
                            int thread) const {
     const int64_t width = product.matrix->rows, first = range.panel_begin * panel_rows;
     const int64_t count = std::min(range.panel_end * panel_rows, width) - first;
-    constexpr int64_t stride = tile_panels * panel_rows;
-    float *result = step.thread_scratch(thread), *second = result + tile_rows * stride;
+    constexpr int64_t stride = most_panels * panel_rows;
+    float *result = step.thread_scratch(thread), *second = result + most_rows * stride;
     const auto tile_of = [&](const Matrix &matrix, const VectorPointer &bias, float *into) {
       multiply(matrix, input, range.row_begin, range.row_end, range.panel_begin, range.panel_end,
                into - range.row_begin * stride - first, stride, bias_of(bias));
@@ -94,7 +119,7 @@ class ProductTask : public Task {
   const int input_;
   const PreparedForm form_;
   const Rows rows_;
-  int64_t panel_tiles_ = 0;
+  int64_t panel_tiles_[most_panels + 1] = {};  // of all products, by panels of an item
 };
 
 }  // namespace

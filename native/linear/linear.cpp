@@ -60,7 +60,6 @@ void release(uint8_t *data, size_t bytes) {
   ::operator delete(data, std::align_val_t(bytes < huge_page ? 64 : huge_page));
 }
 
-size_t parts_of(Form form) { return form == Form::int15 ? 2 : 1; }
 int64_t padded_columns(int64_t columns) { return (columns + 31) / 32 * 32; }
 
 Form form_of(const Layout &layout, const Kernels &kernels) {
@@ -98,7 +97,7 @@ size_t input_bytes(Form form, int64_t rows, int64_t columns) {
   const size_t cells = size_t(rows * padded_columns(columns));
   if (form == Form::f32) return cells * 4;
   if (form == Form::bf16) return cells * 2;
-  return rounded(cells * parts_of(form), 64) + 2 * rounded(cells / 8, 64) + cells / 4;
+  return cells / 32 * (form == Form::int15 ? sizeof(QuantBlock<2>) : sizeof(QuantBlock<1>));
 }
 
 Input bind_input(const Kernels &kernels, Form form, int64_t rows, int64_t columns, void *workspace) {
@@ -108,20 +107,13 @@ Input bind_input(const Kernels &kernels, Form form, int64_t rows, int64_t column
   input.columns = columns;
   input.padded = padded_columns(columns);
   input.kernels = &kernels;
-  const size_t cells = size_t(rows * input.padded);
   auto *bytes = static_cast<uint8_t *>(workspace);
   if (form == Form::f32) {
     input.values = reinterpret_cast<float *>(bytes);
   } else if (form == Form::bf16) {
     input.halves = reinterpret_cast<uint16_t *>(bytes);
   } else {
-    input.quants = reinterpret_cast<int8_t *>(bytes);
-    bytes += rounded(cells * parts_of(form), 64);
-    input.scales = reinterpret_cast<float *>(bytes);
-    bytes += rounded(cells / 8, 64);
-    input.sums = reinterpret_cast<float *>(bytes);
-    bytes += rounded(cells / 8, 64);
-    input.counts = reinterpret_cast<int32_t *>(bytes);
+    input.blocks = bytes;
   }
   return input;
 }

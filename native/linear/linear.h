@@ -77,6 +77,14 @@ void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_
 // The exact values that the format defines: `columns` floats.
 void dequantize_row(const Matrix &matrix, int64_t row, float *out);
 
+// 32 activations, each about scale * quant. A quant is its part, or 128 * (first part) + (second part).
+template <int Parts>
+struct QuantBlock {
+    int8_t parts[Parts][32];  // -127 to 127
+    float scale, sum;         // sum: scale * sum of the quants
+    int32_t counts[2];        // sum of the quants of each half
+};
+
 // Rows of activations in the form that a matrix wants, in a workspace of the caller's.
 struct Input {
     Form form;
@@ -85,11 +93,7 @@ struct Input {
     const Kernels *kernels;
     float *values;         // f32: (rows, padded), zeros past `columns`
     uint16_t *halves;      // bf16: (rows, padded), zeros past `columns`
-    // int8, int15:
-    int8_t *quants;        // (rows, padded / 32, parts, 32), -127 to 127: a quant is its part, or 128 * first + second
-    float *scales;         // (rows, padded / 32): x is about scale * quant
-    float *sums;           // (rows, padded / 32): scale * sum of the block's quants
-    int32_t *counts;       // (rows, padded / 16): sum of quants, for each half block
+    uint8_t *blocks;       // int8, int15: (rows, padded / 32) of QuantBlock<1>, QuantBlock<2>
 };
 
 // Bytes of workspace for `rows` rows; alignment 64.

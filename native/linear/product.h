@@ -20,12 +20,11 @@ void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, i
     default: break;
   }
   for_panels<S::tile_panels>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
-    start_rows(matrix, panel, panels, row_begin, row_end, y, y_stride, bias);
     with_layout(matrix.layout.type, [&](auto q) {
       constexpr const Layout &layout = decltype(q)::layout;
       const auto multiply = input.form == Form::int15 ? multiply_quantized<S, layout, 2, panels>
                                                       : multiply_quantized<S, layout, 1, panels>;
-      multiply(matrix, input, row_begin, row_end, panel, y, y_stride);
+      multiply(matrix, input, row_begin, row_end, panel, {y, y_stride, bias});
     });
   });
 }
@@ -36,13 +35,18 @@ void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, i
 constexpr float smallest_magnitude = 1e-30f;
 
 template <class S, int Parts>
-inline void quantize_block(const float *x, int8_t *quants, float *scale, float *sum, int32_t *counts) {
+inline void quantize_block(const float *x, QuantBlock<Parts> &block) {
   constexpr float most = Parts == 1 ? 127 : 127 * 128;
   const float largest = S::largest_magnitude(x);
   const bool tiny = !(largest > smallest_magnitude);
-  *scale = tiny ? 0 : largest / most;
-  S::template quantize<Parts>(x, tiny ? 0 : most / largest, quants, counts);
-  *sum = *scale * float(counts[0] + counts[1]);
+  block.scale = tiny ? 0 : largest / most;
+  S::template quantize<Parts>(x, tiny ? 0 : most / largest, block.parts[0], block.counts);
+  block.sum = block.scale * float(block.counts[0] + block.counts[1]);
+}
+
+template <class S, int Parts>
+void quantize_row(const float *x, int64_t blocks, QuantBlock<Parts> *out) {
+  for (int64_t b = 0; b < blocks; b++) quantize_block<S, Parts>(x + b * 32, out[b]);
 }
 
 template <class S>
@@ -57,12 +61,9 @@ void prepare_all(const Input &input, const float *x, int64_t x_stride, int64_t r
       uint16_t *halves = input.halves + row * padded;
       for (int64_t c = 0; c < padded; c++) halves[c] = c < columns ? float_to_bfloat(source[c]) : 0;
     } else {
-      const int64_t blocks = padded / 32, first = row * blocks;
-      const bool precise = input.form == Form::int15;
-      const auto quantize = precise ? quantize_block<S, 2> : quantize_block<S, 1>;
-      for (int64_t b = 0; b < blocks; b++)
-        quantize(source + b * 32, input.quants + (first + b) * (precise ? 64 : 32), input.scales + first + b,
-                 input.sums + first + b, input.counts + (first + b) * 2);
+      const int64_t blocks = padded / 32;
+      if (input.form == Form::int8) quantize_row<S, 1>(source, blocks, blocks_of<1>(input, row));
+      else quantize_row<S, 2>(source, blocks, blocks_of<2>(input, row));
     }
   }
 }

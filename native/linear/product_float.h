@@ -64,18 +64,18 @@ void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, i
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) {
       float *y = out.rows[p] + r * out.stride[p];
-      S::store(y, S::add(S::load(y), sums[r][p]));
+      S::store(y, S::add(S::load(out.starts[p] + r * out.start_stride[p]), sums[r][p]));
     }
 }
 
 template <class S, WeightType W, int P>
 void multiply_float(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
-                    float *y, int64_t y_stride) {
+                    const Results &results) {
   const uint8_t *panels[P];
   for (int p = 0; p < P; p++) panels[p] = matrix.panel(panel + p);
   for (int64_t first = 0; first < matrix.columns; first += float_chunk) {
     const int64_t count = smaller(float_chunk, matrix.columns - first);
-    for_tiles<P, S::float_rows>(matrix, panel, row_begin, row_end, y, y_stride,
+    for_tiles<P, S::float_rows>(matrix, panel, row_begin, row_end, results, first > 0,
               [&](auto r, int64_t row, const Output &out) {
       float_tile<S, W, P, r>(panels, input, row, first, count, out);
     });
@@ -86,8 +86,7 @@ template <class S, WeightType W>
 void multiply_floats(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                      int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
   for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
-    start_rows(matrix, panel, panels, row_begin, row_end, y, y_stride, bias);
-    multiply_float<S, W, panels>(matrix, input, row_begin, row_end, panel, y, y_stride);
+    multiply_float<S, W, panels>(matrix, input, row_begin, row_end, panel, {y, y_stride, bias});
   });
 }
 

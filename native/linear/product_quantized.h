@@ -74,11 +74,10 @@ void expand(const uint8_t *panel, int64_t first, int64_t count, uint8_t *codes, 
     }
 }
 
-// One block of the activations of one row.
-struct Activation {
-  float scale, sum;
-  const int32_t *counts;
-};
+template <int Parts>
+inline QuantBlock<Parts> *blocks_of(const Input &input, int64_t row) {
+  return reinterpret_cast<QuantBlock<Parts> *>(input.blocks) + row * (input.padded / 32);
+}
 
 template <class S, const Layout &L>
 constexpr int offset_of = S::signed_bytes && L.bits() == 8 ? L.offset - 128 : L.offset;
@@ -103,9 +102,9 @@ constexpr bool apart = L.bits() <= S::narrow_bits;
 
 // Adds one block to the totals. Every kernel ends a block here: this is the order of rounding that they share.
 // Without halves `first` is the whole block's dot product and `second` is ignored.
-template <class S, const Layout &L>
+template <class S, const Layout &L, int Parts>
 inline typename S::Floats add_block(typename S::Floats total, typename S::Ints first, typename S::Ints second,
-                                    const typename S::Floats *scales, const Activation &x) {
+                                    const typename S::Floats *scales, const QuantBlock<Parts> &x) {
   if constexpr (L.halves()) {
     typename S::Floats part = S::multiply(scales[0], S::to_floats(first));
     part = S::fma(scales[1], S::to_floats(second), part);
@@ -139,18 +138,17 @@ void tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
           const Output &out, Prefetch &prefetch) {
   typename S::Floats totals[R][P];
   for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) totals[r][p] = S::load(out.rows[p] + r * out.stride[p]);
-  const int64_t row_blocks = input.padded / 32, at = row * row_blocks + first_block;
+    for (int p = 0; p < P; p++) totals[r][p] = S::load(out.starts[p] + r * out.start_stride[p]);
+  const QuantBlock<Parts> *rows[R];
+  for (int r = 0; r < R; r++) rows[r] = blocks_of<Parts>(input, row + r) + first_block;
   for (int64_t b = 0; b < blocks; b++) {
     prefetch.advance(P);
-    const int8_t *quants = input.quants + (at + b) * Parts * 32;
-    const int32_t *counts = input.counts + (at + b) * 2;
     typename S::Ints dots[2][R][P], high[2][R][P];
     unroll<Parts>([&](auto part) {
       constexpr bool last = part == Parts - 1;
       auto half = [&](int h) {
         for (int r = 0; r < R; r++) {
-          const auto start = S::template begin<L.bits()>(last ? start_of<S, L>(counts + r * row_blocks * 2, h) : 0);
+          const auto start = S::template begin<L.bits()>(last ? start_of<S, L>(rows[r][b].counts, h) : 0);
           for (int p = 0; p < P; p++) {
             auto &dot = dots[L.halves() ? h : 0][r][p];
             if constexpr (part > 0) high[L.halves() ? h : 0][r][p] = shifted<S, L>(dot);
@@ -166,7 +164,7 @@ void tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
         typename S::Bytes codes[P];
         for (int p = 0; p < P; p++) codes[p] = S::load(weights.codes[p] + b * 512 + v * 64);
         for (int r = 0; r < R; r++) {
-          const auto x = S::broadcast_quad(quants + (r * row_blocks * Parts + part) * 32 + v * 4);
+          const auto x = S::broadcast_quad(rows[r][b].parts[part] + v * 4);
           for (int p = 0; p < P; p++) dots[h][r][p] = S::template dot<L.bits()>(dots[h][r][p], codes[p], x);
         }
       });
@@ -176,14 +174,13 @@ void tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
       for (int i = 0; i < scale_vectors<L>; i++)
         scales[i] = S::load(weights.scales[p] + (b * scale_vectors<L> + i) * 16);
       for (int r = 0; r < R; r++) {
-        const int64_t index = at + r * row_blocks + b;
-        const Activation x{input.scales[index], input.sums[index], input.counts + index * 2};
+        const QuantBlock<Parts> &x = rows[r][b];
         typename S::Ints ends[2];
         for (int h = 0; h < (L.halves() ? 2 : 1); h++) {
           ends[h] = S::template end<L.bits()>(dots[h][r][p], start_of<S, L>(x.counts, h));
           if constexpr (Parts == 2 && apart<S, L>) ends[h] = S::add_ints(ends[h], high[h][r][p]);
         }
-        totals[r][p] = add_block<S, L>(totals[r][p], ends[0], ends[L.halves() ? 1 : 0], scales, x);
+        totals[r][p] = add_block<S, L, Parts>(totals[r][p], ends[0], ends[L.halves() ? 1 : 0], scales, x);
       }
     }
   }
@@ -197,9 +194,11 @@ template <class S, const Layout &L, int Parts, int R>
 void stream(const uint8_t *panel, const Input &input, int64_t row, const Output &out) {
   constexpr int sums = L.halves() || Parts == 1 ? 2 : 1;
   typename S::Floats totals[R];
-  for (int r = 0; r < R; r++) totals[r] = S::load(out.rows[0] + r * out.stride[0]);
+  for (int r = 0; r < R; r++) totals[r] = S::load(out.starts[0] + r * out.start_stride[0]);
+  const QuantBlock<Parts> *rows[R];
+  for (int r = 0; r < R; r++) rows[r] = blocks_of<Parts>(input, row + r);
   const int64_t row_blocks = input.padded / 32;
-  int64_t at = row * row_blocks;
+  int64_t at = 0;
   for (int64_t done = 0; done < row_blocks; done += L.group, panel += L.record_bytes()) {
     for (int ahead = 0; ahead < L.record_bytes(); ahead += 64) __builtin_prefetch(panel + prefetch_bytes + ahead);
     for (int block = 0; block < L.group; block++, at++) {
@@ -208,7 +207,7 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
       int32_t starts[sums][R];
       for (int r = 0; r < R; r++)
         for (int h = 0; h < sums; h++) {
-          starts[h][r] = start_of<S, L>(input.counts + (at + r * row_blocks) * 2, h);
+          starts[h][r] = start_of<S, L>(rows[r][at].counts, h);
           dots[Parts - 1][h][r] = S::template begin<L.bits()>(starts[h][r]);
           if constexpr (Parts == 2) dots[0][h][r] = S::template begin<L.bits()>(0);
         }
@@ -217,22 +216,21 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
         const auto codes = code_vector<S, L, v>(source);
         for (int r = 0; r < R; r++)
           for (int part = 0; part < Parts; part++) {
-            const auto x = S::broadcast_quad(input.quants + ((at + r * row_blocks) * Parts + part) * 32 + v * 4);
+            const auto x = S::broadcast_quad(rows[r][at].parts[part] + v * 4);
             dots[part][h][r] = S::template dot<L.bits()>(dots[part][h][r], codes, x);
           }
       });
       typename S::Floats scales[4];
       load_scales<S, L>(panel, block, scales);
       for (int r = 0; r < R; r++) {
-        const int64_t index = at + r * row_blocks;
-        const Activation x{input.scales[index], input.sums[index], input.counts + index * 2};
+        const QuantBlock<Parts> &x = rows[r][at];
         typename S::Ints ends[2];
         for (int h = 0; h < sums; h++) {
           ends[h] = S::template end<L.bits()>(dots[Parts - 1][h][r], starts[h][r]);
           if constexpr (Parts == 2) ends[h] = S::add_ints(ends[h], shifted<S, L>(dots[0][h][r]));
         }
         if constexpr (sums == 2 && !L.halves()) ends[0] = S::add_ints(ends[0], ends[1]);
-        totals[r] = add_block<S, L>(totals[r], ends[0], ends[sums - 1], scales, x);
+        totals[r] = add_block<S, L, Parts>(totals[r], ends[0], ends[sums - 1], scales, x);
       }
     }
   }
@@ -249,10 +247,10 @@ constexpr const Layout &same_arithmetic() {
 
 template <class S, const Layout &L, int Parts, int P>
 void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
-                        float *y, int64_t y_stride) {
+                        const Results &results) {
   if (row_end - row_begin <= S::stream_rows) {
     for (int p = 0; p < P; p++)
-      for_tiles<1, S::stream_rows>(matrix, panel + p, row_begin, row_end, y, y_stride,
+      for_tiles<1, S::stream_rows>(matrix, panel + p, row_begin, row_end, results, false,
                 [&](auto r, int64_t row, const Output &out) {
         stream<S, L, Parts, r>(matrix.panel(panel + p), input, row, out);
       });
@@ -270,7 +268,7 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
       expand<S, L>(matrix.panel(panel + p), first, count, weights.codes[p], weights.scales[p]);
       prefetch.next[p] = end < blocks ? matrix.panel(panel + p) + end / L.group * L.record_bytes() : matrix.panel(panel + p + P);
     }
-    for_tiles<P, S::tile_rows>(matrix, panel, row_begin, row_end, y, y_stride,
+    for_tiles<P, S::tile_rows>(matrix, panel, row_begin, row_end, results, first > 0,
               [&](auto r, int64_t row, const Output &out) {
       tile<S, same_arithmetic<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
     });

@@ -30,11 +30,22 @@ constexpr int most_panels = 2;  // of a tile
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Where a kernel's results go: rows `stride` floats apart, one run of 16 floats a panel.
+// Where a kernel's results go: rows `stride` floats apart, one run of 16 floats a panel; and what they start from.
 struct Output {
   float *rows[most_panels];
   int64_t stride[most_panels];
+  const float *starts[most_panels];
+  int64_t start_stride[most_panels];
 };
+
+// All the results of a call, of which a tile is a part.
+struct Results {
+  float *y;
+  int64_t stride;
+  const float *bias;  // or null
+};
+
+alignas(64) constexpr float no_bias[panel_rows] = {};
 
 // How far ahead of a record its successor is asked for from memory.
 constexpr int64_t prefetch_bytes = 4096;
@@ -44,43 +55,40 @@ struct Edge {
   alignas(64) float values[16][panel_rows];
 };
 
-// Calls body(integral_constant P, integral_constant R, row, output) for tiles that cover the rows; the panels have started.
+// Calls body(integral_constant R, row, output) for tiles of P panels that cover the rows: as few as there can be, of even
+// sizes. They start from the bias, or go on with what is there if columns have been multiplied before.
 template <int P, int Most, class Body>
-void for_tiles(const Matrix &matrix, int64_t panel, int64_t row_begin, int64_t row_end, float *y, int64_t y_stride,
-               Body &&body) {
+void for_tiles(const Matrix &matrix, int64_t panel, int64_t row_begin, int64_t row_end, const Results &results,
+               bool go_on, Body &&body) {
   const int64_t last_rows = matrix.rows - (panel + P - 1) * panel_rows;
   const int filled = int(smaller(last_rows, panel_rows));
   Edge edge;
   for (int64_t row = row_begin; row < row_end;) {
-    const int64_t count = smaller(row_end - row, Most);
+    const int64_t tiles = (row_end - row + Most - 1) / Most, count = (row_end - row + tiles - 1) / tiles;
     Output out;
     for (int p = 0; p < P; p++) {
-      out.rows[p] = y + row * y_stride + (panel + p) * panel_rows;
-      out.stride[p] = y_stride;
+      const int64_t first = (panel + p) * panel_rows;
+      out.rows[p] = results.y + row * results.stride + first;
+      out.stride[p] = results.stride;
+      out.starts[p] = go_on ? out.rows[p] : results.bias ? results.bias + first : no_bias;
+      out.start_stride[p] = go_on ? results.stride : 0;
     }
     float *target = out.rows[P - 1];
     if (filled < panel_rows) {
-      for (int r = 0; r < count; r++)
-        for (int i = 0; i < panel_rows; i++) edge.values[r][i] = i < filled ? target[r * y_stride + i] : 0;
-      out.rows[P - 1] = edge.values[0];
-      out.stride[P - 1] = panel_rows;
+      const float *starts = out.starts[P - 1];
+      for (int r = 0; r < count; r++, starts += out.start_stride[P - 1])
+        for (int i = 0; i < panel_rows; i++) edge.values[r][i] = i < filled ? starts[i] : 0;
+      out.starts[P - 1] = out.rows[P - 1] = edge.values[0];
+      out.start_stride[P - 1] = out.stride[P - 1] = panel_rows;
     }
     unroll<Most>([&](auto less) {
       if (count == less + 1) body(std::integral_constant<int, less + 1>{}, row, out);
     });
     if (filled < panel_rows)
       for (int r = 0; r < count; r++)
-        for (int i = 0; i < filled; i++) target[r * y_stride + i] = edge.values[r][i];
+        for (int i = 0; i < filled; i++) target[r * results.stride + i] = edge.values[r][i];
     row += count;
   }
-}
-
-// y = bias or 0, which the chunks are then added to.
-inline void start_rows(const Matrix &matrix, int64_t panel, int panels, int64_t row_begin, int64_t row_end, float *y,
-                       int64_t y_stride, const float *bias) {
-  const int64_t first = panel * panel_rows, last = smaller(matrix.rows, first + panels * panel_rows);
-  for (int64_t row = row_begin; row < row_end; row++)
-    for (int64_t i = first; i < last; i++) y[row * y_stride + i] = bias ? bias[i] : 0;
 }
 
 // Calls body(integral_constant panels, panel) for groups of `Most` panels, then for single ones.
