@@ -52,6 +52,12 @@ def test_byte_level_metadata(changes: dict[str, Any], message: str) -> None:
         build(byte_level(**changes))
 
 
+def test_a_custom_of_the_pre_tokenizer_asks_for_nothing_that_is_not_there() -> None:
+    """Files for llama-bpe begin a text with bos, even where they do not say so; a file without bos has none to give."""
+    tokenizer = build(byte_level(pre="llama-bpe", bos_token_id=None, add_bos_token=None))
+    assert tokenizer.encode("he") == tokenizer.encode("he", add_special=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
