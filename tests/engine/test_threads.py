@@ -141,6 +141,18 @@ def test_a_full_queue_refuses_at_once_and_lists_wait() -> None:
         assert engine.generate(prompts, max_new_tokens=3) == [p + toy_greedy(p, 3) for p in prompts]
 
 
+def test_cancels_do_not_fill_the_queue() -> None:
+    model = SlowModel()
+    with InferenceEngine(model, max_sequences=1, queue_size=4) as engine:
+        first = engine.submit(PROMPT, max_new_tokens=5)
+        model.entered.wait(20)
+        for _ in range(20):
+            first.cancel()  # the engine's thread is busy: these pile up
+        waiting = engine.submit(PROMPT, max_new_tokens=5)
+        model.free()
+        assert waiting.result().token_ids == toy_greedy(PROMPT, 5)
+
+
 def test_deadlines_are_for_those_who_wait() -> None:
     model = SlowModel()
     with InferenceEngine(model, max_sequences=1) as engine:

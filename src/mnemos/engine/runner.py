@@ -43,6 +43,7 @@ class Runner:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._stopping = False
+        self._entering = 0  # requests in the inbox, beside its other calls; under the lock
 
     # From any thread.
 
@@ -50,11 +51,12 @@ class Runner:
         """Queues a request. CapacityError if the queue is full, MnemosError after close."""
         with self._lock:
             self._check_open()
-            if len(self.executor.scheduler.queue) + self._inbox.qsize() >= self.queue_size:
+            if len(self.executor.scheduler.queue) + self._entering >= self.queue_size:
                 self.executor.counters.refused += 1
                 raise CapacityError(f"the queue is full: {self.queue_size} requests wait; try again later")
             self.executor.counters.submitted += 1
-            self._post(partial(self.executor.add, request))
+            self._entering += 1
+            self._post(partial(self._enter, request))
 
     def cancel(self, request: Request) -> None:
         """Ends a request soon; its sink gets what was delivered so far."""
@@ -99,7 +101,7 @@ class Runner:
         scheduler, counters = self.executor.scheduler, self.executor.counters
         pool, tree = scheduler.placement.pool, scheduler.placement.tree
         return Statistics(
-            waiting=len(scheduler.queue) + self._inbox.qsize(),
+            waiting=len(scheduler.queue) + self._entering,
             running=len(scheduler.running),
             pages_total=pool.total,
             pages_used=pool.used,
@@ -154,6 +156,11 @@ class Runner:
             except Exception as error:  # a defect of the engine itself: nobody shall wait forever for it
                 log_exception("a step failed; all requests end")
                 self._fail_all(error)
+
+    def _enter(self, request: Request) -> None:
+        with self._lock:
+            self._entering -= 1
+        self.executor.add(request)
 
     def _stop(self, drain: bool) -> None:
         self._stopping = True
