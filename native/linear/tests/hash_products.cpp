@@ -33,18 +33,20 @@ struct AlignedDelete {
   void operator()(void *p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
-void check(WeightType type, bool as_float32, int64_t rows, int64_t columns, int64_t tokens, const Kernels &kernels) {
+void check(WeightType type, bool as_float32, bool precise, int64_t rows, int64_t columns, int64_t tokens,
+           const Kernels &kernels) {
   Random random{uint32_t(type) + 1};
   std::vector<uint8_t> raw(size_t(row_bytes(type, columns) * rows));
   for (uint8_t &byte : raw) byte = uint8_t((random.next() >> 16) % 0x34);  // floats below 0.25
   Matrix matrix(type, rows, columns, as_float32, kernels);
+  const Form form = matrix.input_form(precise);
   pack_panels(matrix, raw.data(), 0, matrix.panels());
 
   std::vector<float> x(size_t(tokens * columns)), y(size_t(tokens * rows)), row(size_t(columns), 0.0f);
   for (float &value : x) value = float(int32_t(random.next()) - (1 << 23)) / float(1 << 22);
   const std::unique_ptr<void, AlignedDelete> workspace(
-      ::operator new(input_bytes(matrix.form, tokens, columns), std::align_val_t(64)));
-  const Input input = bind_input(kernels, matrix.form, tokens, columns, workspace.get());
+      ::operator new(input_bytes(form, tokens, columns), std::align_val_t(64)));
+  const Input input = bind_input(kernels, form, tokens, columns, workspace.get());
   prepare_rows(input, x.data(), columns, 0, tokens);
   multiply(matrix, input, 0, tokens, 0, matrix.panels(), y.data(), rows, nullptr);
 
@@ -54,7 +56,7 @@ void check(WeightType type, bool as_float32, int64_t rows, int64_t columns, int6
     dequantize_row(matrix, r, row.data());
     hash.add(row);
   }
-  printf("type %2d as_float32 %d %3lld x %4lld, %2lld rows: %016llx\n", int(type), int(as_float32), (long long)rows,
+  printf("type %2d form %d %3lld x %4lld, %2lld rows: %016llx\n", int(type), int(form), (long long)rows,
          (long long)columns, (long long)tokens, (unsigned long long)hash.value);
 }
 
@@ -72,7 +74,10 @@ int main(int count, char **arguments) {
     if (!is_weight_type(type)) continue;
     const auto weight = WeightType(type);
     const int64_t block = block_columns(weight), columns = block == 1 ? 333 : block == 32 ? 1568 : 1536;
-    for (bool as_float32 : {false, true})
-      for (int64_t tokens : {1, 2, 5, 15, 37}) check(weight, as_float32, 45, columns, tokens, *kernels);
+    for (int64_t tokens : {1, 2, 5, 15, 37}) {
+      check(weight, false, false, 45, columns, tokens, *kernels);
+      check(weight, false, true, 45, columns, tokens, *kernels);
+      check(weight, true, false, 45, columns, tokens, *kernels);
+    }
   }
 }
