@@ -205,7 +205,7 @@ def _tokenizer_file(path: Path) -> Path:
     for file in candidates:
         if os.path.isfile(file):
             return file
-    needed = "a tokenizer.json, or a tokenizer.model of SentencePiece, is needed"
+    needed = "a tokenizer.json is needed, or SentencePiece's tokenizer.model"
     raise FormatError(f"{candidates[0]}: does not exist; {needed}")
 
 
