@@ -121,5 +121,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
         except UnsupportedError:
             refused += 1
     assert refused > 100
-    with pytest.raises(FormatError, match="does not exist; a tokenizer.json is needed, or SentencePiece's tokenizer.model"):
+    with pytest.raises(
+        FormatError, match="does not exist; a tokenizer.json is needed, or SentencePiece's tokenizer.model"
+    ):
         Tokenizer.from_file(tmp_path / "none")
