@@ -29,7 +29,7 @@ void Program::finish(std::vector<int> outputs) {
   schedule_ = make_schedule(graph_);
   assign_slots();
   place_barriers();
-  counters_ = std::make_unique<Counter[]>(schedule_.tasks.size());
+  counters_ = std::make_unique<Counter[]>(schedule_.tasks.size() * static_cast<size_t>(pool_->threads()));
   pieces_.resize(schedule_.buffers.size());
   finished_ = true;
 }
@@ -207,7 +207,9 @@ std::vector<OutputView> Program::run(const BatchView &batch, int64_t batch_pages
 
 void Program::execute(const Step &step, bool one_row) {
   const size_t count = schedule_.tasks.size();
-  for (size_t t = 0; t < count; t++) counters_[t].next.store(0, std::memory_order_relaxed);
+  const int threads = pool_->threads();
+  const auto counters_of = [&](size_t task) { return &counters_[task * static_cast<size_t>(threads)]; };
+  for (size_t c = 0; c < count * static_cast<size_t>(threads); c++) counters_[c].taken.store(0, std::memory_order_relaxed);
   const auto &barriers = barrier_before_[one_row ? 1 : 0];
   pool_->run([&](int thread) {
     for (size_t t = 0; t < count; t++) {
@@ -219,8 +221,17 @@ void Program::execute(const Step &step, bool one_row) {
         for (int64_t item = 0; item < items; item++) task.run(step, item, thread);
         continue;
       }
-      std::atomic<int64_t> &next = counters_[t].next;
-      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) task.run(step, item, thread);
+      // Every thread has a run of neighbouring items, whose weights it fetches ahead; who is done early helps the others.
+      Counter *counters = counters_of(t);
+      for (int helped = 0; helped < threads; helped++) {
+        const int owner = (thread + helped) % threads;
+        const int64_t first = items * owner / threads, own = items * (owner + 1) / threads - first;
+        std::atomic<int64_t> &taken = counters[owner].taken;
+        while (taken.load(std::memory_order_relaxed) < own) {
+          const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
+          if (item < own) task.run(step, first + item, thread);
+        }
+      }
     }
   });
 }

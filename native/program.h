@@ -97,7 +97,7 @@ class Program {
   std::shared_ptr<Workspace> workspace_;
   int64_t scratch_offset_ = 0, scratch_bytes_ = 0;
   struct alignas(64) Counter {
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> taken{0};
   };
   std::unique_ptr<Counter[]> counters_;
   std::mutex mutex_;
