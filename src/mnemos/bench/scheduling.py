@@ -46,7 +46,7 @@ class SchedulingBench:
 
     def _concurrent(self) -> float:
         """Tokens/s of STREAMS requests while all of them decode."""
-        completions = self.engine.complete(self._prompts(STREAMS, 64), max_new_tokens=STEPS + 32, ignore_eos=True)
+        completions = self.engine.complete(self._prompts(STREAMS, 64), max_new_tokens=2 * STEPS, ignore_eos=True)
         times: list[list[float]] = [completion.timings.tokens for completion in completions]
         start, end = max(own[0] for own in times), min(own[-1] for own in times)
         return sum(start < moment <= end for own in times for moment in own) / (end - start)

@@ -19,12 +19,16 @@ class Pace:
         self._prompt_token = 0.0
         self._decode_step = 0.0
 
-    def chunk(self, decode_rows: int) -> int:
-        """The most prompt tokens of a step that also decodes `decode_rows` rows."""
+    def chunk(self, decode_rows: int, prompts: int = 1) -> int:
+        """The most prompt tokens of a step that also decodes `decode_rows` rows, while so many prompts are not read yet.
+
+        Where more requests wait for their first token than decode, holding them up costs more than it saves: the stall
+        that is allowed grows with their number for each row that decodes.
+        """
         room = max(self.batch_tokens - decode_rows, SMALLEST_CHUNK)
         if not decode_rows or not self._prompt_token or not self._decode_step:
             return room
-        allowed = (STALL - 1) * self._decode_step / self._prompt_token
+        allowed = (STALL - 1) * max(1.0, prompts / decode_rows) * self._decode_step / self._prompt_token
         return max(SMALLEST_CHUNK, min(room, int(allowed)))
 
     def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:

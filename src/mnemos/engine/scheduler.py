@@ -94,7 +94,9 @@ class Scheduler:
             self._fail(request, CapacityError(f"request waited {waited:.3f} s in the queue, beyond its deadline"))
         self._make_way()
         step = Step()
-        chunk = self.pace.chunk(sum(request.pending for request in self.running if not request.prefilling))
+        decode_rows = sum(request.pending for request in self.running if not request.prefilling)
+        prompts = sum(request.prefilling for request in self.running) + len(self.queue)
+        chunk = self.pace.chunk(decode_rows, prompts)
         index = 0
         while index < len(self.running):
             request = self.running[index]
