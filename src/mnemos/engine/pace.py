@@ -20,7 +20,7 @@ class Pace:
         self._decode_step = 0.0
 
     def chunk(self, decode_rows: int, prompts: int = 1) -> int:
-        """The most prompt tokens of a step that also decodes `decode_rows` rows, while so many prompts are not read yet.
+        """The most prompt tokens of a step that also decodes `decode_rows` rows, while `prompts` are not read yet.
 
         Where more requests wait for their first token than decode, holding them up costs more than it saves: the stall
         that is allowed grows with their number for each row that decodes.
