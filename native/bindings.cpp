@@ -10,6 +10,7 @@
 #include <cstring>
 #include <optional>
 
+#include "bandwidth.h"
 #include "error.h"
 #include "mapping.h"
 #include "program.h"
@@ -297,6 +298,7 @@ NB_MODULE(_native, m) {
 
   nb::class_<Pool>(m, "Pool").def_prop_ro("threads", &Pool::threads);
   m.def("shared_pool", &shared_pool, "threads"_a);
+  m.def("read_bandwidth", &read_bandwidth, "pool"_a, "bytes"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<Matrix>(m, "Matrix")
       .def_ro("rows", &Matrix::rows)

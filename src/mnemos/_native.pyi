@@ -30,6 +30,9 @@ class Pool:
 def shared_pool(threads: int) -> Pool:
     """The pool of that size, shared within the process; 0: usable_cores(). ConfigError if there are fewer."""
 
+def read_bandwidth(pool: Pool, bytes: int, repeats: int) -> float:
+    """Bytes a second that the pool's threads together read in sequence from so much memory; the best of the repeats."""
+
 class Matrix:
     @property
     def rows(self) -> int: ...

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import threading
-import time
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 _REPEATS = 12
 
@@ -54,17 +49,5 @@ def instruction_set() -> str:
 
 def read_bandwidth(size: int) -> float:
     """Bytes per second that all usable cores together read in sequence from `size` bytes; the best of some runs."""
-    words = np.arange(max(size // 8, 1 << 16), dtype=np.uint64)
-    parts = np.array_split(words, usable_cores())
-    return max(words.nbytes / _seconds_to_read(parts) for _ in range(_REPEATS))
-
-
-def _seconds_to_read(parts: list[npt.NDArray[np.uint64]]) -> float:
-    # NumPy lets go of the interpreter while it adds, so the threads read at the same time.
-    threads = [threading.Thread(target=np.add.reduce, args=(part,)) for part in parts]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return time.perf_counter() - start
+    native = import_module("mnemos._native")
+    return float(native.read_bandwidth(native.shared_pool(0), size, _REPEATS))
