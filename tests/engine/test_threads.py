@@ -241,6 +241,7 @@ def test_an_interrupt_cancels_and_leaves_the_engine_usable() -> None:
         import os, signal, threading
         from mnemos.engine.engine import InferenceEngine
         from tests.engine.toys import SlowModel, toy_greedy
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         model = SlowModel()
         engine = InferenceEngine(model)
         for call in (lambda: engine.generate([1, 2], max_new_tokens=200),
