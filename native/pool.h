@@ -14,9 +14,6 @@
 
 namespace mnemos {
 
-
-
-
 // Where threads meet. Spins for a while, because the others usually arrive within microseconds, then sleeps.
 class Barrier {
  public:

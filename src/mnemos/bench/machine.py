@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 from importlib import import_module
@@ -27,9 +26,8 @@ def examine(size: int) -> Machine:
 
 
 def usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """As the native core counts them: of the affinity mask, within the cgroup's quota."""
+    return int(import_module("mnemos._native").usable_cores())
 
 
 def cpu_name() -> str:
