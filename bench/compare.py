@@ -35,7 +35,6 @@ SMALLER_IS_BETTER = ("cold", "rss")
 IN_PEERS_VENV = ("llama.cpp", "ctranslate2", "openvino", "onnxruntime", "transformers")
 OURS = "mnemos"
 TIMEOUT_SECONDS = 900
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
 
 @dataclass
@@ -136,14 +135,15 @@ def _ratio(ours: float | None, peer: tuple[str, float] | None, metric: str) -> s
     return "-" if ours is None or peer is None else f"{ours / peer[1]:.2f} x {peer[0]}"
 
 
-def insert(file: Path, text: str) -> None:
-    """Replaces what stands between the two marks."""
+def insert(file: Path, text: str, name: str = "figures") -> None:
+    """Replaces what stands between the two marks of that name."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     content = file.read_text(encoding="utf-8")
-    if BEGIN not in content or END not in content:
-        raise SystemExit(f"{file} lacks the lines {BEGIN} and {END}")
-    head, rest = content.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    file.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    if begin not in content or end not in content:
+        raise SystemExit(f"{file} lacks the lines {begin} and {end}")
+    head, rest = content.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    file.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Writes GGUF files with random weights and the shapes of well-known models, to measure speed without downloads.
 
     python tools/make_gguf.py --shape 1.5b --type Q4_K big.gguf
+    python tools/make_gguf.py --shape 8b --layers 4 --type Q8_0 part.gguf
 
 Activations stay finite: every matrix has entries of standard deviation 1 / sqrt(columns). Needs the `gguf` package.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -271,12 +272,16 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--type", choices=[t.name for t in (*FLOATS, *SCALES)], default="Q4_0")
+    parser.add_argument("--layers", type=int, help="so many layers instead of the shape's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer-from", type=Path, metavar="FILE.gguf", help="copy this file's tokenizer")
     arguments = parser.parse_args()
-    write(
-        arguments.output, SHAPES[arguments.shape], TensorType[arguments.type], arguments.seed, arguments.tokenizer_from
-    )
+    shape = SHAPES[arguments.shape]
+    if arguments.layers is not None:
+        if arguments.layers < 1:
+            parser.error(f"--layers {arguments.layers}: a model has at least one layer")
+        shape = replace(shape, layers=arguments.layers)
+    write(arguments.output, shape, TensorType[arguments.type], arguments.seed, arguments.tokenizer_from)
     print(f"{arguments.output}: {arguments.output.stat().st_size / 1e6:.1f} MB")
 
 
