@@ -50,6 +50,29 @@ def test_strategies_named_after_a_parameter_set_it():
     assert GenerationConfig(strategy="beam_search").beams == 4
 
 
+NOVA_DEFAULTS = {
+    "max_length": 512, "min_length": 1, "temperature": 1.0, "do_sample": False, "num_beams": 1, "length_penalty": 1.0,
+    "early_stopping": False, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "num_return_sequences": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mode"),
+    [
+        ("greedy", "greedy"),
+        ("beam_search", "beam"),
+        *((name, "sampling") for name in ("sampling", "top_k", "top_p", "nucleus")),
+    ],
+)
+def test_another_librarys_defaults_beside_a_named_strategy_are_no_contradiction(strategy: str, mode: str):
+    config = GenerationConfig(strategy=strategy, **NOVA_DEFAULTS)
+    assert (config.mode, config.samples) == (mode, mode == "sampling")
+    if mode != "sampling":
+        assert GenerationConfig(strategy=strategy, top_k=50, top_p=0.9).mode == mode
+        assert not GenerationConfig(**{**NOVA_DEFAULTS, "num_beams": 3, "top_p": 0.9}).samples
+
+
 @pytest.mark.parametrize(
     ("given", "field"),
     [
@@ -58,7 +81,9 @@ def test_strategies_named_after_a_parameter_set_it():
         ({"do_sample": False, "temperature": 0.7}, "temperature"),
         ({"do_sample": True, "temperature": 0}, "temperature"),
         ({"strategy": "greedy", "do_sample": True}, "do_sample"),
-        ({"strategy": "sampling", "do_sample": False}, "do_sample"),
+        ({"strategy": "greedy", "top_p": 0.8}, "top_p"),
+        ({"strategy": "greedy", "num_beams": 5}, "num_beams"),
+        ({"strategy": "beam_search", "top_k": 40}, "top_k"),
         ({"penalty_alpha": 0.6, "num_beams": 4}, "penalty_alpha"),
         ({"strategy": "contrastive", "num_beams": 4}, "num_beams"),
         ({"penalty_alpha": 0.6, "do_sample": True}, "do_sample"),

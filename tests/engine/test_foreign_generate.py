@@ -173,7 +173,43 @@ def test_a_forced_first_token_is_where_the_decoder_begins() -> None:
     with InferenceEngine(module) as engine:
         wanted = reference(module, SOURCES[0], do_sample=False, max_new_tokens=9)
         assert wanted[:2] == [2, 7]
-        assert engine.generate(SOURCES[0], max_new_tokens=8) == wanted
+        assert engine.generate(SOURCES[0], max_new_tokens=9) == wanted
+
+
+RULES: list[dict[str, Any]] = [
+    {"forced_bos_token_id": 7},
+    {"forced_eos_token_id": 9},
+    {"forced_eos_token_id": [9, 11]},
+    {"suppress_tokens": [5, 17, 37, 16]},
+    {"begin_suppress_tokens": [5, 17, 37]},
+    {"bad_words_ids": [[5, 37], [16]]},
+    {"forced_bos_token_id": 7, "forced_eos_token_id": 2, "begin_suppress_tokens": [5, 17], "suppress_tokens": [3]},
+]
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("make", [make_t5, make_bart])
+def test_what_a_generation_config_forces_and_bans_is_as_in_hugging_face(make: Any, rules: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    module = make().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    own = module.generation_config
+    own.forced_eos_token_id = None
+    with InferenceEngine(module) as free:
+        unbound = [free.generate(s, max_new_tokens=8) for s in SOURCES]
+        asked = [free.generate(SOURCES, max_new_tokens=8, num_beams=beams, **rules) for beams in (1, 3)]
+    for name, value in rules.items():
+        setattr(own, name, value)
+    with InferenceEngine(module) as engine:
+        for beams, by_request in zip((1, 3), asked, strict=True):
+            wanted = [reference(module, s, do_sample=False, max_new_tokens=8, num_beams=beams) for s in SOURCES]
+            assert engine.generate(SOURCES, max_new_tokens=8, num_beams=beams) == wanted
+            assert by_request == wanted, "a request may ask for the same of a model that does not"
+        nothing = {name: [] for name in rules if name != "bad_words_ids"}
+        if len(nothing) == len(rules):
+            assert engine.generate(SOURCES, max_new_tokens=8, **nothing) == unbound
 
 
 def test_sampled_translations_of_a_seed_are_the_same_in_any_company(translator: tuple[Any, InferenceEngine]) -> None:

@@ -45,6 +45,21 @@ def test_engine_with_three_strategies(engine: InferenceEngine) -> None:
         assert outputs[0, 4:7].tolist() == wanted[0][4:7]
 
 
+def test_all_defaults_of_the_document_given_by_name(engine: InferenceEngine) -> None:
+    defaults = dict(
+        strategy="greedy", max_length=512, min_length=1, temperature=1.0, do_sample=False, num_beams=1,
+        length_penalty=1.0, early_stopping=False, top_k=50, top_p=1.0, repetition_penalty=1.0, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, num_return_sequences=1,
+    )  # fmt: skip
+    prompt = [BOS, *count(2, 2)[:3]]
+    wanted = [BOS, *count(2, 2)]
+    assert engine.generate(prompt, None, GenerationConfig(**defaults)) == wanted
+    assert engine.generate(prompt, None, GenerationConfig(**{**defaults, "strategy": "beam_search"})) == wanted
+    for strategy in ("sampling", "top_k", "top_p", "nucleus"):
+        text = engine.generate(prompt, None, GenerationConfig(**{**defaults, "strategy": strategy}, seed=0))
+        assert text[:4] == prompt and text[-1] == EOS
+
+
 def test_lengths(engine: InferenceEngine) -> None:
     ids = torch.tensor([[BOS, *count(30, 2)[:3]]])
     assert engine.generate(ids, None, GenerationConfig(strategy="greedy", max_length=6)).shape == (1, 6)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from mnemos.decoding.config import DEFAULT_CANDIDATES, DEFAULT_NEW_TOKENS, GenerationConfig
-from mnemos.decoding.processors import filters_of, processors_of
+from mnemos.decoding.processors import Processor, filters_of, processors_of
 from mnemos.decoding.sampler import Cutoffs, fresh_seed
 from mnemos.decoding.sampling import Chooser, Constraint, Drafter, Sampling
 from mnemos.decoding.stopping import IncrementalDecoder, StopRules, StopWatch, TextEnds
 from mnemos.decoding.strategy import Strategy
 from mnemos.errors import ContextLengthError, RequestError
-from mnemos.models.contract import ModelSpec
+from mnemos.models.contract import ModelSpec, TokenRules
 
 if TYPE_CHECKING:  # a process that only samples starts faster without the others
     from mnemos.decoding.beam import BeamSearch
@@ -116,6 +117,7 @@ class _Builder:
         self.spec = spec
         self.most = new_tokens(config, len(prompt_ids), spec)
         self.stop_ids = self._stop_ids()
+        self.token_rules = self._token_rules()
         self._check()
 
     def build(self) -> Strategy:
@@ -178,7 +180,7 @@ class _Builder:
             len(self.stop_ids),
         )
         filters = filters_of(config, keep=len(self.stop_ids) + 1) if config.samples else []
-        processors = [*processors_of(config, self.stop_ids, self._bad_words()), *filters]
+        processors = [*self._processors(), *filters]
         rules = self._rules()
         decode = self._needed_tokenizer("stop").decode if rules.strings else None
         return BeamSearch(settings, processors, TextEnds(rules, decode))
@@ -187,7 +189,7 @@ class _Builder:
         from mnemos.decoding.contrastive import ContrastiveSearch
 
         config = self.config
-        processors = processors_of(config, self.stop_ids, self._bad_words())
+        processors = self._processors()
         alpha, top_k = config.penalty_alpha or 0.0, config.top_k or DEFAULT_CANDIDATES
         return ContrastiveSearch(top_k, alpha, processors, self.watch, config.logprobs)
 
@@ -202,7 +204,7 @@ class _Builder:
 
     def _chooser(self) -> Chooser:
         config = self.config
-        processors = processors_of(config, self.stop_ids, self._bad_words())
+        processors = self._processors()
         if not config.samples:
             return Chooser(processors)
         if any(getattr(config, name) is not None for name in _FILTERS_BESIDE_CUTOFFS):
@@ -210,6 +212,23 @@ class _Builder:
         temperature = 1.0 if config.temperature is None else config.temperature
         top_p = 1.0 if config.top_p is None else config.top_p
         return Chooser(processors, (), Cutoffs(temperature, config.top_k or 0, top_p, config.min_p or 0.0))
+
+    def _processors(self) -> list[Processor]:
+        length = len(self.prompt_ids)
+        rules = self.token_rules
+        return processors_of(self.config, self.stop_ids, self._bad_words(), rules, length, length + self.most)
+
+    def _token_rules(self) -> TokenRules:
+        """The model's own, with what the config says in their place."""
+        config, own = self.config, self.spec.token_rules
+        said = {
+            "forced_bos": config.forced_bos_token_id,
+            "forced_eos": config.forced_eos_token_id,
+            "suppressed": config.suppress_tokens,
+            "suppressed_first": config.begin_suppress_tokens,
+        }
+        changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+        return replace(own, **changes) if changes else own
 
     def _rules(self) -> StopRules:
         config = self.config
@@ -232,7 +251,7 @@ class _Builder:
 
     def _bad_words(self) -> list[list[int]]:
         """The banned token sequences; a banned word is banned at the start of a text and after a space."""
-        words = [list(sequence) for sequence in self.config.bad_words_ids]
+        words = [list(sequence) for sequence in self.config.bad_words_ids or self.token_rules.bad_words]
         for word in self.config.bad_words:
             for text in (word, " " + word.lstrip()):
                 words.append(self._needed_tokenizer("bad_words").encode(text, add_special=False))
@@ -249,6 +268,10 @@ class _Builder:
             "logit_bias": config.logit_bias or (),
             "stop_token_ids": np.atleast_1d(config.stop_token_ids).astype(int).tolist(),
             "eos_token_id": config.eos_ids or (),
+            "forced_bos_token_id": self.token_rules.forced_bos,
+            "forced_eos_token_id": self.token_rules.forced_eos,
+            "suppress_tokens": self.token_rules.suppressed,
+            "begin_suppress_tokens": self.token_rules.suppressed_first,
             "bad_words_ids": [token for sequence in config.bad_words_ids for token in sequence],
         }
         for name, tokens in ids.items():

@@ -39,7 +39,9 @@ class GenerationConfig:
     top_p, min_p, typical_p or cut-off that has an effect makes it sampling; `num_beams` makes it beam search
     (deterministic unless do_sample=True); `penalty_alpha` makes it contrastive search. `strategy` says it outright.
     Every value outside its meaning, and every pair that contradicts itself, is a `ConfigError` that gives the
-    field, the value and the rule.
+    field, the value and the rule. Where a field has no use, the value that changes nothing (top_p 1.0,
+    num_beams 1, ...) is no contradiction. Nor are other libraries' defaults beside a named strategy: top_k 50 and top_p
+    0.9 where that does not sample (or do_sample=False says so), do_sample False where it does. They are ignored.
 
     Length: max_new_tokens counts generated tokens, max_length prompt and generated tokens; the first reached ends
     the text. Without either, it ends after 256 new tokens. The min_ fields forbid stop tokens and ignore stop
@@ -61,6 +63,11 @@ class GenerationConfig:
     model, "draft" change the time only; draft_tokens is the most tokens drafted at once. json_schema, regex, choice,
     grammar (Lark) constrain the text. deadline: the longest wait in the queue, in seconds. n is num_return_sequences,
     max_tokens is max_new_tokens. None for any field means its default.
+
+    As generation_config.json of Hugging Face models has them, and by default what the model's own says:
+    forced_bos_token_id is the first token behind the one that a decoder starts with (the language to translate into,
+    say), forced_eos_token_id the last one of a text that reaches its greatest length, suppress_tokens never come,
+    begin_suppress_tokens do not come first. An empty list in their place takes what the model says back.
     """
 
     strategy: str | None = None
@@ -91,6 +98,10 @@ class GenerationConfig:
     ignore_eos: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
+    forced_bos_token_id: int | Sequence[int] | None = None
+    forced_eos_token_id: int | Sequence[int] | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
     stop_when_repeating: bool = False
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] = ()
     max_time: float | None = None

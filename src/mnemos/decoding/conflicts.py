@@ -31,6 +31,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "penalty_alpha": (0.0,),
 }
+# What other libraries' configs hold unless one says otherwise. Where `strategy` or do_sample=False says outright that
+# nothing is sampled, such a value came along with the rest of a config and is ignored; elsewhere it is a wish.
+HABITUAL: dict[str, tuple[Any, ...]] = {"top_k": (50,), "top_p": (0.9,)}
 
 
 def active(config: GenerationConfig, field: str) -> bool:
@@ -41,6 +44,12 @@ def active(config: GenerationConfig, field: str) -> bool:
 
 def _given(config: GenerationConfig, fields: Sequence[str]) -> list[str]:
     return [field for field in fields if active(config, field)]
+
+
+def _came_along(config: GenerationConfig, field: str) -> bool:
+    """True if the field holds another library's default beside a clear word that it is not needed."""
+    outright = config.strategy is not None or config.do_sample is False
+    return outright and getattr(config, field) in HABITUAL.get(field, ())
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,11 @@ def _if(condition: bool, *fields: str) -> Sequence[str]:
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         lambda c: (
-            _given(c, [name for name in SAMPLING_ONLY if name != "top_k" or c.mode != "contrastive"])
+            [
+                name
+                for name in _given(c, SAMPLING_ONLY)
+                if not _came_along(c, name) and (name != "top_k" or c.mode != "contrastive")
+            ]
             if not c.samples
             and not (c.mode == "greedy" and c.temperature == 0)  # the limit of sampling, whatever is cut off
             else ()
@@ -70,7 +83,8 @@ CONFLICTS: tuple[Conflict, ...] = (
         "it must be above 0 when sampling is asked for: without do_sample and strategy, 0 means greedy",
     ),
     Conflict(
-        lambda c: _if(c.strategy is not None and c.do_sample is not None and c.do_sample != c.samples, "do_sample"),
+        # False is what configs hold that say nothing of it: a strategy that is named samples all the same.
+        lambda c: _if(c.strategy is not None and c.do_sample is True and not c.samples, "do_sample"),
         "it contradicts the strategy",
     ),
     Conflict(

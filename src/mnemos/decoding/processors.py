@@ -18,9 +18,11 @@ from mnemos.decoding.config import GenerationConfig
 from mnemos.decoding.history import History
 from mnemos.decoding.sampler import covering, descending
 from mnemos.errors import MnemosError, RequestError
+from mnemos.models.contract import TokenRules
 
 Floats = npt.NDArray[np.float32]
 Processor = Callable[[History, Floats], None]
+NO_RULES = TokenRules()
 _REMOVED = np.float32(-np.inf)
 
 
@@ -104,6 +106,31 @@ class MinLength:
     def __call__(self, history: History, logits: Floats) -> None:
         if len(history.tokens) < self._total or history.generated < self._new:
             logits[self._stop_ids] = _REMOVED
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Leaves only `tokens`, with a logit of 0, where the text has `length` tokens, the prompt's included."""
+
+    tokens: tuple[int, ...]
+    length: int
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        if len(history.tokens) == self.length:
+            logits[:] = _REMOVED
+            logits[list(self.tokens)] = 0
+
+
+@dataclass(frozen=True)
+class Suppressed:
+    """Bans `tokens`: everywhere, or only as the token number `generated` of the generated text."""
+
+    tokens: tuple[int, ...]
+    generated: int | None = None
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        if self.generated is None or history.generated == self.generated:
+            logits[list(self.tokens)] = _REMOVED
 
 
 @dataclass(frozen=True)
@@ -217,11 +244,17 @@ class Eta:
 
 
 def processors_of(
-    config: GenerationConfig, stop_ids: Iterable[int], bad_words: Iterable[Sequence[int]]
+    config: GenerationConfig,
+    stop_ids: Iterable[int],
+    bad_words: Iterable[Sequence[int]],
+    rules: TokenRules = NO_RULES,
+    prompt: int = 0,
+    longest: int = 0,
 ) -> list[Processor]:
     """What the config asks for before temperature and cut-offs, in Hugging Face's order.
 
-    `stop_ids` are the tokens that end the text; `bad_words` all banned token sequences.
+    `stop_ids` are the tokens that end the text; `bad_words` all banned token sequences; `rules` the forced and
+    suppressed tokens; `prompt` and `longest` the prompt's and the text's greatest length in tokens.
     """
     stop_ids = set(stop_ids)
     banned = [sequence for sequence in bad_words if not (len(sequence) == 1 and sequence[0] in stop_ids)]
@@ -238,6 +271,14 @@ def processors_of(
         chain.append(BadWords(banned))
     if (config.min_length or config.min_new_tokens) and stop_ids:
         chain.append(MinLength(stop_ids, config.min_length, config.min_new_tokens))
+    if rules.forced_bos:
+        chain.append(Forced(rules.forced_bos, 1))
+    if rules.forced_eos:
+        chain.append(Forced(rules.forced_eos, longest - 1))
+    if rules.suppressed:
+        chain.append(Suppressed(rules.suppressed))
+    if rules.suppressed_first:
+        chain.append(Suppressed(rules.suppressed_first, 1 if rules.forced_bos and prompt == 1 else 0))
     functions: Any = config.logits_processors
     return [*chain, *(Custom(function) for function in functions)]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from mnemos.engine.completion import Assembler, Completion, StreamedToken
 from mnemos.engine.gather import run_all
 from mnemos.engine.inputs import read_prompts
+from mnemos.engine.loading import check_count, load_pretrained
 from mnemos.engine.runner import Runner
 from mnemos.engine.scheduler import Limits
 from mnemos.engine.scoring import ForcedLogits, ForcedScore, Score
 from mnemos.engine.sequence import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
 from mnemos.engine.streaming import Channel, RequestHandle
-from mnemos.errors import ConfigError, ContextLengthError, MnemosError, RequestError, UnsupportedError
+from mnemos.errors import ConfigError, ContextLengthError, RequestError, UnsupportedError
 from mnemos.memory.planning import plan_pages
 from mnemos.models.contract import ConditionedModel
 from mnemos.text.adapter import adapt_tokenizer
@@ -76,7 +75,7 @@ class InferenceEngine:
             ("cache_tokens", cache_tokens),
             ("queue_size", queue_size),
         ):
-            _check_count(name, value)
+            check_count(name, value)
         self.tokenizer: Tokenizer | None = adapt_tokenizer(tokenizer)
         self.model = _as_model(model, self.tokenizer, device, use_kv_cache)
         spec = _with_ends(self.model.spec, self.tokenizer)
@@ -107,6 +106,8 @@ class InferenceEngine:
         tokenizer: Any = None,
         draft: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
         **engine_options: Any,
     ) -> InferenceEngine:
         """An engine for a registry name, a GGUF file, a Hugging Face folder or a training checkpoint (.pt).
@@ -114,7 +115,12 @@ class InferenceEngine:
         dtype: "auto" as stored, or "float32"; kv_dtype, the cache's: "auto", "float32", "float16", "bfloat16", "int8".
         threads: None for all cores that the process may use. tokenizer: in place of the one that lies with the model.
         draft: a small model with the same tokenizer, which guesses ahead for requests with speculative="draft".
-        progress: called as f(stage, done, total) while a model is fetched. Other options as of the class.
+        progress: called as f(stage, done, total) while a model is fetched. device: other than "cpu" means PyTorch's.
+        Other options as of the class.
+
+        A folder of an architecture that is not built in runs through transformers, where that is installed, on the
+        best device if none is named; code that lies in it is run with trust_remote_code=True only.
+        backend="transformers" asks for that also where the architecture is built in.
         """
         model, tokenizer = load_pretrained(
             source,
@@ -125,6 +131,9 @@ class InferenceEngine:
             threads=threads,
             tokenizer=tokenizer,
             progress=progress,
+            device=device,
+            use_kv_cache=engine_options.get("use_kv_cache", True),
+            trust_remote_code=trust_remote_code,
         )
         if draft is not None:
             engine_options["draft_model"], _ = load_pretrained(
@@ -351,42 +360,6 @@ class InferenceEngine:
         return next(token for token in known if token is not None)
 
 
-def _check_count(name: str, value: object) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
-
-
-def load_pretrained(
-    source: str | os.PathLike[str],
-    *,
-    backend: str = "auto",
-    dtype: str = "auto",
-    kv_dtype: str = "auto",
-    context_length: int | None = None,
-    threads: int | None = None,
-    tokenizer: Any = None,
-    progress: Progress | None = None,
-) -> tuple[Model, Any]:
-    """(model, tokenizer) for `InferenceEngine.from_pretrained`."""
-    from mnemos.formats.checkpoint import open_checkpoint
-    from mnemos.hub.sources import resolve
-    from mnemos.models.load import load_model
-
-    _check_count("threads", threads)
-    path = resolve(source) if progress is None else resolve(source, progress)
-    checkpoint = open_checkpoint(path)
-    if tokenizer is None:
-        from mnemos.text.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        building = threading.Thread(target=_prepare, args=(tokenizer,), daemon=True)
-        building.start()
-    model = load_model(
-        checkpoint, backend=backend, dtype=dtype, kv_dtype=kv_dtype, context_length=context_length, threads=threads
-    )
-    return model, tokenizer
-
-
 def _drafting(model: Model, spec: ModelSpec, limits: Limits, cache_tokens: int | None) -> Drafting:
     from mnemos.engine.drafting import Drafting
 
@@ -415,9 +388,3 @@ def _as_model(model: Any, tokenizer: Tokenizer | None, device: str | None, use_k
 
     size = None if tokenizer is None else tokenizer.vocabulary_size
     return adapt(model, device=device, use_kv_cache=use_kv_cache, vocabulary_size=size)
-
-
-def _prepare(tokenizer: Tokenizer) -> None:
-    """Builds the tokenizer while the weights load. An error comes again, to the caller, at the first use."""
-    with contextlib.suppress(MnemosError):
-        tokenizer.prepare()

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mnemos.engine.cache_manager import CacheManager
-from mnemos.engine.engine import InferenceEngine, load_pretrained
+from mnemos.engine.engine import InferenceEngine
+from mnemos.engine.loading import load_pretrained
 
 DEFAULT_LENGTH = 512
-_LOADING = ("backend", "dtype", "kv_dtype", "context_length", "tokenizer", "progress")
+_LOADING = ("backend", "dtype", "kv_dtype", "context_length", "tokenizer", "progress", "trust_remote_code")
 
 
 class OptimizedInferenceEngine(InferenceEngine):

@@ -14,7 +14,7 @@ from mnemos.hub.cache import Progress, check_room
 
 # What a folder of safetensors needs to be loaded; nothing that could hold code.
 _NETWORK_LIBRARIES = ("requests", "urllib3", "httpx", "httpcore")
-_FOLDER_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*")
+_FOLDER_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.spm", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*")
 _REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?::(.+))?")
 
 

@@ -11,6 +11,17 @@ from mnemos.ops.protocol import Cache
 
 
 @dataclass(frozen=True)
+class TokenRules:
+    """What the makers of a model say that its texts must or must not hold; see `GenerationConfig` for the meanings."""
+
+    forced_bos: tuple[int, ...] = ()
+    forced_eos: tuple[int, ...] = ()
+    suppressed: tuple[int, ...] = ()
+    suppressed_first: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Facts about a model that requests are checked against.
 
@@ -26,6 +37,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     pad_token_id: int | None = None
+    token_rules: TokenRules = TokenRules()
     window: int = 0
     parameters: int = 0
     fingerprint: str = ""

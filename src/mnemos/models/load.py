@@ -13,7 +13,7 @@ from mnemos.formats.checkpoint import Checkpoint
 from mnemos.models.contract import ModelSpec
 from mnemos.models.decoder import Architecture
 from mnemos.models.fields import Fields, gguf_fields
-from mnemos.models.registry import find_architecture
+from mnemos.models.registry import find_architecture, is_known
 from mnemos.models.weights import Weights
 from mnemos.ops.batch import Batch, KVLayout, Output
 from mnemos.ops.protocol import Cache, Ops
@@ -90,6 +90,11 @@ def describe_model(
     return _specify(checkpoint, checked, "", dtype, kv_dtype)
 
 
+def is_built_in(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint's architecture is one of those that `load_model` loads. FormatError: it names none."""
+    return any(is_known(name) for name in architecture_names(checkpoint))
+
+
 def _check_dtypes(dtype: str, kv_dtype: str) -> None:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
@@ -116,7 +121,7 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
     )
 
 
-def _names(checkpoint: Checkpoint) -> list[str]:
+def architecture_names(checkpoint: Checkpoint) -> list[str]:
     """What the file calls its architecture, the most telling name first."""
     metadata = checkpoint.metadata
     if checkpoint.kind == "gguf":
@@ -135,7 +140,7 @@ def _names(checkpoint: Checkpoint) -> list[str]:
 
 def _describe(checkpoint: Checkpoint, context_length: int | None) -> tuple[type[Any], Fields]:
     """The architecture's class and its hyperparameters."""
-    names = _names(checkpoint)
+    names = architecture_names(checkpoint)
     architecture = find_architecture(names, checkpoint.path)
     if checkpoint.kind != "gguf":
         nested = checkpoint.metadata.get("text_config")

@@ -26,13 +26,19 @@ ARCHITECTURES = {
 }
 
 
+_KNOWN = {name: target for target, aliases in ARCHITECTURES.items() for name in aliases}
+
+
+def is_known(name: str) -> bool:
+    return name in _KNOWN
+
+
 def find_architecture(names: Sequence[str], path: object) -> type[Any]:
     """The class for the first of `names` that is known; UnsupportedError, which lists all, when none is."""
-    known = {name: target for target, aliases in ARCHITECTURES.items() for name in aliases}
     for name in names:
-        if name in known:
-            module, _, cls = known[name].partition(":")
+        if name in _KNOWN:
+            module, _, cls = _KNOWN[name].partition(":")
             found: type[Any] = getattr(import_module(f"mnemos.models.{module}"), cls)
             return found
     asked = " / ".join(repr(name) for name in names)
-    raise UnsupportedError(f"{path}: architecture {asked} is not supported; supported are {', '.join(sorted(known))}")
+    raise UnsupportedError(f"{path}: architecture {asked} is not supported; supported are {', '.join(sorted(_KNOWN))}")

@@ -23,13 +23,8 @@ from mnemos.models.contract import ModelSpec
 from mnemos.models.foreign.call import Caller, describe
 from mnemos.models.foreign.past import Source, gather
 from mnemos.models.foreign.probe import Abilities, Probe, advance
+from mnemos.models.foreign.settings import find_context, special_tokens
 from mnemos.ops.batch import Batch, KVLayout, Output
-
-CONTEXT_NAMES = (
-    "max_position_embeddings", "n_positions", "n_ctx", "context_length", "block_size", "max_seq_len", "max_seq_length",
-    "seq_len", "max_len", "max_length",
-)  # fmt: skip
-DEFAULT_CONTEXT = 2048
 
 
 @dataclass
@@ -322,29 +317,14 @@ def adapt(
             "is slow. Give forward a past_kv argument and return (logits, past_kv), or use CachedAttention.",
             stacklevel=3,
         )
-    config = getattr(module, "config", None) or getattr(module, "args", None)
-    context = context_length or _context(module, config)
-    eos = getattr(getattr(module, "generation_config", None), "eos_token_id", None) or getattr(
-        config, "eos_token_id", None
-    )
+    context = context_length or find_context(module)
     spec = ModelSpec(
         architecture=type(module).__name__,
         vocabulary_size=abilities.vocabulary,
         context_length=context,
         hidden_size=abilities.hidden_size,
         layout=KVLayout(1, 1, 1, page_size=context, dtype="float32"),
-        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
-        bos_token_id=getattr(config, "bos_token_id", None),
-        pad_token_id=getattr(config, "pad_token_id", None),
+        **special_tokens(module, abilities.vocabulary),
         parameters=sum(p.numel() for p in module.parameters()),
     )
     return ForeignModel(module, abilities, caller, spec)
-
-
-def _context(module: nn.Module, config: Any) -> int:
-    for holder in (config, module):
-        for name in CONTEXT_NAMES:
-            value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return DEFAULT_CONTEXT

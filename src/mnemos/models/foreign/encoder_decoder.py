@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from mnemos.errors import ConfigError, ModelError
 from mnemos.models.contract import ModelSpec
-from mnemos.models.foreign.adapter import CONTEXT_NAMES, DEFAULT_CONTEXT, ForeignModel, Group, Job
+from mnemos.models.foreign.adapter import ForeignModel, Group, Job
 from mnemos.models.foreign.call import Caller, describe
 from mnemos.models.foreign.past import Axes, HuggingFaceStyle, Source, gather
 from mnemos.models.foreign.probe import Abilities
+from mnemos.models.foreign.settings import find_context, setting, special_tokens
 from mnemos.ops.batch import KVLayout
 
 _AXES = Axes(batch=0, time=2)
@@ -110,37 +111,23 @@ def _side_by_side(states: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def adapt_encoder_decoder(module: nn.Module, caller: Caller, context_length: int | None) -> EncoderDecoderModel:
     """Makes a model of a Hugging Face encoder-decoder module. ConfigError: it does not say how the decoder begins."""
-    config: Any = module.config
-    start = _setting(module, "decoder_start_token_id")
+    start = setting(module, "decoder_start_token_id")
     if start is None:
         raise ConfigError(f"{type(module).__name__}'s decoder_start_token_id is None; set it in its config")
-    found = (getattr(config, name, None) for name in CONTEXT_NAMES if name != "max_length")
-    context = context_length or next((n for n in found if isinstance(n, int) and n > 0), DEFAULT_CONTEXT)
+    context = context_length or find_context(module)
     ids = torch.tensor([[start]], device=caller.device)
     with caller.running(ids):
         output = module(input_ids=ids, decoder_input_ids=ids, use_cache=False)
-    eos = getattr(module, "generation_config", config).eos_token_id
     spec = ModelSpec(
         architecture=type(module).__name__,
         vocabulary_size=output.logits.shape[-1],
         context_length=context,
         hidden_size=0,
         layout=KVLayout(1, 1, 1, page_size=context, dtype="float32"),
-        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
-        bos_token_id=getattr(config, "bos_token_id", None),
-        pad_token_id=getattr(config, "pad_token_id", None),
+        **special_tokens(module, output.logits.shape[-1]),
         parameters=sum(p.numel() for p in module.parameters()),
     )
     abilities = Abilities(output.logits.shape[-1], 0, False, HuggingFaceStyle(), [], True, False)
     model = EncoderDecoderModel(module, abilities, caller, spec)
-    forced = _setting(module, "forced_bos_token_id")  # such as the language to translate into
-    model.start_tokens = [int(start)] if forced is None else [int(start), int(forced)]
+    model.start_tokens = [int(start)]
     return model
-
-
-def _setting(module: nn.Module, name: str) -> Any:
-    """What the module's generation config, or else its config, says."""
-    for holder in (getattr(module, "generation_config", None), module.config):
-        if (value := getattr(holder, name, None)) is not None:
-            return value
-    return None
