@@ -74,9 +74,12 @@ struct VectorKernels {
   void (*merge)(float most, float total, const float *values, float *into_most, float *into_total, float *into, int64_t n);
 
   // For sampling and log probabilities.
+  // Infinite where any x is not a number.
   float (*largest)(const float *x, int64_t n);
   // sum of exp((x - shift) * factor) in double precision over float exponentials
   double (*sum_exp)(const float *x, float shift, float factor, int64_t n);
+  // y = exp((x - shift) * factor)
+  void (*exponentials)(const float *x, float shift, float factor, float *y, int64_t n);
   // Writes the indices of all x >= threshold, in order, and returns their number; stops when `most` are found.
   int64_t (*select_at_least)(const float *x, float threshold, int32_t *indices, int64_t most, int64_t n);
 };

@@ -163,6 +163,23 @@ float largest_of(const float *x, int64_t n) {
   return result;
 }
 
+// As largest_of, but infinite where any x is not a number: min gives its second operand then.
+float largest_valid(const float *x, int64_t n) {
+  const Vec bound = splat(INFINITY);
+  Vec most[lanes_in_flight];
+  for (Vec &m : most) m = splat(-INFINITY);
+  int64_t i = 0;
+  for (; i + lanes_in_flight * width <= n; i += lanes_in_flight * width) {
+    for (int j = 0; j < lanes_in_flight; j++) most[j] = max(min(load(x + i + j * width), bound), most[j]);
+  }
+  float result = largest(max(max(most[0], most[1]), max(most[2], most[3])));
+  for (; i < n; i++) {
+    const float bounded = x[i] < INFINITY ? x[i] : INFINITY;
+    result = bounded > result ? bounded : result;
+  }
+  return result;
+}
+
 double sum_exp(const float *x, float shift, float factor, int64_t n) {
   constexpr int64_t run = 1024;  // float sums of so few terms of one sign lose nothing that matters
   const Vec s = splat(shift), f = splat(factor);
@@ -184,6 +201,11 @@ double sum_exp(const float *x, float shift, float factor, int64_t n) {
     total += static_cast<double>(sum(add(sums[0], sums[1])));
   }
   return total;
+}
+
+void exponentials(const float *x, float shift, float factor, float *y, int64_t n) {
+  const Vec s = splat(shift), f = splat(factor);
+  map(x, y, n, [&](Vec v) { return exp(mul(sub(v, s), f)); });
 }
 
 void softmax(float *x, int64_t n) {
@@ -224,8 +246,8 @@ namespace mnemos {
 namespace {
 
 constexpr VectorKernels table = {rms_norm, layer_norm, activation, gated_activation, add_arrays, scale, accumulate,
-                                 softcap, rope, softmax, store_key, store_value, attend, merge, largest_of, sum_exp,
-                                 select_at_least};
+                                 softcap, rope, softmax, store_key, store_value, attend, merge, largest_valid,
+                                 sum_exp, exponentials, select_at_least};
 
 }  // namespace
 }  // namespace mnemos

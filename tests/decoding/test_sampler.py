@@ -115,6 +115,50 @@ def test_native_choices_are_numpys():
     assert sampler._native.uniform(2**63 + 5, 77, 3) == uniform(2**63 + 5, 77, 3)
 
 
+FLAT = {
+    "narrow": lambda r: r.standard_normal(40000) * 0.5,
+    "nearly equal": lambda r: 7 + r.standard_normal(40000) * 1e-4,
+    "two heights": lambda r: r.integers(0, 2, 40000) * 1e-3,
+    "equal": lambda r: np.full(40000, -3.5),
+    "few values": lambda r: r.integers(-2, 3, 40000),
+    "one far above": lambda r: np.where(np.arange(40000) == 777, 9.0, r.standard_normal(40000) * 0.1),
+    "mostly forbidden": lambda r: np.where(r.random(40000) < 0.9, -np.inf, r.standard_normal(40000) * 0.2),
+}
+
+
+@pytest.mark.parametrize("shape", FLAT)
+@pytest.mark.parametrize(
+    "cutoffs", [Cutoffs(), Cutoffs(30.0), Cutoffs(1.0, 0, 0.95), Cutoffs(1.0, 0, 0.9, 0.7), Cutoffs(1.0, 0, 1.0, 0.5)]
+)
+def test_draws_from_flat_distributions_follow_the_definition(shape, cutoffs):
+    """Thousands of candidates, which no short list decides; the sums may differ by rounding."""
+    random = np.random.default_rng(3)
+    logits = FLAT[shape](random).astype(np.float32)
+    order, cumulative = distribution(logits, cutoffs)
+    places = np.empty(len(order), int)
+    places[order] = np.arange(len(order))
+    for number in [0.0, 1 - 2**-53, *random.random(40)]:
+        token = sample(logits, cutoffs, number)
+        place = places[token]
+        below = cumulative[place - 1] if place else 0.0
+        assert below - 1e-6 <= number <= cumulative[place] + 1e-6
+        assert logits[token] > -np.inf
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 5, 4990, 4999])
+def test_one_logit_that_is_no_number_is_an_error_that_names_its_token(bad, place):
+    logits = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
+    logits[place] = bad
+    for choose in (greedy, greedy_numpy):
+        with pytest.raises(RequestError, match=f"the logit of token {place} is {bad}"):
+            choose(logits)
+    for draw in (sample, sample_numpy):
+        for cutoffs in (Cutoffs(), Cutoffs(1.0, 50), Cutoffs(1.0, 0, 0.9)):
+            with pytest.raises(RequestError, match=f"the logit of token {place} is {bad}"):
+                draw(logits, cutoffs, 0.5)
+
+
 @pytest.mark.parametrize("bad", [np.nan, -np.inf, np.inf])
 def test_a_row_without_a_choice_is_an_error(bad):
     logits = np.full(40, bad, np.float32)

@@ -108,14 +108,14 @@ def top_tokens(logits: Floats, count: int) -> list[int]:
 def greedy_numpy(logits: Floats) -> int:
     token = int(logits.argmax())
     if not np.isfinite(logits[token]):
-        raise _no_choice(float(logits[token]))
+        raise _no_choice(logits)
     return token
 
 
 def sample_numpy(logits: Floats, cutoffs: Cutoffs, random: float) -> int:
     peak = logits.max()
     if not np.isfinite(peak):
-        raise _no_choice(float(peak))
+        raise _no_choice(logits)
     weights = _weights(logits, peak, cutoffs.temperature)
     if 0 < cutoffs.top_k < len(logits):
         place = len(logits) - cutoffs.top_k
@@ -200,9 +200,12 @@ def log_sum_exp_numpy(logits: Floats) -> float:
     return peak + float(np.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64)))
 
 
-def _no_choice(peak: float) -> RequestError:
-    if peak == -np.inf:
+def _no_choice(logits: Floats) -> RequestError:
+    bad = np.flatnonzero(~(logits < np.inf))
+    if not len(bad):
         return RequestError(
             "every token is forbidden here; loosen bad_words, logit_bias, the constraint or the processors"
         )
-    return RequestError(f"the largest logit is {peak}; logits must be finite to choose a token")
+    return RequestError(
+        f"the logit of token {bad[0]} is {logits[bad[0]]}; logits must be numbers below infinity to choose a token"
+    )
