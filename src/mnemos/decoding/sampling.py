@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mnemos.decoding.draws import GREEDY, Draw
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import Processor
 from mnemos.decoding.sampler import Cutoffs, greedy, log_sum_exp, sample, stream_seed, top_tokens, uniform
@@ -57,6 +58,12 @@ class Chooser:
     filters: Sequence[Processor] = ()
     cutoffs: Cutoffs | None = None
 
+    def draw(self, seed: int) -> Draw | None:
+        """The choice where it depends on nothing but the row, the seed and the place; None where on more."""
+        if self.processors or self.filters:
+            return None
+        return GREEDY if self.cutoffs is None else Draw(self.cutoffs, seed)
+
     def choose(self, history: History, logits: Floats, seed: int, constraint: Constraint | None = None) -> int:
         if self.processors or self.filters or constraint is not None:
             logits = logits.copy()
@@ -83,7 +90,6 @@ class _Text:
     constraint: Constraint | None
     drafter: Drafter | None
     emitted: list[Emitted] = field(default_factory=list)
-    streamed: int = 0
     logprob_sum: float = 0.0
     end: End | None = None
 
@@ -91,11 +97,6 @@ class _Text:
     def drafts(self) -> list[int]:
         """What was guessed, by the strategy or the engine's draft model, behind the chosen tokens."""
         return self.branch.tokens[len(self.history.tokens) :]
-
-    def take_new(self) -> list[Emitted]:
-        """The tokens that came since the last call."""
-        new, self.streamed = self.emitted[self.streamed :], len(self.emitted)
-        return new
 
     def finished(self, sequence: int, emitted: list[Emitted]) -> FinishedSequence:
         assert self.end is not None
@@ -156,7 +157,12 @@ class Sampling:
         branch = Branch(prompt)
         self._texts = [self._text(branch, number) for number in range(self._samples)]
         self._live = list(self._texts)
+        if self._samples == 1:
+            branch.draw = self._draw(self._texts[0])
         return [branch]
+
+    def _draw(self, text: _Text) -> Draw | None:
+        return None if text.constraint is not None else self._chooser.draw(text.seed)
 
     def _text(self, branch: Branch, number: int) -> _Text:
         history, seed = History(branch.tokens), stream_seed(self._seed, number)
@@ -165,26 +171,39 @@ class Sampling:
         return _Text(number, branch, history, seed, self._watch(), constraint, drafter)
 
     def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
-        given = {text: rows[text.branch] for text in self._live}
-        for text in self._live[1:]:
-            if text.branch is self._live[0].branch:  # at the first step, all grow from the prompt's branch
+        live = self._live
+        given = [rows[text.branch] for text in live]
+        if len(live) > 1 and live[1].branch is live[0].branch:  # at the first step, all grow from the prompt's branch
+            for text in live[1:]:
                 text.branch = text.branch.fork()
-        drafted = sum(len(text.drafts) for text in self._live)
-        accepted = sum(self._extend(text, given[text]) for text in self._live)
-        ended = [text for text in self._live if text.end is not None]
-        emitted = [token for text in self._live for token in text.take_new()]
-        self._live = [text for text in self._live if text.end is None]
-        branches = [text.branch for text in self._live]
-        if self._samples > self._results:
-            return Advance(branches, [], [] if self._live else self._best(), drafted, accepted)
-        finished = [text.finished(text.sequence, []) for text in ended]
-        return Advance(branches, emitted, finished, drafted, accepted)
+            for text in live:
+                text.branch.draw = self._draw(text)
+        advance = Advance([])
+        for text, own in zip(live, given, strict=True):
+            known = len(text.emitted)
+            drafts = text.drafts
+            accepted = self._extend(text, own, drafts)
+            advance.drafted += len(drafts)
+            advance.accepted += accepted
+            if text.end is None:
+                self._grow_branch(text, drafts)
+                advance.branches.append(text.branch)
+            if self._samples == self._results:
+                advance.emitted += text.emitted[known:]
+                if text.end is not None:
+                    advance.finished.append(text.finished(text.sequence, []))
+        if len(advance.branches) < len(live):
+            self._live = [text for text in live if text.end is None]
+            if not self._live and self._samples > self._results:
+                advance.finished = self._best()
+        return advance
 
-    def _extend(self, text: _Text, rows: Rows) -> int:
+    def _extend(self, text: _Text, rows: Rows, drafts: list[int]) -> int:
         """Chooses tokens until one differs from its draft, or the text ends. Returns how many drafts were right."""
-        drafts, accepted = text.drafts, 0
-        for row in rows.logits[-len(drafts) - 1 :]:
-            token = self._choose(text, row)
+        accepted = 0
+        first = len(rows.logits) - len(drafts) - 1
+        while True:
+            token = self._choose(text, rows, first + accepted)
             if accepted == len(drafts) or token != drafts[accepted]:
                 break
             accepted += 1
@@ -192,38 +211,44 @@ class Sampling:
                 break
         if drafts and text.drafter is not None:
             text.drafter.learn(len(drafts), accepted)
-        if text.end is None:
-            self._grow_branch(text)
         return accepted
 
-    def _choose(self, text: _Text, row: Floats) -> int:
-        token = self._chooser.choose(text.history, row, text.seed, text.constraint)
-        text.history.append(token)
-        piece, text.end = text.watch.push(token, text.history.tokens)
+    def _choose(self, text: _Text, rows: Rows, place: int) -> int:
+        history = text.history
+        if rows.tokens is not None:
+            token = rows.tokens[place]
+        else:
+            token = self._chooser.choose(history, rows.logits[place], text.seed, text.constraint)
+        history.tokens.append(token)
+        piece, text.end = text.watch.push(token, history.tokens)
         if text.constraint is not None and text.end is None:
             text.constraint.accept(token)
             if text.constraint.complete:
                 text.end = End("stop")
-        text.emitted.append(self._emitted(text, row, token, piece))
+        if self._logprobs is None:
+            text.emitted.append(Emitted(token, None, (), text.sequence, piece))
+        else:
+            text.emitted.append(self._emitted(text, rows.logits[place], token, self._logprobs, piece))
         return token
 
-    def _emitted(self, text: _Text, row: Floats, token: int, piece: str | None) -> Emitted:
-        if self._logprobs is None:
-            return Emitted(token, sequence=text.sequence, text=piece)
-        emitted = with_logprobs(row, token, self._logprobs, text.sequence, piece)
+    def _emitted(self, text: _Text, row: Floats, token: int, count: int, piece: str | None) -> Emitted:
+        emitted = with_logprobs(row, token, count, text.sequence, piece)
         text.logprob_sum += emitted.logprob or 0.0
         return emitted
 
-    def _grow_branch(self, text: _Text) -> None:
-        tokens = text.history.tokens
-        text.branch.truncate(len(tokens) - 1)
-        text.branch.tokens.append(tokens[-1])
+    def _grow_branch(self, text: _Text, drafts: list[int]) -> None:
+        branch, tokens = text.branch, text.history.tokens
+        if drafts:
+            branch.truncate(len(tokens) - 1)
+        branch.tokens.append(tokens[-1])
+        if text.drafter is None:
+            return
         room = self._most - text.history.generated - 1
         drafts, asked = [], 0
-        if text.drafter is not None and room > 0:
+        if room > 0:
             drafts, asked = text.drafter.draft(text.history, room), text.drafter.ask(room)
-        text.branch.tokens += drafts
-        text.branch.wanted, text.branch.drafts = 1 + len(drafts), asked
+        branch.tokens += drafts
+        branch.wanted, branch.drafts = 1 + len(drafts), asked
 
     def _best(self) -> list[FinishedSequence]:
         best = sorted(self._texts, key=lambda text: -text.logprob_sum / text.history.generated)[: self._results]

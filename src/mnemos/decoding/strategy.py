@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from mnemos.decoding.draws import Draw
 
 Floats = npt.NDArray[np.float32]
 
@@ -26,14 +29,19 @@ class Branch:
     wanted     how many of the newest rows' logits the strategy is to be given (1, or drafts + 1 when verifying)
     drafts     how many tokens the engine's draft model may guess behind the last one; it appends those that it has to
                `tokens` and raises `wanted` by their number
+    draw       set where a row, a seed and the token's place decide alone: the engine then chooses the tokens of all
+               such branches together and hands them over in `Rows.tokens`
     parent     the branch that this one was forked from, until the engine has shared its pages
     """
+
+    __slots__ = ("drafts", "draw", "evaluated", "parent", "tokens", "wanted")
 
     def __init__(self, tokens: Sequence[int], parent: Branch | None = None) -> None:
         self.tokens = list(tokens)
         self.evaluated: int = parent.evaluated if parent else 0
         self.wanted = 1
         self.drafts = 0
+        self.draw: Draw | None = None
         self.parent = parent
 
     def fork(self) -> Branch:
@@ -46,20 +54,20 @@ class Branch:
         self.evaluated = min(self.evaluated, length)
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """What the model said about a branch's newest `wanted` tokens: float32 views, to be copied if kept.
 
     logits (wanted, vocabulary); hidden (wanted, hidden size): the last hidden states. At the first step of a strategy
     with `needs_all_prompt_rows`, hidden has a row for every prompt token, in order; logits may hold the last row only.
+    tokens: what the branch's `draw` chose of each row of the logits; None where the strategy has to choose.
     """
 
     logits: Floats
     hidden: Floats
+    tokens: list[int] | None = None
 
 
-@dataclass(frozen=True)
-class Emitted:
+class Emitted(NamedTuple):
     """A token that is certain to be part of the result, ready to be streamed.
 
     token_id, sequence   the token, and which of the request's results it continues (0 unless n > 1)
@@ -101,7 +109,7 @@ class FinishedSequence:
     stopped_by: str | int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Advance:
     """A strategy's answer to a step: the branches to go on with (none: the request is done) and what became certain.
 

@@ -35,6 +35,8 @@ class Placement:
     def place(self, request: Request, branches: list[Branch]) -> None:
         """Goes on with `branches`: the known ones, their forks, and new ones; all others are forgotten."""
         sequences = request.sequences
+        if len(sequences) == 1 == len(branches) and self._goes_on(request, sequences[0], branches[0]):
+            return
         if len(sequences) != 1 or len(branches) != 1 or sequences[0].branch is not branches[0]:
             known = {sequence.branch: sequence for sequence in sequences}
             request.sequences = [known.get(branch) or self._fork(branch, known) for branch in branches]
@@ -92,6 +94,11 @@ class Placement:
                 return 0
             self._reuse(request, sequence)
         return sequence.goal - sequence.done
+
+    def holds_next(self, sequence: Sequence) -> bool:
+        """True if the next position lies in a page that the sequence has begun and nobody shares."""
+        index, slot = divmod(sequence.done, self.page_size)
+        return slot != 0 and self.pool.references[sequence.pages[index]] == 1
 
     def pages_missing(self, sequence: Sequence, rows: int) -> int:
         """How many pages the next `rows` positions need beyond those that the sequence may write to."""
@@ -161,6 +168,23 @@ class Placement:
 
     def _pages(self, positions: int) -> int:
         return -(-positions // self.page_size)
+
+    def _goes_on(self, request: Request, sequence: Sequence, branch: Branch) -> bool:
+        """Aims at the newest tokens of a request's only branch; False where more than that is to be done."""
+        length = len(branch.tokens)
+        done = sequence.done
+        if (
+            sequence.branch is not branch
+            or branch.evaluated < sequence.seen
+            or sequence.dropped
+            or not done <= length - branch.wanted < length <= self.context_length
+        ):
+            return False
+        sequence.goal = length
+        sequence.first = length - branch.wanted
+        request.pending = length - done
+        request.prefilling = request.pending > PREFILL
+        return True
 
     def _aim(self, request: Request, sequence: Sequence) -> int:
         """Sets what a sequence has to evaluate next; returns how many positions that are."""

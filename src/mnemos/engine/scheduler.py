@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
+from mnemos.decoding.draws import Wish, draw_rows
 from mnemos.decoding.strategy import Branch, Rows
 from mnemos.engine.pace import Pace
 from mnemos.engine.placement import Placement
@@ -100,6 +101,9 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             request = self.running[index]
+            if not request.prefilling and self._plan_one(step, request):
+                index += 1
+                continue
             rows = self._plan(step, request, chunk)
             chunk -= rows if request.prefilling else 0
             index += request.state is State.RUNNING
@@ -111,8 +115,11 @@ class Scheduler:
 
     def collect(self, step: Step, output: Output) -> list[tuple[Request, dict[Branch, Rows]]]:
         """Takes in what a step evaluated; returns the requests whose strategies are to be asked, with their rows."""
-        ready = []
+        ready: list[Request] = []
+        drawing: list[Sequence] = []
+        wishes: list[Wish] = []
         logits, hidden = output.logits, output.hidden
+        charge, placement = self.queue.charge, self.placement
         for request, parts, complete in step.items:
             rows = 0
             for sequence, number, start, end in parts:
@@ -120,12 +127,35 @@ class Scheduler:
                 rows += number
                 if start < end:
                     sequence.take(logits[start:end], hidden[start:end], keep=not complete)
+                    branch = sequence.branch
+                    if complete and branch.draw is not None:
+                        drawing.append(sequence)
+                        wishes.append(Wish(branch.draw, start, end, len(branch.tokens) - (end - start - 1)))
             request.pending -= rows
-            self.queue.charge(request.tenant, rows)
-            self.placement.settle(request)
-            if not request.pending:
-                ready.append((request, {sequence.branch: sequence.complete() for sequence in request.sequences}))
-        return ready
+            charge(request.tenant, rows)
+            if request.prefilling or placement.window:
+                placement.settle(request)
+            if complete:
+                ready.append(request)
+        if wishes:
+            for sequence, tokens in zip(drawing, draw_rows(logits, wishes), strict=True):
+                sequence.chosen = tokens
+        return [
+            (request, {sequence.branch: sequence.complete() for sequence in request.sequences}) for request in ready
+        ]
+
+    def _plan_one(self, step: Step, request: Request) -> bool:
+        """Puts the next row of a request into the step that decodes one text; False where that is not all.
+
+        What `_plan` does too, by the shortest way, as most rows of most steps come by it.
+        """
+        if request.pending != 1 or len(request.sequences) != 1:
+            return False
+        sequence = request.sequences[0]
+        if not self.placement.holds_next(sequence):
+            return False
+        step.add_one(request, sequence)
+        return True
 
     def _plan(self, step: Step, request: Request, chunk: int, newcomer: bool = False) -> int:
         """Puts a request's next rows into the step, at most `chunk` while it is prefilling; returns their number."""

@@ -34,9 +34,10 @@ class Sequence:
     dropped  tokens that were cut out behind the first SINKS ones
     seen     the branch's length when it was last complete; if the branch's own count is lower, it was truncated
     leader   a sibling to share the first positions with, as soon as it has evaluated so many
+    chosen   the tokens that the branch's draw chose of this step's rows
     """
 
-    __slots__ = ("branch", "done", "dropped", "first", "goal", "leader", "pages", "parts", "seen")
+    __slots__ = ("branch", "chosen", "done", "dropped", "first", "goal", "leader", "pages", "parts", "seen")
 
     def __init__(self, branch: Branch) -> None:
         self.branch = branch
@@ -48,6 +49,7 @@ class Sequence:
         self.seen = 0
         self.leader: tuple[Sequence, int] | None = None
         self.parts: list[tuple[Floats, Floats]] = []
+        self.chosen: list[int] | None = None
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """The token ids at the cached positions start to stop."""
@@ -85,8 +87,9 @@ class Sequence:
         """All positions are evaluated: the rows for the strategy."""
         self.seen = self.branch.evaluated = len(self.branch.tokens)
         parts, self.parts = self.parts, []
+        chosen, self.chosen = self.chosen, None
         if len(parts) == 1:
-            return Rows(*parts[0])
+            return Rows(*parts[0], chosen)
         logits, hidden = zip(*parts, strict=True)
         return Rows(np.concatenate(logits), np.concatenate(hidden))
 

@@ -51,6 +51,20 @@ class Step:
         else:
             self.decode_rows += rows
 
+    def add_one(self, request: Request, sequence: Sequence) -> None:
+        """Takes the next position of a request that decodes one text; it is the row that its strategy waits for."""
+        done, asked = sequence.done, len(self.logit_rows)
+        self.items.append((request, [(sequence, 1, asked, asked + 1)], True))
+        self.logit_rows.append(len(self.token_ids))
+        self.token_ids.append(sequence.branch.tokens[done + sequence.dropped])
+        self.positions.append(done)
+        self.sequence_starts.append(len(self.token_ids))
+        self.pages += sequence.pages
+        self.page_starts.append(len(self.pages))
+        self.decode_rows += 1
+        if request.condition is not None:
+            self.conditions.append(request.condition)
+
     def _add(self, sequence: Sequence, rows: int) -> Part:
         done = sequence.done
         row = len(self.token_ids)
