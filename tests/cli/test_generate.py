@@ -114,3 +114,18 @@ def test_what_was_shown_before_an_error_stays_a_line_of_its_own(
     assert run(ScriptedEngine(["half", error]), ["p"], monkeypatch) == code
     captured = capsys.readouterr()
     assert captured.out == "half\n" and captured.err.startswith("mnemos: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--speculative", "draft"], "--draft MODEL"),
+        (["--draft", "small.gguf", "--speculative", "prompt_lookup"], "'prompt_lookup' and --draft 'small.gguf'"),
+        (["--draft", "small.gguf", "--num-beams", "2"], "speculative"),
+    ],
+)
+def test_drafts_are_refused_where_they_have_no_meaning(
+    options: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(ScriptedEngine(["x"]), ["Why?", *options], monkeypatch) == 2
+    assert words in capsys.readouterr().err

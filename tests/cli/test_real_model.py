@@ -34,6 +34,14 @@ def test_generate_as_json_has_tokens_and_usage(smollm2: Path, capsys: pytest.Cap
         assert all(len(top) == 2 for top in choice["top_logprobs"])
 
 
+def test_a_draft_model_changes_no_text(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(smollm2), "The capital of France is", "--raw", "--max-new-tokens", "12", "--quiet"]
+    assert main(command) == 0
+    plain = capsys.readouterr().out
+    assert main([*command, "--draft", str(smollm2), "--draft-tokens", "3"]) == 0
+    assert capsys.readouterr().out == plain
+
+
 def test_eval_is_the_mean_over_chunks(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "text.txt"
     file.write_text(TEXT)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mnemos.errors import FormatError
+from mnemos.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
@@ -64,7 +64,10 @@ GROUPS = {
         Option("regex", str, "the text matches this regular expression", "REGEX"),
         Option("grammar", str, "the text follows this Lark grammar", "TEXT"),
     ),
-    "speed": (Option("speculative", str, "prompt_lookup: guess tokens from the prompt; changes the time only", "HOW"),),
+    "speed (changes the time only)": (
+        Option("speculative", str, "prompt_lookup: guess tokens from the prompt; draft: by --draft's model", "HOW"),
+        Option("draft_tokens", int, "most tokens to guess at once (default 10)"),
+    ),
 }
 SEVERAL = (
     Option("stop", str, "end the text before this string; may be given several times", "TEXT"),
@@ -90,7 +93,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default: str | None 
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of GROUPS and SEVERAL; unset ones stay None."""
+    """The options of GROUPS and SEVERAL, unset ones stay None; and --draft."""
     for title, options in GROUPS.items():
         group = parser.add_argument_group(title)
         for option in options:
@@ -98,6 +101,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
                 group.add_argument(option.flag, action="store_true", default=None, help=option.help)
             else:
                 group.add_argument(option.flag, type=option.parse, metavar=option.metavar, help=option.help)
+            if option.field == "speculative":
+                text = "a small model with the same vocabulary, which guesses tokens for the large one to check"
+                group.add_argument("--draft", metavar="MODEL", help=text)
     for option in SEVERAL:
         parser.add_argument(option.flag, action="append", metavar=option.metavar, help=option.help)
 
@@ -114,6 +120,13 @@ def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
 
     options = [*(option for group in GROUPS.values() for option in group), *SEVERAL, *RESULTS]
     values: dict[str, Any] = {option.field: getattr(arguments, option.field, None) for option in options}
+    draft, how = getattr(arguments, "draft", None), values["speculative"]
+    if draft is not None:
+        if how not in (None, "draft"):
+            raise ConfigError(f"--speculative is {how!r} and --draft {draft!r}; with a draft model it is 'draft'")
+        values["speculative"] = "draft"
+    elif how == "draft":
+        raise ConfigError("--speculative is 'draft' and there is no draft model; name one by --draft MODEL")
     return GenerationConfig(**values)
 
 
@@ -128,6 +141,7 @@ def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
             backend=arguments.backend,
             dtype=arguments.dtype,
             context_length=arguments.context,
+            draft=getattr(arguments, "draft", None),
             progress=progress,
         )
 
