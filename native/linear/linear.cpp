@@ -1,13 +1,11 @@
 #include "linear/linear.h"
 
-#include <cstring>
 #include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "cpu.h"
 #include "linear/kernels.h"
 
 namespace mnemos {
@@ -125,30 +123,6 @@ void prepare_rows(const Input &input, const float *x, int64_t x_stride, int64_t 
 void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
               int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
   matrix.kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, bias);
-}
-
-std::vector<const Kernels *> runnable_kernels() {
-  std::vector<const Kernels *> kernels{&scalar_kernels};
-  const CpuFeatures &cpu = cpu_features();
-#if defined(__aarch64__)
-  if (cpu.neon_dotprod) kernels.push_back(&neon_kernels);
-#elif defined(__x86_64__)
-  if (cpu.avx2) kernels.push_back(&avx2_kernels);
-  if (cpu.avx_vnni) kernels.push_back(&avxvnni_kernels);
-  if (cpu.avx512) kernels.push_back(&avx512_kernels);
-  if (cpu.avx512_bf16) kernels.push_back(&avx512bf16_kernels);
-#else
-  (void)cpu;
-#endif
-  return kernels;
-}
-
-const char *name_of(const Kernels &kernels) { return kernels.name; }
-
-const Kernels *find_kernels(const char *name) {
-  for (const Kernels *kernels : runnable_kernels())
-    if (strcmp(kernels->name, name) == 0) return kernels;
-  return nullptr;
 }
 
 }  // namespace mnemos

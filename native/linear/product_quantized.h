@@ -245,6 +245,22 @@ constexpr const Layout &same_arithmetic() {
   else return L.table ? layouts::q8_0 : L;
 }
 
+// Calls body(first block, blocks, prefetch) for chunks of even sizes that cover the columns of P panels, which `tiles`
+// tiles of rows multiply.
+template <const Layout &L, int P, class Body>
+void for_chunks(const Matrix &matrix, int64_t panel, int64_t tiles, Body &&body) {
+  const int64_t blocks = matrix.columns / 32, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
+  const int64_t chunk = ((blocks + chunks - 1) / chunks + L.group - 1) / L.group * L.group;
+  for (int64_t first = 0; first < blocks; first += chunk) {
+    const int64_t count = smaller(chunk, blocks - first), end = first + count;
+    Prefetch prefetch{{}, chunk / L.group * L.record_bytes(), 0, 0};
+    prefetch.step = (prefetch.bytes / (tiles * count) + 63) / 64 * 64;
+    for (int p = 0; p < P; p++)
+      prefetch.next[p] = end < blocks ? matrix.panel(panel + p) + end / L.group * L.record_bytes() : matrix.panel(panel + p + P);
+    body(first, count, prefetch);
+  }
+}
+
 template <class S, const Layout &L, int Parts, int P>
 void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                         const Results &results) {
@@ -257,22 +273,15 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
     return;
   }
   Expanded weights;
-  const int64_t blocks = matrix.columns / 32, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
-  const int64_t chunk = ((blocks + chunks - 1) / chunks + L.group - 1) / L.group * L.group;  // chunks of even sizes
   const int64_t tiles = (row_end - row_begin + S::tile_rows - 1) / S::tile_rows;
-  for (int64_t first = 0; first < blocks; first += chunk) {
-    const int64_t count = smaller(chunk, blocks - first), end = first + count;
-    Prefetch prefetch{{}, chunk / L.group * L.record_bytes(), 0, 0};
-    prefetch.step = (prefetch.bytes / (tiles * count) + 63) / 64 * 64;
-    for (int p = 0; p < P; p++) {
+  for_chunks<L, P>(matrix, panel, tiles, [&](int64_t first, int64_t count, Prefetch &prefetch) {
+    for (int p = 0; p < P; p++)
       expand<S, L>(matrix.panel(panel + p), first, count, weights.codes[p], weights.scales[p]);
-      prefetch.next[p] = end < blocks ? matrix.panel(panel + p) + end / L.group * L.record_bytes() : matrix.panel(panel + p + P);
-    }
     for_tiles<P, S::tile_rows>(matrix, panel, row_begin, row_end, results, first > 0,
               [&](auto r, int64_t row, const Output &out) {
       tile<S, same_arithmetic<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
     });
-  }
+  });
 }
 
 template <const Layout &L>

@@ -1,22 +1,26 @@
 #!/bin/sh
-# Checks of the matrix products outside Python. Usage: run.sh sanitize | neon
+# Checks of the matrix products outside Python. Usage: run.sh sanitize | amx | neon
 #   sanitize   every kernel of this machine under AddressSanitizer and UndefinedBehaviorSanitizer
+#   amx        the AMX kernels against the AVX-512 ones, emulated where the processor has no AMX; 77 without AVX-512
 #   neon       builds for Arm, runs under qemu-user and compares with this machine's bits; from Debian:
 #              g++-aarch64-linux-gnu, qemu-user
 set -eu
 native=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-flags="-std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -I$native"
+cd "$native"
+flags="-std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -I."
 avx2="-mavx2 -mfma -mf16c -mbmi2"
 avx512="$avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni"
 
-# build COMPILER TARGET FLAGS...: the library and the checking program
+# build COMPILER TARGET FLAGS...: the library and a checking program, hash_products unless $program and $files say otherwise
+program=hash_products
+files="linear/*.cpp cpu.cpp"
 build() {
     compiler=$1 target=$2
     shift 2
     mkdir "$work/$target"
-    for file in "$native"/linear/*.cpp "$native/cpu.cpp" "$native/linear/tests/hash_products.cpp"; do
+    for file in $files "linear/tests/$program.cpp"; do
         name=$(basename "$file" .cpp) isa=
         case $target:$name in
             arm:*_neondot) isa="-march=armv8.2-a+dotprod" ;;
@@ -26,11 +30,11 @@ build() {
             *:*_avxvnni) isa="$avx2 -mavxvnni" ;;
             *:*_avx512) isa=$avx512 ;;
             *:*_avx512bf16) isa="$avx512 -mavx512bf16" ;;
-            *:*_amx) isa="$avx512 -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16" ;;
+            *:*_amx) isa="$avx512 -mamx-tile -mamx-int8" ;;
         esac
         "$compiler" $flags "$@" $isa -c "$file" -o "$work/$target/$name.o"
     done
-    "$compiler" "$@" "$work/$target"/*.o -o "$work/$target/hash_products"
+    "$compiler" "$@" "$work/$target"/*.o -o "$work/$target/$program"
 }
 
 kernels() {
@@ -45,6 +49,11 @@ sanitize)
         echo "$name: $(wc -l < "$work/$name.txt") products, nothing outside the buffers"
     done
     ;;
+amx)
+    program=check_amx files="cpu.cpp linear/compare.cpp linear/linear.cpp linear/pack.cpp linear/linear_a*512*.cpp linear/linear_amx.cpp"
+    build "${CXX:-g++}" x86 -O1 -w
+    "$work/x86/check_amx"
+    ;;
 neon)
     build "${CXX:-g++}" x86 -O2 -w
     build aarch64-linux-gnu-g++ arm -O2 -static
@@ -54,7 +63,7 @@ neon)
     echo "neon: $(wc -l < "$work/neon.txt") products, the same bits"
     ;;
 *)
-    sed -n '2,5s/^# //p' "$0"
+    sed -n '2,6s/^# //p' "$0"
     exit 2
     ;;
 esac

@@ -34,7 +34,7 @@ _WEIGHT_BYTES = 96 << 20  # more than the last-level cache of most machines, so 
 _CONTEXT = 1024
 _REPEATS = 3
 # Multiply-adds of a dot-product instruction for each of float32: int8 by fours, bfloat16 by twos.
-_INT8_RATE = {"scalar": 1, "avx2": 2, "neon": 4, "neon_i8mm": 8}
+_INT8_RATE = {"scalar": 1, "avx2": 2, "amx": 32, "neon": 4, "neon_i8mm": 8}
 _FUSED_RATE = 4
 
 Forward = Callable[[Ops, Any, Any], tuple[Array, Array]]

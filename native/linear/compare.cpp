@@ -1,0 +1,64 @@
+#include "linear/compare.h"
+
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace mnemos {
+namespace {
+
+struct Random {
+  uint32_t state;
+  uint32_t next() { return (state = state * 1664525 + 1013904223) >> 8; }
+};
+
+struct AlignedDelete {
+  void operator()(void *p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+
+// Any bytes are codes and subscales; the float16 scales at the end of a record are small numbers of both signs.
+void fill(Matrix &matrix, Random random) {
+  const Layout &layout = matrix.layout;
+  const int supers = layout.minimum() ? 32 : 16, record_bytes = layout.record_bytes();
+  uint8_t *record = matrix.panel(0), *end = record + matrix.bytes();
+  for (; record < end; record += record_bytes) {
+    for (int i = 0; i < record_bytes; i++) record[i] = uint8_t(random.next() >> 12);
+    for (int i = 0; i < supers; i++) {
+      const uint16_t scale = uint16_t(0x1c00 | (random.next() & 0x8fff));
+      memcpy(record + record_bytes - (supers - i) * 2, &scale, 2);
+    }
+  }
+}
+
+std::vector<float> product(const Kernels &kernels, const ProductShape &shape) {
+  Random random{uint32_t(shape.type) * 977 + uint32_t(shape.tokens)};
+  Matrix matrix(shape.type, shape.rows, shape.columns, false, kernels);
+  fill(matrix, random);
+  std::vector<float> x(size_t(shape.tokens * shape.columns)), y(size_t(shape.tokens * shape.rows)), bias(size_t(shape.rows));
+  for (float &value : x) value = float(int32_t(random.next()) - (1 << 23)) / float(1 << 22);
+  for (float &value : bias) value = float(random.next());
+  const Form form = matrix.input_form(shape.precise);
+  const std::unique_ptr<void, AlignedDelete> workspace(
+      ::operator new(input_bytes(form, shape.tokens, shape.columns), std::align_val_t(64)));
+  const Input input = bind_input(kernels, form, shape.tokens, shape.columns, workspace.get());
+  prepare_rows(input, x.data(), shape.columns, 0, shape.tokens);
+  multiply(matrix, input, 0, shape.tokens, 0, matrix.panels(), y.data(), shape.rows, shape.bias ? bias.data() : nullptr);
+  return y;
+}
+
+}  // namespace
+
+bool same_products(const Kernels &one, const Kernels &other, const ProductShape &shape) {
+  const std::vector<float> a = product(one, shape), b = product(other, shape);
+  return memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+bool same_products(const Kernels &one, const Kernels &other) {
+  for (WeightType type : {WeightType::q4_1, WeightType::q8_0, WeightType::q2_k, WeightType::q6_k})
+    for (bool precise : {false, true})
+      if (!same_products(one, other, {type, precise, 40, 256, 21, precise})) return false;
+  return true;
+}
+
+}  // namespace mnemos

@@ -1,0 +1,193 @@
+// The matrix products with AMX: the tile unit multiplies blocks of quantized weights by up to 12 rows, the vector units
+// scale and add up what it stores, step by step as the AVX-512 kernels do, so that the bits are theirs.
+//
+// The expanded codes of a block (8 vectors of 64 bytes, byte 4r + i of vector v: row r, column 4v + i) are the second
+// operand of the tile product as they are. Activations are the first one where they lie, a row of a tile for each row.
+//
+// Few rows and float weights go to the AVX-512 kernels. That holds for bfloat16 too: TDPBF16PS sums the products of even
+// and of odd columns apart and adds them to the total at the end, VDPBF16PS adds each to the total in turn (both in Intel's
+// Software Developer's Manual), so a prompt's bits would differ from a single token's.
+#include "linear/amx_tiles.h"
+#include "linear/avx512.h"
+
+namespace mnemos {
+namespace {
+
+// Rows of a tile: the totals of 12 rows by two panels are 24 registers, and those left hold what the scaling needs.
+//
+// What a block of 12 rows by two panels takes on Sapphire Rapids in cycles, from the throughputs that Intel's optimization manual gives:
+//   tile products          2 of 12 rows         24 (32 if one takes 16 cycles whatever its rows)
+//   scaling, ports 0 and 5 24 x 3 or 4 of 2     36 or 48, the latter with minima
+//   loads, 2 of 64 bytes   12 + 16 rows of tiles, 24 sums, 12 or 24 activations' scales   32 or 38
+//   stores, 1 of 64 bytes  24 rows of tiles     24
+// They run side by side, as a block's sums are stored while those of the block before are scaled: about 50, against
+// 2 * 12 * 8 / 2 = 96 for the AVX-512 dot products alone, and their scaling comes on top. Not measured.
+constexpr int amx_rows = 12;
+
+// Up to as many rows AVX-512 multiplies.
+constexpr int few_rows = 8;
+
+// Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations, each in turn.
+constexpr int sum_tiles = 4, first_weights = 4, first_activations = 6;
+
+// The tiles' shapes follow the number of rows.
+class Shapes {
+ public:
+  // A block, or a half of it if the halves have scales of their own, has so many columns.
+  explicit Shapes(int columns) : columns_(columns) {}
+  ~Shapes() {
+    if (rows_ != 0) AmxTiles::release();
+  }
+  Shapes(const Shapes &) = delete;
+  Shapes &operator=(const Shapes &) = delete;
+
+  void set_rows(int rows) {
+    if (rows == rows_) return;
+    rows_ = rows;
+    TileShapes shapes;
+    for (int tile = 0; tile < 8; tile++) {
+      const bool weights = tile == first_weights || tile == first_weights + 1;
+      shapes.rows[tile] = uint8_t(weights ? columns_ / 4 : rows);
+      shapes.row_bytes[tile] = uint16_t(tile >= first_activations ? columns_ : 64);
+    }
+    AmxTiles::configure(shapes);
+  }
+
+ private:
+  int columns_, rows_ = 0;
+};
+
+// Codes are stored without their offset, as signed bytes.
+template <const Layout &L>
+struct SignedCodes : Avx512 {
+  using Avx512::store;
+  static void store(uint8_t *p, Bytes codes) {
+    Avx512::store(p, _mm512_sub_epi8(codes, _mm512_set1_epi8(char(L.offset))));
+  }
+};
+
+// Without offsets, layouts differ in their scales alone.
+template <const Layout &L>
+constexpr const Layout &same_scales() {
+  if constexpr (L.halves()) return L.minimum() ? layouts::q2_k : layouts::q3_k;
+  else return L.minimum() ? layouts::q4_1 : layouts::q8_0;
+}
+
+// Dot products of a block, of each part and half.
+template <const Layout &L, int Parts, int P, int R>
+struct Dots {
+  static constexpr int halves = L.halves() ? 2 : 1;
+  alignas(64) uint8_t values[Parts][halves][P][R][64];
+};
+
+// Turn 0 and 1 use other tiles, so that a block need not wait for the one before.
+template <const Layout &L, int Parts, int P, int R, int Turn>
+inline __attribute__((always_inline)) void multiply_block(const Expanded &weights, const QuantBlock<Parts> *x,
+                                                          int64_t row_bytes, int64_t b, Dots<L, Parts, P, R> &dots) {
+  constexpr int halves = Dots<L, Parts, P, R>::halves, products = Parts * halves;
+  unroll<products>([&](auto product) {
+    constexpr int part = product / halves, half = product % halves;
+    constexpr int a = first_activations + (Turn * products + product) % 2;
+    AmxTiles::load<a>(x[b].parts[part] + half * 16, row_bytes);
+    unroll<P>([&](auto p) {
+      constexpr int turn = (Turn * products + product) * P + p, sum = turn % sum_tiles, w = first_weights + turn % 2;
+      AmxTiles::load<w>(weights.codes[p] + b * 512 + half * 256, 64);
+      AmxTiles::zero<sum>();
+      AmxTiles::dot<sum, a, w>();
+      AmxTiles::store<sum>(dots.values[part][half][p], 64);
+    });
+  });
+}
+
+// Adds block b of the chunk to the totals.
+template <const Layout &L, int Parts, int P, int R>
+inline __attribute__((always_inline)) void finish_block(const Expanded &weights, const QuantBlock<Parts> *x,
+                                                        int64_t row_blocks, int64_t b, const Dots<L, Parts, P, R> &dots,
+                                                        __m512 (&totals)[R][P]) {
+  constexpr int halves = Dots<L, Parts, P, R>::halves;
+  __m512 scales[P][4];
+  unroll<P>([&](auto p) {
+    unroll<scale_vectors<L>>([&](auto i) {
+      scales[p][i] = Avx512::load(weights.scales[p] + (b * scale_vectors<L> + i) * 16);
+    });
+  });
+  const QuantBlock<Parts> *block = x + b;
+  unroll<R>([&](auto r) {
+    unroll<P>([&](auto p) {
+      __m512i ends[2];
+      unroll<halves>([&](auto h) {
+        ends[h] = Avx512::load(dots.values[Parts - 1][h][p][r]);
+        if constexpr (Parts == 2)
+          ends[h] = Avx512::add_ints(ends[h], Avx512::shift_part(Avx512::load(dots.values[0][h][p][r])));
+      });
+      totals[r][p] = add_block<Avx512, L, Parts>(totals[r][p], ends[0], ends[halves - 1], scales[p], *block);
+    });
+    block += row_blocks;
+  });
+}
+
+// P panels by R rows over the blocks of one chunk.
+template <const Layout &L, int Parts, int P, int R>
+void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
+              const Output &out, Prefetch &prefetch) {
+  __m512 totals[R][P];
+  unroll<R>([&](auto r) {
+    unroll<P>([&](auto p) { totals[r][p] = Avx512::load(out.starts[p] + r * out.start_stride[p]); });
+  });
+  const QuantBlock<Parts> *x = blocks_of<Parts>(input, row) + first_block;
+  const int64_t row_blocks = input.padded / 32, row_bytes = row_blocks * int64_t(sizeof *x);
+  Dots<L, Parts, P, R> even, odd;
+  multiply_block<L, Parts, P, R, 0>(weights, x, row_bytes, 0, even);
+  for (int64_t b = 0;;) {
+    if (b + 1 < blocks) multiply_block<L, Parts, P, R, 1>(weights, x, row_bytes, b + 1, odd);
+    prefetch.advance(P);
+    finish_block(weights, x, row_blocks, b, even, totals);
+    if (++b == blocks) break;
+    if (b + 1 < blocks) multiply_block<L, Parts, P, R, 0>(weights, x, row_bytes, b + 1, even);
+    prefetch.advance(P);
+    finish_block(weights, x, row_blocks, b, odd, totals);
+    if (++b == blocks) break;
+  }
+  unroll<R>([&](auto r) {
+    unroll<P>([&](auto p) { Avx512::store(out.rows[p] + r * out.stride[p], totals[r][p]); });
+  });
+}
+
+template <const Layout &L, int Parts, int P>
+void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
+                     const Results &results, Shapes &shapes) {
+  Expanded weights;
+  const int64_t tiles = (row_end - row_begin + amx_rows - 1) / amx_rows;
+  for_chunks<L, P>(matrix, panel, tiles, [&](int64_t first, int64_t count, Prefetch &prefetch) {
+    for (int p = 0; p < P; p++)
+      expand<SignedCodes<L>, L>(matrix.panel(panel + p), first, count, weights.codes[p], weights.scales[p]);
+    for_tiles<P, amx_rows>(matrix, panel, row_begin, row_end, results, first > 0,
+                           [&](auto r, int64_t row, const Output &out) {
+      static_assert(few_rows + 1 >= amx_rows / 2);  // so tiles have at least amx_rows / 2 rows
+      if constexpr (r >= amx_rows / 2) {
+        shapes.set_rows(r);
+        amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
+      }
+    });
+  });
+}
+
+void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                  int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
+  if (!matrix.layout.quantized() || row_end - row_begin <= few_rows)
+    return avx512bf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, bias);
+  Shapes shapes(matrix.layout.halves() ? 16 : 32);
+  for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
+    with_layout(matrix.layout.type, [&](auto q) {
+      constexpr const Layout &layout = decltype(q)::layout;
+      const auto multiply = input.form == Form::int15 ? multiply_panels<layout, 2, panels> : multiply_panels<layout, 1, panels>;
+      multiply(matrix, input, row_begin, row_end, panel, {y, y_stride, bias}, shapes);
+    });
+  });
+}
+
+}  // namespace
+
+const Kernels amx_kernels{"amx", Form::bf16, prepare_all<Avx512>, multiply_amx};
+
+}  // namespace mnemos

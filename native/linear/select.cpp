@@ -1,0 +1,34 @@
+// Which kernels this machine can run.
+#include <cstring>
+
+#include "cpu.h"
+#include "linear/kernels.h"
+
+namespace mnemos {
+
+std::vector<const Kernels *> runnable_kernels() {
+  std::vector<const Kernels *> kernels{&scalar_kernels};
+  const CpuFeatures &cpu = cpu_features();
+#if defined(__aarch64__)
+  if (cpu.neon_dotprod) kernels.push_back(&neon_kernels);
+#elif defined(__x86_64__)
+  if (cpu.avx2) kernels.push_back(&avx2_kernels);
+  if (cpu.avx_vnni) kernels.push_back(&avxvnni_kernels);
+  if (cpu.avx512) kernels.push_back(&avx512_kernels);
+  if (cpu.avx512_bf16) kernels.push_back(&avx512bf16_kernels);
+  if (cpu.amx) kernels.push_back(&amx_kernels);
+#else
+  (void)cpu;
+#endif
+  return kernels;
+}
+
+const char *name_of(const Kernels &kernels) { return kernels.name; }
+
+const Kernels *find_kernels(const char *name) {
+  for (const Kernels *kernels : runnable_kernels())
+    if (strcmp(kernels->name, name) == 0) return kernels;
+  return nullptr;
+}
+
+}  // namespace mnemos
