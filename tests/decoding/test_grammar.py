@@ -64,6 +64,18 @@ def test_regex_choice_and_grammar(seed):
     assert end.finish_reason == "length" or re.fullmatch(r"(\(*)x(\)*)", text)
 
 
+def test_choices_are_meant_literally_and_may_be_many():
+    special = ["a.c", "(x|y)", "[z]{2}", "$^*+?", "\\d", "a/b#c-d&e~f", "two\nlines", " led by a space", "t\tab"]
+    for choice in special:
+        letters = LetterTokenizer([*PIECES[:-1], "\n", "\t", "<end>"], special=[len(PIECES) + 1])
+        end_spec = spec(len(PIECES) + 2, 4096, eos=(len(PIECES) + 1,))
+        run = generate([1, 2], random_model(len(PIECES) + 2), end_spec, letters, choice=[choice], max_new_tokens=40)
+        end = run.finished[0]
+        assert letters.decode(end.tokens[: end.text_tokens]) == choice
+    many = [f"number {n}" for n in range(16384)]
+    assert constrained(5, choice=many, temperature=1.0, seed=2)[1] in many
+
+
 def test_several_results_and_drafts_follow_the_grammar_alike():
     model = random_model(len(PIECES), 3, scale=3.0)
     fields = {"regex": "(ab|12){10}", "temperature": 1.0, "seed": 5, "n": 3, "max_new_tokens": 60}
@@ -101,7 +113,9 @@ def test_a_complete_text_ends_at_once_and_an_open_one_with_end_of_text():
             }
         },
         {"json_schema": '{"type":"array","items":' * 500 + "{}" + "}" * 500},
+        {"json_schema": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}},
         {"regex": "(a"},
+        {"regex": r"[^\s\S]"},
         {"regex": "(" * 5000 + "a" + ")" * 5000},
         {"grammar": "start: missing"},
         {"grammar": "start: start"},
@@ -114,6 +128,58 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))) as caught:
         constrained(**fields)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "fields", [{"json_schema": {"$ref": "#"}}, {"grammar": "start: start"}, {"regex": r"[^\s\S]"}], ids=str
+)
+def test_what_no_text_follows_is_said_to_be_so(fields):
+    with pytest.raises(ConfigError, match="no text follows it, or only by rules that never come to an end"):
+        constrained(**fields)
+
+
+def _nested(depth):
+    schema = {"type": "string"}
+    for _ in range(depth):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
+EXPLOSIVE = {
+    "optional letters": {"regex": "(a?){1000}a{1000}"},
+    "nested repeats": {"regex": "(((a{1,100}){1,100}){1,100}){1,100}"},
+    "exponential automaton": {"regex": "(a|b)*a(a|b){40}"},
+    "long repeat": {"regex": "x{1,2000000000}"},
+    "wide object": {"json_schema": {"properties": {f"k{n}": {"type": "string"} for n in range(2500)}}},
+    "huge enum": {"json_schema": {"enum": [f"value {n}" for n in range(20000)]}},
+    "long array": {"json_schema": {"type": "array", "items": {"type": "integer"}, "minItems": 10**6}},
+    "deep object": {"json_schema": _nested(3000)},
+    "ambiguous": {"grammar": 'start: start start | "a" | "b"'},
+    "endless": {"grammar": 'start: "a" start'},
+    "many rules": {"grammar": "start: " + " | ".join(f'"x{n}" start?' for n in range(3000))},
+}
+
+
+@pytest.mark.parametrize("name", EXPLOSIVE)
+def test_explosive_grammars_are_refused_or_followed(name):
+    """Never neither: where it is not refused, every token is one that the grammar allows."""
+    try:
+        end, text = constrained(2, max_new_tokens=30, **EXPLOSIVE[name])
+    except (ConfigError, RequestError) as error:
+        assert len(str(error)) < 500
+        return
+    assert end.finish_reason in ("length", "stop")
+    letters, numbers = "[ab]+", r"\[[-\d\s,]*"
+    allowed = {
+        "exponential automaton": letters,
+        "ambiguous": letters,
+        "long repeat": "x+",
+        "long array": numbers,
+    }
+    if name in allowed:
+        assert re.fullmatch(allowed[name], text)
+    elif name == "huge enum":
+        assert any(f'"value {n}"'.startswith(text) for n in range(20000))
 
 
 def test_a_constraint_needs_a_tokenizer_and_llguidance(monkeypatch):

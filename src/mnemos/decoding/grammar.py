@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 _LONGEST_REASON = 300
+_SPECIAL = frozenset("\\.+*?()|[]{}^$#&-~/")
+_CLEARER = {"NoExtensionBias": "no text follows it, or only by rules that never come to an end"}
 
 
 class Vocabulary(Protocol):
@@ -56,7 +58,9 @@ class GrammarCompiler:
         field = config.constraint or ""
         try:
             matcher = self._matcher(self._tokenizer, self._grammar(field, getattr(config, field)), log_level=0)
-            constraint = GrammarConstraint(matcher, self._workers)
+            first: Future[bytes] = Future()
+            first.set_result(matcher.compute_bitmask())  # here, as it may take seconds: other texts need the workers
+            constraint = GrammarConstraint(matcher, self._workers, first)
             constraint.check()
         except (ValueError, RequestError) as error:
             raise ConfigError(f"{field} cannot be followed: {error}") from error
@@ -69,19 +73,20 @@ class GrammarCompiler:
             case "regex":
                 return self._matcher.grammar_from_regex(value)
             case "choice":
-                choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
-                return self._matcher.grammar_from_lark(f"start: {choices}")
+                # One expression, not one rule for each choice, of which a few thousand are too many.
+                return self._matcher.grammar_from_regex("|".join(map(_literally, value)))
             case _:
                 return self._matcher.grammar_from_lark(value)
 
 
 class GrammarConstraint:
-    """Where a text stands in its grammar; see `mnemos.decoding.sampling.Constraint`."""
+    """Where a text stands in its grammar, and the tokens that may come next; see `sampling.Constraint`."""
 
-    def __init__(self, matcher: Any, workers: ThreadPoolExecutor) -> None:
+    def __init__(self, matcher: Any, workers: ThreadPoolExecutor, mask: Future[bytes]) -> None:
         self._matcher = matcher
         self._workers = workers
-        self._mask: Future[bytes] = workers.submit(matcher.compute_bitmask)
+        self._mask = mask
+        self.complete = bool(matcher.is_stopped())
 
     def check(self) -> None:
         """Raises RequestError if there is no way to begin."""
@@ -99,20 +104,18 @@ class GrammarConstraint:
         self._mask.result()
         self._matcher.consume_token(token)
         self._refuse_error()
+        self.complete = bool(self._matcher.is_stopped())  # not to be asked while a worker has the matcher
         if not self.complete:
             self._mask = self._workers.submit(self._matcher.compute_bitmask)
 
     def fork(self) -> GrammarConstraint:
         self._mask.result()
-        return GrammarConstraint(self._matcher.deep_copy(), self._workers)
-
-    @property
-    def complete(self) -> bool:
-        return bool(self._matcher.is_stopped())
+        return GrammarConstraint(self._matcher.deep_copy(), self._workers, self._mask)
 
     def _refuse_error(self) -> None:
         if self._matcher.is_error():
             reason = " ".join(str(self._matcher.get_error()).split("\n<state>")[0].split())
+            reason = _CLEARER.get(reason, reason)
             raise RequestError(reason[:_LONGEST_REASON] or "the grammar is too complex")
 
 
@@ -150,6 +153,11 @@ def compiler_of(vocabulary: Vocabulary, end_ids: Iterable[int]) -> GrammarCompil
         if key not in known:
             known[key] = GrammarCompiler(vocabulary, key)
         return known[key]
+
+
+def _literally(text: str) -> str:
+    """A regular expression that only `text` matches, in the syntax of Rust's."""
+    return "".join(f"\\{character}" if character in _SPECIAL else character for character in text)
 
 
 def _llguidance() -> Any:
