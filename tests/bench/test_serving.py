@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
 
 from mnemos.bench.scheduling import SchedulingBench
 from mnemos.bench.serving import Workload, percentile, plan, summarize
+from mnemos.cli.bench import _row
 from mnemos.engine.engine import InferenceEngine
 from mnemos.engine.sequence import Timings
 from mnemos.errors import ConfigError
@@ -61,3 +63,11 @@ def test_figures_of_scheduling_on_any_model() -> None:
     assert list(figures) == [*ratios, "overhead1", "overhead32"]
     assert all(figures[name] > 0 for name in ratios)
     assert 0 < figures["overhead1"] < 100 and 0 < figures["overhead32"] < 100
+
+
+def test_what_was_not_measured_has_a_reason_instead_of_a_figure() -> None:
+    with InferenceEngine(ToyModel(context_length=512), cache_tokens=16_384, max_sequences=8) as engine:
+        first = next(SchedulingBench(engine).results())
+    assert first.metric == "concurrent32" and first.unit == "32 requests never decoded all at once"
+    assert json.loads(first.to_json())["value"] is None
+    assert _row(first) == "concurrent32      not measured: 32 requests never decoded all at once"

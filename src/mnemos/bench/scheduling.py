@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -28,7 +29,7 @@ class SchedulingBench:
         self.random = random.Random(seed)
 
     def results(self) -> Iterator[Result]:
-        yield Result("concurrent32", self._ratio(self._concurrent, self._pure_steps), "x b32")
+        yield self._concurrency()
         yield Result("stall", self._stall(), "x median")
         yield Result("beams4", self._ratio(self._beams, self._four), "x 4 greedy")
         yield Result("lookup_loop", self._ratio(*self._lookup(repetitive=True)), "x plain")
@@ -37,19 +38,38 @@ class SchedulingBench:
             yield Result(f"overhead{streams}", 100 * self._overhead(streams), "% of a step")
 
     def _ratio(self, one: Callable[[], float], other: Callable[[], float]) -> float:
-        """The median ratio of two rates that are measured in turns."""
-        return statistics.median(one() / other() for _ in range(RUNS))
+        """The median ratio of two rates that are measured in turns; nan if one of them is."""
+        ratios = [one() / other() for _ in range(RUNS)]
+        return math.nan if any(map(math.isnan, ratios)) else statistics.median(ratios)
 
     def _prompts(self, count: int, length: int) -> list[list[int]]:
         size = self.engine.spec.vocabulary_size
         return [[self.random.randrange(size) for _ in range(length)] for _ in range(count)]
 
+    def _concurrency(self) -> Result:
+        """What is left of the rate of pure steps where requests make them: both over STEPS steps at equal lengths."""
+        ratio = self._ratio(self._concurrent, self._pure_steps)
+        unit = f"{STREAMS} requests never decoded all at once" if math.isnan(ratio) else "x b32"
+        return Result(f"concurrent{STREAMS}", ratio, unit)
+
     def _concurrent(self) -> float:
-        """Tokens/s of STREAMS requests while all of them decode."""
-        completions = self.engine.complete(self._prompts(STREAMS, 64), max_new_tokens=2 * STEPS, ignore_eos=True)
-        times: list[list[float]] = [completion.timings.tokens for completion in completions]
-        start, end = max(own[0] for own in times), min(own[-1] for own in times)
-        return sum(start < moment <= end for own in times for moment in own) / (end - start)
+        """Tokens/s of STREAMS requests over the STEPS steps from when the last one begins to decode.
+
+        nan if one of them ends before: then there were never so many at once.
+        """
+        most = min(self.engine.spec.context_length - 64, 16 * STEPS)
+        handles = [self.engine.submit(prompt, **_length(most)) for prompt in self._prompts(STREAMS, 64)]
+        times = [handle.timings.tokens for handle in handles]
+        while min(map(len, times)) <= STEPS and not any(handle.done for handle in handles):
+            time.sleep(0.02)
+        for handle in handles:
+            handle.cancel()
+        for handle in handles:
+            handle.result()
+        latest = max(times, key=lambda own: own[0] if own else math.inf)
+        if len(latest) <= STEPS or min(own[-1] for own in times) < latest[STEPS]:
+            return math.nan
+        return STREAMS * STEPS / (latest[STEPS] - latest[0])
 
     def _pure_steps(self) -> float:
         """The same by model steps alone."""

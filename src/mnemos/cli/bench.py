@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,8 @@ def _describe(machine: Machine, path: Path, size: int) -> str:
 
 
 def _row(result: Result) -> str:
+    if isnan(result.value):
+        return f"{result.metric:<18}not measured: {result.unit}"
     share = f"  {result.share:4.0%} of what the memory bandwidth allows" if result.share is not None else ""
     precision = 0 if result.value >= 100 else 3 if result.value < 10 else 1
     return f"{result.metric:<18}{result.value:>10.{precision}f} {result.unit:<9}{share}".rstrip()
