@@ -9,22 +9,30 @@
 namespace mnemos {
 namespace {
 
-// The element types of the cache.
+// The element types of the cache. `load` gives columns j to j + width of row i, of rows `stride` elements apart.
 struct FloatElement {
   using Type = float;
-  static Vec load(const float *p) { return mnemos::load(p); }
+  static constexpr int64_t bytes = 4;
+  static Vec load(const float *p, int64_t stride, int64_t i, int64_t j) { return mnemos::load(p + i * stride + j); }
 };
 struct HalfElement {
   using Type = uint16_t;
-  static Vec load(const uint16_t *p) { return load_half(p); }
+  static constexpr int64_t bytes = 2;
+  static Vec load(const uint16_t *p, int64_t stride, int64_t i, int64_t j) { return load_half(p + i * stride + j); }
 };
+// Two rows lie in one, column by column, the even one's element first.
 struct BrainElement {
-  using Type = uint16_t;
-  static Vec load(const uint16_t *p) { return load_brain(p); }
+  using Type = uint32_t;
+  static constexpr int64_t bytes = 2;
+  static Vec load(const uint32_t *p, int64_t stride, int64_t i, int64_t j) {
+    const uint32_t *pairs = p + i / 2 * stride + j;
+    return i % 2 == 0 ? load_low_brain(pairs) : load_high_brain(pairs);
+  }
 };
 struct ByteElement {
   using Type = int8_t;
-  static Vec load(const int8_t *p) { return load_byte(p); }
+  static constexpr int64_t bytes = 1;
+  static Vec load(const int8_t *p, int64_t stride, int64_t i, int64_t j) { return load_byte(p + i * stride + j); }
 };
 
 // Rows of queries that share the loads of a vector of keys or values, and vectors that share the loads of a query's
@@ -41,25 +49,30 @@ constexpr int64_t rows_to_expand_for = 2 * group_rows;
 // processor's own prefetching stops at the borders of the small pieces that a page consists of.
 constexpr int64_t most_rows_to_fetch_for = 16;
 
-// c[r][j] (+)= sum over i of a[r][i] b[i][j], for R rows and N vectors of columns. The sum runs over i one by one,
+// The rows of b that a product sums over.
+struct Summed {
+  int64_t begin, end;
+};
+
+// c[r][j] (+)= sum over i of a[r][i] b[i][column + j], for R rows and N vectors of columns. The sum runs over i one by one,
 // whatever R and N are, which is what makes a row's result independent of its neighbours.
 template <typename Element, int R, int N>
 inline void outer_product(const float *a, int64_t a_stride, const typename Element::Type *b, int64_t b_stride,
-                          int64_t count, float *c, int64_t c_stride, bool accumulate, const uint8_t *ahead) {
-  constexpr int64_t line = 64, lines = (sizeof(typename Element::Type) * N * width + line - 1) / line;
+                          int64_t column, Summed range, float *c, int64_t c_stride, bool accumulate, const uint8_t *ahead) {
+  constexpr int64_t line = 64, lines = (Element::bytes * N * width + line - 1) / line;
   Vec sums[R][N];
   for (int r = 0; r < R; r++) {
     for (int j = 0; j < N; j++) sums[r][j] = accumulate ? load(c + r * c_stride + j * width) : zero();
   }
-  for (int64_t i = 0; i < count; i++, b += b_stride) {
+  for (int64_t i = range.begin; i < range.end; i++) {
     if (R < most_rows && ahead != nullptr) {
-      for (int64_t j = 0; j < lines; j++) prefetch(ahead + (i * lines + j) * line);
+      for (int64_t j = 0; j < lines; j++) prefetch(ahead + ((i - range.begin) * lines + j) * line);
     }
-    Vec column[N];
-    for (int j = 0; j < N; j++) column[j] = Element::load(b + j * width);
+    Vec row[N];
+    for (int j = 0; j < N; j++) row[j] = Element::load(b, b_stride, i, column + j * width);
     for (int r = 0; r < R; r++) {
       const Vec factor = splat(a[r * a_stride + i]);
-      for (int j = 0; j < N; j++) sums[r][j] = fma(factor, column[j], sums[r][j]);
+      for (int j = 0; j < N; j++) sums[r][j] = fma(factor, row[j], sums[r][j]);
     }
   }
   for (int r = 0; r < R; r++) {
@@ -69,15 +82,14 @@ inline void outer_product(const float *a, int64_t a_stride, const typename Eleme
 
 template <typename Element, int R>
 inline void product_of_rows(const float *a, int64_t a_stride, const typename Element::Type *b, int64_t b_stride,
-                            int64_t count, float *c, int64_t c_stride, int64_t columns, bool accumulate,
+                            Summed range, float *c, int64_t c_stride, int64_t columns, bool accumulate,
                             const uint8_t *ahead) {
-  constexpr int64_t size = static_cast<int64_t>(sizeof(typename Element::Type));
   int64_t j = 0;
   const auto run = [&](auto tag) {
     constexpr int N = decltype(tag)::value;
     for (; j + N * width <= columns; j += N * width) {
-      outer_product<Element, R, N>(a, a_stride, b + j, b_stride, count, c + j, c_stride, accumulate, N > 1 ? ahead : nullptr);
-      if (ahead != nullptr) ahead += N * width * count * size;
+      outer_product<Element, R, N>(a, a_stride, b, b_stride, j, range, c + j, c_stride, accumulate, N > 1 ? ahead : nullptr);
+      if (ahead != nullptr) ahead += N * width * (range.end - range.begin) * Element::bytes;
     }
   };
   if constexpr (R <= group_rows && most_vectors > 2) run(std::integral_constant<int, most_vectors>{});
@@ -87,9 +99,9 @@ inline void product_of_rows(const float *a, int64_t a_stride, const typename Ele
 
 template <typename Element>
 inline void product(int64_t rows, const float *a, int64_t a_stride, const typename Element::Type *b, int64_t b_stride,
-                    int64_t count, float *c, int64_t c_stride, int64_t columns, bool accumulate, const uint8_t *ahead) {
+                    Summed range, float *c, int64_t c_stride, int64_t columns, bool accumulate, const uint8_t *ahead) {
   const auto run = [&](auto tag, int64_t r) {
-    product_of_rows<Element, decltype(tag)::value>(a + r * a_stride, a_stride, b, b_stride, count, c + r * c_stride,
+    product_of_rows<Element, decltype(tag)::value>(a + r * a_stride, a_stride, b, b_stride, range, c + r * c_stride,
                                                    c_stride, columns, accumulate, r == 0 ? ahead : nullptr);
   };
   int64_t r = 0;
@@ -130,7 +142,7 @@ void score_block(const AttentionTile &tile, const BlockRange &range) {
     float *scores = tile.scores + (position - range.start);
     const uint8_t *ahead = tile.rows <= most_rows_to_fetch_for ? data + cell.value_offset : nullptr;
 
-    product<Element>(tile.rows, tile.queries, cell.value_stride, keys, cell.key_stride, cell.head_dim, scores,
+    product<Element>(tile.rows, tile.queries, cell.value_stride, keys, cell.key_stride, {0, cell.head_dim}, scores,
                      score_stride, cell.key_stride, false, ahead);
     if (cell.type != CacheType::int8) return;
     const auto *scales = reinterpret_cast<const float *>(data + cell.key_scale_offset);
@@ -189,16 +201,16 @@ void weigh_values(const AttentionTile &tile, const BlockRange &range, bool next_
     const int64_t begin = range.first > position ? range.first - position : 0;
     const int64_t end = range.last - position + 1 < cell.slots ? range.last - position + 1 : cell.slots;
     const auto *values = reinterpret_cast<const typename Element::Type *>(data + cell.value_offset);
-    float *weights = tile.scores + (position + begin - range.start);
+    float *weights = tile.scores + (position - range.start);
     if (cell.type == CacheType::int8) {
-      const auto *scales = reinterpret_cast<const float *>(data + cell.value_scale_offset) + begin;
+      const auto *scales = reinterpret_cast<const float *>(data + cell.value_scale_offset);
       for (int64_t r = 0; r < tile.rows; r++) {
-        float *row = weights + r * score_stride;
-        map(row, scales, row, end - begin, [](Vec w, Vec v) { return mul(w, v); });
+        float *row = weights + r * score_stride + begin;
+        map(row, scales + begin, row, end - begin, [](Vec w, Vec v) { return mul(w, v); });
       }
     }
-    product<Element>(tile.rows, weights, score_stride, values + begin * cell.value_stride, cell.value_stride,
-                     end - begin, tile.partial, cell.value_stride, cell.value_stride, accumulate,
+    product<Element>(tile.rows, weights, score_stride, values, cell.value_stride, {begin, end}, tile.partial,
+                     cell.value_stride, cell.value_stride, accumulate,
                      keys_ahead(tile, position, data, next_block));
     accumulate = true;
   });
@@ -268,11 +280,13 @@ void expand_block(const AttentionTile &tile, const BlockRange &range) {
     const auto *keys = reinterpret_cast<const Type *>(data), *values = reinterpret_cast<const Type *>(data + cell.value_offset);
     for (int64_t j = 0; j < cell.slots; j += width) {
       float *into = block.keys + (at + j) / segment * segment * cell.head_dim + (at + j) % segment;
-      for (int64_t i = 0; i < cell.head_dim; i++) store(into + i * segment, Element::load(keys + i * cell.key_stride + j));
+      for (int64_t i = 0; i < cell.head_dim; i++) store(into + i * segment, Element::load(keys, cell.key_stride, i, j));
     }
     const int64_t count = range.last - position + 1 < cell.slots ? range.last - position + 1 : cell.slots;
     float *into = block.values + at * cell.value_stride;
-    for (int64_t i = 0; i < count * cell.value_stride; i += width) store(into + i, Element::load(values + i));
+    for (int64_t slot = 0; slot < count; slot++, into += cell.value_stride) {
+      for (int64_t j = 0; j < cell.value_stride; j += width) store(into + j, Element::load(values, cell.value_stride, slot, j));
+    }
     if (cell.type != CacheType::int8) return;
     std::memcpy(block.key_scales + at, data + cell.key_scale_offset, static_cast<size_t>(cell.slots) * sizeof(float));
     std::memcpy(block.value_scales + at, data + cell.value_scale_offset, static_cast<size_t>(cell.slots) * sizeof(float));
@@ -311,7 +325,7 @@ void attend_expanded(const AttentionTile &tile, int64_t block, const BlockRange 
       if (vectors <= 0) return;
       with_count<most_vectors>(vectors < most_vectors ? vectors : most_vectors, [&](auto count) {
         outer_product<FloatElement, decltype(rows)::value, decltype(count)::value>(
-            tile.queries + r * stride, stride, expanded.keys + at * cell.head_dim, segment, cell.head_dim,
+            tile.queries + r * stride, stride, expanded.keys + at * cell.head_dim, segment, 0, {0, cell.head_dim},
             tile.scores + r * score_stride + at, score_stride, false, nullptr);
       });
     });
@@ -327,8 +341,8 @@ void attend_expanded(const AttentionTile &tile, int64_t block, const BlockRange 
         map(row + begin, expanded.value_scales + begin, row + begin, used - begin, [](Vec w, Vec v) { return mul(w, v); });
       }
     }
-    product_of_rows<FloatElement, decltype(rows)::value>(tile.scores + r * score_stride + begin, score_stride,
-                                                         expanded.values + begin * stride, stride, used - begin,
+    product_of_rows<FloatElement, decltype(rows)::value>(tile.scores + r * score_stride, score_stride,
+                                                         expanded.values, stride, {begin, used},
                                                          tile.partial + r * stride, stride, stride, false, nullptr);
   });
   merge_rows(tile, all, most, total);
@@ -367,6 +381,7 @@ void attend(const AttentionTile &tile, int64_t block_begin, int64_t block_end) {
 inline uint16_t to_brain(float x) {
   uint32_t value;
   std::memcpy(&value, &x, 4);
+  if ((value & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((value >> 16) | 0x40);
   return static_cast<uint16_t>((value + 0x7fff + ((value >> 16) & 1)) >> 16);
 }
 
@@ -402,9 +417,15 @@ inline void put(uint8_t *data, int64_t index, T value) {
   std::memcpy(data + index * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
 }
 
+// Where column j of row i lies, in elements.
+inline int64_t element_of(CacheType type, int64_t stride, int64_t i, int64_t j) {
+  return type == CacheType::bfloat16 ? (i / 2 * stride + j) * 2 + i % 2 : i * stride + j;
+}
+
 void store_key(const CellLayout &cell, uint8_t *data, int64_t slot, const float *key) {
-  const float scale = encode(cell.type, key, cell.head_dim,
-                             [&](int64_t i, auto element) { put(data, i * cell.key_stride + slot, element); });
+  const float scale = encode(cell.type, key, cell.head_dim, [&](int64_t i, auto element) {
+    put(data, element_of(cell.type, cell.key_stride, i, slot), element);
+  });
   if (cell.type == CacheType::int8) put(data + cell.key_scale_offset, slot, scale);
 }
 
@@ -417,7 +438,7 @@ void store_value(const CellLayout &cell, uint8_t *data, int64_t slot, const floa
     return;
   }
   const float scale = encode(cell.type, value, cell.head_dim, [&](int64_t i, auto element) {
-    put(data + cell.value_offset, slot * cell.value_stride + i, element);
+    put(data + cell.value_offset, element_of(cell.type, cell.value_stride, slot, i), element);
   });
   if (cell.type == CacheType::int8) put(data + cell.value_scale_offset, slot, scale);
 }

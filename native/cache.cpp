@@ -28,8 +28,9 @@ CellLayout make_cell(CacheType type, int64_t slots, int64_t head_dim) {
   cell.head_dim = checked("head_dim", head_dim);
   cell.key_stride = round_up(slots, 16);
   cell.value_stride = round_up(head_dim, 16);
-  cell.value_offset = round_up(cell.key_stride * head_dim * element, 64);
-  cell.key_scale_offset = cell.value_offset + round_up(slots * cell.value_stride * element, 64);
+  const int64_t rows = type == CacheType::bfloat16 ? 2 : 1;  // that lie in one
+  cell.value_offset = round_up(cell.key_stride * round_up(head_dim, rows) * element, 64);
+  cell.key_scale_offset = cell.value_offset + round_up(round_up(slots, rows) * cell.value_stride * element, 64);
   cell.value_scale_offset = cell.key_scale_offset + scales;
   cell.bytes = cell.value_scale_offset + scales;
   return cell;

@@ -17,7 +17,8 @@ constexpr int64_t score_stride = attention_block + 16;  // a page of few slots w
 constexpr int64_t max_tile_rows = 128;
 
 // How one (page, layer, head) cell of the cache lies in memory. Keys are transposed: slots are adjacent, so that a
-// vector of scores needs no horizontal sum; values are not. Offsets are in bytes from the cell's start.
+// vector of scores needs no horizontal sum; values are not. Of bfloat16, two key components or two slots' values lie side
+// by side, as its dot products want them. Offsets are in bytes from the cell's start.
 struct CellLayout {
   CacheType type;
   int64_t slots;        // positions of a page; divides attention_block

@@ -56,12 +56,13 @@ class Scheduler {
   void add(std::unique_ptr<Task> task) { schedule_.tasks.push_back(std::move(task)); }
 
   // Products whose rounding shows most take finer activations: those whose results are an output of the program (logits),
-  // or an attention's queries, keys or values, perhaps normalised, rotated or scaled in between.
+  // or the keys or values that later tokens attend to, perhaps normalised, rotated or scaled in between. Queries, of which
+  // there are more, gain little.
   void mark_precise() {
     precise_.assign(graph_.operators.size(), false);
     for (int v : graph_.outputs) mark_source(v);
     for (const Operator &o : graph_.operators) {
-      if (o.kind == OperatorKind::attention) std::for_each(o.inputs.begin(), o.inputs.end(), [&](int v) { mark_source(v); });
+      if (o.kind == OperatorKind::attention) std::for_each(o.inputs.begin() + 1, o.inputs.end(), [&](int v) { mark_source(v); });
     }
   }
   void mark_source(int v) {

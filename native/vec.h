@@ -52,9 +52,11 @@ inline Vec load_half(const uint16_t *p) {
 inline void store_half(uint16_t *p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
-inline Vec load_brain(const uint16_t *p) {
-  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+inline Vec load_low_brain(const uint32_t *pairs) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(pairs), 16));
+}
+inline Vec load_high_brain(const uint32_t *pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(pairs), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline Vec load_byte(const int8_t *p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
@@ -109,9 +111,12 @@ inline Vec load_half(const uint16_t *p) {
 inline void store_half(uint16_t *p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
-inline Vec load_brain(const uint16_t *p) {
-  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+inline Vec load_low_brain(const uint32_t *pairs) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(pairs)), 16));
+}
+inline Vec load_high_brain(const uint32_t *pairs) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(pairs));
+  return _mm256_castsi256_ps(_mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline Vec load_byte(const int8_t *p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
@@ -228,11 +233,18 @@ inline Vec load_half(const uint16_t *p) {
 inline void store_half(uint16_t *p, Vec x) {
   for (int i = 0; i < width; i++) p[i] = float_to_half(x[i]);
 }
-inline Vec load_brain(const uint16_t *p) {
-  Mask raw;
-  for (int i = 0; i < width; i++) raw[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i]) << 16);
+inline Vec load_low_brain(const uint32_t *pairs) {
+  uint32_t raw[width];
+  for (int i = 0; i < width; i++) raw[i] = pairs[i] << 16;
   Vec x;
-  std::memcpy(&x, &raw, sizeof x);
+  std::memcpy(&x, raw, sizeof x);
+  return x;
+}
+inline Vec load_high_brain(const uint32_t *pairs) {
+  uint32_t raw[width];
+  for (int i = 0; i < width; i++) raw[i] = pairs[i] & 0xffff0000u;
+  Vec x;
+  std::memcpy(&x, raw, sizeof x);
   return x;
 }
 inline Vec load_byte(const int8_t *p) {

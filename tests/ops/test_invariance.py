@@ -120,7 +120,7 @@ def _assert_same_bits(rows: list[list[np.ndarray]], expected: list[Output]) -> N
         np.testing.assert_array_equal(np.concatenate(parts).view(np.uint32), whole.view(np.uint32))
 
 
-@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["float16", "bfloat16", "int8"])
 def test_bits_do_not_depend_on_batch_chunks_pages_or_threads(isa: str, kv_dtype: str) -> None:
     expected = _alone(SmallModel(NativeOps(threads=1), kv_dtype), _texts())
     for threads in {1, _native.usable_cores()}:

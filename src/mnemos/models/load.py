@@ -65,9 +65,9 @@ def load_model(
     """The model of an open checkpoint, checked from end to end before anything is allocated.
 
     dtype: "auto" keeps weights as they are stored, "float32" expands them; "bfloat16" and "float16" are for PyTorch.
-    kv_dtype: "auto" is float32 with float32 weights and else float16. context_length: a shorter context than the
-    model's own, or a longer one where its rotary embedding is made to be stretched (see mnemos.models.rope). threads:
-    None uses all cores that the process may use.
+    kv_dtype: "auto" is float32 with float32 weights and else the one of float16 and bfloat16 that the backend is faster
+    with on this machine. context_length: a shorter context than the model's own, or a longer one where its rotary
+    embedding is made to be stretched (see mnemos.models.rope). threads: None uses all cores that the process may use.
     Errors: FormatError, UnsupportedError, ConfigError.
     """
     _check_dtypes(dtype, kv_dtype)
@@ -76,6 +76,7 @@ def load_model(
     ops = get_ops(backend, dtype=dtype, threads=threads)
     _check_memory(checkpoint, ops, dtype)
     # Before the weights are read: a backend gives a mapped file's pages back as it goes, and this touches many.
+    kv_dtype = ops.cache_dtype if kv_dtype == "auto" and dtype != "float32" else kv_dtype
     spec = _specify(checkpoint, checked, ops.name, dtype, kv_dtype)
     return LoadedModel(_build(architecture, fields, checkpoint, ops), spec, ops)
 

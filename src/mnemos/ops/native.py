@@ -72,7 +72,7 @@ class NativeOps:
 
     threads: None for all cores that the process may use; backends with as many threads share one pool. dtype: "auto"
     multiplies weights in the form in which they are stored, with activations rounded to 8 bits by blocks of 32 (15 bits
-    for queries, keys, values and logits) or to bfloat16; "float32" expands weights and multiplies in float32.
+    for keys, values and logits) or to bfloat16; "float32" expands weights and multiplies in float32.
     """
 
     name = "native"
@@ -83,6 +83,8 @@ class NativeOps:
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}; expected at least 1")
         self.as_float32 = dtype == "float32"
+        # Where there are bfloat16 dot products, attention runs at twice the speed on such a cache.
+        self.cache_dtype = "bfloat16" if _native.isa() in ("avx512_bf16", "amx") else "float16"
         self.pool = _native.shared_pool(threads or 0)
 
     # Parameters.

@@ -56,6 +56,7 @@ def softmax(x: Floats) -> Floats:
 
 class NumpyOps:
     name = "numpy"
+    cache_dtype = "float16"
 
     def matrix(self, tensor: Tensor) -> Floats:
         return tensor.dequantize().reshape(tensor.rows, tensor.columns)

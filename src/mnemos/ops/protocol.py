@@ -38,6 +38,7 @@ class Cache(Protocol):
 
 class Ops(Protocol):
     name: str
+    cache_dtype: str  # of a cache for which none was asked: "float16" or "bfloat16"
 
     # Parameters, made once at load.
     def matrix(self, tensor: Tensor) -> Matrix:

@@ -102,6 +102,7 @@ class TorchOps:
     """device: "auto" takes the best there is; dtype: of weights and activations, auto: bfloat16, on a CPU float32."""
 
     name = "torch"
+    cache_dtype = "float16"
 
     def __init__(self, device: str = "auto", dtype: str = "auto") -> None:
         self.device = torch.device(best_device() if device == "auto" else device)
