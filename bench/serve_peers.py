@@ -29,7 +29,7 @@ from mnemos.hub.sources import resolve
 from mnemos.models.load import load_model
 
 HERE = Path(__file__).resolve().parent
-TIMEOUT_SECONDS = 240  # vLLM compiles for a minute when it first sees a model
+TIMEOUT_SECONDS = 600  # vLLM compiles for a minute or two when it first sees a model, and keeps what it made
 BEGIN, END = "<!-- serving -->", "<!-- /serving -->"
 UNITS = {
     "requests/s": "requests/s",

@@ -202,6 +202,12 @@ class TestContext:
             kept.append(chosen)
         assert completion.token_ids == tokens[len(PROMPT) :]
 
+    def test_sliding_leaves_the_prefix_cache_to_others(self) -> None:
+        with InferenceEngine(ToyModel(context_length=32), cache_tokens=4000) as engine:
+            engine.complete(PROMPT, overflow="sliding", max_new_tokens=600, ignore_eos=True, temperature=5.0, seed=1)
+            page_size = engine.spec.layout.page_size
+            assert engine.stats().pages_used == engine.stats().pages_cached <= 32 // page_size
+
     def test_a_shorter_context_than_the_models(self) -> None:
         with InferenceEngine(ToyModel(), context_length=20) as engine:
             assert len(engine.complete([1] * 15).token_ids) == 5

@@ -78,9 +78,14 @@ class Placement:
                 self._leave_behind(sequence)
 
     def remember(self, request: Request) -> None:
-        """Puts the full pages of the request's sequences into the prefix tree."""
+        """Puts the full pages of the request's sequences into the prefix tree; none of texts that dropped tokens.
+
+        No other text goes on behind what is left of those, and an endless one would fill the pool with it.
+        """
         if self.tree is not None:
             for sequence in request.sequences:
+                if sequence.dropped:
+                    continue
                 valid = sequence.valid()
                 if valid >= self.page_size:
                     self.tree.insert(request.salt, sequence.tokens(0, valid), sequence.pages)
