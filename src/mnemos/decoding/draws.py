@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,8 @@ def draw_rows(logits: Floats, wishes: Sequence[Wish]) -> list[list[int] | None]:
     logits (rows, vocabulary) float32; wishes in ascending order of their rows. None where some row has no possible
     token: whoever asked is to find out by itself, so that the error ends its request alone.
     """
+    if len(wishes) == 1:
+        return [_draw_run(logits[wishes[0].start : wishes[0].stop], wishes)]
     tokens: list[list[int] | None] = []
     first = 0
     while first < len(wishes):
@@ -80,8 +83,11 @@ def _draw_run(rows: Floats, run: Sequence[Wish]) -> list[int] | None:
 
 def _most_probable(rows: Floats) -> list[int] | None:
     """By NumPy, which reads the rows once; the native core does so twice."""
-    tokens = rows.argmax(axis=1)
-    return tokens.tolist() if np.isfinite(rows[np.arange(len(rows)), tokens]).all() else None
+    tokens: list[int] = rows.argmax(axis=1).tolist()
+    for row, token in enumerate(tokens):
+        if not isfinite(rows[row, token]):
+            return None
+    return tokens
 
 
 def _sampled(rows: Floats, run: Sequence[Wish]) -> list[int]:

@@ -268,7 +268,7 @@ class Placement:
             return
         pages = self.tree.match(request.salt, sequence.tokens(0, sequence.first), skip=first)
         self.pool.share(pages)
-        sequence.pages += pages
+        sequence.pages.extend(pages)
         found = len(pages) * self.page_size
         sequence.done += found
         request.pending -= found

@@ -90,14 +90,19 @@ class Scheduler:
 
     def schedule(self, now: float) -> Step | None:
         """The next step's rows, None if there is nothing to evaluate."""
-        for request in self.queue.expired(now):
-            waited = now - request.timings.submitted
-            self._fail(request, CapacityError(f"request waited {waited:.3f} s in the queue, beyond its deadline"))
-        self._make_way()
+        if len(self.queue):
+            for request in self.queue.expired(now):
+                waited = now - request.timings.submitted
+                self._fail(request, CapacityError(f"request waited {waited:.3f} s in the queue, beyond its deadline"))
+            self._make_way()
         step = Step()
-        decode_rows = sum(request.pending for request in self.running if not request.prefilling)
-        prompts = sum(request.prefilling for request in self.running) + len(self.queue)
-        chunk = self.pace.chunk(decode_rows, prompts)
+        decode_rows, prompts = 0, len(self.queue)
+        for request in self.running:
+            if request.prefilling:
+                prompts += 1
+            else:
+                decode_rows += request.pending
+        chunk = self.pace.chunk(decode_rows, prompts) if prompts else 0
         index = 0
         while index < len(self.running):
             request = self.running[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
@@ -41,7 +42,7 @@ class Sequence:
 
     def __init__(self, branch: Branch) -> None:
         self.branch = branch
-        self.pages: list[int] = []
+        self.pages = array("i")  # int32, and quickly copied into a step's batch
         self.done = 0
         self.goal = len(branch.tokens)
         self.first = 0

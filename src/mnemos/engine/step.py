@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 
 from mnemos.engine.sequence import Request, Sequence
@@ -34,7 +36,7 @@ class Step:
         self.token_ids: list[int] = []
         self.positions: list[int] = []
         self.sequence_starts = [0]
-        self.pages: list[int] = []
+        self.pages = array("i")
         self.page_starts = [0]
         self.logit_rows: list[int] = []
         self.conditions: list[object] = []
@@ -83,7 +85,7 @@ class Step:
             token_ids=np.array(self.token_ids, dtype=np.int32),
             positions=np.array(self.positions, dtype=np.int32),
             sequence_starts=np.array(self.sequence_starts, dtype=np.int32),
-            pages=np.array(self.pages, dtype=np.int32),
+            pages=np.frombuffer(self.pages, dtype=np.int32),
             page_starts=np.array(self.page_starts, dtype=np.int32),
             logit_rows=np.array(self.logit_rows, dtype=np.int32),
             conditions=tuple(self.conditions),
