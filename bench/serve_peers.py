@@ -1,6 +1,6 @@
 """Many requests at once, through Mnemos and through the schedulers of llama.cpp and vLLM: the same arrivals for all.
 
-    .venv/bin/python bench/serve_peers.py --peers PEERS [--vllm VLLM] [--rate 2] [--requests 48] [--markdown FILE]
+    .venv/bin/python bench/serve_peers.py --peers PEERS [--vllm VLLM] [--model MODEL] [--requests 48] [--markdown FILE]
 
 PEERS and VLLM are what install_peers.sh and install_vllm.sh made. Requests arrive at random times (Poisson); prompts
 and outputs have mixed lengths; the seed fixes them. Engines run one after the other, round by round; each figure is the
@@ -107,7 +107,7 @@ def table(results: dict[str, dict[str, float] | str], workload: Workload) -> str
     lines = ["| | " + " | ".join(measured) + " |", "| --- " * (1 + len(measured)) + "|"]
     for metric, unit in UNITS.items():
         label = metric if metric == unit else f"{metric}, {unit}"
-        lines.append(f"| {label} | " + " | ".join(f"{values[metric]:.4g}" for values in measured.values()) + " |")
+        lines.append(f"| {label} | " + " | ".join(_shown(values[metric]) for values in measured.values()) + " |")
     about = (
         f"{workload.requests} requests, {workload.rate:g} a second, prompts of {workload.prompts[0]} to "
         f"{workload.prompts[1]} tokens, outputs of {workload.outputs[0]} to {workload.outputs[1]}, "
@@ -115,6 +115,10 @@ def table(results: dict[str, dict[str, float] | str], workload: Workload) -> str
     )
     notes = [f"Not measured: {name} ({reason})." for name, reason in results.items() if isinstance(reason, str)]
     return "\n".join([*lines, "", " ".join([about, *notes])])
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def insert(file: Path, text: str) -> None:
