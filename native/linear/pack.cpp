@@ -271,26 +271,53 @@ void expand_floats(WeightType type, const uint8_t *raw, int64_t begin, int r, ui
   for (int i = 0; i < stored.group * 32; i++) memcpy(panel + float_offset(WeightType::f32, r, begin + i), values + i, 4);
 }
 
+// Whether the file's blocks hold their codes as a record does, but for the order of words: nibbles of columns i and 16 + i
+// side by side, or whole bytes.
+bool packs_by_words(const Layout &layout) { return layout.quantized() && layout.group == 1 && layout.high == 0; }
+
+// All blocks of up to 16 rows; a block's codes lie behind its scale and minimum.
+template <int Words, int Halves>
+void pack_words(const uint8_t *raw, int64_t stride, int64_t blocks, int64_t rows, uint8_t *record) {
+  constexpr int scales = Halves * 2, block_bytes = scales + Words * 4, record_bytes = Words * 64 + Halves * 32;
+  constexpr uint32_t flipped = Words == 8 ? 0x80808080 : 0;  // int8 to codes that start from 0
+  for (int64_t b = 0; b < blocks; b++, raw += block_bytes, record += record_bytes) {
+    for (int64_t r = 0; r < rows; r++) {
+      const uint8_t *block = raw + r * stride;
+      uint32_t words[Words];
+      memcpy(words, block + scales, sizeof words);
+      for (int j = 0; j < Words; j++) {
+        const uint32_t word = words[j] ^ flipped;
+        memcpy(record + j * 64 + r * 4, &word, 4);
+      }
+      for (int half = 0; half < Halves; half++) memcpy(record + Words * 64 + half * 32 + r * 2, block + half * 2, 2);
+    }
+  }
+}
+
 // The rows of one panel, a run of columns at a time, so that what is written together stays in the cache.
 void pack_panel(const Matrix &matrix, const uint8_t *raw, int64_t rows, uint8_t *panel) {
   const Layout &layout = matrix.layout;
   const int64_t stride = row_bytes(matrix.type, matrix.columns);
-  const int64_t width = block_columns(matrix.type) == 1 ? 32 : block_columns(matrix.type);
+  const int64_t block = block_columns(matrix.type), width = block == 1 ? 32 : block;
+  if (packs_by_words(layout)) {
+    const auto pack = layout.base == 8 ? pack_words<8, 1> : layout.minimum() ? pack_words<4, 2> : pack_words<4, 1>;
+    return pack(raw, stride, matrix.columns / width, rows, panel);
+  }
   for (int64_t begin = 0; begin < matrix.columns; begin += width) {
     const int64_t end = begin + width < matrix.columns ? begin + width : matrix.columns;
     for (int r = 0; r < rows; r++) {
       const uint8_t *source = raw + r * stride;
-      if (block_columns(matrix.type) == 1) {
+      if (block == 1) {
         pack_floats(layout, matrix.type, source, begin, end, r, panel);
         continue;
       }
-      const uint8_t *block = source + row_bytes(matrix.type, begin);
+      const uint8_t *record = source + row_bytes(matrix.type, begin);
       if (layout.quantized()) {
         RecordRow row;
-        read_record(matrix.type, block, row);
+        read_record(matrix.type, record, row);
         store_record(layout, row, r, panel + begin / width * layout.record_bytes());
       } else {
-        expand_floats(matrix.type, block, begin, r, panel);
+        expand_floats(matrix.type, record, begin, r, panel);
       }
     }
   }
