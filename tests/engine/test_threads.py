@@ -127,7 +127,9 @@ def test_a_cancelled_request_keeps_what_it_had() -> None:
 
 def test_a_full_queue_refuses_at_once_and_lists_wait() -> None:
     model = SlowModel()
+    events = []
     with InferenceEngine(model, max_sequences=1, queue_size=2) as engine:
+        engine.subscribe(events.append)
         first = engine.submit(PROMPT, max_new_tokens=5)
         model.entered.wait(20)
         waiting = [engine.submit(PROMPT, max_new_tokens=5) for _ in range(2)]
@@ -137,6 +139,7 @@ def test_a_full_queue_refuses_at_once_and_lists_wait() -> None:
         model.free()
         for handle in (first, *waiting):
             assert handle.result().token_ids == toy_greedy(PROMPT, 5)
+        assert [event.kind for event in events].count("refused") == 1
         prompts = [[number, 1] for number in range(1, 12)]
         assert engine.generate(prompts, max_new_tokens=3) == [p + toy_greedy(p, 3) for p in prompts]
 
@@ -265,7 +268,7 @@ def test_events_tell_the_life_of_a_request(engine: InferenceEngine) -> None:
     engine.generate(PROMPT, max_new_tokens=4)
     stop()
     engine.generate(PROMPT, max_new_tokens=4)
-    assert [event.kind for event in events] == ["submitted", "first_token", "finished"]
+    assert [event.kind for event in events] == ["submitted", "started", "first_token", "finished"]
     assert events[-1].tokens == 4
     assert len({event.request for event in events}) == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from mnemos.decoding.strategy import Branch, Emitted, Rows
 from mnemos.engine.drafting import Drafting
@@ -23,7 +24,7 @@ class Executor:
     ) -> None:
         self.model = model
         self.drafting = drafting
-        self.scheduler = Scheduler(model, pages, limits, self.fail, prefix_cache)
+        self.scheduler = Scheduler(model, pages, limits, self.fail, prefix_cache, partial(self.tell, "started"))
         self.counters = Counters()
         self.listeners: list[Listener] = []
 
@@ -38,7 +39,7 @@ class Executor:
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
-        self._tell("submitted", request, time.perf_counter())
+        self.tell("submitted", request, time.perf_counter())
 
     def cancel(self, request: Request) -> None:
         """Ends a request that is not wanted any more; its sink keeps what was delivered."""
@@ -106,7 +107,7 @@ class Executor:
         request.sink.deliver(advance.emitted, advance.finished)
         request.sink.end(None)
         self.counters.finished += 1
-        self._tell("finished", request, now)
+        self.tell("finished", request, now)
 
     def _draft(self, drafting: Drafting, requests: list[Request]) -> None:
         """Has the draft model guess how texts go on. If it fails, they go on without."""
@@ -134,7 +135,7 @@ class Executor:
                 counters.first_token_seconds.append(now - request.timings.submitted)
                 counters.prompt_tokens += len(request.source or request.prompt)
                 counters.cached_tokens += request.cached_tokens
-                self._tell("first_token", request, now)
+                self.tell("first_token", request, now)
             times.append(now)
         counters.generated_tokens += len(emitted)
 
@@ -146,9 +147,10 @@ class Executor:
         self._forget_drafts(request)
         request.timings.finished = time.perf_counter()
         request.sink.end(error)
-        self._tell(kind, request, request.timings.finished)
+        self.tell(kind, request, request.timings.finished)
 
-    def _tell(self, kind: str, request: Request, now: float) -> None:
+    def tell(self, kind: str, request: Request, now: float) -> None:
+        """Tells the listeners of a step in a request's life."""
         if self.listeners:
             event = Event(kind, request.number, now - request.timings.submitted, len(request.timings.tokens))
             for listener in self.listeners:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
@@ -53,6 +54,8 @@ class Runner:
             self._check_open()
             if len(self.executor.scheduler.queue) + self._entering >= self.queue_size:
                 self.executor.counters.refused += 1
+                if self.executor.listeners:
+                    self._inbox.put(partial(self.executor.tell, "refused", request, time.perf_counter()))
                 raise CapacityError(f"the queue is full: {self.queue_size} requests wait; try again later")
             self.executor.counters.submitted += 1
             self._entering += 1

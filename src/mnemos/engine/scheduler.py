@@ -45,6 +45,7 @@ class Scheduler:
         limits: Limits,
         fail: Callable[[Request, Exception], None],
         prefix_cache: bool = True,
+        on_start: Callable[[Request, float], None] = lambda request, now: None,
     ) -> None:
         self.limits = limits
         self.placement = Placement(model, pages, limits.context_length, prefix_cache)
@@ -53,6 +54,7 @@ class Scheduler:
         self.pace = Pace(limits.batch_tokens)
         self.preemptions = 0
         self._fail = fail
+        self._on_start = on_start
         self._admissions = count(1)
         self._refused: tuple[Request | None, int] = (None, 0)  # who did not fit, with so many pages to be had
 
@@ -226,6 +228,7 @@ class Scheduler:
             return
         request.started = True
         request.timings.started = now
+        self._on_start(request, now)
         try:
             self.placement.start(request)
         except Exception as error:
