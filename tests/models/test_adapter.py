@@ -106,6 +106,62 @@ def test_modules_that_heed_a_mask_share_a_call_across_lengths() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("kind", [*CACHED, tiny_llama], ids=lambda k: k.__name__)
+def test_what_a_module_appends_to_its_cache_is_not_copied(kind) -> None:
+    """Over more steps than the first room holds, the cache moves a few times only, and the logits stay right."""
+    module = make(kind)
+    model = adapt(module)
+    assert model.abilities.grows
+    model.reserve(2)
+    text = np.random.default_rng(1).integers(0, 29, 60).tolist()
+    step(model, (0, 0, text[:2]), (1, 0, text[:2]))
+    places = set()
+    for place in range(2, 60):
+        a, b = step(model, (0, place, text[place : place + 1]), (1, place, text[place : place + 1]))
+        places.add(tuple(leaf.data_ptr() for leaf in model.abilities.style.leaves(model.cache.slots[0].group.past)))
+    assert len(places) == 1
+    for row in (a, b):
+        assert np.abs(row[-1] - truth(module, text)[-1]).max() < 1e-4
+
+
+def test_the_cache_moves_when_its_room_is_full_and_forks_keep_their_own(monkeypatch) -> None:
+    monkeypatch.setattr("mnemos.models.foreign.growing.LEAST_ROOM", 3)
+    module = modules.PastArgument()
+    model = adapt(module)
+    model.reserve(2)
+    text = np.random.default_rng(1).integers(0, 29, 40).tolist()
+    step(model, (0, 0, text[:5]))
+    for place in range(5, 30):
+        (rows,) = step(model, (0, place, text[place : place + 1]))
+        assert np.abs(rows[-1] - truth(module, text[: place + 1])[-1]).max() < 1e-4
+    model.cache.copy([0], [1])
+    other = [*text[:30], 1, 2, 3]
+    for place in range(30, 33):
+        (mine,), (theirs,) = (step(model, (p, place, t[place : place + 1])) for p, t in ((0, text), (1, other)))
+        assert np.abs(mine[-1] - truth(module, text[: place + 1])[-1]).max() < 1e-4
+        assert np.abs(theirs[-1] - truth(module, other[: place + 1])[-1]).max() < 1e-4
+
+
+class Flattens(modules.PastArgument):
+    """Sees its cache as (batch, heads * time, ...), which only a tensor without room behind it allows."""
+
+    def forward(self, x, use_cache=False, past_kv=None):
+        logits, past = super().forward(x, use_cache=True, past_kv=past_kv)
+        for pair in past if past_kv else ():
+            for tensor in pair:
+                tensor.view(tensor.shape[0], -1, tensor.shape[-1])
+        return (logits, past) if use_cache else logits
+
+
+def test_a_module_that_needs_its_cache_in_one_piece_gets_it_so() -> None:
+    module = Flattens()
+    model = adapt(module)
+    assert model.abilities.style is not None and not model.abilities.grows
+    model.reserve(1)
+    step(model, (0, 0, [1, 2, 3]))
+    assert np.abs(step(model, (0, 3, [4]))[0] - truth(module, [1, 2, 3, 4])[-1]).max() < 1e-4
+
+
 def test_hidden_states_are_what_the_head_reads() -> None:
     module = modules.PastArgument()
     model = adapt(module)

@@ -95,8 +95,10 @@ class KVCache:
             self.keys.append(key)
             self.values.append(value)
         elif 0 <= layer_idx < len(self.keys):
-            self.keys[layer_idx] = torch.cat((self.keys[layer_idx][:, :, : self.length], key), dim=2)
-            self.values[layer_idx] = torch.cat((self.values[layer_idx][:, :, : self.length], value), dim=2)
+            for tensors, new in ((self.keys, key), (self.values, value)):
+                held = tensors[layer_idx]
+                held = held if held.shape[2] == self.length else held[:, :, : self.length]
+                tensors[layer_idx] = torch.cat((held, new), dim=2)
         else:
             raise ConfigError(f"layer_idx is {layer_idx}; a growing cache takes layers in order, next {len(self.keys)}")
         return self.keys[layer_idx], self.values[layer_idx]

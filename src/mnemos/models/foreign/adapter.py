@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mnemos.errors import ConfigError, ModelError, UnsupportedError
 from mnemos.models.contract import ModelSpec
 from mnemos.models.foreign.call import Caller, describe
+from mnemos.models.foreign.growing import Lane, make_room
 from mnemos.models.foreign.past import Source, gather
 from mnemos.models.foreign.probe import Abilities, Probe, advance
 from mnemos.models.foreign.settings import find_context, special_tokens
@@ -45,6 +46,7 @@ class Group:
     past: Any
     slots: list[Slot]
     kept: Tensor | None
+    lanes: list[Lane] = field(default_factory=list)  # where the cache's tensors lie, once they have room to grow
 
     def is_exactly(self, jobs: list[Job]) -> bool:
         """Whether these sequences, in this order, are all that the group has, and none has gone another way."""
@@ -208,8 +210,11 @@ class ForeignModel:
     def _continue(self, jobs: list[Job], wanted: npt.NDArray[np.bool_]) -> list[tuple[Job, Any, Any]]:
         style = self.abilities.style
         assert style is not None
-        past, kept = self._assemble(jobs)
+        past, kept, lanes = self._assemble(jobs)
         lengths = [len(job.new) for job in jobs]
+        if self.abilities.grows and jobs[0].start:
+            leaves, lanes = make_room(style.leaves(past), self.abilities.axes, lanes)
+            past = style.replace(past, leaves, max(job.start for job in jobs))
         ids, new_kept = self._pad([job.new for job in jobs])
         steps = torch.arange(ids.shape[1], device=ids.device)
         positions = torch.tensor([job.start for job in jobs], device=ids.device)[:, None] + steps
@@ -226,28 +231,28 @@ class ForeignModel:
             )
             after = new_kept if new_kept is not None else torch.ones_like(ids, dtype=torch.bool)
             kept = torch.cat((before, after), dim=1)
-        group = Group(past, [job.slot for job in jobs], kept)
+        group = Group(past, [job.slot for job in jobs], kept, lanes)
         for job in jobs:
             job.slot.tokens += job.new
             job.slot.group, job.slot.source = group, None
         return self._split(jobs, logits, lengths)
 
-    def _assemble(self, jobs: list[Job]) -> tuple[Any, Tensor | None]:
-        """The cache that covers these sequences' earlier tokens, in the module's form, and which positions are real."""
+    def _assemble(self, jobs: list[Job]) -> tuple[Any, Tensor | None, list[Lane]]:
+        """The cache of these sequences' earlier tokens in the module's form, which positions are real, its lanes."""
         style = self.abilities.style
         assert style is not None
         if jobs[0].start == 0:
-            return style.empty(), None
+            return style.empty(), None, []
         group = jobs[0].slot.group
         if group is not None and group.is_exactly(jobs):
-            return group.past, group.kept
+            return group.past, group.kept, group.lanes
         parts = []
         for job in jobs:
             self.freeze(job.slot)
             assert job.slot.source is not None
             parts.append((job.slot.source, job.slot.row, job.start))
         leaves, kept = gather(parts)
-        return style.build(leaves, max(job.start for job in jobs)), kept
+        return style.build(leaves, max(job.start for job in jobs)), kept, []
 
     def _pad(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor | None]:
         """Token ids side by side, zeros behind the shorter ones, and which are real (None: all)."""

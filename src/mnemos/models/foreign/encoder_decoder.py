@@ -15,6 +15,7 @@ from mnemos.errors import ConfigError, ModelError
 from mnemos.models.contract import ModelSpec
 from mnemos.models.foreign.adapter import ForeignModel, Group, Job
 from mnemos.models.foreign.call import Caller, describe
+from mnemos.models.foreign.growing import Lane
 from mnemos.models.foreign.past import Axes, HuggingFaceStyle, Source, gather
 from mnemos.models.foreign.probe import Abilities
 from mnemos.models.foreign.settings import find_context, setting, special_tokens
@@ -59,7 +60,7 @@ class EncoderDecoderModel(ForeignModel):
         for job in jobs:
             if not isinstance(job.slot.condition, Encoded):
                 raise ModelError(f"{describe(self.module)} needs an encoded prompt; expected begin() before it")
-        past, mask = self._assemble(jobs)
+        past, mask, _ = self._assemble(jobs)
         encoded = [job.slot.condition.states for job in jobs]
         states, mask = _side_by_side(encoded) if mask is None else (encoded[0], mask)
         ids, _ = self._pad([job.new for job in jobs])
@@ -78,14 +79,14 @@ class EncoderDecoderModel(ForeignModel):
             job.slot.group, job.slot.source = group, None
         return self._split(jobs, output.logits, [len(job.new) for job in jobs])
 
-    def _assemble(self, jobs: list[Job]) -> tuple[Any, Tensor | None]:
+    def _assemble(self, jobs: list[Job]) -> tuple[Any, Tensor | None, list[Lane]]:
         from transformers import DynamicCache, EncoderDecoderCache
 
         if jobs[0].start == 0:
-            return EncoderDecoderCache(DynamicCache(), DynamicCache()), None
+            return EncoderDecoderCache(DynamicCache(), DynamicCache()), None, []
         group = jobs[0].slot.group
         if group is not None and group.is_exactly(jobs):
-            return group.past, group.kept
+            return group.past, group.kept, []
         own, cross = [], []
         for job in jobs:
             self.freeze(job.slot)
@@ -99,7 +100,7 @@ class EncoderDecoderModel(ForeignModel):
         if mask is None:
             mask = torch.ones(len(jobs), cross[0][2], dtype=torch.bool, device=self._caller.device)
         built = (style.build(leaves, 0) for leaves in (own_leaves, cross_leaves))
-        return EncoderDecoderCache(*built), mask
+        return EncoderDecoderCache(*built), mask, []
 
 
 def _side_by_side(states: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,9 @@ def adapt_encoder_decoder(module: nn.Module, caller: Caller, context_length: int
         **special_tokens(module, output.logits.shape[-1]),
         parameters=sum(p.numel() for p in module.parameters()),
     )
-    abilities = Abilities(output.logits.shape[-1], 0, False, HuggingFaceStyle(), [], True, False)
+    abilities = Abilities(
+        output.logits.shape[-1], 0, False, HuggingFaceStyle(), [], chunks=True, gaps=False, grows=False
+    )
     model = EncoderDecoderModel(module, abilities, caller, spec)
     model.start_tokens = [int(start)]
     return model

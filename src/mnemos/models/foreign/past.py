@@ -19,6 +19,10 @@ class PastStyle(Protocol):
 
     def build(self, leaves: list[Tensor], length: int) -> Any: ...
 
+    def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
+        """`past` with other tensors of the same contents; it may be changed itself."""
+        ...
+
 
 class NestedStyle:
     """A tuple, list or mapping of tensors, nested as one likes; the first call gets none."""
@@ -34,6 +38,9 @@ class NestedStyle:
 
     def build(self, leaves: list[Tensor], length: int) -> Any:
         return _fill(self.template, iter(leaves))
+
+    def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
+        return self.build(leaves, length)
 
 
 def _walk(item: Any) -> Iterator[Tensor]:
@@ -77,6 +84,14 @@ class HuggingFaceStyle:
             cache.update(key, value, layer)
         return cache
 
+    def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
+        if not hasattr(past, "layers"):
+            past.key_cache, past.value_cache = leaves[::2], leaves[1::2]
+            return past
+        for layer, key, value in zip(past.layers, leaves[::2], leaves[1::2], strict=True):
+            layer.keys, layer.values = key, value
+        return past
+
 
 class AttentionStyle:
     """Modules whose `CachedAttention` layers hold keys and values themselves; `past` is the list of their caches."""
@@ -108,6 +123,9 @@ class AttentionStyle:
     def build(self, leaves: list[Tensor], length: int) -> Any:
         return list(zip(leaves[::2], leaves[1::2], strict=True))
 
+    def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
+        return self.build(leaves, length)
+
 
 class KVCacheStyle:
     """Modules that take a `KVCache` and call its `update`; it grows with the batch and the time that it is given."""
@@ -124,6 +142,9 @@ class KVCacheStyle:
         cache = self.empty()
         cache.fill(leaves, length)
         return cache
+
+    def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
+        return self.build(leaves, length)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mnemos.errors import ModelError
 from mnemos.models.foreign.call import Answer, Caller, describe
+from mnemos.models.foreign.growing import Lane, make_room
 from mnemos.models.foreign.past import (
     AttentionStyle,
     Axes,
@@ -31,7 +32,8 @@ class Abilities:
     """vocabulary: size of a row of logits; last_only: it answers for the last position only;
 
     style, axes: how its cache is handled (None: it is run again over all tokens); chunks: it continues a cache with
-    several tokens at once; gaps: it heeds a mask, so that caches of different lengths can share a call.
+    several tokens at once; gaps: it heeds a mask, so that caches of different lengths can share a call; grows: it takes
+    cache tensors that have room to grow, and appends to them.
     """
 
     vocabulary: int
@@ -41,6 +43,7 @@ class Abilities:
     axes: list[Axes]
     chunks: bool
     gaps: bool
+    grows: bool
 
 
 class Probe:
@@ -65,13 +68,14 @@ class Probe:
         hidden = 0 if caller.head is None else int(self._hidden_size())
         style: PastStyle | None = None
         axes: list[Axes] = []
-        chunks = gaps = False
+        chunks = gaps = grows = False
         if use_kv_cache:
             style, axes = self._find_style()
             if style is not None:
                 chunks = self._agrees(style, (3, 3))
                 gaps = not last_only and self._gaps_agree(style, axes)
-        return Abilities(logits.shape[2], hidden, last_only, style, axes, chunks, gaps)
+                grows = self._grows(style, axes)
+        return Abilities(logits.shape[2], hidden, last_only, style, axes, chunks, gaps, grows)
 
     def _positions(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self.caller.device)[None, :]
@@ -193,6 +197,27 @@ class Probe:
                 stacklevel=5,
             )
         return difference <= self.tolerance
+
+    def _grows(self, style: PastStyle, axes: list[Axes]) -> bool:
+        """Whether two sequences get the same logits behind tensors with room to grow, and were written into it."""
+        if any(hasattr(module, "_orig_mod") for module in self.caller.module.modules()):
+            return False  # what is compiled knows tensors of its own kind only
+        pasts = [self.step(style, self.ids[:, :3], style.empty(), 0)[1] for _ in range(2)]
+        lanes: list[Lane] = []
+        for start in (3, 4):
+            new = self.ids[:, start : start + 1]
+            wanted, pasts[0] = self.step(style, new, pasts[0], start)
+            leaves, lanes = make_room(style.leaves(pasts[1]), axes, lanes)
+            try:
+                got, pasts[1] = self.step(style, new, style.replace(pasts[1], leaves, start), start)
+            except ModelError:  # such as a view over axes that are not adjacent in memory
+                return False
+            held = style.leaves(pasts[1])
+            if (got - wanted).abs().max().item() > self.tolerance or len(held) != len(lanes):
+                return False
+            if not all(lane.filled == start + 1 and lane.holds(leaf) for lane, leaf in zip(lanes, held, strict=True)):
+                return False
+        return True
 
     def _gaps_agree(self, style: PastStyle, axes: list[Axes]) -> bool:
         """Whether two sequences of different length can share a step, the gap between them masked."""
