@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mnemos.models.foreign.call import Caller  # noqa: E402
-from mnemos.models.foreign.packing import PackedLinears, _available  # noqa: E402
+from mnemos.models.foreign.packing import FEW_ROWS, PackedLinears, _available  # noqa: E402
 from tests.models.foreign_modules import PastArgument  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not _available(), reason="this PyTorch has no oneDNN")
@@ -19,7 +19,7 @@ class Special(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("rows", [0, 1, 3, 40])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_are_those_of_the_layer(dtype: torch.dtype, rows: int, bias: bool) -> None:
     torch.manual_seed(0)
@@ -34,6 +34,30 @@ def test_products_are_those_of_the_layer(dtype: torch.dtype, rows: int, bias: bo
     assert got.shape == wanted.shape and got.dtype == dtype
     assert torch.allclose(got.float(), wanted.float(), atol=1e-5 if dtype == torch.float32 else 2e-2)
     assert "forward" not in layer.__dict__
+
+
+def test_a_few_rows_are_multiplied_the_same_bits_alone_and_together() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(70, 33)
+    packed = PackedLinears(torch.nn.Sequential(layer))
+    x = torch.randn(FEW_ROWS, 70)
+    packed.install()
+    with torch.inference_mode():
+        together, alone = layer(x), torch.cat([layer(row) for row in x.split(1)])
+        across = layer(torch.stack((x, x), dim=2)[..., 0])  # rows that do not lie side by side
+    packed.remove()
+    assert torch.equal(together, alone) and torch.equal(across, together)
+
+
+def test_a_changed_bias_is_seen() -> None:
+    layer = torch.nn.Linear(8, 8)
+    packed, x = PackedLinears(torch.nn.Sequential(layer)), torch.zeros(1, 8)
+    with torch.no_grad():
+        layer.bias.fill_(3.0)
+    packed.install()
+    with torch.inference_mode():
+        assert torch.equal(layer(x), torch.full((1, 8), 3.0))
+    packed.remove()
 
 
 def test_a_changed_weight_is_seen_at_the_next_call() -> None:
