@@ -16,6 +16,9 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace mnemos {
 namespace {
@@ -68,6 +71,10 @@ CpuFeatures detect() {
   features.neon_i8mm = getauxval(AT_HWCAP2) & (1ul << 13);
 #elif defined(__APPLE__)
   features.neon_dotprod = true;
+  int i8mm = 0;  // stays so where the system does not know the name
+  size_t size = sizeof i8mm;
+  sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &size, nullptr, 0);
+  features.neon_i8mm = i8mm != 0;
 #endif
   return features;
 }

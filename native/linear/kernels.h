@@ -17,7 +17,7 @@ extern const Kernels scalar_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels, avx512bf16_kernels, amx_kernels;
 #elif defined(__aarch64__)
-extern const Kernels neon_kernels;
+extern const Kernels neon_kernels, neoni8mm_kernels;
 #endif
 
 }  // namespace mnemos

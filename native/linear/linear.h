@@ -25,7 +25,7 @@ int64_t block_columns(WeightType type);
 // Bytes of one row in the file's form.
 int64_t row_bytes(WeightType type, int64_t columns);
 
-// The kernels of one instruction set: "scalar", "avx2", "avxvnni", "avx512", "avx512_bf16", "amx"; "neon".
+// The kernels of one instruction set: "scalar", "avx2", "avxvnni", "avx512", "avx512_bf16", "amx"; "neon", "neon_i8mm".
 struct Kernels;
 const char *name_of(const Kernels &kernels);
 // Those that this machine can run, slowest first; "scalar" is always there.

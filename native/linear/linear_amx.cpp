@@ -57,21 +57,15 @@ class Shapes {
   int columns_, rows_ = 0;
 };
 
-// Codes are stored without their offset, as signed bytes.
+// Codes without their offset, as signed bytes.
 template <const Layout &L>
-struct SignedCodes : Avx512 {
-  using Avx512::store;
-  static void store(uint8_t *p, Bytes codes) {
-    Avx512::store(p, _mm512_sub_epi8(codes, _mm512_set1_epi8(char(L.offset))));
+struct SignedVectors {
+  template <class Vector>
+  static void store(uint8_t *codes, Vector &&vector) {
+    const __m512i offset = _mm512_set1_epi8(char(L.offset));
+    unroll<8>([&](auto v) { Avx512::store(codes + v * 64, _mm512_sub_epi8(vector(v), offset)); });
   }
 };
-
-// Without offsets, layouts differ in their scales alone.
-template <const Layout &L>
-constexpr const Layout &same_scales() {
-  if constexpr (L.halves()) return L.minimum() ? layouts::q2_k : layouts::q3_k;
-  else return L.minimum() ? layouts::q4_1 : layouts::q8_0;
-}
 
 // Dot products of a block, of each part and half.
 template <const Layout &L, int Parts, int P, int R>
@@ -156,19 +150,13 @@ void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t 
 template <const Layout &L, int Parts, int P>
 void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                      const Results &results, Shapes &shapes) {
-  Expanded weights;
-  const int64_t tiles = (row_end - row_begin + amx_rows - 1) / amx_rows;
-  for_chunks<L, P>(matrix, panel, tiles, [&](int64_t first, int64_t count, Prefetch &prefetch) {
-    for (int p = 0; p < P; p++)
-      expand<SignedCodes<L>, L>(matrix.panel(panel + p), first, count, weights.codes[p], weights.scales[p]);
-    for_tiles<P, amx_rows>(matrix, panel, row_begin, row_end, results, first > 0,
-                           [&](auto r, int64_t row, const Output &out) {
-      static_assert(few_rows + 1 >= amx_rows / 2);  // so tiles have at least amx_rows / 2 rows
-      if constexpr (r >= amx_rows / 2) {
-        shapes.set_rows(r);
-        amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
-      }
-    });
+  for_chunks<Avx512, L, P, amx_rows, SignedVectors<L>>(matrix, row_begin, row_end, panel, results,
+            [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
+    static_assert(few_rows + 1 >= amx_rows / 2);  // so tiles have at least amx_rows / 2 rows
+    if constexpr (r >= amx_rows / 2) {
+      shapes.set_rows(r);
+      amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
+    }
   });
 }
 

@@ -58,14 +58,23 @@ inline void load_scales(const uint8_t *record, int block, typename S::Floats *ou
   }
 }
 
+// How a block's codes lie when they are expanded: vector after vector. Other kernels have another arrangement.
+template <class S>
+struct InVectors {
+  template <class Vector>
+  static void store(uint8_t *codes, Vector &&vector) {
+    unroll<8>([&](auto v) { S::store(codes + v * 64, vector(v)); });
+  }
+};
+
 // Blocks first to first + count of a panel, expanded into bytes and float32 scales.
-template <class S, const Layout &L>
+template <class S, const Layout &L, class Arrangement = InVectors<S>>
 void expand(const uint8_t *panel, int64_t first, int64_t count, uint8_t *codes, float *scales) {
   const uint8_t *record = panel + first / L.group * L.record_bytes();
   for (int64_t done = 0; done < count; done += L.group, record += L.record_bytes())
     for (int block = 0; block < L.group; block++) {
       const uint8_t *source = record + block * L.code_bytes();
-      unroll<8>([&](auto v) { S::store(codes + v * 64, code_vector<S, L, v>(source)); });
+      Arrangement::store(codes, [&](auto v) { return code_vector<S, L, v>(source); });
       codes += 512;
       typename S::Floats values[4];
       load_scales<S, L>(record, block, values);
@@ -245,19 +254,31 @@ constexpr const Layout &same_arithmetic() {
   else return L.table ? layouts::q8_0 : L;
 }
 
-// Calls body(first block, blocks, prefetch) for chunks of even sizes that cover the columns of P panels, which `tiles`
-// tiles of rows multiply.
-template <const Layout &L, int P, class Body>
-void for_chunks(const Matrix &matrix, int64_t panel, int64_t tiles, Body &&body) {
+// Layouts whose codes are expanded without their offset differ in their scales alone.
+template <const Layout &L>
+constexpr const Layout &same_scales() {
+  if constexpr (L.halves()) return L.minimum() ? layouts::q2_k : layouts::q3_k;
+  else return L.minimum() ? layouts::q4_1 : layouts::q8_0;
+}
+
+// Expands P panels chunk by chunk, of even sizes, and calls body(integral_constant R, weights, row, first block, blocks,
+// output, prefetch) for tiles that cover the rows, at most `Most` each.
+template <class S, const Layout &L, int P, int Most, class Arrangement, class Body>
+void for_chunks(const Matrix &matrix, int64_t row_begin, int64_t row_end, int64_t panel, const Results &results, Body &&body) {
+  Expanded weights;
   const int64_t blocks = matrix.columns / 32, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
   const int64_t chunk = ((blocks + chunks - 1) / chunks + L.group - 1) / L.group * L.group;
+  const int64_t tiles = (row_end - row_begin + Most - 1) / Most;
   for (int64_t first = 0; first < blocks; first += chunk) {
     const int64_t count = smaller(chunk, blocks - first), end = first + count;
     Prefetch prefetch{{}, chunk / L.group * L.record_bytes(), 0, 0};
     prefetch.step = (prefetch.bytes / (tiles * count) + 63) / 64 * 64;
-    for (int p = 0; p < P; p++)
+    for (int p = 0; p < P; p++) {
+      expand<S, L, Arrangement>(matrix.panel(panel + p), first, count, weights.codes[p], weights.scales[p]);
       prefetch.next[p] = end < blocks ? matrix.panel(panel + p) + end / L.group * L.record_bytes() : matrix.panel(panel + p + P);
-    body(first, count, prefetch);
+    }
+    for_tiles<P, Most>(matrix, panel, row_begin, row_end, results, first > 0,
+                       [&](auto r, int64_t row, const Output &out) { body(r, weights, row, first, count, out, prefetch); });
   }
 }
 
@@ -272,15 +293,9 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
       });
     return;
   }
-  Expanded weights;
-  const int64_t tiles = (row_end - row_begin + S::tile_rows - 1) / S::tile_rows;
-  for_chunks<L, P>(matrix, panel, tiles, [&](int64_t first, int64_t count, Prefetch &prefetch) {
-    for (int p = 0; p < P; p++)
-      expand<S, L>(matrix.panel(panel + p), first, count, weights.codes[p], weights.scales[p]);
-    for_tiles<P, S::tile_rows>(matrix, panel, row_begin, row_end, results, first > 0,
-              [&](auto r, int64_t row, const Output &out) {
-      tile<S, same_arithmetic<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
-    });
+  for_chunks<S, L, P, S::tile_rows, InVectors<S>>(matrix, row_begin, row_end, panel, results,
+            [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
+    tile<S, same_arithmetic<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
   });
 }
 

@@ -11,6 +11,7 @@ std::vector<const Kernels *> runnable_kernels() {
   const CpuFeatures &cpu = cpu_features();
 #if defined(__aarch64__)
   if (cpu.neon_dotprod) kernels.push_back(&neon_kernels);
+  if (cpu.neon_i8mm) kernels.push_back(&neoni8mm_kernels);
 #elif defined(__x86_64__)
   if (cpu.avx2) kernels.push_back(&avx2_kernels);
   if (cpu.avx_vnni) kernels.push_back(&avxvnni_kernels);

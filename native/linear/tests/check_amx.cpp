@@ -2,8 +2,8 @@
 // Exit status 77: skipped, as the processor has not even AVX-512.
 #include "cpu.h"
 #include "linear/amx_tiles.h"
-#include "linear/compare.h"
 #include "linear/tests/amx_emulator.h"
+#include "linear/tests/check_products.h"
 
 using namespace mnemos;
 
@@ -48,25 +48,6 @@ void check_instructions() {
     }
 }
 
-void check_products() {
-  using W = WeightType;
-  const W types[] = {W::q4_0, W::q4_1, W::q5_0, W::q5_1, W::q8_0, W::q2_k, W::q3_k, W::q4_k, W::q5_k, W::q6_k, W::iq4_nl, W::iq4_xs};
-  int64_t count = 0;
-  for (W type : types)
-    for (bool precise : {false, true})
-      for (int64_t tokens = 1; tokens <= 40; tokens++) {
-        // Whole and partly empty panels, odd and even numbers of them, of blocks and of chunks.
-        const bool wide = tokens % 8 == 5;
-        const int64_t columns = block_columns(type) == 32 ? (wide ? 1568 : 96) : (wide ? 1536 : 256);
-        const ProductShape shape{type, precise, tokens % 3 == 0 ? 32 : tokens % 3 == 1 ? 41 : 20, columns, tokens, tokens % 2 == 0};
-        if (!same_products(amx_kernels, avx512_kernels, shape))
-          printf("type %d, precise %d, %lld x %lld, %lld tokens: other bits\n", int(type), int(precise),
-                 (long long)shape.rows, (long long)columns, (long long)tokens), failures++;
-        count++;
-      }
-  printf("%lld products%s\n", (long long)count, failures ? "" : ", the same bits");
-}
-
 // One bit of one result is wrong, for many rows only.
 void multiply_wrongly(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                       int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
@@ -92,7 +73,7 @@ int main() {
   if (emulated) amx_emulator::install();
   check_instructions();
   check_selection();
-  check_products();
+  failures += check_products(amx_kernels, avx512_kernels);
   if (emulated) {
     const amx_emulator::State &state = amx_emulator::state;
     expect(state.products > 0, "no tile product ran");

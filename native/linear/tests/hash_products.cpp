@@ -2,12 +2,14 @@
 // with other kernels must print the same lines. With a sanitizer it shows that nothing is read or written outside the
 // buffers, which here have exactly the size that they must have.
 //   hash_products KERNELS
+// With a second name, products of other shapes are compared bit by bit between the two.
+//   hash_products KERNELS OTHERS
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <vector>
 
-#include "linear/linear.h"
+#include "linear/tests/check_products.h"
 
 using namespace mnemos;
 
@@ -63,13 +65,15 @@ void check(WeightType type, bool as_float32, bool precise, int64_t rows, int64_t
 }  // namespace
 
 int main(int count, char **arguments) {
-  const Kernels *kernels = count == 2 ? find_kernels(arguments[1]) : nullptr;
-  if (kernels == nullptr) {
-    fprintf(stderr, "usage: hash_products KERNELS; this machine can run:");
+  const Kernels *kernels = count >= 2 ? find_kernels(arguments[1]) : nullptr;
+  const Kernels *others = count == 3 ? find_kernels(arguments[2]) : nullptr;
+  if (kernels == nullptr || (count > 2 && others == nullptr)) {
+    fprintf(stderr, "usage: hash_products KERNELS [OTHERS]; this machine can run:");
     for (const Kernels *one : runnable_kernels()) fprintf(stderr, " %s", name_of(*one));
     fprintf(stderr, "\n");
     return 2;
   }
+  if (others != nullptr) return check_products(*kernels, *others) != 0;
   for (int32_t type = 0; type < 64; type++) {
     if (!is_weight_type(type)) continue;
     const auto weight = WeightType(type);

@@ -24,6 +24,7 @@ build() {
         name=$(basename "$file" .cpp) isa=
         case $target:$name in
             arm:*_neondot) isa="-march=armv8.2-a+dotprod" ;;
+            arm:*_neoni8mm) isa="-march=armv8.2-a+dotprod+i8mm" ;;
             *:*_neon*) continue ;;
             arm:*_avx* | arm:*_amx) continue ;;
             *:*_avx2) isa=$avx2 ;;
@@ -58,9 +59,12 @@ neon)
     build "${CXX:-g++}" x86 -O2 -w
     build aarch64-linux-gnu-g++ arm -O2 -static
     "$work/x86/hash_products" "$(kernels "$work/x86/hash_products" | tr ' ' '\n' | grep -v -e scalar -e bf16 -e amx | tail -n 1)" > "$work/x86.txt"
-    qemu-aarch64 -cpu max "$work/arm/hash_products" neon > "$work/neon.txt"
-    diff "$work/x86.txt" "$work/neon.txt"
-    echo "neon: $(wc -l < "$work/neon.txt") products, the same bits"
+    for name in neon neon_i8mm; do
+        qemu-aarch64 -cpu max "$work/arm/hash_products" $name > "$work/$name.txt"
+        diff "$work/x86.txt" "$work/$name.txt"
+        echo "$name: $(wc -l < "$work/$name.txt") products, the same bits"
+    done
+    qemu-aarch64 -cpu max "$work/arm/hash_products" neon_i8mm neon
     ;;
 *)
     sed -n '2,6s/^# //p' "$0"
