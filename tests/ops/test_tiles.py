@@ -14,6 +14,7 @@ SKIPPED = 77
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # most of it compiles the kernels: a minute where nothing else runs
 @pytest.mark.skipif(os.name != "posix" or os.uname().machine != "x86_64", reason="AMX belongs to x86-64")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_amx_tiles_give_the_bits_of_avx512() -> None:
