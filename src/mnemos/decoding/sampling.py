@@ -172,6 +172,8 @@ class Sampling:
 
     def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
         live = self._live
+        if self._samples == 1 and self._drafter is None:
+            return self._advance_alone(live[0], rows[live[0].branch])
         given = [rows[text.branch] for text in live]
         if len(live) > 1 and live[1].branch is live[0].branch:  # at the first step, all grow from the prompt's branch
             for text in live[1:]:
@@ -197,6 +199,14 @@ class Sampling:
             if not self._live and self._samples > self._results:
                 advance.finished = self._best()
         return advance
+
+    def _advance_alone(self, text: _Text, rows: Rows) -> Advance:
+        """As `advance`, for one text without drafts, which is what most steps are made of."""
+        token = self._choose(text, rows, len(rows.logits) - 1)
+        if text.end is not None:
+            return Advance([], text.emitted[-1:], [text.finished(text.sequence, [])])
+        text.branch.tokens.append(token)
+        return Advance([text.branch], text.emitted[-1:])
 
     def _extend(self, text: _Text, rows: Rows, drafts: list[int]) -> int:
         """Chooses tokens until one differs from its draft, or the text ends. Returns how many drafts were right."""

@@ -132,12 +132,14 @@ class Scheduler:
             for sequence, number, start, end in parts:
                 sequence.done += number
                 rows += number
-                if start < end:
-                    sequence.take(logits[start:end], hidden[start:end], keep=not complete)
+                if start < end and complete:
+                    sequence.parts.append((logits[start:end], hidden[start:end]))
                     branch = sequence.branch
-                    if complete and branch.draw is not None:
+                    if branch.draw is not None:
                         drawing.append(sequence)
                         wishes.append(Wish(branch.draw, start, end, len(branch.tokens) - (end - start - 1)))
+                elif start < end:
+                    sequence.keep(logits[start:end], hidden[start:end])
             request.pending -= rows
             charge(request.tenant, rows)
             if request.prefilling or placement.window:

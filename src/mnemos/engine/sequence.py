@@ -76,13 +76,10 @@ class Sequence:
         """Drops tokens: keeps the first SINKS and as many of the newest as fill half the context."""
         self.dropped = len(self.branch.tokens) - max(context_length // 2, SINKS + 1)
 
-    def take(self, logits: Floats, hidden: Floats, keep: bool) -> None:
-        """Takes rows of a step's output; `keep`: until a later step, so they are copied, logits only if wanted."""
-        if keep:
-            wanted = self.done - (self.goal - self.branch.wanted)
-            logits = logits[max(0, len(logits) - wanted) :].copy()
-            hidden = hidden.copy()
-        self.parts.append((logits, hidden))
+    def keep(self, logits: Floats, hidden: Floats) -> None:
+        """Keeps rows of a step's output until the others are there: a copy, of the logits as far as they are wanted."""
+        wanted = self.done - (self.goal - self.branch.wanted)
+        self.parts.append((logits[max(0, len(logits) - wanted) :].copy(), hidden.copy()))
 
     def complete(self) -> Rows:
         """All positions are evaluated: the rows for the strategy."""
