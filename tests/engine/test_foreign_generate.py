@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from mnemos.engine.engine import InferenceEngine  # noqa: E402
-from mnemos.errors import MnemosError, ModelError, UnsupportedError  # noqa: E402
+from mnemos.errors import MnemosError, ModelError, RequestError, UnsupportedError  # noqa: E402
 from tests.models import foreign_modules as modules  # noqa: E402
 from tests.models.test_encoder_decoder import SOURCES, make_bart, make_t5  # noqa: E402
 
@@ -254,6 +254,28 @@ def test_an_error_in_forward_ends_its_request_alone(token: int, message: str) ->
             engine.generate([1, token], max_new_tokens=5)
         assert engine.generate([1, 2, 3], max_new_tokens=5, bad_words_ids=[[13], [17]]) == before
     assert module.training
+
+
+class Sick(modules.PastArgument):
+    """Once it is ill, token 5 makes a logit that is no number."""
+
+    ill = False
+
+    def forward(self, x: Any, use_cache: bool = False, past_kv: Any = None) -> Any:
+        logits, past = super().forward(x, use_cache=True, past_kv=past_kv)
+        if self.ill and (x == 5).any():
+            logits[..., 3] = float("nan")
+        return (logits, past) if use_cache else logits
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_p": 0.9}, {"num_beams": 2}, {"penalty_alpha": 0.5}])
+def test_a_logit_that_is_no_number_ends_its_request_alone_in_every_strategy(options: dict[str, Any]) -> None:
+    module = Sick()
+    with InferenceEngine(module) as engine:
+        module.ill = True
+        with pytest.raises(RequestError, match="the logit of token 3 is nan"):
+            engine.generate([4, 5], max_new_tokens=2, **options)
+        assert len(engine.generate([4, 6], max_new_tokens=2, bad_words_ids=[[5]], **options)) == 4
 
 
 def test_an_error_in_the_encoder_is_the_requests(translator: tuple[Any, InferenceEngine]) -> None:

@@ -221,5 +221,9 @@ def test_vocabulary_and_device_that_do_not_fit() -> None:
         adapt(modules.PastArgument(), vocabulary_size=50)
     with pytest.raises(ConfigError, match="parameters on cpu but device is 'cuda'"):
         adapt(modules.PastArgument(), device="cuda")
+    with pytest.raises(ModelError, match=r"Plain\.forward.* has no values for embedding\.weight .*expected loaded"):
+        adapt(modules.Plain().to("meta"))
+    with pytest.raises(ConfigError, match="device is 'toaster'; expected a device of PyTorch"):
+        adapt(modules.PastArgument(), device="toaster")
     with pytest.raises(ConfigError, match=r"expected a torch.nn.Module"):
         adapt("model.pt")  # type: ignore[arg-type]

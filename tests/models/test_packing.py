@@ -6,6 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from mnemos.errors import ModelError  # noqa: E402
 from mnemos.models.foreign.call import Caller  # noqa: E402
 from mnemos.models.foreign.packing import FEW_ROWS, PackedLinears, _available  # noqa: E402
 from tests.models.foreign_modules import PastArgument  # noqa: E402
@@ -73,6 +74,23 @@ def test_a_changed_weight_is_seen_at_the_next_call() -> None:
     module.load_state_dict({**module.state_dict(), "head.weight": torch.ones_like(module.head.weight)})
     assert caller(ids).logits.any()
     assert all("forward" not in layer.__dict__ for layer in module.modules())
+
+
+def test_a_module_that_was_moved_to_another_dtype_goes_on() -> None:
+    module = PastArgument()
+    caller = Caller(module)
+    ids = torch.tensor([[1, 2, 3]])
+    before = caller(ids).logits
+    module.to(torch.bfloat16)
+    after = caller(ids).logits
+    assert after.dtype is torch.bfloat16
+    assert torch.allclose(after.float(), before, atol=0.1)
+
+
+def test_an_input_of_another_dtype_is_pytorchs_own_matter() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(5, 7))
+    with pytest.raises(ModelError, match="raised RuntimeError: .*same dtype"):
+        Caller(module)(torch.ones(1, 5, dtype=torch.int64))
 
 
 def test_layers_that_compute_something_else_are_left_alone() -> None:

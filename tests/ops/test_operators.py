@@ -54,7 +54,10 @@ def test_attention_equals_the_reference(case: AttentionCase, dtype: str, isa: st
         result = ops.attention(q, k, v, caches[0], 1, batch, case.params)
         visible = _with_all_pages(batch)
         expected = REFERENCE.attention(q, k, v, caches[1], 1, visible, case.params)
-        if dtype == "bfloat16" and isa in ("avx512_bf16", "amx"):  # rounds queries and weights to 8 bits of mantissa too
+        if dtype == "bfloat16" and isa in (
+            "avx512_bf16",
+            "amx",
+        ):  # rounds queries and weights to 8 bits of mantissa too
             error = np.abs(result - expected)
             assert error.max() < 0.02 and np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 0.004
         else:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import Processor
-from mnemos.decoding.sampler import largest
+from mnemos.decoding.sampler import largest, no_choice
 from mnemos.decoding.sampling import with_logprobs
 from mnemos.decoding.stopping import End, TextEnds
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows
@@ -188,7 +188,10 @@ class BeamSearch:
 
     def _scores(self, beam: _Beam, logits: Floats, chosen: list[int]) -> Floats:
         """The sum of log probabilities of the beam with each token, (vocabulary,) float32."""
-        shifted = logits - logits.max()
+        peak = logits.max()
+        if not peak < np.inf:
+            raise no_choice(logits)
+        shifted = logits - peak
         shifted -= np.log(np.exp(shifted).sum())
         if chosen and self._settings.diversity_penalty:
             tokens, counts = np.unique(chosen, return_counts=True)

@@ -10,11 +10,10 @@ import numpy.typing as npt
 
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import Processor
-from mnemos.decoding.sampler import largest
+from mnemos.decoding.sampler import largest, no_choice
 from mnemos.decoding.sampling import with_logprobs
 from mnemos.decoding.stopping import End, StopWatch
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows
-from mnemos.errors import RequestError
 
 Floats = npt.NDArray[np.float32]
 
@@ -79,11 +78,12 @@ class ContrastiveSearch:
         row = logits.copy()
         for processor in self._processors:
             processor(self._history, row)
-        weights = np.exp(row - row.max())
+        peak = row.max()
+        if not np.isfinite(peak):
+            raise no_choice(row)
+        weights = np.exp(row - peak)
         weights /= weights.sum()
         tokens = [int(token) for token in largest(weights, self._top_k) if weights[token] > 0]
-        if not tokens:
-            raise RequestError("no token has a probability here; loosen bad_words, logit_bias or the processors")
         branches = [branch, *(branch.fork() for _ in tokens[1:])]
         for fork, token in zip(branches, tokens, strict=True):
             fork.tokens.append(token)

@@ -108,14 +108,14 @@ def top_tokens(logits: Floats, count: int) -> list[int]:
 def greedy_numpy(logits: Floats) -> int:
     token = int(logits.argmax())
     if not np.isfinite(logits[token]):
-        raise _no_choice(logits)
+        raise no_choice(logits)
     return token
 
 
 def sample_numpy(logits: Floats, cutoffs: Cutoffs, random: float) -> int:
     peak = logits.max()
     if not np.isfinite(peak):
-        raise _no_choice(logits)
+        raise no_choice(logits)
     weights = _weights(logits, peak, cutoffs.temperature)
     if 0 < cutoffs.top_k < len(logits):
         place = len(logits) - cutoffs.top_k
@@ -200,7 +200,8 @@ def log_sum_exp_numpy(logits: Floats) -> float:
     return peak + float(np.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64)))
 
 
-def _no_choice(logits: Floats) -> RequestError:
+def no_choice(logits: Floats) -> RequestError:
+    """The error of a row from which nothing can be chosen."""
     bad = np.flatnonzero(~(logits < np.inf))
     if not len(bad):
         return RequestError(

@@ -301,11 +301,14 @@ def adapt(
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model is a {type(module).__name__}; expected a torch.nn.Module or a mnemos Model")
     caller = Caller(module)
-    if device is not None and torch.device(device).type != caller.device.type:
+    if device is not None and _device(device).type != caller.device.type:
         raise ConfigError(
             f"{type(module).__name__} has its parameters on {caller.device} but device is {device!r}; "
             f"expected device={str(caller.device)!r}, or move the module with .to({device!r}) first"
         )
+    empty = next((name for name, p in module.named_parameters() if p.device.type == "meta"), None)
+    if empty is not None:
+        raise ModelError(f"{describe(module)} has no values for {empty} (its device is meta); expected loaded weights")
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         from mnemos.models.foreign.encoder_decoder import adapt_encoder_decoder
 
@@ -333,3 +336,12 @@ def adapt(
         parameters=sum(p.numel() for p in module.parameters()),
     )
     return ForeignModel(module, abilities, caller, spec)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device is {name!r}; expected a device of PyTorch, such as 'cpu', 'cuda' or 'mps'"
+        ) from error

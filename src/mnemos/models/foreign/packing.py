@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mnemos.formats.tensor import TensorType
 from mnemos.memory.planning import machine_memory
@@ -37,13 +38,13 @@ class PackedLayer:
     layer: nn.Linear
     weight: Tensor
     bias: Tensor | None
-    versions: tuple[int, int]  # count the changes to weight and bias, as optimizers and load_state_dict make them
+    state: tuple[int, ...]
     forward: Multiply
 
     def is_current(self) -> bool:
         layer = self.layer
         same = layer.weight is self.weight and layer.bias is self.bias
-        return same and _versions(self.weight, self.bias) == self.versions
+        return same and _state(self.weight, self.bias) == self.state
 
 
 class PackedLinears:
@@ -88,8 +89,9 @@ def _can_be_packed(layer: nn.Linear) -> bool:
     return plain and weight.device.type == "cpu" and weight.dtype in _DTYPES
 
 
-def _versions(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    return weight._version, 0 if bias is None else bias._version
+def _state(*parameters: Tensor | None) -> tuple[int, ...]:
+    """Where the parameters lie (`module.to` moves them) and how often optimizers and load_state_dict changed them."""
+    return tuple(number for p in parameters if p is not None for number in (p._version, p.data_ptr()))
 
 
 def _pack(layer: nn.Linear, pool: Any) -> PackedLayer | None:
@@ -101,11 +103,13 @@ def _pack(layer: nn.Linear, pool: Any) -> PackedLayer | None:
     few = _pack_few(weight, bias, pool) if floats and pool is not None else None
 
     def forward(input: Tensor) -> Tensor:
-        if few is not None and input.dtype is torch.float32 and 0 < input.numel() <= FEW_ROWS * weight.shape[1]:
+        if input.dtype is not weight.dtype:  # PyTorch knows better what it can make of that, or what to say
+            return F.linear(input, weight, bias)
+        if few is not None and 0 < input.numel() <= FEW_ROWS * weight.shape[1]:
             return few(input)
         return many(input)
 
-    return PackedLayer(layer, weight, bias, _versions(weight, bias), forward)
+    return PackedLayer(layer, weight, bias, _state(weight, bias), forward)
 
 
 def _pack_many(weight: Tensor, bias: Tensor | None) -> Multiply | None:
