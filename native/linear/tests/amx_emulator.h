@@ -23,7 +23,7 @@ struct State {
   uint16_t row_bytes[8] = {};
   uint8_t rows[8] = {};
   Tile tiles[8] = {};
-  int64_t configurations = 0, releases = 0, products = 0;
+  int64_t releases = 0, products = 0;
 };
 
 inline State state;  // of the one thread that tests have
@@ -52,7 +52,6 @@ inline void configure(const uint8_t *memory) {
   }
   memset(state.tiles, 0, sizeof state.tiles);
   state.configured = true;
-  state.configurations++;
 }
 
 inline void load(int tile, const uint8_t *memory, int64_t stride) {
@@ -135,9 +134,9 @@ inline int64_t execute(const uint8_t *code, const ucontext_t *context) {
   const uint8_t *modrm = code + 4;
   const int tile = modrm[0] >> 3 & 7;
   if (opcode == 0x49 && prefix == none && modrm[0] == 0xc0) {  // tilerelease
-    const int64_t releases = state.releases + 1, configurations = state.configurations, products = state.products;
+    const int64_t releases = state.releases + 1, products = state.products;
     state = State{};
-    state.releases = releases, state.configurations = configurations, state.products = products;
+    state.releases = releases, state.products = products;
     return 5;
   }
   if (opcode == 0x49 && prefix == none && tile == 0) {  // ldtilecfg
