@@ -22,16 +22,30 @@ int64_t first_visible(const Attention &a, int64_t position) {
   return a.window > 0 ? std::max<int64_t>(0, position - a.window + 1) : 0;
 }
 
-// y = one head of queries or keys, normed and rotated.
-void transform(const Step &step, const Norm &norm, const RopeTable *rope, int64_t position, int64_t head_dim, const float *x,
-               float *y) {
+// y = one head of queries or keys, normed, rotated and scaled.
+void transform(const Step &step, const Norm &norm, const RopeTable *rope, int64_t position, float factor, int64_t head_dim,
+               const float *x, float *y) {
   if (norm.kind != Norm::none) {
     step.kernels->rms_norm(x, norm.weight->data(), norm.epsilon, y, 1, head_dim);
     x = y;
   }
   const int64_t rotated = rope == nullptr ? 0 : 2 * rope->half();
-  if (rope != nullptr) step.kernels->rope(x, rope->cosines(position), rope->sines(position), y, rope->half());
-  if (x != y) std::memcpy(y + rotated, x + rotated, static_cast<size_t>(head_dim - rotated) * sizeof(float));
+  if (rope != nullptr) step.kernels->rope(x, rope->cosines(position), rope->sines(position), factor, y, rope->half());
+  if (rotated < head_dim) step.kernels->scale(x + rotated, factor, y + rotated, head_dim - rotated);
+}
+
+// Writes a head's results, which are weighted sums still to be divided by their totals, for `rows` tokens of one head
+// of queries: that of token t at values + (t - token) * stride. The values are overwritten.
+void write_head(const Step &step, const Attention &a, const Target &y, int64_t token, int64_t rows, int64_t head,
+                float *values, int64_t stride, const float *totals, int64_t totals_stride, int thread) {
+  const int64_t width = a.heads * a.head_dim, first = head * a.head_dim;
+  for (int64_t r = 0; r < rows; r++) {
+    float *into = y.form ? values + r * stride : step.data(y.buffer, thread) + (token + r) * width + first;
+    step.kernels->scale(values + r * stride, 1.0f / totals[r * totals_stride], into, a.head_dim);
+  }
+  if (!y.form) return;
+  const Input input = bind_input(*y.form->kernels, y.form->form, step.batch.tokens, width, step.data<uint8_t>(y.buffer, thread));
+  prepare_columns(input, values - token * stride - first, stride, token, token + rows, first, first + a.head_dim);
 }
 
 int64_t sequence_of(const BatchView &batch, int64_t token) {
@@ -54,7 +68,7 @@ void store_token(const Step &step, const Attention &a, const float *k, const flo
   const int64_t position = step.batch.positions[t], at = (t * a.kv_heads + head) * a.head_dim;
   const int64_t page = step.batch.pages[step.batch.page_starts[sequence] + position / cell.slots];
   uint8_t *data = a.cache->cells(a.layer, head) + page * a.cache->page_bytes();
-  transform(step, a.key_norm, a.key_rope.get(), position, a.head_dim, k + at, scratch);
+  transform(step, a.key_norm, a.key_rope.get(), position, 1.0f, a.head_dim, k + at, scratch);
   step.kernels->store_key(cell, data, position % cell.slots, scratch);
   step.kernels->store_value(cell, data, position % cell.slots, v + at);
 }
@@ -90,10 +104,10 @@ class StoreTask : public Task {
 
 class AttendTask : public Task {
  public:
-  AttendTask(const Attention &attention, int q, int k, int v, int stored, int partials, int y)
+  AttendTask(const Attention &attention, int q, int k, int v, int stored, int partials, const Target &y)
       : a_(attention), q_(q), k_(k), v_(v), partials_(partials), y_(y) {
     reads = {q, k, v, stored};
-    writes = {partials, y};
+    writes = {partials, y.buffer};
   }
   int64_t items(const Step &step) const override {
     return static_cast<int64_t>(step.tile_sets[a_.tile_set].tiles.size()) * a_.kv_heads / heads_per_item(step);
@@ -105,10 +119,13 @@ class AttendTask : public Task {
   }
 
   void run(const Step &step, int64_t item, int thread) const override {
-    // Long tiles come last in a prompt, so they are handed out first.
+    // A thread's own tiles are those of the rows that it has in other tasks. Long ones come last in a prompt, so it takes
+    // them first.
     const TileSet &set = step.tile_sets[a_.tile_set];
-    const int64_t heads = heads_per_item(step), first = item * heads % a_.kv_heads;
-    const QueryTile &query = set.tiles[set.tiles.size() - 1 - static_cast<size_t>(item * heads / a_.kv_heads)];
+    const int64_t count = items(step), owner = ((item + 1) * step.threads - 1) / count;
+    const int64_t index = count * owner / step.threads + count * (owner + 1) / step.threads - 1 - item;
+    const int64_t heads = heads_per_item(step), first = index * heads % a_.kv_heads;
+    const QueryTile &query = set.tiles[static_cast<size_t>(index * heads / a_.kv_heads)];
     const bool stores = set.one_token_each && step.batch.positions[query.token_begin] / attention_block < query.block_end;
     for (int64_t head = first; head < first + heads; head++) {
       if (stores) {
@@ -120,6 +137,8 @@ class AttendTask : public Task {
   }
 
  private:
+  static constexpr int64_t ahead = 2;  // tokens whose queries are asked for before they are needed
+
   // The heads of a page lie one after the other, so where there are parts enough, one thread does them all.
   int64_t heads_per_item(const Step &step) const {
     return step.tile_sets[a_.tile_set].partials >= 4 * step.threads ? a_.kv_heads : 1;
@@ -148,27 +167,30 @@ class AttendTask : public Task {
     tile.expanded = tile.scores + tile.rows * score_stride;
     tile.most = most;
     tile.total = total;
+    const float *rows = step.data(q_, thread) + head * group * a_.head_dim;
+    const int64_t width = a_.heads * a_.head_dim;
     for (int64_t r = 0; r < tile.rows; r++) {
       const int64_t t = query.token_begin + r / group;
+      if (r % group == 0 && t + ahead < query.token_end) {
+        for (int64_t i = 0; i < group * a_.head_dim; i += 16) __builtin_prefetch(rows + (t + ahead) * width + i);
+      }
       last[r] = step.batch.positions[t];
       first[r] = first_visible(a_, last[r]);
       most[r] = -INFINITY;
       total[r] = 0;
       float *row = queries + r * stride;
-      transform(step, a_.query_norm, a_.query_rope.get(), last[r], a_.head_dim,
-                step.data(q_, thread) + (t * a_.heads + head * group + r % group) * a_.head_dim, row);
-      step.kernels->scale(row, a_.scale, row, a_.head_dim);
+      transform(step, a_.query_norm, a_.query_rope.get(), last[r], a_.scale, a_.head_dim,
+                rows + t * width + r % group * a_.head_dim, row);
     }
     step.kernels->attend(tile, query.block_begin, query.block_end);
     query.split < 0 ? write_result(step, query, head, tile, thread) : write_partial(step, query, head, tile, thread);
   }
 
   void write_result(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile, int thread) const {
-    const int64_t group = group_of(a_);
-    for (int64_t r = 0; r < tile.rows; r++) {
-      const int64_t t = query.token_begin + r / group;
-      step.kernels->scale(tile.result + r * tile.cell->value_stride, 1.0f / tile.total[r],
-                          step.data(y_, thread) + (t * a_.heads + head * group + r % group) * a_.head_dim, a_.head_dim);
+    const int64_t group = group_of(a_), stride = tile.cell->value_stride;
+    for (int64_t g = 0; g < group; g++) {
+      write_head(step, a_, y_, query.token_begin, query.token_end - query.token_begin, head * group + g,
+                 tile.result + g * stride, group * stride, tile.total + g, group, thread);
     }
   }
 
@@ -181,15 +203,16 @@ class AttendTask : public Task {
   }
 
   const Attention a_;
-  const int q_, k_, v_, partials_, y_;
+  const int q_, k_, v_, partials_;
+  const Target y_;
 };
 
 // Tiles of one token that were split lie one after the other, one for each block.
 class MergeTask : public Task {
  public:
-  MergeTask(const Attention &attention, int partials, int y) : a_(attention), partials_(partials), y_(y) {
+  MergeTask(const Attention &attention, int partials, const Target &y) : a_(attention), partials_(partials), y_(y) {
     reads = {partials};
-    writes = {y};
+    writes = {y.buffer};
   }
   bool active(const Step &step) const override { return step.tile_sets[a_.tile_set].partials > 0; }
   int64_t items(const Step &step) const override {
@@ -223,12 +246,12 @@ class MergeTask : public Task {
       const float *numbers = partial + group * stride;
       step.kernels->merge(numbers[r], numbers[group + r], partial + r * stride, &most, &total, result, stride);
     }
-    step.kernels->scale(result, 1.0f / total,
-                        step.data(y_, thread) + (first.token_begin * a_.heads + head * group + r) * a_.head_dim, a_.head_dim);
+    write_head(step, a_, y_, first.token_begin, 1, head * group + r, result, stride, &total, 1, thread);
   }
 
   const Attention a_;
-  const int partials_, y_;
+  const int partials_;
+  const Target y_;
 };
 
 }  // namespace
@@ -237,11 +260,12 @@ std::unique_ptr<Task> make_store(const Attention &attention, int k, int v, int s
   return std::make_unique<StoreTask>(attention, k, v, stored);
 }
 
-std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials, int y) {
+std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials,
+                                  const Target &y) {
   return std::make_unique<AttendTask>(attention, q, k, v, stored, partials, y);
 }
 
-std::unique_ptr<Task> make_merge(const Attention &attention, int partials, int y) {
+std::unique_ptr<Task> make_merge(const Attention &attention, int partials, const Target &y) {
   return std::make_unique<MergeTask>(attention, partials, y);
 }
 

@@ -109,27 +109,7 @@ class GatherTask : public ExpertTask {
   const PreparedForm form_;
 };
 
-class PrepareInnerTask : public ExpertTask {
- public:
-  PrepareInnerTask(std::shared_ptr<const Experts> experts, int inner, int input, Rows rows)
-      : ExpertTask(std::move(experts), rows), inner_(inner), input_(input), form_(prepared_form(*experts_->down[0])) {
-    reads = {inner};
-    writes = {input};
-  }
-  int64_t items(const Step &step) const override { return tiles_of(pairs(step), few_rows); }
-  void run(const Step &step, int64_t item, int thread) const override {
-    const Input input = bind_input(*form_.kernels, form_.form, pairs(step), form_.columns,
-                                   step.data<uint8_t>(input_, thread));
-    prepare_rows(input, step.data(inner_, thread), form_.columns, item * few_rows,
-                 std::min((item + 1) * few_rows, pairs(step)));
-  }
-
- private:
-  const int inner_, input_;
-  const PreparedForm form_;
-};
-
-// Items are (expert, run of panels); an item does the rows of its expert in tiles.
+// Items are (expert, run of panels); an item does the rows of its expert in tiles. Gated ones are prepared for `down`.
 class ExpertProductTask : public ExpertTask {
  public:
   ExpertProductTask(std::shared_ptr<const Experts> experts, bool down, int input, int order, int y, Rows rows)
@@ -152,7 +132,7 @@ class ExpertProductTask : public ExpertTask {
     for (int64_t row = starts[expert]; row < starts[expert + 1]; row += tile_rows) {
       const int64_t row_end = std::min<int64_t>(row + tile_rows, starts[expert + 1]);
       if (down_) {
-        multiply(matrix, input, row, row_end, panel_begin, panel_end, step.data(y_, thread), matrix.rows, nullptr);
+        multiply(matrix, input, row, row_end, panel_begin, panel_end, step.data(y_, thread), matrix.rows, nullptr, 0);
       } else {
         gated(step, expert, input, row, row_end, panel_begin, panel_end, thread);
       }
@@ -172,12 +152,15 @@ class ExpertProductTask : public ExpertTask {
     const int64_t first = panel_begin * panel_rows, n = std::min(panel_end * panel_rows, gate.rows) - first;
     constexpr int64_t stride = tile_panels * panel_rows;
     float *result = step.thread_scratch(thread), *second = result + tile_rows * stride;
-    multiply(gate, input, row, row_end, panel_begin, panel_end, result - row * stride - first, stride, nullptr);
-    multiply(*experts_->up[expert], input, row, row_end, panel_begin, panel_end, second - row * stride - first, stride, nullptr);
-    float *y = step.data(y_, thread);
-    for (int64_t t = row; t < row_end; t++, result += stride, second += stride) {
-      step.kernels->gated_activation(experts_->activation, result, second, y + t * gate.rows + first, n);
+    multiply(gate, input, row, row_end, panel_begin, panel_end, result - row * stride - first, stride, nullptr, 0);
+    multiply(*experts_->up[expert], input, row, row_end, panel_begin, panel_end, second - row * stride - first, stride,
+             nullptr, 0);
+    for (int64_t at = 0; at < (row_end - row) * stride; at += stride) {
+      step.kernels->gated_activation(experts_->activation, result + at, second + at, result + at, n);
     }
+    const PreparedForm form = prepared_form(*experts_->down[0]);
+    const Input inner = bind_input(*form.kernels, form.form, pairs(step), form.columns, step.data<uint8_t>(y_, thread));
+    prepare_columns(inner, result - row * stride - first, stride, row, row_end, first, first + n);
   }
 
   const bool down_;
@@ -229,10 +212,6 @@ std::unique_ptr<Task> make_sort_rows(std::shared_ptr<const Experts> experts, int
 
 std::unique_ptr<Task> make_gather(std::shared_ptr<const Experts> experts, int x, int order, int input, Rows rows) {
   return std::make_unique<GatherTask>(std::move(experts), x, order, input, rows);
-}
-
-std::unique_ptr<Task> make_prepare_inner(std::shared_ptr<const Experts> experts, int inner, int input, Rows rows) {
-  return std::make_unique<PrepareInnerTask>(std::move(experts), inner, input, rows);
 }
 
 std::unique_ptr<Task> make_gated_experts(std::shared_ptr<const Experts> experts, int input, int order, int inner, Rows rows) {

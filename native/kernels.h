@@ -63,8 +63,8 @@ struct VectorKernels {
   // y += factor * x
   void (*accumulate)(const float *x, float factor, float *y, int64_t n);
   void (*softcap)(const float *x, float cap, float *y, int64_t n);
-  // Rotates one head: element i with element i + half. x may be y.
-  void (*rope)(const float *x, const float *cosines, const float *sines, float *y, int64_t half);
+  // Rotates one head, element i with element i + half, and scales it. x may be y.
+  void (*rope)(const float *x, const float *cosines, const float *sines, float factor, float *y, int64_t half);
   void (*softmax)(float *x, int64_t n);
 
   void (*store_key)(const CellLayout &cell, uint8_t *data, int64_t slot, const float *key);

@@ -142,12 +142,13 @@ void softcap(const float *x, float cap, float *y, int64_t n) {
   map(x, y, n, [&](Vec v) { return mul(c, tanh(div(v, c))); });
 }
 
-void rope(const float *x, const float *cosines, const float *sines, float *y, int64_t half) {
+void rope(const float *x, const float *cosines, const float *sines, float factor, float *y, int64_t half) {
+  const Vec f = splat(factor);
   for_vectors(half, [&](int64_t i, int k) {
     const Vec a = load_any(x + i, k), b = load_any(x + half + i, k);
     const Vec cosine = load_any(cosines + i, k), sine = load_any(sines + i, k);
-    store_any(y + i, sub(mul(a, cosine), mul(b, sine)), k);
-    store_any(y + half + i, add(mul(b, cosine), mul(a, sine)), k);
+    store_any(y + i, mul(sub(mul(a, cosine), mul(b, sine)), f), k);
+    store_any(y + half + i, mul(add(mul(b, cosine), mul(a, sine)), f), k);
   });
 }
 

@@ -9,7 +9,9 @@ namespace {
 
 // Rows that one item multiplies, at most: enough to pay for expanding a panel's weights, few enough that input and result
 // stay in the second-level cache. The kernels take rows by six, or by a divisor of it.
-constexpr int64_t most_rows = 192, row_unit = 6;
+constexpr int64_t most_rows = 264, row_unit = 6;
+// From so many rows for each thread on, threads have rows of their own: what is done to a row then finds it in its cache.
+constexpr int64_t own_rows = 128;
 // Panels of one item, at most. With many rows the kernels take panels by two.
 constexpr int64_t most_panels = 4, many_rows = 8;
 
@@ -21,8 +23,12 @@ class ProductTask : public Task {
       : products_(std::move(products)), input_(input), form_(form), rows_(rows) {
     reads = {input};
     for (const Product &product : products_) {
-      if (product.residual >= 0) reads.push_back(product.residual);
-      writes.push_back(product.y);
+      if (product.residual >= 0) {
+        reads.push_back(product.residual);
+        in_place.emplace_back(product.residual, product.y.buffer);
+      }
+      writes.push_back(product.y.buffer);
+      if (product.y.form) pairs_only_ = true;
       for (int64_t panels = 1; panels <= most_panels; panels++) {
         panel_tiles_[panels] += tiles_of(product.matrix->panels(), panels);
       }
@@ -40,20 +46,20 @@ class ProductTask : public Task {
 
   void run(const Step &step, int64_t item, int thread) const override {
     const Cut cut = cut_for(step);
-    int64_t tile = item / cut.row_tiles;
+    int64_t tile = item % panel_tiles_[cut.panels];
     size_t index = 0;
     for (; tile >= tiles_of(products_[index].matrix->panels(), cut.panels); index++) {
       tile -= tiles_of(products_[index].matrix->panels(), cut.panels);
     }
     const Product &product = products_[index];
     Range range;
-    range.row_begin = item % cut.row_tiles * cut.rows;
+    range.row_begin = item / panel_tiles_[cut.panels] * cut.rows;
     range.row_end = std::min(range.row_begin + cut.rows, step.rows(rows_));
     range.panel_begin = tile * cut.panels;
     range.panel_end = std::min(range.panel_begin + cut.panels, product.matrix->panels());
     const Input input = bind_input(*form_.kernels, form_.form, step.rows(rows_), form_.columns,
                                    step.data<uint8_t>(input_, thread));
-    if (!product.activated && product.residual < 0) return multiply_into(product, input, range, step, thread);
+    if (!product.activated && !product.y.form) return multiply_into(product, input, range, step, thread);
     multiply_and_finish(product, input, range, step, thread);
   }
 
@@ -69,12 +75,14 @@ class ProductTask : public Task {
 
   // Rows in tiles of the same size; as many panels an item as let all threads end together, rather more than few.
   Cut cut_for(const Step &step) const {
-    const int64_t rows = step.rows(rows_), least_tiles = std::max<int64_t>(1, tiles_of(rows, most_rows));
+    const int64_t rows = step.rows(rows_), threads = step.threads;
+    int64_t least_tiles = std::max<int64_t>(1, tiles_of(rows, most_rows));
+    if (rows >= threads * own_rows) least_tiles = tiles_of(least_tiles, threads) * threads;
     Cut cut{tiles_of(tiles_of(rows, least_tiles), row_unit) * row_unit, 0, most_panels};
     cut.row_tiles = rows > 0 ? tiles_of(rows, cut.rows) : 0;
     int64_t least = INT64_MAX;
-    for (int64_t panels = most_panels; panels >= 2; panels -= rows > many_rows ? 2 : 1) {
-      const int64_t longest = tiles_of(panel_tiles_[panels] * cut.row_tiles, step.threads) * panels;
+    for (int64_t panels = most_panels; panels >= 2; panels -= rows > many_rows || pairs_only_ ? 2 : 1) {
+      const int64_t longest = tiles_of(panel_tiles_[panels] * cut.row_tiles, threads) * panels;
       if (longest < least) least = longest, cut.panels = panels;
     }
     return cut;
@@ -82,9 +90,21 @@ class ProductTask : public Task {
 
   static const float *bias_of(const VectorPointer &bias) { return bias ? bias->data() : nullptr; }
 
+  // Starts from the bias or the residual, or both.
   void multiply_into(const Product &product, const Input &input, const Range &range, const Step &step, int thread) const {
-    multiply(*product.matrix, input, range.row_begin, range.row_end, range.panel_begin, range.panel_end,
-             step.data(product.y, thread), product.matrix->rows, bias_of(product.bias));
+    const int64_t width = product.matrix->rows, first = range.panel_begin * panel_rows;
+    const int64_t count = std::min(range.panel_end * panel_rows, width) - first;
+    const float *bias = bias_of(product.bias), *starts = bias;
+    float *y = step.data(product.y.buffer, thread);
+    if (product.residual >= 0) starts = step.data(product.residual, thread);
+    if (product.residual >= 0 && bias != nullptr) {
+      for (int64_t at = range.row_begin * width + first; at < range.row_end * width; at += width) {
+        step.kernels->add(starts + at, bias + first, y + at, count);
+      }
+      starts = y;
+    }
+    multiply(*product.matrix, input, range.row_begin, range.row_end, range.panel_begin, range.panel_end, y, width, starts,
+             product.residual >= 0 ? width : 0);
   }
 
   // Goes through scratch that holds this tile alone.
@@ -96,29 +116,41 @@ class ProductTask : public Task {
     float *result = step.thread_scratch(thread), *second = result + most_rows * stride;
     const auto tile_of = [&](const Matrix &matrix, const VectorPointer &bias, float *into) {
       multiply(matrix, input, range.row_begin, range.row_end, range.panel_begin, range.panel_end,
-               into - range.row_begin * stride - first, stride, bias_of(bias));
+               into - range.row_begin * stride - first, stride, bias_of(bias), 0);
     };
+    Input prepared{};
+    if (product.y.form) {
+      prepared = bind_input(*product.y.form->kernels, product.y.form->form, step.rows(rows_), width,
+                            step.data<uint8_t>(product.y.buffer, thread));
+      fetch_columns(prepared, range.row_begin, range.row_end, first, first + count);
+    }
     tile_of(*product.matrix, product.bias, result);
     if (product.second) tile_of(*product.second, product.second_bias, second);
     const VectorKernels &kernels = *step.kernels;
-    float *y = step.data(product.y, thread);
-    const float *residual = product.residual < 0 ? nullptr : step.data(product.residual, thread);
-    for (int64_t t = range.row_begin; t < range.row_end; t++, result += stride, second += stride) {
-      const int64_t at = t * width + first;
+    float *y = result;
+    int64_t y_stride = stride, rows = range.row_end - range.row_begin, n = count;
+    if (!product.y.form) {
+      y = step.data(product.y.buffer, thread) + range.row_begin * width + first, y_stride = width;
+    } else if (count == stride) {
+      n = rows * stride, rows = 1;
+    }
+    for (int64_t r = 0; r < rows; r++) {
       if (product.second) {
-        kernels.gated_activation(product.activation, result, second, y + at, count);
+        kernels.gated_activation(product.activation, result + r * stride, second + r * stride, y + r * y_stride, n);
       } else if (product.activated) {
-        kernels.activation(product.activation, result, y + at, count);
-      } else {
-        kernels.add(residual + at, result, y + at, count);
+        kernels.activation(product.activation, result + r * stride, y + r * y_stride, n);
       }
     }
+    if (!product.y.form) return;
+    prepare_columns(prepared, result - range.row_begin * stride - first, stride, range.row_begin, range.row_end, first,
+                    first + count);
   }
 
   const std::vector<Product> products_;
   const int input_;
   const PreparedForm form_;
   const Rows rows_;
+  bool pairs_only_ = false;  // pairs of panels are whole blocks of a form
   int64_t panel_tiles_[most_panels + 1] = {};  // of all products, by panels of an item
 };
 

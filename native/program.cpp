@@ -66,9 +66,22 @@ void Program::assign_slots() {
              other.row_floats == buffers[i].row_floats && other.row_multiple == buffers[i].row_multiple &&
              other.form.columns == buffers[i].form.columns;
     };
+    // The slot of what the buffer's first task reads for the last time, if that task works in place; or any free one.
+    const auto in_place = [&](const Slot &slot) {
+      if (first[i] < 0 || first[i] >= count) return false;
+      const Task &task = *schedule_.tasks[static_cast<size_t>(first[i])];
+      const int from = slot.buffers.back();
+      return last[static_cast<size_t>(from)] == first[i] && std::count(task.reads.begin(), task.reads.end(), from) == 1 &&
+             std::count(task.in_place.begin(), task.in_place.end(), std::make_pair(from, b)) == 1;
+    };
     size_t chosen = slots_.size();
     for (size_t s = 0; s < slots_.size(); s++) {
-      if (free_after[s] < first[i] && same_size(slots_[s])) chosen = s;
+      if (!same_size(slots_[s])) continue;
+      if (free_after[s] < first[i]) chosen = s;
+      if (in_place(slots_[s])) {
+        chosen = s;
+        break;
+      }
     }
     if (chosen == slots_.size()) {
       slots_.emplace_back();

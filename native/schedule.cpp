@@ -1,6 +1,8 @@
-// From recorded operators to tasks. Every fusion here computes the same numbers in the same order as the operators
-// would one by one; it only saves passes over memory and meetings of the threads.
+// From recorded operators to tasks. A fusion only saves passes over memory and meetings of the threads: it computes the
+// same numbers in the same order as the operators would one by one, but that a product which is added to something
+// starts from it.
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "graph.h"
@@ -72,6 +74,34 @@ class Scheduler {
     if (o.kind == OperatorKind::linear) precise_[at(source)] = true;
     const bool alone = o.kind == OperatorKind::elementwise && o.inputs.size() == 1;
     if (o.kind == OperatorKind::norm || o.kind == OperatorKind::rope || alone) mark_source(o.inputs[0]);
+  }
+  // The form in which all readers of a value want it, if they are products and want the same.
+  std::optional<PreparedForm> only_form(int v) const {
+    std::optional<PreparedForm> form;
+    int readers = 0;
+    for (size_t i = 0; i < graph_.operators.size(); i++) {
+      if (op(static_cast<int>(i)).kind != OperatorKind::linear || op(static_cast<int>(i)).inputs[0] != v) continue;
+      if (form && !(*form == form_of(static_cast<int>(i)))) return {};
+      form = form_of(static_cast<int>(i));
+      readers++;
+    }
+    return readers == uses_[at(v)] ? form : std::nullopt;
+  }
+  // Where a task that can prepare its results puts them.
+  Target target(int v, bool prepares) {
+    Target y;
+    if (prepares) y.form = only_form(v);
+    y.buffer = y.form ? input_buffer(value(v).rows, *y.form) : buffer(v);
+    if (y.form) prepared_.push_back({v, *y.form, y.buffer});
+    return y;
+  }
+  int input_buffer(Rows rows, const PreparedForm &form, int64_t row_multiple = 1) {
+    BufferSpec spec;
+    spec.kind = BufferSpec::input;
+    spec.rows = rows;
+    spec.row_multiple = row_multiple;
+    spec.form = form;
+    return add_buffer(spec);
   }
   PreparedForm form_of(int i) const { return prepared_form(*op(i).matrix, precise_[at(i)]); }
 
@@ -182,11 +212,7 @@ class Scheduler {
     for (const Prepared &p : prepared_) {
       if (p.value == x && p.form == form) return p.buffer;
     }
-    BufferSpec spec;
-    spec.kind = BufferSpec::input;
-    spec.rows = value(x).rows;
-    spec.form = form;
-    const int input = add_buffer(spec);
+    const int input = input_buffer(value(x).rows, form);
     Norm norm;
     int source = x;
     for (const auto &[normed, o] : pending_norm_) {
@@ -203,7 +229,7 @@ class Scheduler {
     Product product;
     product.matrix = o.matrix;
     product.bias = o.bias;
-    product.y = buffer(finish.by >= 0 ? op(finish.by).outputs[0] : o.outputs[0]);
+    product.y = target(finish.by >= 0 ? op(finish.by).outputs[0] : o.outputs[0], finish.residual < 0);
     if (finish.by < 0) return product;
     product.activated = op(finish.by).elementwise.kind != ElementwiseKind::add;
     product.activation = op(finish.by).elementwise.activation;
@@ -247,7 +273,9 @@ class Scheduler {
     BufferSpec partials;
     partials.kind = BufferSpec::partials;
     const int k = inputs[1], v = buffer(o.inputs[2]), stored = float_buffer(Rows::tokens, 0, 1);
-    const int partial = add_buffer(partials), y = buffer(o.outputs[0]);
+    const int partial = add_buffer(partials);
+    // A head's results must be whole blocks of any form.
+    const Target y = target(o.outputs[0], attention.head_dim % 32 == 0);
     add(make_store(attention, k, v, stored));
     add(make_attend(attention, inputs[0], k, v, stored, partial, y));
     add(make_merge(attention, partial, y));
@@ -279,34 +307,23 @@ class Scheduler {
     const int64_t experts = o.matrix->rows;
     Product product;
     product.matrix = o.matrix;
-    product.y = float_buffer(value(x).rows, experts);
-    const int logits = product.y;
+    const int logits = float_buffer(value(x).rows, experts);
+    product.y.buffer = logits;
     add(make_products({product}, input, form, value(x).rows));
     add(make_route(logits, experts, o.top_k, o.normalise, buffer(o.outputs[0]), buffer(o.outputs[1]), value(x).rows));
-  }
-
-  int expert_input(const Experts &experts, const Matrix &matrix, Rows rows) {
-    BufferSpec spec;
-    spec.kind = BufferSpec::input;
-    spec.rows = rows;
-    spec.row_multiple = experts.top_k;
-    spec.form = prepared_form(matrix);
-    return add_buffer(spec);
   }
 
   void schedule_experts(const Operator &o) {
     const Experts &experts = *o.experts;
     const Rows rows = value(o.inputs[0]).rows;
     const int order = float_buffer(rows, experts.top_k, static_cast<int64_t>(experts.gate.size()) + 1);
-    const int gathered = expert_input(experts, *experts.gate[0], rows);
-    const int inner = float_buffer(rows, experts.top_k * experts.gate[0]->rows);
-    const int prepared_inner = expert_input(experts, *experts.down[0], rows);
+    const int gathered = input_buffer(rows, prepared_form(*experts.gate[0]), experts.top_k);
+    const int inner = input_buffer(rows, prepared_form(*experts.down[0]), experts.top_k);
     const int outer = float_buffer(rows, experts.top_k * experts.down[0]->rows);
     add(make_sort_rows(o.experts, buffer(o.inputs[1]), order, rows));
     add(make_gather(o.experts, buffer(o.inputs[0]), order, gathered, rows));
     add(make_gated_experts(o.experts, gathered, order, inner, rows));
-    add(make_prepare_inner(o.experts, inner, prepared_inner, rows));
-    add(make_down_experts(o.experts, prepared_inner, order, outer, rows));
+    add(make_down_experts(o.experts, inner, order, outer, rows));
     add(make_combine(o.experts, outer, order, buffer(o.inputs[2]), buffer(o.outputs[0]), rows));
   }
 

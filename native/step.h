@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "cache.h"
@@ -71,6 +72,8 @@ class Task {
   virtual int64_t scratch_bytes(const BatchView &, int) const { return 0; }
 
   std::vector<int> reads, writes;  // buffers
+  // Pairs of a buffer that is read and one that is written: they may be the same memory, if nobody reads the first later.
+  std::vector<std::pair<int, int>> in_place;
   bool cheap_for_one_row = false;  // then every thread does all of it for itself, which is faster than to wait for one
 };
 

@@ -79,7 +79,7 @@ class RopeTask : public RowTask {
     for (int64_t t = begin; t < end; t++) {
       const int64_t position = step.batch.positions[t];
       for (int64_t i = t * width_; i < (t + 1) * width_; i += head_dim_) {
-        step.kernels->rope(x + i, table_->cosines(position), table_->sines(position), y + i, table_->half());
+        step.kernels->rope(x + i, table_->cosines(position), table_->sines(position), 1.0f, y + i, table_->half());
       }
     }
   }
@@ -154,7 +154,7 @@ class PrepareTask : public RowTask {
     writes = {input};
   }
   int64_t scratch_bytes(const BatchView &, int) const override {
-    return norm_.kind == Norm::none ? 0 : form_.columns * static_cast<int64_t>(sizeof(float));
+    return norm_.kind == Norm::none ? 0 : rows_per_item_ * form_.columns * static_cast<int64_t>(sizeof(float));
   }
   void run_rows(const Step &step, int64_t begin, int64_t end, int thread) const override {
     const Input input = bind_input(*form_.kernels, form_.form, step.rows(rows_), form_.columns,
@@ -163,9 +163,9 @@ class PrepareTask : public RowTask {
     if (norm_.kind == Norm::none) return prepare_rows(input, x, form_.columns, begin, end);
     float *normed = step.thread_scratch(thread);
     for (int64_t t = begin; t < end; t++) {
-      apply_norm(*step.kernels, norm_, x + t * form_.columns, normed, form_.columns);
-      prepare_rows(input, normed, 0, t, t + 1);  // stride 0: the row is where x begins
+      apply_norm(*step.kernels, norm_, x + t * form_.columns, normed + (t - begin) * form_.columns, form_.columns);
     }
+    prepare_rows(input, normed - begin * form_.columns, form_.columns, begin, end);
   }
 
  private:

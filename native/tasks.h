@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "linear/linear.h"
@@ -53,14 +54,20 @@ inline PreparedForm prepared_form(const Matrix &matrix, bool precise = false) {
 // input = prepared(norm(x)).
 std::unique_ptr<Task> make_prepare(Norm norm, int x, int input, PreparedForm form, Rows rows);
 
+// Where rows go: to a buffer of floats, or to one in the form that the products behind want.
+struct Target {
+  int buffer = -1;
+  std::optional<PreparedForm> form;
+};
+
 // One or several products of the same input, with what follows them done while the result is in the cache.
 struct Product {
   MatrixPointer matrix, second;  // second: the `up` of a gated activation, whose gate is `matrix`
   VectorPointer bias, second_bias;
   bool activated = false;        // activation(product), or activation(gate) * up with a second matrix
   ActivationKind activation = ActivationKind::silu;
-  int residual = -1;             // buffer that is added
-  int y = -1;
+  int residual = -1;             // buffer that is added to; not with a form of y
+  Target y;
 };
 std::unique_ptr<Task> make_products(std::vector<Product> products, int input, PreparedForm form, Rows rows);
 
@@ -96,9 +103,10 @@ struct Attention {
 // Norms and rotates keys and stores them and values in the cache, in batches in which a sequence has several tokens;
 // `stored` stands for what is in the cache then. In other batches make_attend's task does it.
 std::unique_ptr<Task> make_store(const Attention &attention, int k, int v, int stored);
-std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials, int y);
+std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials,
+                                  const Target &y);
 // Merges the partial results of long contexts that were split among threads.
-std::unique_ptr<Task> make_merge(const Attention &attention, int partials, int y);
+std::unique_ptr<Task> make_merge(const Attention &attention, int partials, const Target &y);
 // The tiles for this batch. Long contexts are split when there are few tiles.
 TileSet make_tiles(const BatchView &batch, const Attention &attention, int threads);
 int64_t partials_bytes(const TileSet &tiles, const Attention &attention);
@@ -115,7 +123,6 @@ struct Experts {
 // (expert count + 1) starts, then the (token * top_k + choice) of each row, sorted by expert.
 std::unique_ptr<Task> make_sort_rows(std::shared_ptr<const Experts> experts, int ids, int order, Rows rows);
 std::unique_ptr<Task> make_gather(std::shared_ptr<const Experts> experts, int x, int order, int input, Rows rows);
-std::unique_ptr<Task> make_prepare_inner(std::shared_ptr<const Experts> experts, int inner, int input, Rows rows);
 std::unique_ptr<Task> make_gated_experts(std::shared_ptr<const Experts> experts, int input, int order, int inner, Rows rows);
 std::unique_ptr<Task> make_down_experts(std::shared_ptr<const Experts> experts, int input, int order, int outer, Rows rows);
 std::unique_ptr<Task> make_combine(std::shared_ptr<const Experts> experts, int outer, int order, int weights, int y, Rows rows);

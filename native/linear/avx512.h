@@ -21,6 +21,7 @@ struct Avx512 {
   static constexpr bool signed_bytes = false;
   static constexpr int narrow_bits = 0;
   static constexpr int tile_panels = 2, tile_rows = 6, float_rows = 6, stream_rows = 8;
+  static constexpr int blocks_together = 16;
 
   static Bytes load(const uint8_t *p) { return _mm512_loadu_si512(p); }
   static void store(uint8_t *p, Bytes a) { _mm512_storeu_si512(p, a); }
@@ -80,25 +81,72 @@ struct Avx512 {
   static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
-  static float largest_magnitude(const float *x) {
-    const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
-    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-  }
+  // First all scales, then all quants: many short steps that do not wait for each other.
   template <int Parts>
-  static void quantize(const float *x, float inverse, int8_t *quants, int32_t *counts) {
-    for (int half = 0; half < 2; half++, x += 16, quants += 16) {
-      __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), _mm512_set1_ps(inverse)));
-      counts[half] = _mm512_reduce_add_epi32(value);
-      if constexpr (Parts == 2) {
-        const __m512i first = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(64)), 7);
-        store_int8s(quants, first);
-        value = _mm512_sub_epi32(value, _mm512_slli_epi32(first, 7));
-      }
-      store_int8s(quants + (Parts - 1) * 32, value);
+  static void quantize_together(const float *const *x, QuantBlock<Parts> *const *blocks, int count) {
+    alignas(16) float inverses[blocks_together], scales[blocks_together];
+    for (int i = 0; i < count; i += 4) {
+      const __m128 largest = largest_of_four(x + i), most = _mm_set1_ps(largest_quant<Parts>);
+      const __mmask8 plain = _mm_cmp_ps_mask(largest, _mm_set1_ps(smallest_magnitude), _CMP_GT_OQ);
+      _mm_store_ps(inverses + i, _mm_maskz_div_ps(plain, most, largest));
+      _mm_store_ps(scales + i, _mm_maskz_div_ps(plain, largest, most));
     }
+    for (int i = 0; i < count; i += 2) quantize_two<Parts>(x + i, inverses + i, scales + i, blocks + i);
   }
-  static void store_int8s(int8_t *p, __m512i a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(a));
+
+  // The largest magnitude of each of four blocks.
+  static __m128 largest_of_four(const float *const *x) {
+    __m512 most[4];
+    for (int i = 0; i < 4; i++)
+      most[i] = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x[i])), _mm512_abs_ps(_mm512_loadu_ps(x[i] + 16)));
+    const __m512 a = _mm512_max_ps(_mm512_unpacklo_ps(most[0], most[1]), _mm512_unpackhi_ps(most[0], most[1]));
+    const __m512 b = _mm512_max_ps(_mm512_unpacklo_ps(most[2], most[3]), _mm512_unpackhi_ps(most[2], most[3]));
+    const __m512 all = _mm512_max_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));  // lane i % 4: block i
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+
+  template <int Parts>
+  static void quantize_two(const float *const *x, const float *inverses, const float *scales,
+                           QuantBlock<Parts> *const *blocks) {
+    __m512i values[4];
+    for (int i = 0; i < 4; i++) {
+      const __m512 value = _mm512_loadu_ps(x[i / 2] + i % 2 * 16);
+      values[i] = _mm512_cvtps_epi32(_mm512_mul_ps(value, _mm512_set1_ps(inverses[i / 2])));
+    }
+    __m128i counts = _mm_setzero_si128();
+    if constexpr (Parts == 2) {
+      __m512i first[4];
+      for (int i = 0; i < 4; i++) {
+        first[i] = _mm512_srai_epi32(_mm512_add_epi32(values[i], _mm512_set1_epi32(64)), 7);
+        values[i] = _mm512_sub_epi32(values[i], _mm512_slli_epi32(first[i], 7));
+      }
+      counts = _mm_slli_epi32(store_part(first, blocks[0]->parts[0], blocks[1]->parts[0]), 7);
+    }
+    counts = _mm_add_epi32(counts, store_part(values, blocks[0]->parts[Parts - 1], blocks[1]->parts[Parts - 1]));
+    const __m128 both = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double *>(scales)));
+    const __m128 scale = _mm_unpacklo_ps(both, both);
+    const __m128 sum = _mm_mul_ps(scale, _mm_cvtepi32_ps(_mm_add_epi32(counts, _mm_shuffle_epi32(counts, 0xb1))));
+    const __m128 pairs = _mm_blend_ps(scale, sum, 0xa);  // scale and sum of one block, then of the other
+    static_assert(sizeof(QuantBlock<Parts>) == Parts * 32 + 16, "scale, sum and counts follow the parts");
+    store_rest(blocks[0]->parts[0] + Parts * 32, _mm_shuffle_ps(pairs, _mm_castsi128_ps(counts), 0x44));
+    store_rest(blocks[1]->parts[0] + Parts * 32, _mm_shuffle_ps(pairs, _mm_castsi128_ps(counts), 0xee));
+  }
+  static void store_rest(int8_t *p, __m128 rest) { _mm_storeu_ps(reinterpret_cast<float *>(p), rest); }
+
+  // Stores the values of two blocks, a byte each; returns the sum of each half.
+  static __m128i store_part(const __m512i *values, int8_t *first, int8_t *second) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i words[2] = {_mm512_packs_epi32(values[0], values[1]), _mm512_packs_epi32(values[2], values[3])};
+    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(words[0], words[1]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(first), _mm512_castsi512_si256(bytes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(second), _mm512_extracti64x4_epi64(bytes, 1));
+    // 128 is added to each byte, so that none has a sign, then eight at a time are summed.
+    const __m512i eights = _mm512_sad_epu8(_mm512_xor_si512(bytes, _mm512_set1_epi8(-128)), _mm512_setzero_si512());
+    const __m512i halves = _mm512_add_epi32(eights, _mm512_bsrli_epi128(eights, 8));
+    const __m512i every_fourth = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    const __m128i sums = _mm512_castsi512_si128(_mm512_permutexvar_epi32(every_fourth, halves));
+    return _mm_sub_epi32(sums, _mm_set1_epi32(16 * 128));
   }
 };
 

@@ -43,7 +43,8 @@ std::vector<float> product(const Kernels &kernels, const ProductShape &shape) {
       ::operator new(input_bytes(form, shape.tokens, shape.columns), std::align_val_t(64)));
   const Input input = bind_input(kernels, form, shape.tokens, shape.columns, workspace.get());
   prepare_rows(input, x.data(), shape.columns, 0, shape.tokens);
-  multiply(matrix, input, 0, shape.tokens, 0, matrix.panels(), y.data(), shape.rows, shape.bias ? bias.data() : nullptr);
+  multiply(matrix, input, 0, shape.tokens, 0, matrix.panels(), y.data(), shape.rows,
+           shape.bias ? bias.data() : nullptr, 0);
   return y;
 }
 

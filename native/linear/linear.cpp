@@ -117,12 +117,29 @@ Input bind_input(const Kernels &kernels, Form form, int64_t rows, int64_t column
 }
 
 void prepare_rows(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end) {
-  input.kernels->prepare_rows(input, x, x_stride, row_begin, row_end);
+  input.kernels->prepare(input, x, x_stride, row_begin, row_end, 0, input.columns);
+}
+
+void prepare_columns(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end,
+                     int64_t column_begin, int64_t column_end) {
+  input.kernels->prepare(input, x, x_stride, row_begin, row_end, column_begin, column_end);
+}
+
+void fetch_columns(const Input &input, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
+  const auto bytes = [&](int64_t columns) { return input_bytes(input.form, 1, columns); };
+  const auto *begin = input.form == Form::f32 ? reinterpret_cast<const uint8_t *>(input.values)
+                      : input.form == Form::bf16 ? reinterpret_cast<const uint8_t *>(input.halves)
+                                                 : input.blocks;
+  const size_t stride = bytes(input.padded), first = bytes(column_begin), last = bytes(column_end);
+  for (int64_t row = row_begin; row < row_end; row++) {
+    const uint8_t *cells = begin + size_t(row) * stride;
+    for (size_t at = first / 64 * 64; at < last; at += 64) __builtin_prefetch(cells + at, 1);
+  }
 }
 
 void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-              int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
-  matrix.kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, bias);
+              int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
+  matrix.kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts, start_stride);
 }
 
 }  // namespace mnemos

@@ -101,11 +101,17 @@ size_t input_bytes(Form form, int64_t rows, int64_t columns);
 Input bind_input(const Kernels &kernels, Form form, int64_t rows, int64_t columns, void *workspace);
 // Fills rows row_begin to row_end from x (row t at x + t * x_stride). Rows are independent of each other.
 void prepare_rows(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end);
+// The same for some columns of these rows, which begin and end at multiples of 32; or end with the last column.
+void prepare_columns(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end,
+                     int64_t column_begin, int64_t column_end);
 
-// y[t * y_stride + r] = bias[r] + sum over c of x[t, c] W[r, c], for rows row_begin <= t < row_end of the input and the
-// output rows r of the panels. `bias` may be null; otherwise it has matrix.rows floats. The input has
-// a form that the matrix takes, and its columns.
+// Asks for the memory that `prepare_columns` is going to fill.
+void fetch_columns(const Input &input, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end);
+
+// y[t * y_stride + r] = starts[t * start_stride + r] + sum over c of x[t, c] W[r, c], for rows row_begin <= t < row_end of
+// the input and the output rows r of the panels. `starts` may be null for zeros, a bias of matrix.rows floats with stride
+// 0, or what the product is added to, even y itself. The input has a form that the matrix takes, and its columns.
 void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-              int64_t panel_end, float *y, int64_t y_stride, const float *bias);
+              int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride);
 
 }  // namespace mnemos

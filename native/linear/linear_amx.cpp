@@ -161,15 +161,16 @@ void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin
 }
 
 void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                  int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
+                  int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
   if (!matrix.layout.quantized() || row_end - row_begin <= few_rows)
-    return avx512bf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, bias);
+    return avx512bf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
+                                       start_stride);
   Shapes shapes(matrix.layout.halves() ? 16 : 32);
   for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
     with_layout(matrix.layout.type, [&](auto q) {
       constexpr const Layout &layout = decltype(q)::layout;
       const auto multiply = input.form == Form::int15 ? multiply_panels<layout, 2, panels> : multiply_panels<layout, 1, panels>;
-      multiply(matrix, input, row_begin, row_end, panel, {y, y_stride, bias}, shapes);
+      multiply(matrix, input, row_begin, row_end, panel, {y, y_stride, starts, start_stride}, shapes);
     });
   });
 }

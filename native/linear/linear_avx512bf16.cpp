@@ -15,10 +15,10 @@ struct Avx512Bf16 : Avx512 {
 };
 
 void multiply_bfloats(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                      int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
+                      int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
   const bool bfloats = matrix.layout.type == WeightType::bf16;
   const auto multiply = bfloats ? multiply_floats<Avx512Bf16, WeightType::bf16> : avx512_kernels.multiply;
-  multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, bias);
+  multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts, start_stride);
 }
 
 }  // namespace

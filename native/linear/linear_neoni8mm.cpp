@@ -105,14 +105,15 @@ void multiply_panel(const Matrix &matrix, const Input &input, int64_t row_begin,
 }
 
 void multiply_i8mm(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                   int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
+                   int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
   if (!matrix.layout.quantized() || row_end - row_begin <= few_rows)
-    return neon_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, bias);
+    return neon_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
+                                 start_stride);
   for (int64_t panel = panel_begin; panel < panel_end; panel++)
     with_layout(matrix.layout.type, [&](auto q) {
       constexpr const Layout &layout = decltype(q)::layout;
       const auto multiply = input.form == Form::int15 ? multiply_panel<layout, 2> : multiply_panel<layout, 1>;
-      multiply(matrix, input, row_begin, row_end, panel, {y, y_stride, bias});
+      multiply(matrix, input, row_begin, row_end, panel, {y, y_stride, starts, start_stride});
     });
 }
 

@@ -22,6 +22,7 @@ struct Neon {
   static constexpr bool signed_bytes = true;  // the dot product takes two signed operands
   static constexpr int narrow_bits = 0;
   static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4;
+  static constexpr int blocks_together = 1;
 
   template <class Vectors, class Lane>
   static Vectors each(Lane lane) {

@@ -84,9 +84,10 @@ void multiply_float(const Matrix &matrix, const Input &input, int64_t row_begin,
 
 template <class S, WeightType W>
 void multiply_floats(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                     int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
+                     int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
   for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
-    multiply_float<S, W, panels>(matrix, input, row_begin, row_end, panel, {y, y_stride, bias});
+    multiply_float<S, W, panels>(matrix, input, row_begin, row_end, panel,
+                                {y, y_stride, starts, start_stride});
   });
 }
 

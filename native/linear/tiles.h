@@ -42,10 +42,11 @@ struct Output {
 struct Results {
   float *y;
   int64_t stride;
-  const float *bias;  // or null
+  const float *starts;  // or null
+  int64_t start_stride;
 };
 
-alignas(64) constexpr float no_bias[panel_rows] = {};
+alignas(64) constexpr float zeros[panel_rows] = {};
 
 // How far ahead of a record its successor is asked for from memory.
 constexpr int64_t prefetch_bytes = 4096;
@@ -56,7 +57,7 @@ struct Edge {
 };
 
 // Calls body(integral_constant R, row, output) for tiles of P panels that cover the rows: as few as there can be, of even
-// sizes. They start from the bias, or go on with what is there if columns have been multiplied before.
+// sizes. They start from what the caller gave, or go on with what is there if columns have been multiplied before.
 template <int P, int Most, class Body>
 void for_tiles(const Matrix &matrix, int64_t panel, int64_t row_begin, int64_t row_end, const Results &results,
                bool go_on, Body &&body) {
@@ -70,8 +71,8 @@ void for_tiles(const Matrix &matrix, int64_t panel, int64_t row_begin, int64_t r
       const int64_t first = (panel + p) * panel_rows;
       out.rows[p] = results.y + row * results.stride + first;
       out.stride[p] = results.stride;
-      out.starts[p] = go_on ? out.rows[p] : results.bias ? results.bias + first : no_bias;
-      out.start_stride[p] = go_on ? results.stride : 0;
+      out.starts[p] = go_on ? out.rows[p] : results.starts ? results.starts + row * results.start_stride + first : zeros;
+      out.start_stride[p] = go_on ? results.stride : results.starts ? results.start_stride : 0;
     }
     float *target = out.rows[P - 1];
     if (filled < panel_rows) {
@@ -80,6 +81,10 @@ void for_tiles(const Matrix &matrix, int64_t panel, int64_t row_begin, int64_t r
         for (int i = 0; i < panel_rows; i++) edge.values[r][i] = i < filled ? starts[i] : 0;
       out.starts[P - 1] = out.rows[P - 1] = edge.values[0];
       out.start_stride[P - 1] = out.stride[P - 1] = panel_rows;
+    }
+    if (out.start_stride[0] > 0) {  // what the next tile starts from, while this one is multiplied
+      for (int64_t r = count; r < smaller(2 * count, row_end - row); r++)
+        for (int p = 0; p < P; p++) __builtin_prefetch(out.starts[p] + r * out.start_stride[p]);
     }
     unroll<Most>([&](auto less) {
       if (count == less + 1) body(std::integral_constant<int, less + 1>{}, row, out);

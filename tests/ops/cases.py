@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor import Tensor, TensorType
 from mnemos.ops.batch import AttentionParams, Batch, RopeParams
 from mnemos.ops.protocol import ACTIVATIONS
 
@@ -30,6 +30,15 @@ def floats(generator: np.random.Generator, *shape: int) -> np.ndarray:
 
 def weight(ops: Any, generator: np.random.Generator, rows: int, columns: int) -> Any:
     return ops.matrix(Tensor.from_array("weight", floats(generator, rows, columns) / np.float32(np.sqrt(columns))))
+
+
+def quantized(ops: Any, generator: np.random.Generator, rows: int, columns: int) -> Any:
+    """Random Q8_0 blocks: a float16 scale and 32 signed bytes."""
+    blocks = rows * columns // 32
+    scales = (generator.uniform(0.5, 1.5, blocks) / 127 / np.sqrt(columns)).astype(np.float16)
+    quants = generator.integers(-127, 128, (blocks, 32)).astype(np.int8)
+    data = np.concatenate([scales.view(np.uint8).reshape(blocks, 2), quants.view(np.uint8)], axis=1)
+    return ops.matrix(Tensor("weight", TensorType.Q8_0, (rows, columns), data.reshape(-1)))
 
 
 def _embed(ops: Any, g: np.random.Generator, t: int) -> Any:

@@ -6,25 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.ops.cases import floats
+from tests.ops.cases import floats, quantized
 
 from mnemos import _native
-from mnemos.formats.tensor import Tensor, TensorType
 from mnemos.ops.batch import AttentionParams, Batch, KVLayout, Output, RopeParams
 from mnemos.ops.native import NativeOps, Value
 
 VOCABULARY, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, PAGE_SIZE = 90, 64, 96, 4, 2, 16, 2, 16
 PAGES = 24  # of one sequence
 LENGTHS = (1, 5, 37, 150, 290)
-
-
-def _quantized(generator: np.random.Generator, rows: int, columns: int) -> Tensor:
-    """Random Q8_0 blocks: a float16 scale and 32 signed bytes."""
-    blocks = rows * columns // 32
-    scales = (generator.uniform(0.5, 1.5, blocks) / 127 / np.sqrt(columns)).astype(np.float16)
-    quants = generator.integers(-127, 128, (blocks, 32)).astype(np.int8)
-    data = np.concatenate([scales.view(np.uint8).reshape(blocks, 2), quants.view(np.uint8)], axis=1)
-    return Tensor("weight", TensorType.Q8_0, (rows, columns), data.reshape(-1))
 
 
 class SmallModel:
@@ -35,7 +25,7 @@ class SmallModel:
         width, kv_width = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 
         def matrix(rows: int, columns: int) -> Any:
-            return ops.matrix(_quantized(generator, rows, columns))
+            return quantized(ops, generator, rows, columns)
 
         self.ops = ops
         self.embedding = matrix(VOCABULARY, HIDDEN)

@@ -50,8 +50,9 @@ void check_instructions() {
 
 // One bit of one result is wrong, for many rows only.
 void multiply_wrongly(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                      int64_t panel_end, float *y, int64_t y_stride, const float *bias) {
-  avx512_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, bias);
+                      int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
+  avx512_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
+                          start_stride);
   if (row_end - row_begin > 8) reinterpret_cast<uint32_t &>(y[9 * y_stride + 3]) ^= 1;
 }
 

@@ -50,7 +50,7 @@ void check(WeightType type, bool as_float32, bool precise, int64_t rows, int64_t
       ::operator new(input_bytes(form, tokens, columns), std::align_val_t(64)));
   const Input input = bind_input(kernels, form, tokens, columns, workspace.get());
   prepare_rows(input, x.data(), columns, 0, tokens);
-  multiply(matrix, input, 0, tokens, 0, matrix.panels(), y.data(), rows, nullptr);
+  multiply(matrix, input, 0, tokens, 0, matrix.panels(), y.data(), rows, nullptr, 0);
 
   Hash hash;
   hash.add(y);
