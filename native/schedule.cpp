@@ -2,7 +2,6 @@
 // same numbers in the same order as the operators would one by one, but that a product which is added to something
 // starts from it.
 #include <algorithm>
-#include <optional>
 #include <utility>
 
 #include "graph.h"
@@ -75,22 +74,23 @@ class Scheduler {
     const bool alone = o.kind == OperatorKind::elementwise && o.inputs.size() == 1;
     if (o.kind == OperatorKind::norm || o.kind == OperatorKind::rope || alone) mark_source(o.inputs[0]);
   }
-  // The form in which all readers of a value want it, if they are products and want the same.
-  std::optional<PreparedForm> only_form(int v) const {
-    std::optional<PreparedForm> form;
-    int readers = 0;
-    for (size_t i = 0; i < graph_.operators.size(); i++) {
-      if (op(static_cast<int>(i)).kind != OperatorKind::linear || op(static_cast<int>(i)).inputs[0] != v) continue;
-      if (form && !(*form == form_of(static_cast<int>(i)))) return {};
-      form = form_of(static_cast<int>(i));
-      readers++;
+  // The forms in which products want a value, and how many products do.
+  std::vector<PreparedForm> forms_of(int v, int *readers) const {
+    std::vector<PreparedForm> forms;
+    *readers = 0;
+    for (int i = 0; i < static_cast<int>(graph_.operators.size()); i++) {
+      if (op(i).kind != OperatorKind::linear || op(i).inputs[0] != v) continue;
+      if (std::find(forms.begin(), forms.end(), form_of(i)) == forms.end()) forms.push_back(form_of(i));
+      ++*readers;
     }
-    return readers == uses_[at(v)] ? form : std::nullopt;
+    return forms;
   }
   // Where a task that can prepare its results puts them.
   Target target(int v, bool prepares) {
     Target y;
-    if (prepares) y.form = only_form(v);
+    int readers;
+    const std::vector<PreparedForm> forms = forms_of(v, &readers);
+    if (prepares && forms.size() == 1 && readers == uses_[at(v)]) y.form = forms[0];
     y.buffer = y.form ? input_buffer(value(v).rows, *y.form) : buffer(v);
     if (y.form) prepared_.push_back({v, *y.form, y.buffer});
     return y;
@@ -207,20 +207,26 @@ class Scheduler {
     add(make_norm(o.norm, buffer(o.inputs[0]), buffer(y), value(y).width, value(y).rows));
   }
 
-  // The buffer with `x` in that form; made by a task of its own, and once for all who want it.
+  // The buffer with `x` in that form; made by a task of its own, once for all products, whatever forms they want.
   int prepared(int x, const PreparedForm &form) {
     for (const Prepared &p : prepared_) {
       if (p.value == x && p.form == form) return p.buffer;
     }
-    const int input = input_buffer(value(x).rows, form);
+    int readers;
+    std::vector<PreparedForm> forms = forms_of(x, &readers);
+    if (std::find(forms.begin(), forms.end(), form) == forms.end()) forms.push_back(form);  // a router's
+    std::vector<Target> targets;
+    for (const PreparedForm &wanted : forms) {
+      targets.push_back({input_buffer(value(x).rows, wanted), wanted});
+      prepared_.push_back({x, wanted, targets.back().buffer});
+    }
     Norm norm;
     int source = x;
     for (const auto &[normed, o] : pending_norm_) {
       if (normed == x) norm = o->norm, source = o->inputs[0];
     }
-    add(make_prepare(norm, buffer(source), input, form, value(x).rows));
-    prepared_.push_back({x, form, input});
-    return input;
+    add(make_prepare(norm, buffer(source), value(x).width, targets, value(x).rows));
+    return prepared(x, form);
   }
 
   Product make_product(int i) {

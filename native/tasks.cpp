@@ -148,30 +148,35 @@ class NormTask : public RowTask {
 
 class PrepareTask : public RowTask {
  public:
-  PrepareTask(Norm norm, int x, int input, PreparedForm form, Rows rows)
-      : RowTask(rows, few_rows), norm_(std::move(norm)), x_(x), input_(input), form_(form) {
+  PrepareTask(Norm norm, int x, int64_t width, std::vector<Target> targets, Rows rows)
+      : RowTask(rows, few_rows), norm_(std::move(norm)), x_(x), width_(width), targets_(std::move(targets)) {
     reads = {x};
-    writes = {input};
+    for (const Target &target : targets_) writes.push_back(target.buffer);
   }
   int64_t scratch_bytes(const BatchView &, int) const override {
-    return norm_.kind == Norm::none ? 0 : rows_per_item_ * form_.columns * static_cast<int64_t>(sizeof(float));
+    return norm_.kind == Norm::none ? 0 : rows_per_item_ * width_ * static_cast<int64_t>(sizeof(float));
   }
   void run_rows(const Step &step, int64_t begin, int64_t end, int thread) const override {
-    const Input input = bind_input(*form_.kernels, form_.form, step.rows(rows_), form_.columns,
-                                   step.data<uint8_t>(input_, thread));
     const float *x = step.data(x_, thread);
-    if (norm_.kind == Norm::none) return prepare_rows(input, x, form_.columns, begin, end);
-    float *normed = step.thread_scratch(thread);
-    for (int64_t t = begin; t < end; t++) {
-      apply_norm(*step.kernels, norm_, x + t * form_.columns, normed + (t - begin) * form_.columns, form_.columns);
+    if (norm_.kind != Norm::none) {
+      float *normed = step.thread_scratch(thread);
+      for (int64_t t = begin; t < end; t++) {
+        apply_norm(*step.kernels, norm_, x + t * width_, normed + (t - begin) * width_, width_);
+      }
+      x = normed - begin * width_;
     }
-    prepare_rows(input, normed - begin * form_.columns, form_.columns, begin, end);
+    for (const Target &target : targets_) {
+      const PreparedForm &form = *target.form;
+      prepare_rows(bind_input(*form.kernels, form.form, step.rows(rows_), width_, step.data<uint8_t>(target.buffer, thread)),
+                   x, width_, begin, end);
+    }
   }
 
  private:
   const Norm norm_;
-  const int x_, input_;
-  const PreparedForm form_;
+  const int x_;
+  const int64_t width_;
+  const std::vector<Target> targets_;
 };
 
 }  // namespace
@@ -197,8 +202,8 @@ std::unique_ptr<Task> make_norm(Norm norm, int x, int y, int64_t width, Rows row
   return std::make_unique<NormTask>(std::move(norm), x, y, width, rows);
 }
 
-std::unique_ptr<Task> make_prepare(Norm norm, int x, int input, PreparedForm form, Rows rows) {
-  return std::make_unique<PrepareTask>(std::move(norm), x, input, form, rows);
+std::unique_ptr<Task> make_prepare(Norm norm, int x, int64_t width, std::vector<Target> targets, Rows rows) {
+  return std::make_unique<PrepareTask>(std::move(norm), x, width, std::move(targets), rows);
 }
 
 RopeTable::RopeTable(std::vector<float> frequencies, float magnitude)

@@ -51,14 +51,14 @@ inline PreparedForm prepared_form(const Matrix &matrix, bool precise = false) {
   return {matrix.input_form(precise), &matrix.kernels, matrix.columns};
 }
 
-// input = prepared(norm(x)).
-std::unique_ptr<Task> make_prepare(Norm norm, int x, int input, PreparedForm form, Rows rows);
-
 // Where rows go: to a buffer of floats, or to one in the form that the products behind want.
 struct Target {
   int buffer = -1;
   std::optional<PreparedForm> form;
 };
+
+// Prepares norm(x), of that width, in each target's form.
+std::unique_ptr<Task> make_prepare(Norm norm, int x, int64_t width, std::vector<Target> targets, Rows rows);
 
 // One or several products of the same input, with what follows them done while the result is in the cache.
 struct Product {
