@@ -1,6 +1,6 @@
 """Mnemos beside llama.cpp over storage types and shapes of models, with random weights.
 
-    .venv/bin/python bench/shapes.py --peers PEERS [--shapes 0.5b,8b:8] [--types Q4_0,Q8_0] [--rounds 2] [--markdown FILE]
+    .venv/bin/python bench/shapes.py --peers PEERS [--shapes 0.5b,8b:8] [--types Q4_0,Q8_0] [--markdown FILE]
 
 PEERS is the folder that install_peers.sh made. A shape is one of tools/make_gguf.py, with a number of layers if it is
 not to have all of them: what a layer costs is the same, and large models are made and measured sooner. The two engines
@@ -83,7 +83,8 @@ def main() -> None:
                 if arguments.folder is None:
                     path.unlink()
     day = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    about = f"Tokens/s on {cpu_name()}, {usable_cores()} cores, {instruction_set()}; {day}, best of {arguments.rounds} rounds."
+    machine = f"{cpu_name()}, {usable_cores()} cores, {instruction_set()}"
+    about = f"Tokens/s on {machine}; {day}, best of {arguments.rounds} rounds."
     text = "\n".join([*lines, "", " ".join([about, *(f"Not measured: {failure}." for failure in failures)])])
     print(text)
     if arguments.markdown:

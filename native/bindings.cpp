@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
@@ -59,8 +60,8 @@ const Kernels &linear_kernels() {
   throw unsupported_error("no kernels for matrix products run on this machine");
 }
 
-std::shared_ptr<Matrix> make_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32, bool release,
-                                    Pool &pool) {
+// A matrix whose bytes are undefined until `pack` has run.
+std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32) {
   if (!is_weight_type(type)) throw unsupported_error("a weight of storage type " + std::to_string(type) + " cannot be multiplied");
   const WeightType weight = static_cast<WeightType>(type);
   if (rows < 1 || columns < 1 || columns % block_columns(weight) != 0) {
@@ -72,17 +73,31 @@ std::shared_ptr<Matrix> make_matrix(Bytes data, int type, int64_t rows, int64_t 
     throw config_error("a weight of " + std::to_string(rows) + " x " + std::to_string(columns) + " values has " +
                        std::to_string(data.size()) + " bytes; its type needs " + std::to_string(bytes));
   }
-  const uint8_t *raw = data.data();
-  nb::gil_scoped_release release_gil;
-  std::shared_ptr<Matrix> matrix;
   try {
-    matrix = std::make_shared<Matrix>(weight, rows, columns, as_float32, linear_kernels());
+    return std::make_shared<Matrix>(weight, rows, columns, as_float32, linear_kernels());
   } catch (const std::bad_alloc &) {
     throw capacity_error("the system has no memory left for a weight of " + std::to_string(bytes) + " bytes");
   }
-  pool.for_each(matrix->panels(), 8, [&](int64_t begin, int64_t end, int) { pack_panels(*matrix, raw, begin, end); });
-  if (release) release_file_pages(raw, static_cast<size_t>(bytes));
+}
+
+void pack(Matrix &matrix, const uint8_t *raw, bool release, Pool &pool) {
+  pool.for_each(matrix.panels(), 8, [&](int64_t begin, int64_t end, int) { pack_panels(matrix, raw, begin, end); });
+  if (release) release_file_pages(raw, static_cast<size_t>(row_bytes(matrix.type, matrix.columns) * matrix.rows));
+}
+
+std::shared_ptr<Matrix> make_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32, bool release,
+                                    Pool &pool) {
+  const std::shared_ptr<Matrix> matrix = allocate_matrix(data, type, rows, columns, as_float32);
+  nb::gil_scoped_release release_gil;
+  pack(*matrix, data.data(), release, pool);
   return matrix;
+}
+
+// (matrix, its bytes in the file's form, whether the file's pages are given back) each. One call for all, so that the
+// interpreter is free meanwhile.
+void pack_matrices(const std::vector<std::tuple<std::shared_ptr<Matrix>, Bytes, bool>> &matrices, Pool &pool) {
+  nb::gil_scoped_release release_gil;
+  for (const auto &[matrix, data, release] : matrices) pack(*matrix, data.data(), release, pool);
 }
 
 VectorPointer copy_vector(const std::optional<Floats> &array) {
@@ -305,6 +320,8 @@ NB_MODULE(_native, m) {
       .def_ro("columns", &Matrix::columns)
       .def_prop_ro("bytes", &Matrix::bytes);
   m.def("make_matrix", &make_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a, "release"_a, "pool"_a);
+  m.def("allocate_matrix", &allocate_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a);
+  m.def("pack_matrices", &pack_matrices, "matrices"_a, "pool"_a);
 
   nb::class_<Cache>(m, "Cache")
       .def("__init__",

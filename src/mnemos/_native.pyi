@@ -45,6 +45,12 @@ class Matrix:
 def make_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool, release: bool, pool: Pool) -> Matrix:
     """Repacks a weight; with `release` the pages of the mapped file that it came from are given back."""
 
+def allocate_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool) -> Matrix:
+    """A matrix that cannot be used before `pack_matrices` has packed it."""
+
+def pack_matrices(matrices: list[tuple[Matrix, Bytes, bool]], pool: Pool) -> None:
+    """Repacks weights that `allocate_matrix` made: (matrix, data, release) each, as of `make_matrix`."""
+
 class Cache:
     def __init__(self, layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: str, pages: int) -> None: ...
     @property

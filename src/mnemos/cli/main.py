@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -42,6 +43,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 after an error, 2 for wrong usage, 128 + n after signal n."""
     words = sys.argv[1:] if argv is None else list(argv)
+    gc.set_threshold(100_000, 10, 10)  # most objects are made at the start and stay; searching them takes a tenth of it
     if "numpy" not in words:  # the backend; the others have threads of their own, and NumPy's would slow the start down
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = _parser(words).parse_args(words)

@@ -52,15 +52,16 @@ def load_pretrained(
         return _load_foreign(checkpoint, where, dtype, context_length, tokenizer, use_kv_cache, trust_remote_code)
     if backend == "auto" and device not in (None, "cpu"):
         backend = f"torch:{device}"
+    model = load_model(
+        checkpoint, backend=backend, dtype=dtype, kv_dtype=kv_dtype, context_length=context_length, threads=threads
+    )
     if tokenizer is None:
         from mnemos.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         building = threading.Thread(target=_prepare, args=(tokenizer,), daemon=True)
         building.start()
-    model = load_model(
-        checkpoint, backend=backend, dtype=dtype, kv_dtype=kv_dtype, context_length=context_length, threads=threads
-    )
+    model.finish()
     return model, tokenizer
 
 

@@ -40,6 +40,10 @@ class LoadedModel:
             raise ConfigError("the model has no cache yet; call reserve(pages) first")
         return self._cache
 
+    def finish(self) -> None:
+        """Reads the weights now, where the backend has put that off until `reserve`; meanwhile Python is free."""
+        self.ops.finish()
+
     def reserve(self, pages: int) -> None:
         """Makes room for `pages` cache pages of spec.layout; called once, before the first forward."""
         if pages < 1:

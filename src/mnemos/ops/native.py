@@ -86,19 +86,21 @@ class NativeOps:
         # Where there are bfloat16 dot products, attention runs at twice the speed on such a cache.
         self.cache_dtype = "bfloat16" if _native.isa() in ("avx512_bf16", "amx") else "float16"
         self.pool = _native.shared_pool(threads or 0)
+        self._unpacked: list[tuple[_native.Matrix, npt.NDArray[np.uint8], bool]] = []
 
     # Parameters.
 
     def matrix(self, tensor: Tensor) -> _native.Matrix:
-        return _native.make_matrix(
-            tensor.data,
-            int(tensor.type),
-            tensor.rows,
-            tensor.columns,
-            as_float32=self.as_float32,
-            release=_is_mapped(tensor.data),
-            pool=self.pool,
+        """The weights are packed when they are first needed, or by `finish`."""
+        matrix = _native.allocate_matrix(
+            tensor.data, int(tensor.type), tensor.rows, tensor.columns, as_float32=self.as_float32
         )
+        self._unpacked.append((matrix, tensor.data, _is_mapped(tensor.data)))
+        return matrix
+
+    def finish(self) -> None:
+        matrices, self._unpacked = self._unpacked, []
+        _native.pack_matrices(matrices, self.pool)
 
     def vector(self, tensor: Tensor) -> Floats:
         return np.ascontiguousarray(tensor.dequantize().reshape(-1), dtype=np.float32)
@@ -107,6 +109,7 @@ class NativeOps:
         return NativeCache(layout, pages)
 
     def compile(self, forward: Forward, cache: NativeCache) -> Callable[[Batch], Output]:
+        self.finish()
         program = _native.Program(self.pool, cache.core)
         batch = _RecordedBatch(*(_BatchArray(program, field) for field in ("token_ids", "positions", "logit_rows")))
         hidden, logits = forward(self, batch, cache)
@@ -216,6 +219,7 @@ class NativeOps:
         **arrays: Any,
     ) -> Any:
         """Runs one operator as a program of its own; the result is a copy."""
+        self.finish()
         program = _native.Program(self.pool, cache.core if cache is not None else None)
         inputs = [np.ascontiguousarray(operand) for operand in operands]
         numbers = [program.input(array.shape[1], integers=array.dtype == np.int32) for array in inputs]

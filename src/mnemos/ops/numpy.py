@@ -64,6 +64,9 @@ class NumpyOps:
     def vector(self, tensor: Tensor) -> Floats:
         return tensor.dequantize().reshape(-1)
 
+    def finish(self) -> None:
+        """Parameters are ready as soon as they are made."""
+
     def cache(self, layout: KVLayout, pages: int) -> NumpyCache:
         return NumpyCache(layout, pages)
 

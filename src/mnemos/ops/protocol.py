@@ -47,6 +47,9 @@ class Ops(Protocol):
     def vector(self, tensor: Tensor) -> Array:
         """A norm weight or bias, float32, flat."""
 
+    def finish(self) -> None:
+        """All parameters are made; those that a backend has put off are read now."""
+
     def cache(self, layout: KVLayout, pages: int) -> Cache: ...
 
     def compile(self, forward: Forward, cache: Any) -> Callable[[Batch], Output]:

@@ -122,6 +122,9 @@ class TorchOps:
     def vector(self, tensor: StoredTensor) -> Tensor:
         return torch.from_numpy(tensor.dequantize().reshape(-1)).to(self.device)
 
+    def finish(self) -> None:
+        """Parameters are ready as soon as they are made."""
+
     def cache(self, layout: KVLayout, pages: int) -> TorchCache:
         return TorchCache(layout, pages, self.device)
 
