@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 
 from mnemos.bench.machine import Machine, examine
+from mnemos.bench.results import insert_table
 from mnemos.cli.terminal import human_bytes, remark
 from mnemos.hub.sources import resolve
 
@@ -135,17 +136,6 @@ def _ratio(ours: float | None, peer: tuple[str, float] | None, metric: str) -> s
     return "-" if ours is None or peer is None else f"{ours / peer[1]:.2f} x {peer[0]}"
 
 
-def insert(file: Path, text: str, name: str = "figures") -> None:
-    """Replaces what stands between the two marks of that name."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    content = file.read_text(encoding="utf-8")
-    if begin not in content or end not in content:
-        raise SystemExit(f"{file} lacks the lines {begin} and {end}")
-    head, rest = content.split(begin, 1)
-    tail = rest.split(end, 1)[1]
-    file.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, required=True, help="what install_peers.sh made")
@@ -163,7 +153,7 @@ def main() -> None:
     text = table(figures, names, examine(gguf.stat().st_size), gguf.name)
     print(text)
     if arguments.markdown:
-        insert(arguments.markdown, text)
+        insert_table(arguments.markdown, "figures", text)
     for engine, values in figures.values.items():
         print(json.dumps({"engine": engine, **values}), file=sys.stderr)
 

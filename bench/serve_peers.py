@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mnemos.bench.machine import cpu_name, usable_cores
-from mnemos.bench.results import Result
+from mnemos.bench.results import Result, insert_table
 from mnemos.bench.serving import Arrival, Workload, percentile, plan
 from mnemos.cli.terminal import remark
 from mnemos.formats.checkpoint import open_checkpoint
@@ -30,7 +30,6 @@ from mnemos.models.load import load_model
 
 HERE = Path(__file__).resolve().parent
 TIMEOUT_SECONDS = 600  # vLLM compiles for a minute or two when it first sees a model, and keeps what it made
-BEGIN, END = "<!-- serving -->", "<!-- /serving -->"
 UNITS = {
     "requests/s": "requests/s",
     "output": "tokens/s",
@@ -121,15 +120,6 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def insert(file: Path, text: str) -> None:
-    """Replaces what stands between the two marks."""
-    head, mark, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not mark or not end:
-        raise SystemExit(f"{file} lacks the lines {BEGIN} and {END}")
-    file.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, required=True, help="what install_peers.sh made")
@@ -152,7 +142,7 @@ def main() -> None:
     text = table(results, workload)
     print(text)
     if arguments.markdown is not None:
-        insert(arguments.markdown, text)
+        insert_table(arguments.markdown, "serving", text)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
-from compare import HERE, OURS, Figures, insert, measure
+from compare import HERE, OURS, Figures, measure
 
 from mnemos.bench.machine import cpu_name, instruction_set, usable_cores
+from mnemos.bench.results import insert_table
 from mnemos.cli.terminal import human_bytes, remark
 
 MAKE = HERE.parent / "tools" / "make_gguf.py"
@@ -88,7 +89,7 @@ def main() -> None:
     text = "\n".join([*lines, "", " ".join([about, *(f"Not measured: {failure}." for failure in failures)])])
     print(text)
     if arguments.markdown:
-        insert(arguments.markdown, text, "shapes")
+        insert_table(arguments.markdown, "shapes", text)
 
 
 if __name__ == "__main__":

@@ -63,13 +63,3 @@ def test_the_best_peer_is_the_smallest_where_less_is_better(compare: ModuleType)
     assert figures.best_peer("cold") == ("fast", 0.4)
     assert figures.best_peer("rss") is None
     assert "0.50 x fast" in compare.table(figures, ["cold"], MACHINE, "model.gguf")
-
-
-def test_the_table_replaces_the_one_before(compare: ModuleType, tmp_path: Path) -> None:
-    file = tmp_path / "README.md"
-    file.write_text(f"before\n{compare.BEGIN}\nold\n{compare.END}\nafter\n")
-    compare.insert(file, "new")
-    assert file.read_text() == f"before\n{compare.BEGIN}\nnew\n{compare.END}\nafter\n"
-    file.write_text("no marks")
-    with pytest.raises(SystemExit, match="lacks the lines"):
-        compare.insert(file, "new")

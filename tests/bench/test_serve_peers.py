@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -59,13 +58,3 @@ def test_every_engine_gets_the_same_work_and_failures_are_named(serve: ModuleTyp
     table = serve.table(results, Workload())
     assert "| | good |" in table and "| ttft p50, ms | 1,000 |" in table
     assert "Not measured: bad (no such model)." in table and "Not measured: none (" in table
-
-
-def test_the_table_goes_between_the_marks(serve: ModuleType, tmp_path: Path) -> None:
-    file = tmp_path / "page.md"
-    file.write_text("before\n<!-- serving -->\nold\n<!-- /serving -->\nafter\n")
-    serve.insert(file, "new")
-    assert file.read_text() == "before\n<!-- serving -->\nnew\n<!-- /serving -->\nafter\n"
-    file.write_text(json.dumps("no marks"))
-    with pytest.raises(SystemExit, match="lacks the lines"):
-        serve.insert(file, "new")

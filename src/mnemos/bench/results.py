@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from math import isnan
+from pathlib import Path
+
+from mnemos.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,3 +31,16 @@ class Result:
         values = {name: value for name, value in asdict(self).items() if name != "limit"}
         value = None if isnan(self.value) else round(self.value, 3)
         return json.dumps({"engine": values.pop("engine"), **values, "value": value})
+
+
+def insert_table(file: Path, name: str, text: str) -> None:
+    """Replaces what stands in a document between the lines `<!-- name -->` and `<!-- /name -->`.
+
+    ConfigError: the document lacks one of them.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    head, found, rest = file.read_text(encoding="utf-8").partition(begin)
+    _, ended, tail = rest.partition(end)
+    if not found or not ended:
+        raise ConfigError(f"{file} lacks the lines {begin.strip()} and {end}")
+    file.write_text(f"{head}{begin}{text}\n{end}{tail}", encoding="utf-8")
