@@ -209,9 +209,10 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
   const int64_t row_blocks = input.padded / 32;
   int64_t at = 0;
   for (int64_t done = 0; done < row_blocks; done += L.group, panel += L.record_bytes()) {
-    for (int ahead = 0; ahead < L.record_bytes(); ahead += 64) __builtin_prefetch(panel + prefetch_bytes + ahead);
     for (int block = 0; block < L.group; block++, at++) {
       const uint8_t *source = panel + block * L.code_bytes();
+      constexpr int share = L.record_bytes() / L.group;  // a few lines with each block: many at once would have to wait
+      for (int ahead = 0; ahead < share; ahead += 64) __builtin_prefetch(panel + prefetch_bytes + block * share + ahead);
       typename S::Ints dots[Parts][sums][R];
       int32_t starts[sums][R];
       for (int r = 0; r < R; r++)
