@@ -29,7 +29,7 @@ def test_products_are_those_of_the_layer(dtype: torch.dtype, rows: int, bias: bo
     x = torch.randn(2, rows, 70).to(dtype)
     with torch.inference_mode():
         wanted = layer(x)
-        packed.install()
+        packed.install(1)
         got = layer(x)
         packed.remove()
     assert got.shape == wanted.shape and got.dtype == dtype
@@ -42,7 +42,7 @@ def test_a_few_rows_are_multiplied_the_same_bits_alone_and_together() -> None:
     layer = torch.nn.Linear(70, 33)
     packed = PackedLinears(torch.nn.Sequential(layer))
     x = torch.randn(FEW_ROWS, 70)
-    packed.install()
+    packed.install(1)
     with torch.inference_mode():
         together, alone = layer(x), torch.cat([layer(row) for row in x.split(1)])
         across = layer(torch.stack((x, x), dim=2)[..., 0])  # rows that do not lie side by side
@@ -55,7 +55,7 @@ def test_a_changed_bias_is_seen() -> None:
     packed, x = PackedLinears(torch.nn.Sequential(layer)), torch.zeros(1, 8)
     with torch.no_grad():
         layer.bias.fill_(3.0)
-    packed.install()
+    packed.install(1)
     with torch.inference_mode():
         assert torch.equal(layer(x), torch.full((1, 8), 3.0))
     packed.remove()
@@ -101,7 +101,7 @@ def test_layers_that_compute_something_else_are_left_alone() -> None:
     x = torch.randn(2, 8)
     with torch.inference_mode():
         wanted = special(x)
-        packed.install()
+        packed.install(1)
         assert torch.equal(special(x), wanted) and not patched(x).any()
         packed.remove()
     assert not patched(x).any()

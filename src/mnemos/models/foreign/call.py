@@ -145,7 +145,7 @@ class Caller:
         training = self.module.training
         if training:
             self.module.eval()
-        self._packed.install()
+        self._packed.install(ids.numel())
         try:
             with torch.inference_mode():
                 yield

@@ -22,7 +22,6 @@ from mnemos.memory.planning import machine_memory
 
 MEMORY_SHARE = 4  # the copies may take a quarter of the machine's memory
 FEW_ROWS = 8
-FEW_ROWS_THREADS = 1  # beside PyTorch's own threads, which spin for work, others of ours would wait for a core
 _DTYPES = (torch.float32, torch.bfloat16)
 Multiply = Callable[[Tensor], Tensor]
 
@@ -55,13 +54,22 @@ class PackedLinears:
         layers = [m for m in module.modules() if type(m) is nn.Linear and _can_be_packed(m) and not compiled]
         bytes_needed = sum(layer.weight.nbytes for layer in layers)
         room = machine_memory() // MEMORY_SHARE
-        self._pool = _native.shared_pool(FEW_ROWS_THREADS) if _native and 2 * bytes_needed <= room else None
+        self._pool = _native.shared_pool(torch.get_num_threads()) if _native and 2 * bytes_needed <= room else None
         if not _available() or bytes_needed > room:
             layers = []
         self._packed = [packed for layer in layers if (packed := _pack(layer, self._pool)) is not None]
+        self._threads = torch.get_num_threads()
+        self._native = self._pool is not None and any(one.layer.weight.dtype is torch.float32 for one in self._packed)
 
-    def install(self) -> None:
-        """The layers multiply by the copies from now on."""
+    def install(self, rows: int) -> None:
+        """The layers multiply by the copies from now on, in a call with so many tokens.
+
+        With few tokens the native core does what is worth sharing among threads. PyTorch's, which spin for work after
+        each of its operations, would only take the cores from it.
+        """
+        self._threads = torch.get_num_threads()
+        if self._native and rows <= FEW_ROWS and self._threads > 1:
+            torch.set_num_threads(1)
         packed = self._packed
         for index, one in enumerate(packed):
             if not one.is_current():
@@ -73,6 +81,8 @@ class PackedLinears:
 
     def remove(self) -> None:
         """The layers are as they were."""
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
         for one in self._packed:
             one.layer.__dict__.pop("forward", None)
 
