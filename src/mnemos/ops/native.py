@@ -99,8 +99,9 @@ class NativeOps:
         return matrix
 
     def finish(self) -> None:
-        matrices, self._unpacked = self._unpacked, []
-        _native.pack_matrices(matrices, self.pool)
+        if self._unpacked:
+            matrices, self._unpacked = self._unpacked, []
+            _native.pack_matrices(matrices, self.pool)
 
     def vector(self, tensor: Tensor) -> Floats:
         return np.ascontiguousarray(tensor.dequantize().reshape(-1), dtype=np.float32)
