@@ -79,8 +79,8 @@ def load_model(
     checked = _build(architecture, fields, checkpoint, None)
     ops = get_ops(backend, dtype=dtype, threads=threads)
     _check_memory(checkpoint, ops, dtype)
-    # Before the weights are read: a backend gives a mapped file's pages back as it goes, and this touches many.
     kv_dtype = ops.cache_dtype if kv_dtype == "auto" and dtype != "float32" else kv_dtype
+    # Before the weights are read: a backend gives a mapped file's pages back as it goes, and this touches many.
     spec = _specify(checkpoint, checked, ops.name, dtype, kv_dtype)
     return LoadedModel(_build(architecture, fields, checkpoint, ops), spec, ops)
 
