@@ -8,6 +8,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <optional>
 
@@ -60,7 +62,7 @@ const Kernels &linear_kernels() {
   throw unsupported_error("no kernels for matrix products run on this machine");
 }
 
-// A matrix whose bytes are undefined until `pack` has run.
+// A matrix that has no bytes until `pack_matrices` has run.
 std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32) {
   if (!is_weight_type(type)) throw unsupported_error("a weight of storage type " + std::to_string(type) + " cannot be multiplied");
   const WeightType weight = static_cast<WeightType>(type);
@@ -73,31 +75,48 @@ std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int6
     throw config_error("a weight of " + std::to_string(rows) + " x " + std::to_string(columns) + " values has " +
                        std::to_string(data.size()) + " bytes; its type needs " + std::to_string(bytes));
   }
-  try {
-    return std::make_shared<Matrix>(weight, rows, columns, as_float32, linear_kernels());
-  } catch (const std::bad_alloc &) {
-    throw capacity_error("the system has no memory left for a weight of " + std::to_string(bytes) + " bytes");
-  }
+  return std::make_shared<Matrix>(weight, rows, columns, as_float32, linear_kernels());
 }
 
-void pack(Matrix &matrix, const uint8_t *raw, bool release, Pool &pool) {
-  pool.for_each(matrix.panels(), 8, [&](int64_t begin, int64_t end, int) { pack_panels(matrix, raw, begin, end); });
-  if (release) release_file_pages(raw, static_cast<size_t>(row_bytes(matrix.type, matrix.columns) * matrix.rows));
+// (matrix, its bytes in the file's form, whether the file's pages are given back) each.
+using Unpacked = std::vector<std::tuple<std::shared_ptr<Matrix>, Bytes, bool>>;
+
+// One call for all, so that the interpreter is free meanwhile, and one region of the pool: its threads may well share
+// their cores with the interpreter, and would wait for each other at each matrix's end.
+void pack_matrices(const Unpacked &matrices, Pool &pool) {
+  nb::gil_scoped_release release_gil;
+  constexpr int64_t most = 8;  // panels of a piece of work
+  std::vector<Matrix *> unplaced;
+  std::vector<std::pair<size_t, int64_t>> pieces;  // matrix, its first panel
+  std::vector<std::atomic<int64_t>> left(matrices.size());
+  size_t bytes = 0;
+  for (size_t i = 0; i < matrices.size(); i++) {
+    Matrix *matrix = std::get<0>(matrices[i]).get();
+    unplaced.push_back(matrix);
+    bytes += matrix->bytes();
+    left[i] = matrix->panels();
+    for (int64_t panel = 0; panel < matrix->panels(); panel += most) pieces.emplace_back(i, panel);
+  }
+  try {
+    place(unplaced);
+  } catch (const std::bad_alloc &) {
+    throw capacity_error("the system has no memory left for weights of " + std::to_string(bytes) + " bytes");
+  }
+  pool.for_each(static_cast<int64_t>(pieces.size()), 1, [&](int64_t piece, int64_t, int) {
+    const auto [index, begin] = pieces[static_cast<size_t>(piece)];
+    const auto &[matrix, data, release] = matrices[index];
+    const int64_t end = std::min(begin + most, matrix->panels());
+    pack_panels(*matrix, data.data(), begin, end);
+    const bool last = left[index].fetch_sub(end - begin) == end - begin;
+    if (last && release) release_file_pages(data.data(), data.size());
+  });
 }
 
 std::shared_ptr<Matrix> make_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32, bool release,
                                     Pool &pool) {
   const std::shared_ptr<Matrix> matrix = allocate_matrix(data, type, rows, columns, as_float32);
-  nb::gil_scoped_release release_gil;
-  pack(*matrix, data.data(), release, pool);
+  pack_matrices({{matrix, data, release}}, pool);
   return matrix;
-}
-
-// (matrix, its bytes in the file's form, whether the file's pages are given back) each. One call for all, so that the
-// interpreter is free meanwhile.
-void pack_matrices(const std::vector<std::tuple<std::shared_ptr<Matrix>, Bytes, bool>> &matrices, Pool &pool) {
-  nb::gil_scoped_release release_gil;
-  for (const auto &[matrix, data, release] : matrices) pack(*matrix, data.data(), release, pool);
 }
 
 VectorPointer copy_vector(const std::optional<Floats> &array) {
@@ -355,9 +374,12 @@ NB_MODULE(_native, m) {
   m.def("greedy", &greedy_rows, "logits"_a);
   m.def("log_sum_exp", &log_sum_exp_rows, "logits"_a);
   m.def("top_tokens", &top_tokens, "logits"_a, "count"_a);
-  m.def("skip_strings",
-        [](Bytes buffer, uint64_t offset, uint64_t count) { return skip_strings(buffer.data(), buffer.size(), offset, count); },
-        "buffer"_a, "offset"_a, "count"_a);
+  m.def("find_strings",
+        [](Bytes buffer, uint64_t count, const std::string &text, bool halves) {
+          const auto found = find_strings({reinterpret_cast<const char *>(buffer.data()), buffer.size()}, count, text, halves);
+          return owned_array(found);
+        },
+        "buffer"_a, "count"_a, "text"_a, "halves"_a);
 }
 
 }  // namespace mnemos

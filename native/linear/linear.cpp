@@ -42,20 +42,16 @@ const TypeInfo *info_of(WeightType type) {
   return nullptr;
 }
 
-constexpr size_t huge_page = size_t(1) << 21;
+constexpr size_t cache_line = 64, huge_page = size_t(1) << 21;
 size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-uint8_t *allocate(size_t bytes) {
-  if (bytes < huge_page) return static_cast<uint8_t *>(::operator new(rounded(bytes, 64), std::align_val_t(64)));
-  auto *data = static_cast<uint8_t *>(::operator new(rounded(bytes, 4096), std::align_val_t(huge_page)));
+std::shared_ptr<uint8_t> allocate(size_t bytes) {
+  const auto alignment = std::align_val_t(bytes < huge_page ? cache_line : huge_page);
+  auto *data = static_cast<uint8_t *>(::operator new(bytes, alignment));
 #if defined(MADV_HUGEPAGE)
-  madvise(data, bytes, MADV_HUGEPAGE);  // only advice: fewer page faults and TLB misses
+  if (bytes >= huge_page) madvise(data, bytes, MADV_HUGEPAGE);  // only advice: fewer page faults and TLB misses
 #endif
-  return data;
-}
-
-void release(uint8_t *data, size_t bytes) {
-  ::operator delete(data, std::align_val_t(bytes < huge_page ? 64 : huge_page));
+  return {data, [alignment](uint8_t *p) { ::operator delete(p, alignment); }};
 }
 
 int64_t padded_columns(int64_t columns) { return (columns + 31) / 32 * 32; }
@@ -86,10 +82,19 @@ Matrix::Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, 
       kernels(kernels),
       layout(as_float32 ? layouts::f32 : layout_of(type)),
       form(form_of(layout, kernels)),
-      panel_bytes_(panel_bytes_of(layout, columns)),
-      data_(allocate(bytes())) {}
+      panel_bytes_(panel_bytes_of(layout, columns)) {}
 
-Matrix::~Matrix() { release(data_, bytes()); }
+void place(const std::vector<Matrix *> &matrices) {
+  size_t total = 0;
+  for (const Matrix *matrix : matrices) total += rounded(matrix->bytes(), cache_line);
+  const std::shared_ptr<uint8_t> storage = allocate(total);
+  uint8_t *data = storage.get();
+  for (Matrix *matrix : matrices) {
+    matrix->storage_ = storage;
+    matrix->data_ = data;
+    data += rounded(matrix->bytes(), cache_line);
+  }
+}
 
 size_t input_bytes(Form form, int64_t rows, int64_t columns) {
   const size_t cells = size_t(rows * padded_columns(columns));

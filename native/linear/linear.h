@@ -1,7 +1,7 @@
 // Matrix products y = x W^T over weights that are repacked once, for every storage type and instruction set.
 //
 // The caller owns parallelism: panels of 16 output rows are independent of each other, and so are input rows.
-// Every function is reentrant. Nothing but `Matrix`'s constructor allocates, and nothing throws but it (std::bad_alloc).
+// Every function is reentrant. Nothing but `place` allocates, and nothing throws but it (std::bad_alloc).
 //
 // Batch invariance: y[t, r] has the same bits whatever else is computed by the same call, another call or another
 // thread. All kernels of one instruction set take the same floating-point steps in the same order for one output.
@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace mnemos {
@@ -44,9 +45,8 @@ struct Layout;  // how a storage type lies in a panel
 class Matrix {
   public:
     // The bytes are undefined until `pack_panels` has run over all panels. `columns` must be a multiple of block_columns(type).
-    // With `as_float32` the weights are expanded and multiplied in float32.
+    // With `as_float32` the weights are expanded and multiplied in float32. A matrix has no bytes before `place`.
     Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const Kernels &kernels);
-    ~Matrix();
     Matrix(const Matrix &) = delete;
     Matrix &operator=(const Matrix &) = delete;
 
@@ -67,9 +67,16 @@ class Matrix {
     uint8_t *panel(int64_t index) { return data_ + size_t(index) * panel_bytes_; }
 
   private:
+    friend void place(const std::vector<Matrix *> &matrices);
+
     size_t panel_bytes_;
-    uint8_t *data_;
+    uint8_t *data_ = nullptr;
+    std::shared_ptr<uint8_t> storage_;
 };
+
+// Gives matrices their bytes, one behind the other in one piece of memory that lives as long as any of them: together
+// they fill large pages, which small matrices alone would not. Throws std::bad_alloc.
+void place(const std::vector<Matrix *> &matrices);
 
 // Repacks rows from the file's form. `raw` is the first byte of row 0. May run in parallel over disjoint ranges.
 void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_t panel_end);

@@ -46,10 +46,13 @@ def make_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: boo
     """Repacks a weight; with `release` the pages of the mapped file that it came from are given back."""
 
 def allocate_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool) -> Matrix:
-    """A matrix that cannot be used before `pack_matrices` has packed it."""
+    """A matrix that has no memory and cannot be used before `pack_matrices` has packed it."""
 
 def pack_matrices(matrices: list[tuple[Matrix, Bytes, bool]], pool: Pool) -> None:
-    """Repacks weights that `allocate_matrix` made: (matrix, data, release) each, as of `make_matrix`."""
+    """Repacks weights that `allocate_matrix` made: (matrix, data, release) each, as of `make_matrix`.
+
+    They lie in one piece of memory, which lives as long as any of them.
+    """
 
 class Cache:
     def __init__(self, layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: str, pages: int) -> None: ...
@@ -134,5 +137,9 @@ def log_sum_exp(logits: Floats) -> Doubles: ...
 def top_tokens(logits: Floats, count: int) -> Ints:
     """The most probable tokens of one row, descending, equal ones by ascending id."""
 
-def skip_strings(buffer: Bytes, offset: int, count: int) -> int:
-    """The offset behind `count` length-prefixed strings. FormatError if they reach beyond the buffer."""
+def find_strings(buffer: Bytes, count: int, text: str, halves: bool) -> Ints:
+    """Indices of those of `count` length-prefixed strings that occur in `text`, the empty one always.
+
+    halves: a string is two with a space between, which occur in `text` without it; one of another form always does.
+    FormatError if the strings reach beyond the buffer.
+    """

@@ -9,6 +9,7 @@ import threading
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from tests.ops.cases import AttentionCase, floats
 
@@ -139,15 +140,17 @@ def test_an_instruction_set_that_is_not_there_is_refused(name: str) -> None:
     assert done.returncode == 1 and f"MNEMOS_ISA is '{name}'" in done.stderr and "scalar" in done.stderr
 
 
+def length_prefixed(*strings: bytes) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(b"".join(len(s).to_bytes(8, "little") + s for s in strings), dtype=np.uint8)
+
+
 def test_strings_that_reach_beyond_the_buffer_are_refused() -> None:
-    strings = [b"one", b"", b"three"]
-    data = b"".join(len(s).to_bytes(8, "little") + s for s in strings)
-    buffer = np.frombuffer(b"xx" + data + b"yy", dtype=np.uint8)
-    assert _native.skip_strings(buffer, 2, 3) == 2 + len(data)
-    assert _native.skip_strings(buffer, 2, 0) == 2
-    for offset, count in ((2, 4), (3, 3), (len(buffer), 1), (2**63, 1), (2**64 - 1, 1)):
+    data = length_prefixed(b"one", b"", b"three")
+    assert _native.find_strings(data, 3, "three", False).tolist() == [1, 2]
+    assert _native.find_strings(data, 0, "three", False).tolist() == []
+    for buffer, count in ((data, 4), (data[:-1], 3), (data[:12], 2), (data[:7], 1), (data[-8:], 1)):
         with pytest.raises(FormatError, match="beyond the end"):
-            _native.skip_strings(buffer, offset, count)
+            _native.find_strings(buffer, count, "", False)
 
 
 def test_errors_are_of_the_one_hierarchy() -> None:

@@ -41,6 +41,7 @@ void check(WeightType type, bool as_float32, bool precise, int64_t rows, int64_t
   std::vector<uint8_t> raw(size_t(row_bytes(type, columns) * rows));
   for (uint8_t &byte : raw) byte = uint8_t((random.next() >> 16) % 0x34);  // floats below 0.25
   Matrix matrix(type, rows, columns, as_float32, kernels);
+  place({&matrix});
   const Form form = matrix.input_form(precise);
   pack_panels(matrix, raw.data(), 0, matrix.panels());
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, MnemosError, UnsupportedError
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from mnemos.formats.checkpoint import Checkpoint
     from mnemos.hub.cache import Progress
     from mnemos.models.contract import Model
-    from mnemos.text.tokenizer import Tokenizer
 
 TRANSFORMERS = "transformers"
 
@@ -55,13 +55,12 @@ def load_pretrained(
     model = load_model(
         checkpoint, backend=backend, dtype=dtype, kv_dtype=kv_dtype, context_length=context_length, threads=threads
     )
+    threading.Thread(target=_attempt, args=(model.finish,)).start()  # reads the weights while the caller goes on
     if tokenizer is None:
         from mnemos.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        building = threading.Thread(target=_prepare, args=(tokenizer,), daemon=True)
-        building.start()
-    model.finish()
+        threading.Thread(target=_attempt, args=(tokenizer.warm_up,), daemon=True).start()
     return model, tokenizer
 
 
@@ -124,7 +123,7 @@ def _load_foreign(
     return model, tokenizer
 
 
-def _prepare(tokenizer: Tokenizer) -> None:
-    """Builds the tokenizer while the weights load. An error comes again, to the caller, at the first use."""
+def _attempt(preparation: Callable[[], None]) -> None:
+    """Does ahead of time what the first use would do; that does it again where it failed, and gets the error."""
     with contextlib.suppress(MnemosError):
-        tokenizer.prepare()
+        preparation()

@@ -41,7 +41,7 @@ class LoadedModel:
         return self._cache
 
     def finish(self) -> None:
-        """Reads the weights now, where the backend has put that off until `reserve`; meanwhile Python is free."""
+        """Reads the weights now, where the backend has put that off until `reserve`; another thread may do it."""
         self.ops.finish()
 
     def reserve(self, pages: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from mmap import mmap
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,7 @@ class NativeOps:
         self.cache_dtype = "bfloat16" if _native.isa() in ("avx512_bf16", "amx") else "float16"
         self.pool = _native.shared_pool(threads or 0)
         self._unpacked: list[tuple[_native.Matrix, npt.NDArray[np.uint8], bool]] = []
+        self._packing = Lock()
 
     # Parameters.
 
@@ -99,9 +101,10 @@ class NativeOps:
         return matrix
 
     def finish(self) -> None:
-        if self._unpacked:
-            matrices, self._unpacked = self._unpacked, []
-            _native.pack_matrices(matrices, self.pool)
+        with self._packing:
+            if self._unpacked:
+                _native.pack_matrices(self._unpacked, self.pool)
+                self._unpacked = []
 
     def vector(self, tensor: Tensor) -> Floats:
         return np.ascontiguousarray(tensor.dequantize().reshape(-1), dtype=np.float32)
@@ -110,11 +113,11 @@ class NativeOps:
         return NativeCache(layout, pages)
 
     def compile(self, forward: Forward, cache: NativeCache) -> Callable[[Batch], Output]:
-        self.finish()
         program = _native.Program(self.pool, cache.core)
         batch = _RecordedBatch(*(_BatchArray(program, field) for field in ("token_ids", "positions", "logit_rows")))
         hidden, logits = forward(self, batch, cache)
         program.finish([hidden.number, logits.number])
+        self.finish()
 
         def step(batch: Batch) -> Output:
             hidden, logits = _run(program, batch, [])

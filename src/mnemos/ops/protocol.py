@@ -48,7 +48,7 @@ class Ops(Protocol):
         """A norm weight or bias, float32, flat."""
 
     def finish(self) -> None:
-        """All parameters are made; those that a backend has put off are read now."""
+        """All parameters are made; those that a backend has put off are read now. Another thread may do it."""
 
     def cache(self, layout: KVLayout, pages: int) -> Cache: ...
 

@@ -70,6 +70,7 @@ class TokenizerCore:
     encoder        recognises every special token that is written in a text
     plain_encoder  recognises only tokens that a user added: special tokens' names are text like any other
     prefix_ids, suffix_ids   what add_special puts around a text; None: the encoder's own post-processor does it
+    whole          False: it encodes nothing but the text that it was made for; it decodes everything
     """
 
     label: str
@@ -88,6 +89,7 @@ class TokenizerCore:
     pad_id: int | None
     unknown_id: int | None
     eos_ids: frozenset[int]
+    whole: bool = True
 
     def token_bytes(self, token_id: int) -> bytes:
         if not 0 <= token_id < len(self.texts):

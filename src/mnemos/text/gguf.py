@@ -9,22 +9,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mnemos.errors import FormatError, UnsupportedError
+from mnemos.formats.string_array import StringArray
 from mnemos.text.core import (
     ByteLevelSpelling,
     SentencePieceSpelling,
     Spelling,
     TokenizerCore,
+    byte_characters,
     library_errors,
     share_model,
 )
 from mnemos.text.pretokenizers import PreTokenizer, find_pre_tokenizer
-from mnemos.text.vocabulary import PREFIX, TokenType, Vocabulary, mark_special_tokens, read_strings, read_vocabulary
+from mnemos.text.vocabulary import (
+    KNOWN_NAMES,
+    PREFIX,
+    TokenType,
+    Vocabulary,
+    mark_special_tokens,
+    read_strings,
+    read_vocabulary,
+)
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
 
 MODELS = ("gpt2", "llama", "gemma4")
 _SPACE = "\u2581"
+_BYTE_NAMES = "".join(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def model_name(metadata: Mapping[str, Any], label: str) -> str:
@@ -40,19 +51,55 @@ def model_name(metadata: Mapping[str, Any], label: str) -> str:
 def build_core(metadata: Mapping[str, Any], label: str) -> TokenizerCore:
     """The tokenizer that a GGUF file's metadata describes; `label` is the file, for errors."""
     name = model_name(metadata, label)
-    vocabulary = read_vocabulary(metadata, label)
     if name == "llama":
-        return _sentencepiece_core(vocabulary)
-    pre = metadata.get(PREFIX + "pre", "default") if name == "gpt2" else "gemma4"
+        return _sentencepiece_core(read_vocabulary(metadata, label))
+    return _bpe_core(read_vocabulary(metadata, label), _pre_tokenizer(metadata, label))
+
+
+def can_build_for_text(metadata: Mapping[str, Any]) -> bool:
+    """Whether `build_core_for` knows the kind: byte-pair merges, as they lie in a file."""
+    arrays = (metadata.get(PREFIX + "tokens"), metadata.get(PREFIX + "merges"))
+    if metadata.get(PREFIX + "model") == "llama" or not all(isinstance(array, StringArray) for array in arrays):
+        return False
+    try:
+        import mnemos._native  # noqa: F401
+    except ImportError:  # the native core was not built; the reference runs without it
+        return False
+    return True
+
+
+def build_core_for(text: str, metadata: Mapping[str, Any], label: str) -> TokenizerCore:
+    """As `build_core`, but the tokenizer need encode nothing but `text`, for which few tokens and merges matter.
+
+    A merge of pieces of the text gives a piece of the text. So whatever byte-pair encoding looks up occurs in the text
+    as tokens spell it, and special tokens in the text itself; everything else can be left out, and the ids are those of
+    the whole tokenizer. `text` must be without surrogates.
+    """
+    pre = _pre_tokenizer(metadata, label)
+    if pre.byte_level:
+        spelled = text.encode().decode("latin-1").translate("".join(byte_characters()))
+    else:
+        spelled = text.replace(" ", _SPACE) + _BYTE_NAMES
+    vocabulary = read_vocabulary(metadata, label, within="\0".join((text, spelled, *KNOWN_NAMES)))
+    return replace(_bpe_core(vocabulary, pre), whole=vocabulary.within is None)
+
+
+def _pre_tokenizer(metadata: Mapping[str, Any], label: str) -> PreTokenizer:
+    pre = metadata.get(PREFIX + "pre", "default") if model_name(metadata, label) == "gpt2" else "gemma4"
     if not isinstance(pre, str):
         raise FormatError(f"{label}: {PREFIX}pre is {str(pre)[:80]!r}; it must be the name of a pre-tokenizer")
-    return _bpe_core(vocabulary, find_pre_tokenizer(pre, label))
+    return find_pre_tokenizer(pre, label)
 
 
 def _bpe_core(vocabulary: Vocabulary, pre: PreTokenizer) -> TokenizerCore:
     from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-    merges = split_merges(read_strings(vocabulary.metadata, "merges", vocabulary.label), vocabulary.label)
+    if vocabulary.within is None:
+        written: Sequence[str] = read_strings(vocabulary.metadata, "merges", vocabulary.label)
+    else:
+        array: StringArray = vocabulary.metadata[PREFIX + "merges"]
+        written = list(array.occurring_in(vocabulary.within, halves=True).values())
+    merges = split_merges(written, vocabulary.label)
     with library_errors(f"{vocabulary.label}: {PREFIX}merges do not fit {PREFIX}tokens"):
         model = models.BPE(vocabulary.ids, merges, ignore_merges=pre.ignore_merges, byte_fallback=not pre.byte_level)
     steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
@@ -156,8 +203,12 @@ def _finish(
     special = marked.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
     added = marked.of_type(TokenType.USER_DEFINED)
     texts = vocabulary.texts
-    plain = [_written(texts[token], False, marked) for token in added]
-    all_written = plain + [_written(texts[token], True, marked) for token in special]
+    known = None if vocabulary.within is None else set(vocabulary.ids.values())
+    written, named = (
+        [texts[token] for token in tokens if known is None or token in known] for tokens in (added, special)
+    )
+    plain = [_written(text, False, marked) for text in written]
+    all_written = plain + [_written(text, True, marked) for text in named]
     parts = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
     return TokenizerCore(
         label=vocabulary.label,

@@ -19,21 +19,33 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 
+# A tokenizer for one text is made in a twentieth of the time that the whole one takes; for this many, one by one.
+MOST_TEXTS = 8
+LONGEST_TEXT = 2048  # characters
+
 
 class Tokenizer:
     """Text to token ids and back.
 
     Made by `from_gguf`, `from_file` or `from_checkpoint`, which only look at the file; the tokenizer is built by
-    `prepare()` or at its first use, once, whichever thread comes first. Safe to use from many threads.
+    `prepare()` or when it is needed, once, whichever thread comes first. Where `build_for` can do with less, it is not
+    needed for the first short texts. Safe to use from many threads.
     """
 
     def __init__(
-        self, build: Callable[[], TokenizerCore], vocabulary_size: int | None = None, chat_template: str | None = None
+        self,
+        build: Callable[[], TokenizerCore],
+        vocabulary_size: int | None = None,
+        chat_template: str | None = None,
+        build_for: Callable[[str], TokenizerCore] | None = None,
     ) -> None:
         self.chat_template = chat_template
         self._vocabulary_size = vocabulary_size
         self._build = build
-        self._built: TokenizerCore | None = None
+        self._build_for = build_for
+        self._texts = 0  # for which `_build_for` was called
+        self._whole: TokenizerCore | None = None
+        self._latest: TokenizerCore | None = None  # the whole one, or one for a text
         self._template: tuple[str, ChatTemplate] | None = None
         self._lock = threading.Lock()
 
@@ -48,7 +60,7 @@ class Tokenizer:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], label: str) -> Tokenizer:
         """The tokenizer that GGUF metadata describes; `label` is the file, for errors."""
-        from mnemos.text.gguf import build_core, model_name
+        from mnemos.text.gguf import build_core, build_core_for, can_build_for_text, model_name
 
         model_name(metadata, label)
         tokens = metadata.get("tokenizer.ggml.tokens")
@@ -59,7 +71,8 @@ class Tokenizer:
         template = metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
             raise FormatError(f"{label}: tokenizer.chat_template is {str(template)[:80]}; it must be a string")
-        return cls(lambda: build_core(metadata, label), len(tokens), template)
+        build_for = (lambda text: build_core_for(text, metadata, label)) if can_build_for_text(metadata) else None
+        return cls(lambda: build_core(metadata, label), len(tokens), template, build_for)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -81,17 +94,38 @@ class Tokenizer:
         return cls.from_file(path if path.is_dir() else path.parent)
 
     def prepare(self) -> Tokenizer:
-        """Builds the tokenizer now. Most of it runs without the GIL, so a thread can do it while weights load."""
-        _ = self._core
+        """Builds the whole tokenizer now, as for a server that is going to encode many texts."""
+        self._whole_core()
         return self
+
+    def warm_up(self) -> None:
+        """Does what the first use would do, so that a thread can do it while weights load."""
+        _ = self._core
 
     @property
     def _core(self) -> TokenizerCore:
-        if self._built is None:
+        """One that can do everything but encode."""
+        return self._latest or self._core_for("")
+
+    def _core_for(self, text: str) -> TokenizerCore:
+        """One that can encode `text`."""
+        if self._whole is not None or self._build_for is None or len(text) > LONGEST_TEXT:
+            return self._whole_core()
+        with self._lock:
+            if self._whole is None and self._texts < MOST_TEXTS:
+                self._texts += 1
+                core = self._latest = self._build_for(text)
+                if core.whole:
+                    self._whole = core
+                return core
+        return self._whole_core()
+
+    def _whole_core(self) -> TokenizerCore:
+        if self._whole is None:
             with self._lock:
-                if self._built is None:
-                    self._built = self._build()
-        return self._built
+                if self._whole is None:
+                    self._whole = self._latest = self._build()
+        return self._whole
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.
@@ -101,12 +135,8 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise RequestError(f"the text to encode is of type {type(text).__name__}; it must be a str")
-        core = self._core
-        try:
-            return core.encode(text, add_special, parse_special)
-        except TypeError:  # what the Rust library calls text that it cannot take over as UTF-8
-            _check_surrogates(text)
-            raise
+        _check_surrogates(text)
+        return self._core_for(text).encode(text, add_special, parse_special)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
         """The text of token ids; bytes that are not UTF-8 are U+FFFD.
@@ -122,7 +152,7 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text; a special token's are its name."""
-        return self._core.token_bytes(token_id)
+        return self._whole_core().token_bytes(token_id)
 
     def apply_chat_template(
         self,
@@ -161,14 +191,15 @@ class Tokenizer:
     def _compiled_template(self, source: str | None) -> ChatTemplate:
         from mnemos.text.chat import ChatTemplate, default_template
 
-        core = self._core
         if source is None:
             source = self.chat_template
+        label = self._core.label
         if source is None:
-            source = default_template(lambda text: core.encoder.token_to_id(text) is not None, core.label)
+            whole = self._whole_core()
+            source = default_template(lambda text: whole.encoder.token_to_id(text) is not None, label)
         with self._lock:
             if self._template is None or self._template[0] != source:
-                self._template = (source, ChatTemplate(source, core.label))
+                self._template = (source, ChatTemplate(source, label))
             return self._template[1]
 
     @property

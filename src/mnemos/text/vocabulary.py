@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos.errors import FormatError
+from mnemos.formats.string_array import StringArray
 from mnemos.text.core import END_NAMES, check_id
 
 PREFIX = "tokenizer.ggml."
@@ -44,18 +45,24 @@ _FILL_ENDS = (
 )
 # Marks of OpenAI's harmony format, which are part of the text that a caller parses.
 _SHOWN_NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+# Every name that `mark_special_tokens` looks up.
+KNOWN_NAMES = (*END_NAMES, *_FILL_NAMES, *(name for _, names in _FILL_ENDS for name in names), *_SHOWN_NAMES)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """texts: n unique strings. ids: their ids. types: int32 (n,). scores: float32 (n,), None if the file has none."""
+    """texts: n unique strings. ids: their ids. types: int32 (n,). scores: float32 (n,), None if the file has none.
+
+    within: if it is not None, `ids` has only what occurs in this text.
+    """
 
     label: str
-    texts: list[str]
+    texts: Sequence[str]
     ids: dict[str, int]
     types: TokenTypes
     scores: npt.NDArray[np.float32] | None
     metadata: Mapping[str, Any]
+    within: str | None = None
 
     def special_id(self, name: str, default: int | None = None) -> int | None:
         """The token id under `tokenizer.ggml.<name>`."""
@@ -76,17 +83,21 @@ class Vocabulary:
         return found
 
 
-def read_vocabulary(metadata: Mapping[str, Any], label: str) -> Vocabulary:
-    """Reads and checks the vocabulary; `label` is the file, for errors."""
-    texts = read_strings(metadata, "tokens", label)
-    ids = dict(zip(texts, range(len(texts)), strict=True))
-    if len(ids) != len(texts) or "" in ids:
-        texts = [text or f"[EMPTY_{index}]" for index, text in enumerate(texts)]
-        ids = dict(zip(texts, range(len(texts)), strict=True))
-    if len(ids) != len(texts):
-        index = next(i for i, text in enumerate(texts) if ids[text] != i)
-        places = f"at {index} and at {ids[texts[index]]}"
-        raise FormatError(f"{label}: {PREFIX}tokens holds {texts[index][:80]!r} {places}; tokens must be unique")
+def read_vocabulary(metadata: Mapping[str, Any], label: str, within: str | None = None) -> Vocabulary:
+    """Reads and checks the vocabulary; `label` is the file, for errors.
+
+    within: the text in which all tokens occur that will be looked up. The metadata's strings must be StringArrays then;
+    a vocabulary with empty strings is read as a whole all the same.
+    """
+    if within is not None:
+        tokens: StringArray = metadata[PREFIX + "tokens"]
+        found = tokens.occurring_in(within)
+        ids = {text: token for token, text in found.items()}
+        texts: Sequence[str] = tokens
+        if "" in ids or len(ids) != len(found):
+            within = None
+    if within is None:
+        texts, ids = _read_all(metadata, label)
     types = _read_numbers(metadata, "token_type", label, len(texts), "iu")
     scores = _read_numbers(metadata, "scores", label, len(texts), "iuf")
     if types is None:
@@ -99,7 +110,22 @@ def read_vocabulary(metadata: Mapping[str, Any], label: str) -> Vocabulary:
         np.where(known, types, TokenType.UNDEFINED).astype(np.int32),
         None if scores is None else scores.astype(np.float32),
         metadata,
+        within,
     )
+
+
+def _read_all(metadata: Mapping[str, Any], label: str) -> tuple[list[str], dict[str, int]]:
+    """(every token's text, and their ids), the texts unique."""
+    texts = read_strings(metadata, "tokens", label)
+    ids = dict(zip(texts, range(len(texts)), strict=True))
+    if len(ids) != len(texts) or "" in ids:
+        texts = [text or f"[EMPTY_{index}]" for index, text in enumerate(texts)]
+        ids = dict(zip(texts, range(len(texts)), strict=True))
+    if len(ids) != len(texts):
+        index = next(i for i, text in enumerate(texts) if ids[text] != i)
+        places = f"at {index} and at {ids[texts[index]]}"
+        raise FormatError(f"{label}: {PREFIX}tokens holds {texts[index][:80]!r} {places}; tokens must be unique")
+    return texts, ids
 
 
 def read_strings(metadata: Mapping[str, Any], name: str, label: str) -> list[str]:
