@@ -105,6 +105,30 @@ def test_a_reader_that_left_is_no_error() -> None:
     assert done.stderr in ("141\n", "0\n")  # 0 where it had written before the reader left
 
 
+def test_the_process_ends_with_its_command(tmp_path: Path) -> None:
+    def run(argv: list[str], before: str = "") -> tuple[int, str]:
+        script = f"import sys; from mnemos.cli.main import main; sys.argv[1:] = {argv}; {before}; main(); print('on')"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        return done.returncode, done.stdout.splitlines()[-1] if done.stdout else ""
+
+    last_words = "import atexit; atexit.register(print, 'last words')"
+    assert run(["models"], last_words) == (0, "last words")
+    assert run(["inspect", str(tmp_path / "none.gguf")], last_words) == (1, "last words")
+    for still_needed in (
+        "import threading, time; threading.Thread(target=time.sleep, args=(0.2,)).start()",
+        "sys.setprofile(lambda *event: None)",
+    ):
+        assert run(["models"], still_needed) == (0, "on")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_an_error() -> None:
+    command = [sys.executable, "-m", "mnemos", "models"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0 and "No space left on device" in done.stderr
+
+
 def test_a_command_imports_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; from mnemos.cli.main import main; main(['models']); print([m for m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -8,7 +8,6 @@ import re
 
 import pytest
 
-from mnemos.cli import terminal
 from mnemos.cli.terminal import ProgressBar, dim, human_bytes, human_count
 
 
@@ -24,7 +23,7 @@ class Screen(io.StringIO):
 
 
 def bar(stream: io.StringIO, columns: int, monkeypatch: pytest.MonkeyPatch) -> ProgressBar:
-    monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24)))
     monkeypatch.setenv("TERM", "xterm")
     return ProgressBar("smollm2-135m", stream=stream)
 

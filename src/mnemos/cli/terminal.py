@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from types import TracebackType
@@ -94,7 +93,9 @@ class ProgressBar:
 
     def _line(self, done: int, total: int, seconds: float) -> str:
         """The widest form that fits: label, stage, bar, per cent, amounts and rate; the first to go come last."""
-        width = shutil.get_terminal_size().columns - 1
+        from shutil import get_terminal_size  # slow to import, and few starts draw a bar
+
+        width = get_terminal_size().columns - 1
         line = f"{self.label}: {self.stage}"
         if not total:
             return line[:width]

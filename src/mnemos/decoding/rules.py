@@ -5,7 +5,6 @@ A kind of value is a function that returns the value in its normal form or None 
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -226,6 +225,8 @@ def refuse_unknown(names: Iterable[str]) -> None:
     known = [*RULES, *ALIASES]
     for name in names:
         if name not in known:
+            import difflib
+
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
             raise ConfigError(f"{name} is not a field of GenerationConfig; {hint}")

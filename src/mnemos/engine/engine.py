@@ -14,8 +14,6 @@ from mnemos.engine.completion import Assembler, Completion, StreamedToken
 from mnemos.engine.gather import run_all
 from mnemos.engine.inputs import read_prompts
 from mnemos.engine.loading import check_count, load_pretrained
-from mnemos.engine.runner import Runner
-from mnemos.engine.scheduler import Limits
 from mnemos.engine.scoring import ForcedLogits, ForcedScore, Score
 from mnemos.engine.sequence import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
     from mnemos.decoding.strategy import Floats, Strategy
     from mnemos.engine.drafting import Drafting
+    from mnemos.engine.scheduler import Limits
     from mnemos.hub.cache import Progress
     from mnemos.memory.prefix import PrefixTree
     from mnemos.models.contract import Model, ModelSpec
@@ -76,6 +75,11 @@ class InferenceEngine:
             ("queue_size", queue_size),
         ):
             check_count(name, value)
+        # Not imported above: `from_pretrained` has the weights read meanwhile.
+        import mnemos.decoding.build  # noqa: F401  the first request needs it
+        from mnemos.engine.runner import Runner
+        from mnemos.engine.scheduler import Limits
+
         self.tokenizer: Tokenizer | None = adapt_tokenizer(tokenizer)
         self.model = _as_model(model, self.tokenizer, device, use_kv_cache)
         spec = _with_ends(self.model.spec, self.tokenizer)

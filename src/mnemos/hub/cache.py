@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -167,12 +166,16 @@ def _staging_path(folder: Path) -> Path:
 
 def _delete(path: Path) -> None:
     if path.exists():
-        shutil.rmtree(path)
+        from shutil import rmtree  # slow to import, and most starts fetch nothing
+
+        rmtree(path)
 
 
 def check_room(folder: Path, needed: int) -> None:
     """DownloadError when the disk of `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
+    from shutil import disk_usage
+
+    free = disk_usage(folder).free
     if free < needed:
         megabytes = (needed - free + 999_999) // 1_000_000
         raise DownloadError(

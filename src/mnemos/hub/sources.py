@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
 from pathlib import Path
 
 from mnemos.errors import FormatError
@@ -73,6 +72,8 @@ def _resolve_hub(name: str, progress: Progress) -> Path:
 
 
 def _unknown(name: str) -> str:
+    from difflib import get_close_matches
+
     known = ", ".join(KNOWN_MODELS)
     near = get_close_matches(name, KNOWN_MODELS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -20,15 +20,7 @@ from mnemos.text.core import (
     share_model,
 )
 from mnemos.text.pretokenizers import PreTokenizer, find_pre_tokenizer
-from mnemos.text.vocabulary import (
-    KNOWN_NAMES,
-    PREFIX,
-    TokenType,
-    Vocabulary,
-    mark_special_tokens,
-    read_strings,
-    read_vocabulary,
-)
+from mnemos.text.vocabulary import PREFIX, TokenType, Vocabulary, mark_special_tokens, read_strings, read_vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -80,7 +72,7 @@ def build_core_for(text: str, metadata: Mapping[str, Any], label: str) -> Tokeni
         spelled = text.encode().decode("latin-1").translate("".join(byte_characters()))
     else:
         spelled = text.replace(" ", _SPACE) + _BYTE_NAMES
-    vocabulary = read_vocabulary(metadata, label, within="\0".join((text, spelled, *KNOWN_NAMES)))
+    vocabulary = read_vocabulary(metadata, label, within=f"{text}\0{spelled}")
     return replace(_bpe_core(vocabulary, pre), whole=vocabulary.within is None)
 
 

@@ -46,7 +46,7 @@ _FILL_ENDS = (
 # Marks of OpenAI's harmony format, which are part of the text that a caller parses.
 _SHOWN_NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 # Every name that `mark_special_tokens` looks up.
-KNOWN_NAMES = (*END_NAMES, *_FILL_NAMES, *(name for _, names in _FILL_ENDS for name in names), *_SHOWN_NAMES)
+_KNOWN_NAMES = (*END_NAMES, *_FILL_NAMES, *(name for _, names in _FILL_ENDS for name in names), *_SHOWN_NAMES)
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ class Vocabulary:
 def read_vocabulary(metadata: Mapping[str, Any], label: str, within: str | None = None) -> Vocabulary:
     """Reads and checks the vocabulary; `label` is the file, for errors.
 
-    within: the text in which all tokens occur that will be looked up. The metadata's strings must be StringArrays then;
-    a vocabulary with empty strings is read as a whole all the same.
+    within: the text in which all tokens occur that will be looked up, but for those that have a meaning by their names.
+    The metadata's strings must be StringArrays then; a vocabulary with empty ones is read as a whole all the same.
     """
     if within is not None:
         tokens: StringArray = metadata[PREFIX + "tokens"]
-        found = tokens.occurring_in(within)
+        found = tokens.occurring_in("\0".join((within, *_KNOWN_NAMES)))
         ids = {text: token for token, text in found.items()}
         texts: Sequence[str] = tokens
         if "" in ids or len(ids) != len(found):
