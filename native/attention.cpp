@@ -86,7 +86,9 @@ class StoreTask : public Task {
   int64_t scratch_bytes(const BatchView &, int) const override { return a_.head_dim * static_cast<int64_t>(sizeof(float)); }
 
   void run(const Step &step, int64_t item, int thread) const override {
-    const int64_t begin = item / a_.kv_heads * tokens_per_item, end = std::min(begin + tokens_per_item, step.batch.tokens);
+    const int64_t first = item / a_.kv_heads * tokens_per_item;
+    const int64_t begin = pair_begin(step.batch, first), end = pair_begin(step.batch, std::min(first + tokens_per_item, step.batch.tokens));
+    if (begin == end) return;
     int64_t sequence = sequence_of(step.batch, begin);
     for (int64_t t = begin; t < end; t++) {
       while (step.batch.sequence_starts[sequence + 1] <= t) sequence++;
@@ -97,6 +99,12 @@ class StoreTask : public Task {
 
  private:
   static constexpr int64_t tokens_per_item = 32;  // neighbours share the lines of their keys
+
+  // The first token from t on that does not share words of the cache with the token before it.
+  static int64_t pair_begin(const BatchView &batch, int64_t t) {
+    const bool shares = t > 0 && t < batch.tokens && batch.positions[t] % 2 != 0 && batch.positions[t] == batch.positions[t - 1] + 1;
+    return shares ? t + 1 : t;
+  }
 
   const Attention a_;
   const int k_, v_;
@@ -110,7 +118,7 @@ class AttendTask : public Task {
     writes = {partials, y.buffer};
   }
   int64_t items(const Step &step) const override {
-    return static_cast<int64_t>(step.tile_sets[a_.tile_set].tiles.size()) * a_.kv_heads / heads_per_item(step);
+    return static_cast<int64_t>(step.tile_sets[a_.tile_set].tiles.size()) * a_.kv_heads;
   }
   int64_t scratch_bytes(const BatchView &, int) const override {
     const int64_t rows = tile_tokens(a_) * group_of(a_);
@@ -123,28 +131,34 @@ class AttendTask : public Task {
     // them first.
     const TileSet &set = step.tile_sets[a_.tile_set];
     const int64_t count = items(step), owner = ((item + 1) * step.threads - 1) / count;
-    const int64_t index = count * owner / step.threads + count * (owner + 1) / step.threads - 1 - item;
-    const int64_t heads = heads_per_item(step), first = index * heads % a_.kv_heads;
-    const QueryTile &query = set.tiles[static_cast<size_t>(index * heads / a_.kv_heads)];
-    const bool stores = set.one_token_each && step.batch.positions[query.token_begin] / attention_block < query.block_end;
-    for (int64_t head = first; head < first + heads; head++) {
-      if (stores) {
-        store_token(step, a_, step.data(k_, thread), step.data(v_, thread), query.sequence, query.token_begin, head,
-                    step.thread_scratch(thread));
-      }
-      run_head(step, query, head, head + 1 < first + heads, thread);
+    const int64_t begin = count * owner / step.threads, index = begin + count * (owner + 1) / step.threads - 1 - item;
+    const QueryTile &query = tile_at(set, index);
+    const int64_t head = index % a_.kv_heads;
+    if (set.one_token_each && step.batch.positions[query.token_begin] / attention_block < query.block_end) {
+      store_token(step, a_, step.data(k_, thread), step.data(v_, thread), query.sequence, query.token_begin, head,
+                  step.thread_scratch(thread));
     }
+    run_head(step, query, head, index > begin ? first_keys(step, index - 1) : NextKeys{}, thread);
   }
 
  private:
   static constexpr int64_t ahead = 2;  // tokens whose queries are asked for before they are needed
 
-  // The heads of a page lie one after the other, so where there are parts enough, one thread does them all.
-  int64_t heads_per_item(const Step &step) const {
-    return step.tile_sets[a_.tile_set].partials >= 4 * step.threads ? a_.kv_heads : 1;
+  // The heads of a tile lie side by side, as they do in a page.
+  const QueryTile &tile_at(const TileSet &set, int64_t index) const {
+    return set.tiles[static_cast<size_t>(index / a_.kv_heads)];
   }
 
-  void run_head(const Step &step, const QueryTile &query, int64_t head, bool head_follows, int thread) const {
+  // What the part with this index attends to first.
+  NextKeys first_keys(const Step &step, int64_t index) const {
+    const QueryTile &query = tile_at(step.tile_sets[a_.tile_set], index);
+    const int64_t start = query.block_begin * attention_block, last = step.batch.positions[query.token_end - 1];
+    return {a_.cache->cells(a_.layer, index % a_.kv_heads), step.batch.pages + step.batch.page_starts[query.sequence],
+            std::max(start, first_visible(a_, step.batch.positions[query.token_begin])),
+            std::min(start + attention_block - 1, last)};
+  }
+
+  void run_head(const Step &step, const QueryTile &query, int64_t head, const NextKeys &next, int thread) const {
     const CellLayout &cell = a_.cache->cell();
     const int64_t group = group_of(a_), stride = cell.value_stride;
     int64_t first[max_tile_rows], last[max_tile_rows];
@@ -158,7 +172,7 @@ class AttendTask : public Task {
     tile.first = first;
     tile.last = last;
     tile.softcap = a_.softcap;
-    tile.next_cell = head_follows ? cell.bytes : 0;
+    tile.next = next;
     float *queries = step.thread_scratch(thread);
     tile.queries = queries;
     tile.partial = queries + tile.rows * stride;

@@ -185,12 +185,15 @@ inline void exponentials(float *scores, int64_t first, int64_t last, int64_t use
   *total = sum(sums);
 }
 
-// The keys that are wanted when these values are done with: the next block's or the next cell's.
-inline const uint8_t *keys_ahead(const AttentionTile &tile, int64_t position, const uint8_t *data, bool next_block) {
+// The page of keys that is wanted when the values of one at `position` are done with: the next block's, or else the
+// next tile's. Null if there is none.
+inline const uint8_t *keys_ahead(const AttentionTile &tile, int64_t position, bool next_block) {
   if (tile.rows > most_rows_to_fetch_for) return nullptr;
-  if (!next_block) return tile.next_cell != 0 ? data + tile.next_cell : nullptr;
-  const int64_t page = (position + attention_block) / tile.cell->slots;
-  return page <= tile.last[tile.rows - 1] / tile.cell->slots ? tile.cells + tile.pages[page] * tile.page_bytes : nullptr;
+  const int64_t slots = tile.cell->slots, next_start = (position / attention_block + 1) * attention_block;
+  const NextKeys next = next_block ? NextKeys{tile.cells, tile.pages, next_start, tile.last[tile.rows - 1]} : tile.next;
+  const int64_t wanted = next.first / attention_block * attention_block + position % attention_block;
+  const bool any = next.cells != nullptr && wanted + slots > next.first && wanted <= next.last;
+  return any ? next.cells + next.pages[wanted / slots] * tile.page_bytes : nullptr;
 }
 
 template <typename Element>
@@ -211,7 +214,7 @@ void weigh_values(const AttentionTile &tile, const BlockRange &range, bool next_
     }
     product<Element>(tile.rows, weights, score_stride, values, cell.value_stride, {begin, end}, tile.partial,
                      cell.value_stride, cell.value_stride, accumulate,
-                     keys_ahead(tile, position, data, next_block));
+                     keys_ahead(tile, position, next_block));
     accumulate = true;
   });
 }
@@ -378,11 +381,12 @@ void attend(const AttentionTile &tile, int64_t block_begin, int64_t block_end) {
   }
 }
 
-inline uint16_t to_brain(float x) {
+// In the lower half; without branches, so that compilers make vectors of it.
+inline uint32_t to_brain(float x) {
   uint32_t value;
   std::memcpy(&value, &x, 4);
-  if ((value & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((value >> 16) | 0x40);
-  return static_cast<uint16_t>((value + 0x7fff + ((value >> 16) & 1)) >> 16);
+  const uint32_t rounded = (value + 0x7fff + ((value >> 16) & 1)) >> 16, quiet = (value >> 16) | 0x40;
+  return (value & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
 }
 
 // Calls write(i, element) for each of the n values in the cache's type; returns the scale of int8.
@@ -396,8 +400,6 @@ inline float encode(CacheType type, const float *x, int64_t n, const Write &writ
       store_half(halves, min(max(load_any(x + i, k), splat(-65504.0f)), splat(65504.0f)));
       for (int j = 0; j < k; j++) write(i + j, halves[j]);
     });
-  } else if (type == CacheType::bfloat16) {
-    for (int64_t i = 0; i < n; i++) write(i, to_brain(x[i]));
   } else {
     float most = 0;
     for (int64_t i = 0; i < n; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
@@ -417,19 +419,38 @@ inline void put(uint8_t *data, int64_t index, T value) {
   std::memcpy(data + index * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
 }
 
-// Where column j of row i lies, in elements.
-inline int64_t element_of(CacheType type, int64_t stride, int64_t i, int64_t j) {
-  return type == CacheType::bfloat16 ? (i / 2 * stride + j) * 2 + i % 2 : i * stride + j;
+// Of bfloat16, components 2 i and 2 i + 1 of a key lie side by side.
+inline void store_brain_key(const CellLayout &cell, uint32_t *words, const float *key) {
+  constexpr int64_t run = 64;
+  uint32_t brains[run + 1];
+  for (int64_t begin = 0; begin < cell.head_dim; begin += run) {
+    const int64_t n = cell.head_dim - begin < run ? cell.head_dim - begin : run;
+    for (int64_t i = 0; i < n; i++) brains[i] = to_brain(key[begin + i]);
+    if (n % 2 != 0) brains[n] = 0;
+    for (int64_t i = 0; i < n; i += 2) words[(begin + i) / 2 * cell.key_stride] = brains[i] | brains[i + 1] << 16;
+  }
+}
+
+// Of bfloat16, the values of slots 2 i and 2 i + 1 lie side by side; the other slot's stay.
+inline void store_brain_value(uint32_t *words, int64_t slot, int64_t n, const float *value) {
+  const uint32_t kept = slot % 2 != 0 ? 0xffff : 0xffff0000;
+  const int shift = slot % 2 != 0 ? 16 : 0;
+  for (int64_t i = 0; i < n; i++) words[i] = (words[i] & kept) | to_brain(value[i]) << shift;
 }
 
 void store_key(const CellLayout &cell, uint8_t *data, int64_t slot, const float *key) {
+  if (cell.type == CacheType::bfloat16) return store_brain_key(cell, reinterpret_cast<uint32_t *>(data) + slot, key);
   const float scale = encode(cell.type, key, cell.head_dim, [&](int64_t i, auto element) {
-    put(data, element_of(cell.type, cell.key_stride, i, slot), element);
+    put(data, i * cell.key_stride + slot, element);
   });
   if (cell.type == CacheType::int8) put(data + cell.key_scale_offset, slot, scale);
 }
 
 void store_value(const CellLayout &cell, uint8_t *data, int64_t slot, const float *value) {
+  if (cell.type == CacheType::bfloat16) {
+    auto *words = reinterpret_cast<uint32_t *>(data + cell.value_offset) + slot / 2 * cell.value_stride;
+    return store_brain_value(words, slot, cell.head_dim, value);
+  }
   if (cell.type == CacheType::float16 && cell.head_dim % width == 0) {
     auto *halves = reinterpret_cast<uint16_t *>(data + cell.value_offset) + slot * cell.value_stride;
     for (int64_t i = 0; i < cell.head_dim; i += width) {
@@ -438,7 +459,7 @@ void store_value(const CellLayout &cell, uint8_t *data, int64_t slot, const floa
     return;
   }
   const float scale = encode(cell.type, value, cell.head_dim, [&](int64_t i, auto element) {
-    put(data + cell.value_offset, element_of(cell.type, cell.value_stride, slot, i), element);
+    put(data + cell.value_offset, slot * cell.value_stride + i, element);
   });
   if (cell.type == CacheType::int8) put(data + cell.value_scale_offset, slot, scale);
 }

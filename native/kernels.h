@@ -34,6 +34,13 @@ constexpr int64_t expanded_floats(const CellLayout &cell) {
   return attention_block * (cell.head_dim + cell.value_stride + 2);
 }
 
+// Keys at some positions of a sequence: those that are wanted when a tile is done, so that they are fetched meanwhile.
+struct NextKeys {
+  const uint8_t *cells;  // the cell of page 0; null if nothing is wanted
+  const int32_t *pages;
+  int64_t first, last;   // within one block
+};
+
 // One query tile of one head of keys: `rows` queries, and the blocks of keys that they are to see.
 struct AttentionTile {
   const CellLayout *cell;
@@ -42,7 +49,7 @@ struct AttentionTile {
   const int32_t *pages;      // page table of the sequence
   int64_t rows;
   const int64_t *first, *last;  // (rows,) positions that each query sees, both ends included
-  int64_t next_cell;         // bytes to the cell that the caller attends to next, with the same pages; 0 if it does not
+  NextKeys next;             // of the same cache
   const float *queries;      // (rows, value_stride), already scaled
   float softcap;
   float *scores;             // scratch (rows, score_stride)
@@ -67,6 +74,7 @@ struct VectorKernels {
   void (*rope)(const float *x, const float *cosines, const float *sines, float factor, float *y, int64_t half);
   void (*softmax)(float *x, int64_t n);
 
+  // Nobody else may write to slots 2 i and 2 i + 1 of a cell meanwhile: they share words of it.
   void (*store_key)(const CellLayout &cell, uint8_t *data, int64_t slot, const float *key);
   void (*store_value)(const CellLayout &cell, uint8_t *data, int64_t slot, const float *value);
   // Merges blocks begin to end into most, total and result, in order.
