@@ -42,6 +42,22 @@ def test_the_same_for_people(smollm2: Path, capsys: pytest.CaptureFixture[str]) 
     assert max(len(line) for line in text.splitlines()) < 120
 
 
+def test_an_architecture_that_is_not_built_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {f"setting_{number}": number for number in range(30)}
+    config = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "hidden_size": 8, **settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    header = json.dumps({"model.embed.weight": {"dtype": "F16", "shape": [6, 8], "data_offsets": [0, 96]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(96))
+    report = json.loads(inspect([str(tmp_path), "--json"], capsys))
+    assert (report["architecture"], report["parameters"], report["weight_bytes"]) == ("OPTForCausalLM", 48, 96)
+    assert report["config"] == {"model_type": "opt", "hidden_size": 8, **settings}
+    assert report["types"] == {"F16": {"tensors": 1, "values": 48, "bytes": 96}}
+    text = inspect([str(tmp_path)], capsys)
+    for words in ("OPTForCausalLM", "transformers", "hidden_size 8", "setting_29 29", "48 (48)"):
+        assert words in text
+    assert max(len(line) for line in text.splitlines()) < 120 + len(str(tmp_path))
+
+
 def test_what_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "text.gguf"
     file.write_text("this is not a model at all, only text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,6 +50,20 @@ class Report:
     types: dict[str, TypeShare] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class OutsideReport:
+    """What the files of a model say that transformers runs; its memory depends on its own code. Sizes in bytes."""
+
+    path: str
+    architecture: str
+    parameters: int
+    tokenizer: str
+    chat_template: bool
+    weight_bytes: int
+    types: dict[str, TypeShare]
+    config: dict[str, object]  # the numbers and names that config.json has at its top
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a known name, hf:org/name[:file], a .gguf file or a folder")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of context to give the memory for")
@@ -64,10 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from mnemos.formats.checkpoint import open_checkpoint
     from mnemos.hub.sources import resolve
+    from mnemos.models.load import is_built_in
 
     with ProgressBar(arguments.model) as progress:
         path = resolve(arguments.model, progress)
-    report = examine(open_checkpoint(path), arguments.context, arguments.kv_dtype)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.kind == "huggingface" and not is_built_in(checkpoint):
+        outside = examine_outside(checkpoint)
+        print(json.dumps(asdict(outside), indent=2) if arguments.json else render_outside(outside))
+        return 0
+    report = examine(checkpoint, arguments.context, arguments.kv_dtype)
     print(json.dumps(asdict(report), indent=2) if arguments.json else render(report))
     return 0
 
@@ -77,12 +98,7 @@ def examine(checkpoint: Checkpoint, context: int | None = None, kv_dtype: str = 
 
     spec = describe_model(checkpoint, context_length=context, kv_dtype=kv_dtype)
     own = describe_model(checkpoint)
-    types: dict[str, TypeShare] = defaultdict(TypeShare)
-    for tensor in checkpoint.tensors.values():
-        share = types[tensor.type.name]
-        share.tensors += 1
-        share.values += tensor.size
-        share.bytes += len(tensor.data)
+    types = _types(checkpoint)
     layout = spec.layout
     pages = -(-spec.context_length // layout.page_size)
     return Report(
@@ -104,8 +120,50 @@ def examine(checkpoint: Checkpoint, context: int | None = None, kv_dtype: str = 
         cache_dtype=layout.dtype,
         context=spec.context_length,
         cache_bytes=pages * layout.page_bytes,
-        types=dict(sorted(types.items(), key=lambda item: -item[1].bytes)),
+        types=types,
     )
+
+
+def _types(checkpoint: Checkpoint) -> dict[str, TypeShare]:
+    """What the tensors of each storage type amount to, the largest share first."""
+    types: dict[str, TypeShare] = defaultdict(TypeShare)
+    for tensor in checkpoint.tensors.values():
+        share = types[tensor.type.name]
+        share.tensors += 1
+        share.values += tensor.size
+        share.bytes += len(tensor.data)
+    return dict(sorted(types.items(), key=lambda item: -item[1].bytes))
+
+
+def examine_outside(checkpoint: Checkpoint) -> OutsideReport:
+    """Of a Hugging Face folder whose architecture is not built in."""
+    from mnemos.models.load import architecture_names
+
+    types = _types(checkpoint)
+    return OutsideReport(
+        path=str(checkpoint.path),
+        architecture=architecture_names(checkpoint)[0],
+        parameters=sum(share.values for share in types.values()),
+        tokenizer=_tokenizer(checkpoint),
+        chat_template=_has_chat_template(checkpoint),
+        weight_bytes=sum(share.bytes for share in types.values()),
+        types=types,
+        config={name: value for name, value in checkpoint.metadata.items() if isinstance(value, (int, float, str))},
+    )
+
+
+def render_outside(report: OutsideReport) -> str:
+    """The report as lines for people."""
+    rows = [
+        ("file", report.path),
+        ("architecture", f"{report.architecture}: not built in, runs through transformers (mnemos[torch])"),
+        ("parameters", f"{human_count(report.parameters)} ({report.parameters:,}) in the files"),
+        ("tokenizer", f"{report.tokenizer}, {'with' if report.chat_template else 'no'} chat template"),
+        ("memory", f"{human_bytes(report.weight_bytes)} of weights; what a token of context takes is up to its code"),
+    ]
+    settings = textwrap.wrap(", ".join(f"{name} {value}" for name, value in report.config.items()), 100)
+    rows += [("config" if index == 0 else "", line) for index, line in enumerate(settings)]
+    return "\n".join([f"{name:<13}{value}" for name, value in rows] + _weight_lines(report.types))
 
 
 def render(report: Report) -> str:
@@ -125,13 +183,17 @@ def render(report: Report) -> str:
         ("tokenizer", f"{report.tokenizer}, {'with' if report.chat_template else 'no'} chat template"),
         ("memory", f"{human_bytes(report.weight_bytes)} of weights + {cache} ({human_bytes(a_token)} a token)"),
     ]
-    lines = [f"{name:<13}{value}" for name, value in rows]
-    for index, (name, share) in enumerate(report.types.items()):
+    return "\n".join([f"{name:<13}{value}" for name, value in rows] + _weight_lines(report.types))
+
+
+def _weight_lines(types: dict[str, TypeShare]) -> list[str]:
+    lines = []
+    for index, (name, share) in enumerate(types.items()):
         bits = 8 * share.bytes / max(share.values, 1)
         title = "weights" if index == 0 else ""
         amount = f"{share.tensors:>4} tensors  {human_count(share.values):>6} values  {human_bytes(share.bytes):>8}"
         lines.append(f"{title:<13}{name:<7}{amount}  {bits:.3g} bits each")
-    return "\n".join(lines)
+    return lines
 
 
 def _tokenizer(checkpoint: Checkpoint) -> str:
