@@ -58,7 +58,7 @@ CpuFeatures detect() {
   const unsigned needed = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
   features.avx512 = features.avx2 && zmm && (b & needed) == needed && (c & (1u << 11));
   features.avx512_bf16 = features.avx512 && (a1 & (1u << 5));
-  const bool tile_units = (d & (1u << 24)) && (d & (1u << 25));  // TILE, INT8
+  const bool tile_units = (d & (1u << 22)) && (d & (1u << 24)) && (d & (1u << 25));  // BF16, TILE, INT8
   features.amx = features.avx512_bf16 && tiles && tile_units && request_tiles() && same_products(amx_kernels, avx512_kernels);
   return features;
 }

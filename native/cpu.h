@@ -14,7 +14,7 @@ struct CpuFeatures {
   bool avx_vnni = false;     // 256-bit VNNI without AVX-512
   bool avx512 = false;       // F, BW, VL, DQ and VNNI
   bool avx512_bf16 = false;  // bf16 dot products
-  bool amx = false;          // int8 tiles; the operating system lets us use them, and they gave the right bits
+  bool amx = false;          // int8 and bfloat16 tiles; the operating system lets us use them, and they gave the right bits
   bool neon = false;
   bool neon_dotprod = false;
   bool neon_i8mm = false;

@@ -17,9 +17,20 @@ struct AlignedDelete {
   void operator()(void *p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
-// Any bytes are codes and subscales; the float16 scales at the end of a record are small numbers of both signs.
-void fill(Matrix &matrix, Random random) {
+// What weights and activations are. Sums of small whole numbers are exact, in whatever order.
+enum class Numbers { any, whole };
+
+// Any bytes are codes and subscales; the float16 scales at the end of a record are small numbers of both signs. Weights in
+// bfloat16 are such numbers too, or whole ones.
+void fill(Matrix &matrix, Numbers numbers, Random random) {
   const Layout &layout = matrix.layout;
+  if (!layout.quantized()) {
+    auto *weight = reinterpret_cast<uint16_t *>(matrix.panel(0));
+    for (size_t i = 0; i < matrix.bytes() / sizeof *weight; i++)
+      weight[i] = numbers == Numbers::whole ? float_to_bfloat(float(int32_t(random.next() >> 20) - 8))
+                                            : uint16_t(0x3c00 | (random.next() & 0x83ff));
+    return;
+  }
   const int supers = layout.minimum() ? 32 : 16, record_bytes = layout.record_bytes();
   uint8_t *record = matrix.panel(0), *end = record + matrix.bytes();
   for (; record < end; record += record_bytes) {
@@ -31,35 +42,50 @@ void fill(Matrix &matrix, Random random) {
   }
 }
 
-std::vector<float> product(const Kernels &kernels, const ProductShape &shape) {
+// Rows are multiplied by so many at once.
+std::vector<float> product(const Kernels &kernels, const ProductShape &shape, Numbers numbers, int64_t together) {
   Random random{uint32_t(shape.type) * 977 + uint32_t(shape.tokens)};
   Matrix matrix(shape.type, shape.rows, shape.columns, false, kernels);
-  fill(matrix, random);
+  place({&matrix});
+  fill(matrix, numbers, random);
   std::vector<float> x(size_t(shape.tokens * shape.columns)), y(size_t(shape.tokens * shape.rows)), bias(size_t(shape.rows));
-  for (float &value : x) value = float(int32_t(random.next()) - (1 << 23)) / float(1 << 22);
-  for (float &value : bias) value = float(random.next());
+  for (float &value : x) {
+    const int32_t number = int32_t(random.next()) - (1 << 23);
+    value = numbers == Numbers::whole ? float(number >> 16) : float(number) / float(1 << 22);
+  }
+  for (float &value : bias) value = float(random.next() >> (numbers == Numbers::whole ? 4 : 0));
   const Form form = matrix.input_form(shape.precise);
   const std::unique_ptr<void, AlignedDelete> workspace(
       ::operator new(input_bytes(form, shape.tokens, shape.columns), std::align_val_t(64)));
   const Input input = bind_input(kernels, form, shape.tokens, shape.columns, workspace.get());
   prepare_rows(input, x.data(), shape.columns, 0, shape.tokens);
-  multiply(matrix, input, 0, shape.tokens, 0, matrix.panels(), y.data(), shape.rows,
-           shape.bias ? bias.data() : nullptr, 0);
+  for (int64_t row = 0; row < shape.tokens; row += together)
+    multiply(matrix, input, row, row + together < shape.tokens ? row + together : shape.tokens, 0, matrix.panels(), y.data(),
+             shape.rows, shape.bias ? bias.data() : nullptr, 0);
   return y;
+}
+
+bool same_bits(const std::vector<float> &a, const std::vector<float> &b) {
+  return memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 }  // namespace
 
 bool same_products(const Kernels &one, const Kernels &other, const ProductShape &shape) {
-  const std::vector<float> a = product(one, shape), b = product(other, shape);
-  return memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  const Numbers numbers = shape.type == WeightType::bf16 ? Numbers::whole : Numbers::any;
+  return same_bits(product(one, shape, numbers, shape.tokens), product(other, shape, numbers, shape.tokens));
+}
+
+bool same_alone(const Kernels &kernels, const ProductShape &shape) {
+  return same_bits(product(kernels, shape, Numbers::any, shape.tokens), product(kernels, shape, Numbers::any, 1));
 }
 
 bool same_products(const Kernels &one, const Kernels &other) {
   for (WeightType type : {WeightType::q4_1, WeightType::q8_0, WeightType::q2_k, WeightType::q6_k})
     for (bool precise : {false, true})
       if (!same_products(one, other, {type, precise, 40, 256, 21, precise})) return false;
-  return true;
+  return same_products(one, other, {WeightType::bf16, false, 40, 333, 37, true}) &&
+         same_alone(one, {WeightType::bf16, false, 40, 333, 37, false});
 }
 
 }  // namespace mnemos

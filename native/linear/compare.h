@@ -1,4 +1,4 @@
-// Whether two sets of kernels multiply quantized weights to the same bits.
+// Whether two sets of kernels multiply quantized weights to the same bits, and bfloat16 ones to the same sums.
 #pragma once
 
 #include "linear/kernels.h"
@@ -6,16 +6,20 @@
 namespace mnemos {
 
 struct ProductShape {
-  WeightType type;  // a quantized one
+  WeightType type;  // a quantized one or bf16
   bool precise;     // activations in two parts
   int64_t rows, columns, tokens;
   bool bias;
 };
 
-// On random weights and activations, the largest and smallest codes among them.
+// On random weights and activations, the largest and smallest codes among them. Those of bfloat16 products, whose sums may
+// have an order of their own, are small whole numbers: every order gives the same bits.
 bool same_products(const Kernels &one, const Kernels &other, const ProductShape &shape);
 
-// Some products of few blocks that take every kind of scales: a check that takes less than a millisecond.
+// Whether each row has the same bits alone and among all others.
+bool same_alone(const Kernels &kernels, const ProductShape &shape);
+
+// Both of these on some products of few blocks that take every kind of scales and bfloat16: a check that takes about a millisecond.
 bool same_products(const Kernels &one, const Kernels &other);
 
 }  // namespace mnemos

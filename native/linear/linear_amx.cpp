@@ -4,9 +4,9 @@
 // The expanded codes of a block (8 vectors of 64 bytes, byte 4r + i of vector v: row r, column 4v + i) are the second
 // operand of the tile product as they are. Activations are the first one where they lie, a row of a tile for each row.
 //
-// Few rows and float weights go to the AVX-512 kernels. That holds for bfloat16 too: TDPBF16PS sums the products of even
-// and of odd columns apart and adds them to the total at the end, VDPBF16PS adds each to the total in turn (both in Intel's
-// Software Developer's Manual), so a prompt's bits would differ from a single token's.
+// Few rows of quantized weights, and float32 and float16 ones, go to the AVX-512 kernels; bfloat16 has tile products of its
+// own for any number of rows (amx_float.h).
+#include "linear/amx_float.h"
 #include "linear/amx_tiles.h"
 #include "linear/avx512.h"
 
@@ -162,6 +162,8 @@ void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin
 
 void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                   int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
+  if (matrix.layout.type == WeightType::bf16)
+    return multiply_bfloats(matrix, input, row_begin, row_end, panel_begin, panel_end, {y, y_stride, starts, start_stride});
   if (!matrix.layout.quantized() || row_end - row_begin <= few_rows)
     return avx512bf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
                                        start_stride);

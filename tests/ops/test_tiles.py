@@ -1,4 +1,4 @@
-"""The AMX kernels against those of AVX-512, on processors without AMX too: its instructions are emulated there."""
+"""The AMX kernels against those of AVX-512 and Intel's manual; processors without AMX have it emulated."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ SKIPPED = 77
 @pytest.mark.timeout(900)  # most of it compiles the kernels: a minute where nothing else runs
 @pytest.mark.skipif(os.name != "posix" or os.uname().machine != "x86_64", reason="AMX belongs to x86-64")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_amx_tiles_give_the_bits_of_avx512() -> None:
-    """Every quantized type, both forms of activations, 1 to 40 rows, whole and partly empty panels."""
+def test_amx_tiles_give_the_right_bits() -> None:
+    """Whole and partly empty panels, each row alone and among others.
+
+    Every quantized type, both forms of activations, 1 to 40 rows, has the bits of AVX-512; bfloat16, 1 to 70 rows, has
+    those of the steps that the manual defines, and they are near the sums in float64.
+    """
     done = subprocess.run([CHECKS, "amx"], capture_output=True, text=True)
     if done.returncode == SKIPPED:
         pytest.skip(done.stdout.strip())

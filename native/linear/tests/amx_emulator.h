@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include <immintrin.h>
 #include <ucontext.h>
 #include <unistd.h>
 
@@ -23,7 +24,7 @@ struct State {
   uint16_t row_bytes[8] = {};
   uint8_t rows[8] = {};
   Tile tiles[8] = {};
-  int64_t releases = 0, products = 0;
+  int64_t releases = 0, products = 0, bfloat_products = 0;
 };
 
 inline State state;  // of the one thread that tests have
@@ -64,12 +65,16 @@ inline void store(int tile, uint8_t *memory, int64_t stride) {
   for (int r = 0; r < state.rows[tile]; r++) memcpy(memory + r * stride, state.tiles[tile].bytes[r], state.row_bytes[tile]);
 }
 
-inline void dot(int sums, int a, int b) {
+inline void require_product(int sums, int a, int b) {
   require(sums != a && sums != b && a != b, "a product of a tile with itself");
   require(state.rows[sums] == state.rows[a], "sums and first operand differ in rows");
   require(state.row_bytes[sums] == state.row_bytes[b], "sums and second operand differ in columns");
   require(state.row_bytes[a] % 4 == 0 && state.row_bytes[a] / 4 == state.rows[b], "the operands do not fit each other");
   require(state.row_bytes[b] % 4 == 0, "columns that are no whole numbers");
+}
+
+inline void dot(int sums, int a, int b) {
+  require_product(sums, a, b);
   for (int m = 0; m < state.rows[sums]; m++)
     for (int n = 0; n < state.row_bytes[sums] / 4; n++) {
       int32_t sum;
@@ -81,6 +86,47 @@ inline void dot(int sums, int a, int b) {
     }
   memset(state.tiles[sums].bytes[state.rows[sums]], 0, size_t(64 * (16 - state.rows[sums])));
   state.products++;
+}
+
+// Rounds to the nearest, ties to even, and takes denormals for zero, in and out, whatever the program has set.
+class BfloatArithmetic {
+ public:
+  BfloatArithmetic() : settings_(_mm_getcsr()) { _mm_setcsr(0x1f80 | 0x8000 | 0x0040); }
+  ~BfloatArithmetic() { _mm_setcsr(settings_); }
+  // a * b + c with one rounding. In assembly, so that it stays between the two settings.
+  static float fused(float a, float b, float c) {
+    __asm__ volatile("vfmadd231ss %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+    return c;
+  }
+
+ private:
+  unsigned settings_;
+};
+
+inline float bfloat(const uint8_t *p) {
+  const uint32_t bits = uint32_t(p[0]) << 16 | uint32_t(p[1]) << 24;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Even and odd products are summed apart, and their sum is added to the total at the end.
+inline void dot_bfloats(int sums, int a, int b) {
+  require_product(sums, a, b);
+  const BfloatArithmetic arithmetic;
+  for (int m = 0; m < state.rows[sums]; m++)
+    for (int n = 0; n < state.row_bytes[sums] / 4; n++) {
+      float total, parts[2] = {0, 0};
+      memcpy(&total, state.tiles[sums].bytes[m] + 4 * n, 4);
+      for (int k = 0; k < state.rows[b]; k++)
+        for (int i = 0; i < 2; i++)
+          parts[i] = arithmetic.fused(bfloat(state.tiles[a].bytes[m] + 4 * k + 2 * i),
+                                      bfloat(state.tiles[b].bytes[k] + 4 * n + 2 * i), parts[i]);
+      total = arithmetic.fused(1, total, arithmetic.fused(1, parts[0], parts[1]));
+      memcpy(state.tiles[sums].bytes[m] + 4 * n, &total, 4);
+    }
+  for (int m = state.rows[sums]; m < 16; m++) memset(state.tiles[sums].bytes[m], 0, 64);
+  state.bfloat_products++;
 }
 
 inline int64_t general(const ucontext_t *context, int number) {
@@ -134,9 +180,10 @@ inline int64_t execute(const uint8_t *code, const ucontext_t *context) {
   const uint8_t *modrm = code + 4;
   const int tile = modrm[0] >> 3 & 7;
   if (opcode == 0x49 && prefix == none && modrm[0] == 0xc0) {  // tilerelease
-    const int64_t releases = state.releases + 1, products = state.products;
-    state = State{};
-    state.releases = releases, state.products = products;
+    State released;
+    released.releases = state.releases + 1;
+    released.products = state.products, released.bfloat_products = state.bfloat_products;
+    state = released;
     return 5;
   }
   if (opcode == 0x49 && prefix == none && tile == 0) {  // ldtilecfg
@@ -158,9 +205,11 @@ inline int64_t execute(const uint8_t *code, const ucontext_t *context) {
     else store(tile, memory, at.index);
     return 4 + at.length;
   }
-  if (opcode == 0x5e && prefix == f2 && modrm[0] >= 0xc0) {  // tdpbssd: the second operand is in vvvv
+  const bool integers = opcode == 0x5e && prefix == f2, bfloats = opcode == 0x5c && prefix == f3;
+  if ((integers || bfloats) && modrm[0] >= 0xc0) {  // tdpbssd, tdpbf16ps: the second operand is in vvvv
     require(second < 8 && state.rows[modrm[0] & 7] > 0 && state.rows[second] > 0, "a tile without a shape is used");
-    dot(tile, modrm[0] & 7, second);
+    const auto multiply = integers ? dot : dot_bfloats;
+    multiply(tile, modrm[0] & 7, second);
     return 5;
   }
   fail("an instruction that the emulator does not know");

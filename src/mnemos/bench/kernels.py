@@ -33,9 +33,10 @@ _WIDTH = 2048
 _WEIGHT_BYTES = 96 << 20  # more than the last-level cache of most machines, so that memory is what is read
 _CONTEXT = 1024
 _REPEATS = 3
-# Multiply-adds of a dot-product instruction for each of float32: int8 by fours, bfloat16 by twos.
+# Multiply-adds of a dot-product instruction for each of float32: int8 by fours, bfloat16 by twos; more in tiles.
 _INT8_RATE = {"scalar": 1, "avx2": 2, "amx": 32, "neon": 4, "neon_i8mm": 8}
 _FUSED_RATE = 4
+_BFLOAT_RATE = {"avx512_bf16": 2, "amx": 16}
 
 Forward = Callable[[Ops, Any, Any], tuple[Array, Array]]
 
@@ -173,7 +174,7 @@ def _int8_rate() -> int:
 
 
 def _float_rate(kind: TensorType) -> int:
-    return 2 if kind is TensorType.BF16 and instruction_set() in ("avx512_bf16", "amx") else 1
+    return _BFLOAT_RATE.get(instruction_set(), 1) if kind is TensorType.BF16 else 1
 
 
 def _seconds(run: Callable[[], object]) -> float:
