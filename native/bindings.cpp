@@ -17,6 +17,7 @@
 #include "error.h"
 #include "mapping.h"
 #include "program.h"
+#include "relay.h"
 #include "sampler.h"
 #include "length_prefixed.h"
 
@@ -247,6 +248,51 @@ nb::object top_tokens(Floats logits, int64_t count) {
   return owned_array(sampler.top(logits.data(), static_cast<int64_t>(logits.size()), count));
 }
 
+// Addresses come from tensors that the caller has checked for type, shape and contiguity.
+float *at_address(uintptr_t address) { return reinterpret_cast<float *>(address); }
+using HeadsAt = std::tuple<uintptr_t, int64_t, int64_t>;
+PlainAttention::Heads heads_at(const HeadsAt &heads) {
+  return {at_address(std::get<0>(heads)), std::get<1>(heads), std::get<2>(heads)};
+}
+
+void bind_relay(nb::module_ &m) {
+  nb::class_<Relay>(m, "Relay")
+      .def(nb::init<std::shared_ptr<Pool>>(), "pool"_a)
+      .def("add", [](Relay &relay, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
+        return relay.add(matrix, copy_vector(bias));
+      }, "matrix"_a, "bias"_a.none())
+      .def("replace", [](Relay &relay, int number, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
+        relay.replace(number, matrix, copy_vector(bias));
+      }, "number"_a, "matrix"_a, "bias"_a.none())
+      .def("multiply", [](Relay &relay, int number, uintptr_t x, int64_t rows, uintptr_t y) {
+        nb::gil_scoped_release release_gil;
+        relay.multiply(number, at_address(x), rows, at_address(y));
+      }, "number"_a, "x"_a, "rows"_a, "y"_a)
+      .def("attend", [](Relay &relay, const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> &sizes, const HeadsAt &q,
+                        const HeadsAt &k, const HeadsAt &v, float scale, uintptr_t y) {
+        PlainAttention a{};
+        std::tie(a.batch, a.heads, a.kv_heads, a.count, a.head_dim) = sizes;
+        a.queries = heads_at(q), a.keys = heads_at(k), a.values = heads_at(v);
+        a.scale = scale;
+        a.y = at_address(y);
+        nb::gil_scoped_release release_gil;
+        relay.attend(a);
+      }, "sizes"_a, "q"_a, "k"_a, "v"_a, "scale"_a, "y"_a);
+  m.def("copy_heads", [](int64_t batch, int64_t heads, int64_t width, const HeadsAt &from, const HeadsAt &to) {
+    const PlainAttention::Heads source = heads_at(from);
+    float *target = at_address(std::get<0>(to));
+    for (int64_t b = 0; b < batch; b++) {
+      for (int64_t h = 0; h < heads; h++) {
+        float *y = target + b * std::get<1>(to) + h * std::get<2>(to);
+        std::memcpy(y, source.head(b, h), static_cast<size_t>(width) * sizeof(float));
+      }
+    }
+  }, "batch"_a, "heads"_a, "width"_a, "source"_a, "target"_a);
+  m.def("rms_norm", [](uintptr_t x, uintptr_t weight, float epsilon, uintptr_t y, int64_t rows, int64_t width) {
+    vector_kernels(current_isa()).rms_norm(at_address(x), at_address(weight), epsilon, at_address(y), rows, width);
+  }, "x"_a, "weight"_a, "epsilon"_a, "y"_a, "rows"_a, "width"_a);
+}
+
 void bind_program(nb::module_ &m) {
   using ProgramClass = nb::class_<Program>;
   ProgramClass(m, "Program")
@@ -368,6 +414,7 @@ NB_MODULE(_native, m) {
            "page"_a, "content"_a);
 
   bind_program(m);
+  bind_relay(m);
 
   m.def("uniform", &uniform, "seed"_a, "position"_a, "draw"_a = 0);
   m.def("sample", &sample_rows, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "random"_a);

@@ -81,6 +81,9 @@ struct VectorKernels {
   void (*attend)(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
   // Merges one row's state (most, total, n values) into another, whose values need not be set if its most is -infinity.
   void (*merge)(float most, float total, const float *values, float *into_most, float *into_total, float *into, int64_t n);
+  // y = softmax(query . keys * scale) values, with `count` keys and values of n floats; scratch for `count` scores.
+  void (*attend_plain)(const float *query, const float *keys, const float *values, int64_t count, int64_t n, float scale,
+                       float *scores, float *y);
 
   // For sampling and log probabilities.
   // Infinite where any x is not a number.

@@ -242,12 +242,13 @@ int64_t select_at_least(const float *x, float threshold, int32_t *indices, int64
 }  // namespace mnemos
 
 #include "attention_impl.h"
+#include "attention_plain.h"
 
 namespace mnemos {
 namespace {
 
 constexpr VectorKernels table = {rms_norm, layer_norm, activation, gated_activation, add_arrays, scale, accumulate,
-                                 softcap, rope, softmax, store_key, store_value, attend, merge, largest_valid,
+                                 softcap, rope, softmax, store_key, store_value, attend, merge, attend_plain, largest_valid,
                                  sum_exp, exponentials, select_at_least};
 
 }  // namespace

@@ -149,7 +149,9 @@ Pool::Pool(int threads) : threads_(threads) {
 }
 
 Pool::~Pool() {
+  wanted_.store(true);
   if (process_ != getpid()) crew_.release();  // threads of the parent process: nothing to join here
+  crew_.reset();  // before what may run behind
 }
 
 void Pool::start() {
@@ -166,9 +168,34 @@ void Pool::run(const std::function<void(int)> &body) {
     return;
   }
   start();
+  end_behind();
   crew_->start_region(body);
   body(0);
   crew_->finish_region();
+}
+
+void Pool::run_behind(std::function<void(int)> body) {
+  std::lock_guard<std::mutex> lock(region_);
+  if (threads_ == 1) return;
+  start();
+  end_behind();
+  behind_ = std::move(body);
+  crew_->start_region(behind_);
+}
+
+void Pool::interrupt() {
+  std::lock_guard<std::mutex> lock(region_);
+  if (threads_ == 1 || !crew_) return;
+  start();
+  end_behind();
+}
+
+void Pool::end_behind() {
+  if (!behind_) return;
+  wanted_.store(true);
+  crew_->finish_region();
+  wanted_.store(false);
+  behind_ = nullptr;
 }
 
 void Pool::barrier() {

@@ -43,6 +43,13 @@ class Pool {
   // done. Regions of different callers run one after the other. `body` must not throw.
   void run(const std::function<void(int)> &body);
 
+  // Calls body(thread index) on all threads but the caller's and returns at once. It is work that may be left undone:
+  // body returns soon after wanted() says so. A region, another such call or interrupt() ends it.
+  void run_behind(std::function<void(int)> body);
+  bool wanted() const { return wanted_.load(std::memory_order_relaxed); }
+  // Returns when nothing runs behind.
+  void interrupt();
+
   // Inside a region: waits until all threads of the pool are here.
   void barrier();
 
@@ -52,11 +59,14 @@ class Pool {
  private:
   struct Crew;  // the threads and what they share; made anew in a forked child, where threads do not survive
   void start();
+  void end_behind();
 
   const int threads_;
   std::mutex region_;
   std::unique_ptr<Crew> crew_;
   long process_ = 0;
+  std::function<void(int)> behind_;  // empty: nothing runs behind
+  std::atomic<bool> wanted_{false};
 };
 
 // The pool of that size, shared by all who ask for it in this process. 0 means usable_cores().

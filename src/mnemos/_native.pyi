@@ -123,6 +123,43 @@ class Program:
     def barriers(self) -> int:
         """Meetings of all threads in a step of one token."""
 
+class Relay:
+    """Operators of a pass that somebody else runs, one call each. Addresses are those of float32 values in memory.
+
+    Between two products the pool's other threads read what the next one will need, by the order of the last pass.
+    """
+
+    def __init__(self, pool: Pool) -> None: ...
+    def add(self, matrix: Matrix, bias: Floats | None) -> int:
+        """A product x W^T + bias; its number. ConfigError: the matrix is not multiplied in float32."""
+
+    def replace(self, number: int, matrix: Matrix, bias: Floats | None) -> None: ...
+    def multiply(self, number: int, x: int, rows: int, y: int) -> None:
+        """x (rows, columns), y (rows, the matrix's rows), both contiguous."""
+
+    def attend(
+        self,
+        sizes: tuple[int, int, int, int, int],
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        v: tuple[int, int, int],
+        scale: float,
+        y: int,
+    ) -> None:
+        """Attention of one query each; sizes: batch, heads, key/value heads, keys, width of a head.
+
+        q, k, v: address, step from sequence to sequence and from head to head, in values; a head's keys are contiguous.
+        y (batch, heads, width), contiguous.
+        """
+
+def copy_heads(
+    batch: int, heads: int, width: int, source: tuple[int, int, int], target: tuple[int, int, int]
+) -> None:
+    """Copies (batch, heads, width) values between memory given as in Relay.attend."""
+
+def rms_norm(x: int, weight: int, epsilon: float, y: int, rows: int, width: int) -> None:
+    """y = x / rms(x) * weight for contiguous rows at these addresses."""
+
 def uniform(seed: int, position: int, draw: int = 0) -> float:
     """53 random bits as a number from 0 to below 1: Philox4x32-10 with counter position | draw << 64."""
 

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 from mnemos.errors import ModelError  # noqa: E402
 from mnemos.models.foreign.call import Caller  # noqa: E402
-from mnemos.models.foreign.packing import FEW_ROWS, PackedLinears, _available  # noqa: E402
+from mnemos.models.foreign.packing import FEW_ROWS, PackedLayers, _available  # noqa: E402
 from tests.models.foreign_modules import PastArgument  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not _available(), reason="this PyTorch has no oneDNN")
@@ -25,7 +25,7 @@ class Special(torch.nn.Linear):
 def test_products_are_those_of_the_layer(dtype: torch.dtype, rows: int, bias: bool) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(70, 33, bias=bias).to(dtype)
-    packed = PackedLinears(torch.nn.Sequential(layer))
+    packed = PackedLayers(torch.nn.Sequential(layer))
     x = torch.randn(2, rows, 70).to(dtype)
     with torch.inference_mode():
         wanted = layer(x)
@@ -40,7 +40,7 @@ def test_products_are_those_of_the_layer(dtype: torch.dtype, rows: int, bias: bo
 def test_a_few_rows_are_multiplied_the_same_bits_alone_and_together() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(70, 33)
-    packed = PackedLinears(torch.nn.Sequential(layer))
+    packed = PackedLayers(torch.nn.Sequential(layer))
     x = torch.randn(FEW_ROWS, 70)
     packed.install(1)
     with torch.inference_mode():
@@ -52,7 +52,7 @@ def test_a_few_rows_are_multiplied_the_same_bits_alone_and_together() -> None:
 
 def test_a_changed_bias_is_seen() -> None:
     layer = torch.nn.Linear(8, 8)
-    packed, x = PackedLinears(torch.nn.Sequential(layer)), torch.zeros(1, 8)
+    packed, x = PackedLayers(torch.nn.Sequential(layer)), torch.zeros(1, 8)
     with torch.no_grad():
         layer.bias.fill_(3.0)
     packed.install(1)
@@ -97,7 +97,7 @@ def test_layers_that_compute_something_else_are_left_alone() -> None:
     special, patched = Special(8, 8), torch.nn.Linear(8, 8)
     patched.forward = lambda x: x * 0  # type: ignore[method-assign]
     module = torch.nn.Sequential(special, patched)
-    packed = PackedLinears(module)
+    packed = PackedLayers(module)
     x = torch.randn(2, 8)
     with torch.inference_mode():
         wanted = special(x)
@@ -105,6 +105,25 @@ def test_layers_that_compute_something_else_are_left_alone() -> None:
         assert torch.equal(special(x), wanted) and not patched(x).any()
         packed.remove()
     assert not patched(x).any()
+
+
+def test_weights_that_hooks_make_are_left_alone() -> None:
+    torch.manual_seed(0)
+    normed, plain = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(normed)
+    packed, x = PackedLayers(torch.nn.Sequential(normed, plain)), torch.randn(2, 8)
+    torch.nn.utils.parametrizations.weight_norm(plain)  # after it was packed
+    for _ in range(2):
+        with torch.no_grad():
+            normed.weight_g.mul_(2.0)
+            plain.parametrizations.weight.original0.mul_(2.0)
+        with torch.inference_mode():
+            wanted = normed(x), plain(x)
+            packed.install(1)
+            got = normed(x), plain(x)
+            packed.remove()
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_training_goes_on_between_calls() -> None:

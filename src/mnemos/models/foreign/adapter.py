@@ -213,11 +213,13 @@ class ForeignModel:
         past, kept, lanes = self._assemble(jobs)
         lengths = [len(job.new) for job in jobs]
         if self.abilities.grows and jobs[0].start:
-            leaves, lanes = make_room(style.leaves(past), self.abilities.axes, lanes)
-            past = style.replace(past, leaves, max(job.start for job in jobs))
+            held = style.leaves(past)
+            leaves, lanes = make_room(held, self.abilities.axes, lanes, lengths[0], self._caller.few)
+            if any(a is not b for a, b in zip(leaves, held, strict=True)):
+                past = style.replace(past, leaves, max(job.start for job in jobs))
         ids, new_kept = self._pad([job.new for job in jobs])
-        steps = torch.arange(ids.shape[1], device=ids.device)
-        positions = torch.tensor([job.start for job in jobs], device=ids.device)[:, None] + steps
+        longest = ids.shape[1]
+        positions = torch.tensor([[*range(job.start, job.start + longest)] for job in jobs], device=ids.device)
         last_only = new_kept is None and not any(
             wanted[job.first_row : job.first_row + len(job.new) - 1].any() for job in jobs
         )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.errors import ModelError
-from mnemos.models.foreign.packing import PackedLinears
+from mnemos.models.foreign.few import FewRows
+from mnemos.models.foreign.packing import PackedLayers
 
 MASK_NAMES = ("attention_mask",)
 POSITION_NAMES = ("position_ids", "positions")
@@ -96,7 +97,12 @@ class Caller:
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self.head: nn.Module | None = None
         self.hidden: Tensor | None = None
-        self._packed = PackedLinears(module)
+        self._packed = PackedLayers(module)
+
+    @property
+    def few(self) -> FewRows | None:
+        """The native core's operators for calls of few tokens, where it has any part in the module."""
+        return self._packed.few
 
     def watch(self, head: nn.Module) -> None:
         """Keeps what `head` (the output projection) reads as `hidden`, (batch, time, hidden size)."""

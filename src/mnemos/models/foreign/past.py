@@ -34,7 +34,9 @@ class NestedStyle:
         return None
 
     def leaves(self, past: Any) -> list[Tensor]:
-        return list(_walk(past))
+        found: list[Tensor] = []
+        _collect(past, found)
+        return found
 
     def build(self, leaves: list[Tensor], length: int) -> Any:
         return _fill(self.template, iter(leaves))
@@ -43,25 +45,25 @@ class NestedStyle:
         return self.build(leaves, length)
 
 
-def _walk(item: Any) -> Iterator[Tensor]:
+def _collect(item: Any, found: list[Tensor]) -> None:
     if isinstance(item, Tensor):
-        yield item
+        found.append(item)
+    elif isinstance(item, (tuple, list)):  # before mappings, which are slow to tell
+        for value in item:
+            _collect(value, found)
     elif isinstance(item, Mapping):
         for value in item.values():
-            yield from _walk(value)
-    elif isinstance(item, (tuple, list)):
-        for value in item:
-            yield from _walk(value)
+            _collect(value, found)
 
 
 def _fill(template: Any, leaves: Iterator[Tensor]) -> Any:
     if isinstance(template, Tensor):
         return next(leaves)
-    if isinstance(template, Mapping):
-        return {name: _fill(value, leaves) for name, value in template.items()}
     if isinstance(template, (tuple, list)):
         filled = [_fill(value, leaves) for value in template]
         return filled if isinstance(template, list) else tuple(filled)
+    if isinstance(template, Mapping):
+        return {name: _fill(value, leaves) for name, value in template.items()}
     return template
 
 

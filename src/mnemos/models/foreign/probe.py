@@ -207,7 +207,7 @@ class Probe:
         for start in (3, 4):
             new = self.ids[:, start : start + 1]
             wanted, pasts[0] = self.step(style, new, pasts[0], start)
-            leaves, lanes = make_room(style.leaves(pasts[1]), axes, lanes)
+            leaves, lanes = make_room(style.leaves(pasts[1]), axes, lanes, 1, self.caller.few)
             try:
                 got, pasts[1] = self.step(style, new, style.replace(pasts[1], leaves, start), start)
             except ModelError:  # such as a view over axes that are not adjacent in memory
