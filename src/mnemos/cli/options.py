@@ -133,10 +133,10 @@ def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
 def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
     """The engine for `arguments.model`, fetched first if need be, with progress on standard error."""
     from mnemos.cli.terminal import ProgressBar
-    from mnemos.engine.engine import InferenceEngine
+    from mnemos.engine.loading import load_parts
 
     with ProgressBar(arguments.model) as progress:
-        return InferenceEngine.from_pretrained(
+        parts = load_parts(
             arguments.model,
             backend=arguments.backend,
             dtype=arguments.dtype,
@@ -144,6 +144,9 @@ def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
             draft=getattr(arguments, "draft", None),
             progress=progress,
         )
+    from mnemos.engine.engine import InferenceEngine  # only now: weights are read meanwhile
+
+    return InferenceEngine(**parts)
 
 
 def tokenizer_of(engine: InferenceEngine, model: str) -> Tokenizer:

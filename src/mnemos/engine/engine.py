@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mnemos.engine.completion import Assembler, Completion, StreamedToken
 from mnemos.engine.gather import run_all
 from mnemos.engine.inputs import read_prompts
-from mnemos.engine.loading import check_count, load_pretrained
+from mnemos.engine.loading import check_count, load_parts
 from mnemos.engine.scoring import ForcedLogits, ForcedScore, Score
 from mnemos.engine.sequence import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
@@ -126,8 +126,9 @@ class InferenceEngine:
         best device if none is named; code that lies in it is run with trust_remote_code=True only.
         backend="transformers" asks for that also where the architecture is built in.
         """
-        model, tokenizer = load_pretrained(
+        parts = load_parts(
             source,
+            draft=draft,
             backend=backend,
             dtype=dtype,
             kv_dtype=kv_dtype,
@@ -139,11 +140,7 @@ class InferenceEngine:
             use_kv_cache=engine_options.get("use_kv_cache", True),
             trust_remote_code=trust_remote_code,
         )
-        if draft is not None:
-            engine_options["draft_model"], _ = load_pretrained(
-                draft, backend=backend, dtype=dtype, threads=threads, tokenizer=tokenizer, progress=progress
-            )
-        return cls(model, tokenizer, **engine_options)
+        return cls(**parts, **engine_options)
 
     # Generation.
 

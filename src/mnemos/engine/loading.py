@@ -64,6 +64,21 @@ def load_pretrained(
     return model, tokenizer
 
 
+def load_parts(
+    source: str | os.PathLike[str], *, draft: str | os.PathLike[str] | None = None, **options: Any
+) -> dict[str, Any]:
+    """What `InferenceEngine(**parts)` asks for, the draft's model included. `options` are those of `load_pretrained`.
+
+    It returns before the weights are read, and the engine waits for them: a good time to import that.
+    """
+    model, tokenizer = load_pretrained(source, **options)
+    parts = {"model": model, "tokenizer": tokenizer}
+    if draft is not None:
+        shared = {name: options[name] for name in ("backend", "dtype", "threads", "progress") if name in options}
+        parts["draft_model"], _ = load_pretrained(draft, tokenizer=tokenizer, **shared)
+    return parts
+
+
 def check_count(name: str, value: object) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
