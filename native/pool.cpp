@@ -185,9 +185,7 @@ void Pool::run_behind(std::function<void(int)> body) {
 
 void Pool::interrupt() {
   std::lock_guard<std::mutex> lock(region_);
-  if (threads_ == 1 || !crew_) return;
-  start();
-  end_behind();
+  if (process_ == getpid()) end_behind();  // a forked child has none of the threads
 }
 
 void Pool::end_behind() {
