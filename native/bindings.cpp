@@ -63,8 +63,10 @@ const Kernels &linear_kernels() {
   throw unsupported_error("no kernels for matrix products run on this machine");
 }
 
-// A matrix that has no bytes until `pack_matrices` has run.
-std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32) {
+using Order = Array<int64_t, nb::ndim<1>>;
+
+// A matrix that has no bytes until `pack_matrices` has run; with `order` it has these of the rows, in this order.
+std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32, std::optional<Order> order) {
   if (!is_weight_type(type)) throw unsupported_error("a weight of storage type " + std::to_string(type) + " cannot be multiplied");
   const WeightType weight = static_cast<WeightType>(type);
   if (rows < 1 || columns < 1 || columns % block_columns(weight) != 0) {
@@ -76,11 +78,18 @@ std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int6
     throw config_error("a weight of " + std::to_string(rows) + " x " + std::to_string(columns) + " values has " +
                        std::to_string(data.size()) + " bytes; its type needs " + std::to_string(bytes));
   }
+  if (order) {
+    const int64_t *begin = order->data(), *end = begin + order->size();
+    const auto wrong = std::find_if(begin, end, [&](int64_t row) { return row < 0 || row >= rows; });
+    if (begin == end) throw config_error("a weight's order names no rows");
+    if (wrong != end) throw config_error("a weight's order names row " + std::to_string(*wrong) + " of " + std::to_string(rows));
+    rows = end - begin;
+  }
   return std::make_shared<Matrix>(weight, rows, columns, as_float32, linear_kernels());
 }
 
-// (matrix, its bytes in the file's form, whether the file's pages are given back) each.
-using Unpacked = std::vector<std::tuple<std::shared_ptr<Matrix>, Bytes, bool>>;
+// (matrix, data, order: as of `allocate_matrix`; whether the pages of the file with the data are given back) each.
+using Unpacked = std::vector<std::tuple<std::shared_ptr<Matrix>, Bytes, std::optional<Order>, bool>>;
 
 // One call for all, so that the interpreter is free meanwhile, and one region of the pool: its threads may well share
 // their cores with the interpreter, and would wait for each other at each matrix's end.
@@ -105,9 +114,9 @@ void pack_matrices(const Unpacked &matrices, Pool &pool) {
   }
   pool.for_each(static_cast<int64_t>(pieces.size()), 1, [&](int64_t piece, int64_t, int) {
     const auto [index, begin] = pieces[static_cast<size_t>(piece)];
-    const auto &[matrix, data, release] = matrices[index];
+    const auto &[matrix, data, order, release] = matrices[index];
     const int64_t end = std::min(begin + most, matrix->panels());
-    pack_panels(*matrix, data.data(), begin, end);
+    pack_panels(*matrix, data.data(), begin, end, order ? order->data() : nullptr);
     const bool last = left[index].fetch_sub(end - begin) == end - begin;
     if (last && release) release_file_pages(data.data(), data.size());
   });
@@ -115,8 +124,8 @@ void pack_matrices(const Unpacked &matrices, Pool &pool) {
 
 std::shared_ptr<Matrix> make_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32, bool release,
                                     Pool &pool) {
-  const std::shared_ptr<Matrix> matrix = allocate_matrix(data, type, rows, columns, as_float32);
-  pack_matrices({{matrix, data, release}}, pool);
+  const std::shared_ptr<Matrix> matrix = allocate_matrix(data, type, rows, columns, as_float32, std::nullopt);
+  pack_matrices({{matrix, data, std::nullopt, release}}, pool);
   return matrix;
 }
 
@@ -385,7 +394,7 @@ NB_MODULE(_native, m) {
       .def_ro("columns", &Matrix::columns)
       .def_prop_ro("bytes", &Matrix::bytes);
   m.def("make_matrix", &make_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a, "release"_a, "pool"_a);
-  m.def("allocate_matrix", &allocate_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a);
+  m.def("allocate_matrix", &allocate_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a, "order"_a.none());
   m.def("pack_matrices", &pack_matrices, "matrices"_a, "pool"_a);
 
   nb::class_<Cache>(m, "Cache")

@@ -78,8 +78,9 @@ class Matrix {
 // they fill large pages, which small matrices alone would not. Throws std::bad_alloc.
 void place(const std::vector<Matrix *> &matrices);
 
-// Repacks rows from the file's form. `raw` is the first byte of row 0. May run in parallel over disjoint ranges.
-void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_t panel_end);
+// Repacks rows from the file's form. `raw` is the first byte of the file's row 0, `order` the file's row for each of the
+// matrix, null where it is the same. May run in parallel over disjoint ranges.
+void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_t panel_end, const int64_t *order = nullptr);
 
 // The exact values that the format defines: `columns` floats.
 void dequantize_row(const Matrix &matrix, int64_t row, float *out);

@@ -277,12 +277,12 @@ bool packs_by_words(const Layout &layout) { return layout.quantized() && layout.
 
 // All blocks of up to 16 rows; a block's codes lie behind its scale and minimum.
 template <int Words, int Halves>
-void pack_words(const uint8_t *raw, int64_t stride, int64_t blocks, int64_t rows, uint8_t *record) {
+void pack_words(const uint8_t *const *sources, int64_t blocks, int64_t rows, uint8_t *record) {
   constexpr int scales = Halves * 2, block_bytes = scales + Words * 4, record_bytes = Words * 64 + Halves * 32;
   constexpr uint32_t flipped = Words == 8 ? 0x80808080 : 0;  // int8 to codes that start from 0
-  for (int64_t b = 0; b < blocks; b++, raw += block_bytes, record += record_bytes) {
+  for (int64_t b = 0; b < blocks; b++, record += record_bytes) {
     for (int64_t r = 0; r < rows; r++) {
-      const uint8_t *block = raw + r * stride;
+      const uint8_t *block = sources[r] + b * block_bytes;
       uint32_t words[Words];
       memcpy(words, block + scales, sizeof words);
       for (int j = 0; j < Words; j++) {
@@ -295,23 +295,21 @@ void pack_words(const uint8_t *raw, int64_t stride, int64_t blocks, int64_t rows
 }
 
 // The rows of one panel, a run of columns at a time, so that what is written together stays in the cache.
-void pack_panel(const Matrix &matrix, const uint8_t *raw, int64_t rows, uint8_t *panel) {
+void pack_panel(const Matrix &matrix, const uint8_t *const *sources, int64_t rows, uint8_t *panel) {
   const Layout &layout = matrix.layout;
-  const int64_t stride = row_bytes(matrix.type, matrix.columns);
   const int64_t block = block_columns(matrix.type), width = block == 1 ? 32 : block;
   if (packs_by_words(layout)) {
     const auto pack = layout.base == 8 ? pack_words<8, 1> : layout.minimum() ? pack_words<4, 2> : pack_words<4, 1>;
-    return pack(raw, stride, matrix.columns / width, rows, panel);
+    return pack(sources, matrix.columns / width, rows, panel);
   }
   for (int64_t begin = 0; begin < matrix.columns; begin += width) {
     const int64_t end = begin + width < matrix.columns ? begin + width : matrix.columns;
     for (int r = 0; r < rows; r++) {
-      const uint8_t *source = raw + r * stride;
       if (block == 1) {
-        pack_floats(layout, matrix.type, source, begin, end, r, panel);
+        pack_floats(layout, matrix.type, sources[r], begin, end, r, panel);
         continue;
       }
-      const uint8_t *record = source + row_bytes(matrix.type, begin);
+      const uint8_t *record = sources[r] + row_bytes(matrix.type, begin);
       if (layout.quantized()) {
         RecordRow row;
         read_record(matrix.type, record, row);
@@ -325,14 +323,16 @@ void pack_panel(const Matrix &matrix, const uint8_t *raw, int64_t rows, uint8_t 
 
 }  // namespace
 
-void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_t panel_end) {
+void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_t panel_end, const int64_t *order) {
   const int64_t stride = row_bytes(matrix.type, matrix.columns);
   for (int64_t index = panel_begin; index < panel_end; index++) {
     const int64_t first = index * panel_rows;
     const int64_t filled = matrix.rows - first < panel_rows ? matrix.rows - first : panel_rows;
     const bool padded = matrix.layout.type == WeightType::bf16 && matrix.columns % 2 != 0;
     if (filled < panel_rows || padded) memset(matrix.panel(index), 0, matrix.panel_bytes());
-    pack_panel(matrix, raw + first * stride, filled, matrix.panel(index));
+    const uint8_t *sources[panel_rows];
+    for (int64_t r = 0; r < filled; r++) sources[r] = raw + (order ? order[first + r] : first + r) * stride;
+    pack_panel(matrix, sources, filled, matrix.panel(index));
   }
 }
 

@@ -9,6 +9,7 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
+Order = npt.NDArray[np.intp]
 
 def isa() -> str:
     """The level of kernels in use. UnsupportedError if MNEMOS_ISA names one that this CPU does not have."""
@@ -45,11 +46,16 @@ class Matrix:
 def make_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool, release: bool, pool: Pool) -> Matrix:
     """Repacks a weight; with `release` the pages of the mapped file that it came from are given back."""
 
-def allocate_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool) -> Matrix:
-    """A matrix that has no memory and cannot be used before `pack_matrices` has packed it."""
+def allocate_matrix(
+    data: Bytes, type: int, rows: int, columns: int, as_float32: bool, order: Order | None
+) -> Matrix:
+    """A matrix that has no memory and cannot be used before `pack_matrices` has packed it.
 
-def pack_matrices(matrices: list[tuple[Matrix, Bytes, bool]], pool: Pool) -> None:
-    """Repacks weights that `allocate_matrix` made: (matrix, data, release) each, as of `make_matrix`.
+    order: it has these of the `rows` rows, in this order.
+    """
+
+def pack_matrices(matrices: list[tuple[Matrix, Bytes, Order | None, bool]], pool: Pool) -> None:
+    """Repacks weights that `allocate_matrix` made: (matrix, data, order, release) each, as of that and `make_matrix`.
 
     They lie in one piece of memory, which lives as long as any of them.
     """

@@ -10,6 +10,7 @@ import pytest
 from mnemos import _native
 from mnemos.formats.tensor import Tensor, TensorType
 from mnemos.ops.native import NativeOps
+from mnemos.ops.numpy import NumpyOps
 
 # Byte offsets of the float16 numbers in a block: random bytes there would be infinities.
 HALVES = {
@@ -137,6 +138,15 @@ def test_rows_dequantize_to_the_exact_values(isa: str, kind: TensorType, as_floa
         tensor = random_weight(kind, rows, columns)
         found = ops.embed(ops.matrix(tensor), np.arange(rows, dtype=np.int32))
         np.testing.assert_array_equal(found, tensor.dequantize())
+
+
+@pytest.mark.parametrize("kind", WEIGHTS, ids=lambda kind: kind.name)
+def test_rows_can_be_asked_for_in_another_order(kind: TensorType) -> None:
+    tensor = random_weight(kind, 50, shapes(kind)[1][1])
+    rows = np.random.default_rng(int(kind)).permutation(50)[:37]
+    for ops in (NativeOps(), NumpyOps()):
+        found = ops.embed(ops.matrix(tensor, rows), np.arange(len(rows), dtype=np.int32))
+        np.testing.assert_array_equal(found, tensor.dequantize()[rows])
 
 
 @pytest.mark.parametrize("precise", [False, True])

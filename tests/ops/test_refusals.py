@@ -95,6 +95,9 @@ def test_weights_whose_bytes_do_not_fit_are_refused() -> None:
         ops.matrix(Tensor("w", TensorType.Q8_0, (1, 33), data))
     with pytest.raises(UnsupportedError, match="27"):
         ops.matrix(Tensor("w", TensorType.I64, (1, 4), data[:32]))
+    for rows in ([0, 1], [-1], []):
+        with pytest.raises(ConfigError, match="order names"):
+            ops.matrix(Tensor("w", TensorType.Q8_0, (1, 32), data), np.array(rows, dtype=np.intp))
 
 
 def test_threads_and_caches_outside_their_range_are_refused() -> None:

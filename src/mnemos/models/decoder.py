@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -282,6 +283,7 @@ def load_pre_norm_decoder(
     return PreNormDecoder(embed_tokens, layers, norm("norm"), lm_head, embed_scale)
 
 
+@cache
 def half_split_rows(heads: int, head_dim: int, rotary_dim: int) -> npt.NDArray[np.intp]:
     """Where each row of a half-split projection lies in one whose rotary pairs are neighbours."""
     if rotary_dim > head_dim or rotary_dim % 2:

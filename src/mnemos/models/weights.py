@@ -9,11 +9,10 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from mnemos.errors import FormatError
 from mnemos.formats.tensor import Tensor, TensorType
-from mnemos.ops.protocol import Array, Matrix, Ops
+from mnemos.ops.protocol import Array, Matrix, Ops, Rows
 
 # Hugging Face's name within a layer (or of the model) -> GGUF's. Architectures add to it or replace entries.
 GGUF_TENSORS = {
@@ -130,7 +129,7 @@ class Weights:
         rows: int,
         columns: int,
         *,
-        take: npt.NDArray[np.intp] | slice | None = None,
+        take: Rows | slice | None = None,
         transposed: bool = False,
     ) -> Matrix:
         """The weight of `name`, (rows, columns), or only its rows `take`.
@@ -142,7 +141,9 @@ class Weights:
             return None
         if transposed:
             tensor = _transpose(tensor)
-        return self.ops.matrix(_taken(tensor, take))
+        if isinstance(take, slice):
+            return self.ops.matrix(tensor.slice_rows(take.start, take.stop))
+        return self.ops.matrix(tensor, take)
 
     def linear(
         self,
@@ -151,7 +152,7 @@ class Weights:
         columns: int,
         bias: bool = False,
         *,
-        take: npt.NDArray[np.intp] | slice | None = None,
+        take: Rows | slice | None = None,
         transposed: bool = False,
     ) -> Linear:
         """The projection `name` with its bias, or those outputs of it that `take` names."""
@@ -185,7 +186,9 @@ class Weights:
         if self.ops is None:
             return [None] * shape[0]
         experts = (tensor.slice_rows(e * shape[1], (e + 1) * shape[1]) for e in range(shape[0]))
-        return [self.ops.matrix(_taken(expert, take)) for expert in experts]
+        if take is not None:
+            experts = (expert.slice_rows(take.start, take.stop) for expert in experts)
+        return [self.ops.matrix(expert) for expert in experts]
 
     def ignore(self, name: str) -> None:
         """Accepts that the file may hold this tensor although the model has no use for it."""
@@ -198,12 +201,6 @@ class Weights:
         if extra:
             more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
             raise FormatError(f"{self.path}: tensor {extra[0]!r}{more} has no place in a model of this config")
-
-
-def _taken(tensor: Tensor, take: npt.NDArray[np.intp] | slice | None) -> Tensor:
-    if take is None:
-        return tensor
-    return tensor.slice_rows(take.start, take.stop) if isinstance(take, slice) else tensor.take_rows(take)
 
 
 def _transpose(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import mnemos._native as _native
 from mnemos.errors import CapacityError, ConfigError
 from mnemos.formats.tensor import Tensor
 from mnemos.ops.batch import AttentionParams, Batch, Floats, Ints, KVLayout, Output, RopeParams
-from mnemos.ops.protocol import Forward
+from mnemos.ops.protocol import Forward, Rows
 
 DTYPES = ("auto", "float32")
 _NO_INTS = np.zeros(0, dtype=np.int32)
@@ -87,17 +87,17 @@ class NativeOps:
         # Where there are bfloat16 dot products, attention runs at twice the speed on such a cache.
         self.cache_dtype = "bfloat16" if _native.isa() in ("avx512_bf16", "amx") else "float16"
         self.pool = _native.shared_pool(threads or 0)
-        self._unpacked: list[tuple[_native.Matrix, npt.NDArray[np.uint8], bool]] = []
+        self._unpacked: list[tuple[_native.Matrix, npt.NDArray[np.uint8], Rows | None, bool]] = []
         self._packing = Lock()
 
     # Parameters.
 
-    def matrix(self, tensor: Tensor) -> _native.Matrix:
+    def matrix(self, tensor: Tensor, rows: Rows | None = None) -> _native.Matrix:
         """The weights are packed when they are first needed, or by `finish`."""
         matrix = _native.allocate_matrix(
-            tensor.data, int(tensor.type), tensor.rows, tensor.columns, as_float32=self.as_float32
+            tensor.data, int(tensor.type), tensor.rows, tensor.columns, as_float32=self.as_float32, order=rows
         )
-        self._unpacked.append((matrix, tensor.data, _is_mapped(tensor.data)))
+        self._unpacked.append((matrix, tensor.data, rows, _is_mapped(tensor.data)))
         return matrix
 
     def finish(self) -> None:

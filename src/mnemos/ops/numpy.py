@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mnemos.formats.tensor import Tensor
 from mnemos.ops.batch import AttentionParams, Batch, Floats, Ints, KVLayout, Output, RopeParams
-from mnemos.ops.protocol import Forward
+from mnemos.ops.protocol import Forward, Rows
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 
@@ -58,8 +58,9 @@ class NumpyOps:
     name = "numpy"
     cache_dtype = "float16"
 
-    def matrix(self, tensor: Tensor) -> Floats:
-        return tensor.dequantize().reshape(tensor.rows, tensor.columns)
+    def matrix(self, tensor: Tensor, rows: Rows | None = None) -> Floats:
+        values = tensor.dequantize().reshape(tensor.rows, tensor.columns)
+        return values if rows is None else values[rows]
 
     def vector(self, tensor: Tensor) -> Floats:
         return tensor.dequantize().reshape(-1)

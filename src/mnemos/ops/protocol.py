@@ -16,6 +16,7 @@ from mnemos.formats.tensor import Tensor
 from mnemos.ops.batch import AttentionParams, Batch, KVLayout, Output, RopeParams
 
 Array = Any
+Rows = npt.NDArray[np.intp]
 Matrix = Any
 Forward = Callable[[Any, Any, Any], tuple[Array, Array]]  # (ops, batch, cache) -> (hidden, logits)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -41,8 +42,8 @@ class Ops(Protocol):
     cache_dtype: str  # of a cache for which none was asked: "float16" or "bfloat16"
 
     # Parameters, made once at load.
-    def matrix(self, tensor: Tensor) -> Matrix:
-        """A (rows, columns) weight in the form that this backend multiplies fastest."""
+    def matrix(self, tensor: Tensor, rows: Rows | None = None) -> Matrix:
+        """A (rows, columns) weight, or `rows` of it in this order, in the form that this backend multiplies fastest."""
 
     def vector(self, tensor: Tensor) -> Array:
         """A norm weight or bias, float32, flat."""

@@ -17,7 +17,7 @@ from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.formats.tensor import Tensor as StoredTensor
 from mnemos.formats.tensor import TensorType
 from mnemos.ops.batch import AttentionParams, Batch, KVLayout, Output, RopeParams
-from mnemos.ops.protocol import Forward
+from mnemos.ops.protocol import Forward, Rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {TensorType.F32: torch.float32, TensorType.F16: torch.float16, TensorType.BF16: torch.bfloat16}
@@ -112,7 +112,9 @@ class TorchOps:
             raise ConfigError(f"dtype is {dtype!r}; expected auto or one of {', '.join(DTYPES)}")
         self.dtype = DTYPES[dtype]
 
-    def matrix(self, tensor: StoredTensor) -> Tensor:
+    def matrix(self, tensor: StoredTensor, rows: Rows | None = None) -> Tensor:
+        if rows is not None:
+            tensor = tensor.take_rows(rows)
         if tensor.type in _STORED and _STORED[tensor.type] == self.dtype:
             stored = torch.from_numpy(np.array(tensor.data)).view(self.dtype)
         else:
