@@ -59,7 +59,7 @@ CpuFeatures detect() {
   features.avx512 = features.avx2 && zmm && (b & needed) == needed && (c & (1u << 11));
   features.avx512_bf16 = features.avx512 && (a1 & (1u << 5));
   const bool tile_units = (d & (1u << 22)) && (d & (1u << 24)) && (d & (1u << 25));  // BF16, TILE, INT8
-  features.amx = features.avx512_bf16 && tiles && tile_units && request_tiles() && same_products(amx_kernels, avx512_kernels);
+  features.amx = features.avx512_bf16 && tiles && tile_units && request_tiles() && same_products(amx_kernels, avx512bf16_kernels);
   return features;
 }
 #elif defined(__aarch64__)

@@ -57,10 +57,16 @@ class Scheduler {
   void add(std::unique_ptr<Task> task) { schedule_.tasks.push_back(std::move(task)); }
 
   // Products whose rounding shows most take finer activations: those whose results are an output of the program (logits),
-  // or the keys or values that later tokens attend to, perhaps normalised, rotated or scaled in between. Queries, of which
-  // there are more, gain little.
+  // or the keys or values that later tokens attend to, perhaps normalised, rotated or scaled in between; and those behind
+  // the last attention, whose errors nothing evens out: in a prompt they run for the chosen rows alone. Queries, of which there
+  // are more, gain little.
   void mark_precise() {
     precise_.assign(graph_.operators.size(), false);
+    size_t last = graph_.operators.size();
+    for (size_t i = 0; i < graph_.operators.size(); i++) {
+      if (op(static_cast<int>(i)).kind == OperatorKind::attention) last = i;
+    }
+    for (size_t i = last; i < graph_.operators.size(); i++) precise_[i] = op(static_cast<int>(i)).kind == OperatorKind::linear;
     for (int v : graph_.outputs) mark_source(v);
     for (const Operator &o : graph_.operators) {
       if (o.kind == OperatorKind::attention) std::for_each(o.inputs.begin() + 1, o.inputs.end(), [&](int v) { mark_source(v); });

@@ -24,7 +24,8 @@ struct Avx2 {
   static constexpr bool signed_bytes = true;  // pairs of products of two full bytes overflow 16 bits: see `dot`
   static constexpr int narrow_bits = 4;
   static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4;
-  static constexpr int blocks_together = 1;
+  static constexpr int rows_together = 8, blocks_together = 1;
+  static constexpr bool bfloat_minima = false, adds_exponents = false;
 
   template <class Lane>
   static IntPair each(IntPair a, Lane lane) {

@@ -21,7 +21,8 @@ struct Avx512 {
   static constexpr bool signed_bytes = false;
   static constexpr int narrow_bits = 0;
   static constexpr int tile_panels = 2, tile_rows = 6, float_rows = 6, stream_rows = 8;
-  static constexpr int blocks_together = 16;
+  static constexpr int rows_together = 6, blocks_together = 16;
+  static constexpr bool bfloat_minima = false, adds_exponents = false;
 
   static Bytes load(const uint8_t *p) { return _mm512_loadu_si512(p); }
   static void store(uint8_t *p, Bytes a) { _mm512_storeu_si512(p, a); }
@@ -81,17 +82,47 @@ struct Avx512 {
   static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
-  // First all scales, then all quants: many short steps that do not wait for each other.
+  // The scales of up to 16 blocks, and their quants. Whoever has several such groups finds the next one's scales first:
+  // these are a long chain of steps, which the quants of the group before hide.
+  struct Scales {
+    alignas(64) float inverses[16], powers[2][16];  // powers[0]: of blocks 0, 1, 4, 5 and so on
+  };
   template <int Parts>
-  static void quantize_together(const float *const *x, QuantBlock<Parts> *const *blocks, int count) {
-    alignas(16) float inverses[blocks_together], scales[blocks_together];
-    for (int i = 0; i < count; i += 4) {
-      const __m128 largest = largest_of_four(x + i), most = _mm_set1_ps(largest_quant<Parts>);
-      const __mmask8 plain = _mm_cmp_ps_mask(largest, _mm_set1_ps(smallest_magnitude), _CMP_GT_OQ);
-      _mm_store_ps(inverses + i, _mm_maskz_div_ps(plain, most, largest));
-      _mm_store_ps(scales + i, _mm_maskz_div_ps(plain, largest, most));
-    }
-    for (int i = 0; i < count; i += 2) quantize_two<Parts>(x + i, inverses + i, scales + i, blocks + i);
+  static void find_scales(const float *const *x, int count, Scales &scales) {
+    static_assert(blocks_together == 16, "a lane for each");
+    alignas(64) float largest[16] = {};
+    for (int i = 0; i < count; i += 4) _mm_store_ps(largest + i, largest_of_four(x + i));
+    __m512 first, second;
+    _mm512_store_ps(scales.inverses, split_scales<Parts>(_mm512_load_ps(largest), first, second));
+    _mm512_store_ps(scales.powers[0], _mm512_unpacklo_ps(first, second));
+    _mm512_store_ps(scales.powers[1], _mm512_unpackhi_ps(first, second));
+  }
+  template <int Parts>
+  static void quantize_together(const float *const *x, const Scales &scales, QuantBlock<Parts> *const *blocks, int count) {
+    for (int i = 0; i < count; i += 2)
+      quantize_pair<Parts>(x + i, scales.inverses + i, scales.powers[i / 2 % 2] + i / 4 * 4, blocks + i);
+  }
+
+  // Scales as sums of two powers, as `split_scale` does it; returns their inverses.
+  template <int Parts>
+  static __m512 split_scales(__m512 largest, __m512 &first, __m512 &second) {
+    const __m512 power = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f800000)), one = _mm512_set1_ps(1);
+    const __mmask16 plain = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(smallest_magnitude), _CMP_GT_OQ);
+    const __mmask16 immense = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(largest_magnitude), _CMP_GT_OQ);
+    const __m512 scale = _mm512_div_ps(largest, _mm512_set1_ps(largest_quant<Parts>));
+    const __m512 low = _mm512_and_ps(scale, power), high = _mm512_add_ps(low, low);
+    const __m512 least = _mm512_mul_ps(low, _mm512_set1_ps(finest_step));
+    const __m512 lack = _mm512_sub_ps(high, scale), rest = _mm512_max_ps(_mm512_sub_ps(scale, low), least);
+    const __m512i above_rest = _mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(0x007fffff));
+    const __m512 up = _mm512_and_ps(_mm512_castsi512_ps(above_rest), power);
+    const __m512 down = _mm512_maskz_and_ps(_mm512_cmp_ps_mask(lack, least, _CMP_NLT_UQ), lack, power);
+    const __mmask16 above = _mm512_cmp_ps_mask(_mm512_sub_ps(high, down), _mm512_add_ps(low, up), _CMP_LT_OQ);
+    first = _mm512_mask_mov_ps(one, plain, _mm512_mask_mov_ps(low, above, high));
+    second = _mm512_mask_mov_ps(one, plain, _mm512_mask_xor_ps(up, above, down, _mm512_set1_ps(-0.0f)));
+    const __m512 inverse = _mm512_maskz_div_ps(plain & static_cast<__mmask16>(~immense), one, _mm512_add_ps(first, second));
+    first = _mm512_mask_mov_ps(first, immense, _mm512_set1_ps(-infinity));
+    second = _mm512_mask_mov_ps(second, immense, _mm512_set1_ps(infinity));
+    return inverse;
   }
 
   // The largest magnitude of each of four blocks.
@@ -107,8 +138,8 @@ struct Avx512 {
   }
 
   template <int Parts>
-  static void quantize_two(const float *const *x, const float *inverses, const float *scales,
-                           QuantBlock<Parts> *const *blocks) {
+  static void quantize_pair(const float *const *x, const float *inverses, const float *powers,
+                            QuantBlock<Parts> *const *blocks) {
     __m512i values[4];
     for (int i = 0; i < 4; i++) {
       const __m512 value = _mm512_loadu_ps(x[i / 2] + i % 2 * 16);
@@ -124,15 +155,23 @@ struct Avx512 {
       counts = _mm_slli_epi32(store_part(first, blocks[0]->parts[0], blocks[1]->parts[0]), 7);
     }
     counts = _mm_add_epi32(counts, store_part(values, blocks[0]->parts[Parts - 1], blocks[1]->parts[Parts - 1]));
-    const __m128 both = _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double *>(scales)));
-    const __m128 scale = _mm_unpacklo_ps(both, both);
-    const __m128 sum = _mm_mul_ps(scale, _mm_cvtepi32_ps(_mm_add_epi32(counts, _mm_shuffle_epi32(counts, 0xb1))));
-    const __m128 pairs = _mm_blend_ps(scale, sum, 0xa);  // scale and sum of one block, then of the other
-    static_assert(sizeof(QuantBlock<Parts>) == Parts * 32 + 16, "scale, sum and counts follow the parts");
-    store_rest(blocks[0]->parts[0] + Parts * 32, _mm_shuffle_ps(pairs, _mm_castsi128_ps(counts), 0x44));
-    store_rest(blocks[1]->parts[0] + Parts * 32, _mm_shuffle_ps(pairs, _mm_castsi128_ps(counts), 0xee));
+    // Lanes 0 and 1 are the halves' counts of the first block, 2 and 3 those of the second.
+    const __m128i totals = _mm_add_epi32(counts, _mm_shuffle_epi32(counts, 0xb1));
+    const __m128i starts = _mm_mask_slli_epi32(counts, 0xa, _mm_sub_epi32(_mm_setzero_si128(), totals), 3);
+    const __m128 pairs = _mm_load_ps(powers), scales = _mm_add_ps(pairs, _mm_shuffle_ps(pairs, pairs, 0xb1));
+    const __m128i products = _mm_castps_si128(_mm_mul_ps(scales, _mm_cvtepi32_ps(totals)));
+    const __m128i rounded = _mm_add_epi32(products, _mm_set1_epi32(0x8000));
+    static_assert(offsetof(QuantBlock<Parts>, sums) == Parts * 32 + 16, "powers, first count and start follow the parts");
+    store_rest(blocks[0], _mm_shuffle_ps(pairs, _mm_castsi128_ps(starts), 0x44));
+    store_rest(blocks[1], _mm_shuffle_ps(pairs, _mm_castsi128_ps(starts), 0xee));
+    const __m128i high_halves = _mm_setr_epi8(2, 3, 10, 11, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const int32_t sums = _mm_cvtsi128_si32(_mm_shuffle_epi8(rounded, high_halves));
+    __builtin_memcpy(blocks[0]->sums, &sums, 4);
   }
-  static void store_rest(int8_t *p, __m128 rest) { _mm_storeu_ps(reinterpret_cast<float *>(p), rest); }
+  template <int Parts>
+  static void store_rest(QuantBlock<Parts> *block, __m128 rest) {
+    _mm_storeu_ps(reinterpret_cast<float *>(block->parts[0] + Parts * 32), rest);
+  }
 
   // Stores the values of two blocks, a byte each; returns the sum of each half.
   static __m128i store_part(const __m512i *values, int8_t *first, int8_t *second) {

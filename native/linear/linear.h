@@ -89,8 +89,16 @@ void dequantize_row(const Matrix &matrix, int64_t row, float *out);
 template <int Parts>
 struct QuantBlock {
     int8_t parts[Parts][32];  // -127 to 127
-    float scale, sum;         // sum: scale * sum of the quants
-    int32_t counts[2];        // sum of the quants of each half
+    // Two powers of two, the second of either sign; the scale is their sum. So a weight's scale can be multiplied by it
+    // with integer additions to its exponent, for which some processors have units that the dot products don't need.
+    float powers[2];
+    int32_t first_count;      // sum of the first half's quants
+    int32_t start;            // -8 * (sum of all quants): what a dot product with codes that stand for code - 8 starts from
+    // In a block of even number: bfloat16 of scale * (sum of the quants), its own and the next block's (0 if there is none).
+    uint16_t sums[2];
+
+    float scale() const { return powers[0] + powers[1]; }
+    int32_t second_count() const { return -(start >> 3) - first_count; }
 };
 
 // Rows of activations in the form that a matrix wants, in a workspace of the caller's.

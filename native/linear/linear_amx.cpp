@@ -8,7 +8,7 @@
 // own for any number of rows (amx_float.h).
 #include "linear/amx_float.h"
 #include "linear/amx_tiles.h"
-#include "linear/avx512.h"
+#include "linear/avx512bf16.h"
 
 namespace mnemos {
 namespace {
@@ -57,12 +57,12 @@ class Shapes {
   int columns_, rows_ = 0;
 };
 
-// Codes without their offset, as signed bytes.
+// Codes without their centre, as signed bytes.
 template <const Layout &L>
 struct SignedVectors {
   template <class Vector>
   static void store(uint8_t *codes, Vector &&vector) {
-    const __m512i offset = _mm512_set1_epi8(char(L.offset));
+    const __m512i offset = _mm512_set1_epi8(char(L.centre()));
     unroll<8>([&](auto v) { Avx512::store(codes + v * 64, _mm512_sub_epi8(vector(v), offset)); });
   }
 };
@@ -101,8 +101,8 @@ inline __attribute__((always_inline)) void finish_block(const Expanded &weights,
   constexpr int halves = Dots<L, Parts, P, R>::halves;
   __m512 scales[P][4];
   unroll<P>([&](auto p) {
-    unroll<scale_vectors<L>>([&](auto i) {
-      scales[p][i] = Avx512::load(weights.scales[p] + (b * scale_vectors<L> + i) * 16);
+    unroll<(paired<L> ? 1 : scale_vectors<L>)>([&](auto i) {
+      scales[p][i] = Avx512::load(weights.scales[p] + scales_at<L>(b) + i * 16);
     });
   });
   const QuantBlock<Parts> *block = x + b;
@@ -114,10 +114,25 @@ inline __attribute__((always_inline)) void finish_block(const Expanded &weights,
         if constexpr (Parts == 2)
           ends[h] = Avx512::add_ints(ends[h], Avx512::shift_part(Avx512::load(dots.values[0][h][p][r])));
       });
-      totals[r][p] = add_block<Avx512, L, Parts>(totals[r][p], ends[0], ends[halves - 1], scales[p], *block);
+      totals[r][p] = add_block<Avx512Bf16, L, Parts>(totals[r][p], ends[0], ends[halves - 1], scales[p], *block);
     });
     block += row_blocks;
   });
+}
+
+// Adds the minima of block b and the one before.
+template <const Layout &L, int Parts, int P, int R>
+inline __attribute__((always_inline)) void finish_pair(const Expanded &weights, const QuantBlock<Parts> *x, int64_t row_blocks,
+                                                       int64_t b, __m512 (&totals)[R][P]) {
+  if constexpr (paired<L>) {
+    const QuantBlock<Parts> *block = x + b / 2 * 2;
+    Minima<Avx512Bf16> minima[P];
+    unroll<P>([&](auto p) { minima[p] = Minima<Avx512Bf16>::load(weights.scales[p] + minima_at<L>(b)); });
+    unroll<R>([&](auto r) {
+      unroll<P>([&](auto p) { totals[r][p] = minima[p].add_to(totals[r][p], block->sums); });
+      block += row_blocks;
+    });
+  }
 }
 
 // P panels by R rows over the blocks of one chunk.
@@ -136,10 +151,14 @@ void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t 
     if (b + 1 < blocks) multiply_block<L, Parts, P, R, 1>(weights, x, row_bytes, b + 1, odd);
     prefetch.advance(P);
     finish_block(weights, x, row_blocks, b, even, totals);
-    if (++b == blocks) break;
+    if (++b == blocks) {
+      finish_pair<L>(weights, x, row_blocks, b - 1, totals);
+      break;
+    }
     if (b + 1 < blocks) multiply_block<L, Parts, P, R, 0>(weights, x, row_bytes, b + 1, even);
     prefetch.advance(P);
     finish_block(weights, x, row_blocks, b, odd, totals);
+    finish_pair<L>(weights, x, row_blocks, b, totals);
     if (++b == blocks) break;
   }
   unroll<R>([&](auto r) {
@@ -150,7 +169,7 @@ void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t 
 template <const Layout &L, int Parts, int P>
 void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                      const Results &results, Shapes &shapes) {
-  for_chunks<Avx512, L, P, amx_rows, SignedVectors<L>>(matrix, row_begin, row_end, panel, results,
+  for_chunks<Avx512Bf16, L, P, amx_rows, SignedVectors<L>>(matrix, row_begin, row_end, panel, results,
             [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
     static_assert(few_rows + 1 >= amx_rows / 2);  // so tiles have at least amx_rows / 2 rows
     if constexpr (r >= amx_rows / 2) {

@@ -21,7 +21,8 @@ struct Scalar {
   static constexpr bool signed_bytes = false;
   static constexpr int narrow_bits = 0;
   static constexpr int tile_panels = 1, tile_rows = 1, float_rows = 1, stream_rows = 0;
-  static constexpr int blocks_together = 1;
+  static constexpr int rows_together = 8, blocks_together = 1;
+  static constexpr bool bfloat_minima = false, adds_exponents = false;
 
   static Bytes load(const uint8_t *p) {
     Bytes bytes;

@@ -22,7 +22,8 @@ struct Neon {
   static constexpr bool signed_bytes = true;  // the dot product takes two signed operands
   static constexpr int narrow_bits = 0;
   static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4;
-  static constexpr int blocks_together = 1;
+  static constexpr int rows_together = 8, blocks_together = 1;
+  static constexpr bool bfloat_minima = false, adds_exponents = false;
 
   template <class Vectors, class Lane>
   static Vectors each(Lane lane) {

@@ -1,13 +1,17 @@
 // All kernels of one vector policy; see tiles.h.
 #pragma once
 
+#include <cstddef>
 #include <cstring>
+#include <limits>
 
 #include "linear/product_float.h"
 #include "linear/product_quantized.h"
 
 namespace mnemos {
 namespace {
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
 
 template <class S>
 void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
@@ -31,48 +35,121 @@ void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, i
   });
 }
 
-// Each block of 32 activations has the scale of its largest magnitude, and rounds to the nearest.
-// A block of nothing but tiny values is zero, so that no inverse overflows.
-constexpr float smallest_magnitude = 1e-30f;
+// Each block of 32 activations has the scale of its largest magnitude, and rounds to the nearest. The scale is rounded up
+// to a sum or difference of two powers of two, by a fifth at most. A block of nothing but tiny values is zero, and one with
+// immense ones is NaN, so that no exponent overflows.
+constexpr float smallest_magnitude = 1e-20f, largest_magnitude = 1e25f;
+constexpr float finest_step = 0x1p-8f;  // of the two powers
 template <int Parts>
 constexpr float largest_quant = Parts == 1 ? 127 : 127 * 128;
 
-template <class S, int Parts>
-inline void quantize_block(const float *x, QuantBlock<Parts> &block) {
-  const float largest = S::largest_magnitude(x);
-  const bool tiny = !(largest > smallest_magnitude);
-  block.scale = tiny ? 0 : largest / largest_quant<Parts>;
-  S::template quantize<Parts>(x, tiny ? 0 : largest_quant<Parts> / largest, block.parts[0], block.counts);
-  block.sum = block.scale * float(block.counts[0] + block.counts[1]);
+inline float power_below(float x) { return from_bits(to_bits(x) & 0x7f800000); }
+inline float power_above(float x) { return from_bits((to_bits(x) + 0x007fffff) & 0x7f800000); }
+
+// The smallest sum of such powers that is no less than `scale`.
+inline void split_scale(float scale, float *powers) {
+  const float first = power_below(scale), least = first * finest_step, lack = 2 * first - scale;
+  const float rest = scale - first > least ? scale - first : least, up = power_above(rest);
+  const float down = lack < least ? 0 : power_below(lack);
+  const bool above = 2 * first - down < first + up;
+  powers[0] = above ? 2 * first : first;
+  powers[1] = above ? -down : up;
 }
 
-// A policy may take up to so many blocks at once, in fours, with the same steps for each as above.
+template <class S, int Parts>
+inline void quantize_block(const float *x, QuantBlock<Parts> &block, uint16_t *sum) {
+  const float largest = S::largest_magnitude(x);
+  const bool tiny = !(largest > smallest_magnitude), immense = largest > largest_magnitude;
+  if (tiny) block.powers[0] = block.powers[1] = 1;
+  else split_scale(largest / largest_quant<Parts>, block.powers);
+  int32_t counts[2];
+  S::template quantize<Parts>(x, tiny || immense ? 0 : 1 / block.scale(), block.parts[0], counts);
+  if (immense) block.powers[0] = -infinity, block.powers[1] = infinity;
+  block.first_count = counts[0];
+  block.start = -8 * (counts[0] + counts[1]);
+  *sum = uint16_t((to_bits(block.scale() * float(counts[0] + counts[1])) + 0x8000) >> 16);
+}
+
+// Where the sum of block b of a row goes.
+template <int Parts>
+inline uint16_t *sum_of(QuantBlock<Parts> *row, int64_t b) {
+  return &row[b / 2 * 2].sums[b % 2];
+}
+
+// The same for a policy that takes many blocks at once: in pairs of an even and an odd one, fours of which have steps in common.
+template <class S, int Parts>
+class Quantizer {
+ public:
+  void add_pair(const float *x, QuantBlock<Parts> *even, QuantBlock<Parts> *odd) {
+    Group &group = groups_[at_];
+    group.sources[group.count] = x, group.sources[group.count + 1] = x + 32;
+    group.blocks[group.count] = even, group.blocks[group.count + 1] = odd;
+    if ((group.count += 2) == S::blocks_together) advance();
+  }
+  void finish() {
+    Group &group = groups_[at_];
+    if (group.count % 4 != 0) {  // the last pair again
+      for (int i = 0; i < 2; i++, group.count++) {
+        group.sources[group.count] = group.sources[group.count - 2], group.blocks[group.count] = group.blocks[group.count - 2];
+      }
+    }
+    advance();
+    advance();
+  }
+
+ private:
+  struct Group {
+    const float *sources[S::blocks_together];
+    QuantBlock<Parts> *blocks[S::blocks_together];
+    int count = 0;
+    typename S::Scales scales;
+  };
+  void advance() {
+    Group &group = groups_[at_], &before = groups_[1 - at_];
+    if (group.count > 0) S::template find_scales<Parts>(group.sources, group.count, group.scales);
+    if (before.count > 0) S::template quantize_together<Parts>(before.sources, before.scales, before.blocks, before.count);
+    before.count = 0;
+    at_ = 1 - at_;
+  }
+
+  Group groups_[2];
+  int at_ = 0;
+};
+
 template <class S, int Parts>
 void quantize_rows(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end,
                    int64_t block_begin, int64_t block_end) {
-  constexpr int most = S::blocks_together;
-  const float *sources[most];
-  QuantBlock<Parts> *blocks[most];
-  int count = 0;
   const int64_t row_blocks = input.padded / 32;
-  QuantBlock<Parts> *const first = blocks_of<Parts>(input, 0);
-  for (int64_t row = row_begin; row < row_end; row++) {
-    const float *source = x + row * x_stride + block_begin * 32;
-    QuantBlock<Parts> *block = first + row * row_blocks + block_begin;
-    for (int64_t b = block_begin; b < block_end; b++, source += 32, block++) {
-      if constexpr (most == 1) {
-        quantize_block<S, Parts>(source, *block);
-      } else {
-        sources[count] = source, blocks[count] = block;
-        if (++count < most) continue;
-        S::template quantize_together<Parts>(sources, blocks, most);
-        count = 0;
-      }
+  const bool ends_alone = block_end == row_blocks && row_blocks % 2 != 0;
+  QuantBlock<Parts> *row = blocks_of<Parts>(input, row_begin);
+  if constexpr (S::blocks_together == 1) {
+    for (int64_t r = row_begin; r < row_end; r++, row += row_blocks) {
+      const float *source = x + r * x_stride;
+      for (int64_t b = block_begin; b < block_end; b++) quantize_block<S, Parts>(source + b * 32, row[b], sum_of(row, b));
+      if (ends_alone) row[row_blocks - 1].sums[1] = 0;
     }
-  }
-  if constexpr (most > 1) {
-    for (; count % 4 != 0; count++) sources[count] = sources[0], blocks[count] = blocks[0];  // one of them again
-    S::template quantize_together<Parts>(sources, blocks, count);
+  } else {
+    Quantizer<S, Parts> quantizer;
+    auto alone = [&](const float *source, int64_t b) {
+      alignas(64) float pair[64];
+      memcpy(pair, source + b * 32, 32 * sizeof(float));
+      memcpy(pair + 32, pair, 32 * sizeof(float));
+      QuantBlock<Parts> twins[2];
+      Quantizer<S, Parts> once;
+      once.add_pair(pair, twins, twins + 1);
+      once.finish();
+      memcpy(static_cast<void *>(row + b), twins, offsetof(QuantBlock<Parts>, sums));
+      *sum_of(row, b) = twins->sums[0];
+    };
+    for (int64_t r = row_begin; r < row_end; r++, row += row_blocks) {
+      const float *source = x + r * x_stride;
+      int64_t b = block_begin;
+      if (b % 2 != 0) alone(source, b++);
+      for (; b + 1 < block_end; b += 2) quantizer.add_pair(source + b * 32, row + b, row + b + 1);
+      if (b < block_end) alone(source, b);
+      if (ends_alone) row[row_blocks - 1].sums[1] = 0;
+    }
+    quantizer.finish();
   }
 }
 

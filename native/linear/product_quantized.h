@@ -14,9 +14,47 @@ constexpr int chunk_blocks = 24;
 template <const Layout &L>
 constexpr int scale_vectors = (L.halves() ? 2 : 1) * (L.minimum() ? 2 : 1);
 
+// What is added for each unit of activation lies, and is added, for two blocks at a time.
+template <const Layout &L>
+constexpr bool paired = L.minimum() && !L.halves();
+
 struct Expanded {  // panels of one chunk, ready to multiply
   alignas(64) uint8_t codes[most_panels][chunk_blocks * 512];
+  // Block after block; where paired: two blocks' scales, then their minima.
   alignas(64) float scales[most_panels][chunk_blocks * 4 * 16];
+  bool ordinary = true;  // all scales are of a common magnitude
+};
+
+template <const Layout &L>
+constexpr int64_t scales_at(int64_t block) {
+  return paired<L> ? (block / 2 * 4 + block % 2) * 16 : block * scale_vectors<L> * 16;
+}
+template <const Layout &L>
+constexpr int64_t minima_at(int64_t block) {
+  return (block / 2 * 4 + 2) * 16;
+}
+
+// Minima of two blocks, ready to be multiplied by the blocks' sums.
+template <class S>
+struct Minima {
+  typename S::Floats even, odd;  // in bfloat16 both are in the first
+
+  static Minima of(typename S::Floats even, typename S::Floats odd) {
+    if constexpr (S::bfloat_minima) return {S::pair_bfloats(even, odd), S::zero()};
+    else return {even, odd};
+  }
+  static Minima load(const float *p) {
+    if constexpr (S::bfloat_minima) return {S::load(p), S::zero()};
+    else return {S::load(p), S::load(p + 16)};
+  }
+  void store(float *p) const {
+    S::store(p, even);
+    if constexpr (!S::bfloat_minima) S::store(p + 16, odd);
+  }
+  typename S::Floats add_to(typename S::Floats total, const uint16_t *sums) const {
+    if constexpr (S::bfloat_minima) return S::dot_bfloats(total, S::as_bytes(even), S::broadcast_bfloats(sums));
+    else return S::fma(odd, S::broadcast(bfloat_to_float(sums[1])), S::fma(even, S::broadcast(bfloat_to_float(sums[0])), total));
+  }
 };
 
 // Vector v of a block (columns 4v..4v+3) as unsigned codes, a byte each.
@@ -38,7 +76,8 @@ inline typename S::Bytes code_vector(const uint8_t *block) {
   return code;
 }
 
-// The scales of one block of a record: scale, or both halves' scales; then what is added for each unit of activation.
+// The scales of one block of a record: scale, or both halves' scales; then what is added for each unit of activation
+// (where codes have a centre: to scale * (code - centre)).
 template <class S, const Layout &L>
 inline void load_scales(const uint8_t *record, int block, typename S::Floats *out) {
   const uint8_t *subscales = record + L.group * L.code_bytes(), *minima = subscales + L.subscales() * 16;
@@ -56,6 +95,7 @@ inline void load_scales(const uint8_t *record, int block, typename S::Floats *ou
         out[parts + i] = S::multiply(minimum, S::load_int8s(minima + (block * parts + i) * 16));
     }
   }
+  if constexpr (paired<L>) out[1] = S::fma(out[0], S::broadcast(float(L.centre())), out[1]);
 }
 
 // How a block's codes lie when they are expanded: vector after vector. Other kernels have another arrangement.
@@ -69,18 +109,28 @@ struct InVectors {
 
 // Blocks first to first + count of a panel, expanded into bytes and float32 scales.
 template <class S, const Layout &L, class Arrangement = InVectors<S>>
-void expand(const uint8_t *panel, int64_t first, int64_t count, uint8_t *codes, float *scales) {
+void expand(const uint8_t *panel, int64_t first, int64_t count, int which, Expanded &weights) {
   const uint8_t *record = panel + first / L.group * L.record_bytes();
-  for (int64_t done = 0; done < count; done += L.group, record += L.record_bytes())
-    for (int block = 0; block < L.group; block++) {
+  uint8_t *codes = weights.codes[which];
+  float *scales = weights.scales[which];
+  typename S::Floats even = S::zero();
+  int64_t at = 0;
+  for (; at < count; record += L.record_bytes())
+    for (int block = 0; block < L.group; block++, at++) {
       const uint8_t *source = record + block * L.code_bytes();
-      Arrangement::store(codes, [&](auto v) { return code_vector<S, L, v>(source); });
-      codes += 512;
+      Arrangement::store(codes + at * 512, [&](auto v) { return code_vector<S, L, v>(source); });
       typename S::Floats values[4];
       load_scales<S, L>(record, block, values);
-      for (int i = 0; i < scale_vectors<L>; i++) S::store(scales + i * 16, values[i]);
-      scales += scale_vectors<L> * 16;
+      if constexpr (paired<L>) {
+        S::store(scales + scales_at<L>(at), values[0]);
+        if (at % 2 != 0) Minima<S>::of(even, values[1]).store(scales + minima_at<L>(at));
+        even = values[1];
+      } else {
+        for (int i = 0; i < scale_vectors<L>; i++) S::store(scales + scales_at<L>(at) + i * 16, values[i]);
+      }
+      if constexpr (S::adds_exponents && !L.halves()) weights.ordinary &= S::ordinary(values[0]);
     }
+  if (paired<L> && at % 2 != 0) Minima<S>::of(even, S::zero()).store(scales + minima_at<L>(at));
 }
 
 template <int Parts>
@@ -89,14 +139,16 @@ inline QuantBlock<Parts> *blocks_of(const Input &input, int64_t row) {
 }
 
 template <class S, const Layout &L>
-constexpr int offset_of = S::signed_bytes && L.bits() == 8 ? L.offset - 128 : L.offset;
+constexpr int offset_of = S::signed_bytes && L.bits() == 8 ? L.centre() - 128 : L.centre();
 
 // What the dot products of a block (of its first and second half) start from, so that they end without the codes' offset.
-template <class S, const Layout &L>
-inline int32_t start_of(const int32_t *counts, int half) {
-  if constexpr (offset_of<S, L> == 0) return 0;
-  if constexpr (L.halves()) return -offset_of<S, L> * counts[half];
-  return half == 0 ? -offset_of<S, L> * (counts[0] + counts[1]) : 0;
+template <class S, const Layout &L, int Parts>
+inline int32_t start_of(const QuantBlock<Parts> &x, int half) {
+  constexpr int offset = offset_of<S, L>;
+  if constexpr (offset == 0) return 0;
+  if constexpr (L.halves()) return -offset * (half == 0 ? x.first_count : x.second_count());
+  static_assert(offset % 8 == 0 || L.halves());
+  return half == 0 ? x.start * (offset / 8) : 0;
 }
 
 // The dot products of a block's first parts are complete.
@@ -110,21 +162,20 @@ template <class S, const Layout &L>
 constexpr bool apart = L.bits() <= S::narrow_bits;
 
 // Adds one block to the totals. Every kernel ends a block here: this is the order of rounding that they share.
-// Without halves `first` is the whole block's dot product and `second` is ignored.
+// Without halves `first` is the whole block's dot product and `second` is ignored. Paired minima follow after two blocks.
 template <class S, const Layout &L, int Parts>
 inline typename S::Floats add_block(typename S::Floats total, typename S::Ints first, typename S::Ints second,
                                     const typename S::Floats *scales, const QuantBlock<Parts> &x) {
   if constexpr (L.halves()) {
     typename S::Floats part = S::multiply(scales[0], S::to_floats(first));
     part = S::fma(scales[1], S::to_floats(second), part);
-    total = S::fma(part, S::broadcast(x.scale), total);
+    total = S::fma(part, S::broadcast(x.scale()), total);
     if constexpr (L.minimum()) {
-      total = S::fma(scales[2], S::broadcast(x.scale * float(x.counts[0])), total);
-      total = S::fma(scales[3], S::broadcast(x.scale * float(x.counts[1])), total);
+      total = S::fma(scales[2], S::broadcast(x.scale() * float(x.first_count)), total);
+      total = S::fma(scales[3], S::broadcast(x.scale() * float(x.second_count())), total);
     }
   } else {
-    total = S::fma(S::multiply(scales[0], S::broadcast(x.scale)), S::to_floats(first), total);
-    if constexpr (L.minimum()) total = S::fma(scales[1], S::broadcast(x.sum), total);
+    total = S::fma(S::multiply(scales[0], S::broadcast(x.scale())), S::to_floats(first), total);
   }
   return total;
 }
@@ -141,60 +192,84 @@ struct Prefetch {
   }
 };
 
-// P panels by R rows over the blocks of one chunk.
-template <class S, const Layout &L, int Parts, int P, int R>
-void tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
+// P panels by R rows over the blocks of one chunk. With `ByExponents`, scales are multiplied by integer additions, to the same
+// bits; this returns false, and nothing is stored, if an activation is not finite, for which that doesn't hold.
+template <class S, const Layout &L, int Parts, int P, int R, bool ByExponents>
+bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
           const Output &out, Prefetch &prefetch) {
   typename S::Floats totals[R][P];
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) totals[r][p] = S::load(out.starts[p] + r * out.start_stride[p]);
   const QuantBlock<Parts> *rows[R];
   for (int r = 0; r < R; r++) rows[r] = blocks_of<Parts>(input, row + r) + first_block;
+  uint32_t signs = 0;
   for (int64_t b = 0; b < blocks; b++) {
     prefetch.advance(P);
-    typename S::Ints dots[2][R][P], high[2][R][P];
-    unroll<Parts>([&](auto part) {
-      constexpr bool last = part == Parts - 1;
-      auto half = [&](int h) {
-        for (int r = 0; r < R; r++) {
-          const auto start = S::template begin<L.bits()>(last ? start_of<S, L>(rows[r][b].counts, h) : 0);
-          for (int p = 0; p < P; p++) {
-            auto &dot = dots[L.halves() ? h : 0][r][p];
-            if constexpr (part > 0) high[L.halves() ? h : 0][r][p] = shifted<S, L>(dot);
-            dot = start;
-            if constexpr (part > 0 && !apart<S, L>) dot = S::add_ints(start, high[L.halves() ? h : 0][r][p]);
+    // A few rows at a time: while the sums of some are scaled, the next ones' dot products begin.
+    constexpr int most = smaller(R, S::rows_together);
+    unroll<(R + most - 1) / most>([&](auto group) {
+      constexpr int begin = group * most, count = smaller(most, R - begin);
+      const QuantBlock<Parts> *x[count];
+      for (int r = 0; r < count; r++) x[r] = rows[begin + r] + b;
+      typename S::Ints dots[2][count][P], high[2][count][P];
+      unroll<Parts>([&](auto part) {
+        constexpr bool last = part == Parts - 1;
+        auto half = [&](int h) {
+          for (int r = 0; r < count; r++) {
+            const auto start = S::template begin<L.bits()>(last ? start_of<S, L>(*x[r], h) : 0);
+            for (int p = 0; p < P; p++) {
+              auto &dot = dots[L.halves() ? h : 0][r][p];
+              if constexpr (part > 0) high[L.halves() ? h : 0][r][p] = shifted<S, L>(dot);
+              dot = start;
+              if constexpr (part > 0 && !apart<S, L>) dot = S::add_ints(start, high[L.halves() ? h : 0][r][p]);
+            }
+          }
+        };
+        half(0);
+        unroll<8>([&](auto v) {
+          if (L.halves() && v == 4) half(1);
+          constexpr int h = L.halves() ? v / 4 : 0;
+          typename S::Bytes codes[P];
+          for (int p = 0; p < P; p++) codes[p] = S::load(weights.codes[p] + b * 512 + v * 64);
+          for (int r = 0; r < count; r++) {
+            const auto quad = S::broadcast_quad(x[r]->parts[part] + v * 4);
+            for (int p = 0; p < P; p++) dots[h][r][p] = S::template dot<L.bits()>(dots[h][r][p], codes[p], quad);
+          }
+        });
+      });
+      for (int p = 0; p < P; p++) {
+        typename S::Floats scales[4];
+        const float *source = weights.scales[p] + scales_at<L>(b);
+        for (int i = 0; i < (paired<L> ? 1 : scale_vectors<L>); i++) scales[i] = S::load(source + i * 16);
+        for (int r = 0; r < count; r++) {
+          auto &total = totals[begin + r][p];
+          typename S::Ints ends[2];
+          for (int h = 0; h < (L.halves() ? 2 : 1); h++) {
+            ends[h] = S::template end<L.bits()>(dots[h][r][p], start_of<S, L>(*x[r], h));
+            if constexpr (Parts == 2 && apart<S, L>) ends[h] = S::add_ints(ends[h], high[h][r][p]);
+          }
+          if constexpr (ByExponents) {
+            total = S::fma(S::multiply_powers(scales[0], x[r]->powers), S::to_floats(ends[0]), total);
+          } else {
+            total = add_block<S, L, Parts>(total, ends[0], ends[L.halves() ? 1 : 0], scales, *x[r]);
           }
         }
-      };
-      half(0);
-      unroll<8>([&](auto v) {
-        if (L.halves() && v == 4) half(1);
-        constexpr int h = L.halves() ? v / 4 : 0;
-        typename S::Bytes codes[P];
-        for (int p = 0; p < P; p++) codes[p] = S::load(weights.codes[p] + b * 512 + v * 64);
-        for (int r = 0; r < R; r++) {
-          const auto x = S::broadcast_quad(rows[r][b].parts[part] + v * 4);
-          for (int p = 0; p < P; p++) dots[h][r][p] = S::template dot<L.bits()>(dots[h][r][p], codes[p], x);
-        }
-      });
+      }
+      if constexpr (ByExponents) {
+        for (int r = 0; r < count; r++) signs |= to_bits(x[r]->powers[0]);
+      }
     });
-    for (int p = 0; p < P; p++) {
-      typename S::Floats scales[4];
-      for (int i = 0; i < scale_vectors<L>; i++)
-        scales[i] = S::load(weights.scales[p] + (b * scale_vectors<L> + i) * 16);
-      for (int r = 0; r < R; r++) {
-        const QuantBlock<Parts> &x = rows[r][b];
-        typename S::Ints ends[2];
-        for (int h = 0; h < (L.halves() ? 2 : 1); h++) {
-          ends[h] = S::template end<L.bits()>(dots[h][r][p], start_of<S, L>(x.counts, h));
-          if constexpr (Parts == 2 && apart<S, L>) ends[h] = S::add_ints(ends[h], high[h][r][p]);
-        }
-        totals[r][p] = add_block<S, L, Parts>(totals[r][p], ends[0], ends[L.halves() ? 1 : 0], scales, x);
+    if (paired<L> && (b % 2 != 0 || b + 1 == blocks)) {
+      for (int p = 0; p < P; p++) {
+        const auto minima = Minima<S>::load(weights.scales[p] + minima_at<L>(b));
+        for (int r = 0; r < R; r++) totals[r][p] = minima.add_to(totals[r][p], rows[r][b / 2 * 2].sums);
       }
     }
   }
+  if (int32_t(signs) < 0) return false;
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) S::store(out.rows[p] + r * out.stride[p], totals[r][p]);
+  return true;
 }
 
 // One panel by R rows over all blocks, straight from the packed form: for few rows, where reading the weights is the work.
@@ -207,6 +282,7 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
   const QuantBlock<Parts> *rows[R];
   for (int r = 0; r < R; r++) rows[r] = blocks_of<Parts>(input, row + r);
   const int64_t row_blocks = input.padded / 32;
+  typename S::Floats even = S::zero();
   int64_t at = 0;
   for (int64_t done = 0; done < row_blocks; done += L.group, panel += L.record_bytes()) {
     for (int block = 0; block < L.group; block++, at++) {
@@ -217,7 +293,7 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
       int32_t starts[sums][R];
       for (int r = 0; r < R; r++)
         for (int h = 0; h < sums; h++) {
-          starts[h][r] = start_of<S, L>(rows[r][at].counts, h);
+          starts[h][r] = start_of<S, L>(rows[r][at], h);
           dots[Parts - 1][h][r] = S::template begin<L.bits()>(starts[h][r]);
           if constexpr (Parts == 2) dots[0][h][r] = S::template begin<L.bits()>(0);
         }
@@ -241,6 +317,14 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
         }
         if constexpr (sums == 2 && !L.halves()) ends[0] = S::add_ints(ends[0], ends[1]);
         totals[r] = add_block<S, L, Parts>(totals[r], ends[0], ends[sums - 1], scales, x);
+      }
+      if constexpr (paired<L>) {
+        const bool odd = at % 2 != 0;
+        if (odd || at + 1 == row_blocks) {
+          const auto minima = Minima<S>::of(odd ? even : scales[1], odd ? scales[1] : S::zero());
+          for (int r = 0; r < R; r++) totals[r] = minima.add_to(totals[r], rows[r][at / 2 * 2].sums);
+        }
+        even = scales[1];
       }
     }
   }
@@ -268,14 +352,16 @@ template <class S, const Layout &L, int P, int Most, class Arrangement, class Bo
 void for_chunks(const Matrix &matrix, int64_t row_begin, int64_t row_end, int64_t panel, const Results &results, Body &&body) {
   Expanded weights;
   const int64_t blocks = matrix.columns / 32, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
-  const int64_t chunk = ((blocks + chunks - 1) / chunks + L.group - 1) / L.group * L.group;
+  constexpr int64_t unit = L.group > 1 ? L.group : 2;  // blocks come in pairs
+  const int64_t chunk = ((blocks + chunks - 1) / chunks + unit - 1) / unit * unit;
   const int64_t tiles = (row_end - row_begin + Most - 1) / Most;
   for (int64_t first = 0; first < blocks; first += chunk) {
     const int64_t count = smaller(chunk, blocks - first), end = first + count;
     Prefetch prefetch{{}, chunk / L.group * L.record_bytes(), 0, 0};
     prefetch.step = (prefetch.bytes / (tiles * count) + 63) / 64 * 64;
+    weights.ordinary = true;
     for (int p = 0; p < P; p++) {
-      expand<S, L, Arrangement>(matrix.panel(panel + p), first, count, weights.codes[p], weights.scales[p]);
+      expand<S, L, Arrangement>(matrix.panel(panel + p), first, count, p, weights);
       prefetch.next[p] = end < blocks ? matrix.panel(panel + p) + end / L.group * L.record_bytes() : matrix.panel(panel + p + P);
     }
     for_tiles<P, Most>(matrix, panel, row_begin, row_end, results, first > 0,
@@ -296,7 +382,11 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
   }
   for_chunks<S, L, P, S::tile_rows, InVectors<S>>(matrix, row_begin, row_end, panel, results,
             [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
-    tile<S, same_arithmetic<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
+    constexpr const Layout &layout = same_arithmetic<L>();
+    if constexpr (S::adds_exponents && !L.halves()) {
+      if (weights.ordinary && tile<S, layout, Parts, P, r, true>(weights, input, row, first, count, out, prefetch)) return;
+    }
+    tile<S, layout, Parts, P, r, false>(weights, input, row, first, count, out, prefetch);
   });
 }
 

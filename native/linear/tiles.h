@@ -28,7 +28,7 @@ inline __attribute__((always_inline)) void unroll(Body &&body) {
 
 constexpr int most_panels = 2;  // of a tile
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Where a kernel's results go: rows `stride` floats apart, one run of 16 floats a panel; and what they start from.
 struct Output {

@@ -166,7 +166,7 @@ void check_bfloats() {
 // One bit of one result is wrong, for many rows only.
 void multiply_wrongly(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                       int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
-  avx512_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
+  avx512bf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
                           start_stride);
   if (row_end - row_begin > 8) reinterpret_cast<uint32_t &>(y[9 * y_stride + 3]) ^= 1;
 }
@@ -179,12 +179,12 @@ void multiply_rows_otherwise(const Matrix &matrix, const Input &input, int64_t r
 }
 
 void check_selection() {
-  expect(same_products(amx_kernels, avx512_kernels), "the check at start refuses right kernels");
+  expect(same_products(amx_kernels, avx512bf16_kernels), "the check at start refuses right kernels");
   Kernels wrong = amx_kernels;
   wrong.multiply = multiply_wrongly;
-  expect(!same_products(wrong, avx512_kernels), "the check at start lets a wrong bit pass");
+  expect(!same_products(wrong, avx512bf16_kernels), "the check at start lets a wrong bit pass");
   wrong.multiply = multiply_rows_otherwise;
-  expect(!same_products(wrong, avx512_kernels), "the check at start lets rows differ by what is beside them");
+  expect(!same_products(wrong, avx512bf16_kernels), "the check at start lets rows differ by what is beside them");
 }
 
 }  // namespace
@@ -199,7 +199,7 @@ int main() {
   check_instructions();
   check_bfloats();
   check_selection();
-  failures += check_products(amx_kernels, avx512_kernels);
+  failures += check_products(amx_kernels, avx512bf16_kernels);
   if (emulated) {
     const amx_emulator::State &state = amx_emulator::state;
     expect(state.products > 0 && state.bfloat_products > 0, "no tile product ran");

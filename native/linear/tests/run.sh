@@ -31,7 +31,7 @@ build() {
             *:*_avxvnni) isa="$avx2 -mavxvnni" ;;
             *:*_avx512) isa=$avx512 ;;
             *:*_avx512bf16) isa="$avx512 -mavx512bf16" ;;
-            *:*_amx) isa="$avx512 -mamx-tile -mamx-int8 -mamx-bf16" ;;
+            *:*_amx) isa="$avx512 -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16" ;;
         esac
         "$compiler" $flags "$@" $isa -c "$file" -o "$work/$target/$name.o"
     done
