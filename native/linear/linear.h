@@ -94,11 +94,13 @@ struct QuantBlock {
     float powers[2];
     int32_t first_count;      // sum of the first half's quants
     int32_t start;            // -8 * (sum of all quants): what a dot product with codes that stand for code - 8 starts from
-    // In a block of even number: bfloat16 of scale * (sum of the quants), its own and the next block's (0 if there is none).
+    // In a block of even number: bfloat16 of `sum()`, its own and the next block's (0 if there is none).
     uint16_t sums[2];
 
     float scale() const { return powers[0] + powers[1]; }
-    int32_t second_count() const { return -(start >> 3) - first_count; }
+    int32_t count() const { return -(start >> 3); }  // sum of all quants
+    int32_t second_count() const { return count() - first_count; }
+    float sum() const { return scale() * float(count()); }
 };
 
 // Rows of activations in the form that a matrix wants, in a workspace of the caller's.

@@ -126,10 +126,10 @@ inline __attribute__((always_inline)) void finish_pair(const Expanded &weights, 
                                                        int64_t b, __m512 (&totals)[R][P]) {
   if constexpr (paired<L>) {
     const QuantBlock<Parts> *block = x + b / 2 * 2;
-    Minima<Avx512Bf16> minima[P];
-    unroll<P>([&](auto p) { minima[p] = Minima<Avx512Bf16>::load(weights.scales[p] + minima_at<L>(b)); });
+    Minima<Avx512Bf16, Parts> minima[P];
+    unroll<P>([&](auto p) { minima[p] = Minima<Avx512Bf16, Parts>::load(weights.scales[p] + minima_at<L>(b)); });
     unroll<R>([&](auto r) {
-      unroll<P>([&](auto p) { totals[r][p] = minima[p].add_to(totals[r][p], block->sums); });
+      unroll<P>([&](auto p) { totals[r][p] = minima[p].add_to(totals[r][p], block, b % 2 != 0); });
       block += row_blocks;
     });
   }
@@ -169,7 +169,7 @@ void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t 
 template <const Layout &L, int Parts, int P>
 void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                      const Results &results, Shapes &shapes) {
-  for_chunks<Avx512Bf16, L, P, amx_rows, SignedVectors<L>>(matrix, row_begin, row_end, panel, results,
+  for_chunks<Avx512Bf16, L, Parts, P, amx_rows, SignedVectors<L>>(matrix, row_begin, row_end, panel, results,
             [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
     static_assert(few_rows + 1 >= amx_rows / 2);  // so tiles have at least amx_rows / 2 rows
     if constexpr (r >= amx_rows / 2) {

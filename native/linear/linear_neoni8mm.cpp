@@ -92,8 +92,8 @@ void pair_tile(const Expanded &weights, const Input &input, int64_t row, int64_t
       totals[r] = add_block<Neon, L, Parts>(totals[r], first, second, scales, x[r * row_blocks]);
     });
     if (paired<L> && (b % 2 != 0 || b + 1 == blocks)) {
-      const auto minima = Minima<Neon>::load(weights.scales[0] + minima_at<L>(b));
-      unroll<R>([&](auto r) { totals[r] = minima.add_to(totals[r], x[r * row_blocks - b % 2].sums); });
+      const auto minima = Minima<Neon, Parts>::load(weights.scales[0] + minima_at<L>(b));
+      unroll<R>([&](auto r) { totals[r] = minima.add_to(totals[r], x + r * row_blocks - b % 2, b % 2 != 0); });
     }
   }
   unroll<R>([&](auto r) { Neon::store(out.rows[0] + r * out.stride[0], totals[r]); });
@@ -102,7 +102,7 @@ void pair_tile(const Expanded &weights, const Input &input, int64_t row, int64_t
 template <const Layout &L, int Parts>
 void multiply_panel(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                     const Results &results) {
-  for_chunks<Neon, L, 1, tile_rows, RowPairs<L>>(matrix, row_begin, row_end, panel, results,
+  for_chunks<Neon, L, Parts, 1, tile_rows, RowPairs<L>>(matrix, row_begin, row_end, panel, results,
             [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
     pair_tile<same_scales<L>(), Parts, r>(weights, input, row, first, count, out, prefetch);
   });

@@ -67,7 +67,7 @@ inline void quantize_block(const float *x, QuantBlock<Parts> &block, uint16_t *s
   if (immense) block.powers[0] = -infinity, block.powers[1] = infinity;
   block.first_count = counts[0];
   block.start = -8 * (counts[0] + counts[1]);
-  *sum = uint16_t((to_bits(block.scale() * float(counts[0] + counts[1])) + 0x8000) >> 16);
+  *sum = uint16_t((to_bits(block.sum()) + 0x8000) >> 16);
 }
 
 // Where the sum of block b of a row goes.

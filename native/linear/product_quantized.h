@@ -34,26 +34,30 @@ constexpr int64_t minima_at(int64_t block) {
   return (block / 2 * 4 + 2) * 16;
 }
 
-// Minima of two blocks, ready to be multiplied by the blocks' sums.
-template <class S>
+// Minima of two blocks, ready to be multiplied by the sums of the blocks' activations. One bfloat16 dot product does that for
+// both where there is one, unless the activations have two parts: they are finer than its rounding.
+template <class S, int Parts>
 struct Minima {
-  typename S::Floats even, odd;  // in bfloat16 both are in the first
+  static constexpr bool bfloats = S::bfloat_minima && Parts == 1;
+  typename S::Floats even, odd;  // as bfloat16 both are in the first
 
   static Minima of(typename S::Floats even, typename S::Floats odd) {
-    if constexpr (S::bfloat_minima) return {S::pair_bfloats(even, odd), S::zero()};
+    if constexpr (bfloats) return {S::pair_bfloats(even, odd), S::zero()};
     else return {even, odd};
   }
   static Minima load(const float *p) {
-    if constexpr (S::bfloat_minima) return {S::load(p), S::zero()};
+    if constexpr (bfloats) return {S::load(p), S::zero()};
     else return {S::load(p), S::load(p + 16)};
   }
   void store(float *p) const {
     S::store(p, even);
-    if constexpr (!S::bfloat_minima) S::store(p + 16, odd);
+    if constexpr (!bfloats) S::store(p + 16, odd);
   }
-  typename S::Floats add_to(typename S::Floats total, const uint16_t *sums) const {
-    if constexpr (S::bfloat_minima) return S::dot_bfloats(total, S::as_bytes(even), S::broadcast_bfloats(sums));
-    else return S::fma(odd, S::broadcast(bfloat_to_float(sums[1])), S::fma(even, S::broadcast(bfloat_to_float(sums[0])), total));
+  // x: the even block and, unless that is a row's last one, the odd block.
+  typename S::Floats add_to(typename S::Floats total, const QuantBlock<Parts> *x, bool both) const {
+    if constexpr (bfloats) return S::dot_bfloats(total, S::as_bytes(even), S::broadcast_bfloats(x->sums));
+    else total = S::fma(even, S::broadcast(x[0].sum()), total);
+    return both ? S::fma(odd, S::broadcast(x[1].sum()), total) : total;
   }
 };
 
@@ -108,7 +112,7 @@ struct InVectors {
 };
 
 // Blocks first to first + count of a panel, expanded into bytes and float32 scales.
-template <class S, const Layout &L, class Arrangement = InVectors<S>>
+template <class S, const Layout &L, int Parts, class Arrangement = InVectors<S>>
 void expand(const uint8_t *panel, int64_t first, int64_t count, int which, Expanded &weights) {
   const uint8_t *record = panel + first / L.group * L.record_bytes();
   uint8_t *codes = weights.codes[which];
@@ -123,14 +127,14 @@ void expand(const uint8_t *panel, int64_t first, int64_t count, int which, Expan
       load_scales<S, L>(record, block, values);
       if constexpr (paired<L>) {
         S::store(scales + scales_at<L>(at), values[0]);
-        if (at % 2 != 0) Minima<S>::of(even, values[1]).store(scales + minima_at<L>(at));
+        if (at % 2 != 0) Minima<S, Parts>::of(even, values[1]).store(scales + minima_at<L>(at));
         even = values[1];
       } else {
         for (int i = 0; i < scale_vectors<L>; i++) S::store(scales + scales_at<L>(at) + i * 16, values[i]);
       }
       if constexpr (S::adds_exponents && !L.halves()) weights.ordinary &= S::ordinary(values[0]);
     }
-  if (paired<L> && at % 2 != 0) Minima<S>::of(even, S::zero()).store(scales + minima_at<L>(at));
+  if (paired<L> && at % 2 != 0) Minima<S, Parts>::of(even, S::zero()).store(scales + minima_at<L>(at));
 }
 
 template <int Parts>
@@ -261,8 +265,8 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
     });
     if (paired<L> && (b % 2 != 0 || b + 1 == blocks)) {
       for (int p = 0; p < P; p++) {
-        const auto minima = Minima<S>::load(weights.scales[p] + minima_at<L>(b));
-        for (int r = 0; r < R; r++) totals[r][p] = minima.add_to(totals[r][p], rows[r][b / 2 * 2].sums);
+        const auto minima = Minima<S, Parts>::load(weights.scales[p] + minima_at<L>(b));
+        for (int r = 0; r < R; r++) totals[r][p] = minima.add_to(totals[r][p], rows[r] + b / 2 * 2, b % 2 != 0);
       }
     }
   }
@@ -288,7 +292,7 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
     for (int block = 0; block < L.group; block++, at++) {
       const uint8_t *source = panel + block * L.code_bytes();
       constexpr int share = L.record_bytes() / L.group;  // a few lines with each block: many at once would have to wait
-      for (int ahead = 0; ahead < share; ahead += 64) __builtin_prefetch(panel + prefetch_bytes + block * share + ahead);
+      for (int ahead = 0; ahead < share; ahead += 64) __builtin_prefetch(panel + prefetch_bytes + block * share + ahead, 0, 2);
       typename S::Ints dots[Parts][sums][R];
       int32_t starts[sums][R];
       for (int r = 0; r < R; r++)
@@ -321,8 +325,8 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
       if constexpr (paired<L>) {
         const bool odd = at % 2 != 0;
         if (odd || at + 1 == row_blocks) {
-          const auto minima = Minima<S>::of(odd ? even : scales[1], odd ? scales[1] : S::zero());
-          for (int r = 0; r < R; r++) totals[r] = minima.add_to(totals[r], rows[r][at / 2 * 2].sums);
+          const auto minima = Minima<S, Parts>::of(odd ? even : scales[1], odd ? scales[1] : S::zero());
+          for (int r = 0; r < R; r++) totals[r] = minima.add_to(totals[r], rows[r] + at / 2 * 2, odd);
         }
         even = scales[1];
       }
@@ -348,7 +352,7 @@ constexpr const Layout &same_scales() {
 
 // Expands P panels chunk by chunk, of even sizes, and calls body(integral_constant R, weights, row, first block, blocks,
 // output, prefetch) for tiles that cover the rows, at most `Most` each.
-template <class S, const Layout &L, int P, int Most, class Arrangement, class Body>
+template <class S, const Layout &L, int Parts, int P, int Most, class Arrangement, class Body>
 void for_chunks(const Matrix &matrix, int64_t row_begin, int64_t row_end, int64_t panel, const Results &results, Body &&body) {
   Expanded weights;
   const int64_t blocks = matrix.columns / 32, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
@@ -361,7 +365,7 @@ void for_chunks(const Matrix &matrix, int64_t row_begin, int64_t row_end, int64_
     prefetch.step = (prefetch.bytes / (tiles * count) + 63) / 64 * 64;
     weights.ordinary = true;
     for (int p = 0; p < P; p++) {
-      expand<S, L, Arrangement>(matrix.panel(panel + p), first, count, p, weights);
+      expand<S, L, Parts, Arrangement>(matrix.panel(panel + p), first, count, p, weights);
       prefetch.next[p] = end < blocks ? matrix.panel(panel + p) + end / L.group * L.record_bytes() : matrix.panel(panel + p + P);
     }
     for_tiles<P, Most>(matrix, panel, row_begin, row_end, results, first > 0,
@@ -380,7 +384,7 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
       });
     return;
   }
-  for_chunks<S, L, P, S::tile_rows, InVectors<S>>(matrix, row_begin, row_end, panel, results,
+  for_chunks<S, L, Parts, P, S::tile_rows, InVectors<S>>(matrix, row_begin, row_end, panel, results,
             [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
     constexpr const Layout &layout = same_arithmetic<L>();
     if constexpr (S::adds_exponents && !L.halves()) {

@@ -29,6 +29,9 @@ HALVES = {
 }
 FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
 WEIGHTS = (*FLOATS, *HALVES)
+# With 8-bit activations, levels with a bfloat16 dot product take it for what these types add to a block.
+PAIRED = (TensorType.Q4_1, TensorType.Q5_1, TensorType.Q4_K, TensorType.Q5_K)
+BFLOAT_LEVELS = ("avx512_bf16", "amx")
 
 
 def random_weight(kind: TensorType, rows: int, columns: int) -> Tensor:
@@ -83,10 +86,16 @@ def largest_error(
     sums = 1e-6 * (np.abs(x) @ sizes) + 1e-30
     if kind.is_quantized and not as_float32:
         blocks = np.abs(x).reshape(len(x), -1, 32).max(axis=-1)
-        steps = 2 * 127 * (128 if precise else 1)  # half a step is lost
-        tiny = np.where(blocks < 1e-30, blocks, blocks / steps * (1 + 1e-4))
-        return tiny.repeat(32, axis=1) @ sizes + 8 * sums
-    if kind is TensorType.BF16 and not as_float32 and level in ("avx512_bf16", "amx"):
+        # Half a step is lost; a step is a sum of two powers of two, up to a fifth larger than it need be.
+        steps = 2 * 127 * (128 if precise else 1)
+        tiny = np.where(blocks < 1e-20, blocks, blocks / steps * (1.2 + 1e-4))
+        bound = tiny.repeat(32, axis=1) @ sizes + 8 * sums
+        if kind in PAIRED and level in BFLOAT_LEVELS and not precise:
+            added = sizes.reshape(len(blocks[0]), 32, -1).max(axis=1)  # no more than the largest weight
+            block_sums = np.abs(x.reshape(len(x), -1, 32).sum(axis=-1)) + 32 * tiny
+            bound += 2.0**-8 * (1 + 2.0**-8) * (block_sums @ added)
+        return bound
+    if kind is TensorType.BF16 and not as_float32 and level in BFLOAT_LEVELS:
         return 2.0**-8 * (np.abs(x) @ sizes) + sums
     return sums
 
@@ -177,10 +186,46 @@ def test_levels_with_fused_arithmetic_agree_bit_for_bit(kind: TensorType, precis
     finally:
         _native.select_isa("")
     plain = results.pop("scalar")  # rounds products and sums apart
-    fused = list(results.values())
-    for result in fused:
-        np.testing.assert_array_equal(result, fused[0])
-        np.testing.assert_allclose(result, plain, rtol=1e-3, atol=1e-4 * np.abs(plain).max())
+    bfloats = {
+        level: results.pop(level) for level in BFLOAT_LEVELS if level in results and kind in PAIRED and not precise
+    }
+    for group, tolerance in ((results, 1e-4), (bfloats, 1e-2)):
+        fused = list(group.values())
+        for result in fused:
+            np.testing.assert_array_equal(result, fused[0])
+            np.testing.assert_allclose(result, plain, rtol=1e-3, atol=tolerance * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize(
+    "kind", [TensorType.Q4_0, TensorType.Q4_1, TensorType.Q8_0, TensorType.Q4_K], ids=lambda kind: kind.name
+)
+def test_extreme_scales_are_multiplied_as_any_other(isa: str, kind: TensorType, precise: bool) -> None:
+    """Weights' scales of zero and near the ends of float16, activations of very different sizes: as exact as ever."""
+    tensor = random_weight(kind, 32, 1024)
+    blocks = tensor.data.reshape(-1, kind.block[1]).copy()
+    for offset in HALVES[kind]:
+        scales = np.resize(np.array([0, 2.0**-24, 1, -60000, 2.0**-14, 0.5, -0.0], dtype=np.float16), (len(blocks), 1))
+        blocks[:, offset : offset + 2] = scales.view(np.uint8)
+    tensor = Tensor("weight", kind, tensor.shape, blocks.reshape(-1))
+    weight = tensor.dequantize()
+    x = np.random.default_rng(5).standard_normal((20, 1024)).astype(np.float32)
+    x *= np.repeat(10.0 ** np.resize(np.arange(-19, 20, 2), (20, 32)), 32, axis=1).astype(np.float32)
+    expected = x.astype(np.float64) @ weight.T.astype(np.float64)
+    error = np.abs(product(NativeOps(), x, tensor, precise=precise) - expected)
+    assert (error <= largest_error(kind, x, weight, isa, False, precise)).all()
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("kind", [TensorType.Q4_0, TensorType.Q4_1, TensorType.Q4_K], ids=lambda kind: kind.name)
+def test_overflowing_activations_show_in_their_row_alone(isa: str, kind: TensorType, bad: float) -> None:
+    tensor, x = random_weight(kind, 32, 256), activations(20, 256)
+    good = product(NativeOps(), x, tensor, precise=False)
+    x[7, 40] = bad
+    found = product(NativeOps(), x, tensor, precise=False)
+    assert np.isnan(found[7]).all()
+    others = np.arange(20) != 7
+    np.testing.assert_array_equal(found[others].view(np.uint32), good[others].view(np.uint32))
 
 
 @pytest.mark.parametrize("kind", WEIGHTS, ids=lambda kind: kind.name)
