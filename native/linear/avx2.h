@@ -35,6 +35,7 @@ struct Avx2 {
   static __m128i load_ints_half(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
 
   static Bytes load(const uint8_t *p) { return {load_ints(p), load_ints(p + 32)}; }
+  static Bytes in_register(Bytes a) { return a; }
   static void store(uint8_t *p, Bytes a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a.low);
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p + 32), a.high);

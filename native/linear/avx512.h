@@ -26,6 +26,12 @@ struct Avx512 {
 
   static Bytes load(const uint8_t *p) { return _mm512_loadu_si512(p); }
   static void store(uint8_t *p, Bytes a) { _mm512_storeu_si512(p, a); }
+  // Left alone, GCC reads codes from memory again for each row and for each group of rows, or keeps so many of them that it
+  // spills the totals.
+  static Bytes in_register(Bytes a) {
+    __asm__ volatile("" : "+v"(a));
+    return a;
+  }
   template <int Shift, int Mask>
   static Bytes bits(Bytes a) {
     if constexpr (Shift > 0) a = _mm512_slli_epi16(a, Shift);

@@ -202,8 +202,9 @@ template <class S, const Layout &L, int Parts, int P, int R, bool ByExponents>
 bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
           const Output &out, Prefetch &prefetch) {
   typename S::Floats totals[R][P];
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) totals[r][p] = S::load(out.starts[p] + r * out.start_stride[p]);
+  unroll<R>([&](auto r) {
+    unroll<P>([&](auto p) { totals[r][p] = S::load(out.starts[p] + r * out.start_stride[p]); });
+  });
   const QuantBlock<Parts> *rows[R];
   for (int r = 0; r < R; r++) rows[r] = blocks_of<Parts>(input, row + r) + first_block;
   uint32_t signs = 0;
@@ -234,18 +235,18 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
           if (L.halves() && v == 4) half(1);
           constexpr int h = L.halves() ? v / 4 : 0;
           typename S::Bytes codes[P];
-          for (int p = 0; p < P; p++) codes[p] = S::load(weights.codes[p] + b * 512 + v * 64);
+          for (int p = 0; p < P; p++) codes[p] = S::in_register(S::load(weights.codes[p] + b * 512 + v * 64));
           for (int r = 0; r < count; r++) {
             const auto quad = S::broadcast_quad(x[r]->parts[part] + v * 4);
             for (int p = 0; p < P; p++) dots[h][r][p] = S::template dot<L.bits()>(dots[h][r][p], codes[p], quad);
           }
         });
       });
-      for (int p = 0; p < P; p++) {
+      unroll<P>([&](auto p) {
         typename S::Floats scales[4];
         const float *source = weights.scales[p] + scales_at<L>(b);
         for (int i = 0; i < (paired<L> ? 1 : scale_vectors<L>); i++) scales[i] = S::load(source + i * 16);
-        for (int r = 0; r < count; r++) {
+        unroll<count>([&](auto r) {
           auto &total = totals[begin + r][p];
           typename S::Ints ends[2];
           for (int h = 0; h < (L.halves() ? 2 : 1); h++) {
@@ -257,22 +258,23 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
           } else {
             total = add_block<S, L, Parts>(total, ends[0], ends[L.halves() ? 1 : 0], scales, *x[r]);
           }
-        }
-      }
+        });
+      });
       if constexpr (ByExponents) {
         for (int r = 0; r < count; r++) signs |= to_bits(x[r]->powers[0]);
       }
     });
     if (paired<L> && (b % 2 != 0 || b + 1 == blocks)) {
-      for (int p = 0; p < P; p++) {
+      unroll<P>([&](auto p) {
         const auto minima = Minima<S, Parts>::load(weights.scales[p] + minima_at<L>(b));
-        for (int r = 0; r < R; r++) totals[r][p] = minima.add_to(totals[r][p], rows[r] + b / 2 * 2, b % 2 != 0);
-      }
+        unroll<R>([&](auto r) { totals[r][p] = minima.add_to(totals[r][p], rows[r] + b / 2 * 2, b % 2 != 0); });
+      });
     }
   }
   if (int32_t(signs) < 0) return false;
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) S::store(out.rows[p] + r * out.stride[p], totals[r][p]);
+  unroll<R>([&](auto r) {
+    unroll<P>([&](auto p) { S::store(out.rows[p] + r * out.stride[p], totals[r][p]); });
+  });
   return true;
 }
 
