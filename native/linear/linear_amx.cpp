@@ -17,7 +17,7 @@ namespace {
 //
 // What a block of 12 rows by two panels takes on Sapphire Rapids in cycles, from the throughputs that Intel's optimization manual gives:
 //   tile products          2 of 12 rows         24 (32 if one takes 16 cycles whatever its rows)
-//   scaling, ports 0 and 5 24 x 3 or 4 of 2     36 or 48, the latter with minima
+//   scaling, ports 0 and 5 24 x 3 or 3.5 of 2   36 or 42, the latter with minima
 //   loads, 2 of 64 bytes   12 + 16 rows of tiles, 24 sums, 12 or 24 activations' scales   32 or 38
 //   stores, 1 of 64 bytes  24 rows of tiles     24
 // They run side by side, as a block's sums are stored while those of the block before are scaled: about 50, against

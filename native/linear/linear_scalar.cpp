@@ -29,6 +29,7 @@ struct Scalar {
     memcpy(bytes.v, p, 64);
     return bytes;
   }
+  static Bytes in_register(const Bytes &a) { return a; }
   static void store(uint8_t *p, const Bytes &bytes) { memcpy(p, bytes.v, 64); }
   template <int Shift, int Mask>
   static Bytes bits(Bytes a) {

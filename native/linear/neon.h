@@ -33,7 +33,7 @@ struct Neon {
   static Bytes load(const uint8_t *p) {
     return each<Bytes>([&](int i) { return vld1q_u8(p + i * 16); });
   }
-  static Bytes in_register(const Bytes & a) { return a; }
+  static Bytes in_register(const Bytes &a) { return a; }
   static void store(uint8_t *p, const Bytes &a) {
     for (int i = 0; i < 4; i++) vst1q_u8(p + i * 16, a.v[i]);
   }

@@ -5,6 +5,8 @@
 //   load, lookup, bits<shift, mask> (shifts each byte left, or right if negative, then masks), and the usual arithmetic;
 //   begin, dot and end<bits>: a sum of at most 32 products of codes (of so many bits) and activations for each lane,
 //   four at a time, which starts from an integer.
+//   rows_together: how many rows of a tile are multiplied before their sums are scaled;
+//   bfloat_minima: two blocks' minima go through a bfloat16 dot product; adds_exponents: scales may be multiplied by additions.
 // Everything is in an anonymous namespace: the same template compiled for two instruction sets must not be merged.
 #pragma once
 
