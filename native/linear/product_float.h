@@ -37,7 +37,7 @@ void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, i
     const int64_t at = c * column_bytes;
     if constexpr (R <= 2)  // few rows: reading the weights is the work
       for (int p = 0; p < P; p++)
-        for (int line = 0; line < 2 * column_bytes; line += 64) __builtin_prefetch(panels[p] + at + prefetch_bytes + line, 0, 2);
+        for (int line = 0; line < 2 * column_bytes; line += 64) __builtin_prefetch(panels[p] + at + prefetch_bytes + line);
     if constexpr (W == WeightType::bf16 && S::bf16_form == Form::bf16) {
       for (int r = 0; r < R; r++) {
         const auto x = S::broadcast_bfloats(input.halves + (row + r) * input.padded + c);

@@ -294,7 +294,7 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
     for (int block = 0; block < L.group; block++, at++) {
       const uint8_t *source = panel + block * L.code_bytes();
       constexpr int share = L.record_bytes() / L.group;  // a few lines with each block: many at once would have to wait
-      for (int ahead = 0; ahead < share; ahead += 64) __builtin_prefetch(panel + prefetch_bytes + block * share + ahead, 0, 2);
+      for (int ahead = 0; ahead < share; ahead += 64) __builtin_prefetch(panel + prefetch_bytes + block * share + ahead);
       typename S::Ints dots[Parts][sums][R];
       int32_t starts[sums][R];
       for (int r = 0; r < R; r++)
