@@ -31,7 +31,7 @@ class FewRows:
     def __init__(self, threads: int) -> None:
         self._pool = _native.shared_pool(min(threads, _native.usable_cores()))
         self._relay = _native.Relay(self._pool)
-        self._unpacked: list[tuple[Any, Any, bool]] = []
+        self._unpacked: list[tuple[Any, Any, Any, bool]] = []
 
     @staticmethod
     def available() -> bool:
@@ -45,8 +45,8 @@ class FewRows:
         rows, columns = weight.shape
         stored = weight.detach().contiguous().view(torch.uint8).numpy().reshape(-1)
         kind = int(TensorType.F32)
-        matrix = _native.allocate_matrix(stored, kind, rows, columns, as_float32=True)
-        self._unpacked.append((matrix, stored, False))
+        matrix = _native.allocate_matrix(stored, kind, rows, columns, as_float32=True, order=None)
+        self._unpacked.append((matrix, stored, None, False))
         offset = None if bias is None else bias.detach().contiguous().numpy()
         if number is None:
             number = self._relay.add(matrix, offset)
