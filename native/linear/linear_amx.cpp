@@ -101,7 +101,7 @@ inline __attribute__((always_inline)) void finish_block(const Expanded &weights,
   constexpr int halves = Dots<L, Parts, P, R>::halves;
   __m512 scales[P][4];
   unroll<P>([&](auto p) {
-    unroll<(paired<L> ? 1 : scale_vectors<L>)>([&](auto i) {
+    unroll<block_vectors<L>>([&](auto i) {
       scales[p][i] = Avx512::load(weights.scales[p] + scales_at<L>(b) + i * 16);
     });
   });

@@ -86,7 +86,7 @@ void pair_tile(const Expanded &weights, const Input &input, int64_t row, int64_t
       multiply_half<1, R>(codes, quants, sums[halves - 1]);
     });
     Neon::Floats scales[4];
-    unroll<(paired<L> ? 1 : scale_vectors<L>)>([&](auto i) { scales[i] = Neon::load(weights.scales[0] + scales_at<L>(b) + i * 16); });
+    unroll<block_vectors<L>>([&](auto i) { scales[i] = Neon::load(weights.scales[0] + scales_at<L>(b) + i * 16); });
     unroll<R>([&](auto r) {
       const Neon::Ints first = row_of<r % 2>(sums[0][r / 2]), second = row_of<r % 2>(sums[halves - 1][r / 2]);
       totals[r] = add_block<Neon, L, Parts>(totals[r], first, second, scales, x[r * row_blocks]);

@@ -18,6 +18,10 @@ constexpr int scale_vectors = (L.halves() ? 2 : 1) * (L.minimum() ? 2 : 1);
 template <const Layout &L>
 constexpr bool paired = L.minimum() && !L.halves();
 
+// Of these vectors, those that `add_block` takes.
+template <const Layout &L>
+constexpr int block_vectors = paired<L> ? 1 : scale_vectors<L>;
+
 struct Expanded {  // panels of one chunk, ready to multiply
   alignas(64) uint8_t codes[most_panels][chunk_blocks * 512];
   // Block after block; where paired: two blocks' scales, then their minima.
@@ -245,7 +249,7 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
       unroll<P>([&](auto p) {
         typename S::Floats scales[4];
         const float *source = weights.scales[p] + scales_at<L>(b);
-        for (int i = 0; i < (paired<L> ? 1 : scale_vectors<L>); i++) scales[i] = S::load(source + i * 16);
+        for (int i = 0; i < block_vectors<L>; i++) scales[i] = S::load(source + i * 16);
         unroll<count>([&](auto r) {
           auto &total = totals[begin + r][p];
           typename S::Ints ends[2];
