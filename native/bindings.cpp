@@ -166,8 +166,9 @@ InputView input_view(nb::handle object) {
 }
 
 nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages, Ints page_starts,
-                     Ints logit_rows, nb::list inputs) {
+                     Ints logit_rows, nb::list inputs, bool best) {
   BatchView batch;
+  batch.best = best;
   batch.tokens = static_cast<int64_t>(positions.size());
   batch.chosen = static_cast<int64_t>(logit_rows.size());
   batch.sequences = static_cast<int64_t>(sequence_starts.size()) - 1;
@@ -366,7 +367,8 @@ void bind_program(nb::module_ &m) {
       .def("width", &Program::width, "value"_a)
       .def("finish", &Program::finish, "outputs"_a)
       .def("run", &run_program, "token_ids"_a, "positions"_a, "sequence_starts"_a, "pages"_a, "page_starts"_a, "logit_rows"_a,
-           "inputs"_a)
+           "inputs"_a, "best"_a = false)
+      .def_prop_ro("finds_best", &Program::finds_best)
       .def("poison", &Program::poison, "on"_a)
       .def("workspace_bytes", &Program::workspace_bytes, "tokens"_a, "chosen"_a)
       .def_prop_ro("tasks", &Program::tasks)

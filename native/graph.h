@@ -60,10 +60,11 @@ struct Schedule {
   std::vector<BufferSpec> buffers;
   std::vector<int> input_buffers;   // of the graph's input operators, in order
   std::vector<int> output_buffers;  // of the graph's outputs
+  int best_buffer = -1;             // of each row's largest value of the last output, if tasks for that are there
   std::vector<Attention> attentions;  // one for each tile set
 };
 
 // Fuses what can be fused without changing any result and orders the rest.
-Schedule make_schedule(const Graph &graph);
+Schedule make_schedule(const Graph &graph, int threads);
 
 }  // namespace mnemos

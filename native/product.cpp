@@ -19,8 +19,8 @@ int64_t tiles_of(int64_t count, int64_t size) { return (count + size - 1) / size
 
 class ProductTask : public Task {
  public:
-  ProductTask(std::vector<Product> products, int input, PreparedForm form, Rows rows)
-      : products_(std::move(products)), input_(input), form_(form), rows_(rows) {
+  ProductTask(std::vector<Product> products, int input, PreparedForm form, Rows rows, bool unless_best)
+      : products_(std::move(products)), input_(input), form_(form), rows_(rows), unless_best_(unless_best) {
     reads = {input};
     for (const Product &product : products_) {
       if (product.residual >= 0) {
@@ -35,6 +35,7 @@ class ProductTask : public Task {
     }
   }
 
+  bool active(const Step &step) const override { return !(unless_best_ && step.batch.best); }
   int64_t items(const Step &step) const override {
     const Cut cut = cut_for(step);
     return panel_tiles_[cut.panels] * cut.row_tiles;
@@ -150,14 +151,16 @@ class ProductTask : public Task {
   const int input_;
   const PreparedForm form_;
   const Rows rows_;
+  const bool unless_best_;
   bool pairs_only_ = false;  // pairs of panels are whole blocks of a form
   int64_t panel_tiles_[most_panels + 1] = {};  // of all products, by panels of an item
 };
 
 }  // namespace
 
-std::unique_ptr<Task> make_products(std::vector<Product> products, int input, PreparedForm form, Rows rows) {
-  return std::make_unique<ProductTask>(std::move(products), input, form, rows);
+std::unique_ptr<Task> make_products(std::vector<Product> products, int input, PreparedForm form, Rows rows,
+                                    bool unless_best) {
+  return std::make_unique<ProductTask>(std::move(products), input, form, rows, unless_best);
 }
 
 }  // namespace mnemos

@@ -26,7 +26,7 @@ void Program::finish(std::vector<int> outputs) {
   if (finished_) throw config_error("the program is finished already");
   for (int value : outputs) checked_value(value);
   graph_.outputs = std::move(outputs);
-  schedule_ = make_schedule(graph_);
+  schedule_ = make_schedule(graph_, pool_->threads());
   assign_slots();
   place_barriers();
   counters_ = std::make_unique<Counter[]>(schedule_.tasks.size() * static_cast<size_t>(pool_->threads()));
@@ -52,6 +52,7 @@ void Program::assign_slots() {
   }
   for (int b : schedule_.input_buffers) first[static_cast<size_t>(b)] = -1;
   for (int b : schedule_.output_buffers) last[static_cast<size_t>(b)] = count;
+  if (finds_best()) last[static_cast<size_t>(schedule_.best_buffer)] = count;
   std::vector<int> order(buffers.size());
   for (size_t b = 0; b < buffers.size(); b++) order[b] = static_cast<int>(b);
   std::stable_sort(order.begin(), order.end(),
@@ -182,6 +183,7 @@ int64_t Program::workspace_bytes(int64_t tokens, int64_t chosen) const {
 
 std::vector<OutputView> Program::run(const BatchView &batch, int64_t batch_pages, const std::vector<InputView> &inputs) {
   if (!finished_) throw config_error("the program is still being recorded");
+  if (batch.best && !finds_best()) throw config_error("the program cannot find the best of its last output alone");
   check_batch(batch, batch_pages);
   check_inputs(batch, inputs);
   std::lock_guard<std::mutex> lock(mutex_);
@@ -215,6 +217,10 @@ std::vector<OutputView> Program::run(const BatchView &batch, int64_t batch_pages
     outputs.push_back({pieces_[static_cast<size_t>(schedule_.output_buffers[i])].data, step.rows(value.rows), value.width,
                        value.type, workspace_});
   }
+  if (batch.best) {
+    const uint8_t *best = pieces_[static_cast<size_t>(schedule_.best_buffer)].data;
+    outputs.back() = {best, outputs.back().rows, 1, ValueType::int32, workspace_};
+  }
   return outputs;
 }
 
@@ -225,10 +231,13 @@ void Program::execute(const Step &step, bool one_row) {
   for (size_t c = 0; c < count * static_cast<size_t>(threads); c++) counters_[c].taken.store(0, std::memory_order_relaxed);
   const auto &barriers = barrier_before_[one_row ? 1 : 0];
   pool_->run([&](int thread) {
+    bool wait = false;
     for (size_t t = 0; t < count; t++) {
       const Task &task = *schedule_.tasks[t];
+      wait = wait || barriers[t];
       if (!task.active(step)) continue;
-      if (barriers[t]) pool_->barrier();
+      if (wait) pool_->barrier();
+      wait = false;
       const int64_t items = task.items(step);
       if (one_row && task.cheap_for_one_row) {
         for (int64_t item = 0; item < items; item++) task.run(step, item, thread);

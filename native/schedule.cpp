@@ -11,8 +11,8 @@ namespace {
 
 class Scheduler {
  public:
-  explicit Scheduler(const Graph &graph)
-      : graph_(graph), done_(graph.operators.size(), false), producer_(graph.values.size(), -1),
+  Scheduler(const Graph &graph, int threads)
+      : graph_(graph), threads_(threads), done_(graph.operators.size(), false), producer_(graph.values.size(), -1),
         uses_(graph.values.size(), 0), buffer_(graph.values.size(), -1) {
     for (size_t i = 0; i < graph.operators.size(); i++) {
       for (int value : graph.operators[i].outputs) producer_[at(value)] = static_cast<int>(i);
@@ -24,6 +24,7 @@ class Scheduler {
   Schedule run() {
     mark_precise();
     plan_fusions();
+    find_head();
     for (size_t i = 0; i < graph_.operators.size(); i++) {
       if (!done_[i]) schedule(static_cast<int>(i));
     }
@@ -57,9 +58,8 @@ class Scheduler {
   void add(std::unique_ptr<Task> task) { schedule_.tasks.push_back(std::move(task)); }
 
   // Products whose rounding shows most take finer activations: those whose results are an output of the program (logits),
-  // or the keys or values that later tokens attend to, perhaps normalised, rotated or scaled in between; and those behind
-  // the last attention, whose errors nothing evens out: in a prompt they run for the chosen rows alone. Queries, of which there
-  // are more, gain little.
+  // or the values that later tokens attend to, perhaps normalised or scaled in between; and those behind the last attention,
+  // whose errors nothing evens out: in a prompt they run for the chosen rows alone. Queries and keys gain little.
   void mark_precise() {
     precise_.assign(graph_.operators.size(), false);
     size_t last = graph_.operators.size();
@@ -69,7 +69,7 @@ class Scheduler {
     for (size_t i = last; i < graph_.operators.size(); i++) precise_[i] = op(static_cast<int>(i)).kind == OperatorKind::linear;
     for (int v : graph_.outputs) mark_source(v);
     for (const Operator &o : graph_.operators) {
-      if (o.kind == OperatorKind::attention) std::for_each(o.inputs.begin() + 1, o.inputs.end(), [&](int v) { mark_source(v); });
+      if (o.kind == OperatorKind::attention) mark_source(o.inputs[2]);
     }
   }
   void mark_source(int v) {
@@ -78,19 +78,24 @@ class Scheduler {
     const Operator &o = op(source);
     if (o.kind == OperatorKind::linear) precise_[at(source)] = true;
     const bool alone = o.kind == OperatorKind::elementwise && o.inputs.size() == 1;
-    if (o.kind == OperatorKind::norm || o.kind == OperatorKind::rope || alone) mark_source(o.inputs[0]);
+    if (o.kind == OperatorKind::norm || alone) mark_source(o.inputs[0]);
   }
   // The forms in which products want a value, and how many products do.
   std::vector<PreparedForm> forms_of(int v, int *readers) const {
     std::vector<PreparedForm> forms;
+    const auto want = [&](const PreparedForm &form) {
+      if (std::find(forms.begin(), forms.end(), form) == forms.end()) forms.push_back(form);
+    };
     *readers = 0;
     for (int i = 0; i < static_cast<int>(graph_.operators.size()); i++) {
       if (op(i).kind != OperatorKind::linear || op(i).inputs[0] != v) continue;
-      if (std::find(forms.begin(), forms.end(), form_of(i)) == forms.end()) forms.push_back(form_of(i));
+      want(form_of(i));
+      if (i == head_) want(coarse_form(i));
       ++*readers;
     }
     return forms;
   }
+  PreparedForm coarse_form(int i) const { return prepared_form(*op(i).matrix); }
   // Where a task that can prepare its results puts them.
   Target target(int v, bool prepares) {
     Target y;
@@ -213,6 +218,22 @@ class Scheduler {
     add(make_norm(o.norm, buffer(o.inputs[0]), buffer(y), value(y).width, value(y).rows));
   }
 
+  // The product that makes the last output, for chosen rows, where there are bounds on it and nothing else is done to it.
+  void find_head() {
+    if (graph_.outputs.empty()) return;
+    const int v = graph_.outputs.back(), i = only_source(v, OperatorKind::linear);
+    if (i < 0 || value(v).rows != Rows::chosen || finish_[at(i)].by >= 0 || op(i).bias) return;
+    if (form_of(i).form == Form::int15 && has_weight_lengths(*op(i).matrix)) head_ = i;
+  }
+
+  void schedule_best(int i, int fine) {
+    const Rows rows = value(op(i).outputs[0]).rows;
+    const int coarse = prepared(op(i).inputs[0], coarse_form(i));
+    const int margins = float_buffer(rows, 1), found = float_buffer(rows, best_state_floats(threads_));
+    schedule_.best_buffer = float_buffer(rows, 1);
+    for (auto &task : make_best({op(i).matrix, fine, coarse, rows}, margins, found, schedule_.best_buffer)) add(std::move(task));
+  }
+
   // The buffer with `x` in that form; made by a task of its own, once for all products, whatever forms they want.
   int prepared(int x, const PreparedForm &form) {
     for (const Prepared &p : prepared_) {
@@ -258,10 +279,14 @@ class Scheduler {
     const int x = op(i).inputs[0];
     const PreparedForm form = form_of(i);
     const int input = prepared(x, form);
+    if (i == head_) {
+      add(make_products({make_product(i)}, input, form, value(x).rows, true));
+      return schedule_best(i, input);
+    }
     std::vector<Product> products{make_product(i)};
     for (int j = i + 1; j < static_cast<int>(graph_.operators.size()); j++) {
       const Operator &o = op(j);
-      if (done_[at(j)] || o.kind != OperatorKind::linear || o.inputs[0] != x || !(form_of(j) == form)) continue;
+      if (done_[at(j)] || j == head_ || o.kind != OperatorKind::linear || o.inputs[0] != x || !(form_of(j) == form)) continue;
       const int residual = finish_[at(j)].residual;
       if (residual >= 0 && producer_[at(residual)] > i) continue;  // what it adds may not be there yet
       done_[at(j)] = true;
@@ -346,6 +371,8 @@ class Scheduler {
   };
 
   const Graph &graph_;
+  const int threads_;
+  int head_ = -1;  // the product whose largest results can be found without all of them
   Schedule schedule_;
   std::vector<bool> done_, precise_;  // by operator
   std::vector<int> producer_, uses_, buffer_;
@@ -356,6 +383,6 @@ class Scheduler {
 
 }  // namespace
 
-Schedule make_schedule(const Graph &graph) { return Scheduler(graph).run(); }
+Schedule make_schedule(const Graph &graph, int threads) { return Scheduler(graph, threads).run(); }
 
 }  // namespace mnemos

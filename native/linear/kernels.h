@@ -12,6 +12,7 @@ struct Kernels {
                   int64_t column_begin, int64_t column_end);
   void (*multiply)(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                    int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride);
+  void (*weight_lengths)(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, float *lengths);
 };
 
 extern const Kernels scalar_kernels;

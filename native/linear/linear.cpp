@@ -147,4 +147,10 @@ void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64
   matrix.kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts, start_stride);
 }
 
+bool has_weight_lengths(const Matrix &matrix) { return matrix.layout.quantized() && !matrix.layout.minimum(); }
+
+void weight_lengths(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, float *lengths) {
+  matrix.kernels.weight_lengths(matrix, panel_begin, panel_end, lengths);
+}
+
 }  // namespace mnemos

@@ -85,6 +85,12 @@ void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_
 // The exact values that the format defines: `columns` floats.
 void dequantize_row(const Matrix &matrix, int64_t row, float *out);
 
+// The Euclidean lengths of these panels' rows, 16 a panel, rounded up. Only of matrices that have them: quantized ones without
+// minima, whose products with the same activations in different forms differ by nothing but what the activations do, and by
+// roundings of sums.
+bool has_weight_lengths(const Matrix &matrix);
+void weight_lengths(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, float *lengths);
+
 // 32 activations, each about scale * quant. A quant is its part, or 128 * (first part) + (second part).
 template <int Parts>
 struct QuantBlock {

@@ -198,6 +198,6 @@ void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, i
 
 }  // namespace
 
-const Kernels amx_kernels{"amx", Form::bf16, prepare_all<Avx512>, multiply_amx};
+const Kernels amx_kernels{"amx", Form::bf16, prepare_all<Avx512>, multiply_amx, lengths_all<Avx512>};
 
 }  // namespace mnemos

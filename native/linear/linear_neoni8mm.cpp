@@ -123,6 +123,6 @@ void multiply_i8mm(const Matrix &matrix, const Input &input, int64_t row_begin, 
 
 }  // namespace
 
-const Kernels neoni8mm_kernels{"neon_i8mm", Form::f32, prepare_all<Neon>, multiply_i8mm};
+const Kernels neoni8mm_kernels{"neon_i8mm", Form::f32, prepare_all<Neon>, multiply_i8mm, lengths_all<Neon>};
 
 }  // namespace mnemos

@@ -1,6 +1,7 @@
 // All kernels of one vector policy; see tiles.h.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <limits>
@@ -177,9 +178,46 @@ void prepare_all(const Input &input, const float *x, int64_t x_stride, int64_t r
   }
 }
 
+template <class S, const Layout &L>
+void panel_lengths(const uint8_t *panel, int64_t blocks, float *lengths) {
+  using Code = std::conditional_t<S::signed_bytes && L.bits() == 8, int8_t, uint8_t>;
+  constexpr int halves = L.halves() ? 2 : 1, half_bytes = 512 / halves;
+  Expanded weights;
+  float squares[panel_rows] = {};
+  for (int64_t first = 0; first < blocks; first += chunk_blocks) {
+    const int64_t count = smaller(chunk_blocks, blocks - first);
+    expand<S, L, 1>(panel, first, count, 0, weights);
+    for (int64_t part = 0; part < count * halves; part++) {
+      const uint8_t *codes = weights.codes[0] + part * half_bytes;
+      const float *scales = weights.scales[0] + scales_at<L>(part / halves) + part % halves * 16;
+      int32_t sums[64] = {};
+      for (int v = 0; v < half_bytes; v += 64)
+        for (int i = 0; i < 64; i++) {
+          const int32_t code = Code(codes[v + i]) - offset_of<S, L>;
+          sums[i] += code * code;
+        }
+      for (int r = 0; r < panel_rows; r++) {
+        const int32_t sum = sums[4 * r] + sums[4 * r + 1] + sums[4 * r + 2] + sums[4 * r + 3];
+        squares[r] += scales[r] * scales[r] * float(sum);
+      }
+    }
+  }
+  for (int r = 0; r < panel_rows; r++) lengths[r] = std::sqrt(squares[r]) * 1.0001f;
+}
+
+template <class S>
+void lengths_all(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, float *lengths) {
+  with_layout(matrix.layout.type, [&](auto q) {
+    constexpr const Layout &layout = decltype(q)::layout;
+    if constexpr (!layout.minimum())
+      for (int64_t p = panel_begin; p < panel_end; p++, lengths += panel_rows)
+        panel_lengths<S, layout>(matrix.panel(p), matrix.columns / 32, lengths);
+  });
+}
+
 template <class S>
 constexpr Kernels kernels_of(const char *name) {
-  return {name, S::bf16_form, prepare_all<S>, multiply_all<S>};
+  return {name, S::bf16_form, prepare_all<S>, multiply_all<S>, lengths_all<S>};
 }
 
 }  // namespace

@@ -46,9 +46,7 @@ class Matrix:
 def make_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool, release: bool, pool: Pool) -> Matrix:
     """Repacks a weight; with `release` the pages of the mapped file that it came from are given back."""
 
-def allocate_matrix(
-    data: Bytes, type: int, rows: int, columns: int, as_float32: bool, order: Order | None
-) -> Matrix:
+def allocate_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool, order: Order | None) -> Matrix:
     """A matrix that has no memory and cannot be used before `pack_matrices` has packed it.
 
     order: it has these of the `rows` rows, in this order.
@@ -114,9 +112,16 @@ class Program:
         page_starts: Ints,
         logit_rows: Ints,
         inputs: list[npt.NDArray[Any]],
+        best: bool = False,
     ) -> list[npt.NDArray[Any]]:
-        """One step on a checked batch; the results are views that the next step overwrites."""
+        """One step on a checked batch; the results are views that the next step overwrites.
 
+        best: in place of the last output (rows, 1) int32, the number of each row's largest value, of equal ones the
+        lowest, or -1 where none is above minus infinity or some one is not a number below infinity.
+        """
+
+    @property
+    def finds_best(self) -> bool: ...
     def poison(self, on: bool) -> None:
         """Fills the workspace with NaN before each step, to find reads of what was not written."""
 
@@ -158,9 +163,7 @@ class Relay:
         y (batch, heads, width), contiguous.
         """
 
-def copy_heads(
-    batch: int, heads: int, width: int, source: tuple[int, int, int], target: tuple[int, int, int]
-) -> None:
+def copy_heads(batch: int, heads: int, width: int, source: tuple[int, int, int], target: tuple[int, int, int]) -> None:
     """Copies (batch, heads, width) values between memory given as in Relay.attend."""
 
 def rms_norm(x: int, weight: int, epsilon: float, y: int, rows: int, width: int) -> None:

@@ -44,9 +44,12 @@ class Stepper:
             pages=self.pages,
             page_starts=np.arange(0, len(self.pages) + 1, self.pages_each, dtype=np.int32),
             logit_rows=np.arange(count - 1, rows, count, dtype=np.int32),
+            greedy=True,
         )
         self.length += count
-        return np.asarray(self.model.forward(batch).logits.argmax(axis=1), dtype=np.int32)
+        output = self.model.forward(batch)
+        tokens = output.logits.argmax(axis=1) if output.tokens is None else output.tokens
+        return np.array(tokens, dtype=np.int32)
 
     def prompt(self, token_ids: Sequence[Sequence[int]]) -> Ints:
         """Evaluates prompts of equal length in chunks of CHUNK tokens altogether."""

@@ -158,11 +158,12 @@ class Sampling:
         self._texts = [self._text(branch, number) for number in range(self._samples)]
         self._live = list(self._texts)
         if self._samples == 1:
-            branch.draw = self._draw(self._texts[0])
+            self._set_draw(self._texts[0])
         return [branch]
 
-    def _draw(self, text: _Text) -> Draw | None:
-        return None if text.constraint is not None else self._chooser.draw(text.seed)
+    def _set_draw(self, text: _Text) -> None:
+        text.branch.draw = None if text.constraint is not None else self._chooser.draw(text.seed)
+        text.branch.logits = self._logprobs is not None
 
     def _text(self, branch: Branch, number: int) -> _Text:
         history, seed = History(branch.tokens), stream_seed(self._seed, number)
@@ -179,7 +180,7 @@ class Sampling:
             for text in live[1:]:
                 text.branch = text.branch.fork()
             for text in live:
-                text.branch.draw = self._draw(text)
+                self._set_draw(text)
         advance = Advance([])
         for text, own in zip(live, given, strict=True):
             known = len(text.emitted)

@@ -31,10 +31,11 @@ class Branch:
                `tokens` and raises `wanted` by their number
     draw       set where a row, a seed and the token's place decide alone: the engine then chooses the tokens of all
                such branches together and hands them over in `Rows.tokens`
+    logits     whether the strategy reads logits although it has a draw; if not, `Rows.logits` may have no columns
     parent     the branch that this one was forked from, until the engine has shared its pages
     """
 
-    __slots__ = ("drafts", "draw", "evaluated", "parent", "tokens", "wanted")
+    __slots__ = ("drafts", "draw", "evaluated", "logits", "parent", "tokens", "wanted")
 
     def __init__(self, tokens: Sequence[int], parent: Branch | None = None) -> None:
         self.tokens = list(tokens)
@@ -42,6 +43,7 @@ class Branch:
         self.wanted = 1
         self.drafts = 0
         self.draw: Draw | None = None
+        self.logits = True
         self.parent = parent
 
     def fork(self) -> Branch:

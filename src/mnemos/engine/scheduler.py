@@ -147,7 +147,12 @@ class Scheduler:
             if complete:
                 ready.append(request)
         if wishes:
-            for sequence, tokens in zip(drawing, draw_rows(logits, wishes), strict=True):
+            if output.tokens is None:
+                drawn = draw_rows(logits, wishes)
+            else:
+                chosen: list[int] = output.tokens.tolist()
+                drawn = [chosen[wish.start : wish.stop] for wish in wishes]
+            for sequence, tokens in zip(drawing, drawn, strict=True):
                 sequence.chosen = tokens
         return [
             (request, {sequence.branch: sequence.complete() for sequence in request.sequences}) for request in ready

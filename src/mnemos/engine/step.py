@@ -6,6 +6,7 @@ from array import array
 
 import numpy as np
 
+from mnemos.decoding.draws import GREEDY
 from mnemos.engine.sequence import Request, Sequence
 from mnemos.ops.batch import Batch
 
@@ -16,11 +17,13 @@ class Step:
     """Rows of many requests.
 
     items: each request with its parts, and whether they complete what its strategy waits for.
+    greedy: whether of all rows that are asked for only the most probable token is wanted.
     """
 
     __slots__ = (
         "conditions",
         "decode_rows",
+        "greedy",
         "items",
         "logit_rows",
         "page_starts",
@@ -42,10 +45,15 @@ class Step:
         self.conditions: list[object] = []
         self.decode_rows = 0
         self.prefill_rows = 0
+        self.greedy = True
 
     def add(self, request: Request, planned: list[tuple[Sequence, int]], rows: int) -> None:
         """Takes the next positions of a request's sequences, `rows` in all; their pages are there."""
-        self.items.append((request, [self._add(*part) for part in planned], rows == request.pending))
+        parts, complete = [self._add(*part) for part in planned], rows == request.pending
+        self.items.append((request, parts, complete))
+        for sequence, _, start, end in parts:
+            if start < end and not (complete and not sequence.parts and _only_greedy(sequence)):
+                self.greedy = False
         if request.condition is not None:
             self.conditions += [request.condition] * len(planned)
         if request.prefilling:
@@ -64,6 +72,7 @@ class Step:
         self.pages += sequence.pages
         self.page_starts.append(len(self.pages))
         self.decode_rows += 1
+        self.greedy = self.greedy and _only_greedy(sequence)
         if request.condition is not None:
             self.conditions.append(request.condition)
 
@@ -88,5 +97,12 @@ class Step:
             pages=np.frombuffer(self.pages, dtype=np.int32),
             page_starts=np.array(self.page_starts, dtype=np.int32),
             logit_rows=np.array(self.logit_rows, dtype=np.int32),
+            greedy=self.greedy,
             conditions=tuple(self.conditions),
         )
+
+
+def _only_greedy(sequence: Sequence) -> bool:
+    """Whether its strategy reads nothing of a row but the most probable token."""
+    branch = sequence.branch
+    return branch.draw is GREEDY and not branch.logits

@@ -21,6 +21,7 @@ class Batch:
                                      pages[page_starts[s] + p // page_size], at slot p % page_size;
                                      a page that no layer's window reaches any more may be -1
     logit_rows (R,)                  the rows whose logits (and last hidden states) are asked for
+    greedy                           of their logits only the most probable tokens are wanted
     conditions                       what the model's `begin` made of each sequence's prompt; () for models without it
     """
 
@@ -30,6 +31,7 @@ class Batch:
     pages: Ints
     page_starts: Ints
     logit_rows: Ints
+    greedy: bool = False
     conditions: tuple[object, ...] = ()
 
     @property
@@ -43,10 +45,14 @@ class Output:
 
     `hidden` is what the output projection reads (after the last norm). Both may be views of a
     workspace that the next forward pass overwrites.
+
+    For a batch with `greedy`, a model that finds the most probable tokens without computing all logits gives them as
+    `tokens` (R,), of equally probable ones the lowest id, and logits of shape (R, 0).
     """
 
     logits: Floats
     hidden: Floats
+    tokens: Ints | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from mnemos.ops.batch import AttentionParams, Batch, Floats, Ints, KVLayout, Out
 from mnemos.ops.protocol import Forward, Rows
 
 DTYPES = ("auto", "float32")
+# Rows from which on it is faster to find the most probable tokens without all logits; fewer wait for memory anyway.
+BEST_ALONE_FROM = 8
 _NO_INTS = np.zeros(0, dtype=np.int32)
 _STARTS = np.zeros(1, dtype=np.int32)
 
@@ -73,7 +75,7 @@ class NativeOps:
 
     threads: None for all cores that the process may use; backends with as many threads share one pool. dtype: "auto"
     multiplies weights in the form in which they are stored, with activations rounded to 8 bits by blocks of 32 (15 bits
-    for keys, values and logits) or to bfloat16; "float32" expands weights and multiplies in float32.
+    for values, logits and what lies behind the last attention) or to bfloat16; "float32" expands weights and multiplies in float32.
     """
 
     name = "native"
@@ -120,6 +122,12 @@ class NativeOps:
         self.finish()
 
         def step(batch: Batch) -> Output:
+            if batch.greedy and program.finds_best and len(batch.logit_rows) >= BEST_ALONE_FROM:
+                hidden, best = _run(program, batch, [], best=True)
+                tokens = best[:, 0]
+                if (tokens >= 0).all():
+                    return Output(np.empty((len(tokens), 0), dtype=np.float32), hidden, tokens)
+                # Some row has no most probable token: whoever chooses shall see why.
             hidden, logits = _run(program, batch, [])
             return Output(logits=logits, hidden=hidden)
 
@@ -246,7 +254,9 @@ def check_memory(needed: int, purpose: str) -> None:
         )
 
 
-def _run(program: _native.Program, batch: Batch, inputs: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+def _run(
+    program: _native.Program, batch: Batch, inputs: list[npt.NDArray[Any]], best: bool = False
+) -> list[npt.NDArray[Any]]:
     return program.run(
         batch.token_ids,
         batch.positions,
@@ -255,6 +265,7 @@ def _run(program: _native.Program, batch: Batch, inputs: list[npt.NDArray[Any]])
         batch.page_starts,
         batch.logit_rows,
         inputs,
+        best,
     )
 
 
