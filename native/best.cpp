@@ -12,7 +12,7 @@ namespace mnemos {
 namespace {
 
 constexpr int64_t most_rows = 264;  // of an item: their coarse results stay in the second-level cache
-constexpr int64_t most_panels = 4, outputs = most_panels * panel_rows;
+constexpr int64_t most_panels = 8, outputs = most_panels * panel_rows;
 
 // What a thread knows of a row: the largest fine logit that it has seen, and a number that the row's largest is no less than.
 struct Found {

@@ -12,8 +12,10 @@ namespace {
 constexpr int64_t most_rows = 264, row_unit = 6;
 // From so many rows for each thread on, threads have rows of their own: what is done to a row then finds it in its cache.
 constexpr int64_t own_rows = 128;
-// Panels of one item, at most. With many rows the kernels take panels by two.
-constexpr int64_t most_panels = 4, many_rows = 8;
+// Panels of one item, at most: the more, the fewer beginnings of runs of weights, but with many rows the results of all are to
+// stay in the cache. With many rows the kernels take panels by two.
+constexpr int64_t many_rows = 8, most_panels_of_many = 8, most_panels = 16;
+constexpr int64_t most_panels_for(int64_t rows) { return rows > many_rows ? most_panels_of_many : most_panels; }
 
 int64_t tiles_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -42,7 +44,7 @@ class ProductTask : public Task {
   }
 
   int64_t scratch_bytes(const BatchView &, int) const override {
-    return 2 * most_rows * most_panels * panel_rows * static_cast<int64_t>(sizeof(float));
+    return 2 * scratch_floats * static_cast<int64_t>(sizeof(float));
   }
 
   void run(const Step &step, int64_t item, int thread) const override {
@@ -65,6 +67,9 @@ class ProductTask : public Task {
   }
 
  private:
+  // Of one matrix's results in scratch.
+  static constexpr int64_t scratch_floats = panel_rows * std::max(most_rows * most_panels_of_many, many_rows * most_panels);
+
   struct Range {
     int64_t row_begin, row_end, panel_begin, panel_end;
   };
@@ -82,7 +87,7 @@ class ProductTask : public Task {
     Cut cut{tiles_of(tiles_of(rows, least_tiles), row_unit) * row_unit, 0, most_panels};
     cut.row_tiles = rows > 0 ? tiles_of(rows, cut.rows) : 0;
     int64_t least = INT64_MAX;
-    for (int64_t panels = most_panels; panels >= 2; panels -= rows > many_rows || pairs_only_ ? 2 : 1) {
+    for (int64_t panels = most_panels_for(rows); panels >= 2; panels -= rows > many_rows || pairs_only_ ? 2 : 1) {
       const int64_t longest = tiles_of(panel_tiles_[panels] * cut.row_tiles, threads) * panels;
       if (longest < least) least = longest, cut.panels = panels;
     }
@@ -113,8 +118,8 @@ class ProductTask : public Task {
                            int thread) const {
     const int64_t width = product.matrix->rows, first = range.panel_begin * panel_rows;
     const int64_t count = std::min(range.panel_end * panel_rows, width) - first;
-    constexpr int64_t stride = most_panels * panel_rows;
-    float *result = step.thread_scratch(thread), *second = result + most_rows * stride;
+    const int64_t stride = most_panels_for(step.rows(rows_)) * panel_rows;
+    float *result = step.thread_scratch(thread), *second = result + scratch_floats;
     const auto tile_of = [&](const Matrix &matrix, const VectorPointer &bias, float *into) {
       multiply(matrix, input, range.row_begin, range.row_end, range.panel_begin, range.panel_end,
                into - range.row_begin * stride - first, stride, bias_of(bias), 0);
