@@ -9,8 +9,10 @@
 namespace mnemos {
 namespace {
 
-// What a thread reads ahead is to stay in its second-level cache.
-constexpr int64_t ahead_bytes = 1 << 20;
+// What a thread reads ahead is to stay in its caches: the second level's, and its share of the third.
+constexpr int64_t ahead_bytes = 4 << 20;
+// More weights than this do not stay in the caches until the next pass; keeping them there only costs what the caller has.
+constexpr int64_t passing_bytes = 32 << 20;
 constexpr int64_t piece_bytes = 1024;  // between two looks whether the thread is needed
 // Less than this is not worth waking another thread for.
 constexpr int64_t least_shared_bytes = 128 << 10;
@@ -42,13 +44,17 @@ int Relay::add(MatrixPointer matrix, VectorPointer bias) {
   std::lock_guard<std::mutex> lock(mutex_);
   pool_->interrupt();
   links_.push_back(checked(std::move(matrix), std::move(bias)));
+  bytes_ += static_cast<int64_t>(links_.back().matrix->bytes());
   return static_cast<int>(links_.size()) - 1;
 }
 
 void Relay::replace(int number, MatrixPointer matrix, VectorPointer bias) {
   std::lock_guard<std::mutex> lock(mutex_);
   pool_->interrupt();
-  link(number) = checked(std::move(matrix), std::move(bias));
+  Link &place = link(number);
+  const auto old = static_cast<int64_t>(place.matrix->bytes());
+  place = checked(std::move(matrix), std::move(bias));
+  bytes_ += static_cast<int64_t>(place.matrix->bytes()) - old;
 }
 
 void Relay::multiply(int number, const float *x, int64_t rows, float *y) {
@@ -61,6 +67,7 @@ void Relay::multiply(int number, const float *x, int64_t rows, float *y) {
     input.values = padded_.data();
     prepare_rows(input, x, matrix.columns, 0, rows);
   }
+  input.passing = bytes_ > passing_bytes;
   const float *bias = own.bias ? own.bias->data() : nullptr;
   const auto multiply_panels = [&](int64_t begin, int64_t end) {
     mnemos::multiply(matrix, input, 0, rows, begin, end, y, matrix.rows, bias, 0);

@@ -63,6 +63,7 @@ class Relay {
   const std::shared_ptr<Pool> pool_;
   const VectorKernels &kernels_;
   std::vector<Link> links_;
+  int64_t bytes_ = 0;  // of all weights
   int last_ = -1;
   std::vector<float> padded_;
   std::vector<std::vector<float>> scores_;  // by thread

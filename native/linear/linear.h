@@ -118,6 +118,7 @@ struct Input {
     float *values;         // f32: (rows, padded), zeros past `columns`
     uint16_t *halves;      // bf16: (rows, padded), zeros past `columns`
     uint8_t *blocks;       // int8, int15: (rows, padded / 32) of QuantBlock<1>, QuantBlock<2>
+    bool passing;          // f32: few rows read the weights past the caches; set by the caller, false otherwise
 };
 
 // Bytes of workspace for `rows` rows; alignment 64.

@@ -32,12 +32,17 @@ void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, i
     }
   };
   typename S::Floats weights[P];
+  const bool passing = W == WeightType::f32 && input.passing;
   int64_t c = first;
   for (; c + 1 < first + columns; c += 2) {  // two columns a step: the bfloat16 layout has them side by side
     const int64_t at = c * column_bytes;
     if constexpr (R <= 2)  // few rows: reading the weights is the work
       for (int p = 0; p < P; p++)
-        for (int line = 0; line < 2 * column_bytes; line += 64) __builtin_prefetch(panels[p] + at + prefetch_bytes + line);
+        for (int line = 0; line < 2 * column_bytes; line += 64) {
+          const uint8_t *ahead = panels[p] + at + prefetch_bytes + line;
+          if (passing) __builtin_prefetch(ahead, 0, 0);
+          else __builtin_prefetch(ahead);
+        }
     if constexpr (W == WeightType::bf16 && S::bf16_form == Form::bf16) {
       for (int r = 0; r < R; r++) {
         const auto x = S::broadcast_bfloats(input.halves + (row + r) * input.padded + c);
@@ -85,10 +90,12 @@ void multiply_float(const Matrix &matrix, const Input &input, int64_t row_begin,
 template <class S, WeightType W>
 void multiply_floats(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                      int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
-  for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
-    multiply_float<S, W, panels>(matrix, input, row_begin, row_end, panel,
-                                {y, y_stride, starts, start_stride});
-  });
+  const auto multiply = [&](auto panels, int64_t panel) {
+    multiply_float<S, W, panels>(matrix, input, row_begin, row_end, panel, {y, y_stride, starts, start_stride});
+  };
+  // Few rows: memory is read faster from one place at a time than from two in turns.
+  if (W == WeightType::f32 && row_end - row_begin <= 2) for_panels<1>(panel_begin, panel_end, multiply);
+  else for_panels<2>(panel_begin, panel_end, multiply);
 }
 
 }  // namespace

@@ -39,6 +39,22 @@ def test_products_are_right_in_any_order(few: FewRows) -> None:
                 assert torch.allclose(products[index](x), layers[index](x), atol=1e-4)
 
 
+def test_more_weights_than_caches_hold_are_multiplied_to_the_same_bits(few: FewRows) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(1000, 520), torch.randn(1000), torch.randn(3, 520)
+    small, _ = few.linear(weight, bias, None)
+    few.finish()
+    alone = small(x)
+    assert torch.allclose(alone, F.linear(x, weight, bias), atol=1e-3)
+    large, place = few.linear(torch.zeros(4500, 2000), None, None)  # 36 MB
+    few.finish()
+    assert not large(torch.ones(1, 2000)).any()
+    assert torch.equal(small(x), alone) and torch.equal(small(x[1:2]), alone[1:2])
+    few.linear(torch.ones(4500, 1), None, place)
+    few.finish()
+    assert torch.equal(small(x), alone)
+
+
 def test_a_product_takes_anothers_place(few: FewRows) -> None:
     old, new = torch.randn(200, 200), torch.randn(200, 200)
     x = torch.randn(2, 200)

@@ -93,6 +93,19 @@ def test_an_input_of_another_dtype_is_pytorchs_own_matter() -> None:
         Caller(module)(torch.ones(1, 5, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("shape", [(1, 16), (2, 1, 4), (3, 5), (8, 4), ()])
+def test_an_input_of_another_width_is_refused_as_by_the_layer(shape: tuple[int, ...]) -> None:
+    layer = torch.nn.Linear(8, 8)
+    packed = PackedLayers(torch.nn.Sequential(layer))
+    packed.install(1)
+    with torch.inference_mode():
+        right = layer(torch.zeros(2, 8))
+        with pytest.raises(RuntimeError):
+            layer(torch.zeros(shape))
+        assert torch.equal(layer(torch.zeros(2, 8)), right)
+    packed.remove()
+
+
 def test_layers_that_compute_something_else_are_left_alone() -> None:
     special, patched = Special(8, 8), torch.nn.Linear(8, 8)
     patched.forward = lambda x: x * 0  # type: ignore[method-assign]

@@ -52,11 +52,21 @@ class FewRows:
             number = self._relay.add(matrix, offset)
         else:
             self._relay.replace(number, matrix, offset)
-        own, multiply, empty = number, self._relay.multiply, torch.empty
+        own, multiply, empty_like = number, self._relay.multiply, torch.empty_like
+        # The shape of the last input, and what a result for it looks like: empty_like is faster than empty.
+        last: tuple[torch.Size | None, Tensor] = (None, torch.empty(0))
 
         def few(input: Tensor) -> Tensor:
+            nonlocal last
+            shape = input.shape
             x = input if input.is_contiguous() else input.contiguous()
-            y = empty((*input.shape[:-1], rows))
+            known, like = last
+            if shape != known:
+                if shape[-1:] != (columns,):
+                    return F.linear(input, weight, bias)  # which says what is wrong
+                like = torch.empty((*shape[:-1], rows))
+                last = (shape, like)
+            y = empty_like(like)
             multiply(own, x.data_ptr(), x.numel() // columns, y.data_ptr())
             return y
 
@@ -80,26 +90,34 @@ class FewRows:
         enable_gqa: bool = False,
     ) -> Tensor | None:
         """torch's scaled_dot_product_attention of one query a sequence that sees all keys; None for any other."""
-        several_axes = query.dim() == key.dim() == value.dim() == 4
-        if attn_mask is not None or dropout_p or is_causal or not several_axes or query.shape[2] != 1:
+        asked, held = query.shape, key.shape
+        if attn_mask is not None or dropout_p or is_causal or len(asked) != 4 or len(held) != 4 or asked[2] != 1:
             return None
-        batch, heads, _, head_dim = query.shape
-        kv_heads, count = key.shape[1:3]
+        batch, heads, _, head_dim = asked
+        _, kv_heads, count, _ = held
+        steps, key_steps, value_steps = query.stride(), key.stride(), value.stride()
         fits = (
-            key.shape == value.shape == (batch, kv_heads, count, head_dim)
-            and batch <= FEW_ROWS
+            held == value.shape
+            and held[0] == batch <= FEW_ROWS
+            and held[3] == head_dim
             and (heads == kv_heads or (enable_gqa and kv_heads and heads % kv_heads == 0))
             and count > 0
             and query.dtype is key.dtype is value.dtype is torch.float32
+            and steps[3] == 1
+            and key_steps[2:] == value_steps[2:] == (head_dim, 1)  # those of a head side by side
+            and query.is_cpu
         )
-        steps = [one.stride() for one in (query, key, value)]
-        side_by_side = steps[0][3] == 1 and steps[1][2:] == steps[2][2:] == (head_dim, 1)
-        if not fits or not side_by_side or query.device.type != "cpu":
+        if not fits:
             return None
         y = torch.empty((batch, heads, 1, head_dim))
-        places = [(one.data_ptr(), *step[:2]) for one, step in zip((query, key, value), steps, strict=True)]
-        factor = head_dim**-0.5 if scale is None else scale
-        self._relay.attend((batch, heads, kv_heads, count, head_dim), *places, factor, y.data_ptr())
+        self._relay.attend(
+            (batch, heads, kv_heads, count, head_dim),
+            (query.data_ptr(), steps[0], steps[1]),
+            (key.data_ptr(), key_steps[0], key_steps[1]),
+            (value.data_ptr(), value_steps[0], value_steps[1]),
+            head_dim**-0.5 if scale is None else scale,
+            y.data_ptr(),
+        )
         return y
 
 

@@ -83,15 +83,20 @@ class Growing(Tensor):
 
 def _continued(tensors: Any, dim: int = 0, **others: Any) -> tuple[Growing, Tensor] | None:
     """(what is continued, by what), if a call of torch.cat does just that; None if it does anything else."""
-    if others or len(tensors) != 2 or type(tensors[0]) is not Growing or type(tensors[1]) is not Tensor:
+    if others or len(tensors) != 2:
         return None
     old, new = tensors
-    axis = old.lane.axis
+    if type(old) is not Growing or type(new) is not Tensor:
+        return None
+    axis, held, added = old.lane.axis, old.shape, new.shape
     fits = (
-        dim % old.dim() == axis
+        dim in (axis, axis - len(held))
         and old.length == old.lane.filled  # nobody else has continued it
-        and (new.dtype, new.device, new.dim()) == (old.dtype, old.device, old.dim())
-        and all(a == b for i, (a, b) in enumerate(zip(old.shape, new.shape, strict=True)) if i != axis)
+        and len(added) == len(held)
+        and added[:axis] == held[:axis]
+        and added[axis + 1 :] == held[axis + 1 :]
+        and new.dtype is old.dtype
+        and new.device == old.device
     )
     return (old, new) if fits else None
 

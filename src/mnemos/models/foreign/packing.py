@@ -138,7 +138,7 @@ def _pack(layer: nn.Linear, few: FewRows | None, number: int | None) -> PackedLa
     most, dtype = FEW_ROWS * weight.shape[1], weight.dtype
 
     def forward(input: Tensor) -> Tensor:
-        if input.dtype is not dtype:  # PyTorch knows better what it can make of that, or what to say
+        if input.dtype is not dtype or not input.is_cpu:  # PyTorch knows what it can make of that, or what to say
             return F.linear(input, weight, bias)
         if multiply is not None and 0 < input.numel() <= most:
             return multiply(input)
