@@ -38,28 +38,27 @@ class ProductTask : public Task {
   }
 
   bool active(const Step &step) const override { return !(unless_best_ && step.batch.best); }
-  int64_t items(const Step &step) const override {
-    const Cut cut = cut_for(step);
-    return panel_tiles_[cut.panels] * cut.row_tiles;
+  void plan(const Step &step) override {
+    if (step.rows(rows_) != planned_rows_) cut_ = cut_for(step), planned_rows_ = step.rows(rows_);
   }
+  int64_t items(const Step &) const override { return panel_tiles_[cut_.panels] * cut_.row_tiles; }
 
   int64_t scratch_bytes(const BatchView &, int) const override {
     return 2 * scratch_floats * static_cast<int64_t>(sizeof(float));
   }
 
   void run(const Step &step, int64_t item, int thread) const override {
-    const Cut cut = cut_for(step);
-    int64_t tile = item % panel_tiles_[cut.panels];
+    int64_t tile = item % panel_tiles_[cut_.panels];
     size_t index = 0;
-    for (; tile >= tiles_of(products_[index].matrix->panels(), cut.panels); index++) {
-      tile -= tiles_of(products_[index].matrix->panels(), cut.panels);
+    for (; tile >= tiles_of(products_[index].matrix->panels(), cut_.panels); index++) {
+      tile -= tiles_of(products_[index].matrix->panels(), cut_.panels);
     }
     const Product &product = products_[index];
     Range range;
-    range.row_begin = item / panel_tiles_[cut.panels] * cut.rows;
-    range.row_end = std::min(range.row_begin + cut.rows, step.rows(rows_));
-    range.panel_begin = tile * cut.panels;
-    range.panel_end = std::min(range.panel_begin + cut.panels, product.matrix->panels());
+    range.row_begin = item / panel_tiles_[cut_.panels] * cut_.rows;
+    range.row_end = std::min(range.row_begin + cut_.rows, step.rows(rows_));
+    range.panel_begin = tile * cut_.panels;
+    range.panel_end = std::min(range.panel_begin + cut_.panels, product.matrix->panels());
     const Input input = bind_input(*form_.kernels, form_.form, step.rows(rows_), form_.columns,
                                    step.data<uint8_t>(input_, thread));
     if (!product.activated && !product.y.form) return multiply_into(product, input, range, step, thread);
@@ -159,6 +158,8 @@ class ProductTask : public Task {
   const bool unless_best_;
   bool pairs_only_ = false;  // pairs of panels are whole blocks of a form
   int64_t panel_tiles_[most_panels + 1] = {};  // of all products, by panels of an item
+  int64_t planned_rows_ = -1;                  // the step's rows for which the work is cut
+  Cut cut_{0, 0, most_panels};
 };
 
 }  // namespace

@@ -229,6 +229,7 @@ void Program::execute(const Step &step, bool one_row) {
   const int threads = pool_->threads();
   const auto counters_of = [&](size_t task) { return &counters_[task * static_cast<size_t>(threads)]; };
   for (size_t c = 0; c < count * static_cast<size_t>(threads); c++) counters_[c].taken.store(0, std::memory_order_relaxed);
+  for (const auto &task : schedule_.tasks) task->plan(step);
   const auto &barriers = barrier_before_[one_row ? 1 : 0];
   pool_->run([&](int thread) {
     bool wait = false;

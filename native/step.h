@@ -65,6 +65,8 @@ struct Step {
 class Task {
  public:
   virtual ~Task() = default;
+  // Called once before a step's items are counted and run.
+  virtual void plan(const Step &) {}
   virtual int64_t items(const Step &step) const = 0;
   virtual void run(const Step &step, int64_t item, int thread) const = 0;
   // False if this batch has no use for the task; nobody waits for it then.

@@ -51,7 +51,7 @@ struct Results {
 alignas(64) constexpr float zeros[panel_rows] = {};
 
 // How far ahead of a record its successor is asked for from memory.
-constexpr int64_t prefetch_bytes = 4096;
+constexpr int64_t prefetch_bytes = 8192;
 
 // Results of the matrix's last panel where it is partly empty: they are made in a buffer of their own.
 struct Edge {
