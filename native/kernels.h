@@ -82,8 +82,9 @@ struct VectorKernels {
   // Merges one row's state (most, total, n values) into another, whose values need not be set if its most is -infinity.
   void (*merge)(float most, float total, const float *values, float *into_most, float *into_total, float *into, int64_t n);
   // y = softmax(query . keys * scale) values, with `count` keys and values of n floats; scratch for `count` scores.
+  // passing: they are read past the caches.
   void (*attend_plain)(const float *query, const float *keys, const float *values, int64_t count, int64_t n, float scale,
-                       float *scores, float *y);
+                       bool passing, float *scores, float *y);
 
   // For sampling and log probabilities.
   // Infinite where any x is not a number.

@@ -11,7 +11,8 @@ namespace {
 
 // What a thread reads ahead is to stay in its caches: the second level's, and its share of the third.
 constexpr int64_t ahead_bytes = 4 << 20;
-// More weights than this do not stay in the caches until the next pass; keeping them there only costs what the caller has.
+// More weights than this do not stay in the caches until the next pass; keeping them there only costs the caller's code
+// and data their place.
 constexpr int64_t passing_bytes = 32 << 20;
 constexpr int64_t piece_bytes = 1024;  // between two looks whether the thread is needed
 // Less than this is not worth waking another thread for.
@@ -89,12 +90,14 @@ void Relay::attend(const PlainAttention &a) {
                        std::to_string(a.count) + " keys of " + std::to_string(a.head_dim) + " values does not fit together");
   }
   std::lock_guard<std::mutex> lock(mutex_);
+  // Neighbouring heads of the same keys find them in the caches.
+  const bool passing = bytes_ > passing_bytes && a.heads == a.kv_heads;
   const auto attend_head = [&](int64_t item, int thread) {
     const int64_t b = item / a.heads, h = item % a.heads, kv = h / (a.heads / a.kv_heads);
     std::vector<float> &scores = scores_[static_cast<size_t>(thread)];
     if (static_cast<int64_t>(scores.size()) < a.count) scores.resize(static_cast<size_t>(a.count + a.count / 2));
     kernels_.attend_plain(a.queries.head(b, h), a.keys.head(b, kv), a.values.head(b, kv), a.count, a.head_dim, a.scale,
-                          scores.data(), a.y + item * a.head_dim);
+                          passing, scores.data(), a.y + item * a.head_dim);
   };
   const int64_t items = a.batch * a.heads;
   if (2 * a.batch * a.kv_heads * a.count * a.head_dim * 4 < least_shared_bytes) {

@@ -44,12 +44,17 @@ def test_more_weights_than_caches_hold_are_multiplied_to_the_same_bits(few: FewR
     weight, bias, x = torch.randn(1000, 520), torch.randn(1000), torch.randn(3, 520)
     small, _ = few.linear(weight, bias, None)
     few.finish()
+    sizes = [(4, 4, 64), (4, 2, 64), (3, 3, 40), (2, 2, 128)]
+    attended = [(torch.randn(1, a, 1, n), *(torch.randn(1, b, 90, n) for _ in range(2)), a != b) for a, b, n in sizes]
     alone = small(x)
+    before = [few.attend(q, k, v, enable_gqa=grouped) for q, k, v, grouped in attended]
     assert torch.allclose(alone, F.linear(x, weight, bias), atol=1e-3)
     large, place = few.linear(torch.zeros(4500, 2000), None, None)  # 36 MB
     few.finish()
     assert not large(torch.ones(1, 2000)).any()
     assert torch.equal(small(x), alone) and torch.equal(small(x[1:2]), alone[1:2])
+    for (q, k, v, grouped), wanted in zip(attended, before, strict=True):
+        assert wanted is not None and torch.equal(few.attend(q, k, v, enable_gqa=grouped), wanted)
     few.linear(torch.ones(4500, 1), None, place)
     few.finish()
     assert torch.equal(small(x), alone)

@@ -126,12 +126,13 @@ def copy_position(new: Tensor, memory: Tensor, at: int) -> bool:
 
     Both are float32 on a CPU.
     """
-    if new.dim() != 4 or new.shape[2] != 1 or new.dtype is not torch.float32 or not new.is_cpu:
+    shape = new.shape
+    if len(shape) != 4 or shape[2] != 1 or new.dtype is not torch.float32 or not new.is_cpu:
         return False
     source, target = new.stride(), memory.stride()
     if source[3] != 1 or target[3] != 1:
         return False
-    batch, heads, _, width = new.shape
+    batch, heads, _, width = shape
     place = memory.data_ptr() + 4 * at * target[2]
     _native.copy_heads(batch, heads, width, (new.data_ptr(), *source[:2]), (place, *target[:2]))
     return True

@@ -36,6 +36,15 @@ class Lane:
         self.filled = start.shape[axis]
         self.memory, self.room = memory, memory.shape[axis]
         memory.narrow(axis, 0, self.filled).copy_(start)
+        self.single = memory.narrow(axis, 0, 1).shape  # of one position
+
+    def takes(self, new: Tensor) -> bool:
+        """Whether `new` can be written behind what is there."""
+        single, shape, axis, memory = self.single, new.shape, self.axis, self.memory
+        fits = shape == single or (
+            len(shape) == len(single) and shape[:axis] == single[:axis] and shape[axis + 1 :] == single[axis + 1 :]
+        )
+        return fits and new.dtype is memory.dtype and new.device == memory.device
 
     def append(self, new: Tensor) -> Tensor:
         """All that is written, with `new` at its end."""
@@ -73,9 +82,9 @@ class Growing(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _JOINS and (parts := _continued(*args, **(kwargs or {}))) is not None:
+            return parts[0].lane.append(parts[1])
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _JOINS and (parts := _continued(*args, **(kwargs or {}))) is not None:
-                return parts[0].lane.append(parts[1])
             if func is _ATTENTION and (attended := _attended(*args, **(kwargs or {}))) is not None:
                 return attended
             return func(*args, **(kwargs or {}))
@@ -88,15 +97,11 @@ def _continued(tensors: Any, dim: int = 0, **others: Any) -> tuple[Growing, Tens
     old, new = tensors
     if type(old) is not Growing or type(new) is not Tensor:
         return None
-    axis, held, added = old.lane.axis, old.shape, new.shape
+    lane = old.lane
     fits = (
-        dim in (axis, axis - len(held))
-        and old.length == old.lane.filled  # nobody else has continued it
-        and len(added) == len(held)
-        and added[:axis] == held[:axis]
-        and added[axis + 1 :] == held[axis + 1 :]
-        and new.dtype is old.dtype
-        and new.device == old.device
+        dim in (lane.axis, lane.axis - len(lane.single))
+        and old.length == lane.filled  # nobody else has continued it
+        and lane.takes(new)
     )
     return (old, new) if fits else None
 
