@@ -23,7 +23,9 @@ struct Avx2 {
   static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = true;  // pairs of products of two full bytes overflow 16 bits: see `dot`
   static constexpr int narrow_bits = 4;
-  static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4;
+  template <int Bits>
+  static constexpr int together = Bits == 5 || Bits == 6 ? 2 : 1;
+  static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4, split_rows = 0;
   static constexpr int rows_together = 8, blocks_together = 1;
   static constexpr bool bfloat_minima = false, adds_exponents = false;
 
@@ -70,7 +72,21 @@ struct Avx2 {
   }
   template <int Bits>
   static Ints dot(Ints sum, Bytes codes, Quad x) {
-    return {dot_half<Bits>(sum.low, codes.low, x), dot_half<Bits>(sum.high, codes.high, x)};
+    return {in_order(dot_half<Bits>(sum.low, codes.low, x)), in_order(dot_half<Bits>(sum.high, codes.high, x))};
+  }
+  // Four products of at most 63 * 127 fit into 16 bits.
+  template <int Bits>
+  static Ints dot_two(Ints sum, const Bytes (&codes)[2], const Quad (&x)[2]) {
+    auto add = [&](__m256i sum, __m256i first, __m256i second) {
+      const __m256i fours = _mm256_add_epi16(_mm256_maddubs_epi16(first, x[0]), _mm256_maddubs_epi16(second, x[1]));
+      return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(fours, _mm256_set1_epi16(1))));
+    };
+    return {add(sum.low, codes[0].low, codes[1].low), add(sum.high, codes[0].high, codes[1].high)};
+  }
+  // Left alone, GCC adds up in another order, for which it has to keep so many terms that it spills them.
+  static __m256i in_order(__m256i sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
   }
   template <int Bits>
   static Ints end(Ints sum, int32_t start) {
@@ -166,7 +182,9 @@ struct Avx2 {
 #if defined(__AVXVNNI__)
 struct AvxVnni : Avx2 {
   static constexpr bool signed_bytes = false;
-  static constexpr int narrow_bits = 0;
+  static constexpr int narrow_bits = 0, split_rows = 2;
+  template <int Bits>
+  static constexpr int together = 1;
 
   template <int Bits>
   static Ints begin(int32_t start) {

@@ -17,10 +17,13 @@ struct Avx512 {
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
+  using Quad = __m512i;
   static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = false;
   static constexpr int narrow_bits = 0;
-  static constexpr int tile_panels = 2, tile_rows = 6, float_rows = 6, stream_rows = 8;
+  static constexpr int tile_panels = 2, tile_rows = 6, float_rows = 6, stream_rows = 8, split_rows = 8;
+  template <int Bits>
+  static constexpr int together = 1;
   static constexpr int rows_together = 6, blocks_together = 16;
   static constexpr bool bfloat_minima = false, adds_exponents = false;
 
@@ -103,10 +106,11 @@ struct Avx512 {
     _mm512_store_ps(scales.powers[0], _mm512_unpacklo_ps(first, second));
     _mm512_store_ps(scales.powers[1], _mm512_unpackhi_ps(first, second));
   }
-  template <int Parts>
+  // With `Powers`, blocks get two powers of two, and sums in bfloat16.
+  template <int Parts, bool Powers>
   static void quantize_together(const float *const *x, const Scales &scales, QuantBlock<Parts> *const *blocks, int count) {
     for (int i = 0; i < count; i += 2)
-      quantize_pair<Parts>(x + i, scales.inverses + i, scales.powers[i / 2 % 2] + i / 4 * 4, blocks + i);
+      quantize_pair<Parts, Powers>(x + i, scales.inverses + i, scales.powers[i / 2 % 2] + i / 4 * 4, blocks + i);
   }
 
   // Scales as sums of two powers, as `split_scale` does it; returns their inverses.
@@ -143,7 +147,7 @@ struct Avx512 {
     return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
 
-  template <int Parts>
+  template <int Parts, bool Powers>
   static void quantize_pair(const float *const *x, const float *inverses, const float *powers,
                             QuantBlock<Parts> *const *blocks) {
     __m512i values[4];
@@ -165,11 +169,17 @@ struct Avx512 {
     const __m128i totals = _mm_add_epi32(counts, _mm_shuffle_epi32(counts, 0xb1));
     const __m128i starts = _mm_mask_slli_epi32(counts, 0xa, _mm_sub_epi32(_mm_setzero_si128(), totals), 3);
     const __m128 pairs = _mm_load_ps(powers), scales = _mm_add_ps(pairs, _mm_shuffle_ps(pairs, pairs, 0xb1));
-    const __m128i products = _mm_castps_si128(_mm_mul_ps(scales, _mm_cvtepi32_ps(totals)));
-    const __m128i rounded = _mm_add_epi32(products, _mm_set1_epi32(0x8000));
-    static_assert(offsetof(QuantBlock<Parts>, sums) == Parts * 32 + 16, "powers, first count and start follow the parts");
-    store_rest(blocks[0], _mm_shuffle_ps(pairs, _mm_castsi128_ps(starts), 0x44));
-    store_rest(blocks[1], _mm_shuffle_ps(pairs, _mm_castsi128_ps(starts), 0xee));
+    const __m128 products = _mm_mul_ps(scales, _mm_cvtepi32_ps(totals));
+    const __m128 terms = Powers ? pairs : _mm_blend_ps(scales, _mm_setzero_ps(), 0xa);
+    static_assert(offsetof(QuantBlock<Parts>, sums) == Parts * 32 + 16, "terms, first count and start follow the parts");
+    store_rest(blocks[0], _mm_shuffle_ps(terms, _mm_castsi128_ps(starts), 0x44));
+    store_rest(blocks[1], _mm_shuffle_ps(terms, _mm_castsi128_ps(starts), 0xee));
+    if constexpr (!Powers) {
+      _mm_store_ss(&blocks[0]->sum, products);
+      _mm_store_ss(&blocks[1]->sum, _mm_movehl_ps(products, products));
+      return;
+    }
+    const __m128i rounded = _mm_add_epi32(_mm_castps_si128(products), _mm_set1_epi32(0x8000));
     const __m128i high_halves = _mm_setr_epi8(2, 3, 10, 11, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
     const int32_t sums = _mm_cvtsi128_si32(_mm_shuffle_epi8(rounded, high_halves));
     __builtin_memcpy(blocks[0]->sums, &sums, 4);

@@ -45,8 +45,8 @@ struct Layout {
   constexpr bool minimum() const {
     return scales == Scales::half_min || scales == Scales::sub32_min || scales == Scales::sub16_min;
   }
-  // What kernels subtract from a code: where a code has a minimum, half of the codes' range, so that what then remains
-  // of the minimum is small and may be rounded. (Not for `halves`.)
+  // What kernels that round minima to bfloat16 subtract from a code: where a code has a minimum, half of the codes' range,
+  // so that what then remains of the minimum is small. (Not for `halves`.)
   constexpr int centre() const { return minimum() && !halves() ? 1 << (bits() - 1) : offset; }
   constexpr int subscales() const { return group == 1 ? 0 : halves() ? 16 : 8; }  // of a record
   constexpr int scale_bytes() const { return (subscales() * 16 + 32) * (minimum() ? 2 : 1); }

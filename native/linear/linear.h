@@ -95,18 +95,20 @@ void weight_lengths(const Matrix &matrix, int64_t panel_begin, int64_t panel_end
 template <int Parts>
 struct QuantBlock {
     int8_t parts[Parts][32];  // -127 to 127
-    // Two powers of two, the second of either sign; the scale is their sum. So a weight's scale can be multiplied by it
-    // with integer additions to its exponent, for which some processors have units that the dot products don't need.
-    float powers[2];
+    // Two terms of the scale. Kernels with bfloat16 dot products have two powers of two here, the second of either sign: so a
+    // weight's scale can be multiplied by it with integer additions to its exponent, for which some processors have units that
+    // the dot products don't need. Others have the scale itself and 0.
+    float terms[2];
     int32_t first_count;      // sum of the first half's quants
     int32_t start;            // -8 * (sum of all quants): what a dot product with codes that stand for code - 8 starts from
-    // In a block of even number: bfloat16 of `sum()`, its own and the next block's (0 if there is none).
-    uint16_t sums[2];
+    union {
+        float sum;         // scale * (sum of all quants)
+        uint16_t sums[2];  // for bfloat16 dot products, in a block of even number: its own and the next one's (0 if there is none)
+    };
 
-    float scale() const { return powers[0] + powers[1]; }
+    float scale() const { return terms[0] + terms[1]; }
     int32_t count() const { return -(start >> 3); }  // sum of all quants
     int32_t second_count() const { return count() - first_count; }
-    float sum() const { return scale() * float(count()); }
 };
 
 // Rows of activations in the form that a matrix wants, in a workspace of the caller's.

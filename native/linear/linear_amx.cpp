@@ -62,7 +62,7 @@ template <const Layout &L>
 struct SignedVectors {
   template <class Vector>
   static void store(uint8_t *codes, Vector &&vector) {
-    const __m512i offset = _mm512_set1_epi8(char(L.centre()));
+    const __m512i offset = _mm512_set1_epi8(char(centre_of<Avx512Bf16, L>));
     unroll<8>([&](auto v) { Avx512::store(codes + v * 64, _mm512_sub_epi8(vector(v), offset)); });
   }
 };
@@ -101,8 +101,8 @@ inline __attribute__((always_inline)) void finish_block(const Expanded &weights,
   constexpr int halves = Dots<L, Parts, P, R>::halves;
   __m512 scales[P][4];
   unroll<P>([&](auto p) {
-    unroll<block_vectors<L>>([&](auto i) {
-      scales[p][i] = Avx512::load(weights.scales[p] + scales_at<L>(b) + i * 16);
+    unroll<block_vectors<Avx512Bf16, L>>([&](auto i) {
+      scales[p][i] = Avx512::load(weights.scales[p] + scales_at<Avx512Bf16, L>(b) + i * 16);
     });
   });
   const QuantBlock<Parts> *block = x + b;
@@ -124,10 +124,10 @@ inline __attribute__((always_inline)) void finish_block(const Expanded &weights,
 template <const Layout &L, int Parts, int P, int R>
 inline __attribute__((always_inline)) void finish_pair(const Expanded &weights, const QuantBlock<Parts> *x, int64_t row_blocks,
                                                        int64_t b, __m512 (&totals)[R][P]) {
-  if constexpr (paired<L>) {
+  if constexpr (paired<Avx512Bf16, L>) {
     const QuantBlock<Parts> *block = x + b / 2 * 2;
     Minima<Avx512Bf16, Parts> minima[P];
-    unroll<P>([&](auto p) { minima[p] = Minima<Avx512Bf16, Parts>::load(weights.scales[p] + minima_at<L>(b)); });
+    unroll<P>([&](auto p) { minima[p] = Minima<Avx512Bf16, Parts>::load(weights.scales[p] + minima_at(b)); });
     unroll<R>([&](auto r) {
       unroll<P>([&](auto p) { totals[r][p] = minima[p].add_to(totals[r][p], block, b % 2 != 0); });
       block += row_blocks;
@@ -198,6 +198,6 @@ void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, i
 
 }  // namespace
 
-const Kernels amx_kernels{"amx", Form::bf16, prepare_all<Avx512>, multiply_amx, lengths_all<Avx512>};
+const Kernels amx_kernels{"amx", Form::bf16, prepare_all<Avx512Bf16>, multiply_amx, lengths_all<Avx512>};
 
 }  // namespace mnemos

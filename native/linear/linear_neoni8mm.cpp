@@ -25,7 +25,7 @@ struct RowPairs {
     });
   }
   static uint32x4_t without_offset(uint8x16_t codes) {
-    return vreinterpretq_u32_u8(vsubq_u8(codes, vdupq_n_u8(uint8_t(L.centre()))));
+    return vreinterpretq_u32_u8(vsubq_u8(codes, vdupq_n_u8(uint8_t(centre_of<Neon, L>))));
   }
 };
 
@@ -86,15 +86,11 @@ void pair_tile(const Expanded &weights, const Input &input, int64_t row, int64_t
       multiply_half<1, R>(codes, quants, sums[halves - 1]);
     });
     Neon::Floats scales[4];
-    unroll<block_vectors<L>>([&](auto i) { scales[i] = Neon::load(weights.scales[0] + scales_at<L>(b) + i * 16); });
+    unroll<block_vectors<Neon, L>>([&](auto i) { scales[i] = Neon::load(weights.scales[0] + scales_at<Neon, L>(b) + i * 16); });
     unroll<R>([&](auto r) {
       const Neon::Ints first = row_of<r % 2>(sums[0][r / 2]), second = row_of<r % 2>(sums[halves - 1][r / 2]);
       totals[r] = add_block<Neon, L, Parts>(totals[r], first, second, scales, x[r * row_blocks]);
     });
-    if (paired<L> && (b % 2 != 0 || b + 1 == blocks)) {
-      const auto minima = Minima<Neon, Parts>::load(weights.scales[0] + minima_at<L>(b));
-      unroll<R>([&](auto r) { totals[r] = minima.add_to(totals[r], x + r * row_blocks - b % 2, b % 2 != 0); });
-    }
   }
   unroll<R>([&](auto r) { Neon::store(out.rows[0] + r * out.stride[0], totals[r]); });
 }

@@ -17,10 +17,15 @@ struct Scalar {
   struct Floats {
     float v[16];
   };
+  struct Quad {
+    int8_t v[4];
+  };
   static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = false;
   static constexpr int narrow_bits = 0;
-  static constexpr int tile_panels = 1, tile_rows = 1, float_rows = 1, stream_rows = 0;
+  static constexpr int tile_panels = 1, tile_rows = 1, float_rows = 1, stream_rows = 0, split_rows = 0;
+  template <int Bits>
+  static constexpr int together = 1;
   static constexpr int rows_together = 8, blocks_together = 1;
   static constexpr bool bfloat_minima = false, adds_exponents = false;
 
@@ -50,9 +55,6 @@ struct Scalar {
     for (int32_t &lane : ints.v) lane = value;
     return ints;
   }
-  struct Quad {
-    int8_t v[4];
-  };
   static Quad broadcast_quad(const int8_t *p) { return {{p[0], p[1], p[2], p[3]}}; }
   template <int Bits>
   static Ints begin(int32_t start) {

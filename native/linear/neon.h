@@ -18,10 +18,13 @@ struct Neon {
   struct Floats {
     float32x4_t v[4];
   };
+  using Quad = int8x16_t;
   static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = true;  // the dot product takes two signed operands
   static constexpr int narrow_bits = 0;
-  static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4;
+  static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4, split_rows = 2;
+  template <int Bits>
+  static constexpr int together = 1;
   static constexpr int rows_together = 8, blocks_together = 1;
   static constexpr bool bfloat_minima = false, adds_exponents = false;
 

@@ -12,7 +12,7 @@
 namespace mnemos {
 namespace {
 
-constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr float infinity = std::numeric_limits<float>::infinity(), not_a_number = std::numeric_limits<float>::quiet_NaN();
 
 template <class S>
 void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
@@ -58,23 +58,21 @@ inline void split_scale(float scale, float *powers) {
 }
 
 template <class S, int Parts>
-inline void quantize_block(const float *x, QuantBlock<Parts> &block, uint16_t *sum) {
+inline void quantize_block(const float *x, QuantBlock<Parts> &block) {
+  static_assert(!S::adds_exponents && !S::bfloat_minima, "the scale, and no sums in bfloat16");
   const float largest = S::largest_magnitude(x);
   const bool tiny = !(largest > smallest_magnitude), immense = largest > largest_magnitude;
-  if (tiny) block.powers[0] = block.powers[1] = 1;
-  else split_scale(largest / largest_quant<Parts>, block.powers);
+  float powers[2] = {1, 1};
+  if (!tiny) split_scale(largest / largest_quant<Parts>, powers);
+  const float scale = powers[0] + powers[1];
   int32_t counts[2];
-  S::template quantize<Parts>(x, tiny || immense ? 0 : 1 / block.scale(), block.parts[0], counts);
-  if (immense) block.powers[0] = -infinity, block.powers[1] = infinity;
+  S::template quantize<Parts>(x, tiny || immense ? 0 : 1 / scale, block.parts[0], counts);
+  const int32_t count = counts[0] + counts[1];
+  block.terms[0] = immense ? not_a_number : scale;
+  block.terms[1] = 0;
+  block.sum = block.terms[0] * float(count);
   block.first_count = counts[0];
-  block.start = -8 * (counts[0] + counts[1]);
-  *sum = uint16_t((to_bits(block.sum()) + 0x8000) >> 16);
-}
-
-// Where the sum of block b of a row goes.
-template <int Parts>
-inline uint16_t *sum_of(QuantBlock<Parts> *row, int64_t b) {
-  return &row[b / 2 * 2].sums[b % 2];
+  block.start = -8 * count;
 }
 
 // The same for a policy that takes many blocks at once: in pairs of an even and an odd one, fours of which have steps in common.
@@ -108,7 +106,8 @@ class Quantizer {
   void advance() {
     Group &group = groups_[at_], &before = groups_[1 - at_];
     if (group.count > 0) S::template find_scales<Parts>(group.sources, group.count, group.scales);
-    if (before.count > 0) S::template quantize_together<Parts>(before.sources, before.scales, before.blocks, before.count);
+    if (before.count > 0)
+      S::template quantize_together<Parts, S::adds_exponents>(before.sources, before.scales, before.blocks, before.count);
     before.count = 0;
     at_ = 1 - at_;
   }
@@ -121,16 +120,15 @@ template <class S, int Parts>
 void quantize_rows(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end,
                    int64_t block_begin, int64_t block_end) {
   const int64_t row_blocks = input.padded / 32;
-  const bool ends_alone = block_end == row_blocks && row_blocks % 2 != 0;
   QuantBlock<Parts> *row = blocks_of<Parts>(input, row_begin);
   if constexpr (S::blocks_together == 1) {
     for (int64_t r = row_begin; r < row_end; r++, row += row_blocks) {
       const float *source = x + r * x_stride;
-      for (int64_t b = block_begin; b < block_end; b++) quantize_block<S, Parts>(source + b * 32, row[b], sum_of(row, b));
-      if (ends_alone) row[row_blocks - 1].sums[1] = 0;
+      for (int64_t b = block_begin; b < block_end; b++) quantize_block<S, Parts>(source + b * 32, row[b]);
     }
   } else {
     Quantizer<S, Parts> quantizer;
+    const bool ends_alone = block_end == row_blocks && row_blocks % 2 != 0;
     auto alone = [&](const float *source, int64_t b) {
       alignas(64) float pair[64];
       memcpy(pair, source + b * 32, 32 * sizeof(float));
@@ -140,7 +138,8 @@ void quantize_rows(const Input &input, const float *x, int64_t x_stride, int64_t
       once.add_pair(pair, twins, twins + 1);
       once.finish();
       memcpy(static_cast<void *>(row + b), twins, offsetof(QuantBlock<Parts>, sums));
-      *sum_of(row, b) = twins->sums[0];
+      if constexpr (S::bfloat_minima) row[b / 2 * 2].sums[b % 2] = twins->sums[0];
+      else row[b].sum = twins->sum;
     };
     for (int64_t r = row_begin; r < row_end; r++, row += row_blocks) {
       const float *source = x + r * x_stride;
@@ -148,7 +147,7 @@ void quantize_rows(const Input &input, const float *x, int64_t x_stride, int64_t
       if (b % 2 != 0) alone(source, b++);
       for (; b + 1 < block_end; b += 2) quantizer.add_pair(source + b * 32, row + b, row + b + 1);
       if (b < block_end) alone(source, b);
-      if (ends_alone) row[row_blocks - 1].sums[1] = 0;
+      if (S::bfloat_minima && ends_alone) row[row_blocks - 1].sums[1] = 0;
     }
     quantizer.finish();
   }
@@ -189,7 +188,7 @@ void panel_lengths(const uint8_t *panel, int64_t blocks, float *lengths) {
     expand<S, L, 1>(panel, first, count, 0, weights);
     for (int64_t part = 0; part < count * halves; part++) {
       const uint8_t *codes = weights.codes[0] + part * half_bytes;
-      const float *scales = weights.scales[0] + scales_at<L>(part / halves) + part % halves * 16;
+      const float *scales = weights.scales[0] + scales_at<S, L>(part / halves) + part % halves * 16;
       int32_t sums[64] = {};
       for (int v = 0; v < half_bytes; v += 64)
         for (int i = 0; i < 64; i++) {

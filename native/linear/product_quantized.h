@@ -14,13 +14,17 @@ constexpr int chunk_blocks = 24;
 template <const Layout &L>
 constexpr int scale_vectors = (L.halves() ? 2 : 1) * (L.minimum() ? 2 : 1);
 
-// What is added for each unit of activation lies, and is added, for two blocks at a time.
-template <const Layout &L>
-constexpr bool paired = L.minimum() && !L.halves();
+// Where a bfloat16 dot product multiplies minima, they lie, and are added, for two blocks at a time.
+template <class S, const Layout &L>
+constexpr bool paired = S::bfloat_minima && L.minimum() && !L.halves();
+
+// What is subtracted from a code.
+template <class S, const Layout &L>
+constexpr int centre_of = paired<S, L> ? L.centre() : L.offset;
 
 // Of these vectors, those that `add_block` takes.
-template <const Layout &L>
-constexpr int block_vectors = paired<L> ? 1 : scale_vectors<L>;
+template <class S, const Layout &L>
+constexpr int block_vectors = paired<S, L> ? 1 : scale_vectors<L>;
 
 struct Expanded {  // panels of one chunk, ready to multiply
   alignas(64) uint8_t codes[most_panels][chunk_blocks * 512];
@@ -29,20 +33,29 @@ struct Expanded {  // panels of one chunk, ready to multiply
   bool ordinary = true;  // all scales are of a common magnitude
 };
 
-template <const Layout &L>
+template <class S, const Layout &L>
 constexpr int64_t scales_at(int64_t block) {
-  return paired<L> ? (block / 2 * 4 + block % 2) * 16 : block * scale_vectors<L> * 16;
+  return paired<S, L> ? (block / 2 * 4 + block % 2) * 16 : block * scale_vectors<L> * 16;
 }
-template <const Layout &L>
 constexpr int64_t minima_at(int64_t block) {
   return (block / 2 * 4 + 2) * 16;
 }
 
+template <class S, int Parts>
+inline float scale_of(const QuantBlock<Parts> &x) {
+  return S::adds_exponents ? x.scale() : x.terms[0];
+}
+// The sum of a block's activations.
+template <class S, int Parts>
+inline float sum_of(const QuantBlock<Parts> &x) {
+  return S::bfloat_minima ? x.scale() * float(x.count()) : x.sum;
+}
+
 // Minima of two blocks, ready to be multiplied by the sums of the blocks' activations. One bfloat16 dot product does that for
-// both where there is one, unless the activations have two parts: they are finer than its rounding.
+// both, unless the activations have two parts: they are finer than its rounding.
 template <class S, int Parts>
 struct Minima {
-  static constexpr bool bfloats = S::bfloat_minima && Parts == 1;
+  static constexpr bool bfloats = Parts == 1;
   typename S::Floats even, odd;  // as bfloat16 both are in the first
 
   static Minima of(typename S::Floats even, typename S::Floats odd) {
@@ -60,8 +73,8 @@ struct Minima {
   // x: the even block and, unless that is a row's last one, the odd block.
   typename S::Floats add_to(typename S::Floats total, const QuantBlock<Parts> *x, bool both) const {
     if constexpr (bfloats) return S::dot_bfloats(total, S::as_bytes(even), S::broadcast_bfloats(x->sums));
-    else total = S::fma(even, S::broadcast(x[0].sum()), total);
-    return both ? S::fma(odd, S::broadcast(x[1].sum()), total) : total;
+    else total = S::fma(even, S::broadcast(sum_of<S>(x[0])), total);
+    return both ? S::fma(odd, S::broadcast(sum_of<S>(x[1])), total) : total;
   }
 };
 
@@ -85,7 +98,7 @@ inline typename S::Bytes code_vector(const uint8_t *block) {
 }
 
 // The scales of one block of a record: scale, or both halves' scales; then what is added for each unit of activation
-// (where codes have a centre: to scale * (code - centre)).
+// (to scale * (code - centre)).
 template <class S, const Layout &L>
 inline void load_scales(const uint8_t *record, int block, typename S::Floats *out) {
   const uint8_t *subscales = record + L.group * L.code_bytes(), *minima = subscales + L.subscales() * 16;
@@ -103,7 +116,7 @@ inline void load_scales(const uint8_t *record, int block, typename S::Floats *ou
         out[parts + i] = S::multiply(minimum, S::load_int8s(minima + (block * parts + i) * 16));
     }
   }
-  if constexpr (paired<L>) out[1] = S::fma(out[0], S::broadcast(float(L.centre())), out[1]);
+  if constexpr (paired<S, L>) out[1] = S::fma(out[0], S::broadcast(float(centre_of<S, L>)), out[1]);
 }
 
 // How a block's codes lie when they are expanded: vector after vector. Other kernels have another arrangement.
@@ -129,16 +142,18 @@ void expand(const uint8_t *panel, int64_t first, int64_t count, int which, Expan
       Arrangement::store(codes + at * 512, [&](auto v) { return code_vector<S, L, v>(source); });
       typename S::Floats values[4];
       load_scales<S, L>(record, block, values);
-      if constexpr (paired<L>) {
-        S::store(scales + scales_at<L>(at), values[0]);
-        if (at % 2 != 0) Minima<S, Parts>::of(even, values[1]).store(scales + minima_at<L>(at));
+      if constexpr (paired<S, L>) {
+        S::store(scales + scales_at<S, L>(at), values[0]);
+        if (at % 2 != 0) Minima<S, Parts>::of(even, values[1]).store(scales + minima_at(at));
         even = values[1];
       } else {
-        for (int i = 0; i < scale_vectors<L>; i++) S::store(scales + scales_at<L>(at) + i * 16, values[i]);
+        for (int i = 0; i < scale_vectors<L>; i++) S::store(scales + scales_at<S, L>(at) + i * 16, values[i]);
       }
       if constexpr (S::adds_exponents && !L.halves()) weights.ordinary &= S::ordinary(values[0]);
     }
-  if (paired<L> && at % 2 != 0) Minima<S, Parts>::of(even, S::zero()).store(scales + minima_at<L>(at));
+  if constexpr (paired<S, L>) {
+    if (at % 2 != 0) Minima<S, Parts>::of(even, S::zero()).store(scales + minima_at(at));
+  }
 }
 
 template <int Parts>
@@ -147,7 +162,7 @@ inline QuantBlock<Parts> *blocks_of(const Input &input, int64_t row) {
 }
 
 template <class S, const Layout &L>
-constexpr int offset_of = S::signed_bytes && L.bits() == 8 ? L.centre() - 128 : L.centre();
+constexpr int offset_of = S::signed_bytes && L.bits() == 8 ? centre_of<S, L> - 128 : centre_of<S, L>;
 
 // What the dot products of a block (of its first and second half) start from, so that they end without the codes' offset.
 template <class S, const Layout &L, int Parts>
@@ -157,6 +172,17 @@ inline int32_t start_of(const QuantBlock<Parts> &x, int half) {
   if constexpr (L.halves()) return -offset * (half == 0 ? x.first_count : x.second_count());
   static_assert(offset % 8 == 0 || L.halves());
   return half == 0 ? x.start * (offset / 8) : 0;
+}
+
+// How many vectors of a block are multiplied at once.
+template <class S, const Layout &L>
+constexpr int step = S::template together<L.bits()>;
+
+template <class S, const Layout &L, int N>
+inline MNEMOS_INLINE typename S::Ints add_products(typename S::Ints sum, const typename S::Bytes (&codes)[N],
+                                                   const typename S::Quad (&x)[N]) {
+  if constexpr (N == 1) return S::template dot<L.bits()>(sum, codes[0], x[0]);
+  else return S::template dot_two<L.bits()>(sum, codes, x);
 }
 
 // The dot products of a block's first parts are complete.
@@ -177,13 +203,14 @@ inline typename S::Floats add_block(typename S::Floats total, typename S::Ints f
   if constexpr (L.halves()) {
     typename S::Floats part = S::multiply(scales[0], S::to_floats(first));
     part = S::fma(scales[1], S::to_floats(second), part);
-    total = S::fma(part, S::broadcast(x.scale()), total);
+    total = S::fma(part, S::broadcast(scale_of<S>(x)), total);
     if constexpr (L.minimum()) {
-      total = S::fma(scales[2], S::broadcast(x.scale() * float(x.first_count)), total);
-      total = S::fma(scales[3], S::broadcast(x.scale() * float(x.second_count())), total);
+      total = S::fma(scales[2], S::broadcast(scale_of<S>(x) * float(x.first_count)), total);
+      total = S::fma(scales[3], S::broadcast(scale_of<S>(x) * float(x.second_count())), total);
     }
   } else {
-    total = S::fma(S::multiply(scales[0], S::broadcast(x.scale())), S::to_floats(first), total);
+    total = S::fma(S::multiply(scales[0], S::broadcast(scale_of<S>(x))), S::to_floats(first), total);
+    if constexpr (L.minimum() && !paired<S, L>) total = S::fma(scales[1], S::broadcast(sum_of<S>(x)), total);
   }
   return total;
 }
@@ -206,8 +233,8 @@ template <class S, const Layout &L, int Parts, int P, int R, bool ByExponents>
 bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
           const Output &out, Prefetch &prefetch) {
   typename S::Floats totals[R][P];
-  unroll<R>([&](auto r) {
-    unroll<P>([&](auto p) { totals[r][p] = S::load(out.starts[p] + r * out.start_stride[p]); });
+  unroll<R>([&](auto r) MNEMOS_INLINE {
+    unroll<P>([&](auto p) MNEMOS_INLINE { totals[r][p] = S::load(out.starts[p] + r * out.start_stride[p]); });
   });
   const QuantBlock<Parts> *rows[R];
   for (int r = 0; r < R; r++) rows[r] = blocks_of<Parts>(input, row + r) + first_block;
@@ -216,14 +243,14 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
     prefetch.advance(P);
     // A few rows at a time: while the sums of some are scaled, the next ones' dot products begin.
     constexpr int most = smaller(R, S::rows_together);
-    unroll<(R + most - 1) / most>([&](auto group) {
+    unroll<(R + most - 1) / most>([&](auto group) MNEMOS_INLINE {
       constexpr int begin = group * most, count = smaller(most, R - begin);
       const QuantBlock<Parts> *x[count];
       for (int r = 0; r < count; r++) x[r] = rows[begin + r] + b;
       typename S::Ints dots[2][count][P], high[2][count][P];
-      unroll<Parts>([&](auto part) {
+      unroll<Parts>([&](auto part) MNEMOS_INLINE {
         constexpr bool last = part == Parts - 1;
-        auto half = [&](int h) {
+        auto half = [&](int h) MNEMOS_INLINE {
           for (int r = 0; r < count; r++) {
             const auto start = S::template begin<L.bits()>(last ? start_of<S, L>(*x[r], h) : 0);
             for (int p = 0; p < P; p++) {
@@ -235,22 +262,24 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
           }
         };
         half(0);
-        unroll<8>([&](auto v) {
+        unroll<8 / step<S, L>>([&](auto turn) MNEMOS_INLINE {
+          constexpr int n = step<S, L>, v = turn * n, h = L.halves() ? v / 4 : 0;
           if (L.halves() && v == 4) half(1);
-          constexpr int h = L.halves() ? v / 4 : 0;
-          typename S::Bytes codes[P];
-          for (int p = 0; p < P; p++) codes[p] = S::in_register(S::load(weights.codes[p] + b * 512 + v * 64));
+          typename S::Bytes codes[P][n];
+          for (int p = 0; p < P; p++)
+            for (int i = 0; i < n; i++) codes[p][i] = S::in_register(S::load(weights.codes[p] + b * 512 + (v + i) * 64));
           for (int r = 0; r < count; r++) {
-            const auto quad = S::broadcast_quad(x[r]->parts[part] + v * 4);
-            for (int p = 0; p < P; p++) dots[h][r][p] = S::template dot<L.bits()>(dots[h][r][p], codes[p], quad);
+            typename S::Quad quads[n];
+            for (int i = 0; i < n; i++) quads[i] = S::broadcast_quad(x[r]->parts[part] + (v + i) * 4);
+            for (int p = 0; p < P; p++) dots[h][r][p] = add_products<S, L>(dots[h][r][p], codes[p], quads);
           }
         });
       });
-      unroll<P>([&](auto p) {
+      unroll<P>([&](auto p) MNEMOS_INLINE {
         typename S::Floats scales[4];
-        const float *source = weights.scales[p] + scales_at<L>(b);
-        for (int i = 0; i < block_vectors<L>; i++) scales[i] = S::load(source + i * 16);
-        unroll<count>([&](auto r) {
+        const float *source = weights.scales[p] + scales_at<S, L>(b);
+        for (int i = 0; i < block_vectors<S, L>; i++) scales[i] = S::load(source + i * 16);
+        unroll<count>([&](auto r) MNEMOS_INLINE {
           auto &total = totals[begin + r][p];
           typename S::Ints ends[2];
           for (int h = 0; h < (L.halves() ? 2 : 1); h++) {
@@ -258,35 +287,38 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
             if constexpr (Parts == 2 && apart<S, L>) ends[h] = S::add_ints(ends[h], high[h][r][p]);
           }
           if constexpr (ByExponents) {
-            total = S::fma(S::multiply_powers(scales[0], x[r]->powers), S::to_floats(ends[0]), total);
+            total = S::fma(S::multiply_powers(scales[0], x[r]->terms), S::to_floats(ends[0]), total);
           } else {
             total = add_block<S, L, Parts>(total, ends[0], ends[L.halves() ? 1 : 0], scales, *x[r]);
           }
         });
       });
       if constexpr (ByExponents) {
-        for (int r = 0; r < count; r++) signs |= to_bits(x[r]->powers[0]);
+        for (int r = 0; r < count; r++) signs |= to_bits(x[r]->terms[0]);
       }
     });
-    if (paired<L> && (b % 2 != 0 || b + 1 == blocks)) {
-      unroll<P>([&](auto p) {
-        const auto minima = Minima<S, Parts>::load(weights.scales[p] + minima_at<L>(b));
-        unroll<R>([&](auto r) { totals[r][p] = minima.add_to(totals[r][p], rows[r] + b / 2 * 2, b % 2 != 0); });
-      });
+    if constexpr (paired<S, L>) {
+      if (b % 2 != 0 || b + 1 == blocks) {
+        unroll<P>([&](auto p) MNEMOS_INLINE {
+          const auto minima = Minima<S, Parts>::load(weights.scales[p] + minima_at(b));
+          unroll<R>([&](auto r) MNEMOS_INLINE { totals[r][p] = minima.add_to(totals[r][p], rows[r] + b / 2 * 2, b % 2 != 0); });
+        });
+      }
     }
   }
   if (int32_t(signs) < 0) return false;
-  unroll<R>([&](auto r) {
-    unroll<P>([&](auto p) { S::store(out.rows[p] + r * out.stride[p], totals[r][p]); });
+  unroll<R>([&](auto r) MNEMOS_INLINE {
+    unroll<P>([&](auto p) MNEMOS_INLINE { S::store(out.rows[p] + r * out.stride[p], totals[r][p]); });
   });
   return true;
 }
 
 // One panel by R rows over all blocks, straight from the packed form: for few rows, where reading the weights is the work.
-// Sums of a block's halves and of its parts are kept apart, so that the dot products need not wait for each other.
+// Sums of a block's parts are kept apart, and of few rows those of its halves, so that the dot products need not wait for each
+// other.
 template <class S, const Layout &L, int Parts, int R>
 void stream(const uint8_t *panel, const Input &input, int64_t row, const Output &out) {
-  constexpr int sums = L.halves() || Parts == 1 ? 2 : 1;
+  constexpr int sums = L.halves() || (Parts == 1 && R <= S::split_rows) ? 2 : 1;
   typename S::Floats totals[R];
   for (int r = 0; r < R; r++) totals[r] = S::load(out.starts[0] + r * out.start_stride[0]);
   const QuantBlock<Parts> *rows[R];
@@ -307,13 +339,15 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
           dots[Parts - 1][h][r] = S::template begin<L.bits()>(starts[h][r]);
           if constexpr (Parts == 2) dots[0][h][r] = S::template begin<L.bits()>(0);
         }
-      unroll<8>([&](auto v) {
-        constexpr int h = v / 4 * (sums - 1);
-        const auto codes = code_vector<S, L, v>(source);
+      unroll<8 / step<S, L>>([&](auto turn) {
+        constexpr int n = step<S, L>, v = turn * n, h = v / 4 * (sums - 1);
+        typename S::Bytes codes[n];
+        unroll<n>([&](auto i) { codes[i] = code_vector<S, L, v + i>(source); });
         for (int r = 0; r < R; r++)
           for (int part = 0; part < Parts; part++) {
-            const auto x = S::broadcast_quad(rows[r][at].parts[part] + v * 4);
-            dots[part][h][r] = S::template dot<L.bits()>(dots[part][h][r], codes, x);
+            typename S::Quad quads[n];
+            for (int i = 0; i < n; i++) quads[i] = S::broadcast_quad(rows[r][at].parts[part] + (v + i) * 4);
+            dots[part][h][r] = add_products<S, L>(dots[part][h][r], codes, quads);
           }
       });
       typename S::Floats scales[4];
@@ -328,7 +362,7 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
         if constexpr (sums == 2 && !L.halves()) ends[0] = S::add_ints(ends[0], ends[1]);
         totals[r] = add_block<S, L, Parts>(totals[r], ends[0], ends[sums - 1], scales, x);
       }
-      if constexpr (paired<L>) {
+      if constexpr (paired<S, L>) {
         const bool odd = at % 2 != 0;
         if (odd || at + 1 == row_blocks) {
           const auto minima = Minima<S, Parts>::of(odd ? even : scales[1], odd ? scales[1] : S::zero());

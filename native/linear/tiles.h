@@ -5,6 +5,8 @@
 //   load, lookup, bits<shift, mask> (shifts each byte left, or right if negative, then masks), and the usual arithmetic;
 //   begin, dot and end<bits>: a sum of at most 32 products of codes (of so many bits) and activations for each lane,
 //   four at a time, which starts from an integer.
+//   together<bits>: 2 where `dot_two` adds the products of two vectors of codes at once, else 1;
+//   split_rows: up to how many rows of a stream keep the sums of a block's halves apart (more have enough other sums);
 //   rows_together: how many rows of a tile are multiplied before their sums are scaled;
 //   bfloat_minima: two blocks' minima go through a bfloat16 dot product; adds_exponents: scales may be multiplied by additions.
 // Everything is in an anonymous namespace: the same template compiled for two instruction sets must not be merged.
@@ -18,13 +20,16 @@
 namespace mnemos {
 namespace {
 
+// For the bodies of what is unrolled in a kernel. One that GCC calls instead keeps the sums that it captures in memory.
+#define MNEMOS_INLINE __attribute__((always_inline))
+
 template <class Body, int... I>
-inline __attribute__((always_inline)) void unroll(Body &&body, std::integer_sequence<int, I...>) {
+inline MNEMOS_INLINE void unroll(Body &&body, std::integer_sequence<int, I...>) {
   (body(std::integral_constant<int, I>{}), ...);
 }
 // body(0), ..., body(N - 1) with constants.
 template <int N, class Body>
-inline __attribute__((always_inline)) void unroll(Body &&body) {
+inline MNEMOS_INLINE void unroll(Body &&body) {
   unroll(body, std::make_integer_sequence<int, N>{});
 }
 
