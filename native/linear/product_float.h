@@ -9,6 +9,9 @@ namespace {
 // Columns that the float products sum before they add to the total: short sums round less.
 constexpr int64_t float_chunk = 256;
 
+// As prefetch_bytes, in float32: what passes by the caches waits in the first-level one, which is small.
+constexpr int64_t float_prefetch_bytes = 4096;
+
 // The even (0) or odd (1) one of two columns.
 template <class S, WeightType W, int Which>
 inline typename S::Floats load_column(const uint8_t *pair) {
@@ -39,7 +42,7 @@ void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, i
     if constexpr (R <= 2)  // few rows: reading the weights is the work
       for (int p = 0; p < P; p++)
         for (int line = 0; line < 2 * column_bytes; line += 64) {
-          const uint8_t *ahead = panels[p] + at + prefetch_bytes + line;
+          const uint8_t *ahead = panels[p] + at + (W == WeightType::f32 ? float_prefetch_bytes : prefetch_bytes) + line;
           if (passing) __builtin_prefetch(ahead, 0, 0);
           else __builtin_prefetch(ahead);
         }
