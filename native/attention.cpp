@@ -110,6 +110,42 @@ class StoreTask : public Task {
   const int k_, v_;
 };
 
+// The pages that a thread's own items read, in the order in which it will run them.
+class AttentionAhead : public Ahead {
+ public:
+  void begin(const Step &step, const Attention &attention, int thread) {
+    const TileSet &set = step.tile_sets[attention.tile_set];
+    const int64_t count = static_cast<int64_t>(set.tiles.size()) * attention.kv_heads;
+    step_ = &step, attention_ = &attention;
+    first_ = count * thread / step.threads, index_ = count * (thread + 1) / step.threads;
+    page_ = page_end_ = 0;
+    go_to(nullptr, 0);
+    if (!set.one_token_each) first_ = index_;  // prompts wait for arithmetic there too
+  }
+
+ protected:
+  void next() override {
+    if (page_ == page_end_ && index_ == first_) return;
+    const CellLayout &cell = attention_->cache->cell();
+    if (page_ == page_end_) {
+      index_--;
+      const QueryTile &query = step_->tile_sets[attention_->tile_set].tiles[static_cast<size_t>(index_ / attention_->kv_heads)];
+      const int64_t position = step_->batch.positions[query.token_begin];
+      pages_ = step_->batch.pages + step_->batch.page_starts[query.sequence];
+      page_ = std::max(first_visible(*attention_, position), query.block_begin * attention_block) / cell.slots;
+      page_end_ = std::min(position, query.block_end * attention_block - 1) / cell.slots + 1;
+    }
+    const uint8_t *cells = attention_->cache->cells(attention_->layer, index_ % attention_->kv_heads);
+    go_to(cells + pages_[page_++] * attention_->cache->page_bytes(), cell.bytes);
+  }
+
+ private:
+  const Step *step_ = nullptr;
+  const Attention *attention_ = nullptr;
+  const int32_t *pages_ = nullptr;
+  int64_t first_ = 0, index_ = 0, page_ = 0, page_end_ = 0;
+};
+
 class AttendTask : public Task {
  public:
   AttendTask(const Attention &attention, int q, int k, int v, int stored, int partials, const Target &y)
@@ -124,6 +160,11 @@ class AttendTask : public Task {
     const int64_t rows = tile_tokens(a_) * group_of(a_);
     const CellLayout &cell = a_.cache->cell();
     return (rows * (score_stride + 3 * cell.value_stride) + expanded_floats(cell)) * static_cast<int64_t>(sizeof(float));
+  }
+
+  bool fetches_ahead() const override { return true; }
+  void fetch_ahead(const Step &step, int thread) const override {
+    static_cast<AttentionAhead *>(step.ahead[thread])->begin(step, a_, thread);
   }
 
   void run(const Step &step, int64_t item, int thread) const override {
@@ -278,6 +319,8 @@ std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int 
                                   const Target &y) {
   return std::make_unique<AttendTask>(attention, q, k, v, stored, partials, y);
 }
+
+std::unique_ptr<Ahead> make_attention_ahead() { return std::make_unique<AttentionAhead>(); }
 
 std::unique_ptr<Task> make_merge(const Attention &attention, int partials, const Target &y) {
   return std::make_unique<MergeTask>(attention, partials, y);

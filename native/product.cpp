@@ -59,8 +59,9 @@ class ProductTask : public Task {
     range.row_end = std::min(range.row_begin + cut_.rows, step.rows(rows_));
     range.panel_begin = tile * cut_.panels;
     range.panel_end = std::min(range.panel_begin + cut_.panels, product.matrix->panels());
-    const Input input = bind_input(*form_.kernels, form_.form, step.rows(rows_), form_.columns,
-                                   step.data<uint8_t>(input_, thread));
+    Input input = bind_input(*form_.kernels, form_.form, step.rows(rows_), form_.columns,
+                             step.data<uint8_t>(input_, thread));
+    input.ahead = step.ahead[thread];
     if (!product.activated && !product.y.form) return multiply_into(product, input, range, step, thread);
     multiply_and_finish(product, input, range, step, thread);
   }

@@ -29,6 +29,10 @@ void Program::finish(std::vector<int> outputs) {
   schedule_ = make_schedule(graph_, pool_->threads());
   assign_slots();
   place_barriers();
+  for (size_t t = 0; t < schedule_.tasks.size(); t++) {
+    if (schedule_.tasks[t]->fetches_ahead()) fetching_.push_back(t);
+  }
+  for (int thread = 0; thread < pool_->threads(); thread++) ahead_.push_back(make_attention_ahead());
   counters_ = std::make_unique<Counter[]>(schedule_.tasks.size() * static_cast<size_t>(pool_->threads()));
   pieces_.resize(schedule_.buffers.size());
   finished_ = true;
@@ -208,8 +212,10 @@ std::vector<OutputView> Program::run(const BatchView &batch, int64_t batch_pages
     std::memcpy(pieces_[static_cast<size_t>(schedule_.input_buffers[i])].data, inputs[i].data,
                 static_cast<size_t>(inputs[i].rows * inputs[i].width) * 4);
   }
+  std::vector<Ahead *> ahead;
+  for (const auto &own : ahead_) ahead.push_back(own.get());
   const Step step{batch, pool_->threads(), kernels_, pieces_.data(), tiles.data(), workspace_->data + scratch_offset_,
-                  scratch_bytes_};
+                  scratch_bytes_, ahead.data()};
   execute(step, one_row);
   std::vector<OutputView> outputs;
   for (size_t i = 0; i < graph_.outputs.size(); i++) {
@@ -233,7 +239,13 @@ void Program::execute(const Step &step, bool one_row) {
   const auto &barriers = barrier_before_[one_row ? 1 : 0];
   pool_->run([&](int thread) {
     bool wait = false;
+    size_t fetching = 0;
+    const auto fetch_for_next = [&] {
+      if (fetching < fetching_.size()) schedule_.tasks[fetching_[fetching]]->fetch_ahead(step, thread);
+    };
+    fetch_for_next();
     for (size_t t = 0; t < count; t++) {
+      if (fetching < fetching_.size() && t > fetching_[fetching]) fetching++, fetch_for_next();
       const Task &task = *schedule_.tasks[t];
       wait = wait || barriers[t];
       if (!task.active(step)) continue;

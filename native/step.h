@@ -7,6 +7,7 @@
 
 #include "cache.h"
 #include "kernels.h"
+#include "linear/linear.h"
 
 namespace mnemos {
 
@@ -49,6 +50,7 @@ struct Step {
   const TileSet *tile_sets;
   uint8_t *scratch;     // scratch_bytes for each thread
   int64_t scratch_bytes;
+  Ahead *const *ahead;  // by thread: what products fetch for the task behind them that fetches ahead
 
   int64_t rows(Rows kind) const { return kind == Rows::tokens ? batch.tokens : batch.chosen; }
   template <typename T = float>
@@ -69,6 +71,9 @@ class Task {
   virtual void plan(const Step &) {}
   virtual int64_t items(const Step &step) const = 0;
   virtual void run(const Step &step, int64_t item, int thread) const = 0;
+  // Whether products may fetch what the task will read, and how the thread begins with that.
+  virtual bool fetches_ahead() const { return false; }
+  virtual void fetch_ahead(const Step &, int) const {}
   // False if this batch has no use for the task; nobody waits for it then.
   virtual bool active(const Step &) const { return true; }
   // Bytes of scratch that a thread needs.

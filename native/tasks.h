@@ -118,6 +118,8 @@ struct Attention {
 std::unique_ptr<Task> make_store(const Attention &attention, int k, int v, int stored);
 std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials,
                                   const Target &y);
+// Keys and values of the sequences of such a task, for one thread.
+std::unique_ptr<Ahead> make_attention_ahead();
 // Merges the partial results of long contexts that were split among threads.
 std::unique_ptr<Task> make_merge(const Attention &attention, int partials, const Target &y);
 // The tiles for this batch. Long contexts are split when there are few tiles.

@@ -144,17 +144,16 @@ struct Avx2 {
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
   }
-  static float largest_lane(__m256 a) {
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
-  }
-
+  // Magnitudes lie in the order of their bits, what is not a number above all.
   static float largest_magnitude(const float *x) {
-    __m256 magnitude = _mm256_setzero_ps();
-    for (int i = 0; i < 4; i++)
-      magnitude = _mm256_max_ps(magnitude, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(x + i * 8)));
-    return largest_lane(magnitude);
+    __m256i most = _mm256_setzero_si256();
+    for (int i = 0; i < 4; i++) {
+      const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x + i * 8));
+      most = _mm256_max_epi32(most, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
+    }
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return from_bits(uint32_t(_mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)))));
   }
   template <int Parts>
   static void quantize(const float *x, float inverse, int8_t *quants, int32_t *counts) {

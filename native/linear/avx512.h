@@ -117,8 +117,8 @@ struct Avx512 {
   template <int Parts>
   static __m512 split_scales(__m512 largest, __m512 &first, __m512 &second) {
     const __m512 power = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f800000)), one = _mm512_set1_ps(1);
-    const __mmask16 plain = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(smallest_magnitude), _CMP_GT_OQ);
-    const __mmask16 immense = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(largest_magnitude), _CMP_GT_OQ);
+    const __mmask16 plain = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(smallest_magnitude), _CMP_NLE_UQ);
+    const __mmask16 immense = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(largest_magnitude), _CMP_NLE_UQ);
     const __m512 scale = _mm512_div_ps(largest, _mm512_set1_ps(largest_quant<Parts>));
     const __m512 low = _mm512_and_ps(scale, power), high = _mm512_add_ps(low, low);
     const __m512 least = _mm512_mul_ps(low, _mm512_set1_ps(finest_step));
@@ -135,16 +135,22 @@ struct Avx512 {
     return inverse;
   }
 
-  // The largest magnitude of each of four blocks.
+  // The largest magnitude of each of four blocks. Magnitudes lie in the order of their bits, what is not a number above all.
   static __m128 largest_of_four(const float *const *x) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512 most[4];
-    for (int i = 0; i < 4; i++)
-      most[i] = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x[i])), _mm512_abs_ps(_mm512_loadu_ps(x[i] + 16)));
-    const __m512 a = _mm512_max_ps(_mm512_unpacklo_ps(most[0], most[1]), _mm512_unpackhi_ps(most[0], most[1]));
-    const __m512 b = _mm512_max_ps(_mm512_unpacklo_ps(most[2], most[3]), _mm512_unpackhi_ps(most[2], most[3]));
-    const __m512 all = _mm512_max_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));  // lane i % 4: block i
-    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    for (int i = 0; i < 4; i++) {
+      const __m512i low = _mm512_loadu_si512(x[i]), high = _mm512_loadu_si512(x[i] + 16);
+      most[i] = larger(_mm512_castsi512_ps(_mm512_and_si512(low, magnitude)), _mm512_castsi512_ps(_mm512_and_si512(high, magnitude)));
+    }
+    const __m512 a = larger(_mm512_unpacklo_ps(most[0], most[1]), _mm512_unpackhi_ps(most[0], most[1]));
+    const __m512 b = larger(_mm512_unpacklo_ps(most[2], most[3]), _mm512_unpackhi_ps(most[2], most[3]));
+    const __m512i all = _mm512_castps_si512(larger(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee)));  // lane i % 4: block i
+    const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_extracti32x8_epi32(all, 1));
+    return _mm_castsi128_ps(_mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+  }
+  static __m512 larger(__m512 a, __m512 b) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
   }
 
   template <int Parts, bool Powers>

@@ -111,6 +111,33 @@ struct QuantBlock {
     int32_t second_count() const { return count() - first_count; }
 };
 
+// Memory that will be wanted after a product of many rows, which waits for arithmetic and leaves memory idle: the kernels ask
+// for some of it with each block that they multiply.
+class Ahead {
+  public:
+    virtual ~Ahead() = default;
+    // Makes sure that there is something to ask for, if there is more; a tile of a product begins with it.
+    void refill() {
+        if (left_ <= 0) next();
+    }
+    // Asks for a few lines. Nothing is called from here: all vector registers are in use.
+    void advance() {
+        if (left_ <= 0) return;
+        for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(data_ + at, 0, 2);
+        data_ += step, left_ -= step;
+    }
+
+  protected:
+    // Calls `go_to` with the next piece, if there is one.
+    virtual void next() = 0;
+    void go_to(const uint8_t *data, int64_t bytes) { data_ = data, left_ = bytes; }
+
+  private:
+    static constexpr int64_t step = 256;
+    const uint8_t *data_ = nullptr;
+    int64_t left_ = 0;
+};
+
 // Rows of activations in the form that a matrix wants, in a workspace of the caller's.
 struct Input {
     Form form;
@@ -120,6 +147,7 @@ struct Input {
     float *values;         // f32: (rows, padded), zeros past `columns`
     uint16_t *halves;      // bf16: (rows, padded), zeros past `columns`
     uint8_t *blocks;       // int8, int15: (rows, padded / 32) of QuantBlock<1>, QuantBlock<2>
+    Ahead *ahead;          // or null; bind_input gives none
     bool passing;          // f32: few rows read the weights past the caches; set by the caller, false otherwise
 };
 

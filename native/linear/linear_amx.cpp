@@ -169,7 +169,7 @@ void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t 
 template <const Layout &L, int Parts, int P>
 void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                      const Results &results, Shapes &shapes) {
-  for_chunks<Avx512Bf16, L, Parts, P, amx_rows, SignedVectors<L>>(matrix, row_begin, row_end, panel, results,
+  for_chunks<Avx512Bf16, L, Parts, P, amx_rows, SignedVectors<L>>(matrix, input, row_begin, row_end, panel, results,
             [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
     static_assert(few_rows + 1 >= amx_rows / 2);  // so tiles have at least amx_rows / 2 rows
     if constexpr (r >= amx_rows / 2) {

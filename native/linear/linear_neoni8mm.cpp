@@ -98,7 +98,7 @@ void pair_tile(const Expanded &weights, const Input &input, int64_t row, int64_t
 template <const Layout &L, int Parts>
 void multiply_panel(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                     const Results &results) {
-  for_chunks<Neon, L, Parts, 1, tile_rows, RowPairs<L>>(matrix, row_begin, row_end, panel, results,
+  for_chunks<Neon, L, Parts, 1, tile_rows, RowPairs<L>>(matrix, input, row_begin, row_end, panel, results,
             [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
     pair_tile<same_scales<L>(), Parts, r>(weights, input, row, first, count, out, prefetch);
   });

@@ -121,14 +121,14 @@ struct Scalar {
 
   static float largest_magnitude(const float *x) {
     float largest = 0;
-    for (int i = 0; i < 32; i++) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+    for (int i = 0; i < 32; i++) largest = !(std::fabs(x[i]) <= largest) && largest == largest ? std::fabs(x[i]) : largest;
     return largest;
   }
   template <int Parts>
   static void quantize(const float *x, float inverse, int8_t *quants, int32_t *counts) {
     counts[0] = counts[1] = 0;
     for (int i = 0; i < 32; i++) {
-      int value = int(std::lrint(x[i] * inverse));
+      int value = inverse == 0 ? 0 : int(std::lrint(x[i] * inverse));
       counts[i / 16] += value;
       if constexpr (Parts == 2) {
         quants[i] = int8_t((value + 64) >> 7);

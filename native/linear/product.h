@@ -38,7 +38,7 @@ void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, i
 
 // Each block of 32 activations has the scale of its largest magnitude, and rounds to the nearest. The scale is rounded up
 // to a sum or difference of two powers of two, by a fifth at most. A block of nothing but tiny values is zero, and one with
-// immense ones is NaN, so that no exponent overflows.
+// immense ones, or any that is not a number, is NaN, so that no exponent overflows.
 constexpr float smallest_magnitude = 1e-20f, largest_magnitude = 1e25f;
 constexpr float finest_step = 0x1p-8f;  // of the two powers
 template <int Parts>
@@ -61,7 +61,7 @@ template <class S, int Parts>
 inline void quantize_block(const float *x, QuantBlock<Parts> &block) {
   static_assert(!S::adds_exponents && !S::bfloat_minima, "the scale, and no sums in bfloat16");
   const float largest = S::largest_magnitude(x);
-  const bool tiny = !(largest > smallest_magnitude), immense = largest > largest_magnitude;
+  const bool tiny = largest <= smallest_magnitude, immense = !(largest <= largest_magnitude);
   float powers[2] = {1, 1};
   if (!tiny) split_scale(largest / largest_quant<Parts>, powers);
   const float scale = powers[0] + powers[1];

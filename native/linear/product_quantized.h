@@ -220,10 +220,12 @@ inline typename S::Floats add_block(typename S::Floats total, typename S::Ints f
 struct Prefetch {
   const uint8_t *next[most_panels];
   int64_t bytes, step, done;
+  Ahead *afterwards;
 
   void advance(int panels) {
     for (const int64_t end = smaller(bytes, done + step); done < end; done += 64)
       for (int p = 0; p < panels; p++) __builtin_prefetch(next[p] + done, 0, 2);
+    if (afterwards != nullptr) afterwards->advance();
   }
 };
 
@@ -393,7 +395,8 @@ constexpr const Layout &same_scales() {
 // Expands P panels chunk by chunk, of even sizes, and calls body(integral_constant R, weights, row, first block, blocks,
 // output, prefetch) for tiles that cover the rows, at most `Most` each.
 template <class S, const Layout &L, int Parts, int P, int Most, class Arrangement, class Body>
-void for_chunks(const Matrix &matrix, int64_t row_begin, int64_t row_end, int64_t panel, const Results &results, Body &&body) {
+void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel, const Results &results,
+                Body &&body) {
   Expanded weights;
   const int64_t blocks = matrix.columns / 32, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
   constexpr int64_t unit = L.group > 1 ? L.group : 2;  // blocks come in pairs
@@ -401,7 +404,7 @@ void for_chunks(const Matrix &matrix, int64_t row_begin, int64_t row_end, int64_
   const int64_t tiles = (row_end - row_begin + Most - 1) / Most;
   for (int64_t first = 0; first < blocks; first += chunk) {
     const int64_t count = smaller(chunk, blocks - first), end = first + count;
-    Prefetch prefetch{{}, chunk / L.group * L.record_bytes(), 0, 0};
+    Prefetch prefetch{{}, chunk / L.group * L.record_bytes(), 0, 0, input.ahead};
     prefetch.step = (prefetch.bytes / (tiles * count) + 63) / 64 * 64;
     weights.ordinary = true;
     for (int p = 0; p < P; p++) {
@@ -409,7 +412,10 @@ void for_chunks(const Matrix &matrix, int64_t row_begin, int64_t row_end, int64_
       prefetch.next[p] = end < blocks ? matrix.panel(panel + p) + end / L.group * L.record_bytes() : matrix.panel(panel + p + P);
     }
     for_tiles<P, Most>(matrix, panel, row_begin, row_end, results, first > 0,
-                       [&](auto r, int64_t row, const Output &out) { body(r, weights, row, first, count, out, prefetch); });
+                       [&](auto r, int64_t row, const Output &out) {
+      if (input.ahead != nullptr) input.ahead->refill();
+      body(r, weights, row, first, count, out, prefetch);
+    });
   }
 }
 
@@ -424,7 +430,7 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
       });
     return;
   }
-  for_chunks<S, L, Parts, P, S::tile_rows, InVectors<S>>(matrix, row_begin, row_end, panel, results,
+  for_chunks<S, L, Parts, P, S::tile_rows, InVectors<S>>(matrix, input, row_begin, row_end, panel, results,
             [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
     constexpr const Layout &layout = same_arithmetic<L>();
     if constexpr (S::adds_exponents && !L.halves()) {

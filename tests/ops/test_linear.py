@@ -231,3 +231,16 @@ def test_packed_size_stays_near_the_file(kind: TensorType) -> None:
     tensor = random_weight(kind, 64, 1024)
     ratio = NativeOps().matrix(tensor).bytes / tensor.data.nbytes
     assert ratio <= (1.21 if kind is TensorType.Q2_K else 1.05)
+
+
+@pytest.mark.parametrize("kind", [TensorType.Q4_0, TensorType.Q4_1, TensorType.Q6_K, TensorType.BF16, TensorType.F32])
+@pytest.mark.parametrize("precise", [False, True])
+def test_what_is_not_a_number_stays_none(isa: str, kind: TensorType, precise: bool) -> None:
+    """Rounding to integers must not make numbers of it: whoever chooses a token shall see that something is wrong."""
+    tensor = random_weight(kind, 20, 256)
+    for count in (3, 20):
+        x = np.ones((count, 256), dtype=np.float32)
+        x[0, 250], x[1], x[2, 31] = np.nan, np.nan, np.inf
+        y = product(NativeOps(), x, tensor, precise=precise)
+        assert not np.isfinite(y[:3]).any()
+        assert np.isfinite(y[3:]).all()
