@@ -29,7 +29,7 @@ HALVES = {
 }
 FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)
 WEIGHTS = (*FLOATS, *HALVES)
-# What these types add to a block has other steps on levels with a bfloat16 dot product: with 8-bit activations, that one.
+# What these types add to a block takes other steps on levels with a bfloat16 dot product: with 8-bit activations, it.
 PAIRED = (TensorType.Q4_1, TensorType.Q5_1, TensorType.Q4_K, TensorType.Q5_K)
 BFLOAT_LEVELS = ("avx512_bf16", "amx")
 
