@@ -67,6 +67,7 @@ inline void quantize_block(const float *x, QuantBlock<Parts> &block) {
   const float scale = powers[0] + powers[1];
   int32_t counts[2];
   S::template quantize<Parts>(x, tiny || immense ? 0 : 1 / scale, block.parts[0], counts);
+  if (immense) counts[0] = counts[1] = 0;  // what is not a number may have become any
   const int32_t count = counts[0] + counts[1];
   block.terms[0] = immense ? not_a_number : scale;
   block.terms[1] = 0;
