@@ -60,6 +60,22 @@ def test_more_weights_than_caches_hold_are_multiplied_to_the_same_bits(few: FewR
     assert torch.equal(small(x), alone)
 
 
+def test_results_do_not_take_pytorchs_default_type_or_device(few: FewRows) -> None:
+    weight, x = torch.randn(60, 40), torch.randn(2, 40)
+    q, k, v = (torch.randn(1, 2, 1, 32) for _ in range(3))
+    product, _ = few.linear(weight, None, None)
+    few.finish()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        y, attended = product(x), few.attend(q, k, v)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert torch.allclose(y, x @ weight.T, atol=1e-4)
+    assert attended is not None and torch.allclose(attended, v, atol=1e-5)
+
+
 def test_a_product_takes_anothers_place(few: FewRows) -> None:
     old, new = torch.randn(200, 200), torch.randn(200, 200)
     x = torch.randn(2, 200)

@@ -64,7 +64,7 @@ class FewRows:
             if shape != known:
                 if shape[-1:] != (columns,):
                     return F.linear(input, weight, bias)  # which says what is wrong
-                like = torch.empty((*shape[:-1], rows))
+                like = x.new_empty((*shape[:-1], rows))  # whatever PyTorch's default type and device are
                 last = (shape, like)
             y = empty_like(like)
             multiply(own, x.data_ptr(), x.numel() // columns, y.data_ptr())
@@ -109,7 +109,7 @@ class FewRows:
         )
         if not fits:
             return None
-        y = torch.empty((batch, heads, 1, head_dim))
+        y = query.new_empty((batch, heads, 1, head_dim))
         self._relay.attend(
             (batch, heads, kv_heads, count, head_dim),
             (query.data_ptr(), steps[0], steps[1]),
