@@ -58,8 +58,9 @@ class Scheduler {
   void add(std::unique_ptr<Task> task) { schedule_.tasks.push_back(std::move(task)); }
 
   // Products whose rounding shows most take finer activations: those whose results are an output of the program (logits),
-  // or the values that later tokens attend to, perhaps normalised or scaled in between; and those behind the last attention,
-  // whose errors nothing evens out: in a prompt they run for the chosen rows alone. Queries and keys gain little.
+  // or the keys or values that later tokens attend to, perhaps normalised, rotated or scaled in between; and those behind
+  // the last attention, whose errors nothing evens out: in a prompt they run for the chosen rows alone. Queries, of which there
+  // are more, gain little.
   void mark_precise() {
     precise_.assign(graph_.operators.size(), false);
     size_t last = graph_.operators.size();
@@ -69,7 +70,7 @@ class Scheduler {
     for (size_t i = last; i < graph_.operators.size(); i++) precise_[i] = op(static_cast<int>(i)).kind == OperatorKind::linear;
     for (int v : graph_.outputs) mark_source(v);
     for (const Operator &o : graph_.operators) {
-      if (o.kind == OperatorKind::attention) mark_source(o.inputs[2]);
+      if (o.kind == OperatorKind::attention) std::for_each(o.inputs.begin() + 1, o.inputs.end(), [&](int v) { mark_source(v); });
     }
   }
   void mark_source(int v) {
@@ -78,7 +79,7 @@ class Scheduler {
     const Operator &o = op(source);
     if (o.kind == OperatorKind::linear) precise_[at(source)] = true;
     const bool alone = o.kind == OperatorKind::elementwise && o.inputs.size() == 1;
-    if (o.kind == OperatorKind::norm || alone) mark_source(o.inputs[0]);
+    if (o.kind == OperatorKind::norm || o.kind == OperatorKind::rope || alone) mark_source(o.inputs[0]);
   }
   // The forms in which products want a value, and how many products do.
   std::vector<PreparedForm> forms_of(int v, int *readers) const {
