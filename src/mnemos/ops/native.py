@@ -75,8 +75,8 @@ class NativeOps:
 
     threads: None for all cores that the process may use; backends with as many threads share one pool. dtype: "auto"
     multiplies weights in the form in which they are stored, with activations rounded to 8 bits by blocks of 32 (15 bits
-    for keys, values, logits and what lies behind the last attention) or to bfloat16; "float32" expands weights and multiplies
-    in float32.
+    for keys, values, logits and what lies behind the last attention) or to bfloat16; "float32" expands weights and
+    multiplies in float32.
     """
 
     name = "native"
