@@ -114,13 +114,16 @@ class StoreTask : public Task {
 class AttentionAhead : public Ahead {
  public:
   void begin(const Step &step, const Attention &attention, int thread) {
+    stop();
     const TileSet &set = step.tile_sets[attention.tile_set];
+    if (!set.one_token_each) return;  // prompts wait for arithmetic there too
     const int64_t count = static_cast<int64_t>(set.tiles.size()) * attention.kv_heads;
     step_ = &step, attention_ = &attention;
     first_ = count * thread / step.threads, index_ = count * (thread + 1) / step.threads;
-    page_ = page_end_ = 0;
+  }
+  void stop() override {
+    first_ = index_ = page_ = page_end_ = 0;
     go_to(nullptr, 0);
-    if (!set.one_token_each) first_ = index_;  // prompts wait for arithmetic there too
   }
 
  protected:
@@ -164,7 +167,7 @@ class AttendTask : public Task {
 
   bool fetches_ahead() const override { return true; }
   void fetch_ahead(const Step &step, int thread) const override {
-    static_cast<AttentionAhead *>(step.ahead[thread])->begin(step, a_, thread);
+    static_cast<AttentionAhead &>(*step.ahead[thread]).begin(step, a_, thread);
   }
 
   void run(const Step &step, int64_t item, int thread) const override {

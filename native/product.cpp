@@ -61,7 +61,7 @@ class ProductTask : public Task {
     range.panel_end = std::min(range.panel_begin + cut_.panels, product.matrix->panels());
     Input input = bind_input(*form_.kernels, form_.form, step.rows(rows_), form_.columns,
                              step.data<uint8_t>(input_, thread));
-    input.ahead = step.ahead[thread];
+    input.ahead = step.ahead[thread].get();
     if (!product.activated && !product.y.form) return multiply_into(product, input, range, step, thread);
     multiply_and_finish(product, input, range, step, thread);
   }

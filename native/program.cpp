@@ -212,10 +212,8 @@ std::vector<OutputView> Program::run(const BatchView &batch, int64_t batch_pages
     std::memcpy(pieces_[static_cast<size_t>(schedule_.input_buffers[i])].data, inputs[i].data,
                 static_cast<size_t>(inputs[i].rows * inputs[i].width) * 4);
   }
-  std::vector<Ahead *> ahead;
-  for (const auto &own : ahead_) ahead.push_back(own.get());
   const Step step{batch, pool_->threads(), kernels_, pieces_.data(), tiles.data(), workspace_->data + scratch_offset_,
-                  scratch_bytes_, ahead.data()};
+                  scratch_bytes_, ahead_.data()};
   execute(step, one_row);
   std::vector<OutputView> outputs;
   for (size_t i = 0; i < graph_.outputs.size(); i++) {
@@ -238,10 +236,11 @@ void Program::execute(const Step &step, bool one_row) {
   for (const auto &task : schedule_.tasks) task->plan(step);
   const auto &barriers = barrier_before_[one_row ? 1 : 0];
   pool_->run([&](int thread) {
-    bool wait = false;
+    bool wait = false;  // a task that is left out leaves its barrier to the next one
     size_t fetching = 0;
     const auto fetch_for_next = [&] {
-      if (fetching < fetching_.size()) schedule_.tasks[fetching_[fetching]]->fetch_ahead(step, thread);
+      if (fetching == fetching_.size()) return ahead_[static_cast<size_t>(thread)]->stop();
+      schedule_.tasks[fetching_[fetching]]->fetch_ahead(step, thread);
     };
     fetch_for_next();
     for (size_t t = 0; t < count; t++) {

@@ -98,7 +98,7 @@ class Program {
   std::vector<int> slot_of_;  // by buffer
   std::vector<Slot> slots_;
   std::vector<char> barrier_before_[2];  // by task; [1]: for one row
-  std::vector<size_t> fetching_;      // tasks that fetch ahead
+  std::vector<size_t> fetching_;               // tasks that fetch ahead
   std::vector<std::unique_ptr<Ahead>> ahead_;  // by thread
   std::vector<Piece> pieces_;
   std::shared_ptr<Workspace> workspace_;

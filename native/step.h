@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -50,7 +51,7 @@ struct Step {
   const TileSet *tile_sets;
   uint8_t *scratch;     // scratch_bytes for each thread
   int64_t scratch_bytes;
-  Ahead *const *ahead;  // by thread: what products fetch for the task behind them that fetches ahead
+  const std::unique_ptr<Ahead> *ahead;  // by thread: what products fetch for the task behind them that fetches ahead
 
   int64_t rows(Rows kind) const { return kind == Rows::tokens ? batch.tokens : batch.chosen; }
   template <typename T = float>

@@ -116,6 +116,8 @@ struct QuantBlock {
 class Ahead {
   public:
     virtual ~Ahead() = default;
+    // Nothing more is wanted.
+    virtual void stop() = 0;
     // Makes sure that there is something to ask for, if there is more; a tile of a product begins with it.
     void refill() {
         if (left_ <= 0) next();
