@@ -120,15 +120,12 @@ class AttentionAhead : public Ahead {
     const int64_t count = static_cast<int64_t>(set.tiles.size()) * attention.kv_heads;
     step_ = &step, attention_ = &attention;
     first_ = count * thread / step.threads, index_ = count * (thread + 1) / step.threads;
-  }
-  void stop() override {
-    first_ = index_ = page_ = page_end_ = 0;
-    go_to(nullptr, 0);
+    page_ = page_end_ = 0;
+    go_to(nullptr, 0, index_ > first_);
   }
 
  protected:
   void next() override {
-    if (page_ == page_end_ && index_ == first_) return;
     const CellLayout &cell = attention_->cache->cell();
     if (page_ == page_end_) {
       index_--;
@@ -139,7 +136,8 @@ class AttentionAhead : public Ahead {
       page_end_ = std::min(position, query.block_end * attention_block - 1) / cell.slots + 1;
     }
     const uint8_t *cells = attention_->cache->cells(attention_->layer, index_ % attention_->kv_heads);
-    go_to(cells + pages_[page_++] * attention_->cache->page_bytes(), cell.bytes);
+    const int64_t page = pages_[page_++];
+    go_to(cells + page * attention_->cache->page_bytes(), cell.bytes, page_ < page_end_ || index_ > first_);
   }
 
  private:

@@ -117,10 +117,10 @@ class Ahead {
   public:
     virtual ~Ahead() = default;
     // Nothing more is wanted.
-    virtual void stop() = 0;
+    void stop() { go_to(nullptr, 0, false); }
     // Makes sure that there is something to ask for, if there is more; a tile of a product begins with it.
     void refill() {
-        if (left_ <= 0) next();
+        if (left_ <= 0 && more_) next();
     }
     // Asks for a few lines. Nothing is called from here: all vector registers are in use.
     void advance() {
@@ -130,14 +130,16 @@ class Ahead {
     }
 
   protected:
-    // Calls `go_to` with the next piece, if there is one.
+    // Calls `go_to` with the next piece.
     virtual void next() = 0;
-    void go_to(const uint8_t *data, int64_t bytes) { data_ = data, left_ = bytes; }
+    // `more`: there are other pieces behind this one.
+    void go_to(const uint8_t *data, int64_t bytes, bool more) { data_ = data, left_ = bytes, more_ = more; }
 
   private:
     static constexpr int64_t step = 256;
     const uint8_t *data_ = nullptr;
     int64_t left_ = 0;
+    bool more_ = false;
 };
 
 // Rows of activations in the form that a matrix wants, in a workspace of the caller's.
