@@ -120,7 +120,7 @@ def table(figures: Figures, metrics: list[str], machine: Machine, model: str) ->
     day = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     about = (
         f"{model} on {machine.cpu}, {machine.cores} cores, {machine.isa}, "
-        f"{human_bytes(machine.bandwidth)}/s read bandwidth; {day}, best of the rounds of one interleaved run."
+        f"{human_bytes(machine.limits.bandwidth)}/s read bandwidth; {day}, best of the rounds of one interleaved run."
     )
     notes = [f"Not measured: {engine} ({reason})." for engine, reason in figures.missing.items()]
     return "\n".join([*lines, "", " ".join([about, *notes])])

@@ -13,13 +13,14 @@
 #include <cstring>
 #include <optional>
 
-#include "bandwidth.h"
+#include "bounds.h"
 #include "error.h"
+#include "length_prefixed.h"
+#include "linear/kernels.h"
 #include "mapping.h"
 #include "program.h"
 #include "relay.h"
 #include "sampler.h"
-#include "length_prefixed.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -61,6 +62,25 @@ const Kernels &linear_kernels() {
     if (const Kernels *kernels = find_kernels(isa_name(static_cast<Isa>(level)))) return *kernels;
   }
   throw unsupported_error("no kernels for matrix products run on this machine");
+}
+
+const char *form_name(Form form) {
+  switch (form) {
+    case Form::f32: return "float32";
+    case Form::bf16: return "bfloat16";
+    default: return "int8";
+  }
+}
+
+double measure_multiply_rate(Pool &pool, const std::string &isa, const std::string &form, int repeats) {
+  const Kernels *kernels = find_kernels(isa.c_str());
+  if (kernels == nullptr) throw unsupported_error("there are no " + isa + " kernels for matrix products on this machine");
+  for (Form known : {Form::f32, Form::bf16, Form::int8}) {
+    if (form != form_name(known)) continue;
+    if (known == Form::bf16 && kernels->bf16_form != known) break;
+    return multiply_rate(pool, *kernels, known, repeats);
+  }
+  throw unsupported_error(isa + " kernels multiply no inputs in " + form);
 }
 
 using Order = Array<int64_t, nb::ndim<1>>;
@@ -390,11 +410,14 @@ NB_MODULE(_native, m) {
   nb::class_<Pool>(m, "Pool").def_prop_ro("threads", &Pool::threads);
   m.def("shared_pool", &shared_pool, "threads"_a);
   m.def("read_bandwidth", &read_bandwidth, "pool"_a, "bytes"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("multiply_rate", &measure_multiply_rate, "pool"_a, "isa"_a, "form"_a, "repeats"_a,
+        nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<Matrix>(m, "Matrix")
       .def_ro("rows", &Matrix::rows)
       .def_ro("columns", &Matrix::columns)
-      .def_prop_ro("bytes", &Matrix::bytes);
+      .def_prop_ro("bytes", &Matrix::bytes)
+      .def_prop_ro("form", [](const Matrix &matrix) { return form_name(matrix.form); });
   m.def("make_matrix", &make_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a, "release"_a, "pool"_a);
   m.def("allocate_matrix", &allocate_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a, "order"_a.none());
   m.def("pack_matrices", &pack_matrices, "matrices"_a, "pool"_a);

@@ -13,6 +13,7 @@ struct Kernels {
   void (*multiply)(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                    int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride);
   void (*weight_lengths)(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, float *lengths);
+  int64_t (*multiply_registers)(Form form, int64_t rounds);
 };
 
 extern const Kernels scalar_kernels;

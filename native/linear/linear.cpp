@@ -153,4 +153,8 @@ void weight_lengths(const Matrix &matrix, int64_t panel_begin, int64_t panel_end
   matrix.kernels.weight_lengths(matrix, panel_begin, panel_end, lengths);
 }
 
+int64_t multiply_registers(const Kernels &kernels, Form form, int64_t rounds) {
+  return kernels.multiply_registers(form, rounds);
+}
+
 }  // namespace mnemos

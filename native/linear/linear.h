@@ -173,4 +173,8 @@ void fetch_columns(const Input &input, int64_t row_begin, int64_t row_end, int64
 void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
               int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride);
 
+// Multiplies what lies in registers and in the level-1 cache, as products with inputs of this form do (int15: as int8), `rounds`
+// times a tile of them. Returns how many multiply-adds that were.
+int64_t multiply_registers(const Kernels &kernels, Form form, int64_t rounds);
+
 }  // namespace mnemos

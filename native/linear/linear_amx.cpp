@@ -196,8 +196,24 @@ void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, i
   });
 }
 
+int64_t multiply_in_tiles(Form form, int64_t rounds) {
+  if (form == Form::f32) return avx512bf16_kernels.multiply_registers(form, rounds);
+  constexpr int rows = 16, bytes = 64;
+  TileShapes shapes;
+  for (int tile = 0; tile < 8; tile++) shapes.rows[tile] = rows, shapes.row_bytes[tile] = bytes;
+  AmxTiles::configure(shapes);
+  for (int64_t round = 0; round < rounds; round++)
+    unroll<sum_tiles>([&](auto sum) {
+      constexpr int a = first_activations + sum / 2, w = first_weights + sum % 2;
+      if (form == Form::bf16) AmxTiles::dot_bfloats<sum, a, w>();
+      else AmxTiles::dot<sum, a, w>();
+    });
+  AmxTiles::release();
+  return rounds * sum_tiles * rows * panel_rows * (form == Form::bf16 ? bytes / 2 : bytes);
+}
+
 }  // namespace
 
-const Kernels amx_kernels{"amx", Form::bf16, prepare_all<Avx512Bf16>, multiply_amx, lengths_all<Avx512>};
+const Kernels amx_kernels{"amx", Form::bf16, prepare_all<Avx512Bf16>, multiply_amx, lengths_all<Avx512>, multiply_in_tiles};
 
 }  // namespace mnemos

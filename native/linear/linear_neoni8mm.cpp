@@ -117,8 +117,23 @@ void multiply_i8mm(const Matrix &matrix, const Input &input, int64_t row_begin, 
     });
 }
 
+int64_t multiply_in_pairs(Form form, int64_t rounds) {
+  if (form == Form::f32) return neon_kernels.multiply_registers(form, rounds);
+  alignas(64) constexpr uint8_t codes[512] = {};
+  alignas(64) constexpr int8_t quants[32] = {};
+  const int8_t *const rows[tile_rows] = {quants, quants, quants, quants};
+  PairSums sums[tile_rows / 2] = {};
+  for (int64_t round = 0; round < rounds; round++) {
+    const uint8_t *weights = codes;
+    __asm__ volatile("" : "+r"(weights) : : "memory");  // its values are not known
+    multiply_half<0, tile_rows>(weights, rows, sums);
+  }
+  __asm__ volatile("" : : "r"(sums) : "memory");  // so that nothing is left out
+  return rounds * tile_rows * 16 * panel_rows;
+}
+
 }  // namespace
 
-const Kernels neoni8mm_kernels{"neon_i8mm", Form::f32, prepare_all<Neon>, multiply_i8mm, lengths_all<Neon>};
+const Kernels neoni8mm_kernels{"neon_i8mm", Form::f32, prepare_all<Neon>, multiply_i8mm, lengths_all<Neon>, multiply_in_pairs};
 
 }  // namespace mnemos

@@ -34,6 +34,12 @@ def shared_pool(threads: int) -> Pool:
 def read_bandwidth(pool: Pool, bytes: int, repeats: int) -> float:
     """Bytes a second that the pool's threads together read in sequence from so much memory; the best of the repeats."""
 
+def multiply_rate(pool: Pool, isa: str, form: str, repeats: int) -> float:
+    """Multiply-adds a second that the pool's threads together reach at most in products with inputs of this form.
+
+    isa: one of available_isas(). form: as Matrix.form. UnsupportedError: these kernels have no such products.
+    """
+
 class Matrix:
     @property
     def rows(self) -> int: ...
@@ -42,6 +48,9 @@ class Matrix:
     @property
     def bytes(self) -> int:
         """Memory of the repacked form."""
+    @property
+    def form(self) -> str:
+        """What products multiply the weights by: "float32", "bfloat16" or "int8" (blocks of it, with scales)."""
 
 def make_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool, release: bool, pool: Pool) -> Matrix:
     """Repacks a weight; with `release` the pages of the mapped file that it came from are given back."""

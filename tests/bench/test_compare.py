@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 
-from mnemos.bench.machine import Machine
+from mnemos.bench.machine import Limits, Machine
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "compare.py"
-MACHINE = Machine("Some CPU", 2, "avx2", 25e9)
+MACHINE = Machine("Some CPU", 2, "avx2", Limits(25e9, {"float32": 1e11, "int8": 2e11}))
 
 
 @pytest.fixture(scope="module")

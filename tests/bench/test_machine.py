@@ -6,15 +6,31 @@ import sys
 
 import pytest
 
-from mnemos.bench.machine import cpu_name, read_bandwidth, usable_cores
+from mnemos import _native
+from mnemos.bench.machine import cpu_name, multiply_rates, read_bandwidth, usable_cores
 from mnemos.bench.process import measure_command
-from mnemos.errors import MnemosError
+from mnemos.errors import MnemosError, UnsupportedError
 
 
 def test_the_machine_has_a_name_cores_and_bandwidth() -> None:
     assert cpu_name()
     assert usable_cores() >= 1
     assert 1e8 < read_bandwidth(10_000_000) < 1e13
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+def test_every_level_multiplies_at_a_rate_for_each_of_its_forms(isa: str) -> None:
+    rates = multiply_rates(isa)
+    assert set(rates) == {"float32", "int8"} | ({"bfloat16"} if isa in ("avx512_bf16", "amx") else set())
+    assert all(1e7 < rate < 1e15 for rate in rates.values())
+
+
+def test_a_rate_of_what_a_level_does_not_multiply_is_refused() -> None:
+    pool = _native.shared_pool(0)
+    with pytest.raises(UnsupportedError, match="scalar kernels multiply no inputs in bfloat16"):
+        _native.multiply_rate(pool, "scalar", "bfloat16", 1)
+    with pytest.raises(UnsupportedError, match="no sse9 kernels"):
+        _native.multiply_rate(pool, "sse9", "int8", 1)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="peak memory is measured with getrusage")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mnemos.bench.machine import cpu_name, instruction_set, read_bandwidth
+from mnemos.bench.machine import Limits, Machine, examine, multiply_rates
 from mnemos.formats.tensor import Tensor, TensorType
 from mnemos.ops.batch import AttentionParams, Batch, Floats, KVLayout
 from mnemos.ops.native import NativeOps
@@ -33,20 +33,8 @@ _WIDTH = 2048
 _WEIGHT_BYTES = 96 << 20  # more than the last-level cache of most machines, so that memory is what is read
 _CONTEXT = 1024
 _REPEATS = 3
-# Multiply-adds of a dot-product instruction for each of float32: int8 by fours, bfloat16 by twos; more in tiles.
-_INT8_RATE = {"scalar": 1, "avx2": 2, "amx": 32, "neon": 4, "neon_i8mm": 8}
-_FUSED_RATE = 4
-_BFLOAT_RATE = {"avx512_bf16": 2, "amx": 16}
 
 Forward = Callable[[Ops, Any, Any], tuple[Array, Array]]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """bandwidth: bytes/s; float32: FLOP/s of all cores, as NumPy's matrix product reaches it."""
-
-    bandwidth: float
-    float32: float
 
 
 @dataclass(frozen=True)
@@ -77,21 +65,14 @@ class KernelTime:
         return self.limit_seconds / self.seconds
 
 
-def measure_limits() -> Limits:
-    x = np.random.default_rng(0).standard_normal((1536, 1536), dtype=np.float32)
-    seconds = min(_seconds(lambda: x @ x) for _ in range(5 * _REPEATS))
-    return Limits(read_bandwidth(_WEIGHT_BYTES), 2 * 1536**3 / seconds)
-
-
 def measure_kernels(
-    rows: Sequence[int] = (1, 32, 512), types: Sequence[TensorType] = WEIGHT_TYPES, limits: Limits | None = None
+    machine: Machine, rows: Sequence[int] = (1, 32, 512), types: Sequence[TensorType] = WEIGHT_TYPES
 ) -> Iterator[KernelTime]:
     """Matrix products of every type, then attention over a long context, as they are measured."""
-    limits = limits or measure_limits()
     ops = NativeOps()
     for kind in types:
-        yield from _measure_products(ops, kind, rows, limits)
-    yield from _measure_attention(ops, rows, limits)
+        yield from _measure_products(ops, kind, rows, machine.limits)
+    yield from _measure_attention(ops, rows, machine)
 
 
 def _measure_products(ops: NativeOps, kind: TensorType, rows: Sequence[int], limits: Limits) -> Iterator[KernelTime]:
@@ -109,18 +90,21 @@ def _measure_products(ops: NativeOps, kind: TensorType, rows: Sequence[int], lim
         return x, ops.rows(x, batch.logit_rows)
 
     size, operations = count * first.bytes, 2 * count * _WIDTH**2
-    rate = limits.float32 * _int8_rate() if kind.is_quantized else limits.float32 * _float_rate(kind)
+    rate = 2 * limits.rates[first.form]
     for t, seconds in _time_steps(ops, forward, KVLayout(1, 1, 8), rows, context=0):
         limit = max(size / limits.bandwidth, operations * t / rate)
         yield KernelTime(f"linear {kind.name}", t, seconds, size, operations * t, limit)
 
 
-def _measure_attention(ops: NativeOps, rows: Sequence[int], limits: Limits) -> Iterator[KernelTime]:
+def _measure_attention(ops: NativeOps, rows: Sequence[int], machine: Machine) -> Iterator[KernelTime]:
     """Heads as in a model of a billion parameters, several layers, behind a context of 1,024 positions."""
+    # Attention has no tile products: it takes the vectors' dot products where the cache is in bfloat16.
+    rates = multiply_rates("avx512_bf16") if machine.isa == "amx" else machine.limits.rates
+    rate = 2 * rates["bfloat16" if ops.cache_dtype == "bfloat16" else "float32"]
     layers, heads, kv_heads, head_dim = 8, 32, 8, 64
     embedding = ops.matrix(Tensor.from_array("embedding", _floats(8, heads * head_dim)))
     keys = ops.matrix(Tensor.from_array("keys", _floats(8, kv_heads * head_dim)))
-    layout = KVLayout(layers, kv_heads, head_dim)
+    layout = KVLayout(layers, kv_heads, head_dim, dtype=ops.cache_dtype)
     params = AttentionParams(heads, kv_heads, head_dim, head_dim**-0.5)
 
     def forward(ops: Ops, batch: Any, cache: Any) -> tuple[Array, Array]:
@@ -132,7 +116,7 @@ def _measure_attention(ops: NativeOps, rows: Sequence[int], limits: Limits) -> I
     for t, seconds in _time_steps(ops, forward, layout, rows, _CONTEXT):
         size = (_CONTEXT + t) * layout.page_bytes // layout.page_size
         operations = 4 * layers * heads * head_dim * t * (_CONTEXT + t // 2)
-        limit = max(size / limits.bandwidth, operations / limits.float32)
+        limit = max(size / machine.limits.bandwidth, operations / rate)
         yield KernelTime(f"attention {layout.dtype} after {_CONTEXT}", t, seconds, size, operations, limit)
 
 
@@ -169,14 +153,6 @@ def _floats(rows: int, columns: int) -> Floats:
     return np.random.default_rng(0).standard_normal((rows, columns), dtype=np.float32)
 
 
-def _int8_rate() -> int:
-    return _INT8_RATE.get(instruction_set(), _FUSED_RATE)
-
-
-def _float_rate(kind: TensorType) -> int:
-    return _BFLOAT_RATE.get(instruction_set(), 1) if kind is TensorType.BF16 else 1
-
-
 def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
@@ -185,12 +161,11 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def main(as_json: bool) -> int:
     """Prints a line for each kernel as soon as it is measured."""
-    limits = measure_limits()
+    machine = examine(_WEIGHT_BYTES)
     if not as_json:
-        print(f"{cpu_name()}, {instruction_set()}", end=": ")
-        print(f"reads {limits.bandwidth / 1e9:.1f} GB/s, float32 products {limits.float32 / 1e9:.0f} GFLOP/s\n")
+        print(f"{machine}\n")
         print(f"{'kernel':28}{'rows':>5}{'ms':>10}{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>10}")
-    for result in measure_kernels(limits=limits):
+    for result in measure_kernels(machine):
         if as_json:
             rates = {"gb_per_s": round(result.gigabytes_per_second, 2), "gflop_per_s": round(result.gigaflops, 1)}
             print(json.dumps({**asdict(result), **rates, "share": round(result.share, 3)}), flush=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mnemos.bench.machine import Limits
 from mnemos.bench.results import Result
 from mnemos.errors import ConfigError
-from mnemos.models.contract import ModelSpec
 
 DEFAULT_METRICS = ("cold", "rss", "pp128", "pp512", "pp1024", "tg128", "tg128@d1024", "b8", "b32", "sampling")
 _NAME = re.compile(r"(?P<kind>pp|tg|b)(?P<count>[1-9]\d{0,5})(?:@d(?P<depth>[1-9]\d{0,5}))?")
@@ -54,11 +54,11 @@ def _parse(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model's path, how it is run, and the bandwidth of the machine in bytes/s."""
+    """What is measured: a model's path, how it is run, and what the machine allows."""
 
     path: Path
     backend: str
-    bandwidth: float
+    limits: Limits
 
 
 def measure(metrics: Sequence[Metric], subject: Subject, announce: Callable[[str], None]) -> Iterator[Result]:
@@ -90,6 +90,7 @@ def _measure_processes(metrics: Sequence[Metric], subject: Subject) -> Iterator[
 
 def _measure_steps(metrics: Sequence[Metric], subject: Subject, announce: Callable[[str], None]) -> Iterator[Result]:
     from mnemos.bench.steps import StepBench
+    from mnemos.bench.work import count_work, rate_limit
     from mnemos.formats.checkpoint import open_checkpoint
     from mnemos.models.load import load_model
 
@@ -102,18 +103,14 @@ def _measure_steps(metrics: Sequence[Metric], subject: Subject, announce: Callab
     most_sequences = max((metric.count for metric in metrics if metric.kind == "b"), default=1)
     announce("loading")
     bench = StepBench(model, most_sequences, max(metric.length for metric in metrics))
+    work = count_work(model)
     for metric in metrics:
         announce(metric.name)
         if metric.kind == "pp":
-            yield Result(metric.name, bench.prompt_rate(metric.count), "tokens/s")
+            value = bench.prompt_rate(metric.count)
         elif metric.kind == "tg":
-            limit = subject.bandwidth / _bytes_a_token(model.spec, metric)
-            yield Result(metric.name, bench.decode_rate(metric.depth, metric.count), "tokens/s", limit)
+            value = bench.decode_rate(metric.depth, metric.count)
         else:
-            yield Result(metric.name, bench.batch_rate(metric.count), "tokens/s")
-
-
-def _bytes_a_token(spec: ModelSpec, metric: Metric) -> float:
-    """What one decode step reads at least: all weights once, and the keys and values of half-way through the run."""
-    position_bytes = spec.layout.page_bytes / spec.layout.page_size
-    return int(str(spec.details["weight_bytes"])) + position_bytes * (metric.depth + metric.count / 2)
+            value = bench.batch_rate(metric.count)
+        limit, bound = rate_limit(metric, work, model.spec.layout, subject.limits) if work else (None, "")
+        yield Result(metric.name, value, "tokens/s", limit, bound)

@@ -12,7 +12,7 @@ from mnemos.errors import ConfigError
 
 @dataclass(frozen=True)
 class Result:
-    """`limit` is what the machine's read bandwidth allows at most, in `unit`; None where that is not what binds.
+    """`limit` is what the machine allows at most, in `unit`, by its bandwidth or arithmetic, as `bound` says; or None.
 
     A value of nan: it could not be measured, and `unit` says why.
     """
@@ -21,6 +21,7 @@ class Result:
     value: float
     unit: str
     limit: float | None = None
+    bound: str = ""
     engine: str = "mnemos"
 
     @property
@@ -28,7 +29,7 @@ class Result:
         return self.value / self.limit if self.limit else None
 
     def to_json(self) -> str:
-        values = {name: value for name, value in asdict(self).items() if name != "limit"}
+        values = {name: value for name, value in asdict(self).items() if name not in ("limit", "bound")}
         value = None if isnan(self.value) else round(self.value, 3)
         return json.dumps({"engine": values.pop("engine"), **values, "value": value})
 

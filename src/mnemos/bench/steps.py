@@ -16,6 +16,7 @@ from mnemos.ops.batch import Batch, Ints
 
 CHUNK = 512  # prompt tokens in one step
 WARM_UP = 16
+BATCH_PROMPT, BATCH_STEPS = 64, 64  # tokens and decode steps of bN
 
 
 class Stepper:
@@ -70,7 +71,7 @@ class StepBench:
     def __init__(self, model: Model, most_sequences: int, longest: int, seed: int = 0) -> None:
         self.model = model
         page_size = model.spec.layout.page_size
-        batch_pages = most_sequences * -(-(64 + 64 + 1) // page_size)
+        batch_pages = most_sequences * -(-(BATCH_PROMPT + BATCH_STEPS + 1) // page_size)
         model.reserve(max(-(-longest // page_size), batch_pages))
         self.random = random.Random(seed)
         self._seconds(WARM_UP, 4)
@@ -89,11 +90,11 @@ class StepBench:
 
     def batch_rate(self, sequences: int) -> float:
         """bN: tokens/s of N sequences together, prompts of 64 tokens, 64 steps; decoding only."""
-        stepper = Stepper(self.model, sequences, 64 + 64 + 1)
-        chosen = stepper.prompt([self._tokens(64) for _ in range(sequences)])
+        stepper = Stepper(self.model, sequences, BATCH_PROMPT + BATCH_STEPS + 1)
+        chosen = stepper.prompt([self._tokens(BATCH_PROMPT) for _ in range(sequences)])
         start = time.perf_counter()
-        stepper.decode(chosen, 64)
-        return sequences * 64 / (time.perf_counter() - start)
+        stepper.decode(chosen, BATCH_STEPS)
+        return sequences * BATCH_STEPS / (time.perf_counter() - start)
 
     def _seconds(self, prompt: int, new: int) -> float:
         stepper = Stepper(self.model, 1, prompt + new)

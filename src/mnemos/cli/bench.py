@@ -12,7 +12,6 @@ from mnemos.cli.terminal import human_bytes, is_terminal
 from mnemos.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mnemos.bench.machine import Machine
     from mnemos.bench.results import Result
 
 
@@ -73,8 +72,8 @@ def _measure(arguments: argparse.Namespace, path: Path) -> int:
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
     machine = examine(size)
     if not arguments.json:
-        print(_describe(machine, path, size))
-    for result in measure(metrics, Subject(path, arguments.backend, machine.bandwidth), _announce):
+        print(f"{path.name}, {human_bytes(size)}\n{machine}\n")
+    for result in measure(metrics, Subject(path, arguments.backend, machine.limits), _announce):
         _announce("")
         print(result.to_json() if arguments.json else _row(result), flush=True)
     return 0
@@ -96,16 +95,9 @@ def _announce(what: str) -> None:
         sys.stderr.flush()
 
 
-def _describe(machine: Machine, path: Path, size: int) -> str:
-    return (
-        f"{path.name}, {human_bytes(size)}\n"
-        f"{machine.cpu}, {machine.cores} cores, {machine.isa}, reads {human_bytes(machine.bandwidth)}/s\n"
-    )
-
-
 def _row(result: Result) -> str:
     if isnan(result.value):
         return f"{result.metric:<18}not measured: {result.unit}"
-    share = f"  {result.share:4.0%} of what the memory bandwidth allows" if result.share is not None else ""
+    share = f"  {result.share:4.0%} of what the {result.bound} allows" if result.share is not None else ""
     precision = 0 if result.value >= 100 else 3 if result.value < 10 else 1
     return f"{result.metric:<18}{result.value:>10.{precision}f} {result.unit:<9}{share}".rstrip()

@@ -1,4 +1,4 @@
-#include "bandwidth.h"
+#include "bounds.h"
 
 #include <algorithm>
 #include <atomic>
@@ -38,6 +38,20 @@ double read_bandwidth(Pool &pool, int64_t bytes, int repeats) {
   unmap_memory(memory, count * 8);
   // Every word is 1: looking at the sum keeps the compiler from leaving the reading out.
   return total.load() == static_cast<uint64_t>(repeats) * count ? best : 0;
+}
+
+double multiply_rate(Pool &pool, const Kernels &kernels, Form form, int repeats) {
+  constexpr int64_t rounds = 200'000;  // about a millisecond
+  std::atomic<int64_t> products{0};
+  double best = 0;
+  for (int i = 0; i < repeats; i++) {
+    products = 0;
+    const auto start = std::chrono::steady_clock::now();
+    pool.run([&](int) { products += multiply_registers(kernels, form, rounds); });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, static_cast<double>(products.load()) / seconds.count());
+  }
+  return best;
 }
 
 }  // namespace mnemos

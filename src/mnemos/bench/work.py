@@ -1,0 +1,109 @@
+"""How much a model's step reads and multiplies, counted by running its forward pass on the shapes alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from mnemos.bench.machine import Limits
+from mnemos.bench.metrics import Metric
+from mnemos.bench.steps import BATCH_PROMPT, BATCH_STEPS, CHUNK
+from mnemos.models.load import LoadedModel
+from mnemos.ops.batch import KVLayout
+
+_TOKENS, _CHOSEN = "tokens", "chosen"  # what stands for an array of a row for each token, or for each chosen one
+
+
+@dataclass
+class Work:
+    """Of matrix products alone, by the form of their inputs: multiply-adds for each token and for each chosen row.
+
+    weight_bytes: of all weights that one token is multiplied by.
+    """
+
+    weight_bytes: int = 0
+    each_token: Counter[str] = field(default_factory=Counter)
+    each_chosen: Counter[str] = field(default_factory=Counter)
+
+    def seconds(self, tokens: int, chosen: int, limits: Limits) -> float:
+        """What the products of a step take at least by the machine's arithmetic."""
+        products = Counter({form: count * tokens for form, count in self.each_token.items()})
+        products.update({form: count * chosen for form, count in self.each_chosen.items()})
+        return sum(count / limits.rates[form] for form, count in products.items())
+
+
+def count_work(model: LoadedModel) -> Work | None:
+    """None where a backend's matrices do not say how they are multiplied."""
+    counter: Any = _CountingOps()  # its arrays are words, it has no operators that make parameters
+    batch = SimpleNamespace(token_ids=_TOKENS, positions=_TOKENS, logit_rows=_CHOSEN)
+    try:
+        model.architecture.forward(counter, batch, model.cache)
+    except _Unknown:
+        return None
+    work: Work = counter.work
+    return work
+
+
+def rate_limit(metric: Metric, work: Work, layout: KVLayout, limits: Limits) -> tuple[float, str]:
+    """(tokens/s at most, what bounds them) of a metric of steps: pp, tg or b.
+
+    A step reads every weight and the keys and values of all positions, of which those of half-way through the run are
+    counted, and multiplies every token by every weight.
+    """
+    steps, tokens, chosen, positions = 1, 1, 1, 0.0
+    if metric.kind == "pp":
+        steps, tokens = -(-metric.count // CHUNK), metric.count
+    elif metric.kind == "tg":
+        positions = metric.depth + metric.count / 2
+    else:
+        tokens = chosen = metric.count
+        positions = metric.count * (BATCH_PROMPT + BATCH_STEPS / 2)
+    size = steps * work.weight_bytes + positions * layout.page_bytes / layout.page_size
+    reading, multiplying = size / limits.bandwidth, work.seconds(tokens, chosen, limits)
+    return tokens / max(reading, multiplying), "memory bandwidth" if reading >= multiplying else "arithmetic"
+
+
+class _Unknown(Exception):
+    """A matrix without a form."""
+
+
+class _CountingOps:
+    """Operators that count the products; an array is one of the words above."""
+
+    def __init__(self) -> None:
+        self.work = Work()
+
+    def _multiply(self, rows: str, matrices: Sequence[Any], share: float = 1) -> None:
+        each = self.work.each_token if rows == _TOKENS else self.work.each_chosen
+        for matrix in matrices:
+            form = getattr(matrix, "form", None)
+            if form is None:
+                raise _Unknown
+            each[form] += round(share * matrix.rows * matrix.columns)
+            self.work.weight_bytes += round(share * matrix.bytes)
+
+    def embed(self, matrix: Any, token_ids: str) -> str:
+        return token_ids
+
+    def rows(self, x: str, index: str) -> str:
+        return index
+
+    def linear(self, x: str, matrix: Any, bias: Any = None) -> str:
+        self._multiply(x, [matrix])
+        return x
+
+    def route(self, x: str, router: Any, top_k: int, normalise: bool) -> tuple[tuple[str, int], str]:
+        self._multiply(x, [router])
+        return (x, top_k), x
+
+    def experts(self, x: str, ids: tuple[str, int], weights: str, gate: Any, up: Any, down: Any, kind: str) -> str:
+        self._multiply(x, [*gate, *up, *down], share=ids[1] / len(gate))
+        return x
+
+    def _same(self, x: str, *rest: Any) -> str:
+        return x
+
+    attention = rms_norm = layer_norm = rope = activation = gated_activation = add = scale = softcap = _same
