@@ -81,7 +81,7 @@ class InferenceEngine:
         from mnemos.engine.scheduler import Limits
 
         self.tokenizer: Tokenizer | None = adapt_tokenizer(tokenizer)
-        self.model = _as_model(model, self.tokenizer, device, use_kv_cache)
+        self.model = _as_model(model, self.tokenizer, device, use_kv_cache, context_length)
         spec = _with_ends(self.model.spec, self.tokenizer)
         if context_length is not None and context_length > spec.context_length:
             raise ConfigError(f"context_length is {context_length}; the model's own is {spec.context_length}")
@@ -382,10 +382,12 @@ def _with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
     return replace(spec, eos_token_ids=tuple(ends))
 
 
-def _as_model(model: Any, tokenizer: Tokenizer | None, device: str | None, use_kv_cache: bool) -> Model:
+def _as_model(
+    model: Any, tokenizer: Tokenizer | None, device: str | None, use_kv_cache: bool, context_length: int | None
+) -> Model:
     if all(hasattr(model, name) for name in ("spec", "reserve", "forward")):
         return model  # type: ignore[no-any-return]
     from mnemos.models.adapter import adapt
 
     size = None if tokenizer is None else tokenizer.vocabulary_size
-    return adapt(model, device=device, use_kv_cache=use_kv_cache, vocabulary_size=size)
+    return adapt(model, device=device, use_kv_cache=use_kv_cache, context_length=context_length, vocabulary_size=size)

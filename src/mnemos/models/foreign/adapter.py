@@ -120,6 +120,8 @@ class ForeignModel:
 
     def forward(self, batch: Batch) -> Output:
         jobs = self._jobs(batch)
+        if any(job.start == 0 for job in jobs):
+            self._caller.check_weights()
         wanted = np.zeros(len(batch.token_ids), dtype=bool)
         wanted[batch.logit_rows] = True
         logits = np.empty((len(batch.logit_rows), self.spec.vocabulary_size), dtype=np.float32)
@@ -166,7 +168,7 @@ class ForeignModel:
         for job in jobs:
             key: Any
             if able.style is None:
-                key = (job.start + len(job.new)) if able.last_only else None
+                key = (job.start, len(job.new)) if able.last_only else None
             elif job.start == 0 and not able.last_only:
                 key = "fresh"  # right padding is exact for a causal module
             elif able.gaps:
@@ -178,9 +180,12 @@ class ForeignModel:
 
     def _run(self, jobs: list[Job], wanted: npt.NDArray[np.bool_]) -> list[tuple[Job, Any, Any]]:
         """(job, logits of its last rows, hidden states of them) for sequences that share one call."""
-        if self.abilities.style is None:
+        able = self.abilities
+        if able.last_only and any(wanted[job.first_row : job.first_row + len(job.new) - 1].any() for job in jobs):
+            return self._token_by_token(jobs, wanted)
+        if able.style is None:
             return self._recompute(jobs)
-        if jobs[0].start and len(jobs[0].new) > 1 and not self.abilities.chunks:
+        if jobs[0].start and len(jobs[0].new) > 1 and not able.chunks:
             return self._token_by_token(jobs, wanted)
         return self._continue(jobs, wanted)
 
@@ -196,9 +201,7 @@ class ForeignModel:
         collected: list[tuple[list[Any], list[Any]]] = [([], []) for _ in jobs]
         for offset in range(len(jobs[0].new)):
             singles = [Job(j.slot, j.start + offset, j.new[offset : offset + 1], j.first_row + offset) for j in jobs]
-            for (rows, hidden_rows), (_, row, hidden_row) in zip(
-                collected, self._continue(singles, wanted), strict=True
-            ):
+            for (rows, hidden_rows), (_, row, hidden_row) in zip(collected, self._run(singles, wanted), strict=True):
                 rows.append(row)
                 if hidden_row is not None:
                     hidden_rows.append(hidden_row)
@@ -237,6 +240,8 @@ class ForeignModel:
         for job in jobs:
             job.slot.tokens += job.new
             job.slot.group, job.slot.source = group, None
+        if new_kept is not None:
+            self.freeze(jobs[0].slot)  # texts go on behind their last token, not behind padding
         return self._split(jobs, logits, lengths)
 
     def _assemble(self, jobs: list[Job]) -> tuple[Any, Tensor | None, list[Lane]]:
@@ -297,8 +302,9 @@ def adapt(
     """Makes any causal nn.Module that returns logits a `Model`.
 
     forward(input_ids (batch, time) int64), also with attention_mask, position_ids and a cache; see
-    mnemos.models.foreign.past for the styles. The module is tried once on a few tokens. vocabulary_size: of the
-    tokenizer, must not exceed the module's. Errors: ModelError with the module's class and signature.
+    mnemos.models.foreign.past for the styles. The module is tried once on a few tokens. context_length: the positions
+    of a module that does not say itself how many it has. vocabulary_size: of the tokenizer, must not exceed the
+    module's. Errors: ModelError with the module's class and signature.
     """
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model is a {type(module).__name__}; expected a torch.nn.Module or a mnemos Model")
@@ -311,10 +317,11 @@ def adapt(
     empty = next((name for name, p in module.named_parameters() if p.device.type == "meta"), None)
     if empty is not None:
         raise ModelError(f"{describe(module)} has no values for {empty} (its device is meta); expected loaded weights")
-    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+    inner = caller.inner
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         from mnemos.models.foreign.encoder_decoder import adapt_encoder_decoder
 
-        return adapt_encoder_decoder(module, caller, context_length)
+        return adapt_encoder_decoder(inner, caller, context_length)
     abilities = Probe(caller).run(use_kv_cache)
     if vocabulary_size is not None and vocabulary_size > abilities.vocabulary:
         raise ModelError(
@@ -327,14 +334,14 @@ def adapt(
             "is slow. Give forward a past_kv argument and return (logits, past_kv), or use CachedAttention.",
             stacklevel=3,
         )
-    context = context_length or find_context(module)
+    context = find_context(inner, abilities.reach, context_length)
     spec = ModelSpec(
         architecture=type(module).__name__,
         vocabulary_size=abilities.vocabulary,
         context_length=context,
         hidden_size=abilities.hidden_size,
         layout=KVLayout(1, 1, 1, page_size=context, dtype="float32"),
-        **special_tokens(module, abilities.vocabulary),
+        **special_tokens(inner, abilities.vocabulary),
         parameters=sum(p.numel() for p in module.parameters()),
     )
     return ForeignModel(module, abilities, caller, spec)

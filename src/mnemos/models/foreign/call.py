@@ -28,7 +28,8 @@ PAST_NAMES = (
 class Signature:
     """The names under which a forward takes what the engine has to say; None where it takes no such thing.
 
-    positions: (batch, time); offset: one number, the position of the first new token of all sequences.
+    positions: (batch, time); offset: one number, the position of the first new token of all sequences; required: the
+    names that have no default.
     """
 
     ids: str
@@ -38,32 +39,59 @@ class Signature:
     past: str | None
     use_cache: bool
     logits_to_keep: bool
+    required: frozenset[str]
 
 
 def describe(module: nn.Module) -> str:
     """The module's class and its forward's signature, for messages."""
-    return f"{type(module).__name__}.forward{inspect.signature(module.forward)}"
+    inner = unwrap(module)
+    name = type(module).__name__ if inner is module else f"{type(module).__name__}({type(inner).__name__})"
+    return f"{name}.forward{_signature(inner)}"
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module that says what it takes, inside wrappers that hand on (*args, **kwargs) such as DataParallel."""
+    while not any(p.kind in _NAMED for p in _signature(module).parameters.values()):
+        children = list(module.children())
+        if len(children) != 1:
+            break
+        module = children[0]
+    return module
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    schema: Any = getattr(module.forward, "schema", None)
+    if schema is None:
+        return inspect.signature(module.forward)
+    given = schema.arguments[1:]  # TorchScript keeps no signature, but says as much itself
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    defaults = [one.default_value if one.has_default_value() else empty for one in given]
+    return inspect.Signature(
+        [inspect.Parameter(one.name, kind, default=value) for one, value in zip(given, defaults, strict=True)]
+    )
 
 
 def read_signature(module: nn.Module) -> Signature:
     """What module.forward takes, by the names that people write. ModelError: token ids alone are not enough."""
-    parameters = inspect.signature(module.forward).parameters
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    named = {name: p for name, p in parameters.items() if p.kind in kinds}
+    named = {name: p for name, p in _signature(unwrap(module)).parameters.items() if p.kind in _NAMED}
     if "input_ids" in named:
         ids = "input_ids"
     elif named:
         ids = next(iter(named))
     else:
         raise ModelError(
-            f"{describe(module)} takes no argument; expected forward(input_ids, ...) with int64 (batch, time)"
+            f"{describe(module)} names no argument; expected forward(input_ids, ...) with int64 (batch, time)"
         )
 
     def first(names: tuple[str, ...]) -> str | None:
         return next((name for name in names if name in named), None)
 
     known = {ids, *MASK_NAMES, *POSITION_NAMES, *OFFSET_NAMES, *PAST_NAMES, "use_cache", "logits_to_keep"}
-    unknown = [n for n, p in named.items() if n not in known and p.default is inspect.Parameter.empty]
+    required = frozenset(name for name, p in named.items() if p.default is inspect.Parameter.empty)
+    unknown = [name for name in named if name in required - known]
     if unknown:
         raise ModelError(
             f"{describe(module)} requires {', '.join(unknown)}, which the engine does not have; "
@@ -77,6 +105,7 @@ def read_signature(module: nn.Module) -> Signature:
         past=first(PAST_NAMES),
         use_cache="use_cache" in named,
         logits_to_keep="logits_to_keep" in named,
+        required=required,
     )
 
 
@@ -93,11 +122,18 @@ class Caller:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.inner = unwrap(module)
         self.signature = read_signature(module)
-        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._first = next(module.parameters(), None)
+        self._members = list(module.modules())
         self.head: nn.Module | None = None
         self.hidden: Tensor | None = None
         self._packed = PackedLayers(module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is now; it may have been moved."""
+        return torch.device("cpu") if self._first is None else self._first.device
 
     @property
     def few(self) -> FewRows | None:
@@ -105,9 +141,8 @@ class Caller:
         return self._packed.few
 
     def watch(self, head: nn.Module) -> None:
-        """Keeps what `head` (the output projection) reads as `hidden`, (batch, time, hidden size)."""
+        """From now on keeps what `head` (the output projection) reads as `hidden`, (batch, time, hidden size)."""
         self.head = head
-        head.register_forward_pre_hook(self._keep_hidden)
 
     def _keep_hidden(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.hidden = inputs[0]
@@ -125,10 +160,13 @@ class Caller:
         """Runs ids (batch, time). mask (batch, past + time) bool; positions (batch, time); both only where taken."""
         names = self.signature
         arguments: dict[str, Any] = {}
-        if names.past and past is not None:
+        if names.past and (past is not None or names.past in names.required):
             arguments[names.past] = past
         if names.use_cache:
             arguments["use_cache"] = use_cache
+        if names.mask and mask is None and names.mask in names.required:
+            before = 0 if past is None or positions is None else int(positions[0, 0])
+            mask = torch.ones(len(ids), before + ids.shape[1], device=ids.device)
         if names.mask and mask is not None:
             arguments[names.mask] = mask.to(torch.int64)
         if names.positions and positions is not None:
@@ -148,12 +186,12 @@ class Caller:
     @contextmanager
     def running(self, ids: Tensor) -> Iterator[None]:
         """Evaluation mode, no gradients, and a ModelError for whatever the module raises over `ids`."""
-        training = self.module.training
-        if training:
-            self.module.eval()
+        modes = self._evaluate()
         self._packed.install(ids.numel())
+        # For the call only: a hook that stays would be copied and saved with the module.
+        hook = None if self.head is None else self.head.register_forward_pre_hook(self._keep_hidden)
         try:
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference_mode: what a module keeps of a call must serve its training, too
                 yield
         except Exception as error:
             raise ModelError(
@@ -161,9 +199,24 @@ class Caller:
                 f"(input ids of shape {tuple(ids.shape)} on {ids.device}, parameters on {self.device})"
             ) from error
         finally:
+            if hook is not None:
+                hook.remove()
             self._packed.remove()
-            if training:
-                self.module.train()
+            for module, training in modes:  # parents before their children
+                if module.training != training:
+                    module.train(training)
+
+    def _evaluate(self) -> list[tuple[nn.Module, bool]]:
+        """Puts all of the module into evaluation mode; returns which part was in which mode, nothing if all were."""
+        if not self.module.training and not any(member.training for member in self._members):
+            return []
+        modes = [(member, member.training) for member in self.module.modules()]
+        self.module.eval()
+        return modes
+
+    def check_weights(self) -> None:
+        """Before a new text: notices weights that were changed where PyTorch does not count it, by `.data`."""
+        self._packed.check()
 
 
 def read_output(output: Any, module: nn.Module) -> Answer:
@@ -179,7 +232,7 @@ def read_output(output: Any, module: nn.Module) -> Answer:
         past = next((output[n] for n in PAST_NAMES if output.get(n) is not None), None)
     elif isinstance(output, (tuple, list)):
         logits = next((item for item in output if isinstance(item, Tensor) and item.dim() == 3), None)
-        past = next((item for item in output if not isinstance(item, Tensor) and holds_tensors(item)), None)
+        past = next((item for item in output if item is not logits and _may_be_past(item)), None)
     else:
         logits = None
     if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
@@ -189,6 +242,11 @@ def read_output(output: Any, module: nn.Module) -> Answer:
             "a tensor, the first such tensor of a tuple, a mapping's 'logits', or an object's .logits"
         )
     return Answer(logits, past)
+
+
+def _may_be_past(item: Any) -> bool:
+    """Tensors in a container or object, or one that stacks all layers: at least (layer, batch, time, width)."""
+    return item.dim() >= 4 if isinstance(item, Tensor) else holds_tensors(item)
 
 
 def holds_tensors(item: Any) -> bool:

@@ -39,6 +39,7 @@ class EncoderDecoderModel(ForeignModel):
     def begin(self, prompt: Sequence[int]) -> tuple[object, list[int]]:
         """Runs the encoder over the prompt; the decoder begins with the model's start tokens."""
         ids = torch.tensor([list(prompt)], device=self._caller.device)
+        self._caller.check_weights()
         with self._caller.running(ids):
             encoder: Any = self.module.get_encoder
             states = encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
@@ -115,7 +116,7 @@ def adapt_encoder_decoder(module: nn.Module, caller: Caller, context_length: int
     start = setting(module, "decoder_start_token_id")
     if start is None:
         raise ConfigError(f"{type(module).__name__}'s decoder_start_token_id is None; set it in its config")
-    context = context_length or find_context(module)
+    context = find_context(module, None, context_length)
     ids = torch.tensor([[start]], device=caller.device)
     with caller.running(ids):
         output = module(input_ids=ids, decoder_input_ids=ids, use_cache=False)

@@ -19,6 +19,7 @@ from mnemos.memory.planning import machine_memory
 from mnemos.models.foreign.few import FEW_ROWS, FewRows, Multiply, rms_norm, takes_rms_norm
 
 MEMORY_SHARE = 4  # the copies may take a quarter of the machine's memory
+SAMPLED = 64  # values of a parameter
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -26,7 +27,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 class PackedLayer:
     """A layer's stand-in for its forward, and the parameters that it was made of.
 
-    version: how often optimizers and load_state_dict have changed a parameter; address: `module.to` moves it.
+    version: how often optimizers and load_state_dict have changed a parameter; address: `module.to` moves it; sample:
+    some of the weight's values and the bias's, as changes through `.data` are not counted.
     """
 
     layer: nn.Linear
@@ -40,6 +42,10 @@ class PackedLayer:
     bias_address: int
     forward: Multiply
     number: int | None  # the native core's, of its product
+    sample: Tensor
+
+    def is_as_sampled(self) -> bool:
+        return torch.equal(_sample(self.weight, self.bias), self.sample)
 
     def is_current(self) -> bool:
         weight, bias, held = self.weight, self.bias, self.held
@@ -93,6 +99,12 @@ class PackedLayers:
         if self.few is not None:
             self.few.finish()
 
+    def check(self) -> None:
+        """Layers whose weights were changed through `.data` are packed anew when next used."""
+        for one in self._packed:
+            if one.is_current() and not one.is_as_sampled():
+                one.version = -1
+
     def _renew(self, index: int) -> bool:
         """Packs a layer that was changed; False if it cannot be packed any more."""
         one = self._packed[index]
@@ -145,7 +157,15 @@ def _pack(layer: nn.Linear, few: FewRows | None, number: int | None) -> PackedLa
         return many(input)
 
     states = (weight._version, weight.data_ptr(), *((0, 0) if bias is None else (bias._version, bias.data_ptr())))
-    return PackedLayer(layer, layer.__dict__, layer._parameters, weight, bias, *states, forward, number)
+    sample = _sample(weight, bias)
+    return PackedLayer(layer, layer.__dict__, layer._parameters, weight, bias, *states, forward, number, sample)
+
+
+def _sample(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Up to SAMPLED values of the weight along a diagonal, so of many rows and columns, and as many of the bias."""
+    step = weight.shape[1] + 1
+    values = weight.detach().flatten()[:: step * -(-len(weight) // SAMPLED)]
+    return values.clone() if bias is None else torch.cat((values, bias.detach()[:: -(-len(bias) // SAMPLED)]))
 
 
 def _pack_many(weight: Tensor, bias: Tensor | None) -> Multiply | None:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mnemos.errors import ModelError
+
 
 class PastStyle(Protocol):
     """Between a module's own cache and the flat list of its tensors."""
@@ -78,6 +80,8 @@ class HuggingFaceStyle:
     def leaves(self, past: Any) -> list[Tensor]:
         if hasattr(past, "layers"):
             return [tensor for layer in past.layers for tensor in (layer.keys, layer.values)]
+        if not hasattr(past, "key_cache"):
+            raise ModelError(f"it returned a {type(past).__name__} for transformers' DynamicCache")
         return [tensor for pair in zip(past.key_cache, past.value_cache, strict=True) for tensor in pair]
 
     def build(self, leaves: list[Tensor], length: int) -> Any:
@@ -194,7 +198,10 @@ class Source:
 
 
 def gather(parts: list[tuple[Source, int, int]]) -> tuple[list[Tensor], Tensor | None]:
-    """Puts sequences (source, row, length) side by side: leaves padded on the right, and `kept` (None: no gaps)."""
+    """Puts sequences (source, row, length) side by side: leaves padded on the left, and `kept` (None: no gaps).
+
+    Padded on the left, tokens stay as far from each other as they are, which is what a module with a window counts.
+    """
     first = parts[0][0]
     lengths = [length for _, _, length in parts]
     longest = max(lengths)
@@ -215,11 +222,12 @@ def gather(parts: list[tuple[Source, int, int]]) -> tuple[list[Tensor], Tensor |
             if length < longest:
                 shape = list(one.shape)
                 shape[axes.time] = longest - length
-                one = torch.cat((one, one.new_zeros(shape)), dim=axes.time)
+                one = torch.cat((one.new_zeros(shape), one), dim=axes.time)
             padded.append(one)
         leaves.append(torch.cat(padded, dim=axes.batch))
     if min(lengths) == longest:
         return leaves, None
     device = leaves[0].device
-    kept = torch.arange(longest, device=device)[None, :] < torch.tensor(lengths, device=device)[:, None]
+    gaps = torch.tensor([longest - length for length in lengths], device=device)
+    kept = torch.arange(longest, device=device)[None, :] >= gaps[:, None]
     return leaves, kept

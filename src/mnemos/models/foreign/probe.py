@@ -23,6 +23,7 @@ from mnemos.models.foreign.past import (
     find_axes,
     gather,
 )  # fmt: skip
+from mnemos.models.foreign.reach import Reach, shared_reach
 
 PROBE_LENGTH = 6
 
@@ -33,7 +34,8 @@ class Abilities:
 
     style, axes: how its cache is handled (None: it is run again over all tokens); chunks: it continues a cache with
     several tokens at once; gaps: it heeds a mask, so that caches of different lengths can share a call; grows: it takes
-    cache tensors that have room to grow, and appends to them.
+    cache tensors that have room to grow, and appends to them; reach: the most positions that its tables have (None:
+    it has no such tables).
     """
 
     vocabulary: int
@@ -44,6 +46,7 @@ class Abilities:
     chunks: bool
     gaps: bool
     grows: bool
+    reach: int | None = None
 
 
 class Probe:
@@ -57,13 +60,14 @@ class Probe:
         self.ids = torch.randint(0, self.size, (2, PROBE_LENGTH), generator=generator).to(caller.device)
 
     def run(self, use_kv_cache: bool) -> Abilities:
-        caller, ids = self.caller, self.ids
-        answer = caller(ids[:1], positions=self._positions(0, PROBE_LENGTH))
+        caller = self.caller
+        answer, seen = self._watched(PROBE_LENGTH)
         logits = self._check_shape(answer)
         last_only = logits.shape[1] == 1
-        self.tolerance = tolerance(logits)
+        self.tolerance = 8e-2 * _spread(logits) if _is_quantized(caller.module) else tolerance(logits)
+        shorter, seen_shorter = self._watched(PROBE_LENGTH - 1)
         if not last_only:
-            self._check_causal(logits)
+            self._check_causal(logits, shorter.logits)
         self._find_head(logits)
         hidden = 0 if caller.head is None else int(self._hidden_size())
         style: PastStyle | None = None
@@ -75,7 +79,13 @@ class Probe:
                 chunks = self._agrees(style, (3, 3))
                 gaps = not last_only and self._gaps_agree(style, axes)
                 grows = self._grows(style, axes)
-        return Abilities(logits.shape[2], hidden, last_only, style, axes, chunks, gaps, grows)
+        reach = shared_reach(seen, seen_shorter)
+        return Abilities(logits.shape[2], hidden, last_only, style, axes, chunks, gaps, grows, reach)
+
+    def _watched(self, length: int) -> tuple[Answer, Reach]:
+        """A call over the first `length` ids, and what it showed of the module's tables of positions."""
+        with Reach(self.caller.module, length) as reach:
+            return self.caller(self.ids[:1, :length], positions=self._positions(0, length)), reach
 
     def _positions(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self.caller.device)[None, :]
@@ -93,16 +103,28 @@ class Probe:
             )
         return logits
 
-    def _check_causal(self, logits: Tensor) -> None:
-        changed = self.ids[:1].clone()
-        changed[0, -1] = (changed[0, -1] + 1) % self.size
-        again = self.caller(changed, positions=self._positions(0, PROBE_LENGTH)).logits
-        difference = (again[:, :-1] - logits[:, :-1]).abs().max().item()
-        if difference > self.tolerance:
+    def _check_causal(self, logits: Tensor, shorter: Tensor) -> None:
+        """`shorter`: the logits of the ids without the last one, which no earlier logits may depend on."""
+        name, last = describe(self.caller.module), PROBE_LENGTH - 1
+        if shorter.shape != (1, last, logits.shape[2]):
             raise ModelError(
-                f"{describe(self.caller.module)} is not causal: changing token {PROBE_LENGTH - 1} changes logits of "
-                f"earlier tokens by up to {difference:.3g}; expected no change (is a causal mask missing?)"
+                f"{name} returned logits of shape {tuple(shorter.shape)} for ids of shape (1, {last}); expected "
+                f"(1, {last}, {logits.shape[2]})"
             )
+        difference = (shorter - logits[:, :-1]).abs().max().item()
+        if difference <= self.tolerance:
+            return
+        again = self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH)).logits
+        if again.shape == logits.shape and (again - logits).abs().max().item() > self.tolerance:
+            raise ModelError(
+                f"{name} returns other logits for the same ids when it is called again, by up to "
+                f"{(again - logits).abs().max().item():.3g}; expected the same in evaluation mode (does dropout ignore "
+                "self.training, or is something kept from call to call?)"
+            )
+        raise ModelError(
+            f"{name} is not causal: without token {last}, the logits of earlier tokens differ by up to "
+            f"{difference:.3g}; expected no difference (is a causal mask missing?)"
+        )
 
     def _find_head(self, logits: Tensor) -> None:
         """The linear layer whose output the logits are; contrastive search needs what it reads."""
@@ -131,17 +153,18 @@ class Probe:
         return self.caller.hidden.shape[-1]
 
     def _find_style(self) -> tuple[PastStyle | None, list[Axes]]:
+        reason: BaseException | None = None
         for style in self._candidates():
             try:
                 axes = self._axes(style)
                 agrees = axes is not None and self._agrees(style, (3, 1, 1, 1))
             except ModelError as error:
-                warnings.warn(
-                    f"the cache of {describe(self.caller.module)} is not used: {error.__cause__ or error}", stacklevel=5
-                )
+                reason = error.__cause__ or error
                 continue
             if axes is not None and agrees:
                 return style, axes
+        if reason is not None:
+            warnings.warn(f"the cache of {describe(self.caller.module)} is not used: {reason}", stacklevel=5)
         return None, []
 
     def _candidates(self) -> list[PastStyle]:
@@ -151,7 +174,7 @@ class Probe:
             return [style]
         if caller.signature.past is None:
             return []
-        if hasattr(caller.module, "generation_config") or caller.signature.past == "past_key_values":
+        if hasattr(caller.inner, "generation_config"):
             return [HuggingFaceStyle()]
         try:
             returned = caller(self.ids[:1, :3], use_cache=True, positions=self._positions(0, 3)).past
@@ -159,7 +182,9 @@ class Probe:
             returned = None
         if returned is not None:
             return [HuggingFaceStyle() if hasattr(returned, "get_seq_length") else NestedStyle(returned)]
-        return [KVCacheStyle()]
+        # It wants a cache to be given, as a first one.
+        hugging_face: list[PastStyle] = [HuggingFaceStyle()] if caller.signature.past == "past_key_values" else []
+        return [*hugging_face, KVCacheStyle()]
 
     def step(self, style: PastStyle, ids: Tensor, past: Any, start: int) -> tuple[Tensor, Any]:
         """One call that continues `past`, which covers the positions before `start`."""
@@ -221,10 +246,9 @@ class Probe:
 
     def _gaps_agree(self, style: PastStyle, axes: list[Axes]) -> bool:
         """Whether two sequences of different length can share a step, the gap between them masked."""
-        config = getattr(self.caller.module, "config", None)
         heeds_mask = self.caller.signature.mask or isinstance(style, AttentionStyle)
-        if not heeds_mask or self.caller.signature.offset or getattr(config, "sliding_window", None):
-            return False  # a window counts physical distance, which gaps change
+        if not heeds_mask or self.caller.signature.offset:
+            return False
         parts, alone = [], []
         for row, length in ((0, 4), (1, 2)):
             _, past = self.step(style, self.ids[row : row + 1, :length], style.empty(), 0)
@@ -279,5 +303,13 @@ def advance(
 
 def tolerance(logits: Tensor) -> float:
     """How far two computations of the same logits may lie apart: rounding of their dtype, scaled by their spread."""
-    relative = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 2e-2}.get(logits.dtype, 8e-2)
-    return relative * max(float(logits.float().abs().max()), 1.0)
+    return {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 2e-2}.get(logits.dtype, 8e-2) * _spread(logits)
+
+
+def _spread(logits: Tensor) -> float:
+    return max(float(logits.float().abs().max()), 1.0)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether layers round their inputs by the range of all together, so that each depends a little on the others."""
+    return any(type(m).__module__.startswith("torch.ao.nn.quantized.dynamic") for m in module.modules())

@@ -32,8 +32,13 @@ def _holders(module: nn.Module) -> Iterator[Any]:
             yield holder
 
 
-def find_context(module: nn.Module) -> int:
-    """The positions that a sequence may have: by one of the names that people write, else 2048."""
+def find_context(module: nn.Module, reach: int | None, wanted: int | None) -> int:
+    """The positions that a sequence may have: by one of the names that people write; where none says it, `wanted`, else
+    `reach`, how far tables of positions were seen to go (some grow when they must), else 2048."""
+    return _named_context(module) or wanted or reach or DEFAULT_CONTEXT
+
+
+def _named_context(module: nn.Module) -> int | None:
     for holder in (getattr(module, "config", None), getattr(module, "args", None), module):
         # Hugging Face's configs once had a max_length, which is of generation and not of the model.
         own = () if hasattr(module, "generation_config") else ("max_length",)
@@ -41,7 +46,7 @@ def find_context(module: nn.Module) -> int:
             value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
-    return DEFAULT_CONTEXT
+    return None
 
 
 def special_tokens(module: nn.Module, vocabulary_size: int) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""How far a module's positions reach, from what it reads of its tables of positions and masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class Reach(TorchFunctionMode):
+    """Watches a call over `length` positions and notes every table of the module of which just those are read.
+
+    Such a table is a parameter or buffer that is sliced to `length` along an axis (sines, learned positions, a causal
+    mask) or an embedding that is looked up at consecutive positions. `lengths` holds how many positions it has.
+    Code that PyTorch compiles is not seen into.
+    """
+
+    def __init__(self, module: nn.Module, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.lengths: set[tuple[int, int]] = set()  # (which tensor, positions)
+        self._tables = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():
+            return result
+        if func is torch.Tensor.__getitem__ and id(args[0]) in self._tables:
+            self._note_item(args[0], args[1], result)
+        elif func is F.embedding and len(args) > 1 and id(args[1]) in self._tables:
+            self._note_lookup(args[1], args[0])
+        return result
+
+    def _note_item(self, table: Tensor, index: Any, result: Any) -> None:
+        items = index if isinstance(index, tuple) else (index,)
+        if len(items) == 1 and isinstance(items[0], Tensor):
+            self._note_lookup(table, items[0])
+            return
+        if not all(item is Ellipsis or isinstance(item, slice) for item in items):
+            return
+        for whole, part in zip(table.shape, result.shape, strict=True):
+            if part == self.length < whole:
+                self.lengths.add((id(table), whole))
+
+    def _note_lookup(self, table: Tensor, index: Tensor) -> None:
+        if index.dim() and index.shape[-1] == index.numel() == self.length and not index.is_floating_point():
+            first = int(index.flatten()[0])
+            if index.flatten().tolist() == list(range(first, first + self.length)):
+                self.lengths.add((id(table), len(table) - first))
+
+
+def shared_reach(longer: Reach, shorter: Reach) -> int | None:
+    """The positions that a sequence may have, by tables of which both calls, of different lengths, read their part."""
+    both = longer.lengths & shorter.lengths
+    return min((positions for _, positions in both), default=None)

@@ -1,0 +1,238 @@
+"""Modules as people write them: every style of signature and cache gives the tokens of a loop by hand."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from mnemos.engine.engine import InferenceEngine  # noqa: E402
+from mnemos.errors import ModelError  # noqa: E402
+from tests.models import foreign_modules as modules  # noqa: E402
+
+PROMPTS = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12, 13], [4, 4, 4, 4]]
+NEW = 10
+
+
+def by_hand(module: Any, prompt: list[int], new: int = NEW) -> list[int]:
+    """Greedy over the whole text each time; `module` returns logits or a tuple whose first tensor they are."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(new):
+            output = module.eval()(torch.tensor([ids]))
+            ids.append(int((output[0] if isinstance(output, tuple) else output)[0, -1].argmax()))
+    return ids
+
+
+def quiet(module: nn.Module, **options: Any) -> InferenceEngine:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return InferenceEngine(module, **options)
+
+
+class RequiredMask(modules.Plain):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        assert attention_mask.shape == input_ids.shape
+        return super().forward(input_ids)
+
+
+class RequiredPast(modules.PastArgument):
+    def forward(self, x: Tensor, past_kv: Any) -> Any:
+        return super().forward(x, True, past_kv)
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    past_key_values: Any
+
+
+class TuplesAsPastKeyValues(modules.PastArgument):
+    """The name of Hugging Face's argument, and a cache of one's own in it."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = True) -> Any:
+        return Answer(*super().forward(input_ids, True, past_key_values))
+
+
+class StackedPast(modules.PastArgument):
+    """All layers' keys and values as one tensor."""
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> Any:
+        pairs = None if past is None else [(layer[0], layer[1]) for layer in past]
+        logits, present = super().forward(x, True, pairs)
+        return logits, torch.stack([torch.stack(pair) for pair in present])
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *values: Any, **named: Any) -> Any:
+        return self.module(*values, **named)
+
+
+STYLES: dict[str, tuple[Callable[[], nn.Module], type, bool]] = {  # module, what it computes, whether its cache serves
+    "required mask": (RequiredMask, modules.Plain, False),
+    "required past": (RequiredPast, modules.PastArgument, True),
+    "tuples as past_key_values": (TuplesAsPastKeyValues, modules.PastArgument, True),
+    "stacked": (StackedPast, modules.PastArgument, True),
+    "wrapper": (lambda: Wrapper(modules.PastArgument()), modules.PastArgument, True),
+    "wrapper of a wrapper": (lambda: Wrapper(Wrapper(modules.Plain())), modules.Plain, False),
+    "data parallel": (lambda: nn.DataParallel(modules.PastArgument()), modules.PastArgument, True),
+    "last only": (modules.LastOnly, modules.LastOnly, False),
+    "traced": (
+        lambda: torch.jit.trace(
+            nn.Sequential(nn.Embedding(29, 8), nn.Linear(8, 29)).requires_grad_(False), torch.ones(1, 5).long()
+        ),
+        nn.Module,
+        False,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "kind", "cached"), STYLES.values(), ids=STYLES.keys())
+def test_every_style_gives_the_tokens_of_a_loop_by_hand(
+    make: Callable[[], nn.Module], kind: type, cached: bool
+) -> None:
+    module = make()
+    truth = module if kind is nn.Module else kind()
+    wanted = [by_hand(truth, prompt) for prompt in PROMPTS]
+    with quiet(module) as engine:
+        assert (engine.model.abilities.style is not None) == cached
+        assert engine.generate(PROMPTS, max_new_tokens=NEW) == wanted
+        assert engine.generate(PROMPTS, max_new_tokens=NEW, speculative="prompt_lookup") == wanted
+
+
+def test_a_wrapped_module_is_named_with_the_signature_inside() -> None:
+    with pytest.raises(ModelError, match=r"Wrapper\(NotCausal\)\.forward\(ids.* is not causal"):
+        quiet(Wrapper(modules.NotCausal()))
+    two = Wrapper(modules.Plain())
+    two.other = nn.Identity()  # which of the two says what it takes is not known
+    with pytest.raises(ModelError, match=r"Wrapper\.forward\(\*values.*names no argument; expected forward\(input_ids"):
+        quiet(two)
+
+
+class CountsFromTheEnd(modules.Base):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids) + self.position(torch.arange(ids.shape[1]).flip(0))
+        return self.head(self.norm(x))
+
+
+class DropsAlways(modules.Base):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(F.dropout(self.embedding(ids), 0.5))
+
+
+def test_logits_that_depend_on_the_length_or_on_chance_are_refused() -> None:
+    with pytest.raises(ModelError, match="is not causal: without token 5"):
+        quiet(CountsFromTheEnd())
+    with pytest.raises(ModelError, match="other logits for the same ids when it is called again.*ignore self.training"):
+        quiet(DropsAlways())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_quantized_at_run_time_are_causal_enough() -> None:
+    module = torch.ao.quantization.quantize_dynamic(modules.Plain().eval(), {nn.Linear}, dtype=torch.qint8)
+    with quiet(module) as engine:
+        assert engine.generate([1, 2, 3], max_new_tokens=NEW) == by_hand(module, [1, 2, 3])
+
+
+class LearnedPositions(modules.Base):
+    max_seq_len = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(0.1 * torch.randn(1, 24, modules.WIDTH))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.embedding(ids) + self.positions[:, : ids.shape[1]]))
+
+
+class Undeclared(modules.Plain):
+    max_seq_len = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("kind", "context"), [(LearnedPositions, 24), (Undeclared, modules.CONTEXT)])
+def test_positions_that_a_module_does_not_declare_are_found_in_its_tables(kind: type, context: int) -> None:
+    with quiet(kind()) as engine:
+        assert engine.spec.context_length == context
+        completion = engine.complete([1, 2, 3])
+        assert (len(completion.token_ids), completion.finish_reason) == (context - 3, "length")
+    with quiet(kind(), context_length=1000) as engine:  # its owner knows best, as tables may grow
+        assert engine.spec.context_length == 1000
+
+
+class KeepsWhatItMade(modules.PastArgument):
+    """Makes what it needs in its first call, as tables of rotations are often made."""
+
+    def embed(self, ids: Tensor, start: int, positions: Tensor | None = None) -> Tensor:
+        if not hasattr(self, "scale"):
+            self.scale = torch.full((modules.WIDTH,), 1.1)
+        return super().embed(ids, start, positions) * self.scale
+
+
+def test_training_goes_on_after_a_text_and_texts_follow_the_weights() -> None:
+    module = KeepsWhatItMade()
+    with quiet(module) as engine:
+        for step in range(3):
+            assert engine.generate([1, 2, 3], max_new_tokens=NEW) == by_hand(module, [1, 2, 3])
+            ids = torch.arange(12)[None] % modules.VOCABULARY
+            logits = module.train()(ids)
+            F.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.data -= 0.5 * parameter.grad  # leaves no trace that PyTorch would count
+                    parameter.grad = None
+            assert engine.generate([1, 2, 3], max_new_tokens=NEW) == by_hand(module, [1, 2, 3]), f"after step {step}"
+
+
+def test_every_part_of_a_module_gets_its_own_mode_back() -> None:
+    module = modules.PastArgument()
+    module.layers[0].mlp.append(nn.Dropout(0.9))
+    wanted = by_hand(module, [1, 2, 3])
+    with quiet(module) as engine:
+        for outer, inner in ((True, False), (False, True)):
+            module.train(outer)
+            module.layers[0].train(inner)
+            modes = [part.training for part in module.modules()]
+            assert engine.generate([1, 2, 3], max_new_tokens=NEW) == wanted
+            assert [part.training for part in module.modules()] == modes
+
+
+def test_a_module_can_be_copied_and_saved_beside_its_engine() -> None:
+    module = modules.PastArgument()
+    with quiet(module) as engine:
+        engine.generate([1, 2, 3], penalty_alpha=0.6, top_k=3, max_new_tokens=2)
+        twin = copy.deepcopy(module)
+        torch.save(module, io.BytesIO())
+        assert by_hand(twin, [1, 2, 3]) == by_hand(module, [1, 2, 3])
+    assert not any(part._forward_pre_hooks for part in module.modules())
+
+
+def test_windows_count_the_distance_between_tokens_in_every_company() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPTNeoConfig(
+        hidden_size=32, num_layers=2, num_heads=4, vocab_size=61, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]], window_size=4, initializer_range=0.3, eos_token_id=2,
+    )  # fmt: skip
+    module = transformers.GPTNeoForCausalLM(config).eval()
+    wanted = [
+        module.generate(torch.tensor([p]), do_sample=False, max_new_tokens=NEW, pad_token_id=0)[0].tolist()
+        for p in PROMPTS
+    ]
+    with quiet(module) as engine:
+        assert engine.model.abilities.gaps  # they do share calls
+        assert engine.generate(PROMPTS, max_new_tokens=NEW) == wanted
