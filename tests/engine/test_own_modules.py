@@ -236,3 +236,11 @@ def test_windows_count_the_distance_between_tokens_in_every_company() -> None:
     with quiet(module) as engine:
         assert engine.model.abilities.gaps  # they do share calls
         assert engine.generate(PROMPTS, max_new_tokens=NEW) == wanted
+
+
+@pytest.mark.parametrize("draft", [modules.Plain, modules.PastArgument])
+def test_a_module_drafts_for_a_module(draft: type) -> None:
+    wanted = [by_hand(modules.PastArgument(), prompt) for prompt in PROMPTS]
+    with quiet(modules.PastArgument(), draft_model=draft()) as engine:
+        assert engine.generate(PROMPTS, max_new_tokens=NEW, speculative="draft") == wanted
+        assert engine.stats().acceptance_rate > 0.9  # of the same weights

@@ -49,7 +49,8 @@ class InferenceEngine:
                        used. By default room for two full contexts, at least 65,536, in a quarter of free memory
     prefix_cache       keep what was evaluated for requests that begin alike
     queue_size         requests that may wait; more are refused with CapacityError
-    draft_model        a small model over the same vocabulary, which guesses ahead for requests with speculative="draft"
+    draft_model        a small model (or nn.Module) over the same vocabulary, which guesses ahead for requests with
+                       speculative="draft"
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class InferenceEngine:
         cache_tokens: int | None = None,
         prefix_cache: bool = True,
         queue_size: int = 1024,
-        draft_model: Model | None = None,
+        draft_model: Any = None,
     ) -> None:
         for name, value in (
             ("context_length", context_length),
@@ -92,7 +93,10 @@ class InferenceEngine:
         self._conditioned = self.model if isinstance(self.model, ConditionedModel) else None
         # What a conditioned model makes of a text depends on more than the text.
         prefix_cache = prefix_cache and self._conditioned is None
-        drafting = None if draft_model is None else _drafting(draft_model, self.spec, limits, cache_tokens)
+        drafting = None
+        if draft_model is not None:
+            draft = _as_model(draft_model, None, device, use_kv_cache, self.spec.context_length)
+            drafting = _drafting(draft, self.spec, limits, cache_tokens)
         self._runner = Runner(self.model, pages, limits, prefix_cache, queue_size, drafting)
         # Runs when the engine is collected and at interpreter exit; holds the runner, never the engine.
         self._finalizer = weakref.finalize(self, self._runner.close, False)

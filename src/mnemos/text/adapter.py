@@ -37,20 +37,33 @@ class ForeignTokenizer:
         self._takes_skip_special = _takes(inner.decode, "skip_special_tokens")
         self._tidies = hasattr(inner, "clean_up_tokenization_spaces")  # " ." to ".": not reversible piece by piece
         # Behind another token, a text keeps the leading space that decoding by itself may strip.
-        self._anchor = self.encode("a", add_special=False)[-1:] if self._takes_skip_special else []
+        self._anchor = self._find_anchor() if self._takes_skip_special else []
+
+    def _find_anchor(self) -> list[int]:
+        try:
+            return self.encode("a", add_special=False)[-1:]
+        except RequestError:  # it has no such letter
+            return []
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of a text."""
+        """Token ids of a text. RequestError: the tokenizer refuses it."""
         if not isinstance(text, str):
             raise RequestError(f"the text to encode is of type {type(text).__name__}; it must be a str")
-        ids = self._encode(text, add_special_tokens=add_special) if self._takes_add_special else self._encode(text)
+        try:
+            ids = self._encode(text, add_special_tokens=add_special) if self._takes_add_special else self._encode(text)
+        except Exception as error:
+            raise self._refusal("encode", text if len(text) <= 60 else f"{text[:60]}...", error) from error
         if hasattr(ids, "keys"):
             ids = ids["input_ids"]
         ids = getattr(ids, "input_ids", getattr(ids, "ids", ids))
         return [int(token) for token in ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
-        """The text of token ids; `continues`: they go on from other text, so that a leading space stays."""
+        """The text of token ids; `continues`: they go on from other text, so that a leading space stays.
+
+        Ids that only the model has, as where its vocabulary is rounded up, have no text. RequestError: the tokenizer
+        refuses ids of its own.
+        """
         ids = [int(token) for token in ids]
         if not continues or not self._anchor:
             return self._decode(ids, skip_special)
@@ -65,7 +78,19 @@ class ForeignTokenizer:
         options = {"skip_special_tokens": skip_special} if self._takes_skip_special else {}
         if self._tidies:
             options["clean_up_tokenization_spaces"] = False
-        return str(self.inner.decode(ids, **options))
+        try:
+            return str(self.inner.decode(ids, **options))
+        except UnicodeDecodeError as error:  # bytes that end within a character
+            return bytes(error.object).decode(error.encoding, errors="replace")
+        except Exception as error:
+            known = [token for token in ids if token < self.vocabulary_size]
+            if len(known) < len(ids):
+                return self._decode(known, skip_special)
+            raise self._refusal("decode", ids, error) from error
+
+    def _refusal(self, what: str, value: object, error: Exception) -> RequestError:
+        kind = type(self.inner).__name__
+        return RequestError(f"the tokenizer, a {kind}, cannot {what} {value!r}: {type(error).__name__}: {error}")
 
     def token_bytes(self, token_id: int) -> bytes:
         raise UnsupportedError(
@@ -76,7 +101,7 @@ class ForeignTokenizer:
     @property
     def vocabulary_size(self) -> int:
         """Ids run from 0 to one less than this."""
-        for name in ("vocab_size", "n_vocab", "get_vocab_size", "get_piece_size"):
+        for name in ("vocab_size", "n_vocab", "vocabulary_size", "get_vocab_size", "get_piece_size"):
             size = getattr(self.inner, name, None)
             if size is not None:
                 size = int(size() if callable(size) else size)
@@ -91,11 +116,11 @@ class ForeignTokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        return getattr(self.inner, "bos_token_id", None)
+        return self._special("bos_token_id", "bos_id")
 
     @property
     def eos_id(self) -> int | None:
-        return getattr(self.inner, "eos_token_id", None)
+        return self._special("eos_token_id", "eos_id", "eot_token")
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -103,7 +128,16 @@ class ForeignTokenizer:
 
     @property
     def pad_id(self) -> int | None:
-        return getattr(self.inner, "pad_token_id", None)
+        return self._special("pad_token_id", "pad_id")
+
+    def _special(self, *names: str) -> int | None:
+        """The id that the tokenizer has under the first of these names, as a value or a method."""
+        for name in names:
+            value = getattr(self.inner, name, None)
+            value = value() if callable(value) else value
+            if isinstance(value, int) and value >= 0:
+                return value
+        return None
 
 
 class ForeignDecoder:
