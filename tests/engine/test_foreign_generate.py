@@ -59,6 +59,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "n-grams": {"no_repeat_ngram_size": 2},
     "least length": {"min_new_tokens": 12},
     "bad words": {"bad_words_ids": [[7], [20, 21], [5, 6, 7]]},
+    "tokens of the prompt": {"encoder_repetition_penalty": 1.5},
+    "no n-grams of the prompt": {"encoder_no_repeat_ngram_size": 2},
     "together": {"num_beams": 3, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_new_tokens": 4},
 }
 

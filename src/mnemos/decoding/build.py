@@ -97,24 +97,35 @@ def new_tokens(config: GenerationConfig, prompt_length: int, spec: ModelSpec) ->
 
 
 def make_strategy(
-    config: GenerationConfig, prompt_ids: Sequence[int], tokenizer: Tokenizer | None, spec: ModelSpec
+    config: GenerationConfig,
+    prompt_ids: Sequence[int],
+    tokenizer: Tokenizer | None,
+    spec: ModelSpec,
+    source: Sequence[int] | None = None,
 ) -> Strategy:
-    """The strategy that runs one request. `prompt_ids` are as `fit_prompt` returned them.
+    """The strategy that runs one request. `prompt_ids` are as `fit_prompt` returned them; `source` is what an encoder
+    read instead, if the model has one.
 
     Without a tokenizer, stop strings, bad words and constraints are refused. Raises RequestError or ContextLengthError
     for a request that this model cannot run.
     """
-    return _Builder(config, prompt_ids, tokenizer, spec).build()
+    return _Builder(config, prompt_ids, tokenizer, spec, prompt_ids if source is None else source).build()
 
 
 class _Builder:
     def __init__(
-        self, config: GenerationConfig, prompt_ids: Sequence[int], tokenizer: Tokenizer | None, spec: ModelSpec
+        self,
+        config: GenerationConfig,
+        prompt_ids: Sequence[int],
+        tokenizer: Tokenizer | None,
+        spec: ModelSpec,
+        source: Sequence[int],
     ) -> None:
         self.config = config
         self.prompt_ids = prompt_ids
         self.tokenizer = tokenizer
         self.spec = spec
+        self.source = source
         self.most = new_tokens(config, len(prompt_ids), spec)
         self.stop_ids = self._stop_ids()
         self.token_rules = self._token_rules()
@@ -216,7 +227,8 @@ class _Builder:
     def _processors(self) -> list[Processor]:
         length = len(self.prompt_ids)
         rules = self.token_rules
-        return processors_of(self.config, self.stop_ids, self._bad_words(), rules, length, length + self.most)
+        longest = length + self.most
+        return processors_of(self.config, self.stop_ids, self._bad_words(), rules, length, longest, self.source)
 
     def _token_rules(self) -> TokenRules:
         """The model's own, with what the config says in their place."""

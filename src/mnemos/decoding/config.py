@@ -49,7 +49,9 @@ class GenerationConfig:
 
     temperature 0 means greedy. Filters act in Hugging Face's order: repetition, presence and frequency penalties,
     n-grams, bad words, temperature, top_k, top_p, min_p, typical_p, epsilon, eta. presence and frequency penalties
-    count generated tokens only, repetition_penalty the prompt too. `logits_processors` are called as f(token_ids,
+    count generated tokens only, repetition_penalty the prompt too. encoder_repetition_penalty above 1 makes the tokens
+    of what an encoder-decoder model reads (of the prompt, for others) more probable; encoder_no_repeat_ngram_size bans
+    copying n-grams of it. `logits_processors` are called as f(token_ids,
     logits) with all ids so far and a float32 row (vocabulary,), which they change in place or replace by returning
     another.
 
@@ -84,9 +86,11 @@ class GenerationConfig:
     epsilon_cutoff: float | None = None
     eta_cutoff: float | None = None
     repetition_penalty: float = 1.0
+    encoder_repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
     bad_words_ids: Sequence[Sequence[int]] = ()
     bad_words: str | Sequence[str] = ()
     logit_bias: Mapping[int, float] | None = None

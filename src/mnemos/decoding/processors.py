@@ -44,9 +44,18 @@ class RepetitionPenalty:
     penalty: float
 
     def __call__(self, history: History, logits: Floats) -> None:
-        seen = history.seen()
-        values, penalty = logits[seen], np.float32(self.penalty)
-        logits[seen] = np.where(values < 0, values * penalty, values / penalty)
+        _penalize(logits, history.seen(), self.penalty)
+
+
+class SourceReward:
+    """Multiplies positive and divides negative logits of the tokens of the source, what is to be translated, say."""
+
+    def __init__(self, source: Sequence[int], reward: float) -> None:
+        self._ids = np.unique(np.asarray(source, np.int64))
+        self._reward = reward
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        _penalize(logits, self._ids, 1 / self._reward)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,20 @@ class NoRepeatNgram:
         for offset in range(prefix):
             same &= tokens[offset : offset + starts] == tokens[starts + offset]
         logits[tokens[np.flatnonzero(same) + prefix]] = _REMOVED
+
+
+class NoSourceNgram:
+    """Bans every token that would repeat an n-gram of the source."""
+
+    def __init__(self, source: Sequence[int], size: int) -> None:
+        self._prefix = size - 1
+        self._next: dict[tuple[int, ...], list[int]] = {}
+        for end in range(self._prefix, len(source)):
+            self._next.setdefault(tuple(source[end - self._prefix : end]), []).append(source[end])
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        latest = tuple(history.tokens[len(history.tokens) - self._prefix :])
+        logits[self._next.get(latest, [])] = _REMOVED
 
 
 class BadWords:
@@ -250,23 +273,29 @@ def processors_of(
     rules: TokenRules = NO_RULES,
     prompt: int = 0,
     longest: int = 0,
+    source: Sequence[int] = (),
 ) -> list[Processor]:
     """What the config asks for before temperature and cut-offs, in Hugging Face's order.
 
     `stop_ids` are the tokens that end the text; `bad_words` all banned token sequences; `rules` the forced and
-    suppressed tokens; `prompt` and `longest` the prompt's and the text's greatest length in tokens.
+    suppressed tokens; `prompt` and `longest` the prompt's and the text's greatest length in tokens; `source` what an
+    encoder reads, or else the prompt.
     """
     stop_ids = set(stop_ids)
     banned = [sequence for sequence in bad_words if not (len(sequence) == 1 and sequence[0] in stop_ids)]
     chain: list[Processor] = []
     if config.logit_bias:
         chain.append(LogitBias(config.logit_bias))
+    if config.encoder_repetition_penalty != 1:
+        chain.append(SourceReward(source, config.encoder_repetition_penalty))
     if config.repetition_penalty != 1:
         chain.append(RepetitionPenalty(config.repetition_penalty))
     if config.presence_penalty or config.frequency_penalty:
         chain.append(CountPenalty(config.presence_penalty, config.frequency_penalty))
     if config.no_repeat_ngram_size:
         chain.append(NoRepeatNgram(config.no_repeat_ngram_size))
+    if config.encoder_no_repeat_ngram_size:
+        chain.append(NoSourceNgram(source, config.encoder_no_repeat_ngram_size))
     if banned:
         chain.append(BadWords(banned))
     if (config.min_length or config.min_new_tokens) and stop_ids:
@@ -301,6 +330,11 @@ def filters_of(config: GenerationConfig, keep: int = 1) -> list[Processor]:
     if config.eta_cutoff:
         chain.append(Eta(config.eta_cutoff, keep))
     return chain
+
+
+def _penalize(logits: Floats, ids: npt.NDArray[np.int64], penalty: float) -> None:
+    values, factor = logits[ids], np.float32(penalty)
+    logits[ids] = np.where(values < 0, values * factor, values / factor)
 
 
 def _log_softmax(logits: Floats) -> Floats:

@@ -298,7 +298,7 @@ class InferenceEngine:
             source = prompt
             condition, prompt = self._runner.call(partial(self._conditioned.begin, source))
         self._runner.executor.scheduler.placement.check_length(len(prompt))
-        strategy = make_strategy(config, prompt, self.tokenizer, self.spec)
+        strategy = make_strategy(config, prompt, self.tokenizer, self.spec, source)
         return partial(self._launch, strategy, prompt, config, source, condition)
 
     def _launch(
