@@ -100,6 +100,12 @@ def test_the_processor_starts_with_the_urgent_then_groups_what_begins_alike(spea
     assert begun == [4, 2, 3, 1, 0]
 
 
+def test_one_text_is_no_list_of_texts(speaker: InferenceEngine) -> None:
+    for give in (BatchInference(speaker).generate, BatchProcessor(speaker).process_batch, speaker.generate_batched):
+        with pytest.raises(RequestError, match="the prompts are one text, 'hello'; give a list of texts"):
+            give("hello")
+
+
 @pytest.mark.parametrize("size", [0, -1, 1.5, True])
 def test_bad_sizes_are_refused(engine: InferenceEngine, size: object) -> None:
     for face in (BatchInference, BatchProcessor):

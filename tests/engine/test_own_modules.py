@@ -17,7 +17,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from mnemos.engine.engine import InferenceEngine  # noqa: E402
-from mnemos.errors import ModelError  # noqa: E402
+from mnemos.engine.functions import generate, generate_batch  # noqa: E402
+from mnemos.errors import ModelError, RequestError  # noqa: E402
 from tests.models import foreign_modules as modules  # noqa: E402
 
 PROMPTS = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12, 13], [4, 4, 4, 4]]
@@ -244,3 +245,22 @@ def test_a_module_drafts_for_a_module(draft: type) -> None:
     with quiet(modules.PastArgument(), draft_model=draft()) as engine:
         assert engine.generate(PROMPTS, max_new_tokens=NEW, speculative="draft") == wanted
         assert engine.stats().acceptance_rate > 0.9  # of the same weights
+
+
+class Numbers:
+    """Texts of numbers."""
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{token} " for token in ids)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_call_writes_as_much_as_the_context_has_room_for() -> None:
+    module = modules.Plain()
+    text = generate(module, Numbers(), "1 2 3", do_sample=False)
+    assert Numbers().encode(text) == by_hand(module, [1, 2, 3], modules.CONTEXT - 3)[3:]
+    with pytest.raises(RequestError, match="one text, '1 2'; give a list"):
+        generate_batch(module, Numbers(), "1 2")

@@ -108,6 +108,9 @@ def test_pages_are_copied_read_and_written_whole(dtype: str) -> None:
 def test_what_cannot_be_had_is_named() -> None:
     with pytest.raises(ConfigError, match="dtype is 'int4'; expected auto or one of float32"):
         TorchOps("cpu", "int4")
+    for name in ("toaster", *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(ConfigError, match=f"device is '{name}', which PyTorch cannot use here: .* expected 'cpu'"):
+            TorchOps(name)
     with pytest.raises(UnsupportedError, match="kv_dtype 'int8' is not supported"):
         TorchOps("cpu").cache(KVLayout(1, 1, 8, 4, "int8"), 1)
     assert isinstance(get_ops("torch", dtype="float32"), TorchOps)

@@ -14,6 +14,7 @@ from mnemos import (  # noqa: E402
     KVCache,
     StreamingInference,
 )
+from mnemos.errors import ConfigError  # noqa: E402
 from tests.seeds.conftest import BOS, EOS, FIRST, PAD, count  # noqa: E402
 
 
@@ -120,6 +121,8 @@ def test_key_value_cache() -> None:
     cache.increment_length(1)
     cache.reset()
     assert cache.update(0, key, value)[0].shape[2] == 3
+    with pytest.raises(ConfigError, match=r"key \(8, 3, 64\) and value .* expected \(batch, heads, new positions"):
+        cache.update(0, key[0], value[0])
     cache.clear()
     assert all(not tensor.any() for tensor in cache.keys)
 

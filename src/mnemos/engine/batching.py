@@ -11,7 +11,7 @@ import numpy as np
 
 from mnemos.engine.completion import Completion, StreamedToken
 from mnemos.engine.gather import run_all
-from mnemos.engine.inputs import Prompts, read_prompts
+from mnemos.engine.inputs import Prompts, listed, read_prompts
 from mnemos.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class BatchInference:
         if self.pad_token_id is not None:
             overrides = {"pad_token_id": self.pad_token_id, **overrides}
         config = self.engine.make_config(config, **overrides)
-        readings = [read_prompts(prompt, None, self.engine.tokenizer) for prompt in prompts]
+        readings = [read_prompts(prompt, None, self.engine.tokenizer) for prompt in listed(prompts)]
         launches = [self.engine.launcher(reading.only, config) for reading in readings]
         completions = run_all(launches, self.batch_size, _Bar(len(launches), self.batch_size))
         pad_id = self.engine.pad_id(config)
@@ -92,7 +92,7 @@ class BatchProcessor:
         **overrides: Any,
     ) -> list[Any]:
         """Results in the requests' order and form, texts for texts."""
-        wanted = [one if isinstance(one, BatchRequest) else BatchRequest(one) for one in requests]
+        wanted = [one if isinstance(one, BatchRequest) else BatchRequest(one) for one in listed(requests)]
         readings = [read_prompts(request.prompt, None, self.engine.tokenizer) for request in wanted]
         order = self._order(wanted, [reading.only for reading in readings])
         configs = [self._config(request, config, overrides) for request in wanted]

@@ -10,7 +10,7 @@ def generate(
     model: Any,
     tokenizer: Any,
     prompt: str,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.7,
     top_p: float = 0.9,
     top_k: int = 50,
@@ -20,7 +20,8 @@ def generate(
 ) -> str:
     """The text that continues `prompt`.
 
-    model, tokenizer, device: as of `InferenceEngine`. With do_sample=False decoding is greedy, and temperature, top_p
+    model, tokenizer, device: as of `InferenceEngine`. max_new_tokens: 256 if not given, or what the context has room
+    for. With do_sample=False decoding is greedy, and temperature, top_p
     and top_k have no effect. `overrides` are further fields of `GenerationConfig`. Whoever generates often makes an
     `InferenceEngine` once, which saves trying the model out each time.
     """
@@ -42,7 +43,7 @@ def generate_batch(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.7,
     top_p: float = 0.9,
     top_k: int = 50,
@@ -52,8 +53,9 @@ def generate_batch(
 ) -> list[str]:
     """The texts that continue `prompts`, in their order, evaluated together; parameters as of `generate`."""
     from mnemos.engine.engine import InferenceEngine
+    from mnemos.engine.inputs import listed
 
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
     with InferenceEngine(model, tokenizer, device) as engine:
-        texts: list[str] = engine.generate(list(prompts), max_new_tokens=max_new_tokens, **{**sampling, **overrides})
+        texts: list[str] = engine.generate(listed(prompts), max_new_tokens=max_new_tokens, **{**sampling, **overrides})
         return texts

@@ -56,6 +56,13 @@ def read_prompts(prompts: Any, attention_mask: Any, tokenizer: Tokenizer | None)
     return Prompts([_read_ids(prompt) for prompt in prompts], _ids, single=False)
 
 
+def listed(prompts: Iterable[Any]) -> list[Any]:
+    """Several prompts. RequestError: one text alone, whose letters would be taken for prompts."""
+    if isinstance(prompts, str):
+        raise RequestError(f"the prompts are one text, {prompts[:60]!r}; give a list of texts")
+    return list(prompts)
+
+
 def encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
     if tokenizer is None:
         raise RequestError("the prompt is a text and this engine has no tokenizer; give token ids, or a tokenizer")

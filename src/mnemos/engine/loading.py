@@ -107,7 +107,7 @@ def _load_foreign(
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     try:
         from mnemos.models.foreign.pretrained import load_module, load_tokenizer
-        from mnemos.ops.torch import best_device
+        from mnemos.ops.torch import usable_device
     except ImportError as error:
         raise MissingDependencyError(
             f"{checkpoint.path}: architecture {' / '.join(map(repr, names))} is not built in; to run it through "
@@ -126,7 +126,7 @@ def _load_foreign(
     module = load_module(
         folder,
         dtype=dtype,
-        device=best_device() if device in (None, "auto") else device,
+        device=str(usable_device(device or "auto")),
         trust_remote_code=trust_remote_code,
     )
     model = adapt(

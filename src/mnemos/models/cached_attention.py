@@ -64,6 +64,11 @@ class KVCache:
 
     def update(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores key and value (batch, heads, new, head_dim) behind `length`; returns all, the new ones included."""
+        if not key.dim() == value.dim() == 4:
+            raise ConfigError(
+                f"key {tuple(key.shape)} and value {tuple(value.shape)} do not fit the cache: expected "
+                "(batch, heads, new positions, head_dim)"
+            )
         end = self.length + key.shape[2]
         if self.max_length is None:
             return self._grow(layer_idx, key, value)

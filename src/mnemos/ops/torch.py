@@ -30,6 +30,19 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name; "auto": the best there is. ConfigError: PyTorch does not know it, or has none here."""
+    try:
+        device = torch.device(best_device() if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device is {name!r}, which PyTorch cannot use here: {reason}; expected 'cpu' or 'auto'"
+        ) from error
+    return device
+
+
 class TorchCache:
     """Pages of keys and values, (layers, 2, pages, page_size, kv_heads, head_dim), on the device."""
 
@@ -105,7 +118,7 @@ class TorchOps:
     cache_dtype = "float16"
 
     def __init__(self, device: str = "auto", dtype: str = "auto") -> None:
-        self.device = torch.device(best_device() if device == "auto" else device)
+        self.device = usable_device(device)
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
         if dtype not in DTYPES:
