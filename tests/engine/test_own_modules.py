@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -74,6 +75,30 @@ class StackedPast(modules.PastArgument):
         return logits, torch.stack([torch.stack(pair) for pair in present])
 
 
+class Layer(NamedTuple):
+    keys: Tensor
+    values: Tensor
+
+
+class NamedLayers(modules.PastArgument):
+    """A named tuple a layer."""
+
+    def forward(self, x: Tensor, cache: list[Layer] | None = None) -> Any:
+        past = None if cache is None else [(layer.keys, layer.values) for layer in cache]
+        logits, present = super().forward(x, True, past)
+        return logits, [Layer(*pair) for pair in present]
+
+
+class CountedPast(modules.PastArgument):
+    """The number of positions goes with the cache."""
+
+    def forward(self, x: Tensor, past: Any = None) -> Any:
+        pairs, length = (None, 0) if past is None else past
+        assert length == (0 if pairs is None else pairs[0][0].shape[2])
+        logits, present = super().forward(x, True, pairs)
+        return logits, (present, length + x.shape[1])
+
+
 class Wrapper(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -88,6 +113,8 @@ STYLES: dict[str, tuple[Callable[[], nn.Module], type, bool]] = {  # module, wha
     "required past": (RequiredPast, modules.PastArgument, True),
     "tuples as past_key_values": (TuplesAsPastKeyValues, modules.PastArgument, True),
     "stacked": (StackedPast, modules.PastArgument, True),
+    "named layers": (NamedLayers, modules.PastArgument, True),
+    "counted": (CountedPast, modules.PastArgument, True),
     "wrapper": (lambda: Wrapper(modules.PastArgument()), modules.PastArgument, True),
     "wrapper of a wrapper": (lambda: Wrapper(Wrapper(modules.Plain())), modules.Plain, False),
     "data parallel": (lambda: nn.DataParallel(modules.PastArgument()), modules.PastArgument, True),
@@ -210,6 +237,25 @@ def test_every_part_of_a_module_gets_its_own_mode_back() -> None:
             modes = [part.training for part in module.modules()]
             assert engine.generate([1, 2, 3], max_new_tokens=NEW) == wanted
             assert [part.training for part in module.modules()] == modes
+
+
+def test_two_engines_may_share_a_module() -> None:
+    module = modules.PastArgument().train()
+    wanted = [by_hand(modules.PastArgument(), prompt) for prompt in PROMPTS]
+    engines = [quiet(module), quiet(module, use_kv_cache=False)]
+    results: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda e=e: results.extend(e.generate(PROMPTS, max_new_tokens=NEW) for _ in range(10)))
+        for e in engines
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [wanted] * 20
+    assert all(part.training and "forward" not in part.__dict__ for part in module.modules())
+    for engine in engines:
+        engine.close()
 
 
 def test_a_module_can_be_copied_and_saved_beside_its_engine() -> None:

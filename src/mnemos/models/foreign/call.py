@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +111,11 @@ def read_signature(module: nn.Module) -> Signature:
     )
 
 
+# A module is changed while an engine calls it, so it is lent to one engine at a time.
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
 @dataclass
 class Answer:
     """logits (batch, time or 1, vocabulary); past: the cache as the module returned it, or None."""
@@ -126,6 +133,8 @@ class Caller:
         self.signature = read_signature(module)
         self._first = next(module.parameters(), None)
         self._members = list(module.modules())
+        with _LOCKS_LOCK:
+            self.lock = _LOCKS.setdefault(self.inner, threading.RLock())
         self.head: nn.Module | None = None
         self.hidden: Tensor | None = None
         self._packed = PackedLayers(module)
@@ -186,6 +195,10 @@ class Caller:
     @contextmanager
     def running(self, ids: Tensor) -> Iterator[None]:
         """Evaluation mode, no gradients, and a ModelError for whatever the module raises over `ids`."""
+        with self.lock:
+            yield from self._running(ids)
+
+    def _running(self, ids: Tensor) -> Iterator[None]:
         modes = self._evaluate()
         self._packed.install(ids.numel())
         # For the call only: a hook that stays would be copied and saved with the module.

@@ -27,10 +27,14 @@ class PastStyle(Protocol):
 
 
 class NestedStyle:
-    """A tuple, list or mapping of tensors, nested as one likes; the first call gets none."""
+    """A tuple, list or mapping of tensors, nested as one likes; the first call gets none.
 
-    def __init__(self, template: Any) -> None:
+    template: such a cache behind `length` tokens. A number in it that is just that is taken to be the length.
+    """
+
+    def __init__(self, template: Any, length: int) -> None:
         self.template = template
+        self.template_length = length
 
     def empty(self) -> Any:
         return None
@@ -41,7 +45,19 @@ class NestedStyle:
         return found
 
     def build(self, leaves: list[Tensor], length: int) -> Any:
-        return _fill(self.template, iter(leaves))
+        return self._fill(self.template, iter(leaves), length)
+
+    def _fill(self, template: Any, leaves: Iterator[Tensor], length: int) -> Any:
+        if isinstance(template, Tensor):
+            return next(leaves)
+        if isinstance(template, (tuple, list)):
+            filled = [self._fill(value, leaves, length) for value in template]
+            if isinstance(template, list):
+                return filled
+            return type(template)(*filled) if hasattr(template, "_fields") else tuple(filled)
+        if isinstance(template, Mapping):
+            return {name: self._fill(value, leaves, length) for name, value in template.items()}
+        return length if type(template) is int and template == self.template_length else template
 
     def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
         return self.build(leaves, length)
@@ -56,17 +72,6 @@ def _collect(item: Any, found: list[Tensor]) -> None:
     elif isinstance(item, Mapping):
         for value in item.values():
             _collect(value, found)
-
-
-def _fill(template: Any, leaves: Iterator[Tensor]) -> Any:
-    if isinstance(template, Tensor):
-        return next(leaves)
-    if isinstance(template, (tuple, list)):
-        filled = [_fill(value, leaves) for value in template]
-        return filled if isinstance(template, list) else tuple(filled)
-    if isinstance(template, Mapping):
-        return {name: _fill(value, leaves) for name, value in template.items()}
-    return template
 
 
 class HuggingFaceStyle:

@@ -181,7 +181,7 @@ class Probe:
         except ModelError:
             returned = None
         if returned is not None:
-            return [HuggingFaceStyle() if hasattr(returned, "get_seq_length") else NestedStyle(returned)]
+            return [HuggingFaceStyle() if hasattr(returned, "get_seq_length") else NestedStyle(returned, 3)]
         # It wants a cache to be given, as a first one.
         hugging_face: list[PastStyle] = [HuggingFaceStyle()] if caller.signature.past == "past_key_values" else []
         return [*hugging_face, KVCacheStyle()]
@@ -200,10 +200,12 @@ class Probe:
         return find_axes(*leaves) if leaves[0] and len({len(item) for item in leaves}) == 1 else None
 
     def _agrees(self, style: PastStyle, pieces: tuple[int, ...]) -> bool:
-        """Whether the cache fed in `pieces` gives the logits of the whole, within rounding."""
+        """Whether the cache, fed in `pieces` and rebuilt between, gives the logits of the whole, within rounding."""
         whole = self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH)).logits
         past, start, difference = style.empty(), 0, 0.0
         for piece in pieces:
+            if start:
+                past = style.build(style.leaves(past), start)
             logits, past = self.step(style, self.ids[:1, start : start + piece], past, start)
             start += piece
             if logits.shape[::2] != whole.shape[::2]:
@@ -286,11 +288,12 @@ def advance(
         new = new_kept if new_kept is not None else torch.ones_like(ids, dtype=torch.bool)
         mask = torch.cat((old, new), dim=1)
     if isinstance(style, AttentionStyle):
-        style.install(past, mask)
-        try:
-            answer = caller(ids, use_cache=True, mask=mask, positions=positions)
-        finally:
-            taken = style.release()
+        with caller.lock:
+            style.install(past, mask)
+            try:
+                answer = caller(ids, use_cache=True, mask=mask, positions=positions)
+            finally:
+                taken = style.release()
         return answer.logits, taken
     before = past.length if isinstance(style, KVCacheStyle) else 0
     answer = caller(ids, past=past, use_cache=True, mask=mask, positions=positions, last_only=last_only)
