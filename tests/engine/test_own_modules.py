@@ -170,6 +170,20 @@ def test_logits_that_depend_on_the_length_or_on_chance_are_refused() -> None:
         quiet(DropsAlways())
 
 
+@pytest.mark.parametrize("kind", [modules.NotCausal, modules.WrongCache])
+def test_what_is_wrong_is_found_in_small_logits_too(kind: type) -> None:
+    """As those of a module that is not trained yet."""
+    module = kind()
+    with torch.no_grad():
+        module.head.weight.mul_(1e-4)
+    if kind is modules.NotCausal:
+        with pytest.raises(ModelError, match="is not causal"):
+            quiet(module)
+    else:
+        with quiet(module) as engine:
+            assert engine.model.abilities.style is None
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_layers_quantized_at_run_time_are_causal_enough() -> None:
     module = torch.ao.quantization.quantize_dynamic(modules.Plain().eval(), {nn.Linear}, dtype=torch.qint8)

@@ -64,7 +64,7 @@ class Probe:
         answer, seen = self._watched(PROBE_LENGTH)
         logits = self._check_shape(answer)
         last_only = logits.shape[1] == 1
-        self.tolerance = 8e-2 * _spread(logits) if _is_quantized(caller.module) else tolerance(logits)
+        self.tolerance = 8e-2 * _size(logits) if _is_quantized(caller.module) else tolerance(logits)
         shorter, seen_shorter = self._watched(PROBE_LENGTH - 1)
         if not last_only:
             self._check_causal(logits, shorter.logits)
@@ -305,12 +305,12 @@ def advance(
 
 
 def tolerance(logits: Tensor) -> float:
-    """How far two computations of the same logits may lie apart: rounding of their dtype, scaled by their spread."""
-    return {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 2e-2}.get(logits.dtype, 8e-2) * _spread(logits)
+    """How far two computations of the same logits may lie apart: rounding of their dtype, scaled by their size."""
+    return {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 2e-2}.get(logits.dtype, 8e-2) * _size(logits)
 
 
-def _spread(logits: Tensor) -> float:
-    return max(float(logits.float().abs().max()), 1.0)
+def _size(logits: Tensor) -> float:
+    return float(logits.float().abs().max())
 
 
 def _is_quantized(module: nn.Module) -> bool:
