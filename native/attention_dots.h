@@ -293,23 +293,36 @@ inline Ahead next_keys(const AttentionTile &tile, int64_t start, bool next_block
   return ahead;
 }
 
-inline void attend_block_by_dots(const AttentionTile &tile, const uint32_t *queries, int64_t block, bool next_block) {
-  const BlockRange all = visible(tile, block, 0, tile.rows);
-  if (all.last < 0) return;
+// Where a block's keys lie, for each vector of slots, and its values, for each pair of slots.
+inline void point_to_pages(const AttentionTile &tile, const BlockRange &range, const uint32_t **keys, const uint32_t **rows_of_values) {
   const CellLayout &cell = *tile.cell;
-  const uint32_t *keys[block_vectors], *rows_of_values[attention_block / 2];
-  for_each_page<BrainElement>(tile, all, [&](int64_t position, const uint8_t *data) {
+  for_each_page<BrainElement>(tile, range, [&](int64_t position, const uint8_t *data) {
     for (int64_t slot = 0; slot < cell.slots; slot += width) {
-      keys[(position - all.start + slot) / width] = reinterpret_cast<const uint32_t *>(data) + slot;
+      keys[(position - range.start + slot) / width] = reinterpret_cast<const uint32_t *>(data) + slot;
     }
     const auto *values = reinterpret_cast<const uint32_t *>(data + cell.value_offset);
     for (int64_t slot = 0; slot < cell.slots; slot += 2) {
-      rows_of_values[(position - all.start + slot) / 2] = values + slot / 2 * cell.value_stride;
+      rows_of_values[(position - range.start + slot) / 2] = values + slot / 2 * cell.value_stride;
     }
   });
+}
+
+// A tile's queries as pairs, half a value_stride apart.
+inline const uint32_t *pair_queries(const AttentionTile &tile) {
+  auto *queries = reinterpret_cast<uint32_t *>(tile.expanded);
+  const int64_t stride = tile.cell->value_stride;
+  for (int64_t r = 0; r < tile.rows; r++) store_pairs(tile.queries + r * stride, tile.cell->head_dim, queries + r * stride / 2);
+  return queries;
+}
+
+inline void attend_block_by_dots(const AttentionTile &tile, const uint32_t *queries, int64_t block, bool next_block) {
+  const BlockRange all = visible(tile, block, 0, tile.rows);
+  if (all.last < 0) return;
+  const uint32_t *keys[block_vectors], *rows_of_values[attention_block / 2];
+  point_to_pages(tile, all, keys, rows_of_values);
   const int64_t groups = (tile.rows + group_rows - 1) / group_rows;
   Ahead values = values_ahead(tile, all), next = next_keys(tile, all.start, next_block);
-  values.spread(groups * (cell.head_dim / 2));
+  values.spread(groups * (tile.cell->head_dim / 2));
   next.spread(groups * ((all.last - all.first) / 2 + 1));
   float most[max_tile_rows + rows_together], total[max_tile_rows + rows_together];
   for_groups(tile, block, [&](auto rows, int64_t r, const BlockRange &range) {
@@ -327,9 +340,7 @@ inline void attend_block_by_dots(const AttentionTile &tile, const uint32_t *quer
 
 void attend_by_dots(const AttentionTile &tile, int64_t block_begin, int64_t block_end) {
   if (!has_dots(*tile.cell)) return attend(tile, block_begin, block_end);
-  auto *queries = reinterpret_cast<uint32_t *>(tile.expanded);
-  const int64_t stride = tile.cell->value_stride;
-  for (int64_t r = 0; r < tile.rows; r++) store_pairs(tile.queries + r * stride, tile.cell->head_dim, queries + r * stride / 2);
+  const uint32_t *queries = pair_queries(tile);
   for (int64_t block = block_begin; block < block_end; block++) {
     attend_block_by_dots(tile, queries, block, block + 1 < block_end);
   }

@@ -1,5 +1,6 @@
-// The AMX kernels against those of AVX-512, bit by bit, and their bfloat16 products against the steps that Intel's Software
-// Developer's Manual gives for TDPBF16PS. A processor without AMX has its instructions emulated.
+// The AMX kernels against those of AVX-512, bit by bit, their bfloat16 products against the steps that Intel's Software
+// Developer's Manual gives for TDPBF16PS, and attention, of both, against float64. A processor without AMX has its instructions
+// emulated.
 // Exit status 77: skipped, as the processor has not even AVX-512.
 #include <algorithm>
 #include <cmath>
@@ -10,7 +11,12 @@
 #include "cpu.h"
 #include "linear/amx_tiles.h"
 #include "linear/tests/amx_emulator.h"
+#include "linear/tests/check_attention.h"
 #include "linear/tests/check_products.h"
+
+namespace mnemos {
+extern const VectorKernels avx512bf16_vector_kernels, amx_vector_kernels;
+}
 
 using namespace mnemos;
 
@@ -199,6 +205,10 @@ int main() {
   check_instructions();
   check_bfloats();
   check_selection();
+  failures += check_attention(avx512bf16_vector_kernels);
+  const int64_t before = amx_emulator::state.bfloat_products;
+  failures += check_attention(amx_vector_kernels);
+  if (emulated) expect(amx_emulator::state.bfloat_products > before, "no tile product ran in attention");
   failures += check_products(amx_kernels, avx512bf16_kernels);
   if (emulated) {
     const amx_emulator::State &state = amx_emulator::state;

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Checks of the matrix products outside Python. Usage: run.sh sanitize | amx | neon
+# Checks of the matrix products, and of attention with AMX, outside Python. Usage: run.sh sanitize | amx | neon
 #   sanitize   every kernel of this machine under AddressSanitizer and UndefinedBehaviorSanitizer
-#   amx        the AMX kernels against the AVX-512 ones, emulated where the processor has no AMX; 77 without AVX-512
+#   amx        the AMX kernels and the AVX-512 ones, emulated where the processor has no AMX; 77 without AVX-512
 #   neon       builds for Arm, runs under qemu-user and compares with this machine's bits; from Debian:
 #              g++-aarch64-linux-gnu, qemu-user
 set -eu
@@ -51,7 +51,7 @@ sanitize)
     done
     ;;
 amx)
-    program=check_amx files="cpu.cpp linear/compare.cpp linear/linear.cpp linear/pack.cpp linear/linear_a*512*.cpp linear/linear_amx.cpp"
+    program=check_amx files="cpu.cpp cache.cpp mapping.cpp kernels_amx.cpp kernels_avx512bf16.cpp linear/compare.cpp linear/linear.cpp linear/pack.cpp linear/linear_a*512*.cpp linear/linear_amx.cpp"
     build "${CXX:-g++}" x86 -O1 -w
     "$work/x86/check_amx"
     ;;

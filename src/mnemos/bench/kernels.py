@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mnemos.bench.machine import Limits, Machine, examine, multiply_rates
+from mnemos.bench.machine import Limits, Machine, examine
 from mnemos.formats.tensor import Tensor, TensorType
 from mnemos.ops.batch import AttentionParams, Batch, Floats, KVLayout
 from mnemos.ops.native import NativeOps
@@ -98,9 +98,7 @@ def _measure_products(ops: NativeOps, kind: TensorType, rows: Sequence[int], lim
 
 def _measure_attention(ops: NativeOps, rows: Sequence[int], machine: Machine) -> Iterator[KernelTime]:
     """Heads as in a model of a billion parameters, several layers, behind a context of 1,024 positions."""
-    # Attention has no tile products: it takes the vectors' dot products where the cache is in bfloat16.
-    rates = multiply_rates("avx512_bf16") if machine.isa == "amx" else machine.limits.rates
-    rate = 2 * rates["bfloat16" if ops.cache_dtype == "bfloat16" else "float32"]
+    rate = 2 * machine.limits.rates["bfloat16" if ops.cache_dtype == "bfloat16" else "float32"]
     layers, heads, kv_heads, head_dim = 8, 32, 8, 64
     embedding = ops.matrix(Tensor.from_array("embedding", _floats(8, heads * head_dim)))
     keys = ops.matrix(Tensor.from_array("keys", _floats(8, kv_heads * head_dim)))
