@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from mnemos.bench.scheduling import SchedulingBench
-from mnemos.bench.serving import Workload, percentile, plan, summarize
+from mnemos.bench.serving import Workload, percentile, plan, run_workload, summarize
 from mnemos.cli.bench import _row
 from mnemos.engine.engine import InferenceEngine
 from mnemos.engine.sequence import Timings
@@ -53,6 +54,14 @@ def test_percentiles(p: int, value: float) -> None:
 def test_impossible_workloads_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         Workload(**options)  # type: ignore[arg-type]
+
+
+def test_a_context_shorter_than_the_longest_request_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        InferenceEngine, "from_pretrained", lambda path, **options: InferenceEngine(ToyModel(context_length=512))
+    )
+    with pytest.raises(ConfigError, match="context is 512 tokens; the requests need up to 1152"):
+        next(run_workload(tmp_path, "auto", Workload()))
 
 
 def test_figures_of_scheduling_on_any_model() -> None:

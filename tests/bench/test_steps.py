@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mnemos.bench import steps
 from mnemos.bench.steps import CHUNK, StepBench, Stepper
 from mnemos.models.contract import ModelSpec
 from mnemos.ops.batch import Batch, KVLayout, Output
@@ -61,6 +62,17 @@ def test_long_prompts_come_in_chunks() -> None:
     model = CountingModel()
     Stepper(model, 1, 2 * CHUNK).prompt([[5] * (CHUNK + 100)])
     assert [len(batch.token_ids) for batch in model.batches] == [CHUNK, 100]
+
+
+def test_the_time_of_a_prompt_is_no_part_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row takes a second, and the first six steps, those of warming up among them, half a second longer."""
+    model = CountingModel()
+
+    def seconds() -> float:
+        return sum(len(batch.token_ids) for batch in model.batches) + min(len(model.batches), 6) / 2
+
+    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=seconds))
+    assert StepBench(model, 1, 300).decode_rate(depth=100, tokens=1) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("sequences", [1, 4])

@@ -35,6 +35,11 @@ class Workload:
         if not 0 < self.rate < float("inf"):
             raise ConfigError(f"rate is {self.rate}; it must be a number of arrivals a second above 0")
 
+    @property
+    def length(self) -> int:
+        """Positions that the longest request may need."""
+        return self.prompts[1] + self.outputs[1]
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -65,6 +70,10 @@ def _log_uniform(generator: random.Random, bounds: tuple[int, int]) -> int:
 def run_workload(path: Path, backend: str, workload: Workload) -> Iterator[Result]:
     """Runs a workload on a fresh engine and yields its figures, then those of scheduling and strategies."""
     with InferenceEngine.from_pretrained(path, backend=backend, prefix_cache=False) as engine:
+        if workload.length > engine.spec.context_length:
+            raise ConfigError(
+                f"{path}: the context is {engine.spec.context_length} tokens; the requests need up to {workload.length}"
+            )
         engine.complete([1, 2, 3], max_new_tokens=4, ignore_eos=True)
         timings = serve(engine, plan(workload, engine.spec.vocabulary_size))
         yield from summarize(timings)

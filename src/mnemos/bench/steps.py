@@ -13,6 +13,7 @@ import numpy as np
 
 from mnemos.models.contract import Model
 from mnemos.ops.batch import Batch, Ints
+from mnemos.ops.native import check_memory
 
 CHUNK = 512  # prompt tokens in one step
 WARM_UP = 16
@@ -72,7 +73,9 @@ class StepBench:
         self.model = model
         page_size = model.spec.layout.page_size
         batch_pages = most_sequences * -(-(BATCH_PROMPT + BATCH_STEPS + 1) // page_size)
-        model.reserve(max(-(-longest // page_size), batch_pages))
+        pages = max(-(-longest // page_size), batch_pages)
+        check_memory(pages * model.spec.layout.page_bytes, f"a cache for {most_sequences} sequences")
+        model.reserve(pages)
         self.random = random.Random(seed)
         self._seconds(WARM_UP, 4)
 
@@ -81,20 +84,20 @@ class StepBench:
         return tokens / min(self._seconds(tokens, 1) for _ in range(4))
 
     def decode_rate(self, depth: int, tokens: int = 128) -> float:
-        """tgN: tokens/s of N greedy tokens behind a prompt of `depth` tokens; the best of 3."""
-        rates = []
-        for _ in range(3):
-            first = min(self._seconds(depth, 1) for _ in range(2))
-            rates.append(tokens / (self._seconds(depth, tokens + 1) - first))
-        return max(rates)
+        """tgN: tokens/s of N greedy tokens behind a prompt of `depth` tokens and one more; the best of 3."""
+        return max(self._decode(1, depth, tokens) for _ in range(3))
 
     def batch_rate(self, sequences: int) -> float:
         """bN: tokens/s of N sequences together, prompts of 64 tokens, 64 steps; decoding only."""
-        stepper = Stepper(self.model, sequences, BATCH_PROMPT + BATCH_STEPS + 1)
-        chosen = stepper.prompt([self._tokens(BATCH_PROMPT) for _ in range(sequences)])
+        return self._decode(sequences, BATCH_PROMPT, BATCH_STEPS)
+
+    def _decode(self, sequences: int, prompt: int, steps: int) -> float:
+        """Tokens/s of `steps` decode steps behind prompts of `prompt` tokens."""
+        stepper = Stepper(self.model, sequences, prompt + steps + 1)
+        chosen = stepper.prompt([self._tokens(prompt) for _ in range(sequences)])
         start = time.perf_counter()
-        stepper.decode(chosen, BATCH_STEPS)
-        return sequences * BATCH_STEPS / (time.perf_counter() - start)
+        stepper.decode(chosen, steps)
+        return sequences * steps / (time.perf_counter() - start)
 
     def _seconds(self, prompt: int, new: int) -> float:
         stepper = Stepper(self.model, 1, prompt + new)

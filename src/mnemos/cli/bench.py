@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", nargs="?", default="smollm2-135m", help="what to measure (default smollm2-135m)"
     )
     parser.add_argument(
-        "--metrics", metavar="NAME,...", default=",".join(DEFAULT_METRICS), help="see below; default: %(default)s"
+        "--metrics", metavar="NAME,...", help=f"see below; default: what there is of {','.join(DEFAULT_METRICS)}"
     )
     parser.add_argument("--backend", default="auto", metavar="NAME", help="native (default) or numpy")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
@@ -66,14 +66,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _measure(arguments: argparse.Namespace, path: Path) -> int:
     from mnemos.bench.machine import examine
-    from mnemos.bench.metrics import Subject, measure, parse_metrics
+    from mnemos.bench.metrics import DEFAULT_METRICS, Subject, measure, parse_metrics
+    from mnemos.formats.checkpoint import open_checkpoint
 
-    metrics = parse_metrics([name for name in arguments.metrics.split(",") if name])
-    size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    chosen = arguments.metrics is not None
+    metrics = parse_metrics([name.strip() for name in arguments.metrics.split(",")] if chosen else DEFAULT_METRICS)
+    size = sum(len(tensor.data) for tensor in open_checkpoint(path).tensors.values())
     machine = examine(size)
     if not arguments.json:
         print(f"{path.name}, {human_bytes(size)}\n{machine}\n")
-    for result in measure(metrics, Subject(path, arguments.backend, machine.limits), _announce):
+    subject = Subject(path, arguments.backend, machine.limits)
+    for result in measure(metrics, subject, _announce, all_of_them=chosen):
         _announce("")
         print(result.to_json() if arguments.json else _row(result), flush=True)
     return 0
