@@ -1,13 +1,18 @@
-"""The Python in README.md and docs/python.md runs as it stands."""
+"""The Python in README.md and docs/python.md runs as it stands; commands are understood, links lead somewhere."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from mnemos.cli.main import COMMANDS, main
+
 ROOT = Path(__file__).parents[2]
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
@@ -21,7 +26,29 @@ def test_the_python_in_a_document_runs(name: str, smollm2: Path, capsys: pytest.
     assert "Paris" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+def commands_in(text: str) -> list[list[str]]:
+    """The words behind `mnemos` of each indented line that shows a command; no line that is a pattern of commands."""
+    lines = re.findall(r"^ {2,}mnemos ([a-z][^<\[\n]*)(?:<.*)?$", text, re.MULTILINE)
+    return [words for line in lines if (words := shlex.split(line, comments=True))[0] in COMMANDS]
+
+
+def test_every_command_in_the_documents_and_in_the_help_is_understood(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples = [words for name in DOCUMENTS for words in commands_in((ROOT / name).read_text(encoding="utf-8"))]
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        examples += commands_in(capsys.readouterr().out)
+    understood: list[Namespace] = []
+    for module in ("generate", "chat", "pull", "models", "inspect", "evaluate", "bench"):
+        monkeypatch.setattr(f"mnemos.cli.{module}.run", lambda arguments: understood.append(arguments) or 0)
+    assert {words[0] for words in examples} == set(COMMANDS)
+    assert all(main(words) == 0 for words in examples)
+    assert len(understood) == len(examples)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name: str) -> None:
     document = ROOT / name
     for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,21 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
     text = capsys.readouterr().out
     assert f"mnemos {command}" in text.partition("\n")[0]
     assert "examples:" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["m.gguf", "--raw", "a prompt", "--seed", "3"],
+        ["--raw", "--seed", "3", "m.gguf", "a prompt"],
+        ["--seed", "3", "m.gguf", "--raw", "--", "a prompt"],
+    ],
+)
+def test_options_stand_anywhere_among_the_arguments(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("mnemos.cli.generate.run", lambda arguments: seen.append(arguments) or 0)
+    assert main(["generate", *words]) == 0
+    assert (seen[0].model, seen[0].prompt, seen[0].raw, seen[0].seed) == ("m.gguf", "a prompt", True, 3)
 
 
 def test_help_lists_all_commands_and_version_is_ours(capsys: pytest.CaptureFixture[str]) -> None:

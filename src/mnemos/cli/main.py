@@ -32,10 +32,21 @@ FAILURE, USAGE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 1, 2, 130, 143, 141
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line."""
+    """Says what is wrong with the arguments in one line, and takes a command's options anywhere among its arguments."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self._in_parts = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # In one go, `generate MODEL --raw PROMPT` would find that there is no PROMPT as soon as it has the MODEL.
+        if self._subparsers is not None or self._in_parts:
+            return super().parse_known_args(args, namespace)
+        self._in_parts = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._in_parts = False
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"mnemos: error: {message} (see {self.prog} --help)\n")
