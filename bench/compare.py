@@ -114,7 +114,11 @@ def table(figures: Figures, metrics: list[str], machine: Machine, model: str) ->
     ]
     for metric in metrics:
         ours = figures.values.get(OURS, {}).get(metric)
-        row = [f"`{metric}`: {LABELS[metric]}", f"**{_shown(ours)}**", _ratio(ours, figures.best_peer(metric), metric)]
+        row = [
+            f"`{metric}`: {LABELS[metric]}" if metric in LABELS else f"`{metric}`",
+            f"**{_shown(ours)}**",
+            _ratio(ours, figures.best_peer(metric), metric),
+        ]
         row += [_shown(figures.values[peer].get(metric)) for peer in peers]
         lines.append("| " + " | ".join(row) + " |")
     day = datetime.now(timezone.utc).strftime("%Y-%m-%d")

@@ -8,8 +8,9 @@ python=${PYTHON:-"$here/../.venv/bin/python"}
 model=${1:-$("$python" -m mnemos pull smollm2-135m)}
 
 count() {
-    MNEMOS_ISA=avx2 PYTHONHASHSEED=0 taskset -c 0 valgrind --tool=callgrind --callgrind-out-file=/dev/null \
-        "$python" "$here/decode_steps.py" "$model" "$1" 2>&1 | sed -n 's/.*Collected : \([0-9]*\).*/\1/p'
+    log=$(MNEMOS_ISA=avx2 PYTHONHASHSEED=0 taskset -c 0 valgrind --tool=callgrind --callgrind-out-file=/dev/null \
+        "$python" "$here/decode_steps.py" "$model" "$1" 2>&1) || { printf '%s\n' "$log" >&2; exit 1; }
+    printf '%s\n' "$log" | sed -n 's/.*Collected : \([0-9]*\).*/\1/p'
 }
 
 short=$(count 4)

@@ -63,3 +63,8 @@ def test_the_best_peer_is_the_smallest_where_less_is_better(compare: ModuleType)
     assert figures.best_peer("cold") == ("fast", 0.4)
     assert figures.best_peer("rss") is None
     assert "0.50 x fast" in compare.table(figures, ["cold"], MACHINE, "model.gguf")
+
+
+def test_a_metric_without_a_label_has_its_name(compare: ModuleType) -> None:
+    figures = compare.Figures({"mnemos": {"pp64": 500.0}})
+    assert "| `pp64` | **500** | - |" in compare.table(figures, ["pp64"], MACHINE, "model.gguf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import subprocess
 import sys
 import textwrap
@@ -277,3 +278,32 @@ def test_a_failing_listener_is_dropped(engine: InferenceEngine, caplog: pytest.L
     engine.subscribe(lambda event: 1 / 0)  # type: ignore[arg-type, return-value]
     assert engine.generate(PROMPT, max_new_tokens=4)[7:] == toy_greedy(PROMPT, 4)
     assert caplog.text.count("a listener of engine events failed") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_is_told_to_make_an_engine_of_its_own() -> None:
+    """It has none of the engine's threads, and would wait forever."""
+    done = script("""
+        import os
+        from mnemos.engine.engine import InferenceEngine
+        from mnemos.errors import MnemosError
+        from tests.engine.toys import ToyModel, toy_greedy
+
+        engine = InferenceEngine(ToyModel())
+        engine.generate([1, 2], max_new_tokens=5)
+        process = os.fork()
+        if process:
+            os.waitpid(process, 0)
+            assert engine.generate([1, 2], max_new_tokens=5) == [1, 2] + toy_greedy([1, 2], 5)
+            print("parent goes on", flush=True)
+        else:
+            for call in (lambda: engine.generate([1, 2]), lambda: engine.logits([1, 2]), engine.clear_prefix_cache):
+                try:
+                    call()
+                except MnemosError as error:
+                    print("fork" in str(error), flush=True)
+            own = InferenceEngine(ToyModel())
+            print(own.generate([1, 2], max_new_tokens=5) == [1, 2] + toy_greedy([1, 2], 5), flush=True)
+            os._exit(0)
+    """)
+    assert done.stdout.split("\n") == ["True"] * 4 + ["parent goes on", ""]

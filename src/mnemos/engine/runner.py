@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Runner:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()  # of what callers do together: starting the thread, counting the queue, closing
         self._thread: threading.Thread | None = None
+        self._process = 0  # the one that the thread is in
         self._closed = False
         self._stopping = False
         self._entering = 0  # requests in the inbox, beside its other calls; under the lock
@@ -50,6 +52,7 @@ class Runner:
 
     def submit(self, request: Request) -> None:
         """Queues a request. CapacityError if the queue is full, MnemosError after close."""
+        self._check_process()
         with self._lock:
             self._check_open()
             if len(self.executor.scheduler.queue) + self._entering >= self.queue_size:
@@ -69,6 +72,7 @@ class Runner:
     def call(self, function: Callable[[], T]) -> T:
         """Runs a function between two steps and returns its result."""
         self.check_thread()
+        self._check_process()
         results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
         with self._lock:
             self._check_open()
@@ -135,6 +139,14 @@ class Runner:
         if threading.current_thread() is self._thread:
             raise MnemosError("a callback of a request waits for the engine that runs it; call another engine")
 
+    def _check_process(self) -> None:
+        """Before the lock is taken, which another thread may have held when the process was forked."""
+        if self._thread is not None and self._process != os.getpid():
+            raise MnemosError(
+                f"the engine runs in process {self._process}, of which this one is a fork, and no thread is forked: "
+                "make an engine here, or start processes with multiprocessing's 'spawn'"
+            )
+
     def _check_open(self) -> None:
         if self._closed:
             raise MnemosError("the engine is closed; make a new one")
@@ -142,6 +154,7 @@ class Runner:
     def _post(self, call: Callable[[], None]) -> None:
         self._inbox.put(call)
         if self._thread is None:
+            self._process = os.getpid()
             self._thread = threading.Thread(target=self._run, name="mnemos-engine", daemon=True)
             self._thread.start()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mnemos.errors import CapacityError
 from mnemos.models.contract import ModelSpec
+from mnemos.ops.limits import address_space, address_space_left
 
 DEFAULT_TOKENS = 65_536
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -29,18 +30,23 @@ def plan_pages(spec: ModelSpec, cache_tokens: int | None) -> int:
         return pages
     pages = -(-max(DEFAULT_TOKENS, 2 * spec.context_length) // layout.page_size)
     if memory:
-        pages = min(pages, memory // 4 // max(layout.page_bytes, 1))
+        left = address_space_left()
+        share = memory // 4 if left is None else min(memory // 4, left // 2)
+        pages = min(pages, share // max(layout.page_bytes, 1))
     return max(pages, 1)
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this process may use, 0 if unknown."""
+    """Bytes of memory that this process may use, of the machine's, its cgroup's and its own limit; 0 if unknown."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 0
+    limits = [total, address_space()]
     try:
         limit = _CGROUP_LIMIT.read_text().strip()
     except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
+        limit = ""
+    if limit.isdigit():
+        limits.append(int(limit))
+    return min(filter(None, limits))

@@ -15,6 +15,7 @@ import mnemos._native as _native
 from mnemos.errors import CapacityError, ConfigError
 from mnemos.formats.tensor import Tensor
 from mnemos.ops.batch import AttentionParams, Batch, Floats, Ints, KVLayout, Output, RopeParams
+from mnemos.ops.limits import address_space_left
 from mnemos.ops.protocol import Forward, Rows
 
 DTYPES = ("auto", "float32")
@@ -245,8 +246,10 @@ class NativeOps:
 
 
 def check_memory(needed: int, purpose: str) -> None:
-    """Raises CapacityError, with what is missing, if the machine or the process's cgroup cannot give `needed` bytes."""
-    available = _native.available_memory()
+    """Raises CapacityError, with what is missing, if machine, cgroup or `ulimit -v` do not give `needed` bytes."""
+    available, left = _native.available_memory(), address_space_left()
+    if left is not None:
+        available = min(available, left) if available >= 0 else left
     if 0 <= available < needed:
         missing = (needed - available) / 1e6
         raise CapacityError(
