@@ -233,6 +233,14 @@ class TestCapacity:
         with pytest.raises(ConfigError, match=next(iter(options))):
             InferenceEngine(ToyModel(), **options)  # type: ignore[arg-type]
 
+    def test_a_known_text_may_fill_the_cache_when_it_is_evaluated_again(self) -> None:
+        """In several chunks; the remembered pages make room, though the new ones go on behind them."""
+        prompt = [1 + i % 50 for i in range(1200)]
+        with InferenceEngine(ToyModel(context_length=2000), cache_tokens=1300) as engine:
+            expected = engine.generate(prompt, max_new_tokens=4)
+            assert len(engine.logits(prompt)) == 1200
+            assert engine.generate(prompt, max_new_tokens=4) == expected
+
     def test_preempted_requests_lose_nothing(self) -> None:
         prompts = [[i + 1, i + 2, i + 3] for i in range(8)]
         with InferenceEngine(ToyModel(), cache_tokens=120, prefix_cache=False) as engine:

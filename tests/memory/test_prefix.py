@@ -55,6 +55,21 @@ def test_a_page_in_use_and_what_leads_to_it_stay() -> None:
     assert tree.evict(4) == 2
 
 
+def test_a_page_that_only_the_tree_holds_gives_way_to_the_same_one_in_use() -> None:
+    """Somebody evaluates a known text again, and needs all the room there is."""
+    pool = PagePool(4)
+    tree = PrefixTree(pool, SIZE)
+    fill(pool, tree, None, [1, 1, 2, 2])
+    own = [pool.allocate(), pool.allocate()]
+    tree.insert(None, [1, 1, 2, 2], own)
+    assert tree.match(None, [1, 1, 2, 2]) == own
+    assert (pool.free, pool.reclaimable, len(tree)) == (2, 0, 2)
+    tree.insert(None, [1, 1, 2, 2], [pool.allocate(), pool.allocate()])  # both are in use: the tree's stay
+    assert tree.match(None, [1, 1, 2, 2]) == own
+    pool.release(own)
+    assert tree.evict(4) == 2 == pool.free
+
+
 class Tree(RuleBasedStateMachine):
     """Every prefix that was put in and not evicted is found; nothing else is; pages add up."""
 
@@ -74,7 +89,9 @@ class Tree(RuleBasedStateMachine):
         assert len(path) == len(tokens) // SIZE
         for index, page in enumerate(path):
             key = (salt, tuple(tokens[: (index + 1) * SIZE]))
-            assert self.known.setdefault(key, page) == page
+            old = self.known.get(key)
+            assert (old == page) == any(old in pages for pages in self.held)  # a page in use stays, others are replaced
+            self.known[key] = page
 
     @rule(salt=salts, tokens=texts)
     def match(self, salt: str | None, tokens: list[int]) -> None:

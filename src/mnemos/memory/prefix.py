@@ -54,7 +54,11 @@ class PrefixTree:
         return [node.page for node in path[skip:]]
 
     def insert(self, salt: str | None, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Remembers the full pages that hold `tokens`; where the tree has a page already, it keeps its own."""
+        """Remembers the full pages that hold `tokens`.
+
+        Where the tree has a page already that nobody else holds, the caller's takes its place: that would be there
+        twice, and could not be evicted while the caller holds a page below it.
+        """
         node = self.root(salt)
         path = []
         for index in range(min(len(tokens) // self.page_size, len(pages))):
@@ -64,6 +68,10 @@ class PrefixTree:
                 if pages[index] == NO_PAGE:
                     break
                 child = self.attach(node, key, pages[index])
+            elif pages[index] not in (NO_PAGE, child.page) and self.pool.references[child.page] == 1:
+                self.pool.uncache(child.page)
+                child.page = pages[index]
+                self.pool.cache(child.page)
             path.append(child)
             node = child
         self.touch(path)
