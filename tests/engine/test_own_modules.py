@@ -240,6 +240,17 @@ def test_training_goes_on_after_a_text_and_texts_follow_the_weights() -> None:
             assert engine.generate([1, 2, 3], max_new_tokens=NEW) == by_hand(module, [1, 2, 3]), f"after step {step}"
 
 
+def test_only_what_needs_no_gradients_runs_in_inference_mode() -> None:
+    module, seen = modules.PastArgument(), set()
+    module.register_forward_pre_hook(lambda *_: seen.add(torch.is_inference_mode_enabled()))
+    with quiet(module) as engine:
+        for frozen in (False, True, False):
+            module.requires_grad_(not frozen)
+            seen.clear()
+            engine.generate([1, 2, 3], max_new_tokens=2)
+            assert seen == {frozen}
+
+
 def test_every_part_of_a_module_gets_its_own_mode_back() -> None:
     module = modules.PastArgument()
     module.layers[0].mlp.append(nn.Dropout(0.9))

@@ -138,6 +138,7 @@ class Caller:
         self.head: nn.Module | None = None
         self.hidden: Tensor | None = None
         self._packed = PackedLayers(module)
+        self._frozen = not any(parameter.requires_grad for parameter in module.parameters())
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +205,8 @@ class Caller:
         # For the call only: a hook that stays would be copied and saved with the module.
         hook = None if self.head is None else self.head.register_forward_pre_hook(self._keep_hidden)
         try:
-            with torch.no_grad():  # not inference_mode: what a module keeps of a call must serve its training, too
+            # What a module keeps of a call must serve its training, too; inference mode, faster, would prevent that.
+            with torch.inference_mode() if self._frozen else torch.no_grad():
                 yield
         except Exception as error:
             raise ModelError(
@@ -230,6 +232,7 @@ class Caller:
     def check_weights(self) -> None:
         """Before a new text: notices weights that were changed where PyTorch does not count it, by `.data`."""
         self._packed.check()
+        self._frozen = not any(parameter.requires_grad for parameter in self.module.parameters())
 
 
 def read_output(output: Any, module: nn.Module) -> Answer:
