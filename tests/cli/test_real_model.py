@@ -115,7 +115,13 @@ def test_serving_serves_every_request(smollm2: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(
     "options",
-    [["--metrics", "warm"], ["--metrics", "pp9999"], ["--serving", "--requests", "0"], ["--ops", "--serving"]],
+    [
+        ["--metrics", "warm"],
+        ["--metrics", "pp9999"],
+        ["--serving", "--requests", "0"],
+        ["--ops", "--serving"],
+        ["--ops", "--metrics", "pp8"],
+    ],
 )
 def test_bench_refuses_what_it_cannot_measure(
     options: list[str], smollm2: Path, capsys: pytest.CaptureFixture[str]

@@ -43,9 +43,13 @@ class Machine:
 
 
 def examine(size: int) -> Machine:
-    """The machine, with its read bandwidth over `size` bytes, such as those of a model's weights."""
+    """The machine, with its read bandwidth over `size` bytes, such as those of a model's weights, or over 16 MiB.
+
+    Of less, waking the threads would be most of what is measured.
+    """
     isa = instruction_set()
-    return Machine(cpu_name(), usable_cores(), isa, Limits(read_bandwidth(size), multiply_rates(isa)))
+    bandwidth = read_bandwidth(max(size, 16 << 20))
+    return Machine(cpu_name(), usable_cores(), isa, Limits(bandwidth, multiply_rates(isa)))
 
 
 def usable_cores() -> int:

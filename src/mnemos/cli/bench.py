@@ -52,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.ops and arguments.serving:
         raise ConfigError("--ops and --serving are two measurements; give one of them")
+    if arguments.metrics is not None and (arguments.ops or arguments.serving):
+        raise ConfigError(
+            f"--metrics names figures of a model; {'--ops' if arguments.ops else '--serving'} has its own"
+        )
     if arguments.ops:
         from mnemos.bench.kernels import main
 
