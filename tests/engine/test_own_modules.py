@@ -240,15 +240,39 @@ def test_training_goes_on_after_a_text_and_texts_follow_the_weights() -> None:
             assert engine.generate([1, 2, 3], max_new_tokens=NEW) == by_hand(module, [1, 2, 3]), f"after step {step}"
 
 
-def test_only_what_needs_no_gradients_runs_in_inference_mode() -> None:
-    module, seen = modules.PastArgument(), set()
+class Grows(modules.PastArgument):
+    """Has a table from the start, which it makes longer when a text needs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scales", torch.full((12,), 1.1), persistent=False)
+
+    def embed(self, ids: Tensor, start: int, positions: Tensor | None = None) -> Tensor:
+        end = start + ids.shape[1]
+        if end > len(self.scales):
+            self.scales = torch.full((2 * end,), 1.1)
+        return super().embed(ids, start, positions) * self.scales[start:end, None]
+
+
+class KeepsItsLast(modules.PastArgument):
+    def embed(self, ids: Tensor, start: int, positions: Tensor | None = None) -> Tensor:
+        self.last = {"inputs": [super().embed(ids, start, positions)]}
+        return self.last["inputs"][0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fast"), [(modules.PastArgument, True), (Grows, True), (KeepsItsLast, False), (KeepsWhatItMade, False)]
+)
+def test_modules_run_in_inference_mode_and_what_they_keep_can_be_trained_with(kind: type, fast: bool) -> None:
+    module, seen = kind(), set()
     module.register_forward_pre_hook(lambda *_: seen.add(torch.is_inference_mode_enabled()))
     with quiet(module) as engine:
-        for frozen in (False, True, False):
-            module.requires_grad_(not frozen)
-            seen.clear()
-            engine.generate([1, 2, 3], max_new_tokens=2)
-            assert seen == {frozen}
+        seen.clear()
+        tokens = engine.generate([1, 2, 3], max_new_tokens=20)
+        assert seen == {fast}
+        assert tokens == by_hand(module, [1, 2, 3], 20)
+    module.train()(torch.arange(12)[None] % modules.VOCABULARY).sum().backward()
+    assert all(not tensor.is_inference() for tensor in module.buffers())
 
 
 def test_every_part_of_a_module_gets_its_own_mode_back() -> None:

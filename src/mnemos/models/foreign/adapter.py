@@ -323,6 +323,7 @@ def adapt(
 
         return adapt_encoder_decoder(inner, caller, context_length)
     abilities = Probe(caller).run(use_kv_cache)
+    caller.settle()
     if vocabulary_size is not None and vocabulary_size > abilities.vocabulary:
         raise ModelError(
             f"the tokenizer has {vocabulary_size} tokens but {describe(module)} returns {abilities.vocabulary} logits; "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mnemos.errors import ModelError
 from mnemos.models.foreign.few import FewRows
+from mnemos.models.foreign.kept import KeptTensors
 from mnemos.models.foreign.packing import PackedLayers
 
 MASK_NAMES = ("attention_mask",)
@@ -138,7 +139,8 @@ class Caller:
         self.head: nn.Module | None = None
         self.hidden: Tensor | None = None
         self._packed = PackedLayers(module)
-        self._frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        self._kept: KeptTensors | None = KeptTensors(module)
+        self._inference = False
 
     @property
     def device(self) -> torch.device:
@@ -205,8 +207,7 @@ class Caller:
         # For the call only: a hook that stays would be copied and saved with the module.
         hook = None if self.head is None else self.head.register_forward_pre_hook(self._keep_hidden)
         try:
-            # What a module keeps of a call must serve its training, too; inference mode, faster, would prevent that.
-            with torch.inference_mode() if self._frozen else torch.no_grad():
+            with torch.inference_mode() if self._inference else torch.no_grad():
                 yield
         except Exception as error:
             raise ModelError(
@@ -217,6 +218,8 @@ class Caller:
             if hook is not None:
                 hook.remove()
             self._packed.remove()
+            if self._inference and self._kept is not None:
+                self._kept.replace_new()
             for module, training in modes:  # parents before their children
                 if module.training != training:
                     module.train(training)
@@ -229,10 +232,15 @@ class Caller:
         self.module.eval()
         return modes
 
+    def settle(self) -> None:
+        """After the first calls: others run in PyTorch's inference mode, unless the module kept tensors of these."""
+        self._inference = self._kept is not None and not self._kept.any_new()
+        if not self._inference:
+            self._kept = None
+
     def check_weights(self) -> None:
         """Before a new text: notices weights that were changed where PyTorch does not count it, by `.data`."""
         self._packed.check()
-        self._frozen = not any(parameter.requires_grad for parameter in self.module.parameters())
 
 
 def read_output(output: Any, module: nn.Module) -> Answer:

@@ -120,6 +120,7 @@ def adapt_encoder_decoder(module: nn.Module, caller: Caller, context_length: int
     ids = torch.tensor([[start]], device=caller.device)
     with caller.running(ids):
         output = module(input_ids=ids, decoder_input_ids=ids, use_cache=False)
+    caller.settle()
     spec = ModelSpec(
         architecture=type(module).__name__,
         vocabulary_size=output.logits.shape[-1],

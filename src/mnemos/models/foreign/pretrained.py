@@ -18,7 +18,7 @@ SHOWN_NAMES = 4
 
 
 def load_module(folder: Path, *, dtype: str, device: str, trust_remote_code: bool) -> nn.Module:
-    """The module of a Hugging Face folder with config.json and safetensors, in evaluation mode and without gradients.
+    """The module of a Hugging Face folder with config.json and safetensors, in evaluation mode.
 
     dtype: "auto" as stored, or float32, bfloat16, float16. Code that lies in the folder runs only with
     trust_remote_code. Errors: UnsupportedError (transformers does not know the architecture, or it does not generate),
@@ -42,7 +42,7 @@ def load_module(folder: Path, *, dtype: str, device: str, trust_remote_code: boo
                 f"{folder}: {what} {_listing(names)}, which {type(module).__name__} needs; expected the weights of the "
                 f"architecture that its config.json names, {config.architectures}"
             )
-    found: nn.Module = module.to(device).eval().requires_grad_(False)
+    found: nn.Module = module.to(device).eval()
     return found
 
 
