@@ -1,6 +1,6 @@
 #!/bin/sh
 # Checks of the matrix products, and of attention with AMX, outside Python. Usage: run.sh sanitize | amx | neon
-#   sanitize   every kernel of this machine under AddressSanitizer and UndefinedBehaviorSanitizer
+#   sanitize   every kernel of this machine under AddressSanitizer and UndefinedBehaviorSanitizer; a quarter of an hour
 #   amx        the AMX kernels and the AVX-512 ones, emulated where the processor has no AMX; 77 without AVX-512
 #   neon       builds for Arm, runs under qemu-user and compares with this machine's bits; from Debian:
 #              g++-aarch64-linux-gnu, qemu-user
