@@ -6,9 +6,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.nn import functional as F  # noqa: E402
+
 from mnemos.errors import ModelError  # noqa: E402
+from mnemos.models.foreign import packing  # noqa: E402
 from mnemos.models.foreign.call import Caller  # noqa: E402
 from mnemos.models.foreign.packing import FEW_ROWS, PackedLayers, _available  # noqa: E402
+from mnemos.models.foreign.pages import in_large_pages, new_regions  # noqa: E402
 from tests.models.foreign_modules import PastArgument  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not _available(), reason="this PyTorch has no oneDNN")
@@ -146,3 +150,28 @@ def test_training_goes_on_between_calls() -> None:
     caller(ids)
     module(ids).sum().backward()
     assert module.head.weight.grad is not None
+
+
+def test_memory_that_is_new_is_told_from_what_was_there() -> None:
+    before = [(10, 20), (30, 40), (60, 70)]
+    assert new_regions(before, before) == []
+    assert new_regions([], before) == before
+    assert new_regions(before, [(5, 25), (30, 35), (38, 50), (60, 80), (90, 95)]) == [
+        (5, 10), (20, 25), (40, 50), (70, 80), (90, 95),
+    ]  # fmt: skip
+    assert new_regions(before, [(0, 100)]) == [(0, 10), (20, 30), (40, 60), (70, 100)]
+
+
+def test_large_pages_leave_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(1500, 2000), torch.randn(20, 1500)
+    monkeypatch.setattr(packing, "LARGE_COPIES", 1)
+    with in_large_pages():
+        kept = [torch.full((1 << 20,), float(value)) for value in range(4)]
+        layers = PackedLayers(layer)
+    layers.install(len(x))
+    try:
+        assert torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-4)
+    finally:
+        layers.remove()
+    assert all((one == value).all() for value, one in enumerate(kept))

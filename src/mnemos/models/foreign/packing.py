@@ -8,6 +8,7 @@ else the module is as it was.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch.nn import functional as F
 
 from mnemos.memory.planning import machine_memory
 from mnemos.models.foreign.few import FEW_ROWS, FewRows, Multiply, rms_norm, takes_rms_norm
+from mnemos.models.foreign.pages import in_large_pages
 
 MEMORY_SHARE = 4  # the copies may take a quarter of the machine's memory
+LARGE_COPIES = 64 << 20  # bytes from which on large pages are worth making: of less, many stay in the caches
 SAMPLED = 64  # values of a parameter
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -70,7 +73,8 @@ class PackedLayers:
         few = FewRows(torch.get_num_threads()) if FewRows.available() and 2 * bytes_needed <= room else None
         if not _available() or bytes_needed > room:
             layers = []
-        self._packed = [packed for layer in layers if (packed := _pack(layer, few, None)) is not None]
+        with in_large_pages() if bytes_needed >= LARGE_COPIES else nullcontext():
+            self._packed = [packed for layer in layers if (packed := _pack(layer, few, None)) is not None]
         if few is not None:
             few.finish()
         self._threads = torch.get_num_threads()
