@@ -21,6 +21,7 @@ from pathlib import Path
 from mnemos.bench.machine import Machine, examine
 from mnemos.bench.results import insert_table
 from mnemos.cli.terminal import human_bytes, remark
+from mnemos.errors import MnemosError
 from mnemos.hub.sources import resolve
 
 HERE = Path(__file__).resolve().parent
@@ -152,7 +153,10 @@ def main() -> None:
     arguments = parser.parse_args()
     groups = arguments.metrics.split(";")
     names = [name for group in groups for name in group.split(",")]
-    gguf = resolve(arguments.model)
+    try:
+        gguf = resolve(arguments.model)
+    except MnemosError as error:
+        parser.error(str(error))
     figures = measure(engine_commands(arguments, gguf), arguments.rounds, groups)
     text = table(figures, names, examine(gguf.stat().st_size), gguf.name)
     print(text)

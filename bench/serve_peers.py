@@ -24,6 +24,7 @@ from mnemos.bench.machine import cpu_name, usable_cores
 from mnemos.bench.results import Result, insert_table
 from mnemos.bench.serving import Arrival, Workload, percentile, plan
 from mnemos.cli.terminal import remark
+from mnemos.errors import MnemosError
 from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.hub.sources import resolve
 from mnemos.models.load import load_model
@@ -131,7 +132,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--markdown", type=Path, help="the file to put the table into")
     arguments = parser.parse_args()
-    gguf = resolve(arguments.model)
+    try:
+        gguf = resolve(arguments.model)
+    except MnemosError as error:
+        parser.error(str(error))
     workload = Workload(arguments.requests, arguments.rate, arguments.seed, (16, 512), (16, 96))
     vocabulary = load_model(open_checkpoint(gguf), backend="numpy").spec.vocabulary_size
     results = measure(commands(arguments, gguf), plan(workload, vocabulary), arguments.rounds)

@@ -76,7 +76,10 @@ def main() -> None:
         for shape in arguments.shapes.split(","):
             for type_ in arguments.types.split(","):
                 remark(f"{shape} {type_}")
-                path = make(folder, shape, type_)
+                try:
+                    path = make(folder, shape, type_)
+                except subprocess.CalledProcessError:
+                    sys.exit(f"{MAKE.name} makes no {shape} {type_}, for the reason above")
                 figures = measure(commands(arguments.peers, path), arguments.rounds, [",".join(metrics)])
                 failures += [f"{shape} {type_}, {engine}: {why}" for engine, why in figures.missing.items()]
                 lines.append(row(shape, type_, path.stat().st_size, figures, metrics))
