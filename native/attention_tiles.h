@@ -23,11 +23,6 @@ class AttentionShapes {
  public:
   // `rest`: pairs of key components that fill no tile.
   explicit AttentionShapes(int64_t rest) : rest_(rest) {}
-  ~AttentionShapes() {
-    if (rows_ != 0) AmxTiles::release();
-  }
-  AttentionShapes(const AttentionShapes &) = delete;
-  AttentionShapes &operator=(const AttentionShapes &) = delete;
 
   void set_rows(int64_t rows) {
     if (rows == rows_) return;
@@ -41,12 +36,13 @@ class AttentionShapes {
     set(5, rest_, rest_ > 0 ? width : 0);
     set(6, rows, tile_pairs);
     set(7, rows, rest_);
-    AmxTiles::configure(shapes);
+    tiles_.configure(shapes);
   }
 
  private:
   const int64_t rest_;
   int64_t rows_ = 0;
+  ConfiguredTiles tiles_;
 };
 
 // body(constant) for sums 0 to count - 1.

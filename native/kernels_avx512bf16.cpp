@@ -3,17 +3,8 @@
 #include "attention_dots.h"
 
 namespace mnemos {
-namespace {
-
-constexpr VectorKernels with_dots() {
-  VectorKernels kernels = table;
-  kernels.attend = attend_by_dots;
-  return kernels;
-}
-
-}  // namespace
 
 extern const VectorKernels avx512bf16_vector_kernels;
-const VectorKernels avx512bf16_vector_kernels = with_dots();
+const VectorKernels avx512bf16_vector_kernels = table_with(attend_by_dots);
 
 }  // namespace mnemos

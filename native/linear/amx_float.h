@@ -35,29 +35,24 @@ class BfloatShapes {
  public:
   // All tiles of activations have so many rows.
   explicit BfloatShapes(int64_t rows) : rows_(uint8_t(rows)) {}
-  ~BfloatShapes() {
-    if (configured_) AmxTiles::release();
-  }
-  BfloatShapes(const BfloatShapes &) = delete;
-  BfloatShapes &operator=(const BfloatShapes &) = delete;
 
   // The panels at work have so many outputs.
   void set_outputs(int64_t first, int64_t second) {
-    if (configured_ && first == outputs_[0] && second == outputs_[1]) return;
-    configured_ = true, outputs_[0] = first, outputs_[1] = second;
+    if (first == outputs_[0] && second == outputs_[1]) return;
+    outputs_[0] = first, outputs_[1] = second;
     TileShapes shapes;
     for (int tile = 0; tile < 8; tile++) {
       const bool weights = tile >= bfloat_weights && tile < bfloat_inputs;
       shapes.rows[tile] = weights ? bfloat_columns / 2 : rows_;
       shapes.row_bytes[tile] = uint16_t(tile >= bfloat_inputs ? bfloat_columns * 2 : outputs_[tile % 2] * 4);
     }
-    AmxTiles::configure(shapes);
+    tiles_.configure(shapes);
   }
 
  private:
   uint8_t rows_;
-  bool configured_ = false;
-  int64_t outputs_[2] = {};
+  int64_t outputs_[2] = {};  // none has 0
+  ConfiguredTiles tiles_;
 };
 
 // P panels at work, by all rows of the call.

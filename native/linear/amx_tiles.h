@@ -46,5 +46,24 @@ struct AmxTiles {
   }
 };
 
+// Configures the tiles of its thread, and releases them when it goes.
+class ConfiguredTiles {
+ public:
+  ConfiguredTiles() = default;
+  ~ConfiguredTiles() {
+    if (configured_) AmxTiles::release();
+  }
+  ConfiguredTiles(const ConfiguredTiles &) = delete;
+  ConfiguredTiles &operator=(const ConfiguredTiles &) = delete;
+
+  void configure(const TileShapes &shapes) {
+    configured_ = true;
+    AmxTiles::configure(shapes);
+  }
+
+ private:
+  bool configured_ = false;
+};
+
 }  // namespace
 }  // namespace mnemos

@@ -35,11 +35,6 @@ class Shapes {
  public:
   // A block, or a half of it if the halves have scales of their own, has so many columns.
   explicit Shapes(int columns) : columns_(columns) {}
-  ~Shapes() {
-    if (rows_ != 0) AmxTiles::release();
-  }
-  Shapes(const Shapes &) = delete;
-  Shapes &operator=(const Shapes &) = delete;
 
   void set_rows(int rows) {
     if (rows == rows_) return;
@@ -50,11 +45,12 @@ class Shapes {
       shapes.rows[tile] = uint8_t(weights ? columns_ / 4 : rows);
       shapes.row_bytes[tile] = uint16_t(tile >= first_activations ? columns_ : 64);
     }
-    AmxTiles::configure(shapes);
+    tiles_.configure(shapes);
   }
 
  private:
   int columns_, rows_ = 0;
+  ConfiguredTiles tiles_;
 };
 
 // Codes without their centre, as signed bytes.
@@ -201,14 +197,14 @@ int64_t multiply_in_tiles(Form form, int64_t rounds) {
   constexpr int rows = 16, bytes = 64;
   TileShapes shapes;
   for (int tile = 0; tile < 8; tile++) shapes.rows[tile] = rows, shapes.row_bytes[tile] = bytes;
-  AmxTiles::configure(shapes);
+  ConfiguredTiles tiles;
+  tiles.configure(shapes);
   for (int64_t round = 0; round < rounds; round++)
     unroll<sum_tiles>([&](auto sum) {
       constexpr int a = first_activations + sum / 2, w = first_weights + sum % 2;
       if (form == Form::bf16) AmxTiles::dot_bfloats<sum, a, w>();
       else AmxTiles::dot<sum, a, w>();
     });
-  AmxTiles::release();
   return rounds * sum_tiles * rows * panel_rows * (form == Form::bf16 ? bytes / 2 : bytes);
 }
 
