@@ -54,7 +54,7 @@ sanitize:
 		PYTHONPATH=$(SANITIZED)/package PYTHONDONTWRITEBYTECODE=1 $(NATIVE_PYTHON) -m pytest tests/ops -p no:cacheprovider
 
 test-neon:
-	native/linear/tests/run.sh neon
+	native/tests/run.sh neon
 
 clean:
 	rm -rf $(VENV) build

@@ -13,13 +13,13 @@
 #include <cstring>
 #include <optional>
 
-#include "bounds.h"
-#include "error.h"
+#include "system/bounds.h"
+#include "system/error.h"
 #include "length_prefixed.h"
-#include "linear/kernels.h"
-#include "mapping.h"
-#include "program.h"
-#include "relay.h"
+#include "linear/product_kernels.h"
+#include "system/mapping.h"
+#include "program/program.h"
+#include "foreign_step.h"
 #include "sampler.h"
 
 namespace nb = nanobind;

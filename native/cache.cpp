@@ -2,8 +2,8 @@
 
 #include <cstring>
 
-#include "error.h"
-#include "mapping.h"
+#include "system/error.h"
+#include "system/mapping.h"
 
 namespace mnemos {
 namespace {

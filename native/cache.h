@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "kernels.h"
+#include "vector/vector_kernels.h"
 
 namespace mnemos {
 

@@ -6,7 +6,7 @@
 #include <functional>
 #include <string>
 
-#include "error.h"
+#include "system/error.h"
 
 namespace mnemos {
 namespace {

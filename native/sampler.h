@@ -5,7 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "kernels.h"
+#include "vector/vector_kernels.h"
 
 namespace mnemos {
 

@@ -1,7 +1,7 @@
 // Whether two sets of kernels multiply quantized weights to the same bits, and bfloat16 ones to the same sums.
 #pragma once
 
-#include "linear/kernels.h"
+#include "linear/product_kernels.h"
 
 namespace mnemos {
 

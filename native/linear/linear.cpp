@@ -6,7 +6,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "linear/kernels.h"
+#include "linear/product_kernels.h"
 
 namespace mnemos {
 namespace {

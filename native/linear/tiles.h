@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "linear/kernels.h"
+#include "linear/product_kernels.h"
 
 namespace mnemos {
 namespace {

@@ -6,23 +6,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mnemos.decoding.config import GenerationConfig
-    from mnemos.decoding.functions import (
+    from mnemos.compat.batching import BatchInference, BatchProcessor, ResponseStreamer, StreamingInference
+    from mnemos.compat.cache_manager import CacheManager
+    from mnemos.compat.generate import generate, generate_batch
+    from mnemos.compat.generator import Generator
+    from mnemos.compat.inference_config import InferenceConfig
+    from mnemos.compat.optimized import OptimizedInferenceEngine
+    from mnemos.compat.sampling import (
         apply_temperature,
         enforce_repetition_penalty,
         sample_top_p,
         top_k_top_p_filtering,
     )
-    from mnemos.engine.batching import BatchInference, BatchProcessor, ResponseStreamer, StreamingInference
-    from mnemos.engine.cache_manager import CacheManager
-    from mnemos.engine.config import InferenceConfig
+    from mnemos.compat.token_processor import TokenProcessor
+    from mnemos.decoding.config import GenerationConfig
     from mnemos.engine.engine import InferenceEngine
-    from mnemos.engine.functions import generate, generate_batch
-    from mnemos.engine.generator import Generator
-    from mnemos.engine.optimized import OptimizedInferenceEngine
     from mnemos.errors import MnemosError
-    from mnemos.models.cached_attention import CachedAttention, KVCache
-    from mnemos.text.processor import TokenProcessor
+    from mnemos.models.foreign.cached_attention import CachedAttention, KVCache
     from mnemos.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -52,27 +52,27 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BatchInference": "mnemos.engine.batching",
-    "BatchProcessor": "mnemos.engine.batching",
-    "CacheManager": "mnemos.engine.cache_manager",
-    "CachedAttention": "mnemos.models.cached_attention",
+    "BatchInference": "mnemos.compat.batching",
+    "BatchProcessor": "mnemos.compat.batching",
+    "CacheManager": "mnemos.compat.cache_manager",
+    "CachedAttention": "mnemos.models.foreign.cached_attention",
     "GenerationConfig": "mnemos.decoding.config",
-    "Generator": "mnemos.engine.generator",
-    "InferenceConfig": "mnemos.engine.config",
+    "Generator": "mnemos.compat.generator",
+    "InferenceConfig": "mnemos.compat.inference_config",
     "InferenceEngine": "mnemos.engine.engine",
-    "KVCache": "mnemos.models.cached_attention",
+    "KVCache": "mnemos.models.foreign.cached_attention",
     "MnemosError": "mnemos.errors",
-    "OptimizedInferenceEngine": "mnemos.engine.optimized",
-    "ResponseStreamer": "mnemos.engine.batching",
-    "StreamingInference": "mnemos.engine.batching",
-    "TokenProcessor": "mnemos.text.processor",
+    "OptimizedInferenceEngine": "mnemos.compat.optimized",
+    "ResponseStreamer": "mnemos.compat.batching",
+    "StreamingInference": "mnemos.compat.batching",
+    "TokenProcessor": "mnemos.compat.token_processor",
     "Tokenizer": "mnemos.text.tokenizer",
-    "apply_temperature": "mnemos.decoding.functions",
-    "enforce_repetition_penalty": "mnemos.decoding.functions",
-    "generate": "mnemos.engine.functions",
-    "generate_batch": "mnemos.engine.functions",
-    "sample_top_p": "mnemos.decoding.functions",
-    "top_k_top_p_filtering": "mnemos.decoding.functions",
+    "apply_temperature": "mnemos.compat.sampling",
+    "enforce_repetition_penalty": "mnemos.compat.sampling",
+    "generate": "mnemos.compat.generate",
+    "generate_batch": "mnemos.compat.generate",
+    "sample_top_p": "mnemos.compat.sampling",
+    "top_k_top_p_filtering": "mnemos.compat.sampling",
 }
 
 

@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from mnemos.bench.machine import Limits, Machine
+from mnemos.machine.figures import Limits, Machine
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "compare.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compare.py"
 MACHINE = Machine("Some CPU", 2, "avx2", Limits(25e9, {"float32": 1e11, "int8": 2e11}))
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mnemos import _native
-from mnemos.bench.machine import Limits
 from mnemos.bench.metrics import DEFAULT_METRICS, Metric, Subject, measure, parse_metrics
 from mnemos.bench.results import Result
 from mnemos.cli.main import main
 from mnemos.errors import CapacityError, ConfigError
+from mnemos.machine.figures import Limits
 from tests.models.checkpoints import CONFIGS, build
 from tests.models.gguf_files import write_gguf
 

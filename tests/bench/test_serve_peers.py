@@ -11,7 +11,7 @@ import pytest
 
 from mnemos.bench.serving import Arrival, Workload
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "serve_peers.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serve_peers.py"
 ARRIVALS = [Arrival(0.5, [1, 2], 3), Arrival(1.0, [3], 2)]
 TIMES = [[1.0, 1.2, 2.0], [1.25, 3.0]]
 

@@ -9,8 +9,7 @@ import pytest
 
 from mnemos.bench import steps
 from mnemos.bench.steps import CHUNK, StepBench, Stepper
-from mnemos.models.contract import ModelSpec
-from mnemos.ops.batch import Batch, KVLayout, Output
+from mnemos.contract import Batch, KVLayout, ModelSpec, Output
 
 VOCABULARY = 50
 

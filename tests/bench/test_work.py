@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from mnemos.bench.machine import Limits
 from mnemos.bench.metrics import parse_metrics
 from mnemos.bench.work import Work, count_work, rate_limit
+from mnemos.contract import KVLayout
 from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.formats.tensor import TensorType
+from mnemos.machine.figures import Limits
 from mnemos.models.load import LoadedModel, load_model
-from mnemos.ops.batch import KVLayout
 
 pytest.importorskip("gguf")
 sys.path.append(str(Path(__file__).parents[2] / "tools"))

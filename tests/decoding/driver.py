@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mnemos.contract import KVLayout, ModelSpec
 from mnemos.decoding.build import make_strategy
 from mnemos.decoding.config import GenerationConfig
 from mnemos.decoding.strategy import Emitted, FinishedSequence, Rows, Strategy
-from mnemos.models.contract import ModelSpec
-from mnemos.ops.batch import KVLayout
 
 ToyModel = Callable[[Sequence[int]], tuple[np.ndarray, np.ndarray]]
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mnemos.decoding.config import GenerationConfig
-from mnemos.decoding.rules import ALIASES, RULES
+from mnemos.decoding.fields import ALIASES, RULES
 from mnemos.errors import ConfigError
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mnemos import native
 from mnemos.decoding import sampler
 from mnemos.decoding.draws import GREEDY, Draw, Wish, draw_rows
 from mnemos.decoding.sampler import Cutoffs
@@ -23,8 +24,8 @@ def _expected(logits: np.ndarray, wish: Wish) -> list[int]:
 @pytest.fixture(params=["native", "numpy"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "numpy":
-        monkeypatch.setattr(sampler, "_native", None)
-    elif sampler._native is None:
+        monkeypatch.setattr(native, "core", None)
+    elif native.core is None:
         pytest.skip("the native core is not built")
 
 

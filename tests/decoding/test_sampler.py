@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mnemos import native
 from mnemos.decoding import sampler
 from mnemos.decoding.sampler import (
     Cutoffs,
@@ -104,7 +105,7 @@ def test_the_fast_order_is_the_stable_one():
 
 
 def test_native_choices_are_numpys():
-    if sampler._native is None:
+    if native.core is None:
         pytest.skip("the native core is not built")
     random = np.random.default_rng(1)
     for _ in range(20):
@@ -112,7 +113,7 @@ def test_native_choices_are_numpys():
         assert greedy(logits) == greedy_numpy(logits)
         assert log_sum_exp(logits) == pytest.approx(log_sum_exp_numpy(logits), abs=1e-6)
         assert top_tokens(logits, 20) == np.argsort(-logits, kind="stable")[:20].tolist()
-    assert sampler._native.uniform(2**63 + 5, 77, 3) == uniform(2**63 + 5, 77, 3)
+    assert native.core.uniform(2**63 + 5, 77, 3) == uniform(2**63 + 5, 77, 3)
 
 
 FLAT = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows, Strategy
-from mnemos.engine.executor import Executor
+from mnemos.engine.core import Executor
 from mnemos.engine.scheduler import Limits
 from mnemos.engine.sequence import Request, Timings
 from tests.engine.toys import VOCABULARY, ToyModel, toy_row

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 from mnemos import InferenceEngine  # noqa: E402
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, UnsupportedError  # noqa: E402
-from mnemos.models.foreign.adapter import ForeignModel  # noqa: E402
+from mnemos.models.foreign.model import ForeignModel  # noqa: E402
 
 WORDS = 60
 PROMPTS = ["w5 w6 w7 w8 w5", "w11", "w20 w21 w22 w20 w21 w22 w20"]

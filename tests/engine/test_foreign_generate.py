@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers")
 
 from mnemos.engine.engine import InferenceEngine  # noqa: E402
 from mnemos.errors import MnemosError, ModelError, RequestError, UnsupportedError  # noqa: E402
-from tests.models import foreign_modules as modules  # noqa: E402
-from tests.models.test_encoder_decoder import SOURCES, make_bart, make_t5  # noqa: E402
+from tests.models.foreign import foreign_modules as modules  # noqa: E402
+from tests.models.foreign.test_encoder_decoder import SOURCES, make_bart, make_t5  # noqa: E402
 
 VOCABULARY, EOS = 40, 3
 PROMPTS = [[5, 6, 7, 8, 9, 5, 6], [11, 12], [20, 21, 22, 20, 21, 22, 20, 21], [30]]

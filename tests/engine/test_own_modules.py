@@ -17,10 +17,10 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from mnemos.compat.generate import generate, generate_batch  # noqa: E402
 from mnemos.engine.engine import InferenceEngine  # noqa: E402
-from mnemos.engine.functions import generate, generate_batch  # noqa: E402
 from mnemos.errors import ModelError, RequestError  # noqa: E402
-from tests.models import foreign_modules as modules  # noqa: E402
+from tests.models.foreign import foreign_modules as modules  # noqa: E402
 
 PROMPTS = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12, 13], [4, 4, 4, 4]]
 NEW = 10

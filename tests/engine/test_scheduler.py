@@ -7,7 +7,7 @@ import pytest
 from mnemos.decoding.build import make_strategy
 from mnemos.decoding.config import GenerationConfig
 from mnemos.decoding.strategy import Branch, Strategy
-from mnemos.engine.pace import SMALLEST_CHUNK, Pace
+from mnemos.engine.prefill_budget import SMALLEST_CHUNK, Pace
 from mnemos.engine.queue import WaitingQueue
 from mnemos.engine.sequence import Request
 from tests.engine.drivers import Greedy, Wild, check_whole, make_executor, make_request, run

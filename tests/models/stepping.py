@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mnemos.models.contract import Model
-from mnemos.ops.batch import Batch, Output
+from mnemos.contract import Batch, Model, Output
 
 
 def ints(values: Sequence[int]) -> np.ndarray:

@@ -11,11 +11,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from mnemos.contract import Batch  # noqa: E402
 from mnemos.errors import FormatError  # noqa: E402
 from mnemos.formats.checkpoint import open_checkpoint  # noqa: E402
 from mnemos.models.load import load_model  # noqa: E402
-from mnemos.ops.batch import Batch  # noqa: E402
-from tests.models.mini_llm import make_transformer  # noqa: E402
+from tests.models.foreign.mini_llm import make_transformer  # noqa: E402
 
 TOKENS = [5, 17, 3, 60, 0, 22, 41]
 

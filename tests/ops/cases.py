@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from mnemos.contract import Batch
 from mnemos.formats.tensor import Tensor, TensorType
-from mnemos.ops.batch import AttentionParams, Batch, RopeParams
-from mnemos.ops.protocol import ACTIVATIONS
+from mnemos.ops.protocol import ACTIVATIONS, AttentionParams, RopeParams
 
 ROWS = (1, 2, 3, 7, 33)
 Run = Callable[[Any, np.random.Generator, int], Any]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tests.ops.cases import floats, quantized, weight
 
-from mnemos.ops.batch import AttentionParams, Batch, KVLayout
+from mnemos.contract import Batch, KVLayout
 from mnemos.ops.native import NativeOps
+from mnemos.ops.protocol import AttentionParams
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCABULARY, PAGE_SIZE = 4, 2, 32, 64, 160, 50, 16
 KEPT = ("embedded", "attended", "first sum", "gated")

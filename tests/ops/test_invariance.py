@@ -9,8 +9,9 @@ import pytest
 from tests.ops.cases import floats, quantized
 
 from mnemos import _native
-from mnemos.ops.batch import AttentionParams, Batch, KVLayout, Output, RopeParams
+from mnemos.contract import Batch, KVLayout, Output
 from mnemos.ops.native import NativeOps, Value
+from mnemos.ops.protocol import AttentionParams, RopeParams
 
 VOCABULARY, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, PAGE_SIZE = 90, 64, 96, 4, 2, 16, 2, 16
 PAGES = 24  # of one sequence

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tests.ops.cases import ATTENTION_CASES, CASES, ROWS, AttentionCase, Case, floats
 
-from mnemos.ops.batch import Batch, KVLayout
+from mnemos.contract import Batch, KVLayout
 from mnemos.ops.native import NativeOps
 from mnemos.ops.numpy import NumpyOps
 

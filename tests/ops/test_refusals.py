@@ -14,11 +14,12 @@ import pytest
 from tests.ops.cases import AttentionCase, floats
 
 from mnemos import _native
+from mnemos.contract import Batch, KVLayout
 from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError, RequestError, UnsupportedError
 from mnemos.formats.tensor import Tensor, TensorType
-from mnemos.ops.batch import Batch, KVLayout
-from mnemos.ops.native import NativeOps, check_memory
-from mnemos.ops.registry import get_ops
+from mnemos.machine.memory import check_memory
+from mnemos.ops.backends import get_ops
+from mnemos.ops.native import NativeOps
 
 GENERATOR = np.random.default_rng(0)
 CASE = AttentionCase(2, 1, 16, 16, steps=((20, 3),))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKS = Path(__file__).parents[2] / "native" / "linear" / "tests" / "run.sh"
+CHECKS = Path(__file__).parents[2] / "native" / "tests" / "run.sh"
 SKIPPED = 77
 
 

@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch")
 
 from tests.ops.cases import ATTENTION_CASES, CASES, ROWS, AttentionCase, Case, floats  # noqa: E402
 
+from mnemos.contract import KVLayout  # noqa: E402
 from mnemos.errors import ConfigError, UnsupportedError  # noqa: E402
-from mnemos.ops.batch import KVLayout  # noqa: E402
+from mnemos.ops.backends import get_ops  # noqa: E402
 from mnemos.ops.numpy import NumpyOps, round_to  # noqa: E402
-from mnemos.ops.registry import get_ops  # noqa: E402
 from mnemos.ops.torch import TorchBatch, TorchOps  # noqa: E402
 
 REFERENCE = NumpyOps()

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mnemos import InferenceEngine, Tokenizer  # noqa: E402
-from tests.models.mini_llm import ModelArgs, make_transformer  # noqa: E402
+from tests.models.foreign.mini_llm import ModelArgs, make_transformer  # noqa: E402
 
 PAD, BOS, EOS, FIRST, LAST = 0, 1, 2, 3, 39
 ARGUMENTS = ModelArgs(dim=48, n_layers=2, n_heads=6, n_kv_heads=3, vocab_size=FIRST + LAST + 1, max_seq_len=512)

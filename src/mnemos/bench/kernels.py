@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mnemos.bench.machine import Limits, Machine, examine
+from mnemos.contract import Batch, Floats, KVLayout
 from mnemos.formats.tensor import Tensor, TensorType
-from mnemos.ops.batch import AttentionParams, Batch, Floats, KVLayout
+from mnemos.machine.figures import Limits, Machine, examine
 from mnemos.ops.native import NativeOps
-from mnemos.ops.protocol import Array, Ops
+from mnemos.ops.protocol import Array, AttentionParams, Ops
 
 WEIGHT_TYPES = (
     TensorType.Q4_0,

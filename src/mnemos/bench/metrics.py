@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 
-from mnemos.bench.machine import Limits
 from mnemos.bench.results import Result
 from mnemos.errors import ConfigError, MnemosError
+from mnemos.machine.figures import Limits
 
 DEFAULT_METRICS = ("cold", "rss", "pp128", "pp512", "pp1024", "tg128", "tg128@d1024", "b8", "b32", "sampling")
 _KINDS = "ppN, tgN, tgN@dN, bN, cold, rss, sampling (N: a number)"

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mnemos.models.contract import Model
-from mnemos.ops.batch import Batch, Ints
-from mnemos.ops.native import check_memory
+from mnemos.contract import Batch, Ints, Model
+from mnemos.machine.memory import check_memory
 
 CHUNK = 512  # prompt tokens in one step
 WARM_UP = 16

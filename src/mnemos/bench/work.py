@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from mnemos.bench.machine import Limits
 from mnemos.bench.metrics import Metric
 from mnemos.bench.steps import BATCH_PROMPT, BATCH_STEPS, CHUNK
+from mnemos.contract import KVLayout
+from mnemos.machine.figures import Limits
 from mnemos.models.load import LoadedModel
-from mnemos.ops.batch import KVLayout
 
 _TOKENS, _CHOSEN = "tokens", "chosen"  # what stands for an array of a row for each token, or for each chosen one
 

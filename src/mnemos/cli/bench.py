@@ -69,9 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace, path: Path) -> int:
-    from mnemos.bench.machine import examine
     from mnemos.bench.metrics import DEFAULT_METRICS, Subject, measure, parse_metrics
     from mnemos.formats.checkpoint import open_checkpoint
+    from mnemos.machine.figures import examine
 
     chosen = arguments.metrics is not None
     metrics = parse_metrics([name.strip() for name in arguments.metrics.split(",")] if chosen else DEFAULT_METRICS)

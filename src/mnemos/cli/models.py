@@ -7,7 +7,7 @@ import json
 
 from mnemos.cli.terminal import human_bytes
 from mnemos.hub import cache
-from mnemos.hub.registry import KNOWN_MODELS
+from mnemos.hub.known_models import KNOWN_MODELS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

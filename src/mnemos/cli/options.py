@@ -133,7 +133,7 @@ def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
 def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
     """The engine for `arguments.model`, fetched first if need be, with progress on standard error."""
     from mnemos.cli.terminal import ProgressBar
-    from mnemos.engine.loading import load_parts
+    from mnemos.engine.pretrained import load_parts
 
     with ProgressBar(arguments.model) as progress:
         parts = load_parts(

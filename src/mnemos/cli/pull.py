@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mnemos.cli.terminal import ProgressBar
-from mnemos.hub.registry import KNOWN_MODELS
+from mnemos.hub.known_models import KNOWN_MODELS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

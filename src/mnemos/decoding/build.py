@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from mnemos.contract import ModelSpec, TokenRules
 from mnemos.decoding.config import DEFAULT_CANDIDATES, DEFAULT_NEW_TOKENS, GenerationConfig
 from mnemos.decoding.processors import Processor, filters_of, processors_of
 from mnemos.decoding.sampler import Cutoffs, fresh_seed
@@ -17,7 +18,6 @@ from mnemos.decoding.sampling import Chooser, Constraint, Drafter, Sampling
 from mnemos.decoding.stopping import IncrementalDecoder, StopRules, StopWatch, TextEnds
 from mnemos.decoding.strategy import Strategy
 from mnemos.errors import ContextLengthError, RequestError
-from mnemos.models.contract import ModelSpec, TokenRules
 
 if TYPE_CHECKING:  # a process that only samples starts faster without the others
     from mnemos.decoding.beam import BeamSearch

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos.decoding.conflicts import CONSTRAINTS, SAMPLING_ONLY, active, check_conflicts
-from mnemos.decoding.rules import ALIASES, RULES, STRATEGIES, refuse_unknown
+from mnemos.decoding.fields import ALIASES, RULES, STRATEGIES, refuse_unknown
 from mnemos.errors import ConfigError
 
 LogitsProcessor = Callable[[Sequence[int], npt.NDArray[np.float32]], "npt.NDArray[np.float32] | None"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mnemos.decoding.rules import shown
+from mnemos.decoding.fields import shown
 from mnemos.errors import ConfigError
 
 if TYPE_CHECKING:

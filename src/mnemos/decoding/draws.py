@@ -9,6 +9,7 @@ from math import isfinite
 import numpy as np
 import numpy.typing as npt
 
+from mnemos import native
 from mnemos.decoding import sampler
 from mnemos.decoding.sampler import Cutoffs
 from mnemos.errors import RequestError
@@ -91,15 +92,15 @@ def _most_probable(rows: Floats) -> list[int] | None:
 
 
 def _sampled(rows: Floats, run: Sequence[Wish]) -> list[int]:
-    uniform = sampler.uniform if sampler._native is None else sampler._native.uniform
+    uniform = sampler.uniform if native.core is None else native.core.uniform
     cutoffs, randoms = [], []
     for wish in run:
         for offset in range(wish.stop - wish.start):
             cutoffs.append(wish.draw.cutoffs or Cutoffs())
             randoms.append(uniform(wish.draw.seed, wish.place + offset))
-    if sampler._native is None:
+    if native.core is None:
         return [sampler.sample(*one) for one in zip(rows, cutoffs, randoms, strict=True)]
-    tokens: list[int] = sampler._native.sample(
+    tokens: list[int] = native.core.sample(
         rows,
         np.array([one.temperature for one in cutoffs], np.float32),
         np.array([one.top_k for one in cutoffs], np.int32),

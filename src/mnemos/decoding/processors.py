@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mnemos.contract import TokenRules
 from mnemos.decoding.config import GenerationConfig
 from mnemos.decoding.history import History
 from mnemos.decoding.sampler import covering, descending
 from mnemos.errors import MnemosError, RequestError
-from mnemos.models.contract import TokenRules
 
 Floats = npt.NDArray[np.float32]
 Processor = Callable[[History, Floats], None]

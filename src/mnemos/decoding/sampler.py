@@ -8,21 +8,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mnemos import native
 from mnemos.errors import RequestError
 
-_native: Any
-try:
-    _native = import_module("mnemos._native")
-except ImportError:  # not built: NumPy does it
-    _native = None
-
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+Doubles = npt.NDArray[np.float64]
 _MASK = 0xFFFFFFFF
 _FIRST_CANDIDATES = 256
 
@@ -69,15 +64,15 @@ class Cutoffs:
     min_p: float = 0.0
 
     @cached_property
-    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+    def arrays(self) -> tuple[Floats, Ints, Doubles, Doubles]:
         """As the native core takes them."""
-        values = ((self.temperature, np.float32), (self.top_k, np.int32), (self.top_p, float), (self.min_p, float))
-        return tuple(np.array([value], kind) for value, kind in values)
+        temperature, top_k = np.array([self.temperature], np.float32), np.array([self.top_k], np.int32)
+        return temperature, top_k, np.array([self.top_p]), np.array([self.min_p])
 
 
 def greedy(logits: Floats) -> int:
     """The most probable token, of equal ones the lowest id. Raises RequestError if none is possible."""
-    return greedy_numpy(logits) if _native is None else int(_native.greedy(logits[None])[0])
+    return greedy_numpy(logits) if native.core is None else int(native.core.greedy(logits[None])[0])
 
 
 def sample(logits: Floats, cutoffs: Cutoffs, random: float) -> int:
@@ -87,13 +82,13 @@ def sample(logits: Floats, cutoffs: Cutoffs, random: float) -> int:
     top_k, top_p and min_p in this order. Only as many candidates are sorted as the draw needs. Raises RequestError if
     no token is possible.
     """
-    if _native is None:
+    if native.core is None:
         return sample_numpy(logits, cutoffs, random)
-    return int(_native.sample(logits[None], *cutoffs.arrays, np.array([random]))[0])
+    return int(native.core.sample(logits[None], *cutoffs.arrays, np.array([random]))[0])
 
 
 def log_sum_exp(logits: Floats) -> float:
-    return log_sum_exp_numpy(logits) if _native is None else float(_native.log_sum_exp(logits[None])[0])
+    return log_sum_exp_numpy(logits) if native.core is None else float(native.core.log_sum_exp(logits[None])[0])
 
 
 def top_tokens(logits: Floats, count: int) -> list[int]:
@@ -101,7 +96,7 @@ def top_tokens(logits: Floats, count: int) -> list[int]:
     count = min(count, len(logits))
     if count == 0:
         return []
-    ids = largest(logits, count) if _native is None else _native.top_tokens(logits, count)
+    ids = largest(logits, count) if native.core is None else native.core.top_tokens(logits, count)
     return [int(token) for token in ids]
 
 

@@ -10,27 +10,27 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mnemos.contract import ConditionedModel
+from mnemos.decoding.forced import ForcedLogits, ForcedScore, Score
 from mnemos.engine.completion import Assembler, Completion, StreamedToken
 from mnemos.engine.gather import run_all
-from mnemos.engine.inputs import read_prompts
-from mnemos.engine.loading import check_count, load_parts
-from mnemos.engine.scoring import ForcedLogits, ForcedScore, Score
+from mnemos.engine.handle import Channel, RequestHandle
+from mnemos.engine.pretrained import check_count, load_parts
+from mnemos.engine.prompts import read_prompts
 from mnemos.engine.sequence import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
-from mnemos.engine.streaming import Channel, RequestHandle
 from mnemos.errors import ConfigError, ContextLengthError, RequestError, UnsupportedError
-from mnemos.memory.planning import plan_pages
-from mnemos.models.contract import ConditionedModel
-from mnemos.text.adapter import adapt_tokenizer
+from mnemos.memory.capacity import plan_pages
+from mnemos.text.foreign import adapt_tokenizer
 
 if TYPE_CHECKING:
+    from mnemos.contract import Model, ModelSpec
     from mnemos.decoding.config import GenerationConfig
     from mnemos.decoding.strategy import Floats, Strategy
-    from mnemos.engine.drafting import Drafting
+    from mnemos.engine.draft_model import Drafting
     from mnemos.engine.scheduler import Limits
     from mnemos.hub.cache import Progress
     from mnemos.memory.prefix import PrefixTree
-    from mnemos.models.contract import Model, ModelSpec
     from mnemos.text.tokenizer import Tokenizer
 
 
@@ -78,8 +78,8 @@ class InferenceEngine:
             check_count(name, value)
         # Not imported above: `from_pretrained` has the weights read meanwhile.
         import mnemos.decoding.build  # noqa: F401  the first request needs it
-        from mnemos.engine.runner import Runner
         from mnemos.engine.scheduler import Limits
+        from mnemos.engine.thread import Runner
 
         self.tokenizer: Tokenizer | None = adapt_tokenizer(tokenizer)
         self.model = _as_model(model, self.tokenizer, device, use_kv_cache, context_length)
@@ -176,7 +176,7 @@ class InferenceEngine:
         **overrides: Any,
     ) -> list[Any]:
         """`generate` for many prompts, at most `batch_size` at once."""
-        from mnemos.engine.batching import BatchInference
+        from mnemos.compat.batching import BatchInference
 
         batch = BatchInference(self, batch_size)
         return batch.generate(prompts, config, max_new_tokens=max_new_tokens, **overrides)
@@ -229,7 +229,7 @@ class InferenceEngine:
 
     def save_prefix_cache(self, path: str | os.PathLike[str]) -> int:
         """Writes the prefix cache to a file, which is bound to this very model; returns the number of pages."""
-        from mnemos.memory.storage import save_prefixes
+        from mnemos.memory.prefix_file import save_prefixes
 
         tree = self._prefix_tree()
         return self._runner.call(lambda: save_prefixes(path, tree, self.model.cache, self.spec))
@@ -239,7 +239,7 @@ class InferenceEngine:
 
         FormatError if the file is damaged or of another model; then nothing has changed.
         """
-        from mnemos.memory.storage import load_prefixes
+        from mnemos.memory.prefix_file import load_prefixes
 
         tree = self._prefix_tree()
         return self._runner.call(lambda: load_prefixes(path, tree, self.model.cache, self.spec))
@@ -366,7 +366,7 @@ class InferenceEngine:
 
 
 def _drafting(model: Model, spec: ModelSpec, limits: Limits, cache_tokens: int | None) -> Drafting:
-    from mnemos.engine.drafting import Drafting
+    from mnemos.engine.draft_model import Drafting
 
     if model.spec.vocabulary_size != spec.vocabulary_size:
         raise ConfigError(
@@ -391,7 +391,7 @@ def _as_model(
 ) -> Model:
     if all(hasattr(model, name) for name in ("spec", "reserve", "forward")):
         return model  # type: ignore[no-any-return]
-    from mnemos.models.adapter import adapt
+    from mnemos.models.load import adapt
 
     size = None if tokenizer is None else tokenizer.vocabulary_size
     return adapt(model, device=device, use_kv_cache=use_kv_cache, context_length=context_length, vocabulary_size=size)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 from mnemos.engine.completion import Completion
-from mnemos.engine.streaming import RequestHandle
+from mnemos.engine.handle import RequestHandle
 from mnemos.errors import CapacityError
 
 Launch = Callable[[], RequestHandle]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from mnemos.contract import Model
 from mnemos.decoding.strategy import Branch
 from mnemos.engine.sequence import SINKS, Request, Sequence
 from mnemos.errors import CapacityError, ContextLengthError, RequestError
 from mnemos.memory.pages import NO_PAGE, PagePool
 from mnemos.memory.prefix import PrefixTree
-from mnemos.models.contract import Model
 
 PREFILL = 32  # a request with a sequence that has more positions than this to evaluate is prefilled in chunks
 

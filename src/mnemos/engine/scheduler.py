@@ -8,16 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
+from mnemos.contract import Model, Output
 from mnemos.decoding.draws import Wish, draw_rows
 from mnemos.decoding.strategy import Branch, Rows
-from mnemos.engine.pace import Pace
 from mnemos.engine.placement import Placement
+from mnemos.engine.prefill_budget import Pace
 from mnemos.engine.queue import WaitingQueue
 from mnemos.engine.sequence import Request, Sequence, State
 from mnemos.engine.step import Step
 from mnemos.errors import CapacityError
-from mnemos.models.contract import Model
-from mnemos.ops.batch import Output
 
 
 @dataclass(frozen=True)

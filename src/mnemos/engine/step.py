@@ -6,9 +6,9 @@ from array import array
 
 import numpy as np
 
+from mnemos.contract import Batch
 from mnemos.decoding.draws import GREEDY
 from mnemos.engine.sequence import Request, Sequence
-from mnemos.ops.batch import Batch
 
 Part = tuple[Sequence, int, int, int]  # sequence, rows, first asked row and end of the asked rows in the output
 

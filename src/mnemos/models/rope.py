@@ -15,9 +15,10 @@ from math import ceil, floor, log, pi, sqrt
 
 import numpy as np
 
+from mnemos.contract import Floats
 from mnemos.errors import ConfigError, FormatError
 from mnemos.models.fields import Fields
-from mnemos.ops.batch import Floats, RopeParams
+from mnemos.ops.protocol import RopeParams
 
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 KINDS_IN_FILES = {kind: kind for kind in KINDS} | {"none": "default", "su": "longrope"}

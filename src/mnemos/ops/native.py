@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import mnemos._native as _native
-from mnemos.errors import CapacityError, ConfigError
+from mnemos.contract import Batch, Floats, Ints, KVLayout, Output
+from mnemos.errors import ConfigError
 from mnemos.formats.tensor import Tensor
-from mnemos.ops.batch import AttentionParams, Batch, Floats, Ints, KVLayout, Output, RopeParams
-from mnemos.ops.limits import address_space_left
-from mnemos.ops.protocol import Forward, Rows
+from mnemos.native import core as _native
+from mnemos.native import require_core
+from mnemos.ops.protocol import AttentionParams, Forward, RopeParams, Rows
 
+require_core()  # whoever imports this wants it
 DTYPES = ("auto", "float32")
 # Rows from which on it is faster to find the most probable tokens without all logits; fewer wait for memory anyway.
 BEST_ALONE_FROM = 8
@@ -243,19 +244,6 @@ class NativeOps:
             batch = _batch_of(len(inputs[0]) if inputs else len(arrays["token_ids"]), **arrays)
         outputs = tuple(output.copy() for output in _run(program, batch, inputs))
         return outputs if isinstance(result, tuple) else outputs[0]
-
-
-def check_memory(needed: int, purpose: str) -> None:
-    """Raises CapacityError, with what is missing, if machine, cgroup or `ulimit -v` do not give `needed` bytes."""
-    available, left = _native.available_memory(), address_space_left()
-    if left is not None:
-        available = min(available, left) if available >= 0 else left
-    if 0 <= available < needed:
-        missing = (needed - available) / 1e6
-        raise CapacityError(
-            f"{purpose} needs {needed / 1e6:.0f} MB of memory and {available / 1e6:.0f} MB are available: "
-            f"{missing:.0f} MB are missing"
-        )
 
 
 def _run(

@@ -8,9 +8,9 @@ from math import erf
 import numpy as np
 import numpy.typing as npt
 
+from mnemos.contract import Batch, Floats, Ints, KVLayout, Output
 from mnemos.formats.tensor import Tensor
-from mnemos.ops.batch import AttentionParams, Batch, Floats, Ints, KVLayout, Output, RopeParams
-from mnemos.ops.protocol import Forward, Rows
+from mnemos.ops.protocol import AttentionParams, Forward, RopeParams, Rows
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 

@@ -7,13 +7,14 @@ Every backend is tested against `mnemos.ops.numpy`, operator by operator.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from mnemos.contract import Batch, Cache, Floats, KVLayout, Output
 from mnemos.formats.tensor import Tensor
-from mnemos.ops.batch import AttentionParams, Batch, KVLayout, Output, RopeParams
 
 Array = Any
 Rows = npt.NDArray[np.intp]
@@ -22,19 +23,30 @@ Forward = Callable[[Any, Any, Any], tuple[Array, Array]]  # (ops, batch, cache) 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
-class Cache(Protocol):
-    """Key/value storage for a fixed number of pages; who owns which page is the engine's business."""
+@dataclass(frozen=True)
+class AttentionParams:
+    """Causal grouped-query attention. Query i sees key j when j <= i and, with a window, i - j < window."""
 
-    layout: KVLayout
-    pages: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0  # 0: no limit
+    softcap: float = 0.0  # 0: none; else scores become cap * tanh(scores / cap)
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copies whole pages, all layers."""
 
-    def read(self, page: int) -> npt.NDArray[np.uint8]:
-        """The page's content as flat bytes, in a form that `write` of the same backend and layout takes."""
+@dataclass(frozen=True, eq=False)
+class RopeParams:
+    """Rotary embedding in the half-split ("neox") order: element i is paired with element i + rotary_dim / 2.
 
-    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None: ...
+    `frequencies` (rotary_dim / 2,) float32: radians a position; `magnitude` multiplies both functions (YaRN, LongRoPE).
+    The elements of a head behind rotary_dim pass unchanged. Source: Su et al. 2021, arXiv:2104.09864.
+    """
+
+    head_dim: int
+    rotary_dim: int
+    frequencies: Floats
+    magnitude: float = 1.0
 
 
 class Ops(Protocol):

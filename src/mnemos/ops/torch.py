@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mnemos.contract import Batch, KVLayout, Output
 from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.formats.tensor import Tensor as StoredTensor
 from mnemos.formats.tensor import TensorType
-from mnemos.ops.batch import AttentionParams, Batch, KVLayout, Output, RopeParams
-from mnemos.ops.protocol import Forward, Rows
+from mnemos.ops.protocol import AttentionParams, Forward, RopeParams, Rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {TensorType.F32: torch.float32, TensorType.F16: torch.float16, TensorType.BF16: torch.bfloat16}

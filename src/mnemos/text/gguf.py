@@ -10,6 +10,7 @@ import numpy as np
 
 from mnemos.errors import FormatError, UnsupportedError
 from mnemos.formats.string_array import StringArray
+from mnemos.native import core
 from mnemos.text.core import (
     ByteLevelSpelling,
     SentencePieceSpelling,
@@ -53,11 +54,7 @@ def can_build_for_text(metadata: Mapping[str, Any]) -> bool:
     arrays = (metadata.get(PREFIX + "tokens"), metadata.get(PREFIX + "merges"))
     if metadata.get(PREFIX + "model") == "llama" or not all(isinstance(array, StringArray) for array in arrays):
         return False
-    try:
-        import mnemos._native  # noqa: F401
-    except ImportError:  # the native core was not built; the reference runs without it
-        return False
-    return True
+    return core is not None  # the reference runs without it
 
 
 def build_core_for(text: str, metadata: Mapping[str, Any], label: str) -> TokenizerCore:

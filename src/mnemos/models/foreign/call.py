@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.errors import ModelError
-from mnemos.models.foreign.few import FewRows
-from mnemos.models.foreign.kept import KeptTensors
-from mnemos.models.foreign.packing import PackedLayers
+from mnemos.models.foreign.native_steps import FewRows
+from mnemos.models.foreign.packed_layers import PackedLayers
+from mnemos.models.foreign.stored_tensors import KeptTensors
 
 MASK_NAMES = ("attention_mask",)
 POSITION_NAMES = ("position_ids", "positions")

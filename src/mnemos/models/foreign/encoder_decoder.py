@@ -11,15 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mnemos.contract import KVLayout, ModelSpec
 from mnemos.errors import ConfigError, ModelError
-from mnemos.models.contract import ModelSpec
-from mnemos.models.foreign.adapter import ForeignModel, Group, Job
+from mnemos.models.foreign.cache_styles import Axes, HuggingFaceStyle, Source, gather
 from mnemos.models.foreign.call import Caller, describe
-from mnemos.models.foreign.growing import Lane
-from mnemos.models.foreign.past import Axes, HuggingFaceStyle, Source, gather
+from mnemos.models.foreign.growing_cache import Lane
+from mnemos.models.foreign.model import ForeignModel, Group, Job
 from mnemos.models.foreign.probe import Abilities
 from mnemos.models.foreign.settings import find_context, setting, special_tokens
-from mnemos.ops.batch import KVLayout
 
 _AXES = Axes(batch=0, time=2)
 

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.errors import ModelError
-from mnemos.models.foreign.call import Answer, Caller, describe
-from mnemos.models.foreign.growing import Lane, make_room
-from mnemos.models.foreign.past import (
+from mnemos.models.foreign.cache_styles import (
     AttentionStyle,
     Axes,
     HuggingFaceStyle,
@@ -23,7 +21,9 @@ from mnemos.models.foreign.past import (
     find_axes,
     gather,
 )  # fmt: skip
-from mnemos.models.foreign.reach import Reach, shared_reach
+from mnemos.models.foreign.call import Answer, Caller, describe
+from mnemos.models.foreign.growing_cache import Lane, make_room
+from mnemos.models.foreign.position_tables import Reach, shared_reach
 
 PROBE_LENGTH = 6
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mnemos.models.contract import TokenRules
+from mnemos.contract import TokenRules
 
 CONTEXT_NAMES = (
     "max_position_embeddings", "n_positions", "n_ctx", "context_length", "block_size", "max_seq_len", "max_seq_length",

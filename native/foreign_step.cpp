@@ -1,0 +1,155 @@
+#include "foreign_step.h"
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+
+#include "system/error.h"
+
+namespace mnemos {
+namespace {
+
+// What a thread reads ahead is to stay in its caches: the second level's, and its share of the third.
+constexpr int64_t ahead_bytes = 4 << 20;
+// More weights than this do not stay in the caches until the next pass; keeping them there only costs the caller's code
+// and data their place.
+constexpr int64_t passing_bytes = 32 << 20;
+constexpr int64_t piece_bytes = 1024;  // between two looks whether the thread is needed
+// Less than this is not worth waking another thread for.
+constexpr int64_t least_shared_bytes = 128 << 10;
+
+int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+}  // namespace
+
+Relay::Relay(std::shared_ptr<Pool> pool)
+    : pool_(std::move(pool)), kernels_(vector_kernels(current_isa())), scores_(static_cast<size_t>(pool_->threads())) {}
+
+Relay::~Relay() { pool_->interrupt(); }
+
+Relay::Link Relay::checked(MatrixPointer matrix, VectorPointer bias) const {
+  if (matrix->form != Form::f32) throw config_error("a product outside a program needs weights that are multiplied in float32");
+  if (bias && static_cast<int64_t>(bias->size()) != matrix->rows) {
+    throw config_error("a bias has " + std::to_string(bias->size()) + " values; its matrix has " + std::to_string(matrix->rows) +
+                       " rows");
+  }
+  return {std::move(matrix), std::move(bias), -1, std::vector<int64_t>(static_cast<size_t>(pool_->threads()))};
+}
+
+Relay::Link &Relay::link(int number) {
+  if (number < 0 || static_cast<size_t>(number) >= links_.size()) throw config_error("there is no product " + std::to_string(number));
+  return links_[static_cast<size_t>(number)];
+}
+
+int Relay::add(MatrixPointer matrix, VectorPointer bias) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  pool_->interrupt();
+  links_.push_back(checked(std::move(matrix), std::move(bias)));
+  bytes_ += static_cast<int64_t>(links_.back().matrix->bytes());
+  return static_cast<int>(links_.size()) - 1;
+}
+
+void Relay::replace(int number, MatrixPointer matrix, VectorPointer bias) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  pool_->interrupt();
+  Link &place = link(number);
+  const auto old = static_cast<int64_t>(place.matrix->bytes());
+  place = checked(std::move(matrix), std::move(bias));
+  bytes_ += static_cast<int64_t>(place.matrix->bytes()) - old;
+}
+
+void Relay::multiply(int number, const float *x, int64_t rows, float *y) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Link &own = link(number);
+  const Matrix &matrix = *own.matrix;
+  Input input = bind_input(matrix.kernels, Form::f32, rows, matrix.columns, const_cast<float *>(x));  // which is only read
+  if (input.padded != matrix.columns) {
+    padded_.resize(static_cast<size_t>(rows * input.padded));
+    input.values = padded_.data();
+    prepare_rows(input, x, matrix.columns, 0, rows);
+  }
+  input.passing = bytes_ > passing_bytes;
+  const float *bias = own.bias ? own.bias->data() : nullptr;
+  const auto multiply_panels = [&](int64_t begin, int64_t end) {
+    mnemos::multiply(matrix, input, 0, rows, begin, end, y, matrix.rows, bias, 0);
+  };
+  const int64_t panels = matrix.panels();
+  if (static_cast<int64_t>(matrix.bytes()) < least_shared_bytes) return multiply_panels(0, panels);
+  pool_->interrupt();
+  std::fill(own.fetched.begin(), own.fetched.end(), 0);
+  if (last_ >= 0) link(last_).next = number;
+  last_ = number;
+  const int64_t size = panels >= 32 * pool_->threads() ? 4 : 2;  // panels of an item
+  share(parts_of(panels, size), [&](int64_t item, int) { multiply_panels(item * size, std::min(panels, (item + 1) * size)); });
+  fetch_ahead();
+}
+
+void Relay::attend(const PlainAttention &a) {
+  if (a.batch < 0 || a.count < 1 || a.head_dim < 1 || a.kv_heads < 1 || a.heads % a.kv_heads != 0) {
+    throw config_error("attention of " + std::to_string(a.heads) + " heads over " + std::to_string(a.kv_heads) + " with " +
+                       std::to_string(a.count) + " keys of " + std::to_string(a.head_dim) + " values does not fit together");
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  // Neighbouring heads of the same keys find them in the caches.
+  const bool passing = bytes_ > passing_bytes && a.heads == a.kv_heads;
+  const auto attend_head = [&](int64_t item, int thread) {
+    const int64_t b = item / a.heads, h = item % a.heads, kv = h / (a.heads / a.kv_heads);
+    std::vector<float> &scores = scores_[static_cast<size_t>(thread)];
+    if (static_cast<int64_t>(scores.size()) < a.count) scores.resize(static_cast<size_t>(a.count + a.count / 2));
+    kernels_.attend_plain(a.queries.head(b, h), a.keys.head(b, kv), a.values.head(b, kv), a.count, a.head_dim, a.scale,
+                          passing, scores.data(), a.y + item * a.head_dim);
+  };
+  const int64_t items = a.batch * a.heads;
+  if (2 * a.batch * a.kv_heads * a.count * a.head_dim * 4 < least_shared_bytes) {
+    for (int64_t item = 0; item < items; item++) attend_head(item, 0);
+    return;
+  }
+  share(items, attend_head);
+  fetch_ahead();
+}
+
+// Every thread has a run of neighbouring items; who is done early helps the others.
+void Relay::share(int64_t items, const std::function<void(int64_t item, int thread)> &body) {
+  struct alignas(64) Counter {
+    std::atomic<int64_t> taken{0};
+  };
+  const int threads = pool_->threads();
+  const auto counters = std::make_unique<Counter[]>(static_cast<size_t>(threads));
+  pool_->run([&](int thread) {
+    for (int helped = 0; helped < threads; helped++) {
+      const int owner = (thread + helped) % threads;
+      const int64_t first = items * owner / threads, own = items * (owner + 1) / threads - first;
+      std::atomic<int64_t> &taken = counters[static_cast<size_t>(owner)].taken;
+      for (int64_t item; (item = taken.fetch_add(1, std::memory_order_relaxed)) < own;) body(first + item, thread);
+    }
+  });
+}
+
+void Relay::fetch_ahead() {
+  if (last_ < 0) return;
+  pool_->run_behind([this](int thread) {
+    int64_t left = ahead_bytes;
+    const auto next_of = [this](int number) { return links_[static_cast<size_t>(number)].next; };
+    for (int n = next_of(last_); n >= 0 && n != last_ && left > 0; n = next_of(n)) {
+      if (!fetch(links_[static_cast<size_t>(n)], thread, &left)) return;
+    }
+  });
+}
+
+// Reads what the thread will multiply by, until `left` is used up. False if the thread is needed for something else.
+bool Relay::fetch(Link &link, int thread, int64_t *left) const {
+  const int64_t bytes = static_cast<int64_t>(link.matrix->bytes()), threads = pool_->threads();
+  const int64_t begin = bytes * thread / threads / 64 * 64, own = bytes * (thread + 1) / threads / 64 * 64 - begin;
+  int64_t &fetched = link.fetched[static_cast<size_t>(thread)];
+  *left -= std::min(fetched, own);
+  for (const uint8_t *part = link.matrix->panel(0) + begin; fetched < own && *left > 0;) {
+    if (pool_->wanted()) return false;
+    const int64_t end = std::min(fetched + piece_bytes, own);
+    *left -= end - fetched;
+    // Loads: the processor may leave out what it is only asked to prefetch.
+    for (; fetched < end; fetched += 64) static_cast<void>(*static_cast<const volatile uint8_t *>(part + fetched));
+  }
+  return true;
+}
+
+}  // namespace mnemos

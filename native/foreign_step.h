@@ -1,0 +1,73 @@
+// Operators of a forward pass that someone else runs, one call each: products with few rows, attention of single queries.
+//
+// Between two calls the caller works on one core, and the others have nothing to do but to read what the next products
+// will need into their caches: passes go the same way again and again, so the order of the last one tells what comes.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "vector/vector_kernels.h"
+#include "system/pool.h"
+#include "program/tasks.h"
+
+namespace mnemos {
+
+// Attention of one query each, (batch, heads, head_dim), over `count` keys and values, (batch, kv_heads, count, head_dim),
+// of which those of a head lie side by side. Neighbouring heads share keys: `heads` is a multiple of `kv_heads`.
+struct PlainAttention {
+  struct Heads {
+    const float *data;
+    int64_t batch_step, head_step;  // in floats
+    const float *head(int64_t b, int64_t h) const { return data + b * batch_step + h * head_step; }
+  };
+  int64_t batch, heads, kv_heads, count, head_dim;
+  Heads queries, keys, values;
+  float scale;
+  float *y;  // (batch, heads, head_dim), contiguous
+};
+
+class Relay {
+ public:
+  explicit Relay(std::shared_ptr<Pool> pool);
+  ~Relay();
+  Relay(const Relay &) = delete;
+  Relay &operator=(const Relay &) = delete;
+
+  // A product y = x W^T + bias; returns its number. Throws Error (config) if the matrix is not multiplied in float32, or
+  // the bias does not fit.
+  int add(MatrixPointer matrix, VectorPointer bias);
+  // Puts another one in its place.
+  void replace(int number, MatrixPointer matrix, VectorPointer bias);
+  // x (rows, columns) and y (rows, the matrix's rows), contiguous. Throws Error (config) if there is no such product.
+  void multiply(int number, const float *x, int64_t rows, float *y);
+  // Throws Error (config) if the sizes do not fit each other.
+  void attend(const PlainAttention &attention);
+
+ private:
+  struct Link {
+    MatrixPointer matrix;
+    VectorPointer bias;
+    int next = -1;                 // what was multiplied by after it the last time
+    std::vector<int64_t> fetched;  // by thread: bytes of its part that it has read ahead since the last product
+  };
+
+  Link &link(int number);
+  Link checked(MatrixPointer matrix, VectorPointer bias) const;
+  void share(int64_t items, const std::function<void(int64_t item, int thread)> &body);
+  void fetch_ahead();
+  bool fetch(Link &link, int thread, int64_t *left) const;
+
+  const std::shared_ptr<Pool> pool_;
+  const VectorKernels &kernels_;
+  std::vector<Link> links_;
+  int64_t bytes_ = 0;  // of all weights
+  int last_ = -1;
+  std::vector<float> padded_;
+  std::vector<std::vector<float>> scores_;  // by thread
+  std::mutex mutex_;
+};
+
+}  // namespace mnemos

@@ -1,8 +1,0 @@
-#include "kernels_impl.h"
-
-namespace mnemos {
-
-extern const VectorKernels avx512_vector_kernels;
-const VectorKernels avx512_vector_kernels = table;
-
-}  // namespace mnemos

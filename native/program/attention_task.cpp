@@ -1,0 +1,366 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "program/tasks.h"
+
+namespace mnemos {
+namespace {
+
+constexpr int64_t wanted_tile_rows = 96;
+
+int64_t group_of(const Attention &a) { return a.heads / a.kv_heads; }
+
+int64_t tile_tokens(const Attention &a) { return std::max<int64_t>(1, wanted_tile_rows / group_of(a)); }
+
+// Floats of one partial result: values of every query of the group, then maxima and sums.
+int64_t partial_floats(const Attention &a) {
+  return group_of(a) * a.cache->cell().value_stride + 2 * ((group_of(a) + 15) / 16 * 16);
+}
+
+int64_t first_visible(const Attention &a, int64_t position) {
+  return a.window > 0 ? std::max<int64_t>(0, position - a.window + 1) : 0;
+}
+
+// y = one head of queries or keys, normed, rotated and scaled.
+void transform(const Step &step, const Norm &norm, const RopeTable *rope, int64_t position, float factor, int64_t head_dim,
+               const float *x, float *y) {
+  if (norm.kind != Norm::none) {
+    step.kernels->rms_norm(x, norm.weight->data(), norm.epsilon, y, 1, head_dim);
+    x = y;
+  }
+  const int64_t rotated = rope == nullptr ? 0 : 2 * rope->half();
+  if (rope != nullptr) step.kernels->rope(x, rope->cosines(position), rope->sines(position), factor, y, rope->half());
+  if (rotated < head_dim) step.kernels->scale(x + rotated, factor, y + rotated, head_dim - rotated);
+}
+
+// Writes a head's results, which are weighted sums still to be divided by their totals, for `rows` tokens of one head
+// of queries: that of token t at values + (t - token) * stride. The values are overwritten.
+void write_head(const Step &step, const Attention &a, const Target &y, int64_t token, int64_t rows, int64_t head,
+                float *values, int64_t stride, const float *totals, int64_t totals_stride, int thread) {
+  const int64_t width = a.heads * a.head_dim, first = head * a.head_dim;
+  for (int64_t r = 0; r < rows; r++) {
+    float *into = y.form ? values + r * stride : step.data(y.buffer, thread) + (token + r) * width + first;
+    step.kernels->scale(values + r * stride, 1.0f / totals[r * totals_stride], into, a.head_dim);
+  }
+  if (!y.form) return;
+  const Input input = bind_input(*y.form->kernels, y.form->form, step.batch.tokens, width, step.data<uint8_t>(y.buffer, thread));
+  prepare_columns(input, values - token * stride - first, stride, token, token + rows, first, first + a.head_dim);
+}
+
+int64_t sequence_of(const BatchView &batch, int64_t token) {
+  const int32_t *end = batch.sequence_starts + batch.sequences + 1;
+  return std::upper_bound(batch.sequence_starts, end, static_cast<int32_t>(token)) - batch.sequence_starts - 1;
+}
+
+// True if no sequence has several tokens: then whoever attends to a token's own block stores its key and value first.
+bool one_token_each(const BatchView &batch) {
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    if (batch.sequence_starts[s + 1] - batch.sequence_starts[s] > 1) return false;
+  }
+  return true;
+}
+
+// Norms, rotates and stores the key of one token and head of keys, and stores its value.
+void store_token(const Step &step, const Attention &a, const float *k, const float *v, int64_t sequence, int64_t t, int64_t head,
+                 float *scratch) {
+  const CellLayout &cell = a.cache->cell();
+  const int64_t position = step.batch.positions[t], at = (t * a.kv_heads + head) * a.head_dim;
+  const int64_t page = step.batch.pages[step.batch.page_starts[sequence] + position / cell.slots];
+  uint8_t *data = a.cache->cells(a.layer, head) + page * a.cache->page_bytes();
+  transform(step, a.key_norm, a.key_rope.get(), position, 1.0f, a.head_dim, k + at, scratch);
+  step.kernels->store_key(cell, data, position % cell.slots, scratch);
+  step.kernels->store_value(cell, data, position % cell.slots, v + at);
+}
+
+class StoreTask : public Task {
+ public:
+  StoreTask(const Attention &attention, int k, int v, int stored) : a_(attention), k_(k), v_(v) {
+    reads = {k, v};
+    writes = {stored};
+  }
+  bool active(const Step &step) const override { return !step.tile_sets[a_.tile_set].one_token_each; }
+  int64_t items(const Step &step) const override {
+    return (step.batch.tokens + tokens_per_item - 1) / tokens_per_item * a_.kv_heads;
+  }
+  int64_t scratch_bytes(const BatchView &, int) const override { return a_.head_dim * static_cast<int64_t>(sizeof(float)); }
+
+  void run(const Step &step, int64_t item, int thread) const override {
+    const int64_t first = item / a_.kv_heads * tokens_per_item;
+    const int64_t begin = pair_begin(step.batch, first), end = pair_begin(step.batch, std::min(first + tokens_per_item, step.batch.tokens));
+    if (begin == end) return;
+    int64_t sequence = sequence_of(step.batch, begin);
+    for (int64_t t = begin; t < end; t++) {
+      while (step.batch.sequence_starts[sequence + 1] <= t) sequence++;
+      store_token(step, a_, step.data(k_, thread), step.data(v_, thread), sequence, t, item % a_.kv_heads,
+                  step.thread_scratch(thread));
+    }
+  }
+
+ private:
+  static constexpr int64_t tokens_per_item = 32;  // neighbours share the lines of their keys
+
+  // The first token from t on that does not share words of the cache with the token before it.
+  static int64_t pair_begin(const BatchView &batch, int64_t t) {
+    const bool shares = t > 0 && t < batch.tokens && batch.positions[t] % 2 != 0 && batch.positions[t] == batch.positions[t - 1] + 1;
+    return shares ? t + 1 : t;
+  }
+
+  const Attention a_;
+  const int k_, v_;
+};
+
+// The pages that a thread's own items read, in the order in which it will run them.
+class AttentionAhead : public Ahead {
+ public:
+  void begin(const Step &step, const Attention &attention, int thread) {
+    stop();
+    const TileSet &set = step.tile_sets[attention.tile_set];
+    if (!set.one_token_each) return;  // prompts wait for arithmetic there too
+    const int64_t count = static_cast<int64_t>(set.tiles.size()) * attention.kv_heads;
+    step_ = &step, attention_ = &attention;
+    first_ = count * thread / step.threads, index_ = count * (thread + 1) / step.threads;
+    page_ = page_end_ = 0;
+    go_to(nullptr, 0, index_ > first_);
+  }
+
+ protected:
+  void next() override {
+    const CellLayout &cell = attention_->cache->cell();
+    if (page_ == page_end_) {
+      index_--;
+      const QueryTile &query = step_->tile_sets[attention_->tile_set].tiles[static_cast<size_t>(index_ / attention_->kv_heads)];
+      const int64_t position = step_->batch.positions[query.token_begin];
+      pages_ = step_->batch.pages + step_->batch.page_starts[query.sequence];
+      page_ = std::max(first_visible(*attention_, position), query.block_begin * attention_block) / cell.slots;
+      page_end_ = std::min(position, query.block_end * attention_block - 1) / cell.slots + 1;
+    }
+    const uint8_t *cells = attention_->cache->cells(attention_->layer, index_ % attention_->kv_heads);
+    const int64_t page = pages_[page_++];
+    go_to(cells + page * attention_->cache->page_bytes(), cell.bytes, page_ < page_end_ || index_ > first_);
+  }
+
+ private:
+  const Step *step_ = nullptr;
+  const Attention *attention_ = nullptr;
+  const int32_t *pages_ = nullptr;
+  int64_t first_ = 0, index_ = 0, page_ = 0, page_end_ = 0;
+};
+
+class AttendTask : public Task {
+ public:
+  AttendTask(const Attention &attention, int q, int k, int v, int stored, int partials, const Target &y)
+      : a_(attention), q_(q), k_(k), v_(v), partials_(partials), y_(y) {
+    reads = {q, k, v, stored};
+    writes = {partials, y.buffer};
+  }
+  int64_t items(const Step &step) const override {
+    return static_cast<int64_t>(step.tile_sets[a_.tile_set].tiles.size()) * a_.kv_heads;
+  }
+  int64_t scratch_bytes(const BatchView &, int) const override {
+    const int64_t rows = tile_tokens(a_) * group_of(a_);
+    const CellLayout &cell = a_.cache->cell();
+    return (rows * (score_stride + 3 * cell.value_stride) + expanded_floats(cell)) * static_cast<int64_t>(sizeof(float));
+  }
+
+  bool fetches_ahead() const override { return true; }
+  void fetch_ahead(const Step &step, int thread) const override {
+    static_cast<AttentionAhead &>(*step.ahead[thread]).begin(step, a_, thread);
+  }
+
+  void run(const Step &step, int64_t item, int thread) const override {
+    // A thread's own tiles are those of the rows that it has in other tasks. Long ones come last in a prompt, so it takes
+    // them first.
+    const TileSet &set = step.tile_sets[a_.tile_set];
+    const int64_t count = items(step), owner = ((item + 1) * step.threads - 1) / count;
+    const int64_t begin = count * owner / step.threads, index = begin + count * (owner + 1) / step.threads - 1 - item;
+    const QueryTile &query = tile_at(set, index);
+    const int64_t head = index % a_.kv_heads;
+    if (set.one_token_each && step.batch.positions[query.token_begin] / attention_block < query.block_end) {
+      store_token(step, a_, step.data(k_, thread), step.data(v_, thread), query.sequence, query.token_begin, head,
+                  step.thread_scratch(thread));
+    }
+    run_head(step, query, head, index > begin ? first_keys(step, index - 1) : NextKeys{}, thread);
+  }
+
+ private:
+  static constexpr int64_t ahead = 2;  // tokens whose queries are asked for before they are needed
+
+  // The heads of a tile lie side by side, as they do in a page.
+  const QueryTile &tile_at(const TileSet &set, int64_t index) const {
+    return set.tiles[static_cast<size_t>(index / a_.kv_heads)];
+  }
+
+  // What the part with this index attends to first.
+  NextKeys first_keys(const Step &step, int64_t index) const {
+    const QueryTile &query = tile_at(step.tile_sets[a_.tile_set], index);
+    const int64_t start = query.block_begin * attention_block, last = step.batch.positions[query.token_end - 1];
+    return {a_.cache->cells(a_.layer, index % a_.kv_heads), step.batch.pages + step.batch.page_starts[query.sequence],
+            std::max(start, first_visible(a_, step.batch.positions[query.token_begin])),
+            std::min(start + attention_block - 1, last)};
+  }
+
+  void run_head(const Step &step, const QueryTile &query, int64_t head, const NextKeys &next, int thread) const {
+    const CellLayout &cell = a_.cache->cell();
+    const int64_t group = group_of(a_), stride = cell.value_stride;
+    int64_t first[max_tile_rows], last[max_tile_rows];
+    float most[max_tile_rows], total[max_tile_rows];
+    AttentionTile tile{};
+    tile.cell = &cell;
+    tile.cells = a_.cache->cells(a_.layer, head);
+    tile.page_bytes = a_.cache->page_bytes();
+    tile.pages = step.batch.pages + step.batch.page_starts[query.sequence];
+    tile.rows = (query.token_end - query.token_begin) * group;
+    tile.first = first;
+    tile.last = last;
+    tile.softcap = a_.softcap;
+    tile.next = next;
+    float *queries = step.thread_scratch(thread);
+    tile.queries = queries;
+    tile.partial = queries + tile.rows * stride;
+    tile.result = tile.partial + tile.rows * stride;
+    tile.scores = tile.result + tile.rows * stride;
+    tile.expanded = tile.scores + tile.rows * score_stride;
+    tile.most = most;
+    tile.total = total;
+    const float *rows = step.data(q_, thread) + head * group * a_.head_dim;
+    const int64_t width = a_.heads * a_.head_dim;
+    for (int64_t r = 0; r < tile.rows; r++) {
+      const int64_t t = query.token_begin + r / group;
+      if (r % group == 0 && t + ahead < query.token_end) {
+        for (int64_t i = 0; i < group * a_.head_dim; i += 16) __builtin_prefetch(rows + (t + ahead) * width + i);
+      }
+      last[r] = step.batch.positions[t];
+      first[r] = first_visible(a_, last[r]);
+      most[r] = -INFINITY;
+      total[r] = 0;
+      float *row = queries + r * stride;
+      transform(step, a_.query_norm, a_.query_rope.get(), last[r], a_.scale, a_.head_dim,
+                rows + t * width + r % group * a_.head_dim, row);
+    }
+    step.kernels->attend(tile, query.block_begin, query.block_end);
+    query.split < 0 ? write_result(step, query, head, tile, thread) : write_partial(step, query, head, tile, thread);
+  }
+
+  void write_result(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile, int thread) const {
+    const int64_t group = group_of(a_), stride = tile.cell->value_stride;
+    for (int64_t g = 0; g < group; g++) {
+      write_head(step, a_, y_, query.token_begin, query.token_end - query.token_begin, head * group + g,
+                 tile.result + g * stride, group * stride, tile.total + g, group, thread);
+    }
+  }
+
+  void write_partial(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile, int thread) const {
+    const int64_t values = tile.rows * tile.cell->value_stride;
+    float *partial = step.data(partials_, thread) + (query.split * a_.kv_heads + head) * partial_floats(a_);
+    std::memcpy(partial, tile.result, static_cast<size_t>(values) * sizeof(float));
+    std::memcpy(partial + values, tile.most, static_cast<size_t>(tile.rows) * sizeof(float));
+    std::memcpy(partial + values + tile.rows, tile.total, static_cast<size_t>(tile.rows) * sizeof(float));
+  }
+
+  const Attention a_;
+  const int q_, k_, v_, partials_;
+  const Target y_;
+};
+
+// Tiles of one token that were split lie one after the other, one for each block.
+class MergeTask : public Task {
+ public:
+  MergeTask(const Attention &attention, int partials, const Target &y) : a_(attention), partials_(partials), y_(y) {
+    reads = {partials};
+    writes = {y.buffer};
+  }
+  bool active(const Step &step) const override { return step.tile_sets[a_.tile_set].partials > 0; }
+  int64_t items(const Step &step) const override {
+    return active(step) ? static_cast<int64_t>(step.tile_sets[a_.tile_set].tiles.size()) * a_.kv_heads : 0;
+  }
+  int64_t scratch_bytes(const BatchView &, int) const override {
+    return a_.cache->cell().value_stride * static_cast<int64_t>(sizeof(float));
+  }
+
+  void run(const Step &step, int64_t item, int thread) const override {
+    const auto &tiles = step.tile_sets[a_.tile_set].tiles;
+    const int64_t head = item % a_.kv_heads, index = item / a_.kv_heads;
+    const QueryTile &first = tiles[static_cast<size_t>(index)];
+    const bool begins = index == 0 || tiles[static_cast<size_t>(index - 1)].sequence != first.sequence;
+    if (first.split < 0 || !begins) return;
+    int64_t count = 1;
+    while (index + count < static_cast<int64_t>(tiles.size()) &&
+           tiles[static_cast<size_t>(index + count)].sequence == first.sequence) {
+      count++;
+    }
+    for (int64_t r = 0; r < group_of(a_); r++) merge_row(step, first, count, head, r, thread);
+  }
+
+ private:
+  void merge_row(const Step &step, const QueryTile &first, int64_t count, int64_t head, int64_t r, int thread) const {
+    const int64_t stride = a_.cache->cell().value_stride, group = group_of(a_);
+    float *result = step.thread_scratch(thread);
+    float most = -INFINITY, total = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const float *partial = step.data(partials_, thread) + ((first.split + i) * a_.kv_heads + head) * partial_floats(a_);
+      const float *numbers = partial + group * stride;
+      step.kernels->merge(numbers[r], numbers[group + r], partial + r * stride, &most, &total, result, stride);
+    }
+    write_head(step, a_, y_, first.token_begin, 1, head * group + r, result, stride, &total, 1, thread);
+  }
+
+  const Attention a_;
+  const int partials_;
+  const Target y_;
+};
+
+}  // namespace
+
+std::unique_ptr<Task> make_store(const Attention &attention, int k, int v, int stored) {
+  return std::make_unique<StoreTask>(attention, k, v, stored);
+}
+
+std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials,
+                                  const Target &y) {
+  return std::make_unique<AttendTask>(attention, q, k, v, stored, partials, y);
+}
+
+std::unique_ptr<Ahead> make_attention_ahead() { return std::make_unique<AttentionAhead>(); }
+
+std::unique_ptr<Task> make_merge(const Attention &attention, int partials, const Target &y) {
+  return std::make_unique<MergeTask>(attention, partials, y);
+}
+
+TileSet make_tiles(const BatchView &batch, const Attention &attention, int threads) {
+  TileSet set;
+  set.one_token_each = one_token_each(batch);
+  const int64_t size = tile_tokens(attention);
+  int64_t whole_tiles = 0;
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    whole_tiles += (batch.sequence_starts[s + 1] - batch.sequence_starts[s] + size - 1) / size;
+  }
+  const bool few = threads > 1 && whole_tiles * attention.kv_heads < 4 * threads;
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+    for (int64_t t = begin; t < end; t += size) {
+      QueryTile tile{s, t, std::min(t + size, end), 0, 0, -1};
+      tile.block_begin = first_visible(attention, batch.positions[t]) / attention_block;
+      tile.block_end = batch.positions[tile.token_end - 1] / attention_block + 1;
+      const bool split = few && end - begin == 1 && tile.block_end - tile.block_begin > 1;
+      if (!split) {
+        set.tiles.push_back(tile);
+        continue;
+      }
+      for (int64_t block = tile.block_begin; block < tile.block_end; block++) {
+        QueryTile part = tile;
+        part.block_begin = block;
+        part.block_end = block + 1;
+        part.split = set.partials++;
+        set.tiles.push_back(part);
+      }
+    }
+  }
+  return set;
+}
+
+int64_t partials_bytes(const TileSet &tiles, const Attention &attention) {
+  return tiles.partials * attention.kv_heads * partial_floats(attention) * static_cast<int64_t>(sizeof(float));
+}
+
+}  // namespace mnemos

@@ -1,0 +1,366 @@
+#include "program/program.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "system/error.h"
+#include "system/mapping.h"
+
+namespace mnemos {
+namespace {
+
+int64_t round_up(int64_t value) { return (value + 63) / 64 * 64; }
+
+std::string number(int64_t value) { return std::to_string(value); }
+
+bool overlaps(const std::vector<int> &a, const std::vector<int> &b) {
+  return std::any_of(a.begin(), a.end(), [&](int x) { return std::find(b.begin(), b.end(), x) != b.end(); });
+}
+
+}  // namespace
+
+Workspace::Workspace(size_t size) : data(map_memory(size, "the workspace of a step")), bytes(size) {}
+Workspace::~Workspace() { unmap_memory(data, bytes); }
+
+void Program::finish(std::vector<int> outputs) {
+  if (finished_) throw config_error("the program is finished already");
+  for (int value : outputs) checked_value(value);
+  graph_.outputs = std::move(outputs);
+  schedule_ = make_schedule(graph_, pool_->threads());
+  assign_slots();
+  place_barriers();
+  for (size_t t = 0; t < schedule_.tasks.size(); t++) {
+    if (schedule_.tasks[t]->fetches_ahead()) fetching_.push_back(t);
+  }
+  for (int thread = 0; thread < pool_->threads(); thread++) ahead_.push_back(make_attention_ahead());
+  counters_ = std::make_unique<Counter[]>(schedule_.tasks.size() * static_cast<size_t>(pool_->threads()));
+  pieces_.resize(schedule_.buffers.size());
+  finished_ = true;
+}
+
+// Buffers whose lives do not overlap share a slot. Inputs and outputs have their own.
+void Program::assign_slots() {
+  const auto &buffers = schedule_.buffers;
+  const int count = static_cast<int>(schedule_.tasks.size());
+  std::vector<int> first(buffers.size(), count), last(buffers.size(), -1);
+  std::vector<char> copied(buffers.size(), 0);
+  for (int t = 0; t < count; t++) {
+    const Task &task = *schedule_.tasks[static_cast<size_t>(t)];
+    for (const auto *list : {&task.reads, &task.writes}) {
+      for (int b : *list) {
+        first[static_cast<size_t>(b)] = std::min(first[static_cast<size_t>(b)], t);
+        last[static_cast<size_t>(b)] = t;
+      }
+    }
+    for (int b : task.writes) copied[static_cast<size_t>(b)] = task.cheap_for_one_row;
+  }
+  for (int b : schedule_.input_buffers) first[static_cast<size_t>(b)] = -1;
+  for (int b : schedule_.output_buffers) last[static_cast<size_t>(b)] = count;
+  if (finds_best()) last[static_cast<size_t>(schedule_.best_buffer)] = count;
+  std::vector<int> order(buffers.size());
+  for (size_t b = 0; b < buffers.size(); b++) order[b] = static_cast<int>(b);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return first[static_cast<size_t>(a)] < first[static_cast<size_t>(b)]; });
+  std::vector<int> free_after;  // by slot: the last task that uses it
+  slot_of_.assign(buffers.size(), -1);
+  for (int b : order) {
+    const size_t i = static_cast<size_t>(b);
+    const auto same_size = [&](const Slot &slot) {
+      const BufferSpec &other = buffers[static_cast<size_t>(slot.buffers.front())];
+      return slot.copies == static_cast<bool>(copied[i]) && other.kind == buffers[i].kind && other.rows == buffers[i].rows &&
+             other.row_floats == buffers[i].row_floats && other.row_multiple == buffers[i].row_multiple &&
+             other.form.columns == buffers[i].form.columns;
+    };
+    // The slot of what the buffer's first task reads for the last time, if that task works in place; or any free one.
+    const auto in_place = [&](const Slot &slot) {
+      if (first[i] < 0 || first[i] >= count) return false;
+      const Task &task = *schedule_.tasks[static_cast<size_t>(first[i])];
+      const int from = slot.buffers.back();
+      return last[static_cast<size_t>(from)] == first[i] && std::count(task.reads.begin(), task.reads.end(), from) == 1 &&
+             std::count(task.in_place.begin(), task.in_place.end(), std::make_pair(from, b)) == 1;
+    };
+    size_t chosen = slots_.size();
+    for (size_t s = 0; s < slots_.size(); s++) {
+      if (!same_size(slots_[s])) continue;
+      if (free_after[s] < first[i]) chosen = s;
+      if (in_place(slots_[s])) {
+        chosen = s;
+        break;
+      }
+    }
+    if (chosen == slots_.size()) {
+      slots_.emplace_back();
+      slots_.back().copies = copied[i];
+      free_after.push_back(-2);
+    }
+    slots_[chosen].buffers.push_back(b);
+    free_after[chosen] = std::max(last[i], first[i]);
+    slot_of_[i] = static_cast<int>(chosen);
+  }
+}
+
+// A task waits for the others only if it touches what a task since the last meeting wrote, or writes what one read.
+void Program::place_barriers() {
+  for (const bool one_row : {false, true}) {
+    auto &barriers = barrier_before_[one_row ? 1 : 0];
+    barriers.assign(schedule_.tasks.size(), 0);
+    std::vector<int> read, written;  // slots, since the last barrier
+    for (size_t t = 0; t < schedule_.tasks.size(); t++) {
+      const Task &task = *schedule_.tasks[t];
+      std::vector<int> reads, writes;
+      const auto collect = [&](const std::vector<int> &buffers, std::vector<int> &into) {
+        for (int b : buffers) {
+          const int slot = slot_of_[static_cast<size_t>(b)];
+          if (!(one_row && slots_[static_cast<size_t>(slot)].copies)) into.push_back(slot);
+        }
+      };
+      collect(task.reads, reads);
+      collect(task.writes, writes);
+      if (overlaps(reads, written) || overlaps(writes, written) || overlaps(writes, read)) {
+        barriers[t] = 1;
+        read.clear();
+        written.clear();
+      }
+      read.insert(read.end(), reads.begin(), reads.end());
+      written.insert(written.end(), writes.begin(), writes.end());
+    }
+  }
+}
+
+int64_t Program::barriers() const { return std::count(barrier_before_[1].begin(), barrier_before_[1].end(), 1); }
+
+int64_t Program::buffer_bytes(const BufferSpec &spec, const BatchView &batch, const std::vector<TileSet> &tiles) const {
+  const int64_t rows = spec.rows == Rows::tokens ? batch.tokens : batch.chosen;
+  switch (spec.kind) {
+    case BufferSpec::floats: return round_up((rows * spec.row_floats + spec.extra_floats) * 4);
+    case BufferSpec::input:
+      return round_up(static_cast<int64_t>(input_bytes(spec.form.form, rows * spec.row_multiple, spec.form.columns)));
+    case BufferSpec::partials: {
+      int64_t most = 0;
+      for (size_t i = 0; i < tiles.size(); i++) most = std::max(most, partials_bytes(tiles[i], schedule_.attentions[i]));
+      return round_up(most);
+    }
+  }
+  return 0;
+}
+
+// Places the slots one after the other, then each thread's scratch; returns the bytes needed.
+int64_t Program::layout(const BatchView &batch, const std::vector<TileSet> &tiles, bool one_row) {
+  int64_t offset = 0;
+  for (Slot &slot : slots_) {
+    slot.offset = offset;
+    slot.bytes = 0;
+    const BufferSpec *previous = nullptr;
+    for (int b : slot.buffers) {
+      const BufferSpec &spec = schedule_.buffers[static_cast<size_t>(b)];
+      // Forms of the same columns and kernels are the only ones that can differ in size within a slot.
+      if (previous && previous->form == spec.form && previous->extra_floats == spec.extra_floats) continue;
+      slot.bytes = std::max(slot.bytes, buffer_bytes(spec, batch, tiles));
+      previous = &spec;
+    }
+    offset += slot.bytes * (one_row && slot.copies ? pool_->threads() : 1);
+  }
+  scratch_offset_ = offset;
+  scratch_bytes_ = 0;
+  for (const auto &task : schedule_.tasks) {
+    scratch_bytes_ = std::max(scratch_bytes_, round_up(task->scratch_bytes(batch, pool_->threads())));
+  }
+  // Vectors are loaded whole and may reach a little behind the last value.
+  return offset + scratch_bytes_ * pool_->threads() + 128;
+}
+
+int64_t Program::workspace_bytes(int64_t tokens, int64_t chosen) const {
+  BatchView batch;
+  batch.tokens = tokens;
+  batch.chosen = chosen;
+  int64_t bytes = 0;
+  for (const Slot &slot : slots_) {
+    int64_t most = 0;
+    for (int b : slot.buffers) {
+      const BufferSpec &spec = schedule_.buffers[static_cast<size_t>(b)];
+      if (spec.kind != BufferSpec::partials) most = std::max(most, buffer_bytes(spec, batch, {}));
+    }
+    bytes += most;
+  }
+  return bytes;
+}
+
+std::vector<OutputView> Program::run(const BatchView &batch, int64_t batch_pages, const std::vector<InputView> &inputs) {
+  if (!finished_) throw config_error("the program is still being recorded");
+  if (batch.best && !finds_best()) throw config_error("the program cannot find the best of its last output alone");
+  check_batch(batch, batch_pages);
+  check_inputs(batch, inputs);
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<TileSet> tiles;
+  for (const Attention &attention : schedule_.attentions) tiles.push_back(make_tiles(batch, attention, pool_->threads()));
+  int64_t most = -1;
+  for (int64_t t = 0; !rope_tables_.empty() && t < batch.tokens; t++) most = std::max<int64_t>(most, batch.positions[t]);
+  for (const auto &table : rope_tables_) table->extend(most + 1);
+
+  const bool one_row = batch.tokens == 1 && batch.chosen <= 1;
+  const size_t needed = static_cast<size_t>(layout(batch, tiles, one_row));
+  if (!workspace_ || workspace_->bytes < needed) {
+    workspace_.reset();
+    workspace_ = std::make_shared<Workspace>(needed + needed / 8);
+  }
+  if (poison_) std::memset(workspace_->data, 0xff, workspace_->bytes);
+  for (size_t b = 0; b < pieces_.size(); b++) {
+    const Slot &slot = slots_[static_cast<size_t>(slot_of_[b])];
+    pieces_[b] = {workspace_->data + slot.offset, one_row && slot.copies ? slot.bytes : 0};
+  }
+  for (size_t i = 0; i < inputs.size(); i++) {
+    std::memcpy(pieces_[static_cast<size_t>(schedule_.input_buffers[i])].data, inputs[i].data,
+                static_cast<size_t>(inputs[i].rows * inputs[i].width) * 4);
+  }
+  const Step step{batch, pool_->threads(), kernels_, pieces_.data(), tiles.data(), workspace_->data + scratch_offset_,
+                  scratch_bytes_, ahead_.data()};
+  execute(step, one_row);
+  std::vector<OutputView> outputs;
+  for (size_t i = 0; i < graph_.outputs.size(); i++) {
+    const Value &value = graph_.values[static_cast<size_t>(graph_.outputs[i])];
+    outputs.push_back({pieces_[static_cast<size_t>(schedule_.output_buffers[i])].data, step.rows(value.rows), value.width,
+                       value.type, workspace_});
+  }
+  if (batch.best) {
+    const uint8_t *best = pieces_[static_cast<size_t>(schedule_.best_buffer)].data;
+    outputs.back() = {best, outputs.back().rows, 1, ValueType::int32, workspace_};
+  }
+  return outputs;
+}
+
+void Program::execute(const Step &step, bool one_row) {
+  const size_t count = schedule_.tasks.size();
+  const int threads = pool_->threads();
+  const auto counters_of = [&](size_t task) { return &counters_[task * static_cast<size_t>(threads)]; };
+  for (size_t c = 0; c < count * static_cast<size_t>(threads); c++) counters_[c].taken.store(0, std::memory_order_relaxed);
+  for (const auto &task : schedule_.tasks) task->plan(step);
+  const auto &barriers = barrier_before_[one_row ? 1 : 0];
+  pool_->run([&](int thread) {
+    bool wait = false;  // a task that is left out leaves its barrier to the next one
+    size_t fetching = 0;
+    const auto fetch_for_next = [&] {
+      if (fetching == fetching_.size()) return ahead_[static_cast<size_t>(thread)]->stop();
+      schedule_.tasks[fetching_[fetching]]->fetch_ahead(step, thread);
+    };
+    fetch_for_next();
+    for (size_t t = 0; t < count; t++) {
+      if (fetching < fetching_.size() && t > fetching_[fetching]) fetching++, fetch_for_next();
+      const Task &task = *schedule_.tasks[t];
+      wait = wait || barriers[t];
+      if (!task.active(step)) continue;
+      if (wait) pool_->barrier();
+      wait = false;
+      const int64_t items = task.items(step);
+      if (one_row && task.cheap_for_one_row) {
+        for (int64_t item = 0; item < items; item++) task.run(step, item, thread);
+        continue;
+      }
+      // Every thread has a run of neighbouring items, whose weights it fetches ahead; who is done early helps the others.
+      Counter *counters = counters_of(t);
+      for (int helped = 0; helped < threads; helped++) {
+        const int owner = (thread + helped) % threads;
+        const int64_t first = items * owner / threads, own = items * (owner + 1) / threads - first;
+        std::atomic<int64_t> &taken = counters[owner].taken;
+        while (taken.load(std::memory_order_relaxed) < own) {
+          const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
+          if (item < own) task.run(step, first + item, thread);
+        }
+      }
+    }
+  });
+}
+
+void Program::check_inputs(const BatchView &batch, const std::vector<InputView> &inputs) const {
+  size_t index = 0;
+  for (const Operator &op : graph_.operators) {
+    if (op.kind != OperatorKind::input) continue;
+    const Value &value = graph_.values[static_cast<size_t>(op.outputs[0])];
+    if (index >= inputs.size()) throw config_error("the program has more inputs than were given");
+    const InputView &input = inputs[index++];
+    if (input.rows != batch.tokens || input.width != value.width || input.type != value.type) {
+      throw config_error("an input has shape (" + number(input.rows) + ", " + number(input.width) + "); it must be (" +
+                         number(batch.tokens) + ", " + number(value.width) + ") of the recorded type");
+    }
+  }
+  if (index != inputs.size()) throw config_error("the program has fewer inputs than were given");
+  for (const Operator &op : graph_.operators) {
+    if (op.kind != OperatorKind::experts) continue;
+    const int64_t count = static_cast<int64_t>(op.experts->gate.size());
+    size_t at = 0;
+    for (const Operator &source : graph_.operators) {
+      if (source.kind != OperatorKind::input) {
+        const bool routed = source.kind == OperatorKind::route && source.outputs[0] == op.inputs[1];
+        if (routed && source.matrix->rows > count) throw config_error("the router knows more experts than there are");
+        continue;
+      }
+      const InputView &input = inputs[at++];
+      if (source.outputs[0] != op.inputs[1]) continue;
+      const int32_t *ids = static_cast<const int32_t *>(input.data);
+      for (int64_t i = 0; i < input.rows * input.width; i++) {
+        if (ids[i] < 0 || ids[i] >= count) throw request_error("expert " + number(ids[i]) + " is not one of " + number(count));
+      }
+    }
+  }
+}
+
+void Program::check_batch(const BatchView &batch, int64_t batch_pages) const {
+  for (const Operator &op : graph_.operators) {
+    if (op.kind != OperatorKind::embed) continue;
+    const bool by_token = op.index == Index::token_ids;
+    const int32_t *index = by_token ? batch.token_ids : batch.positions;
+    for (int64_t t = 0; t < batch.tokens; t++) {
+      if (index[t] < 0 || index[t] >= op.matrix->rows) {
+        throw request_error(std::string(by_token ? "token id " : "position ") + number(index[t]) + " is out of range: there are " +
+                            number(op.matrix->rows));
+      }
+    }
+  }
+  for (int64_t t = 0; t < batch.tokens; t++) {
+    if (batch.positions[t] < 0) throw request_error("position " + number(batch.positions[t]) + " is negative");
+  }
+  for (int64_t r = 0; r < batch.chosen; r++) {
+    if (batch.logit_rows[r] < 0 || batch.logit_rows[r] >= batch.tokens) {
+      throw request_error("row " + number(batch.logit_rows[r]) + " is not one of the batch's " + number(batch.tokens));
+    }
+  }
+  if (schedule_.attentions.empty()) return;
+  const auto monotonic = [&](const int32_t *starts, int64_t end, const char *name) {
+    bool good = starts[0] == 0 && starts[batch.sequences] == end;
+    for (int64_t s = 0; s < batch.sequences; s++) good = good && starts[s] <= starts[s + 1];
+    if (!good) throw request_error(std::string(name) + " must rise from 0 to " + number(end));
+  };
+  monotonic(batch.sequence_starts, batch.tokens, "sequence_starts");
+  monotonic(batch.page_starts, batch_pages, "page_starts");
+  for (int64_t s = 0; s < batch.sequences; s++) check_sequence(batch, s);
+}
+
+void Program::check_sequence(const BatchView &batch, int64_t s) const {
+  const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+  if (begin == end) return;
+  for (int64_t t = begin + 1; t < end; t++) {
+    if (batch.positions[t] != batch.positions[t - 1] + 1) {
+      throw request_error("positions of sequence " + number(s) + " are not consecutive: " + number(batch.positions[t - 1]) +
+                          " is followed by " + number(batch.positions[t]));
+    }
+  }
+  const int64_t slots = cache_->cell().slots, last = batch.positions[end - 1] / slots;
+  const int64_t count = batch.page_starts[s + 1] - batch.page_starts[s];
+  if (last >= count) {
+    throw request_error("sequence " + number(s) + " has " + number(count) + " pages of " + number(slots) +
+                        " positions, too few for position " + number(batch.positions[end - 1]));
+  }
+  int64_t lowest = batch.positions[begin];
+  for (const Attention &attention : schedule_.attentions) {
+    const int64_t reach = attention.window > 0 ? std::max<int64_t>(0, batch.positions[begin] - attention.window + 1) : 0;
+    lowest = std::min(lowest, reach);
+  }
+  for (int64_t page = lowest / slots; page <= last; page++) {
+    const int64_t id = batch.pages[batch.page_starts[s] + page];
+    if (id < 0 || id >= cache_->pages) {
+      throw request_error("page " + number(id) + " of sequence " + number(s) + " is not in the cache, which has " +
+                          number(cache_->pages));
+    }
+  }
+}
+
+}  // namespace mnemos

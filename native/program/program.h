@@ -1,0 +1,113 @@
+// A recorded forward pass, ready to run on any batch: one parallel region of the pool for each step.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "program/graph.h"
+#include "system/pool.h"
+
+namespace mnemos {
+
+// Memory of one step. Results are views of it, so it lives as long as they do.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);
+  ~Workspace();
+  Workspace(const Workspace &) = delete;
+  Workspace &operator=(const Workspace &) = delete;
+  uint8_t *const data;
+  const size_t bytes;
+};
+
+struct OutputView {
+  const void *data;
+  int64_t rows, width;
+  ValueType type;
+  std::shared_ptr<Workspace> owner;
+};
+
+struct InputView {
+  const void *data;
+  int64_t rows, width;
+  ValueType type;
+};
+
+class Program {
+ public:
+  Program(std::shared_ptr<Pool> pool, std::shared_ptr<Cache> cache);
+
+  // Recording. Values are numbers; all shapes are checked here. Throws Error (config).
+  int input(int64_t width, ValueType type);
+  int embed(MatrixPointer matrix, Index index);
+  int choose_rows(int x);
+  int linear(int x, MatrixPointer matrix, VectorPointer bias);
+  int norm(int x, Norm norm);
+  int rope(int x, std::vector<float> frequencies, int64_t head_dim, float magnitude);
+  int attention(int q, int k, int v, Attention attention);
+  int elementwise(Elementwise operation, int x, int second);
+  std::pair<int, int> route(int x, MatrixPointer matrix, int64_t top_k, bool normalise);
+  int experts(int x, int ids, int weights, Experts experts);
+  int64_t width(int value) const;
+  // Ends recording.
+  void finish(std::vector<int> outputs);
+
+  // Runs one step. The batch and the inputs are checked first: throws Error (request, config) before anything is changed.
+  // The views are overwritten by the next step. With `batch.best`, which needs finds_best(), there is in place of the last
+  // output (rows, 1) the number of each row's largest value, of equal ones the lowest, or -1 where none is above minus
+  // infinity or one is not a number below infinity.
+  std::vector<OutputView> run(const BatchView &batch, int64_t batch_pages, const std::vector<InputView> &inputs);
+
+  // Whether the largest values of the last output can be found without all others.
+  bool finds_best() const { return schedule_.best_buffer >= 0; }
+
+  // Fills the workspace with NaN before each step, so that a read of what was not written shows.
+  void poison(bool on) { poison_ = on; }
+  // The most bytes of workspace that a step of so many tokens and chosen rows needs, long contexts not counted.
+  int64_t workspace_bytes(int64_t tokens, int64_t chosen) const;
+  int64_t tasks() const { return static_cast<int64_t>(schedule_.tasks.size()); }
+  int64_t barriers() const;
+
+ private:
+  struct Slot {
+    std::vector<int> buffers;
+    bool copies = false;  // each thread has its own when there is one row
+    int64_t offset = 0, bytes = 0;
+  };
+
+  int add_operator(Operator op, std::vector<Value> outputs);
+  const Value &checked_value(int value) const;
+  void assign_slots();
+  void place_barriers();
+  int64_t buffer_bytes(const BufferSpec &spec, const BatchView &batch, const std::vector<TileSet> &tiles) const;
+  int64_t layout(const BatchView &batch, const std::vector<TileSet> &tiles, bool one_row);
+  void check_batch(const BatchView &batch, int64_t batch_pages) const;
+  void check_sequence(const BatchView &batch, int64_t sequence) const;
+  void check_inputs(const BatchView &batch, const std::vector<InputView> &inputs) const;
+  void execute(const Step &step, bool one_row);
+
+  const std::shared_ptr<Pool> pool_;
+  const std::shared_ptr<Cache> cache_;
+  const VectorKernels *const kernels_;
+  Graph graph_;
+  Schedule schedule_;
+  bool finished_ = false, poison_ = false;
+  std::vector<std::shared_ptr<RopeTable>> rope_tables_;
+  std::vector<int> slot_of_;  // by buffer
+  std::vector<Slot> slots_;
+  std::vector<char> barrier_before_[2];  // by task; [1]: for one row
+  std::vector<size_t> fetching_;               // tasks that fetch ahead
+  std::vector<std::unique_ptr<Ahead>> ahead_;  // by thread
+  std::vector<Piece> pieces_;
+  std::shared_ptr<Workspace> workspace_;
+  int64_t scratch_offset_ = 0, scratch_bytes_ = 0;
+  struct alignas(64) Counter {
+    std::atomic<int64_t> taken{0};
+  };
+  std::unique_ptr<Counter[]> counters_;
+  std::mutex mutex_;
+};
+
+}  // namespace mnemos

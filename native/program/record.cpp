@@ -1,0 +1,197 @@
+// The recording half of Program: shapes are checked here, once, so that tasks can rely on them.
+#include <utility>
+
+#include "system/error.h"
+#include "program/program.h"
+
+namespace mnemos {
+namespace {
+
+void require(bool condition, const std::string &message) {
+  if (!condition) throw config_error(message);
+}
+
+std::string number(int64_t value) { return std::to_string(value); }
+
+}  // namespace
+
+Program::Program(std::shared_ptr<Pool> pool, std::shared_ptr<Cache> cache)
+    : pool_(std::move(pool)), cache_(std::move(cache)), kernels_(&vector_kernels(current_isa())) {}
+
+const Value &Program::checked_value(int value) const {
+  require(value >= 0 && value < static_cast<int>(graph_.values.size()), "value " + number(value) + " was never recorded");
+  return graph_.values[static_cast<size_t>(value)];
+}
+
+int64_t Program::width(int value) const { return checked_value(value).width; }
+
+int Program::add_operator(Operator op, std::vector<Value> outputs) {
+  require(!finished_, "a program cannot be changed once it is finished");
+  for (int value : op.inputs) checked_value(value);
+  const int first = static_cast<int>(graph_.values.size());
+  for (const Value &value : outputs) {
+    require(value.width > 0, "a value needs at least one column");
+    op.outputs.push_back(static_cast<int>(graph_.values.size()));
+    graph_.values.push_back(value);
+  }
+  graph_.operators.push_back(std::move(op));
+  return first;
+}
+
+int Program::input(int64_t width, ValueType type) {
+  Operator op{};
+  op.kind = OperatorKind::input;
+  return add_operator(std::move(op), {{width, Rows::tokens, type}});
+}
+
+int Program::embed(MatrixPointer matrix, Index index) {
+  Operator op{};
+  op.kind = OperatorKind::embed;
+  op.index = index;
+  const int64_t columns = matrix->columns;
+  op.matrix = std::move(matrix);
+  return add_operator(std::move(op), {{columns, Rows::tokens, ValueType::float32}});
+}
+
+int Program::choose_rows(int x) {
+  Operator op{};
+  op.kind = OperatorKind::choose_rows;
+  const Value value = checked_value(x);
+  require(value.rows == Rows::tokens, "rows of a value can be chosen once only");
+  op.inputs = {x};
+  return add_operator(std::move(op), {{value.width, Rows::chosen, value.type}});
+}
+
+int Program::linear(int x, MatrixPointer matrix, VectorPointer bias) {
+  const Value value = checked_value(x);
+  require(value.width == matrix->columns, "a product's input has " + number(value.width) + " columns, its matrix " +
+                                              number(matrix->columns));
+  require(!bias || static_cast<int64_t>(bias->size()) == matrix->rows,
+          "a bias has " + number(bias ? static_cast<int64_t>(bias->size()) : 0) + " values, its matrix " + number(matrix->rows) + " rows");
+  Operator op{};
+  op.kind = OperatorKind::linear;
+  op.inputs = {x};
+  op.bias = std::move(bias);
+  const int64_t rows = matrix->rows;
+  op.matrix = std::move(matrix);
+  return add_operator(std::move(op), {{rows, value.rows, ValueType::float32}});
+}
+
+int Program::norm(int x, Norm norm) {
+  const Value value = checked_value(x);
+  const int64_t n = static_cast<int64_t>(norm.weight->size());
+  const bool fits = n > 0 && (norm.kind == Norm::rms ? value.width % n == 0 : value.width == n);
+  require(fits, "a norm's weight has " + number(n) + " values, its input " + number(value.width) + " columns");
+  require(!norm.bias || norm.bias->size() == norm.weight->size(), "a norm's bias and weight differ in length");
+  Operator op{};
+  op.kind = OperatorKind::norm;
+  op.inputs = {x};
+  op.norm = std::move(norm);
+  return add_operator(std::move(op), {value});
+}
+
+int Program::rope(int x, std::vector<float> frequencies, int64_t head_dim, float magnitude) {
+  const Value value = checked_value(x);
+  const int64_t half = static_cast<int64_t>(frequencies.size());
+  require(value.rows == Rows::tokens, "rope needs a value with a row for each token");
+  require(head_dim > 0 && value.width % head_dim == 0,
+          "rope's head_dim is " + number(head_dim) + ", which does not divide " + number(value.width) + " columns");
+  require(half > 0 && 2 * half <= head_dim,
+          "rope rotates " + number(2 * half) + " elements of a head that has " + number(head_dim));
+  Operator op{};
+  op.kind = OperatorKind::rope;
+  op.inputs = {x};
+  op.head_dim = head_dim;
+  for (const auto &table : rope_tables_) {
+    if (table->same_as(frequencies, magnitude)) op.rope = table;
+  }
+  if (!op.rope) rope_tables_.push_back(op.rope = std::make_shared<RopeTable>(std::move(frequencies), magnitude));
+  return add_operator(std::move(op), {value});
+}
+
+int Program::attention(int q, int k, int v, Attention attention) {
+  require(cache_ != nullptr, "attention needs a cache");
+  const CellLayout &cell = cache_->cell();
+  require(attention.heads > 0 && attention.kv_heads > 0 && attention.heads % attention.kv_heads == 0,
+          "attention has " + number(attention.heads) + " heads, which is no multiple of its " + number(attention.kv_heads) + " kv_heads");
+  require(attention.heads / attention.kv_heads <= max_tile_rows,
+          "attention has " + number(attention.heads / attention.kv_heads) + " heads for one of keys; at most " + number(max_tile_rows) + " are possible");
+  require(attention.kv_heads == cache_->kv_heads && attention.head_dim == cell.head_dim,
+          "attention has " + number(attention.kv_heads) + " kv_heads of " + number(attention.head_dim) + ", its cache " +
+              number(cache_->kv_heads) + " of " + number(cell.head_dim));
+  require(attention.layer >= 0 && attention.layer < cache_->layers,
+          "layer " + number(attention.layer) + " is not in a cache of " + number(cache_->layers) + " layers");
+  require(attention.window >= 0, "the window is " + number(attention.window) + "; it must not be negative");
+  const int64_t width = attention.heads * attention.head_dim, kv_width = attention.kv_heads * attention.head_dim;
+  require(checked_value(q).width == width && checked_value(k).width == kv_width && checked_value(v).width == kv_width,
+          "attention's queries, keys and values have " + number(checked_value(q).width) + ", " + number(checked_value(k).width) +
+              " and " + number(checked_value(v).width) + " columns; heads and head_dim need " + number(width) + ", " +
+              number(kv_width) + " and " + number(kv_width));
+  for (int value : {q, k, v}) require(checked_value(value).rows == Rows::tokens, "attention needs a row for each token");
+  Operator op{};
+  op.kind = OperatorKind::attention;
+  op.inputs = {q, k, v};
+  op.attention = std::move(attention);
+  op.attention.cache = cache_;
+  return add_operator(std::move(op), {checked_value(q)});
+}
+
+int Program::elementwise(Elementwise operation, int x, int second) {
+  const Value value = checked_value(x);
+  Operator op{};
+  op.kind = OperatorKind::elementwise;
+  op.elementwise = operation;
+  op.inputs = {x};
+  if (second >= 0) {
+    const Value other = checked_value(second);
+    require(other.width == value.width && other.rows == value.rows,
+            "two values of " + number(value.width) + " and " + number(other.width) + " columns cannot be combined");
+    op.inputs.push_back(second);
+  }
+  return add_operator(std::move(op), {value});
+}
+
+std::pair<int, int> Program::route(int x, MatrixPointer matrix, int64_t top_k, bool normalise) {
+  const Value value = checked_value(x);
+  require(value.width == matrix->columns,
+          "the router has " + number(matrix->columns) + " columns, its input " + number(value.width));
+  require(top_k >= 1 && top_k <= matrix->rows,
+          "top_k is " + number(top_k) + "; it must be 1 to " + number(matrix->rows) + ", the number of experts");
+  Operator op{};
+  op.kind = OperatorKind::route;
+  op.inputs = {x};
+  op.matrix = std::move(matrix);
+  op.top_k = top_k;
+  op.normalise = normalise;
+  const int first = add_operator(std::move(op), {{top_k, value.rows, ValueType::int32}, {top_k, value.rows, ValueType::float32}});
+  return {first, first + 1};
+}
+
+int Program::experts(int x, int ids, int weights, Experts experts) {
+  const Value value = checked_value(x), chosen = checked_value(ids), shares = checked_value(weights);
+  const size_t count = experts.gate.size();
+  require(count > 0 && experts.up.size() == count && experts.down.size() == count,
+          "the experts have " + number(static_cast<int64_t>(count)) + " gate, " + number(static_cast<int64_t>(experts.up.size())) +
+              " up and " + number(static_cast<int64_t>(experts.down.size())) + " down matrices; they must be equally many");
+  for (size_t e = 0; e < count; e++) {
+    const bool same = prepared_form(*experts.gate[e]) == prepared_form(*experts.gate[0]) &&
+                      prepared_form(*experts.up[e]) == prepared_form(*experts.gate[0]) &&
+                      prepared_form(*experts.down[e]) == prepared_form(*experts.down[0]) &&
+                      experts.gate[e]->rows == experts.gate[0]->rows && experts.up[e]->rows == experts.gate[0]->rows &&
+                      experts.down[e]->rows == experts.down[0]->rows;
+    require(same, "the experts' matrices differ in shape or kind: expert " + number(static_cast<int64_t>(e)) + " and expert 0");
+  }
+  require(experts.gate[0]->columns == value.width && experts.down[0]->columns == experts.gate[0]->rows,
+          "the experts' matrices do not fit to an input of " + number(value.width) + " columns");
+  require(chosen.type == ValueType::int32 && chosen.width == shares.width && chosen.rows == value.rows && shares.rows == value.rows,
+          "experts need ids and weights of the same shape, with as many rows as their input");
+  experts.top_k = chosen.width;
+  Operator op{};
+  op.kind = OperatorKind::experts;
+  op.inputs = {x, ids, weights};
+  const int64_t rows = experts.down[0]->rows;
+  op.experts = std::make_shared<const Experts>(std::move(experts));
+  return add_operator(std::move(op), {{rows, value.rows, ValueType::float32}});
+}
+
+}  // namespace mnemos

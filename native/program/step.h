@@ -1,0 +1,89 @@
+// What the tasks of a program see while it runs.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cache.h"
+#include "vector/vector_kernels.h"
+#include "linear/linear.h"
+
+namespace mnemos {
+
+// How many rows a value has: one for each token of the batch, or one for each row whose logits are asked for.
+enum class Rows { tokens, chosen };
+
+// The batch of one step, as in mnemos.ops.batch.Batch. All arrays are checked before a step runs.
+struct BatchView {
+  int64_t tokens = 0, chosen = 0, sequences = 0;
+  const int32_t *token_ids = nullptr, *positions = nullptr, *sequence_starts = nullptr;
+  const int32_t *pages = nullptr, *page_starts = nullptr, *logit_rows = nullptr;
+  bool best = false;  // nothing but the number of the largest logit is wanted of each row; see Program::finds_best
+};
+
+// A piece of the workspace. With `copies` every thread has its own, filled by itself.
+struct Piece {
+  uint8_t *data;
+  int64_t copy_bytes;  // 0 if there is but one
+};
+
+// One sequence's queries for a tile of tokens; see attention.cpp.
+struct QueryTile {
+  int64_t sequence, token_begin, token_end;
+  int64_t block_begin, block_end;
+  int64_t split;  // index of the first partial result, or -1 if the tile does all its blocks itself
+};
+
+// The tiles of all attention operators that share window and head counts.
+struct TileSet {
+  std::vector<QueryTile> tiles;
+  int64_t partials = 0;
+  bool one_token_each = false;  // no sequence has several tokens
+};
+
+struct Step {
+  BatchView batch;
+  int threads;
+  const VectorKernels *kernels;
+  const Piece *pieces;  // by buffer
+  const TileSet *tile_sets;
+  uint8_t *scratch;     // scratch_bytes for each thread
+  int64_t scratch_bytes;
+  const std::unique_ptr<Ahead> *ahead;  // by thread: what products fetch for the task behind them that fetches ahead
+
+  int64_t rows(Rows kind) const { return kind == Rows::tokens ? batch.tokens : batch.chosen; }
+  template <typename T = float>
+  T *data(int buffer, int thread) const {
+    return reinterpret_cast<T *>(pieces[buffer].data + pieces[buffer].copy_bytes * thread);
+  }
+  template <typename T = float>
+  T *thread_scratch(int thread) const {
+    return reinterpret_cast<T *>(scratch + scratch_bytes * thread);
+  }
+};
+
+// A parallel loop of a program. Items are independent of each other and may run on any thread in any order.
+class Task {
+ public:
+  virtual ~Task() = default;
+  // Called once before a step's items are counted and run.
+  virtual void plan(const Step &) {}
+  virtual int64_t items(const Step &step) const = 0;
+  virtual void run(const Step &step, int64_t item, int thread) const = 0;
+  // Whether products may fetch what the task will read, and how the thread begins with that.
+  virtual bool fetches_ahead() const { return false; }
+  virtual void fetch_ahead(const Step &, int) const {}
+  // False if this batch has no use for the task; nobody waits for it then.
+  virtual bool active(const Step &) const { return true; }
+  // Bytes of scratch that a thread needs.
+  virtual int64_t scratch_bytes(const BatchView &, int) const { return 0; }
+
+  std::vector<int> reads, writes;  // buffers
+  // Pairs of a buffer that is read and one that is written: they may be the same memory, if nobody reads the first later.
+  std::vector<std::pair<int, int>> in_place;
+  bool cheap_for_one_row = false;  // then every thread does all of it for itself, which is faster than to wait for one
+};
+
+}  // namespace mnemos

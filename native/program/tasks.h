@@ -1,0 +1,145 @@
+// The tasks of a program: each operator, alone or fused with its neighbours, becomes one or a few of these.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "linear/linear.h"
+#include "program/step.h"
+
+namespace mnemos {
+
+using MatrixPointer = std::shared_ptr<const Matrix>;
+using VectorPointer = std::shared_ptr<const std::vector<float>>;
+
+enum class Index { token_ids, positions };
+// y = rows of a matrix, by token id or position.
+std::unique_ptr<Task> make_embed(MatrixPointer matrix, Index index, int y);
+// y = the rows of x that the batch's logit_rows name.
+std::unique_ptr<Task> make_choose_rows(int x, int64_t width, int y);
+std::unique_ptr<Task> make_rope(int x, int y, int64_t width, int64_t head_dim, std::shared_ptr<const class RopeTable> table,
+                                Rows rows);
+
+enum class ElementwiseKind { add, scale, softcap, activation, gated_activation };
+struct Elementwise {
+  ElementwiseKind kind;
+  float number = 0;  // factor or cap
+  ActivationKind activation = ActivationKind::silu;
+};
+// y = operation(x[, second]); `second` is -1 if there is none.
+std::unique_ptr<Task> make_elementwise(Elementwise operation, int x, int second, int y, int64_t width, Rows rows);
+
+// A norm before something else.
+struct Norm {
+  enum Kind { none, rms, layer } kind = none;
+  VectorPointer weight, bias;
+  float epsilon = 0;
+};
+std::unique_ptr<Task> make_norm(Norm norm, int x, int y, int64_t width, Rows rows);
+
+// The form in which one or several products want the same rows.
+struct PreparedForm {
+  Form form;
+  const Kernels *kernels;
+  int64_t columns;
+  bool operator==(const PreparedForm &o) const {
+    return form == o.form && kernels == o.kernels && columns == o.columns;
+  }
+};
+inline PreparedForm prepared_form(const Matrix &matrix, bool precise = false) {
+  return {matrix.input_form(precise), &matrix.kernels, matrix.columns};
+}
+
+// Where rows go: to a buffer of floats, or to one in the form that the products behind want.
+struct Target {
+  int buffer = -1;
+  std::optional<PreparedForm> form;
+};
+
+// Prepares norm(x), of that width, in each target's form.
+std::unique_ptr<Task> make_prepare(Norm norm, int x, int64_t width, std::vector<Target> targets, Rows rows);
+
+// One or several products of the same input, with what follows them done while the result is in the cache.
+struct Product {
+  MatrixPointer matrix, second;  // second: the `up` of a gated activation, whose gate is `matrix`
+  VectorPointer bias, second_bias;
+  bool activated = false;        // activation(product), or activation(gate) * up with a second matrix
+  ActivationKind activation = ActivationKind::silu;
+  int residual = -1;             // buffer that is added to; not with a form of y
+  Target y;
+};
+// unless_best: not where only the best of the results are wanted.
+std::unique_ptr<Task> make_products(std::vector<Product> products, int input, PreparedForm form, Rows rows,
+                                    bool unless_best = false);
+
+// Finds the largest of a matrix's products with each row, without computing all of them.
+struct Best {
+  MatrixPointer matrix;  // one that has weight lengths
+  int fine, coarse;      // buffers with the rows as int15 and as int8
+  Rows rows;
+};
+// margins: a float a row; found: best_state_floats a row; tokens: the number of each row's largest product, of equal ones the
+// lowest, or -1 if none is above minus infinity, or some one is not a number below infinity.
+std::vector<std::unique_ptr<Task>> make_best(const Best &best, int margins, int found, int tokens);
+int64_t best_state_floats(int threads);
+
+// Cosines and sines by position, computed once and extended as positions grow (between steps, by one thread).
+class RopeTable {
+ public:
+  RopeTable(std::vector<float> frequencies, float magnitude);
+  void extend(int64_t positions);
+  int64_t half() const { return static_cast<int64_t>(frequencies_.size()); }
+  const float *cosines(int64_t position) const { return values_.data() + position * 2 * half(); }
+  const float *sines(int64_t position) const { return cosines(position) + half(); }
+  bool same_as(const std::vector<float> &frequencies, float magnitude) const {
+    return frequencies == frequencies_ && magnitude == magnitude_;
+  }
+
+ private:
+  std::vector<float> frequencies_, values_;
+  float magnitude_;
+};
+
+struct Attention {
+  int64_t heads, kv_heads, head_dim;
+  float scale;
+  int64_t window;
+  float softcap;
+  int64_t layer;
+  int tile_set = 0;
+  std::shared_ptr<Cache> cache;
+  // Fused in front of it: norms of each head and rotation of queries and keys; empty if there is none.
+  Norm query_norm, key_norm;
+  std::shared_ptr<const RopeTable> query_rope, key_rope;
+};
+// Norms and rotates keys and stores them and values in the cache, in batches in which a sequence has several tokens;
+// `stored` stands for what is in the cache then. In other batches make_attend's task does it.
+std::unique_ptr<Task> make_store(const Attention &attention, int k, int v, int stored);
+std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials,
+                                  const Target &y);
+// Keys and values of the sequences of such a task, for one thread.
+std::unique_ptr<Ahead> make_attention_ahead();
+// Merges the partial results of long contexts that were split among threads.
+std::unique_ptr<Task> make_merge(const Attention &attention, int partials, const Target &y);
+// The tiles for this batch. Long contexts are split when there are few tiles.
+TileSet make_tiles(const BatchView &batch, const Attention &attention, int threads);
+int64_t partials_bytes(const TileSet &tiles, const Attention &attention);
+
+// ids (T, top_k) and weights (T, top_k) from logits (T, experts).
+std::unique_ptr<Task> make_route(int logits, int64_t experts, int64_t top_k, bool normalise, int ids, int weights, Rows rows);
+
+struct Experts {
+  std::vector<MatrixPointer> gate, up, down;
+  int64_t top_k;
+  ActivationKind activation;
+};
+// The tasks of a mixture of experts; the buffers have room for `top_k` rows a token. `order` holds ints:
+// (expert count + 1) starts, then the (token * top_k + choice) of each row, sorted by expert.
+std::unique_ptr<Task> make_sort_rows(std::shared_ptr<const Experts> experts, int ids, int order, Rows rows);
+std::unique_ptr<Task> make_gather(std::shared_ptr<const Experts> experts, int x, int order, int input, Rows rows);
+std::unique_ptr<Task> make_gated_experts(std::shared_ptr<const Experts> experts, int input, int order, int inner, Rows rows);
+std::unique_ptr<Task> make_down_experts(std::shared_ptr<const Experts> experts, int input, int order, int outer, Rows rows);
+std::unique_ptr<Task> make_combine(std::shared_ptr<const Experts> experts, int outer, int order, int weights, int y, Rows rows);
+
+}  // namespace mnemos

@@ -1,0 +1,157 @@
+#include "system/cpu.h"
+
+#include <atomic>
+#include <cstdlib>
+
+#include "system/error.h"
+#include "linear/compare.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+namespace mnemos {
+namespace {
+
+#if defined(__x86_64__)
+// The state that the operating system saves for us; without it the registers cannot be used.
+unsigned long long enabled_state() {
+  unsigned low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<unsigned long long>(high) << 32) | low;
+}
+
+// Linux hands out the AMX tile registers on request only.
+bool request_tiles() {
+#if defined(__linux__)
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+CpuFeatures detect() {
+  CpuFeatures features;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return features;
+  const bool saves_state = c & (1u << 27);
+  if (!saves_state) return features;
+  const bool fma = c & (1u << 12), f16c = c & (1u << 29);
+  const unsigned long long state = enabled_state();
+  const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
+  unsigned a1 = 0, b1 = 0, c1 = 0, d1 = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
+  __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1);
+  features.avx2 = ymm && fma && f16c && (b & (1u << 5)) && (b & (1u << 8));
+  features.avx_vnni = features.avx2 && (a1 & (1u << 4));
+  const unsigned needed = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
+  features.avx512 = features.avx2 && zmm && (b & needed) == needed && (c & (1u << 11));
+  features.avx512_bf16 = features.avx512 && (a1 & (1u << 5));
+  const bool tile_units = (d & (1u << 22)) && (d & (1u << 24)) && (d & (1u << 25));  // BF16, TILE, INT8
+  features.amx = features.avx512_bf16 && tiles && tile_units && request_tiles() && same_products(amx_kernels, avx512bf16_kernels);
+  return features;
+}
+#elif defined(__aarch64__)
+CpuFeatures detect() {
+  CpuFeatures features;
+  features.neon = true;
+#if defined(__linux__)
+  features.neon_dotprod = getauxval(AT_HWCAP) & (1ul << 20);
+  features.neon_i8mm = getauxval(AT_HWCAP2) & (1ul << 13);
+#elif defined(__APPLE__)
+  features.neon_dotprod = true;
+  int i8mm = 0;  // stays so where the system does not know the name
+  size_t size = sizeof i8mm;
+  sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &size, nullptr, 0);
+  features.neon_i8mm = i8mm != 0;
+#endif
+  return features;
+}
+#else
+CpuFeatures detect() { return {}; }
+#endif
+
+std::vector<Isa> available_levels() {
+  const CpuFeatures &features = cpu_features();
+  std::vector<Isa> levels{Isa::scalar};
+  if (features.neon_dotprod) levels.push_back(Isa::neon);
+  if (features.neon_i8mm) levels.push_back(Isa::neon_i8mm);
+  if (features.avx2) levels.push_back(Isa::avx2);
+  if (features.avx_vnni) levels.push_back(Isa::avxvnni);
+  if (features.avx512) levels.push_back(Isa::avx512);
+  if (features.avx512_bf16) levels.push_back(Isa::avx512_bf16);
+  if (features.amx) levels.push_back(Isa::amx);
+  return levels;
+}
+
+Isa find_level(const std::string &name, const char *what) {
+  std::string names;
+  for (Isa level : available_levels()) {
+    if (name == isa_name(level)) return level;
+    names += (names.empty() ? "" : ", ") + std::string(isa_name(level));
+  }
+  throw unsupported_error(std::string(what) + " is '" + name + "', which is unknown or not a feature of this CPU; it has: " +
+                          names);
+}
+
+Isa level_from_environment() {
+  const char *name = std::getenv("MNEMOS_ISA");
+  if (name != nullptr && *name != 0) return find_level(name, "MNEMOS_ISA");
+  return available_levels().back();
+}
+
+constexpr int unset = -1;
+std::atomic<int> selected{unset};
+
+}  // namespace
+
+const CpuFeatures &cpu_features() {
+  static const CpuFeatures features = detect();
+  return features;
+}
+
+Isa current_isa() {
+  int level = selected.load(std::memory_order_relaxed);
+  if (level == unset) {
+    level = static_cast<int>(level_from_environment());
+    selected.store(level, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(level);
+}
+
+void select_isa(const std::string &name) {
+  selected.store(name.empty() ? unset : static_cast<int>(find_level(name, "the instruction set")));
+}
+
+const char *isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::scalar: return "scalar";
+    case Isa::neon: return "neon";
+    case Isa::neon_i8mm: return "neon_i8mm";
+    case Isa::avx2: return "avx2";
+    case Isa::avxvnni: return "avxvnni";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::amx: return "amx";
+  }
+  return "unknown";
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (Isa level : available_levels()) names.emplace_back(isa_name(level));
+  return names;
+}
+
+}  // namespace mnemos

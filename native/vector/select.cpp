@@ -1,0 +1,24 @@
+#include "vector/vector_kernels.h"
+
+namespace mnemos {
+
+extern const VectorKernels scalar_vector_kernels;
+#if defined(__x86_64__)
+extern const VectorKernels avx2_vector_kernels, avx512_vector_kernels, avx512bf16_vector_kernels, amx_vector_kernels;
+#elif defined(__aarch64__)
+extern const VectorKernels neon_vector_kernels;
+#endif
+
+const VectorKernels &vector_kernels(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::amx) return amx_vector_kernels;
+  if (isa >= Isa::avx512_bf16) return avx512bf16_vector_kernels;
+  if (isa >= Isa::avx512) return avx512_vector_kernels;
+  if (isa >= Isa::avx2) return avx2_vector_kernels;
+#elif defined(__aarch64__)
+  if (isa != Isa::scalar) return neon_vector_kernels;
+#endif
+  return scalar_vector_kernels;
+}
+
+}  // namespace mnemos

@@ -1,0 +1,102 @@
+// Everything but the matrix products: the functions of one instruction set, chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "system/cpu.h"
+
+namespace mnemos {
+
+enum class ActivationKind { silu, gelu, gelu_tanh, relu };
+enum class CacheType { float32, float16, bfloat16, int8 };
+
+// Keys are attended to in blocks of this many positions, counted from position 0. Blocks are reduced one by one and
+// merged in their order, so that a row's result depends on nothing but its own position.
+constexpr int64_t attention_block = 128;
+constexpr int64_t score_stride = attention_block + 16;  // a page of few slots writes scores up to 16 behind its own
+constexpr int64_t max_tile_rows = 128;
+
+// How one (page, layer, head) cell of the cache lies in memory. Keys are transposed: slots are adjacent, so that a
+// vector of scores needs no horizontal sum; values are not. Of bfloat16, two key components or two slots' values lie side
+// by side, as its dot products want them. Offsets are in bytes from the cell's start.
+struct CellLayout {
+  CacheType type;
+  int64_t slots;        // positions of a page; divides attention_block
+  int64_t head_dim;
+  int64_t key_stride;   // elements between key components: slots, rounded up to 16
+  int64_t value_stride; // elements between slots' values: head_dim, rounded up to 16
+  int64_t value_offset, key_scale_offset, value_scale_offset;
+  int64_t bytes;
+};
+
+// A block of keys and values in float32, with their scales.
+constexpr int64_t expanded_floats(const CellLayout &cell) {
+  return attention_block * (cell.head_dim + cell.value_stride + 2);
+}
+
+// Keys at some positions of a sequence: those that are wanted when a tile is done, so that they are fetched meanwhile.
+struct NextKeys {
+  const uint8_t *cells;  // the cell of page 0; null if nothing is wanted
+  const int32_t *pages;
+  int64_t first, last;   // within one block
+};
+
+// One query tile of one head of keys: `rows` queries, and the blocks of keys that they are to see.
+struct AttentionTile {
+  const CellLayout *cell;
+  const uint8_t *cells;      // the cell of page 0
+  int64_t page_bytes;        // from one page's cell to the next page's
+  const int32_t *pages;      // page table of the sequence
+  int64_t rows;
+  const int64_t *first, *last;  // (rows,) positions that each query sees, both ends included
+  NextKeys next;             // of the same cache
+  const float *queries;      // (rows, value_stride), already scaled
+  float softcap;
+  float *scores;             // scratch (rows, score_stride)
+  float *partial;            // scratch (rows, value_stride)
+  float *expanded;           // scratch of expanded_floats(cell)
+  float *most, *total;       // (rows,) running maximum and sum of exponentials
+  float *result;             // (rows, value_stride) running weighted sum of values, set by the first block that a row sees
+};
+
+struct VectorKernels {
+  // y = x / rms(x) * weight for `groups` runs of n values. x may be y.
+  void (*rms_norm)(const float *x, const float *weight, float epsilon, float *y, int64_t groups, int64_t n);
+  void (*layer_norm)(const float *x, const float *weight, const float *bias, float epsilon, float *y, int64_t n);
+  void (*activation)(ActivationKind kind, const float *x, float *y, int64_t n);
+  void (*gated_activation)(ActivationKind kind, const float *gate, const float *up, float *y, int64_t n);
+  void (*add)(const float *x, const float *y, float *z, int64_t n);
+  void (*scale)(const float *x, float factor, float *y, int64_t n);
+  // y += factor * x
+  void (*accumulate)(const float *x, float factor, float *y, int64_t n);
+  void (*softcap)(const float *x, float cap, float *y, int64_t n);
+  // Rotates one head, element i with element i + half, and scales it. x may be y.
+  void (*rope)(const float *x, const float *cosines, const float *sines, float factor, float *y, int64_t half);
+  void (*softmax)(float *x, int64_t n);
+
+  // Nobody else may write to slots 2 i and 2 i + 1 of a cell meanwhile: they share words of it.
+  void (*store_key)(const CellLayout &cell, uint8_t *data, int64_t slot, const float *key);
+  void (*store_value)(const CellLayout &cell, uint8_t *data, int64_t slot, const float *value);
+  // Merges blocks begin to end into most, total and result, in order.
+  void (*attend)(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
+  // Merges one row's state (most, total, n values) into another, whose values need not be set if its most is -infinity.
+  void (*merge)(float most, float total, const float *values, float *into_most, float *into_total, float *into, int64_t n);
+  // y = softmax(query . keys * scale) values, with `count` keys and values of n floats; scratch for `count` scores.
+  // passing: they are read past the caches.
+  void (*attend_plain)(const float *query, const float *keys, const float *values, int64_t count, int64_t n, float scale,
+                       bool passing, float *scores, float *y);
+
+  // For sampling and log probabilities.
+  // Infinite where any x is not a number.
+  float (*largest)(const float *x, int64_t n);
+  // sum of exp((x - shift) * factor) in double precision over float exponentials
+  double (*sum_exp)(const float *x, float shift, float factor, int64_t n);
+  // y = exp((x - shift) * factor)
+  void (*exponentials)(const float *x, float shift, float factor, float *y, int64_t n);
+  // Writes the indices of all x >= threshold, in order, and returns their number; stops when `most` are found.
+  int64_t (*select_at_least)(const float *x, float threshold, int32_t *indices, int64_t most, int64_t n);
+};
+
+const VectorKernels &vector_kernels(Isa isa);
+
+}  // namespace mnemos

@@ -1,0 +1,151 @@
+"""Thin faces of the engine for batches and streams, under the names that research code uses for them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mnemos.engine.completion import Completion, StreamedToken
+from mnemos.engine.gather import run_all
+from mnemos.engine.prompts import Prompts, listed, read_prompts
+from mnemos.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mnemos.decoding.config import GenerationConfig
+    from mnemos.engine.engine import InferenceEngine
+
+
+class BatchInference:
+    """Generates for prompts of any lengths, at most `batch_size` at once; the next starts when one is done."""
+
+    def __init__(self, engine: InferenceEngine, batch_size: int = 8, pad_token_id: int | None = None) -> None:
+        self.engine = engine
+        self.batch_size = _positive("batch_size", batch_size)
+        self.pad_token_id = pad_token_id
+
+    def generate(self, prompts: Sequence[Any], config: GenerationConfig | None = None, **overrides: Any) -> list[Any]:
+        """Each prompt's result in the prompt's own form, as of `InferenceEngine.generate`; arrays are (time,)."""
+        if self.pad_token_id is not None:
+            overrides = {"pad_token_id": self.pad_token_id, **overrides}
+        config = self.engine.make_config(config, **overrides)
+        readings = [read_prompts(prompt, None, self.engine.tokenizer) for prompt in listed(prompts)]
+        launches = [self.engine.launcher(reading.only, config) for reading in readings]
+        completions = run_all(launches, self.batch_size, _Bar(len(launches), self.batch_size))
+        pad_id = self.engine.pad_id(config)
+        return [_result(reading, done, pad_id) for reading, done in zip(readings, completions, strict=True)]
+
+
+class StreamingInference:
+    """Tokens as they are made."""
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self.engine = engine
+
+    def generate_stream(
+        self, prompt: Any, attention_mask: Any = None, config: GenerationConfig | None = None, **overrides: Any
+    ) -> Iterator[Any]:
+        """For an array or tensor of token ids, (time,) or (1, time), such an array of one id, shape (), at a time;
+        for a list of ids a NumPy integer, for a text a `StreamedToken`."""
+        reading = read_prompts(prompt, attention_mask, self.engine.tokenizer)
+        handle = self.engine.launcher(reading.only, self.engine.make_config(config, **overrides))()
+        if isinstance(prompt, str):
+            return iter(handle)
+        return _array_tokens(iter(handle), prompt if hasattr(prompt, "shape") else np.array(prompt))
+
+
+class ResponseStreamer:
+    """A response's text, piece by piece."""
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self.engine = engine
+
+    def stream_response(self, text: str, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[str]:
+        """The pieces add up to the response; each holds whole characters."""
+        return (token.text for token in self.engine.stream(text, config, **overrides) if token.text)
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """A prompt with a priority (lower is sooner) and its own config."""
+
+    prompt: str | Sequence[int]
+    priority: int = 0
+    config: GenerationConfig | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+class BatchProcessor:
+    """Works through many requests: the urgent first, then together what begins alike, the short before the long."""
+
+    def __init__(self, engine: InferenceEngine, batch_size: int = 8) -> None:
+        self.engine = engine
+        self.batch_size = _positive("batch_size", batch_size)
+
+    def process_batch(
+        self,
+        requests: Sequence[str | Sequence[int] | BatchRequest],
+        config: GenerationConfig | None = None,
+        **overrides: Any,
+    ) -> list[Any]:
+        """Results in the requests' order and form, texts for texts."""
+        wanted = [one if isinstance(one, BatchRequest) else BatchRequest(one) for one in listed(requests)]
+        readings = [read_prompts(request.prompt, None, self.engine.tokenizer) for request in wanted]
+        order = self._order(wanted, [reading.only for reading in readings])
+        configs = [self._config(request, config, overrides) for request in wanted]
+        launches = [self.engine.launcher(readings[index].only, configs[index]) for index in order]
+        completions = run_all(launches, self.batch_size, _Bar(len(launches), self.batch_size))
+        results: dict[int, Completion] = dict(zip(order, completions, strict=True))
+        return [
+            _result(reading, results[index], self.engine.pad_id(configs[index]))
+            for index, reading in enumerate(readings)
+        ]
+
+    def _config(
+        self, request: BatchRequest, config: GenerationConfig | None, overrides: dict[str, Any]
+    ) -> GenerationConfig:
+        own = {"priority": request.priority, **overrides, **request.overrides}
+        return self.engine.make_config(request.config or config, **own)
+
+    def _order(self, requests: Sequence[BatchRequest], token_ids: Sequence[list[int]]) -> list[int]:
+        page = self.engine.spec.layout.page_size
+        return sorted(
+            range(len(requests)),
+            key=lambda index: (requests[index].priority, token_ids[index][:page], len(token_ids[index])),
+        )
+
+
+class _Bar:
+    """A line on a terminal that tells how far a long batch is; called after each request."""
+
+    def __init__(self, total: int, batch_size: int) -> None:
+        self.total = total
+        self.done = 0
+        self.shown = total > 2 * batch_size and sys.stderr.isatty()
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.shown:
+            filled = 30 * self.done // self.total
+            end = "\n" if self.done == self.total else ""
+            sys.stderr.write(f"\r[{'#' * filled}{'.' * (30 - filled)}] {self.done}/{self.total}{end}")
+            sys.stderr.flush()
+
+
+def _array_tokens(tokens: Iterator[StreamedToken], like: Any) -> Iterator[Any]:
+    make: Callable[[int], Any] = like.new_tensor if hasattr(like, "new_tensor") else like.dtype.type
+    return (make(token.token_id) for token in tokens if token.token_id is not None)
+
+
+def _result(reading: Prompts, completion: Completion, pad_id: int) -> Any:
+    result = reading.form([completion], pad_id)
+    return result[0] if isinstance(result, list) else result
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
+    return value

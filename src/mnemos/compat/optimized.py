@@ -1,0 +1,70 @@
+"""An engine for one model file with defaults for its responses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from mnemos.compat.cache_manager import CacheManager
+from mnemos.engine.engine import InferenceEngine
+from mnemos.engine.pretrained import load_pretrained
+
+DEFAULT_LENGTH = 512
+_LOADING = ("backend", "dtype", "kv_dtype", "context_length", "tokenizer", "progress", "trust_remote_code")
+
+
+class OptimizedInferenceEngine(InferenceEngine):
+    """An `InferenceEngine` over a model file, which answers texts with texts.
+
+    model_path   as of `InferenceEngine.from_pretrained`, whose options it takes too
+    cache_size   how many pages of the prefix cache are kept for later requests
+    config       defaults of its responses: fields of `GenerationConfig`, beam_size for num_beams, cache_size, and
+                 batch_size, the number of sequences that run at once
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        cache_size: int = 1000,
+        config: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        settings = dict(config or {})
+        cache_size = settings.pop("cache_size", cache_size)
+        if "batch_size" in settings:
+            options.setdefault("max_sequences", settings.pop("batch_size"))
+        self._defaults = _generation_fields(settings)
+        self.make_config(**self._defaults)  # before the model is loaded
+        loading = {name: options.pop(name) for name in _LOADING if name in options}
+        super().__init__(*load_pretrained(model_path, **loading), **options)
+        CacheManager(self, max_entries=cache_size)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> OptimizedInferenceEngine:
+        """The same as the constructor."""
+        return cls(source, **options)
+
+    @property
+    def memory_cache(self) -> CacheManager:
+        """What is remembered between requests."""
+        return CacheManager(self)
+
+    def generate_response(self, text: str, max_length: int | None = None, **overrides: Any) -> str:
+        """The text that follows `text`. max_length counts the tokens of both; by default the config's, else 512."""
+        fields = {**self._defaults, **_generation_fields(overrides)}
+        if max_length is not None:
+            fields["max_length"] = max_length
+        elif not {"max_length", "max_new_tokens", "max_tokens"} & fields.keys():
+            fields["max_length"] = DEFAULT_LENGTH
+        response: str = self.generate(text, **fields)
+        return response
+
+
+def _generation_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    fields = dict(settings)
+    if "beam_size" in fields:
+        fields["num_beams"] = fields.pop("beam_size")
+        if fields["num_beams"] > 1 and "temperature" in fields:  # beams that are drawn
+            fields.setdefault("do_sample", True)
+    return fields

@@ -1,0 +1,145 @@
+"""What the rooms say to each other: batches, outputs, caches, and all that the engine knows about a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One ragged step: the new tokens of S sequences, one after the other, without padding. All arrays are int32.
+
+    token_ids (T,), positions (T,)   consecutive within a sequence
+    sequence_starts (S+1,)           sequence s owns rows sequence_starts[s]:sequence_starts[s+1]
+    pages (P,), page_starts (S+1,)   sequence s keeps position p in page
+                                     pages[page_starts[s] + p // page_size], at slot p % page_size;
+                                     a page that no layer's window reaches any more may be -1
+    logit_rows (R,)                  the rows whose logits (and last hidden states) are asked for
+    greedy                           of their logits only the most probable tokens are wanted
+    conditions                       what the model's `begin` made of each sequence's prompt; () for models without it
+    """
+
+    token_ids: Ints
+    positions: Ints
+    sequence_starts: Ints
+    pages: Ints
+    page_starts: Ints
+    logit_rows: Ints
+    greedy: bool = False
+    conditions: tuple[object, ...] = ()
+
+    @property
+    def sequences(self) -> int:
+        return len(self.sequence_starts) - 1
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits (R, vocabulary) and hidden (R, hidden size), float32, for the rows that the batch asked for.
+
+    `hidden` is what the output projection reads (after the last norm). Both may be views of a
+    workspace that the next forward pass overwrites.
+
+    For a batch with `greedy`, a model that finds the most probable tokens without computing all logits gives them as
+    `tokens` (R,), of equally probable ones the lowest id, and logits of shape (R, 0).
+    """
+
+    logits: Floats
+    hidden: Floats
+    tokens: Ints | None = None
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The shape of a model's key/value cache. A page holds `page_size` positions of every layer."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    page_size: int = 32
+    dtype: str = "float16"  # float32, float16, bfloat16 or int8 (one scale for each position and head)
+
+    @property
+    def page_bytes(self) -> int:
+        values = 2 * self.layers * self.kv_heads * self.page_size
+        width = {"float32": 4 * self.head_dim, "float16": 2 * self.head_dim, "bfloat16": 2 * self.head_dim}
+        return values * width.get(self.dtype, self.head_dim + 4)
+
+
+class Cache(Protocol):
+    """Key/value storage for a fixed number of pages; who owns which page is the engine's business."""
+
+    layout: KVLayout
+    pages: int
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies whole pages, all layers."""
+
+    def read(self, page: int) -> npt.NDArray[np.uint8]:
+        """The page's content as flat bytes, in a form that `write` of the same backend and layout takes."""
+
+    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None: ...
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """What the makers of a model say that its texts must or must not hold; see `GenerationConfig` for the meanings."""
+
+    forced_bos: tuple[int, ...] = ()
+    forced_eos: tuple[int, ...] = ()
+    suppressed: tuple[int, ...] = ()
+    suppressed_first: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Facts about a model that requests are checked against.
+
+    `window` is the number of positions that its attention reaches back, 0 without such a limit (or where only some
+    layers have one). `fingerprint` changes whenever the weights or the computation do; saved caches are bound to it.
+    """
+
+    architecture: str
+    vocabulary_size: int
+    context_length: int
+    hidden_size: int
+    layout: KVLayout
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    token_rules: TokenRules = TokenRules()
+    window: int = 0
+    parameters: int = 0
+    fingerprint: str = ""
+    details: dict[str, object] = field(default_factory=dict)  # for `inspect`: licence, name, quantization, ...
+
+
+class Model(Protocol):
+    """Any causal language model. Built-in architectures, adapters for foreign modules and test doubles all are one."""
+
+    spec: ModelSpec
+
+    @property
+    def cache(self) -> Cache: ...
+
+    def reserve(self, pages: int) -> None:
+        """Makes room for `pages` cache pages of spec.layout; called once, before the first forward."""
+
+    def forward(self, batch: Batch) -> Output: ...
+
+
+@runtime_checkable
+class ConditionedModel(Protocol):
+    """A model that reads the prompt apart from what it generates, as encoder-decoder models do."""
+
+    def begin(self, prompt: Sequence[int]) -> tuple[object, list[int]]:
+        """(what every batch is to carry in `conditions` for this request, the tokens that generation begins with)."""

@@ -1,0 +1,175 @@
+"""The engine's work, step by step: schedule, run the model, ask the strategies. One thread calls it."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from mnemos.contract import Model, Output
+from mnemos.decoding.strategy import Branch, Emitted, Rows
+from mnemos.engine.draft_model import Drafting
+from mnemos.engine.scheduler import Limits, Scheduler
+from mnemos.engine.sequence import Request, State
+from mnemos.engine.statistics import Counters, Event, Listener
+from mnemos.engine.step import Step
+from mnemos.errors import MnemosError
+
+
+class Executor:
+    """Runs requests to their ends; what fails ends the requests concerned and nothing else."""
+
+    def __init__(
+        self, model: Model, pages: int, limits: Limits, prefix_cache: bool = True, drafting: Drafting | None = None
+    ) -> None:
+        self.model = model
+        self.drafting = drafting
+        self.scheduler = Scheduler(model, pages, limits, self.fail, prefix_cache, partial(self.tell, "started"))
+        self.counters = Counters()
+        self.listeners: list[Listener] = []
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def requests(self) -> list[Request]:
+        """All that run or wait."""
+        return [*self.scheduler.running, *self.scheduler.queue.waiting()]
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.tell("submitted", request, time.perf_counter())
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request that is not wanted any more; its sink keeps what was delivered."""
+        if request.state is not State.ENDED:
+            self.scheduler.finish(request)
+            self.counters.cancelled += 1
+            self._end(request, None, "cancelled")
+
+    def fail(self, request: Request, error: Exception) -> None:
+        if request.state is not State.ENDED:
+            self.scheduler.remove(request)
+            self.counters.failed += 1
+            self._end(request, error, "failed")
+
+    def step(self) -> None:
+        """Evaluates one batch, if there is anything to evaluate, and asks the strategies that it concerns."""
+        counters, scheduler = self.counters, self.scheduler
+        began = time.perf_counter()
+        step = scheduler.schedule(began)
+        if step is None:
+            return
+        batch = step.batch()
+        entered = time.perf_counter()
+        try:
+            output = self.model.forward(batch)
+            _check_output(output, len(batch.logit_rows))
+        except Exception as error:
+            self._fail_all(step, error)
+            return
+        left = time.perf_counter()
+        ready = scheduler.collect(step, output)
+        for request, rows in ready:
+            if request.state is State.RUNNING:
+                self._advance(request, rows, left)
+        if self.drafting is not None:
+            self._draft(self.drafting, [request for request, _ in ready if request.state is State.RUNNING])
+        scheduler.pace.observe(step.decode_rows, step.prefill_rows, left - entered)
+        counters.steps += 1
+        counters.evaluated_tokens += len(step.token_ids)
+        counters.model_seconds += left - entered
+        counters.busy_seconds += time.perf_counter() - began
+
+    def _advance(self, request: Request, rows: dict[Branch, Rows], now: float) -> None:
+        """Asks the strategy how to go on. What goes wrong in it ends its request alone."""
+        try:
+            advance = request.strategy.advance(rows)
+            self.counters.drafted += advance.drafted
+            self.counters.accepted += advance.accepted
+            if advance.emitted:
+                self._note_tokens(request, advance.emitted, now)
+            if advance.branches:
+                if advance.emitted or advance.finished:
+                    request.sink.deliver(advance.emitted, advance.finished)
+                self.scheduler.place(request, advance.branches)
+                return
+        except Exception as error:
+            self.fail(request, error)
+            return
+        self.scheduler.finish(request)
+        self._forget_drafts(request)
+        for finished in advance.finished:
+            if finished.emitted:
+                self._note_tokens(request, finished.emitted, now)
+        request.timings.finished = now
+        request.sink.deliver(advance.emitted, advance.finished)
+        request.sink.end(None)
+        self.counters.finished += 1
+        self.tell("finished", request, now)
+
+    def _draft(self, drafting: Drafting, requests: list[Request]) -> None:
+        """Has the draft model guess how texts go on. If it fails, they go on without."""
+        before = drafting.seconds
+        try:
+            drafted = drafting.extend(requests)
+        except Exception:
+            drafting.give_up()
+            drafted = [request for request in requests if request.state is State.RUNNING]
+            log_exception("the draft model failed; requests go on without drafts")
+        for request in drafted:
+            self.scheduler.place(request, [sequence.branch for sequence in request.sequences])
+        self.counters.model_seconds += drafting.seconds - before
+
+    def _forget_drafts(self, request: Request) -> None:
+        if self.drafting is not None:
+            self.drafting.forget(request)
+
+    def _note_tokens(self, request: Request, emitted: list[Emitted], now: float) -> None:
+        times, counters = request.timings.tokens, self.counters
+        for _ in emitted:
+            if times:
+                counters.inter_token_seconds.append(now - times[-1])
+            else:
+                counters.first_token_seconds.append(now - request.timings.submitted)
+                counters.prompt_tokens += len(request.source or request.prompt)
+                counters.cached_tokens += request.cached_tokens
+                self.tell("first_token", request, now)
+            times.append(now)
+        counters.generated_tokens += len(emitted)
+
+    def _fail_all(self, step: Step, error: Exception) -> None:
+        for request, _, _ in step.items:
+            self.fail(request, error)
+
+    def _end(self, request: Request, error: Exception | None, kind: str) -> None:
+        self._forget_drafts(request)
+        request.timings.finished = time.perf_counter()
+        request.sink.end(error)
+        self.tell(kind, request, request.timings.finished)
+
+    def tell(self, kind: str, request: Request, now: float) -> None:
+        """Tells the listeners of a step in a request's life."""
+        if self.listeners:
+            event = Event(kind, request.number, now - request.timings.submitted, len(request.timings.tokens))
+            for listener in self.listeners:
+                try:
+                    listener(event)
+                except Exception:
+                    self.listeners = [other for other in self.listeners if other is not listener]
+                    log_exception("a listener of engine events failed and is not called any more")
+
+
+def log_exception(message: str) -> None:
+    """Logs the exception that is being handled."""
+    import logging  # not at the top: most programs never need it, and it takes time to load
+
+    logging.getLogger("mnemos.engine").exception(message)
+
+
+def _check_output(output: Output, rows: int) -> None:
+    if len(output.logits) != rows or len(output.hidden) != rows:
+        raise MnemosError(
+            f"the model returned {len(output.logits)} rows of logits and {len(output.hidden)} hidden states; "
+            f"{rows} were asked for"
+        )

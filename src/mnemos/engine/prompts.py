@@ -1,0 +1,168 @@
+"""The forms in which prompts come in and results go out: texts, token ids, arrays and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos.engine.completion import Completion
+from mnemos.errors import RequestError
+
+if TYPE_CHECKING:
+    from mnemos.text.tokenizer import Tokenizer
+
+Results = list[list[Completion]]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of one or several prompts, and how results are given back in the form that they came in."""
+
+    token_ids: list[list[int]]
+    form: Callable[[list[Completion], int], Any]  # (completions, pad id) -> texts, ids or an array
+    single: bool
+
+    @property
+    def only(self) -> list[int]:
+        """The one prompt. RequestError if there are several."""
+        if len(self.token_ids) != 1:
+            raise RequestError(f"{len(self.token_ids)} prompts were given where one is expected")
+        return self.token_ids[0]
+
+
+def read_prompts(prompts: Any, attention_mask: Any, tokenizer: Tokenizer | None) -> Prompts:
+    """Understands what a user passes as prompts.
+
+    str or list of str; a list of token ids or of such lists; an integer array or tensor, (time,) or (batch, time), with
+    an attention mask of the same shape whose zeros mark padding. RequestError for anything else, and for no tokens.
+    """
+    if attention_mask is not None and not hasattr(prompts, "shape"):
+        raise RequestError(f"attention_mask goes with an array of token ids; the prompts are {_describe(prompts)}")
+    if hasattr(prompts, "shape"):
+        return _read_array(prompts, attention_mask)
+    if isinstance(prompts, str):
+        return Prompts([encode(prompts, tokenizer)], _texts, single=True)
+    if not isinstance(prompts, (list, tuple)) or not prompts:
+        raise RequestError(f"the prompts are {_describe(prompts)}; {_EXPECTED}")
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return Prompts([encode(prompt, tokenizer) for prompt in prompts], _texts, single=False)
+    if all(_is_id(value) for value in prompts):
+        return Prompts([[int(value) for value in prompts]], _ids, single=True)
+    return Prompts([_read_ids(prompt) for prompt in prompts], _ids, single=False)
+
+
+def listed(prompts: Iterable[Any]) -> list[Any]:
+    """Several prompts. RequestError: one text alone, whose letters would be taken for prompts."""
+    if isinstance(prompts, str):
+        raise RequestError(f"the prompts are one text, {prompts[:60]!r}; give a list of texts")
+    return list(prompts)
+
+
+def encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
+    if tokenizer is None:
+        raise RequestError("the prompt is a text and this engine has no tokenizer; give token ids, or a tokenizer")
+    token_ids = tokenizer.encode(text)
+    if not token_ids:
+        raise RequestError(f"the prompt {text!r} has no tokens; give at least one")
+    return token_ids
+
+
+_EXPECTED = "give a str, a list of str, token ids, a list of such lists, or an integer array (batch, time)"
+
+
+def _read_ids(prompt: Any) -> list[int]:
+    if hasattr(prompt, "shape"):
+        return _read_array(prompt, None).token_ids[0]
+    if not isinstance(prompt, (list, tuple)) or not all(_is_id(value) for value in prompt):
+        raise RequestError(f"a prompt in the list is {_describe(prompt)}; {_EXPECTED}")
+    if not prompt:
+        raise RequestError("a prompt in the list is empty; give at least one token")
+    return [int(value) for value in prompt]
+
+
+def _read_array(prompts: Any, attention_mask: Any) -> Prompts:
+    array = _to_numpy(prompts, "the prompts")
+    if array.ndim not in (1, 2) or not array.size:
+        raise RequestError(f"the prompts have shape {array.shape}; expected (time,) or (batch, time), neither empty")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise RequestError(f"the prompts are of dtype {array.dtype}; token ids must be integers")
+    real = np.ones(array.shape, dtype=bool)
+    if attention_mask is not None:
+        mask = _to_numpy(attention_mask, "attention_mask")
+        if mask.shape != array.shape:
+            raise RequestError(f"attention_mask has shape {mask.shape}; the prompts have {array.shape}")
+        real = mask == 1
+        if not np.all(real | (mask == 0)):
+            raise RequestError("attention_mask has values other than 0 and 1")
+    rows = np.atleast_2d(array)
+    token_ids = [row[keep].tolist() for row, keep in zip(rows, np.atleast_2d(real), strict=True)]
+    for index, row in enumerate(token_ids):
+        if not row:
+            raise RequestError(f"row {index} of the prompts is empty: its attention_mask has no 1")
+    return Prompts(token_ids, _array_form(prompts, flat=array.ndim == 1), single=False)
+
+
+def _to_numpy(values: Any, name: str) -> npt.NDArray[Any]:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().numpy()
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise RequestError(f"{name} cannot be read as an array: {error}") from error
+
+
+def _texts(completions: list[Completion], pad_id: int) -> Any:
+    return [_one_or_all([choice.text for choice in completion.choices]) for completion in completions]
+
+
+def _ids(completions: list[Completion], pad_id: int) -> Any:
+    return [_one_or_all(rows) for rows in map(_whole_rows, completions)]
+
+
+def _array_form(like: Any, flat: bool) -> Callable[[list[Completion], int], Any]:
+    """Rows of prompt and result, padded on the right, as the same kind of array; one row stays flat."""
+
+    def form(completions: list[Completion], pad_id: int) -> Any:
+        """Rows for all completions together."""
+        rows = [row for completion in completions for row in _whole_rows(completion)]
+        padded = pad(rows, pad_id)
+        if flat and len(rows) == 1:
+            padded = padded[0]
+        if hasattr(like, "new_tensor"):
+            return like.new_tensor(padded.tolist())
+        return padded.astype(like.dtype)
+
+    return form
+
+
+def _whole_rows(completion: Completion) -> list[list[int]]:
+    return [completion.prompt_ids + choice.token_ids for choice in completion.choices]
+
+
+def _one_or_all(results: list[Any]) -> Any:
+    return results[0] if len(results) == 1 else results
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        kinds: Iterable[str] = sorted({type(item).__name__ for item in value})
+        return f"a {type(value).__name__} of {', '.join(kinds)}" if value else f"an empty {type(value).__name__}"
+    return f"of type {type(value).__name__}"
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> Ids:
+    """(rows, longest) int64, filled up with `pad_id` on the right, or on the left."""
+    padded = np.full((len(rows), max(map(len, rows))), pad_id, dtype=np.int64)
+    for index, row in enumerate(rows):
+        start = padded.shape[1] - len(row) if left else 0
+        padded[index, start : start + len(row)] = row
+    return padded

@@ -1,0 +1,195 @@
+"""The engine's thread, and how other threads reach it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from typing import TypeVar, cast
+
+from mnemos.contract import Model
+from mnemos.engine.core import Executor, log_exception
+from mnemos.engine.draft_model import Drafting
+from mnemos.engine.scheduler import Limits
+from mnemos.engine.sequence import Request, State
+from mnemos.engine.statistics import Latency, Listener, Statistics
+from mnemos.errors import CapacityError, MnemosError
+
+T = TypeVar("T")
+
+
+class Runner:
+    """Runs steps as long as there are requests, and sleeps otherwise.
+
+    Other threads put calls into the inbox; they are done between two steps, so nothing else needs a lock. The thread
+    starts with the first request. It knows nothing of the engine object, so an engine that nobody holds any more is
+    collected, and that ends the thread.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pages: int,
+        limits: Limits,
+        prefix_cache: bool,
+        queue_size: int,
+        drafting: Drafting | None = None,
+    ) -> None:
+        self.executor = Executor(model, pages, limits, prefix_cache, drafting)
+        self.queue_size = queue_size
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()  # of what callers do together: starting the thread, counting the queue, closing
+        self._thread: threading.Thread | None = None
+        self._process = 0  # the one that the thread is in
+        self._closed = False
+        self._stopping = False
+        self._entering = 0  # requests in the inbox, beside its other calls; under the lock
+
+    # From any thread.
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. CapacityError if the queue is full, MnemosError after close."""
+        self._check_process()
+        with self._lock:
+            self._check_open()
+            if len(self.executor.scheduler.queue) + self._entering >= self.queue_size:
+                self.executor.counters.refused += 1
+                if self.executor.listeners:
+                    self._inbox.put(partial(self.executor.tell, "refused", request, time.perf_counter()))
+                raise CapacityError(f"the queue is full: {self.queue_size} requests wait; try again later")
+            self.executor.counters.submitted += 1
+            self._entering += 1
+            self._post(partial(self._enter, request))
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request soon; its sink gets what was delivered so far."""
+        if request.state is not State.ENDED:
+            self._inbox.put(partial(self.executor.cancel, request))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Runs a function between two steps and returns its result."""
+        self.check_thread()
+        self._check_process()
+        results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+        with self._lock:
+            self._check_open()
+            self._post(partial(_call, function, results))
+        result, error = results.get()
+        if error is not None:
+            raise error
+        return cast(T, result)
+
+    def close(self, drain: bool) -> None:
+        """Ends the thread: after all requests are done, or at once, which ends them with an error."""
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+        if thread is None:
+            return
+        self._inbox.put(partial(self._stop, drain))
+        if thread is not threading.current_thread():
+            thread.join()
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Adds a listener; returns what removes it."""
+        executor = self.executor
+        executor.listeners = [*executor.listeners, listener]
+
+        def unsubscribe() -> None:
+            executor.listeners = [other for other in executor.listeners if other is not listener]
+
+        return unsubscribe
+
+    def statistics(self) -> Statistics:
+        """Numbers are read while the engine runs: each is true, but they need not be of the same moment."""
+        scheduler, counters = self.executor.scheduler, self.executor.counters
+        pool, tree = scheduler.placement.pool, scheduler.placement.tree
+        return Statistics(
+            waiting=len(scheduler.queue) + self._entering,
+            running=len(scheduler.running),
+            pages_total=pool.total,
+            pages_used=pool.used,
+            pages_cached=pool.reclaimable,
+            submitted=counters.submitted,
+            refused=counters.refused,
+            finished=counters.finished,
+            cancelled=counters.cancelled,
+            failed=counters.failed,
+            preemptions=scheduler.preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            evaluated_tokens=counters.evaluated_tokens,
+            steps=counters.steps,
+            busy_seconds=counters.busy_seconds,
+            model_seconds=counters.model_seconds,
+            prefix_evictions=0 if tree is None else tree.evicted,
+            prefix_pages=0 if tree is None else len(tree),
+            time_to_first_token=Latency.of(counters.first_token_seconds),
+            inter_token_latency=Latency.of(counters.inter_token_seconds),
+            drafted_tokens=counters.drafted,
+            accepted_tokens=counters.accepted,
+        )
+
+    def check_thread(self) -> None:
+        """MnemosError if the caller is the engine's own thread, which would wait for itself."""
+        if threading.current_thread() is self._thread:
+            raise MnemosError("a callback of a request waits for the engine that runs it; call another engine")
+
+    def _check_process(self) -> None:
+        """Before the lock is taken, which another thread may have held when the process was forked."""
+        if self._thread is not None and self._process != os.getpid():
+            raise MnemosError(
+                f"the engine runs in process {self._process}, of which this one is a fork, and no thread is forked: "
+                "make an engine here, or start processes with multiprocessing's 'spawn'"
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MnemosError("the engine is closed; make a new one")
+
+    def _post(self, call: Callable[[], None]) -> None:
+        self._inbox.put(call)
+        if self._thread is None:
+            self._process = os.getpid()
+            self._thread = threading.Thread(target=self._run, name="mnemos-engine", daemon=True)
+            self._thread.start()
+
+    # In the engine's thread.
+
+    def _run(self) -> None:
+        executor, inbox = self.executor, self._inbox
+        while executor.has_work or not self._stopping:
+            try:
+                if not executor.has_work:
+                    inbox.get()()
+                while not inbox.empty():
+                    inbox.get()()
+                executor.step()
+            except Exception as error:  # a defect of the engine itself: nobody shall wait forever for it
+                log_exception("a step failed; all requests end")
+                self._fail_all(error)
+
+    def _enter(self, request: Request) -> None:
+        with self._lock:
+            self._entering -= 1
+        self.executor.add(request)
+
+    def _stop(self, drain: bool) -> None:
+        self._stopping = True
+        if not drain:
+            self._fail_all(MnemosError("the engine was closed before the request was done"))
+
+    def _fail_all(self, error: Exception) -> None:
+        for request in self.executor.requests:
+            self.executor.fail(request, error)
+
+
+def _call(function: Callable[[], T], results: SimpleQueue[tuple[T | None, BaseException | None]]) -> None:
+    try:
+        results.put((function(), None))
+    except BaseException as error:
+        results.put((None, error))

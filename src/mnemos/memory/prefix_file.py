@@ -1,0 +1,199 @@
+"""The prefix cache as a file.
+
+Layout: MAGIC, a version and the header's length (little-endian uint32 each), the header in JSON, the pages' bytes one
+after the other, and the SHA-256 of all before it. The header binds the file to a model: its fingerprint, its cache's
+layout and the bytes of a page. Its nodes are [parent's number or -1, salt's number, token ids], parents first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mnemos.contract import Cache, ModelSpec
+from mnemos.errors import FormatError, UnsupportedError
+from mnemos.memory.prefix import Node, PrefixTree
+
+MAGIC = b"MNEMOSPC"
+VERSION = 1
+_START = struct.Struct("<8sII")
+_DIGEST_BYTES = 32
+_LONGEST_HEADER = 1 << 30
+
+
+@dataclass(frozen=True)
+class _Entry:
+    parent: int
+    salt: str | None
+    tokens: tuple[int, ...]
+
+
+def save_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, spec: ModelSpec) -> int:
+    """Writes the tree's pages; the file appears whole or not at all. Returns the number of pages."""
+    if not spec.fingerprint:
+        raise UnsupportedError(f"the model ({spec.architecture}) has no fingerprint to bind a prefix cache to")
+    nodes = list(tree.nodes())[::-1]
+    try:
+        _write(Path(path), nodes, cache, spec)
+    except OSError as error:
+        raise FormatError(f"{path}: the prefix cache cannot be written: {error.strerror}") from error
+    return len(nodes)
+
+
+def _write(target: Path, nodes: list[Node], cache: Cache, spec: ModelSpec) -> None:
+    header = json.dumps(_header(nodes, cache, spec)).encode()
+    digest = sha256()
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, suffix=".part", delete=False) as file:
+        try:
+            for piece in _pieces(header, nodes, cache):
+                digest.update(piece)
+                file.write(piece)
+            file.write(digest.digest())
+            file.close()
+            os.replace(file.name, target)
+        except BaseException:
+            file.close()
+            os.unlink(file.name)
+            raise
+
+
+def load_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, spec: ModelSpec) -> int:
+    """Adds a file's pages to the tree, those used last first, as far as pages are free. Returns how many were added.
+
+    FormatError, before anything is changed, if the file is missing, truncated, damaged or of another model.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            entries, start, page_bytes = _check(path, file, tree, cache, spec)
+            return _load(file, entries, start, page_bytes, tree, cache)
+    except OSError as error:
+        raise FormatError(f"{path}: the prefix cache cannot be read: {error.strerror}") from error
+
+
+def _header(nodes: list[Node], cache: Cache, spec: ModelSpec) -> dict[str, Any]:
+    numbers: dict[Node | None, int] = {node: number for number, node in enumerate(nodes)}
+    salts = {salt: number for number, salt in enumerate(dict.fromkeys(node.salt for node in nodes))}
+    entries = [[numbers.get(node.parent, -1), salts[node.salt], list(node.tokens)] for node in nodes]
+    return {
+        "fingerprint": spec.fingerprint,
+        "layout": asdict(spec.layout),
+        "page_bytes": _page_bytes(cache),
+        "salts": list(salts),
+        "nodes": entries,
+    }
+
+
+def _page_bytes(cache: Cache) -> int:
+    return int(cache.read(0).nbytes)
+
+
+def _pieces(header: bytes, nodes: list[Node], cache: Cache) -> Iterator[bytes | memoryview]:
+    yield _START.pack(MAGIC, VERSION, len(header))
+    yield header
+    for node in nodes:
+        yield np.ascontiguousarray(cache.read(node.page)).data
+
+
+def _check(
+    path: Path, file: BinaryIO, tree: PrefixTree, cache: Cache, spec: ModelSpec
+) -> tuple[list[_Entry], int, int]:
+    """The file's entries, where its pages begin and a page's bytes; the checksum and every field are verified."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(_START.size)
+    if len(start) < _START.size or start[:8] != MAGIC:
+        raise FormatError(f"{path}: not a prefix cache: it begins with {start[:8]!r}, expected {MAGIC!r}")
+    _, version, header_bytes = _START.unpack(start)
+    if version != VERSION:
+        raise FormatError(f"{path}: prefix cache of version {version}; this program reads version {VERSION}")
+    if header_bytes > min(size - _START.size - _DIGEST_BYTES, _LONGEST_HEADER):
+        raise FormatError(f"{path}: the header is said to have {header_bytes} bytes; the file has {size}: truncated")
+    _check_digest(path, file, size)
+    file.seek(_START.size)
+    header = _read_header(path, file.read(header_bytes))
+    if header["fingerprint"] != spec.fingerprint or header["layout"] != asdict(spec.layout):
+        raise FormatError(
+            f"{path}: made for the model {header['fingerprint']!r} with {header['layout']}; "
+            f"this one is {spec.fingerprint!r} with {asdict(spec.layout)}"
+        )
+    if header["page_bytes"] != _page_bytes(cache):
+        raise FormatError(f"{path}: pages of {header['page_bytes']} bytes; this backend's have {_page_bytes(cache)}")
+    entries = _read_entries(path, header, tree.page_size, spec.vocabulary_size)
+    pages_start = _START.size + header_bytes
+    expected = pages_start + len(entries) * header["page_bytes"] + _DIGEST_BYTES
+    if expected != size:
+        raise FormatError(f"{path}: {len(entries)} pages make {expected} bytes; the file has {size}")
+    return entries, pages_start, header["page_bytes"]
+
+
+def _check_digest(path: Path, file: BinaryIO, size: int) -> None:
+    file.seek(0)
+    digest, left = sha256(), size - _DIGEST_BYTES
+    while left > 0 and (piece := file.read(min(left, 1 << 20))):
+        digest.update(piece)
+        left -= len(piece)
+    if left or file.read() != digest.digest():
+        raise FormatError(f"{path}: the checksum does not fit the content: truncated or damaged")
+
+
+def _read_header(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: the header is not JSON: {error}") from error
+    kinds = {"fingerprint": str, "layout": dict, "page_bytes": int, "salts": list, "nodes": list}
+    if not isinstance(header, dict) or any(not isinstance(header.get(name), kind) for name, kind in kinds.items()):
+        raise FormatError(f"{path}: the header lacks one of {', '.join(kinds)}, or one is of another type")
+    if any(salt is not None and not isinstance(salt, str) for salt in header["salts"]):
+        raise FormatError(f"{path}: a salt is not a text")
+    return header
+
+
+def _read_entries(path: Path, header: dict[str, Any], page_size: int, vocabulary: int) -> list[_Entry]:
+    entries: list[_Entry] = []
+    for number, node in enumerate(header["nodes"]):
+        match node:
+            case [int(parent), int(salt), list(tokens)] if (
+                -1 <= parent < number
+                and 0 <= salt < len(header["salts"])
+                and len(tokens) == page_size
+                and all(type(token) is int and 0 <= token < vocabulary for token in tokens)
+                and (parent < 0 or entries[parent].salt == header["salts"][salt])
+            ):
+                entries.append(_Entry(parent, header["salts"][salt], tuple(tokens)))
+            case _:
+                raise FormatError(
+                    f"{path}: node {number} is {str(node)[:80]}; expected an earlier node's number or -1, a salt's "
+                    f"number and {page_size} token ids below {vocabulary}"
+                )
+    return entries
+
+
+def _load(file: BinaryIO, entries: list[_Entry], start: int, page_bytes: int, tree: PrefixTree, cache: Cache) -> int:
+    """Parents come first, so a tree that is cut short is still a tree."""
+    pool = tree.pool
+    nodes: list[Node | None] = []
+    added = 0
+    for number, entry in enumerate(entries):
+        parent = nodes[entry.parent] if entry.parent >= 0 else tree.root(entry.salt)
+        node = None if parent is None else parent.children.get(entry.tokens)
+        if node is None and parent is not None and pool.free:
+            file.seek(start + number * page_bytes)
+            page = pool.allocate()
+            cache.write(page, np.frombuffer(file.read(page_bytes), dtype=np.uint8))
+            node = tree.attach(parent, entry.tokens, page)
+            pool.release((page,))
+            added += 1
+        nodes.append(node)
+    tree.touch([node for node in nodes if node is not None])
+    return added

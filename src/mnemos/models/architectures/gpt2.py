@@ -1,0 +1,137 @@
+"""GPT-2: learned positions, layer norms, a plain MLP. Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mnemos.contract import Cache
+from mnemos.errors import UnsupportedError
+from mnemos.models.activations import read_activation
+from mnemos.models.blocks import MLP, Attention, DecoderConfig, load_head, only, read_shape, run_layers
+from mnemos.models.fields import Fields
+from mnemos.models.weights import LayerNorm, Weights
+from mnemos.ops.protocol import Array, AttentionParams, Ops
+
+_NAMES_IN_CONFIG = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "intermediate_size": "n_inner",
+    "layer_norm_eps": "layer_norm_epsilon",
+    "hidden_act": "activation_function",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config(DecoderConfig):
+    max_position_embeddings: int
+    intermediate_size: int
+    layer_norm_eps: float
+    hidden_act: str
+    scale_attn_weights: bool
+    scale_attn_by_inverse_layer_idx: bool
+    tie_word_embeddings: bool
+
+    @classmethod
+    def read(cls, fields: Fields) -> GPT2Config:
+        fields = fields.renamed(**_NAMES_IN_CONFIG)
+        if fields.flag("add_cross_attention", False):
+            raise UnsupportedError(
+                f"{fields.path}: field 'add_cross_attention' is true; only plain decoders are supported"
+            )
+        shape = read_shape(fields)
+        return cls(
+            **shape,
+            max_position_embeddings=fields.size("max_position_embeddings"),
+            intermediate_size=fields.size("intermediate_size", None if fields.is_gguf else 4 * shape["hidden_size"]),
+            layer_norm_eps=fields.number("layer_norm_eps", None if fields.is_gguf else 1e-5, most=1.0),
+            hidden_act=read_activation(fields, "hidden_act", "gelu_new"),
+            scale_attn_weights=fields.flag("scale_attn_weights", True),
+            scale_attn_by_inverse_layer_idx=fields.flag("scale_attn_by_inverse_layer_idx", False),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", True),
+        )
+
+    def attention_scale(self, layer: int) -> float:
+        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+
+@dataclass(frozen=True)
+class Layer:
+    ln_1: LayerNorm
+    attention: Attention
+    ln_2: LayerNorm
+    mlp: MLP
+
+    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
+        attended = self.attention(ops, self.ln_1(ops, x), batch, cache, wanted)
+        x = ops.add(only(ops, x, wanted), attended)
+        return ops.add(x, self.mlp(ops, self.ln_2(ops, x)))
+
+
+class GPT2:
+    gguf_names: ClassVar[dict[str, str]] = {
+        "wte": "token_embd",
+        "wpe": "position_embd",
+        "ln_1": "attn_norm",
+        "attn.c_attn": "attn_qkv",
+        "attn.c_proj": "attn_output",
+        "ln_2": "ffn_norm",
+        "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down",
+        "ln_f": "output_norm",
+    }
+    ignored: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, fields: Fields, weights: Weights) -> None:
+        self.config = config = GPT2Config.read(fields)
+        size, epsilon = config.hidden_size, config.layer_norm_eps
+        self.wte = weights.matrix("wte", config.vocab_size, size)
+        self.wpe = weights.matrix("wpe", config.max_position_embeddings, size)
+        self.layers = [
+            Layer(
+                ln_1=weights.layer_norm(f"h.{i}.ln_1", size, epsilon),
+                attention=_load_attention(weights, i, config),
+                ln_2=weights.layer_norm(f"h.{i}.ln_2", size, epsilon),
+                mlp=_load_mlp(weights, i, config),
+            )
+            for i in range(config.num_hidden_layers)
+        ]
+        self.ln_f = weights.layer_norm("ln_f", size, epsilon)
+        self.lm_head = load_head(weights, self.wte, config, config.tie_word_embeddings)
+
+    def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
+        x = ops.add(ops.embed(self.wte, batch.token_ids), ops.embed(self.wpe, batch.positions))
+        hidden = self.ln_f(ops, run_layers(self.layers, ops, x, batch, cache))
+        return hidden, ops.linear(hidden, self.lm_head)
+
+
+def _load_attention(weights: Weights, layer: int, config: GPT2Config) -> Attention:
+    """Hugging Face keeps the matrices as (inputs, outputs); the outputs are queries, then keys, then values."""
+    size, name, transposed = config.hidden_size, f"h.{layer}.attn", not weights.is_gguf
+    q_proj, k_proj, v_proj = (
+        weights.linear(
+            f"{name}.c_attn", 3 * size, size, True, take=slice(p * size, (p + 1) * size), transposed=transposed
+        )
+        for p in range(3)
+    )
+    heads = config.num_attention_heads
+    return Attention(
+        q_proj,
+        k_proj,
+        v_proj,
+        o_proj=weights.linear(f"{name}.c_proj", size, size, True, transposed=transposed),
+        layer=layer,
+        params=AttentionParams(heads, heads, config.head_dim, config.attention_scale(layer)),
+        rope=None,
+    )
+
+
+def _load_mlp(weights: Weights, layer: int, config: GPT2Config) -> MLP:
+    name, transposed = f"h.{layer}.mlp", not weights.is_gguf
+    size, inner = config.hidden_size, config.intermediate_size
+    up = weights.linear(f"{name}.c_fc", inner, size, True, transposed=transposed)
+    return MLP(up, weights.linear(f"{name}.c_proj", size, inner, True, transposed=transposed), config.hidden_act)

@@ -1,0 +1,238 @@
+"""Caches in the styles that people write, seen as a flat list of tensors with a batch and a time axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mnemos.errors import ModelError
+
+
+class PastStyle(Protocol):
+    """Between a module's own cache and the flat list of its tensors."""
+
+    def empty(self) -> Any: ...
+
+    def leaves(self, past: Any) -> list[Tensor]: ...
+
+    def build(self, leaves: list[Tensor], length: int) -> Any: ...
+
+    def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
+        """`past` with other tensors of the same contents; it may be changed itself."""
+        ...
+
+
+class NestedStyle:
+    """A tuple, list or mapping of tensors, nested as one likes; the first call gets none.
+
+    template: such a cache behind `length` tokens. A number in it that is just that is taken to be the length.
+    """
+
+    def __init__(self, template: Any, length: int) -> None:
+        self.template = template
+        self.template_length = length
+
+    def empty(self) -> Any:
+        return None
+
+    def leaves(self, past: Any) -> list[Tensor]:
+        found: list[Tensor] = []
+        _collect(past, found)
+        return found
+
+    def build(self, leaves: list[Tensor], length: int) -> Any:
+        return self._fill(self.template, iter(leaves), length)
+
+    def _fill(self, template: Any, leaves: Iterator[Tensor], length: int) -> Any:
+        if isinstance(template, Tensor):
+            return next(leaves)
+        if isinstance(template, (tuple, list)):
+            filled = [self._fill(value, leaves, length) for value in template]
+            if isinstance(template, list):
+                return filled
+            return type(template)(*filled) if hasattr(template, "_fields") else tuple(filled)
+        if isinstance(template, Mapping):
+            return {name: self._fill(value, leaves, length) for name, value in template.items()}
+        return length if type(template) is int and template == self.template_length else template
+
+    def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
+        return self.build(leaves, length)
+
+
+def _collect(item: Any, found: list[Tensor]) -> None:
+    if isinstance(item, Tensor):
+        found.append(item)
+    elif isinstance(item, (tuple, list)):  # before mappings, which are slow to tell
+        for value in item:
+            _collect(value, found)
+    elif isinstance(item, Mapping):
+        for value in item.values():
+            _collect(value, found)
+
+
+class HuggingFaceStyle:
+    """transformers' Cache objects: every layer a plain growing one, so that any position can be dropped again."""
+
+    def empty(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def leaves(self, past: Any) -> list[Tensor]:
+        if hasattr(past, "layers"):
+            return [tensor for layer in past.layers for tensor in (layer.keys, layer.values)]
+        if not hasattr(past, "key_cache"):
+            raise ModelError(f"it returned a {type(past).__name__} for transformers' DynamicCache")
+        return [tensor for pair in zip(past.key_cache, past.value_cache, strict=True) for tensor in pair]
+
+    def build(self, leaves: list[Tensor], length: int) -> Any:
+        cache = self.empty()
+        for layer, (key, value) in enumerate(zip(leaves[::2], leaves[1::2], strict=True)):
+            cache.update(key, value, layer)
+        return cache
+
+    def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
+        if not hasattr(past, "layers"):
+            past.key_cache, past.value_cache = leaves[::2], leaves[1::2]
+            return past
+        for layer, key, value in zip(past.layers, leaves[::2], leaves[1::2], strict=True):
+            layer.keys, layer.values = key, value
+        return past
+
+
+class AttentionStyle:
+    """Modules whose `CachedAttention` layers hold keys and values themselves; `past` is the list of their caches."""
+
+    def __init__(self, module: nn.Module) -> None:
+        from mnemos.models.foreign.cached_attention import CachedAttention
+
+        self.layers = [layer for layer in module.modules() if isinstance(layer, CachedAttention)]
+
+    def empty(self) -> Any:
+        return None
+
+    def install(self, past: list[tuple[Tensor, Tensor]] | None, kept: Tensor | None) -> None:
+        for index, layer in enumerate(self.layers):
+            layer.cache = past[index] if past is not None else None
+            layer.drive(kept)
+
+    def release(self) -> list[tuple[Tensor, Tensor]]:
+        """Takes the caches out, so that the module is left as its owner knows it."""
+        past = [layer.cache for layer in self.layers]
+        for layer in self.layers:
+            layer.reset_cache()
+            layer.always_cache, layer.kept = False, None
+        return [pair for pair in past if pair is not None]
+
+    def leaves(self, past: Any) -> list[Tensor]:
+        return [tensor for pair in past for tensor in pair]
+
+    def build(self, leaves: list[Tensor], length: int) -> Any:
+        return list(zip(leaves[::2], leaves[1::2], strict=True))
+
+    def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
+        return self.build(leaves, length)
+
+
+class KVCacheStyle:
+    """Modules that take a `KVCache` and call its `update`; it grows with the batch and the time that it is given."""
+
+    def empty(self) -> Any:
+        from mnemos.models.foreign.cached_attention import KVCache
+
+        return KVCache.growing()
+
+    def leaves(self, past: Any) -> list[Tensor]:
+        return list(past.leaves())
+
+    def build(self, leaves: list[Tensor], length: int) -> Any:
+        cache = self.empty()
+        cache.fill(leaves, length)
+        return cache
+
+    def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
+        return self.build(leaves, length)
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where a cache tensor has its batch and its time."""
+
+    batch: int
+    time: int
+
+
+def find_axes(short: list[Tensor], longer: list[Tensor], wider: list[Tensor]) -> list[Axes] | None:
+    """The axes of each leaf, from caches of one more position and of two sequences instead of one; None: not found."""
+    found = []
+    for a, b, c in zip(short, longer, wider, strict=True):
+        if not a.dim() == b.dim() == c.dim():
+            return None
+        time = [i for i in range(a.dim()) if b.shape[i] != a.shape[i]]
+        batch = [i for i in range(a.dim()) if c.shape[i] != a.shape[i]]
+        if len(time) != 1 or len(batch) != 1 or time == batch or b.shape[time[0]] != a.shape[time[0]] + 1:
+            return None
+        found.append(Axes(batch[0], time[0]))
+    return found
+
+
+@dataclass
+class Source:
+    """The cache tensors of several sequences after a call.
+
+    kept (batch, time) bool says which positions are real where padding left gaps; None where all are.
+    """
+
+    leaves: list[Tensor]
+    axes: list[Axes]
+    kept: Tensor | None
+    cross: Source | None = None  # of an encoder-decoder model: keys and values over the encoder's output
+
+    def row(self, index: int, row: int, length: int) -> Tensor:
+        """Leaf `index` of one sequence: batch axis of 1, exactly its first `length` real positions."""
+        axes, leaf = self.axes[index], self.leaves[index]
+        one = leaf.narrow(axes.batch, row, 1)
+        if self.kept is None:
+            return one.narrow(axes.time, 0, length)
+        real = self.kept[row].nonzero().flatten()[:length]
+        return one.index_select(axes.time, real)
+
+
+def gather(parts: list[tuple[Source, int, int]]) -> tuple[list[Tensor], Tensor | None]:
+    """Puts sequences (source, row, length) side by side: leaves padded on the left, and `kept` (None: no gaps).
+
+    Padded on the left, tokens stay as far from each other as they are, which is what a module with a window counts.
+    """
+    first = parts[0][0]
+    lengths = [length for _, _, length in parts]
+    longest = max(lengths)
+    if first.kept is None and all(source is first for source, _, _ in parts) and min(lengths) == longest:
+        order = [row for _, row, _ in parts]
+        unchanged = order == list(range(first.leaves[0].shape[first.axes[0].batch]))
+        rows = torch.tensor(order, device=first.leaves[0].device)
+        leaves = [
+            (leaf if unchanged else leaf.index_select(axes.batch, rows)).narrow(axes.time, 0, longest)
+            for leaf, axes in zip(first.leaves, first.axes, strict=True)
+        ]
+        return leaves, None
+    leaves = []
+    for index, axes in enumerate(first.axes):
+        padded = []
+        for source, row, length in parts:
+            one = source.row(index, row, length)
+            if length < longest:
+                shape = list(one.shape)
+                shape[axes.time] = longest - length
+                one = torch.cat((one.new_zeros(shape), one), dim=axes.time)
+            padded.append(one)
+        leaves.append(torch.cat(padded, dim=axes.batch))
+    if min(lengths) == longest:
+        return leaves, None
+    device = leaves[0].device
+    gaps = torch.tensor([longest - length for length in lengths], device=device)
+    kept = torch.arange(longest, device=device)[None, :] >= gaps[:, None]
+    return leaves, kept

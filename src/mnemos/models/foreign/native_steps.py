@@ -1,0 +1,168 @@
+"""What the native core does for a foreign module in calls of few tokens, in float32.
+
+A step of one token reads all weights once and computes next to nothing, so what counts is how fast they are read, and
+what each of PyTorch's small operations costs beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnemos.formats.tensor import TensorType
+from mnemos.native import core as _native
+
+FEW_ROWS = 8
+Multiply = Callable[[Tensor], Tensor]
+
+
+class FewRows:
+    """Operators of one module on tensors of at most FEW_ROWS rows; the native core learns in which order they come."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = _native.shared_pool(min(threads, _native.usable_cores()))
+        self._relay = _native.Relay(self._pool)
+        self._unpacked: list[tuple[Any, Any, Any, bool]] = []
+
+    @staticmethod
+    def available() -> bool:
+        return _native is not None
+
+    def linear(self, weight: Tensor, bias: Tensor | None, number: int | None) -> tuple[Multiply, int]:
+        """x W^T + bias for x (..., columns) of float32, and its number; given one, it takes that product's place.
+
+        It cannot be used before `finish`.
+        """
+        rows, columns = weight.shape
+        stored = weight.detach().contiguous().view(torch.uint8).numpy().reshape(-1)
+        kind = int(TensorType.F32)
+        matrix = _native.allocate_matrix(stored, kind, rows, columns, as_float32=True, order=None)
+        self._unpacked.append((matrix, stored, None, False))
+        offset = None if bias is None else bias.detach().contiguous().numpy()
+        if number is None:
+            number = self._relay.add(matrix, offset)
+        else:
+            self._relay.replace(number, matrix, offset)
+        own, multiply, empty_like = number, self._relay.multiply, torch.empty_like
+        # The shape of the last input, and what a result for it looks like: empty_like is faster than empty.
+        last: tuple[torch.Size | None, Tensor] = (None, torch.empty(0))
+
+        def few(input: Tensor) -> Tensor:
+            nonlocal last
+            shape = input.shape
+            x = input if input.is_contiguous() else input.contiguous()
+            known, like = last
+            if shape != known:
+                if shape[-1:] != (columns,):
+                    return F.linear(input, weight, bias)  # which says what is wrong
+                like = x.new_empty((*shape[:-1], rows))  # whatever PyTorch's default type and device are
+                last = (shape, like)
+            y = empty_like(like)
+            multiply(own, x.data_ptr(), x.numel() // columns, y.data_ptr())
+            return y
+
+        return few, number
+
+    def finish(self) -> None:
+        """Copies the weights of all products made since the last time, into one piece of memory."""
+        if self._unpacked:
+            _native.pack_matrices(self._unpacked, self._pool)
+            self._unpacked = []
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        """torch's scaled_dot_product_attention of one query a sequence that sees all keys; None for any other."""
+        asked, held = query.shape, key.shape
+        if attn_mask is not None or dropout_p or is_causal or len(asked) != 4 or len(held) != 4 or asked[2] != 1:
+            return None
+        batch, heads, _, head_dim = asked
+        _, kv_heads, count, _ = held
+        steps, key_steps, value_steps = query.stride(), key.stride(), value.stride()
+        fits = (
+            held == value.shape
+            and held[0] == batch <= FEW_ROWS
+            and held[3] == head_dim
+            and (heads == kv_heads or (enable_gqa and kv_heads and heads % kv_heads == 0))
+            and count > 0
+            and query.dtype is key.dtype is value.dtype is torch.float32
+            and steps[3] == 1
+            and key_steps[2:] == value_steps[2:] == (head_dim, 1)  # those of a head side by side
+            and query.is_cpu
+        )
+        if not fits:
+            return None
+        y = query.new_empty((batch, heads, 1, head_dim))
+        self._relay.attend(
+            (batch, heads, kv_heads, count, head_dim),
+            (query.data_ptr(), steps[0], steps[1]),
+            (key.data_ptr(), key_steps[0], key_steps[1]),
+            (value.data_ptr(), value_steps[0], value_steps[1]),
+            head_dim**-0.5 if scale is None else scale,
+            y.data_ptr(),
+        )
+        return y
+
+
+def copy_position(new: Tensor, memory: Tensor, at: int) -> bool:
+    """Writes one position, (batch, heads, 1, width), into memory (batch, heads, time, width); False: not of that kind.
+
+    Both are float32 on a CPU.
+    """
+    shape = new.shape
+    if len(shape) != 4 or shape[2] != 1 or new.dtype is not torch.float32 or not new.is_cpu:
+        return False
+    source, target = new.stride(), memory.stride()
+    if source[3] != 1 or target[3] != 1:
+        return False
+    batch, heads, _, width = shape
+    place = memory.data_ptr() + 4 * at * target[2]
+    _native.copy_heads(batch, heads, width, (new.data_ptr(), source[0], source[1]), (place, target[0], target[1]))
+    return True
+
+
+def rms_norm(layer: nn.RMSNorm) -> Multiply:
+    """The forward of an nn.RMSNorm over the last axis."""
+    parameters, shape = layer._parameters, layer.normalized_shape
+    width = shape[-1]
+    norm, float32, smallest = _native.rms_norm, torch.float32, torch.finfo(torch.float32).eps
+
+    def forward(x: Tensor) -> Tensor:
+        weight, epsilon, size = parameters["weight"], layer.eps, x.numel()
+        fits = (
+            type(x) is Tensor
+            and weight is not None
+            and x.dtype is weight.dtype is float32
+            and x.is_cpu
+            and weight.is_cpu
+            and x.is_contiguous()
+            and weight.is_contiguous()
+            and x.shape[-1:] == shape
+            and 0 < size <= FEW_ROWS * width
+        )
+        if not fits:
+            return F.rms_norm(x, shape, weight, epsilon)
+        y = torch.empty_like(x)
+        e = smallest if epsilon is None else epsilon
+        norm(x.data_ptr(), weight.data_ptr(), e, y.data_ptr(), size // width, width)  # type: ignore[union-attr]
+        return y
+
+    return forward
+
+
+def takes_rms_norm(layer: nn.Module) -> bool:
+    """Whether `rms_norm` can stand in for the layer: exactly nn.RMSNorm over one axis, with nothing patched."""
+    plain = type(layer) is nn.RMSNorm and "forward" not in layer.__dict__
+    return plain and len(cast(nn.RMSNorm, layer).normalized_shape) == 1 and "weight" in layer._parameters

@@ -1,0 +1,188 @@
+"""Layers on a CPU, computed from copies of their weights that lie as the processor reads them fastest.
+
+PyTorch multiplies by the weights as they lie in the parameter, which for a few rows reads them far below the memory's
+speed. Here the copies are oneDNN's, and for a few rows in float32 the native core's, which are about twice as fast
+again. They are made once, and take the place of the layers' forward only while the engine calls the module: for anyone
+else the module is as it was.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnemos.machine.large_pages import in_large_pages
+from mnemos.machine.memory import machine_memory
+from mnemos.models.foreign.native_steps import FEW_ROWS, FewRows, Multiply, rms_norm, takes_rms_norm
+
+MEMORY_SHARE = 4  # the copies may take a quarter of the machine's memory
+LARGE_COPIES = 64 << 20  # bytes from which on large pages are worth making: of less, many stay in the caches
+SAMPLED = 64  # values of a parameter
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class PackedLayer:
+    """A layer's stand-in for its forward, and the parameters that it was made of.
+
+    version: how often optimizers and load_state_dict have changed a parameter; address: `module.to` moves it; sample:
+    some of the weight's values and the bias's, as changes through `.data` are not counted.
+    """
+
+    layer: nn.Linear
+    attributes: dict[str, Any]  # the layer's own
+    held: dict[str, Any]  # and its parameters, as looking them up in the layer is slow and happens before each step
+    weight: Tensor
+    bias: Tensor | None
+    version: int
+    address: int
+    bias_version: int
+    bias_address: int
+    forward: Multiply
+    number: int | None  # the native core's, of its product
+    sample: Tensor
+
+    def is_as_sampled(self) -> bool:
+        return torch.equal(_sample(self.weight, self.bias), self.sample)
+
+    def is_current(self) -> bool:
+        weight, bias, held = self.weight, self.bias, self.held
+        if held.get("weight") is not weight or held.get("bias") is not bias:
+            return False
+        if weight._version != self.version or weight.data_ptr() != self.address:
+            return False
+        return bias is None or (bias._version == self.bias_version and bias.data_ptr() == self.bias_address)
+
+
+class PackedLayers:
+    """The linear layers and norms of one module. A layer whose weight was changed is packed anew when next used.
+
+    few: what computes for few tokens, if the native core does.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        compiled = hasattr(module, "_orig_mod")
+        layers = [m for m in module.modules() if isinstance(m, nn.Linear) and _can_be_packed(m) and not compiled]
+        bytes_needed = sum(layer.weight.nbytes for layer in layers)
+        room = machine_memory() // MEMORY_SHARE
+        few = FewRows(torch.get_num_threads()) if FewRows.available() and 2 * bytes_needed <= room else None
+        if not _available() or bytes_needed > room:
+            layers = []
+        with in_large_pages() if bytes_needed >= LARGE_COPIES else nullcontext():
+            self._packed = [packed for layer in layers if (packed := _pack(layer, few, None)) is not None]
+        if few is not None:
+            few.finish()
+        self._threads = torch.get_num_threads()
+        self.few = few if any(one.number is not None for one in self._packed) else None
+        self._norms: list[tuple[nn.Module, Multiply]] = []
+        if self.few is not None:
+            norms = [m for m in module.modules() if isinstance(m, nn.RMSNorm) and takes_rms_norm(m)]
+            self._norms = [(norm, rms_norm(norm)) for norm in norms]
+
+    def install(self, rows: int) -> None:
+        """The layers multiply by the copies from now on, in a call with so many tokens.
+
+        With few tokens the native core does what is worth sharing among threads. PyTorch's, which spin for work after
+        each of its operations, would only take the cores from it.
+        """
+        self._threads = torch.get_num_threads()
+        if self.few is not None and rows <= FEW_ROWS:
+            if self._threads > 1:
+                torch.set_num_threads(1)
+            for norm, forward in self._norms:
+                if takes_rms_norm(norm):
+                    norm.__dict__["forward"] = forward
+        for index, one in enumerate(self._packed):
+            if one.is_current() or self._renew(index):
+                one.attributes["forward"] = self._packed[index].forward
+        if self.few is not None:
+            self.few.finish()
+
+    def check(self) -> None:
+        """Layers whose weights were changed through `.data` are packed anew when next used."""
+        for one in self._packed:
+            if one.is_current() and not one.is_as_sampled():
+                one.version = -1
+
+    def _renew(self, index: int) -> bool:
+        """Packs a layer that was changed; False if it cannot be packed any more."""
+        one = self._packed[index]
+        again = _pack(one.layer, self.few, one.number) if _can_be_packed(one.layer) else None
+        if again is not None:
+            self._packed[index] = again
+        return again is not None
+
+    def remove(self) -> None:
+        """The layers are as they were."""
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        for one in self._packed:
+            one.attributes.pop("forward", None)
+        for norm, _ in self._norms:
+            norm.__dict__.pop("forward", None)
+
+
+def _available() -> bool:
+    backend: Any = torch.backends.mkldnn
+    return bool(backend.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _can_be_packed(layer: nn.Linear) -> bool:
+    """Exactly nn.Linear with ordinary parameters in memory; what was subclassed or patched computes something else."""
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return False
+    weight, held = layer.weight, layer._parameters
+    if held.get("weight") is not weight or held.get("bias") is not layer.bias:  # made anew by a hook
+        return False
+    return not weight.is_inference() and weight.device.type == "cpu" and weight.dtype in _DTYPES
+
+
+def _pack(layer: nn.Linear, few: FewRows | None, number: int | None) -> PackedLayer | None:
+    """Packs a layer; `number` is that of its product before, if it had one."""
+    weight, bias = layer.weight, layer.bias
+    many = _pack_many(weight, bias)
+    if many is None:
+        return None
+    multiply: Multiply | None = None
+    if few is not None and all(one is None or one.dtype is torch.float32 for one in (weight, bias)):
+        multiply, number = few.linear(weight, bias, number)
+    most, dtype = FEW_ROWS * weight.shape[1], weight.dtype
+
+    def forward(input: Tensor) -> Tensor:
+        if input.dtype is not dtype or not input.is_cpu:  # PyTorch knows what it can make of that, or what to say
+            return F.linear(input, weight, bias)
+        if multiply is not None and 0 < input.numel() <= most:
+            return multiply(input)
+        return many(input)
+
+    states = (weight._version, weight.data_ptr(), *((0, 0) if bias is None else (bias._version, bias.data_ptr())))
+    sample = _sample(weight, bias)
+    return PackedLayer(layer, layer.__dict__, layer._parameters, weight, bias, *states, forward, number, sample)
+
+
+def _sample(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Up to SAMPLED values of the weight along a diagonal, so of many rows and columns, and as many of the bias."""
+    step = weight.shape[1] + 1
+    values = weight.detach().flatten()[:: step * -(-len(weight) // SAMPLED)]
+    return values.clone() if bias is None else torch.cat((values, bias.detach()[:: -(-len(bias) // SAMPLED)]))
+
+
+def _pack_many(weight: Tensor, bias: Tensor | None) -> Multiply | None:
+    """oneDNN's product; None for a dtype that this processor has no instructions for."""
+    multiply: Any = torch.ops.mkldnn._linear_pointwise.default
+    try:
+        with torch.no_grad():
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+    except RuntimeError:
+        return None
+
+    def many(input: Tensor) -> Tensor:
+        product: Tensor = multiply(input, packed, bias, "none", [], "")
+        return product
+
+    return many

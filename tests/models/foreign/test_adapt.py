@@ -1,0 +1,229 @@
+"""Foreign modules as models: right logits in every style of cache, batch, chunk, fork and truncation."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mnemos.contract import Batch  # noqa: E402
+from mnemos.errors import ConfigError, ModelError  # noqa: E402
+from mnemos.models.foreign.model import ForeignModel, adapt  # noqa: E402
+from tests.models.foreign import foreign_modules as modules  # noqa: E402
+
+CACHED = [modules.PastArgument, modules.Masked, modules.TakesKVCache, modules.WithCachedAttention]
+
+
+def tiny_llama() -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=29, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def make(kind: type | object) -> torch.nn.Module:
+    return kind()  # type: ignore[operator]
+
+
+def truth(module: torch.nn.Module, tokens: list[int]) -> np.ndarray:
+    """Logits of every position, by one uncached call."""
+    with torch.inference_mode():
+        output = module.eval()(torch.tensor([tokens]))
+    logits = getattr(output, "logits", output)
+    logits = logits["logits"] if isinstance(logits, dict) else logits
+    return (logits[0] if isinstance(logits, tuple) else logits)[0].numpy()
+
+
+def step(model: ForeignModel, *sequences: tuple[int, int, list[int]]) -> list[np.ndarray]:
+    """Runs (page, first position, new tokens) of several sequences as one batch; the logits of all rows of each."""
+    counts = [len(new) for _, _, new in sequences]
+    starts = np.cumsum([0, *counts], dtype=np.int32)
+    batch = Batch(
+        token_ids=np.concatenate([new for _, _, new in sequences]).astype(np.int32),
+        positions=np.concatenate([np.arange(s, s + len(new)) for _, s, new in sequences]).astype(np.int32),
+        sequence_starts=starts,
+        pages=np.array([page for page, _, _ in sequences], dtype=np.int32),
+        page_starts=np.arange(len(sequences) + 1, dtype=np.int32),
+        logit_rows=np.arange(starts[-1], dtype=np.int32),
+    )
+    return np.split(model.forward(batch).logits, starts[1:-1])
+
+
+@pytest.mark.parametrize("kind", [*CACHED, modules.Plain, tiny_llama], ids=lambda k: k.__name__)
+def test_ragged_batches_chunks_forks_and_truncation_give_the_uncached_logits(kind) -> None:
+    module = make(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if kind is modules.Plain else "error")
+        model = adapt(module)
+    assert (model.abilities.style is None) == (kind is modules.Plain)
+    model.reserve(4)
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.integers(0, 29, 14).tolist() for _ in range(3))
+    seen: dict[str, list[np.ndarray]] = {"a": [], "b": [], "c": []}
+
+    def run(**parts: tuple[int, int, int]) -> None:
+        text = {"a": a, "b": b, "c": c}
+        rows = step(model, *((page, s, text[name][s:e]) for name, (page, s, e) in parts.items()))
+        for name, row in zip(parts, rows, strict=True):
+            seen[name].append(row)
+
+    run(a=(0, 0, 5), b=(1, 0, 3))  # prompts of different lengths
+    run(a=(0, 5, 6), b=(1, 3, 4))  # one token each behind different lengths
+    run(a=(0, 6, 7), b=(1, 4, 5))
+    run(b=(1, 5, 9), c=(2, 0, 4))  # a chunk, and a newcomer; a rests
+    run(a=(0, 7, 8), b=(1, 9, 10), c=(2, 4, 5))
+    run(c=(2, 5, 6), a=(0, 8, 9))  # another order, one gone
+    for name, text in (("a", a), ("b", b), ("c", c)):
+        got = np.concatenate(seen[name])
+        assert np.abs(got - truth(module, text[: len(got)])).max() < 1e-4
+
+    model.cache.copy([0], [3])  # a fork goes its own way, and the original too
+    forked = [*a[:9], 7, 8]
+    rows = step(model, (3, 9, [7]), (0, 9, a[9:10]))
+    assert np.abs(rows[0][-1] - truth(module, forked[:10])[-1]).max() < 1e-4
+    assert np.abs(rows[1][-1] - truth(module, a[:10])[-1]).max() < 1e-4
+    rows = step(model, (3, 10, [8]))
+    assert np.abs(rows[0][-1] - truth(module, forked)[-1]).max() < 1e-4
+    rows = step(model, (0, 6, [1, 2]))  # back to position 6: what stood there is forgotten
+    assert np.abs(rows[0] - truth(module, [*a[:6], 1, 2])[6:]).max() < 1e-4
+
+
+def test_modules_that_heed_a_mask_share_a_call_across_lengths() -> None:
+    calls = []
+    module = modules.Masked()
+    model = adapt(module)
+    assert model.abilities.gaps
+    model.reserve(2)
+    step(model, (0, 0, [1, 2, 3]), (1, 0, [4]))
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    step(model, (0, 3, [5]), (1, 1, [6]))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", [*CACHED, tiny_llama], ids=lambda k: k.__name__)
+def test_what_a_module_appends_to_its_cache_is_not_copied(kind) -> None:
+    """Over more steps than the first room holds, the cache moves a few times only, and the logits stay right."""
+    module = make(kind)
+    model = adapt(module)
+    assert model.abilities.grows
+    model.reserve(2)
+    text = np.random.default_rng(1).integers(0, 29, 60).tolist()
+    step(model, (0, 0, text[:2]), (1, 0, text[:2]))
+    places = set()
+    for place in range(2, 60):
+        a, b = step(model, (0, place, text[place : place + 1]), (1, place, text[place : place + 1]))
+        places.add(tuple(leaf.data_ptr() for leaf in model.abilities.style.leaves(model.cache.slots[0].group.past)))
+    assert len(places) == 1
+    for row in (a, b):
+        assert np.abs(row[-1] - truth(module, text)[-1]).max() < 1e-4
+
+
+def test_the_cache_moves_when_its_room_is_full_and_forks_keep_their_own(monkeypatch) -> None:
+    monkeypatch.setattr("mnemos.models.foreign.growing_cache.LEAST_ROOM", 3)
+    module = modules.PastArgument()
+    model = adapt(module)
+    model.reserve(2)
+    text = np.random.default_rng(1).integers(0, 29, 40).tolist()
+    step(model, (0, 0, text[:5]))
+    for place in range(5, 30):
+        (rows,) = step(model, (0, place, text[place : place + 1]))
+        assert np.abs(rows[-1] - truth(module, text[: place + 1])[-1]).max() < 1e-4
+    model.cache.copy([0], [1])
+    other = [*text[:30], 1, 2, 3]
+    for place in range(30, 33):
+        (mine,), (theirs,) = (step(model, (p, place, t[place : place + 1])) for p, t in ((0, text), (1, other)))
+        assert np.abs(mine[-1] - truth(module, text[: place + 1])[-1]).max() < 1e-4
+        assert np.abs(theirs[-1] - truth(module, other[: place + 1])[-1]).max() < 1e-4
+
+
+class Flattens(modules.PastArgument):
+    """Sees its cache as (batch, heads * time, ...), which only a tensor without room behind it allows."""
+
+    def forward(self, x, use_cache=False, past_kv=None):
+        logits, past = super().forward(x, use_cache=True, past_kv=past_kv)
+        for pair in past if past_kv else ():
+            for tensor in pair:
+                tensor.view(tensor.shape[0], -1, tensor.shape[-1])
+        return (logits, past) if use_cache else logits
+
+
+def test_a_module_that_needs_its_cache_in_one_piece_gets_it_so() -> None:
+    module = Flattens()
+    model = adapt(module)
+    assert model.abilities.style is not None and not model.abilities.grows
+    model.reserve(1)
+    step(model, (0, 0, [1, 2, 3]))
+    assert np.abs(step(model, (0, 3, [4]))[0] - truth(module, [1, 2, 3, 4])[-1]).max() < 1e-4
+
+
+def test_hidden_states_are_what_the_head_reads() -> None:
+    module = modules.PastArgument()
+    model = adapt(module)
+    model.reserve(1)
+    batch = Batch(*(np.array(x, dtype=np.int32) for x in ([3, 1, 2], [0, 1, 2], [0, 3], [0], [0, 1], [1, 2])))
+    output = model.forward(batch)
+    assert output.hidden.shape == (2, modules.WIDTH)
+    assert np.allclose(output.hidden @ module.head.weight.detach().numpy().T, output.logits, atol=1e-5)
+
+
+def test_a_module_that_answers_for_the_last_position_only() -> None:
+    module = modules.LastOnly()
+    with pytest.warns(UserWarning, match="no cache"):
+        model = adapt(module)
+    model.reserve(2)
+    batch = Batch(
+        *(np.array(x, dtype=np.int32) for x in ([3, 1, 2, 4], [0, 1, 2, 0], [0, 3, 4], [0, 1], [0, 1, 2], [2, 3]))
+    )
+    logits = model.forward(batch).logits
+    assert np.allclose(logits[0], truth(module, [3, 1, 2])[-1], atol=1e-5)
+    assert np.allclose(logits[1], truth(module, [4])[-1], atol=1e-5)
+    # Those of earlier positions take a call for each.
+    assert np.allclose(step(model, (0, 0, [1, 2]))[0], [truth(module, ids)[-1] for ids in ([1], [1, 2])], atol=1e-5)
+
+
+def test_a_wrong_cache_is_found_out_and_not_used() -> None:
+    module = modules.WrongCache()
+    with pytest.warns(UserWarning, match="differ from those without by up to"):
+        model = adapt(module)
+    assert model.abilities.style is None
+
+
+def test_training_mode_is_restored() -> None:
+    module = modules.PastArgument().train()
+    model = adapt(module)
+    assert module.training
+    model.reserve(1)
+    step(model, (0, 0, [1, 2]))
+    assert module.training
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (modules.NotCausal, "NotCausal.forward.*is not causal: without token 5"),
+        (modules.Raises, "Raises.forward.*raised RuntimeError: out of cheese"),
+        (lambda: torch.nn.Flatten(), "returned .*expected floating-point logits"),
+    ],
+)
+def test_a_module_that_cannot_be_a_language_model_is_named(module, message) -> None:
+    with pytest.raises(ModelError, match=message):
+        adapt(module())
+
+
+def test_vocabulary_and_device_that_do_not_fit() -> None:
+    with pytest.raises(ModelError, match="tokenizer has 50 tokens but .* returns 29 logits"):
+        adapt(modules.PastArgument(), vocabulary_size=50)
+    with pytest.raises(ConfigError, match="parameters on cpu but device is 'cuda'"):
+        adapt(modules.PastArgument(), device="cuda")
+    with pytest.raises(ModelError, match=r"Plain\.forward.* has no values for embedding\.weight .*expected loaded"):
+        adapt(modules.Plain().to("meta"))
+    with pytest.raises(ConfigError, match="device is 'toaster'; expected a device of PyTorch"):
+        adapt(modules.PastArgument(), device="toaster")
+    with pytest.raises(ConfigError, match=r"expected a torch.nn.Module"):
+        adapt("model.pt")  # type: ignore[arg-type]
