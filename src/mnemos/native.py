@@ -11,7 +11,7 @@ from mnemos.errors import MissingDependencyError
 __all__ = ["core", "problem", "require_core"]
 problem: ImportError | None = None
 if TYPE_CHECKING:
-    from mnemos import _native as core
+    import mnemos._native as core
 else:
     try:
         core = import_module("mnemos._native")

@@ -38,7 +38,7 @@ def find_architecture(names: Sequence[str], path: object) -> type[Any]:
     for name in names:
         if name in _KNOWN:
             module, _, cls = _KNOWN[name].partition(":")
-            found: type[Any] = getattr(import_module(f"mnemos.models.{module}"), cls)
+            found: type[Any] = getattr(import_module(f"mnemos.models.architectures.{module}"), cls)
             return found
     asked = " / ".join(repr(name) for name in names)
     raise UnsupportedError(f"{path}: architecture {asked} is not supported; supported are {', '.join(sorted(_KNOWN))}")
