@@ -24,6 +24,7 @@ class Batch:
                                      a page that no layer's window reaches any more may be -1
     logit_rows (R,)                  the rows whose logits (and last hidden states) are asked for
     greedy                           of their logits only the most probable tokens are wanted
+    states (S,)                      each sequence's state slot, all different; empty for a model without `spec.states`
     conditions                       what the model's `begin` made of each sequence's prompt; () for models without it
     """
 
@@ -34,6 +35,7 @@ class Batch:
     page_starts: Ints
     logit_rows: Ints
     greedy: bool = False
+    states: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     conditions: tuple[object, ...] = ()
 
     @property
@@ -59,7 +61,10 @@ class Output:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The shape of a model's key/value cache. A page holds `page_size` positions of every layer."""
+    """The shape of a model's key/value cache. A page holds `page_size` positions of every layer.
+
+    A model with 0 layers here has no pages (see `NO_PAGES`): what it keeps of a sequence is in its state slot.
+    """
 
     layers: int
     kv_heads: int
@@ -72,6 +77,9 @@ class KVLayout:
         values = 2 * self.layers * self.kv_heads * self.page_size
         width = {"float32": 4 * self.head_dim, "float16": 2 * self.head_dim, "bfloat16": 2 * self.head_dim}
         return values * width.get(self.dtype, self.head_dim + 4)
+
+
+NO_PAGES = KVLayout(layers=0, kv_heads=0, head_dim=0)
 
 
 class Cache(Protocol):
@@ -102,10 +110,23 @@ class TokenRules:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Facts about a model that requests are checked against.
+    """Facts about a model that requests are checked against, and what it promises, which the engine obeys.
 
     `window` is the number of positions that its attention reaches back, 0 without such a limit (or where only some
     layers have one). `fingerprint` changes whenever the weights or the computation do; saved caches are bound to it.
+
+    The promises are about logits: batch invariance holds for a model as far as it makes them.
+
+    chunks           a prompt may be evaluated in pieces, over several steps; if not, it enters one step whole
+    shares_prefixes  what was evaluated for one sequence may be used for another that begins with the same tokens
+    verifies_drafts  the logits of several new positions in one step are those of one position a step; if not,
+                     speculation is refused
+    batches          one call may hold rows of several sequences; if not, every batch holds one sequence
+    states           each sequence carries state beside its pages: the model is a `StatefulModel`, and no prefix tree
+                     is kept, as a state belongs to one position
+    rewinds          of a model with states: a state that holds more positions than a batch's first position goes back
+                     to it by itself; if not, the engine evaluates such a sequence again, from its first token in a
+                     new slot
     """
 
     architecture: str
@@ -120,13 +141,28 @@ class ModelSpec:
     window: int = 0
     parameters: int = 0
     fingerprint: str = ""
+    chunks: bool = True
+    shares_prefixes: bool = True
+    verifies_drafts: bool = True
+    batches: bool = True
+    states: bool = False
+    rewinds: bool = True
     details: dict[str, object] = field(default_factory=dict)  # for `inspect`: licence, name, quantization, ...
 
 
 class Model(Protocol):
-    """Any causal language model. Built-in architectures, adapters for foreign modules and test doubles all are one."""
+    """Any causal language model. Built-in architectures, adapters for foreign modules and test doubles all are one.
+
+    It is also a `PagedModel` unless its layout has 0 layers, and a `StatefulModel` if `spec.states`.
+    """
 
     spec: ModelSpec
+
+    def forward(self, batch: Batch) -> Output: ...
+
+
+class PagedModel(Model, Protocol):
+    """A model whose keys and values are in cache pages."""
 
     @property
     def cache(self) -> Cache: ...
@@ -134,12 +170,46 @@ class Model(Protocol):
     def reserve(self, pages: int) -> None:
         """Makes room for `pages` cache pages of spec.layout; called once, before the first forward."""
 
-    def forward(self, batch: Batch) -> Output: ...
+
+class StatefulModel(Model, Protocol):
+    """A model that keeps a slot of state for each sequence: a recurrent state, an encoder's output, a foreign cache.
+
+    A sequence has one slot from its first token to its end; `Batch.states` names it. The engine forks a sequence by
+    `copy_states` before either side writes, and clears the slots of sequences that end, are preempted or begin anew.
+    A batch's first position in a sequence is the number of tokens that its state must hold: exactly so many, or more
+    where the model `rewinds`; at position 0 it begins anew, and keeps what `ConditionedModel.begin` put there.
+    """
+
+    def reserve_states(self, slots: int) -> None:
+        """Slots 0 to `slots` - 1 may come; called once, before the first forward. All are clear.
+
+        Low ones are used first, and few of them as a rule: memory is better taken when a slot is first written.
+        """
+
+    def copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """The targets, which are clear, hold from now on what the sources hold."""
+
+    def clear_states(self, slots: Sequence[int]) -> None:
+        """Forgets what these slots hold and frees its memory; a slot that is clear already stays so."""
 
 
 @runtime_checkable
 class ConditionedModel(Protocol):
-    """A model that reads the prompt apart from what it generates, as encoder-decoder models do."""
+    """A stateful model that reads the prompt apart from what it generates, as encoder-decoder models do."""
+
+    def start_tokens(self, prompt: Sequence[int]) -> list[int]:
+        """The tokens that generation begins with; cheap, called in the caller's thread."""
+
+    def begin(self, state: int, prompt: Sequence[int]) -> None:
+        """Reads the prompt into a clear slot, before the first token of its sequence is evaluated.
+
+        Called in the engine's thread, again after preemption; forks get it by `copy_states`. What it raises ends the
+        request and no other.
+        """
+
+
+class EncodingModel(Protocol):
+    """A model that reads the prompt apart from what it generates, with `Batch.conditions` in place of a state."""
 
     def begin(self, prompt: Sequence[int]) -> tuple[object, list[int]]:
         """(what every batch is to carry in `conditions` for this request, the tokens that generation begins with)."""

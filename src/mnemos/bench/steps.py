@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mnemos.contract import Batch, Ints, Model
+from mnemos.contract import Batch, Ints, PagedModel
 from mnemos.machine.memory import check_memory
 
 CHUNK = 512  # prompt tokens in one step
@@ -22,7 +22,7 @@ BATCH_PROMPT, BATCH_STEPS = 64, 64  # tokens and decode steps of bN
 class Stepper:
     """Runs a fixed number of sequences through a model, with pages of their own for each; all lengths are in tokens."""
 
-    def __init__(self, model: Model, sequences: int, length: int) -> None:
+    def __init__(self, model: PagedModel, sequences: int, length: int) -> None:
         self.model = model
         page_size = model.spec.layout.page_size
         self.pages_each = -(-length // page_size)
@@ -68,7 +68,7 @@ class Stepper:
 class StepBench:
     """Measures one model; `reserve` is called here, so the model must be fresh."""
 
-    def __init__(self, model: Model, most_sequences: int, longest: int, seed: int = 0) -> None:
+    def __init__(self, model: PagedModel, most_sequences: int, longest: int, seed: int = 0) -> None:
         self.model = model
         page_size = model.spec.layout.page_size
         batch_pages = most_sequences * -(-(BATCH_PROMPT + BATCH_STEPS + 1) // page_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from mnemos.contract import Model, Output
+from mnemos.contract import Output, PagedModel
 from mnemos.decoding.strategy import Branch, Emitted, Rows
 from mnemos.engine.draft_model import Drafting
 from mnemos.engine.scheduler import Limits, Scheduler
@@ -19,7 +19,7 @@ class Executor:
     """Runs requests to their ends; what fails ends the requests concerned and nothing else."""
 
     def __init__(
-        self, model: Model, pages: int, limits: Limits, prefix_cache: bool = True, drafting: Drafting | None = None
+        self, model: PagedModel, pages: int, limits: Limits, prefix_cache: bool = True, drafting: Drafting | None = None
     ) -> None:
         self.model = model
         self.drafting = drafting

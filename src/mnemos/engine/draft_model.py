@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from mnemos.contract import Model
+from mnemos.contract import PagedModel
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows
 from mnemos.engine.scheduler import Limits, Scheduler
 from mnemos.engine.sequence import Request, State, Timings
@@ -20,7 +20,7 @@ class Drafting:
     still reads its prompt, or finds no pages, goes on without drafts.
     """
 
-    def __init__(self, model: Model, pages: int, limits: Limits) -> None:
+    def __init__(self, model: PagedModel, pages: int, limits: Limits) -> None:
         self.model = model
         self.scheduler = Scheduler(model, pages, limits, self._give_up)
         self.seconds = 0.0  # in the model

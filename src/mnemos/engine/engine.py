@@ -8,9 +8,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from mnemos.contract import ConditionedModel
 from mnemos.decoding.forced import ForcedLogits, ForcedScore, Score
 from mnemos.engine.completion import Assembler, Completion, StreamedToken
 from mnemos.engine.gather import run_all
@@ -24,7 +23,7 @@ from mnemos.memory.capacity import plan_pages
 from mnemos.text.foreign import adapt_tokenizer
 
 if TYPE_CHECKING:
-    from mnemos.contract import Model, ModelSpec
+    from mnemos.contract import EncodingModel, ModelSpec, PagedModel
     from mnemos.decoding.config import GenerationConfig
     from mnemos.decoding.strategy import Floats, Strategy
     from mnemos.engine.draft_model import Drafting
@@ -90,7 +89,7 @@ class InferenceEngine:
         pages = plan_pages(self.spec, cache_tokens)
         self.model.reserve(pages)
         limits = Limits(self.spec.context_length, max_batch_tokens, max_sequences)
-        self._conditioned = self.model if isinstance(self.model, ConditionedModel) else None
+        self._conditioned = cast("EncodingModel", self.model) if hasattr(self.model, "begin") else None
         # What a conditioned model makes of a text depends on more than the text.
         prefix_cache = prefix_cache and self._conditioned is None
         drafting = None
@@ -365,7 +364,7 @@ class InferenceEngine:
         return next(token for token in known if token is not None)
 
 
-def _drafting(model: Model, spec: ModelSpec, limits: Limits, cache_tokens: int | None) -> Drafting:
+def _drafting(model: PagedModel, spec: ModelSpec, limits: Limits, cache_tokens: int | None) -> Drafting:
     from mnemos.engine.draft_model import Drafting
 
     if model.spec.vocabulary_size != spec.vocabulary_size:
@@ -388,7 +387,7 @@ def _with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
 
 def _as_model(
     model: Any, tokenizer: Tokenizer | None, device: str | None, use_kv_cache: bool, context_length: int | None
-) -> Model:
+) -> PagedModel:
     if all(hasattr(model, name) for name in ("spec", "reserve", "forward")):
         return model  # type: ignore[no-any-return]
     from mnemos.models.load import adapt

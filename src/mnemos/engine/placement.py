@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mnemos.contract import Model
+from mnemos.contract import PagedModel
 from mnemos.decoding.strategy import Branch
 from mnemos.engine.sequence import SINKS, Request, Sequence
 from mnemos.errors import CapacityError, ContextLengthError, RequestError
@@ -15,7 +15,7 @@ PREFILL = 32  # a request with a sequence that has more positions than this to e
 class Placement:
     """The page tables of all sequences, over one pool and one prefix tree."""
 
-    def __init__(self, model: Model, pages: int, context_length: int, prefix_cache: bool) -> None:
+    def __init__(self, model: PagedModel, pages: int, context_length: int, prefix_cache: bool) -> None:
         self.cache = model.cache
         self.page_size = model.spec.layout.page_size
         self.window = model.spec.window

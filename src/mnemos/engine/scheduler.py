@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-from mnemos.contract import Model, Output
+from mnemos.contract import Output, PagedModel
 from mnemos.decoding.draws import Wish, draw_rows
 from mnemos.decoding.strategy import Branch, Rows
 from mnemos.engine.placement import Placement
@@ -39,7 +39,7 @@ class Scheduler:
 
     def __init__(
         self,
-        model: Model,
+        model: PagedModel,
         pages: int,
         limits: Limits,
         fail: Callable[[Request, Exception], None],

@@ -10,7 +10,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar, cast
 
-from mnemos.contract import Model
+from mnemos.contract import PagedModel
 from mnemos.engine.core import Executor, log_exception
 from mnemos.engine.draft_model import Drafting
 from mnemos.engine.scheduler import Limits
@@ -31,7 +31,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Model,
+        model: PagedModel,
         pages: int,
         limits: Limits,
         prefix_cache: bool,
