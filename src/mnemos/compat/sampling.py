@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mnemos.contract import Floats
 from mnemos.decoding.fields import RULES
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import Processor, RepetitionPenalty, TopK, TopP
 from mnemos.errors import ConfigError
 
-Floats = npt.NDArray[np.float32]
 COLDEST = 1e-5  # a temperature below counts as this one, so that 0 means nearly always the most probable token
 
 

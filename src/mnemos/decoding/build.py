@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mnemos.contract import ModelSpec, TokenRules
+from mnemos.decoding.choice import Chooser, Constraint, Cutoffs
 from mnemos.decoding.config import DEFAULT_CANDIDATES, DEFAULT_NEW_TOKENS, GenerationConfig
 from mnemos.decoding.processors import Processor, filters_of, processors_of
-from mnemos.decoding.sampler import Cutoffs, fresh_seed
-from mnemos.decoding.sampling import Chooser, Constraint, Drafter, Sampling
+from mnemos.decoding.sampling import Drafter, Sampling
+from mnemos.decoding.seeds import fresh_seed
 from mnemos.decoding.stopping import IncrementalDecoder, StopRules, StopWatch, TextEnds
 from mnemos.decoding.strategy import Strategy
 from mnemos.errors import ContextLengthError, RequestError

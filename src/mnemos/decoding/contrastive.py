@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from mnemos.contract import Floats
+from mnemos.decoding.choice import no_choice
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import Processor
-from mnemos.decoding.sampler import largest, no_choice
+from mnemos.decoding.ranking import largest
 from mnemos.decoding.sampling import with_logprobs
 from mnemos.decoding.stopping import End, StopWatch
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

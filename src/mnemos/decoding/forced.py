@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mnemos.decoding.strategy import Advance, Branch, FinishedSequence, Floats, Rows
+from mnemos.contract import Floats
+from mnemos.decoding.strategy import Advance, Branch, FinishedSequence, Rows
 
 CHUNK = 128  # rows of logits that are held at once
 

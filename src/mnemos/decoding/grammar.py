@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 
 from mnemos.errors import ConfigError, MissingDependencyError, RequestError
 
 if TYPE_CHECKING:
+    from mnemos.contract import Floats
     from mnemos.decoding.config import GenerationConfig
 
-Floats = npt.NDArray[np.float32]
 _LONGEST_REASON = 300
 _SPECIAL = frozenset("\\.+*?()|[]{}^$#&-~/")
 _CLEARER = {"NoExtensionBias": "no text follows it, or only by rules that never come to an end"}

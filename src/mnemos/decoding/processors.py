@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mnemos.contract import TokenRules
-from mnemos.decoding.config import GenerationConfig
+from mnemos.contract import Floats, TokenRules
 from mnemos.decoding.history import History
-from mnemos.decoding.sampler import covering, descending
+from mnemos.decoding.ranking import covering, descending
 from mnemos.errors import MnemosError, RequestError
 
-Floats = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    from mnemos.decoding.config import GenerationConfig
+
 Processor = Callable[[History, Floats], None]
 NO_RULES = TokenRules()
 _REMOVED = np.float32(-np.inf)

@@ -6,32 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from mnemos.decoding.draws import GREEDY, Draw
+from mnemos.contract import Floats
+from mnemos.decoding.choice import Chooser, Constraint, log_sum_exp, top_tokens
 from mnemos.decoding.history import History
-from mnemos.decoding.processors import Processor
-from mnemos.decoding.sampler import Cutoffs, greedy, log_sum_exp, sample, stream_seed, top_tokens, uniform
+from mnemos.decoding.seeds import stream_seed
 from mnemos.decoding.stopping import End, StopWatch
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows
-
-Floats = npt.NDArray[np.float32]
-
-
-class Constraint(Protocol):
-    """A grammar's state along one text."""
-
-    def forbid(self, logits: Floats) -> None:
-        """Sets the logits of the tokens that may not come next to minus infinity."""
-
-    def accept(self, token: int) -> None: ...
-
-    def fork(self) -> Constraint: ...
-
-    @property
-    def complete(self) -> bool:
-        """True if nothing more may follow."""
 
 
 class Drafter(Protocol):
@@ -45,37 +25,6 @@ class Drafter(Protocol):
 
     def learn(self, drafted: int, accepted: int) -> None:
         """How many of the last draft's tokens turned out right."""
-
-
-@dataclass(frozen=True)
-class Chooser:
-    """How a row of logits becomes a token. Without `cutoffs` it is the most probable one.
-
-    `filters` are the cut-offs that the sampler does not know by itself, temperature then included.
-    """
-
-    processors: Sequence[Processor] = ()
-    filters: Sequence[Processor] = ()
-    cutoffs: Cutoffs | None = None
-
-    def draw(self, seed: int) -> Draw | None:
-        """The choice where it depends on nothing but the row, the seed and the place; None where on more."""
-        if self.processors or self.filters:
-            return None
-        return GREEDY if self.cutoffs is None else Draw(self.cutoffs, seed)
-
-    def choose(self, history: History, logits: Floats, seed: int, constraint: Constraint | None = None) -> int:
-        if self.processors or self.filters or constraint is not None:
-            logits = logits.copy()
-        for processor in self.processors:
-            processor(history, logits)
-        if constraint is not None:
-            constraint.forbid(logits)
-        for filter_ in self.filters:
-            filter_(history, logits)
-        if self.cutoffs is None:
-            return greedy(logits)
-        return sample(logits, self.cutoffs, uniform(seed, len(history.tokens)))
 
 
 @dataclass(eq=False)

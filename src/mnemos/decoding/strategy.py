@@ -12,13 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
+from mnemos.contract import Floats
 
 if TYPE_CHECKING:
-    from mnemos.decoding.draws import Draw
-
-Floats = npt.NDArray[np.float32]
+    from mnemos.decoding.choice import Draw
 
 
 class Branch:

@@ -23,9 +23,9 @@ from mnemos.memory.capacity import plan_pages
 from mnemos.text.foreign import adapt_tokenizer
 
 if TYPE_CHECKING:
-    from mnemos.contract import EncodingModel, ModelSpec, PagedModel
+    from mnemos.contract import EncodingModel, Floats, ModelSpec, PagedModel
     from mnemos.decoding.config import GenerationConfig
-    from mnemos.decoding.strategy import Floats, Strategy
+    from mnemos.decoding.strategy import Strategy
     from mnemos.engine.draft_model import Drafting
     from mnemos.engine.scheduler import Limits
     from mnemos.hub.cache import Progress

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from mnemos.contract import Output, PagedModel
-from mnemos.decoding.draws import Wish, draw_rows
+from mnemos.decoding.choice import Wish, draw_rows
 from mnemos.decoding.strategy import Branch, Rows
 from mnemos.engine.placement import Placement
 from mnemos.engine.prefill_budget import Pace

@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mnemos.decoding.strategy import Branch, Emitted, FinishedSequence, Floats, Rows, Strategy
+from mnemos.contract import Floats
+from mnemos.decoding.strategy import Branch, Emitted, FinishedSequence, Rows, Strategy
 
 SINKS = 4  # first tokens that endless generation always keeps; Xiao et al. 2023, arXiv:2309.17453
 _numbers = count()

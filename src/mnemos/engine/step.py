@@ -7,7 +7,7 @@ from array import array
 import numpy as np
 
 from mnemos.contract import Batch
-from mnemos.decoding.draws import GREEDY
+from mnemos.decoding.choice import GREEDY
 from mnemos.engine.sequence import Request, Sequence
 
 Part = tuple[Sequence, int, int, int]  # sequence, rows, first asked row and end of the asked rows in the output

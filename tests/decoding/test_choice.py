@@ -1,4 +1,4 @@
-"""Random numbers and draws: known answers, exact distributions, and the native core against NumPy."""
+"""Choosing tokens: exact distributions, the native core against NumPy, and many rows at once against one by one."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 
 from mnemos import native
-from mnemos.decoding import sampler
-from mnemos.decoding.sampler import (
+from mnemos.decoding.choice import (
+    GREEDY,
     Cutoffs,
+    Draw,
+    Wish,
+    draw_rows,
     greedy,
-    greedy_numpy,
     log_sum_exp,
     log_sum_exp_numpy,
-    philox,
     sample,
     sample_numpy,
-    stream_seed,
     top_tokens,
-    uniform,
 )
+from mnemos.decoding.ranking import descending
+from mnemos.decoding.seeds import uniform
 from mnemos.errors import RequestError
 
 CUTOFFS = [
@@ -51,23 +52,6 @@ def distribution(logits, cutoffs):
     return order, np.cumsum(weights / weights.sum())
 
 
-def test_philox_gives_the_published_answers():
-    assert philox(0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
-    assert philox(2**64 - 1, 2**128 - 1) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
-    counter = 0x03707344_13198A2E_85A308D3_243F6A88
-    assert philox(0x299F31D0_A4093822, counter) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
-
-
-def test_random_numbers_are_uniform_and_depend_on_all_their_arguments():
-    numbers = np.array([uniform(5, position) for position in range(4000)])
-    assert numbers.min() >= 0 and numbers.max() < 1
-    counts = np.histogram(numbers, 20, (0, 1))[0]
-    assert ((counts - 200) ** 2 / 200).sum() < 43.8  # the 0.1% quantile for 19 degrees of freedom
-    assert len({uniform(s, p, d) for s in (1, 2**63) for p in (0, 2**40) for d in (0, 1)}) == 8
-    assert stream_seed(9, 0) == 9
-    assert len({stream_seed(9, i) for i in range(100)}) == 100
-
-
 @pytest.mark.parametrize("cutoffs", CUTOFFS, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 50, 3000])
 def test_draws_follow_the_definition(cutoffs, size):
@@ -87,7 +71,7 @@ def test_draws_follow_the_definition(cutoffs, size):
 
 def test_of_equal_logits_the_lowest_id_comes_first():
     logits = np.zeros(1000, np.float32)
-    assert greedy(logits) == greedy_numpy(logits) == 0
+    assert greedy(logits) == 0
     for number in (0.0, 0.1234, 0.5, 0.9999):
         assert sample(logits, Cutoffs(), number) == sample_numpy(logits, Cutoffs(), number) == int(number * 1000)
     assert top_tokens(logits, 3) == [0, 1, 2]
@@ -101,7 +85,7 @@ def test_the_fast_order_is_the_stable_one():
         np.array([0.0, -0.0, np.inf, -np.inf, 0.0]),
     ):
         values = values.astype(np.float32)
-        np.testing.assert_array_equal(sampler.descending(values), np.argsort(-values, kind="stable"))
+        np.testing.assert_array_equal(descending(values), np.argsort(-values, kind="stable"))
 
 
 def test_native_choices_are_numpys():
@@ -110,10 +94,8 @@ def test_native_choices_are_numpys():
     random = np.random.default_rng(1)
     for _ in range(20):
         logits = (random.standard_normal(20001) * 4).astype(np.float32)
-        assert greedy(logits) == greedy_numpy(logits)
         assert log_sum_exp(logits) == pytest.approx(log_sum_exp_numpy(logits), abs=1e-6)
         assert top_tokens(logits, 20) == np.argsort(-logits, kind="stable")[:20].tolist()
-    assert native.core.uniform(2**63 + 5, 77, 3) == uniform(2**63 + 5, 77, 3)
 
 
 FLAT = {
@@ -151,9 +133,8 @@ def test_draws_from_flat_distributions_follow_the_definition(shape, cutoffs):
 def test_one_logit_that_is_no_number_is_an_error_that_names_its_token(bad, place):
     logits = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
     logits[place] = bad
-    for choose in (greedy, greedy_numpy):
-        with pytest.raises(RequestError, match=f"the logit of token {place} is {bad}"):
-            choose(logits)
+    with pytest.raises(RequestError, match=f"the logit of token {place} is {bad}"):
+        greedy(logits)
     for draw in (sample, sample_numpy):
         for cutoffs in (Cutoffs(), Cutoffs(1.0, 50), Cutoffs(1.0, 0, 0.9)):
             with pytest.raises(RequestError, match=f"the logit of token {place} is {bad}"):
@@ -163,9 +144,53 @@ def test_one_logit_that_is_no_number_is_an_error_that_names_its_token(bad, place
 @pytest.mark.parametrize("bad", [np.nan, -np.inf, np.inf])
 def test_a_row_without_a_choice_is_an_error(bad):
     logits = np.full(40, bad, np.float32)
-    for choose in (greedy, greedy_numpy):
-        with pytest.raises(RequestError):
-            choose(logits)
+    with pytest.raises(RequestError):
+        greedy(logits)
     for draw in (sample, sample_numpy):
         with pytest.raises(RequestError):
             draw(logits, Cutoffs(), 0.5)
+
+
+VOCABULARY = 500
+
+
+def _expected(logits: np.ndarray, wish: Wish) -> list[int]:
+    cutoffs, rows = wish.draw.cutoffs, logits[wish.start : wish.stop]
+    if cutoffs is None:
+        return [greedy(row) for row in rows]
+    randoms = [uniform(wish.draw.seed, wish.place + i) for i in range(len(rows))]
+    return [sample_numpy(row, cutoffs, random) for row, random in zip(rows, randoms, strict=True)]
+
+
+@pytest.fixture(params=["native", "numpy"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "numpy":
+        monkeypatch.setattr(native, "core", None)
+    elif native.core is None:
+        pytest.skip("the native core is not built")
+
+
+@pytest.mark.usefixtures("backend")
+def test_rows_of_all_kinds_in_one_step_get_their_own_tokens():
+    logits = np.random.default_rng(0).normal(scale=4, size=(24, VOCABULARY)).astype(np.float32)
+    kinds = [
+        GREEDY,
+        Draw(Cutoffs(0.7, top_k=20, top_p=0.9), seed=3),
+        Draw(Cutoffs(1.3, min_p=0.05), seed=2**64 - 1),
+        Draw(Cutoffs(), 4),
+    ]
+    # Side by side and with gaps (rows 6, 7 and 15), one row and several.
+    bounds = [(0, 1), (1, 2), (2, 5), (5, 6), (8, 9), (9, 13), (13, 14), (14, 15), (16, 20), (20, 24)]
+    wishes = [Wish(kinds[n * n % 4 if n < 8 else 1], *bound, place=100 * n) for n, bound in enumerate(bounds)]
+    assert {wish.draw.cutoffs is None for wish in wishes} == {True, False}
+    assert draw_rows(logits, wishes) == [_expected(logits, wish) for wish in wishes]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("draw", [GREEDY, Draw(Cutoffs(0.8, top_k=5), seed=1)])
+def test_a_row_without_a_possible_token_spoils_no_other(draw: Draw):
+    logits = np.random.default_rng(1).normal(size=(4, VOCABULARY)).astype(np.float32)
+    logits[2] = -np.inf
+    wishes = [Wish(draw, row, row + 1, place=7) for row in range(4)]
+    expected = [None if row == 2 else _expected(logits, wishes[row]) for row in range(4)]
+    assert draw_rows(logits, wishes) == expected

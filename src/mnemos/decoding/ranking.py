@@ -1,0 +1,47 @@
+"""The order of a row's values, largest first, as far as it is needed."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos.contract import Floats
+
+Indices = npt.NDArray[np.intp]
+
+
+def largest(values: Floats, size: int) -> Indices:
+    """The indices of the `size` largest values, descending, equal ones by ascending index."""
+    if size < len(values):
+        smallest = np.partition(values, len(values) - size)[len(values) - size]
+        above = np.flatnonzero(values > smallest)
+        ids = np.concatenate([above, np.flatnonzero(values == smallest)[: size - len(above)]])
+    else:
+        ids = np.arange(len(values))
+    return ids[descending(values[ids])]
+
+
+def covering(keys: Floats, weights: Floats, reach: float, first: int) -> tuple[Indices, npt.NDArray[np.float64]]:
+    """Indices in descending order of their keys, until their weights sum to more than `reach`, and the running sums.
+
+    `first` is how many are tried first. All are returned where the sum never gets there.
+    """
+    size = first
+    while True:
+        ids = largest(keys, min(size, len(keys)))
+        cumulative = np.cumsum(weights[ids], dtype=np.float64)
+        if cumulative[-1] > reach or size >= len(keys):
+            return ids, cumulative
+        size *= 8
+
+
+def descending(values: Floats) -> Indices:
+    """The order of the largest value first, equal ones as they come; much faster than NumPy's own stable argsort.
+
+    Value and index are packed into one integer each, for which sorting is vectorised.
+    """
+    bits = (0.0 - values).view(np.uint32)  # 0.0 - value is never minus zero, which would differ in its bits
+    ascending = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
+    packed = ascending << np.uint64(32) | np.arange(len(values), dtype=np.uint64)
+    packed.sort()
+    return np.asarray(packed & np.uint64(0xFFFFFFFF), dtype=np.intp)
