@@ -29,6 +29,8 @@ class Routing:
 
 @dataclass(frozen=True)
 class SparseMLP:
+    """The `top_k` most probable experts of each token, weighted. Shazeer et al. 2017, arXiv:1701.06538."""
+
     router: Matrix
     gate: list[Matrix]
     up: list[Matrix]
@@ -50,20 +52,20 @@ def read_routing(fields: Fields, inner_name: str, normalise: bool) -> Routing:
 
 def load_sparse_mlp(
     weights: Weights,
-    layer: int,
+    block: str,
     hidden_size: int,
     routing: Routing,
     activation: str,
-    block: str = "mlp",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> SparseMLP:
-    """The block `layers.{layer}.{block}`: experts one by one under `names`, or in tensors with an axis for the expert.
+    """The block of that name, "layers.3.mlp": experts one by one under `names`, or in tensors with an axis for them.
 
     The latter, and GGUF, keep to "mlp" and the usual names, whatever the architecture; gate and up may be fused there.
     """
+    usual = block.rpartition(".")[0] + ".mlp"
     suffix = ".weight" if weights.is_gguf else ""
-    fused = weights.has(f"layers.{layer}.mlp.experts.gate_up_proj", suffix)
-    name = f"layers.{layer}.mlp" if weights.is_gguf or fused else f"layers.{layer}.{block}"
+    fused = weights.has(f"{usual}.experts.gate_up_proj", suffix)
+    name = usual if weights.is_gguf or fused else block
     count, inner = routing.experts, routing.inner_size
     wide, narrow = (count, inner, hidden_size), (count, hidden_size, inner)
     if fused:

@@ -97,7 +97,7 @@ class Rope:
 
 
 def read_rope(
-    fields: Fields, head_dim: int, *, theta: float = 10000.0, fraction: float = 1.0, layer_type: str | None = None
+    fields: Fields, head_dim: int, *, theta: float = 10000.0, fraction: float = 1.0, layer_type: str = "full_attention"
 ) -> Rope:
     """The rotary embedding of a config's `rope_parameters`, `rope_scaling`, or GGUF `rope.*` fields.
 

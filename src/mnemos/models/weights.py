@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 
@@ -42,6 +43,8 @@ _HARMLESS = (
 
 @dataclass(frozen=True)
 class Linear:
+    """x @ matrix.T + bias, with a matrix of (outputs, inputs)."""
+
     matrix: Matrix
     bias: Array | None
 
@@ -51,6 +54,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class RMSNorm:
+    """x / root mean square of x * weight. Zhang & Sennrich 2019, arXiv:1910.07467."""
+
     weight: Array
     epsilon: float
 
@@ -60,6 +65,8 @@ class RMSNorm:
 
 @dataclass(frozen=True)
 class LayerNorm:
+    """(x - mean) / standard deviation * weight + bias. Ba et al. 2016, arXiv:1607.06450."""
+
     weight: Array
     bias: Array | None
     epsilon: float
@@ -88,6 +95,7 @@ class Weights:
 
     @property
     def is_gguf(self) -> bool:
+        """Whether the tensors have the names and the order of a GGUF file."""
         return self._gguf_names is not None
 
     def file_name(self, name: str, suffix: str = ".weight") -> str:
@@ -104,10 +112,11 @@ class Weights:
         return self._gguf_names.get(name, name) + suffix
 
     def has(self, name: str, suffix: str = ".weight") -> bool:
+        """Whether the file holds this tensor."""
         return self.file_name(name, suffix) in self.tensors
 
     def tensor(self, name: str, shape: tuple[int, ...], suffix: str = ".weight") -> Tensor:
-        """The tensor as it lies in the file, of exactly this shape."""
+        """The tensor as it is stored, of exactly this shape; FormatError where there is none."""
         key = self.file_name(name, suffix)
         tensor = self.tensors.get(key)
         if tensor is None:
@@ -165,6 +174,14 @@ class Weights:
         values = tensor.dequantize()
         return Linear(matrix, self.ops.vector(Tensor.from_array(tensor.name, values if take is None else values[take])))
 
+    def split_linear(
+        self, name: str, sizes: Sequence[int], columns: int, bias: bool = False, *, transposed: bool = False
+    ) -> list[Linear]:
+        """The projections whose outputs, `sizes` of them, one tensor holds one after the other."""
+        ends = list(accumulate(sizes))
+        parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        return [self.linear(name, ends[-1], columns, bias, take=part, transposed=transposed) for part in parts]
+
     def vector(self, name: str, size: int, suffix: str = ".weight", *, offset: float = 0.0) -> Array:
         """A norm's weight or a bias, plus `offset`."""
         tensor = self.tensor(name, (size,), suffix)
@@ -173,9 +190,11 @@ class Weights:
         return self.ops.vector(Tensor.from_array(tensor.name, tensor.dequantize() + np.float32(offset)))
 
     def rms_norm(self, name: str, size: int, epsilon: float, *, offset: float = 0.0) -> RMSNorm:
+        """The norm `name`, with `offset` added to its weight."""
         return RMSNorm(self.vector(name, size, offset=offset), epsilon)
 
     def layer_norm(self, name: str, size: int, epsilon: float) -> LayerNorm:
+        """The norm `name`, which has a bias."""
         return LayerNorm(self.vector(name, size), self.vector(name, size, ".bias"), epsilon)
 
     def stack(

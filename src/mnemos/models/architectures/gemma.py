@@ -4,66 +4,64 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar
+from typing import Any
 
 from mnemos.contract import Cache
-from mnemos.models.activations import read_activation
-from mnemos.models.blocks import DecoderConfig, load_attention, load_gated_mlp, load_pre_norm_decoder, read_shape
+from mnemos.models.architectures.llama import Decoder
+from mnemos.models.blocks import load_attention, load_gated_mlp, only, run_layers
+from mnemos.models.config import GatedDecoderConfig, read_gated_decoder, read_shape
 from mnemos.models.fields import Fields
-from mnemos.models.rope import Rope, read_rope
 from mnemos.models.weights import Weights
-from mnemos.ops.protocol import Array, Ops
+from mnemos.ops.protocol import Array, Ops, RopeParams
 
 
 @dataclass(frozen=True, kw_only=True)
-class GemmaConfig(DecoderConfig):
-    intermediate_size: int
-    rms_norm_eps: float
-    hidden_act: str
-    rope: Rope
+class GemmaConfig(GatedDecoderConfig):
+    """Gemma 1's hyperparameters."""
+
     attention_bias: bool
-    tie_word_embeddings: bool
 
     @classmethod
     def read(cls, fields: Fields) -> GemmaConfig:
-        shape = read_shape(fields, head_dim=256)
-        activation = "hidden_act" if fields.get("hidden_activation") is None else "hidden_activation"
+        if fields.get("hidden_activation") is not None:
+            fields = fields.renamed(hidden_act="hidden_activation")
         return cls(
-            **shape,
-            intermediate_size=fields.size("intermediate_size"),
-            rms_norm_eps=fields.number("rms_norm_eps", None if fields.is_gguf else 1e-6, most=1.0),
-            hidden_act=read_activation(fields, activation, "gelu_pytorch_tanh"),
-            rope=read_rope(fields, shape["head_dim"]),
+            **read_gated_decoder(fields, read_shape(fields, head_dim=256, tied=True), activation="gelu_pytorch_tanh"),
             attention_bias=fields.flag("attention_bias", False),
-            tie_word_embeddings=fields.flag("tie_word_embeddings", True),
         )
 
 
-class Gemma:
-    gguf_names: ClassVar[dict[str, str]] = {}
-    ignored: ClassVar[tuple[str, ...]] = ()
+class Layer:
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, weights: Weights, i: int, config: GemmaConfig, rope: RopeParams) -> None:
+        name, size, epsilon = f"layers.{i}", config.hidden_size, config.rms_norm_eps
+        bias, offset = config.attention_bias, norm_offset(weights)
+        self.input_norm = weights.rms_norm(f"{name}.input_layernorm", size, epsilon, offset=offset)
+        self.mlp_norm = weights.rms_norm(f"{name}.post_attention_layernorm", size, epsilon, offset=offset)
+        self.attention = load_attention(weights, i, config, rope, qkv_bias=bias, o_bias=bias)
+        self.mlp = load_gated_mlp(weights, i, config)
+
+    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
+        attended = self.attention(ops, self.input_norm(ops, x), batch, cache, wanted)
+        x = ops.add(only(ops, x, wanted), attended)
+        return ops.add(x, self.mlp(ops, self.mlp_norm(ops, x)))
+
+
+class Gemma(Decoder):
+    """Gemma's layers in Llama's frame, with a scaled embedding."""
 
     def __init__(self, fields: Fields, weights: Weights) -> None:
-        self.config = config = GemmaConfig.read(fields)
+        config = GemmaConfig.read(fields)
         rope = config.rope.params(config.head_dim)
-        bias = config.attention_bias
-        self.decoder = load_pre_norm_decoder(
-            weights,
-            config,
-            config.rms_norm_eps,
-            config.tie_word_embeddings,
-            attention=lambda layer: load_attention(weights, layer, config, rope, qkv_bias=bias, o_bias=bias),
-            mlp=lambda layer: load_gated_mlp(
-                weights, layer, config.hidden_size, config.intermediate_size, config.hidden_act
-            ),
-            norm_offset=gemma_norm_offset(weights),
-            embed_scale=sqrt(config.hidden_size),
-        )
+        super().__init__(weights, config, lambda i: Layer(weights, i, config, rope), norm_offset(weights))
 
     def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
-        return self.decoder(ops, batch, cache)
+        x = ops.scale(ops.embed(self.embed_tokens, batch.token_ids), sqrt(self.config.hidden_size))
+        hidden = self.norm(ops, run_layers(self.layers, ops, x, batch, cache))
+        return hidden, ops.linear(hidden, self.lm_head)
 
 
-def gemma_norm_offset(weights: Weights) -> float:
+def norm_offset(weights: Weights) -> float:
     """Gemma's norms multiply by 1 + weight; GGUF files hold the sum already."""
     return 0.0 if weights.is_gguf else 1.0

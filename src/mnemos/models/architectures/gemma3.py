@@ -7,26 +7,22 @@ checkpoints, the language model is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any, ClassVar
 
-from mnemos.contract import Cache
 from mnemos.errors import UnsupportedError
-from mnemos.models.activations import read_activation
-from mnemos.models.architectures.gemma import gemma_norm_offset
+from mnemos.models.architectures.gemma import norm_offset
 from mnemos.models.architectures.gemma2 import (
     GGUF_SANDWICH_NAMES,
     SandwichDecoder,
     SandwichLayer,
-    load_sandwich_layer,
     read_query_scalar,
     read_softcap,
 )
-from mnemos.models.blocks import DecoderConfig, HeadNorm, load_attention, load_gated_mlp, load_head, read_shape
+from mnemos.models.blocks import HeadNorm, load_attention
+from mnemos.models.config import GatedDecoderConfig, read_gated_decoder, read_shape
 from mnemos.models.fields import Fields
 from mnemos.models.rope import Rope, read_rope
 from mnemos.models.weights import Weights
-from mnemos.ops.protocol import Array, Ops
 
 # The multimodal checkpoints leave out what equals the defaults of their time.
 _DEFAULTS = {
@@ -39,16 +35,13 @@ _DEFAULTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gemma3Config(DecoderConfig):
-    intermediate_size: int
-    rms_norm_eps: float
-    hidden_activation: str
-    rope: Rope
+class Gemma3Config(GatedDecoderConfig):
+    """Gemma 3's hyperparameters; `rope` is that of the global layers."""
+
     local_rope: Rope
     attention_bias: bool
-    query_pre_attn_scalar: float
+    query_pre_attn_scalar: float  # scores are divided by its square root
     final_logit_softcapping: float  # 0: none
-    tie_word_embeddings: bool
 
     @classmethod
     def read(cls, fields: Fields) -> Gemma3Config:
@@ -56,21 +49,17 @@ class Gemma3Config(DecoderConfig):
             raise UnsupportedError(
                 f"{fields.path}: field 'use_bidirectional_attention' is true; only causal models are supported"
             )
+        fields = fields.renamed(hidden_act="hidden_activation")
         if not fields.is_gguf:
             fields = fields.with_defaults(_DEFAULTS)
         pattern = fields.size("sliding_window_pattern", 6)
-        shape = read_shape(fields, head_dim=256, slides=lambda layer: (layer + 1) % pattern != 0)
+        shape = read_shape(fields, head_dim=256, slides=lambda layer: (layer + 1) % pattern != 0, tied=True)
         return cls(
-            **shape,
-            intermediate_size=fields.size("intermediate_size"),
-            rms_norm_eps=fields.number("rms_norm_eps", None if fields.is_gguf else 1e-6, most=1.0),
-            hidden_activation=read_activation(fields, "hidden_activation", "gelu_pytorch_tanh"),
-            rope=read_rope(fields, shape["head_dim"], theta=1e6, layer_type="full_attention"),
+            **read_gated_decoder(fields, shape, activation="gelu_pytorch_tanh", theta=1e6),
             local_rope=_read_local_rope(fields, shape),
             attention_bias=fields.flag("attention_bias", False),
             query_pre_attn_scalar=read_query_scalar(fields, shape, widest=62),
             final_logit_softcapping=read_softcap(fields, "final_logit_softcapping"),
-            tie_word_embeddings=fields.flag("tie_word_embeddings", True),
         )
 
 
@@ -83,38 +72,23 @@ def _read_local_rope(fields: Fields, shape: dict[str, Any]) -> Rope:
     return Rope(base, shape["head_dim"], context_length=shape["context_length"])
 
 
-class Gemma3:
+class Gemma3(SandwichDecoder):
+    """Gemma 3: attention with head norms, its rotation that of a local or of a global layer."""
+
     gguf_names: ClassVar[dict[str, str]] = GGUF_SANDWICH_NAMES
     ignored: ClassVar[tuple[str, ...]] = ("*vision_tower.*", "*multi_modal_projector.*")
 
     def __init__(self, fields: Fields, weights: Weights) -> None:
-        self.config = config = Gemma3Config.read(fields)
-        rope, local_rope = config.rope.params(config.head_dim), config.local_rope.params(config.head_dim)
-        offset = gemma_norm_offset(weights)
-        embed_tokens = weights.matrix("embed_tokens", config.vocab_size, config.hidden_size)
+        config = Gemma3Config.read(fields)
+        global_rope, local_rope = config.rope.params(config.head_dim), config.local_rope.params(config.head_dim)
+        scale, bias = config.query_pre_attn_scalar**-0.5, config.attention_bias
+        head_norm = HeadNorm(config.rms_norm_eps, norm_offset(weights))
 
-        def layer(i: int) -> SandwichLayer:
+        def make_layer(i: int) -> SandwichLayer:
+            rope = local_rope if config.windows[i] else global_rope
             attention = load_attention(
-                weights,
-                i,
-                config,
-                local_rope if config.windows[i] else rope,
-                scale=config.query_pre_attn_scalar**-0.5,
-                qkv_bias=config.attention_bias,
-                o_bias=config.attention_bias,
-                head_norm=HeadNorm(config.rms_norm_eps, offset),
+                weights, i, config, rope, scale=scale, qkv_bias=bias, o_bias=bias, head_norm=head_norm
             )
-            mlp = load_gated_mlp(weights, i, config.hidden_size, config.intermediate_size, config.hidden_activation)
-            return load_sandwich_layer(weights, i, config, config.rms_norm_eps, attention, mlp)
+            return SandwichLayer(weights, i, config, attention)
 
-        self.decoder = SandwichDecoder(
-            embed_tokens=embed_tokens,
-            embed_scale=sqrt(config.hidden_size),
-            layers=[layer(i) for i in range(config.num_hidden_layers)],
-            norm=weights.rms_norm("norm", config.hidden_size, config.rms_norm_eps, offset=offset),
-            lm_head=load_head(weights, embed_tokens, config, config.tie_word_embeddings),
-            softcap=config.final_logit_softcapping,
-        )
-
-    def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
-        return self.decoder(ops, batch, cache)
+        super().__init__(weights, config, make_layer, config.final_logit_softcapping)

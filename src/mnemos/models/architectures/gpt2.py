@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from mnemos.contract import Cache
 from mnemos.errors import UnsupportedError
 from mnemos.models.activations import read_activation
-from mnemos.models.blocks import MLP, Attention, DecoderConfig, load_head, only, read_shape, run_layers
+from mnemos.models.blocks import MLP, Attention, attention_params, load_head, only, run_layers
+from mnemos.models.config import DecoderConfig, read_shape
 from mnemos.models.fields import Fields
-from mnemos.models.weights import LayerNorm, Weights
-from mnemos.ops.protocol import Array, AttentionParams, Ops
+from mnemos.models.weights import Weights
+from mnemos.ops.protocol import Array, Ops
 
 _NAMES_IN_CONFIG = {
     "hidden_size": "n_embd",
@@ -27,13 +28,14 @@ _NAMES_IN_CONFIG = {
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config(DecoderConfig):
+    """GPT-2's hyperparameters."""
+
     max_position_embeddings: int
     intermediate_size: int
     layer_norm_eps: float
     hidden_act: str
     scale_attn_weights: bool
     scale_attn_by_inverse_layer_idx: bool
-    tie_word_embeddings: bool
 
     @classmethod
     def read(cls, fields: Fields) -> GPT2Config:
@@ -42,7 +44,7 @@ class GPT2Config(DecoderConfig):
             raise UnsupportedError(
                 f"{fields.path}: field 'add_cross_attention' is true; only plain decoders are supported"
             )
-        shape = read_shape(fields)
+        shape = read_shape(fields, slides=lambda layer: False, tied=True)
         return cls(
             **shape,
             max_position_embeddings=fields.size("max_position_embeddings"),
@@ -51,20 +53,39 @@ class GPT2Config(DecoderConfig):
             hidden_act=read_activation(fields, "hidden_act", "gelu_new"),
             scale_attn_weights=fields.flag("scale_attn_weights", True),
             scale_attn_by_inverse_layer_idx=fields.flag("scale_attn_by_inverse_layer_idx", False),
-            tie_word_embeddings=fields.flag("tie_word_embeddings", True),
         )
 
     def attention_scale(self, layer: int) -> float:
+        """What layer number `layer` multiplies its scores by."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
 
-@dataclass(frozen=True)
 class Layer:
-    ln_1: LayerNorm
-    attention: Attention
-    ln_2: LayerNorm
-    mlp: MLP
+    """x + attention(norm(x)), then x + mlp(norm(x)); queries, keys and values are one projection."""
+
+    def __init__(self, weights: Weights, i: int, config: GPT2Config) -> None:
+        name, size, inner, epsilon = f"h.{i}", config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        transposed = not weights.is_gguf  # Hugging Face keeps these matrices as (inputs, outputs)
+        q_proj, k_proj, v_proj = weights.split_linear(
+            f"{name}.attn.c_attn", (size, size, size), size, True, transposed=transposed
+        )
+        self.ln_1 = weights.layer_norm(f"{name}.ln_1", size, epsilon)
+        self.attention = Attention(
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj=weights.linear(f"{name}.attn.c_proj", size, size, True, transposed=transposed),
+            layer=i,
+            params=attention_params(config, i, config.attention_scale(i)),
+            rope=None,
+        )
+        self.ln_2 = weights.layer_norm(f"{name}.ln_2", size, epsilon)
+        self.mlp = MLP(
+            up_proj=weights.linear(f"{name}.mlp.c_fc", inner, size, True, transposed=transposed),
+            down_proj=weights.linear(f"{name}.mlp.c_proj", size, inner, True, transposed=transposed),
+            activation=config.hidden_act,
+        )
 
     def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
         attended = self.attention(ops, self.ln_1(ops, x), batch, cache, wanted)
@@ -73,6 +94,8 @@ class Layer:
 
 
 class GPT2:
+    """Embeddings of tokens and of positions, layers, a last norm and the output projection."""
+
     gguf_names: ClassVar[dict[str, str]] = {
         "wte": "token_embd",
         "wpe": "position_embd",
@@ -91,47 +114,11 @@ class GPT2:
         size, epsilon = config.hidden_size, config.layer_norm_eps
         self.wte = weights.matrix("wte", config.vocab_size, size)
         self.wpe = weights.matrix("wpe", config.max_position_embeddings, size)
-        self.layers = [
-            Layer(
-                ln_1=weights.layer_norm(f"h.{i}.ln_1", size, epsilon),
-                attention=_load_attention(weights, i, config),
-                ln_2=weights.layer_norm(f"h.{i}.ln_2", size, epsilon),
-                mlp=_load_mlp(weights, i, config),
-            )
-            for i in range(config.num_hidden_layers)
-        ]
+        self.layers = [Layer(weights, i, config) for i in range(config.num_hidden_layers)]
         self.ln_f = weights.layer_norm("ln_f", size, epsilon)
-        self.lm_head = load_head(weights, self.wte, config, config.tie_word_embeddings)
+        self.lm_head = load_head(weights, self.wte, config)
 
     def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
         x = ops.add(ops.embed(self.wte, batch.token_ids), ops.embed(self.wpe, batch.positions))
         hidden = self.ln_f(ops, run_layers(self.layers, ops, x, batch, cache))
         return hidden, ops.linear(hidden, self.lm_head)
-
-
-def _load_attention(weights: Weights, layer: int, config: GPT2Config) -> Attention:
-    """Hugging Face keeps the matrices as (inputs, outputs); the outputs are queries, then keys, then values."""
-    size, name, transposed = config.hidden_size, f"h.{layer}.attn", not weights.is_gguf
-    q_proj, k_proj, v_proj = (
-        weights.linear(
-            f"{name}.c_attn", 3 * size, size, True, take=slice(p * size, (p + 1) * size), transposed=transposed
-        )
-        for p in range(3)
-    )
-    heads = config.num_attention_heads
-    return Attention(
-        q_proj,
-        k_proj,
-        v_proj,
-        o_proj=weights.linear(f"{name}.c_proj", size, size, True, transposed=transposed),
-        layer=layer,
-        params=AttentionParams(heads, heads, config.head_dim, config.attention_scale(layer)),
-        rope=None,
-    )
-
-
-def _load_mlp(weights: Weights, layer: int, config: GPT2Config) -> MLP:
-    name, transposed = f"h.{layer}.mlp", not weights.is_gguf
-    size, inner = config.hidden_size, config.intermediate_size
-    up = weights.linear(f"{name}.c_fc", inner, size, True, transposed=transposed)
-    return MLP(up, weights.linear(f"{name}.c_proj", size, inner, True, transposed=transposed), config.hidden_act)

@@ -6,34 +6,35 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from mnemos.contract import Cache
 from mnemos.models.activations import read_activation
-from mnemos.models.blocks import MLP, Attention, DecoderConfig, load_head, only, read_shape, run_layers
+from mnemos.models.blocks import MLP, Attention, attention_params, load_head, only, run_layers
+from mnemos.models.config import DecoderConfig, read_shape
 from mnemos.models.fields import Fields
 from mnemos.models.rope import Rope, read_rope
-from mnemos.models.weights import LayerNorm, Weights
-from mnemos.ops.protocol import Array, AttentionParams, Ops, RopeParams
+from mnemos.models.weights import Weights
+from mnemos.ops.protocol import Array, Ops, RopeParams, Rows
 
 _NAMES_IN_CONFIG = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTNeoXConfig(DecoderConfig):
+    """GPT-NeoX's hyperparameters."""
+
     intermediate_size: int
     layer_norm_eps: float
     hidden_act: str
     rope: Rope
     use_parallel_residual: bool
     attention_bias: bool
-    tie_word_embeddings: bool
 
     @classmethod
     def read(cls, fields: Fields) -> GPTNeoXConfig:
         if fields.get("rotary_pct") is not None or fields.get("rotary_emb_base") is not None:
             fields = fields.renamed(**_NAMES_IN_CONFIG)
-        shape = read_shape(fields)
+        shape = read_shape(fields, slides=lambda layer: False)
         shape["num_key_value_heads"] = shape["num_attention_heads"]
         return cls(
             **shape,
@@ -43,17 +44,36 @@ class GPTNeoXConfig(DecoderConfig):
             rope=read_rope(fields, shape["head_dim"], fraction=0.25),
             use_parallel_residual=fields.flag("use_parallel_residual", True),
             attention_bias=fields.flag("attention_bias", True),
-            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         )
 
 
-@dataclass(frozen=True)
 class Layer:
-    input_norm: LayerNorm
-    attention: Attention
-    mlp_norm: LayerNorm
-    mlp: MLP
-    parallel: bool
+    """x + attention(norm(x)) + mlp(norm(x)), or, where the two are not parallel, one after the other."""
+
+    def __init__(self, weights: Weights, i: int, config: GPTNeoXConfig, rope: RopeParams) -> None:
+        name, size, inner, epsilon = f"layers.{i}", config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        bias = config.attention_bias
+        q_proj, k_proj, v_proj = (
+            weights.linear(f"{name}.attention.query_key_value", 3 * size, size, bias, take=rows)
+            for rows in _split_rows(config, weights.is_gguf)
+        )
+        self.input_norm = weights.layer_norm(f"{name}.input_layernorm", size, epsilon)
+        self.attention = Attention(
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj=weights.linear(f"{name}.attention.dense", size, size, bias),
+            layer=i,
+            params=attention_params(config, i),
+            rope=rope,
+        )
+        self.mlp_norm = weights.layer_norm(f"{name}.post_attention_layernorm", size, epsilon)
+        self.mlp = MLP(
+            up_proj=weights.linear(f"{name}.mlp.dense_h_to_4h", inner, size, True),
+            down_proj=weights.linear(f"{name}.mlp.dense_4h_to_h", size, inner, True),
+            activation=config.hidden_act,
+        )
+        self.parallel = config.use_parallel_residual
 
     def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
         attended = self.attention(ops, self.input_norm(ops, x), batch, cache, wanted)
@@ -65,6 +85,8 @@ class Layer:
 
 
 class GPTNeoX:
+    """Embedding, layers, a last norm and the output projection."""
+
     gguf_names: ClassVar[dict[str, str]] = {
         "embed_in": "token_embd",
         "post_attention_layernorm": "ffn_norm",
@@ -79,21 +101,11 @@ class GPTNeoX:
 
     def __init__(self, fields: Fields, weights: Weights) -> None:
         self.config = config = GPTNeoXConfig.read(fields)
-        size, epsilon = config.hidden_size, config.layer_norm_eps
         rope = config.rope.params(config.head_dim)
-        self.embed_in = weights.matrix("embed_in", config.vocab_size, size)
-        self.layers = [
-            Layer(
-                input_norm=weights.layer_norm(f"layers.{i}.input_layernorm", size, epsilon),
-                attention=_load_attention(weights, i, config, rope),
-                mlp_norm=weights.layer_norm(f"layers.{i}.post_attention_layernorm", size, epsilon),
-                mlp=_load_mlp(weights, i, config),
-                parallel=config.use_parallel_residual,
-            )
-            for i in range(config.num_hidden_layers)
-        ]
-        self.final_layer_norm = weights.layer_norm("final_layer_norm", size, epsilon)
-        self.embed_out = load_head(weights, self.embed_in, config, config.tie_word_embeddings, "embed_out")
+        self.embed_in = weights.matrix("embed_in", config.vocab_size, config.hidden_size)
+        self.layers = [Layer(weights, i, config, rope) for i in range(config.num_hidden_layers)]
+        self.final_layer_norm = weights.layer_norm("final_layer_norm", config.hidden_size, config.layer_norm_eps)
+        self.embed_out = load_head(weights, self.embed_in, config, "embed_out")
 
     def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
         x = ops.embed(self.embed_in, batch.token_ids)
@@ -101,35 +113,10 @@ class GPTNeoX:
         return hidden, ops.linear(hidden, self.embed_out)
 
 
-def _load_attention(weights: Weights, layer: int, config: GPTNeoXConfig, rope: RopeParams) -> Attention:
-    name, size, heads = f"layers.{layer}.attention", config.hidden_size, config.num_attention_heads
-    q_proj, k_proj, v_proj = (
-        weights.linear(
-            f"{name}.query_key_value", 3 * size, size, config.attention_bias, take=_rows(config, part, weights.is_gguf)
-        )
-        for part in range(3)
-    )
-    return Attention(
-        q_proj,
-        k_proj,
-        v_proj,
-        o_proj=weights.linear(f"{name}.dense", size, size, config.attention_bias),
-        layer=layer,
-        params=AttentionParams(heads, heads, config.head_dim, config.head_dim**-0.5),
-        rope=rope,
-    )
-
-
-def _rows(config: GPTNeoXConfig, part: int, is_gguf: bool) -> npt.NDArray[np.intp]:
-    """Where queries (part 0), keys (1) or values (2) lie: Hugging Face has all three of a head together."""
-    size = config.hidden_size
+def _split_rows(config: GPTNeoXConfig, is_gguf: bool) -> list[Rows]:
+    """Which rows of one tensor are queries, keys and values: Hugging Face has all three of a head together."""
+    rows = np.arange(3 * config.hidden_size, dtype=np.intp)
     if is_gguf:
-        return np.arange(part * size, (part + 1) * size, dtype=np.intp)
-    heads = np.arange(3 * size, dtype=np.intp).reshape(config.num_attention_heads, 3, config.head_dim)
-    return heads[:, part].flatten()
-
-
-def _load_mlp(weights: Weights, layer: int, config: GPTNeoXConfig) -> MLP:
-    name, size, inner = f"layers.{layer}.mlp", config.hidden_size, config.intermediate_size
-    up = weights.linear(f"{name}.dense_h_to_4h", inner, size, True)
-    return MLP(up, weights.linear(f"{name}.dense_4h_to_h", size, inner, True), config.hidden_act)
+        return list(rows.reshape(3, -1))
+    heads = rows.reshape(config.num_attention_heads, 3, config.head_dim)
+    return [heads[:, part].flatten() for part in range(3)]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from mnemos.contract import Cache
-from mnemos.models.architectures.llama import LlamaConfig, load_llama
+from mnemos.models.architectures.llama import Decoder, Layer, LlamaConfig
 from mnemos.models.fields import Fields
 from mnemos.models.weights import Weights
-from mnemos.ops.protocol import Array, Ops
 
 _NAMES = (
     ("tok_embeddings.emb.", "embed_tokens."),
@@ -26,30 +24,31 @@ _NAMES = (
 )
 
 
-class MiniLLM:
-    gguf_names: ClassVar[dict[str, str]] = {}
+class MiniLLM(Decoder):
+    """Llama's layers, from tensors of other names."""
+
     ignored: ClassVar[tuple[str, ...]] = ("*rope.freqs_cis",)
 
     def __init__(self, fields: Fields, weights: Weights) -> None:
-        renamed = {_usual(name): tensor for name, tensor in weights.tensors.items()}
-        up = renamed.get("layers.0.mlp.up_proj.weight")
-        fields = fields.renamed(
-            hidden_size="dim",
-            num_hidden_layers="n_layers",
-            num_attention_heads="n_heads",
-            num_key_value_heads="n_kv_heads",
-            max_position_embeddings="max_seq_len",
-            rms_norm_eps="norm_eps",
-        ).with_defaults({} if up is None else {"intermediate_size": up.rows})
-        tied = "lm_head.weight" not in renamed
-        config = LlamaConfig.read(fields, tied=tied)
-        own = Weights(weights.path, renamed, weights.ops, None)
-        self.config = config
-        self.decoder = load_llama(own, config, (True,) * config.num_hidden_layers, neighbours=True)
+        own = Weights(weights.path, {_usual(name): t for name, t in weights.tensors.items()}, weights.ops, None)
+        config = _read(fields, own)
+        rope = config.rope.params(config.head_dim)
+        super().__init__(own, config, lambda i: Layer(own, i, config, rope, interleaved=True))
         weights.used |= {name for name in weights.tensors if _usual(name) in own.used}
 
-    def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
-        return self.decoder(ops, batch, cache)
+
+def _read(fields: Fields, weights: Weights) -> LlamaConfig:
+    """Llama's hyperparameters under the names of Mini-LLM's arguments; two are read from the tensors."""
+    up = weights.tensors.get("layers.0.mlp.up_proj.weight")
+    fields = fields.renamed(
+        hidden_size="dim",
+        num_hidden_layers="n_layers",
+        num_attention_heads="n_heads",
+        num_key_value_heads="n_kv_heads",
+        max_position_embeddings="max_seq_len",
+        rms_norm_eps="norm_eps",
+    ).with_defaults({} if up is None else {"intermediate_size": up.rows})
+    return LlamaConfig.read(fields, tied=not weights.has("lm_head"))
 
 
 def _usual(name: str) -> str:

@@ -6,83 +6,61 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mnemos.contract import Cache
-from mnemos.models.activations import read_activation
-from mnemos.models.blocks import Attention, DecoderConfig, GatedMLP, load_pre_norm_decoder, read_shape
+from mnemos.models.architectures.llama import Decoder
+from mnemos.models.blocks import Attention, GatedMLP, attention_params, only
+from mnemos.models.config import GatedDecoderConfig, read_gated_decoder, read_shape
 from mnemos.models.fields import Fields
-from mnemos.models.rope import Rope, read_rope
 from mnemos.models.weights import Weights
-from mnemos.ops.protocol import Array, AttentionParams, Ops, RopeParams
+from mnemos.ops.protocol import Array, Ops, RopeParams
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phi3Config(DecoderConfig):
-    intermediate_size: int
-    rms_norm_eps: float
-    hidden_act: str
-    rope: Rope
-    tie_word_embeddings: bool
+class Phi3Config(GatedDecoderConfig):
+    """Phi-3's hyperparameters."""
 
     @classmethod
     def read(cls, fields: Fields) -> Phi3Config:
-        shape = read_shape(fields)
-        return cls(
-            **shape,
-            intermediate_size=fields.size("intermediate_size"),
-            rms_norm_eps=fields.number("rms_norm_eps", None if fields.is_gguf else 1e-5, most=1.0),
-            hidden_act=read_activation(fields, "hidden_act", "silu"),
-            rope=read_rope(fields, shape["head_dim"]),
-            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        return cls(**read_gated_decoder(fields, read_shape(fields), epsilon=1e-5))
+
+
+class Layer:
+    """x + attention(norm(x)), then x + mlp(norm(x)), from one tensor for q, k and v and one for gate and up."""
+
+    def __init__(self, weights: Weights, i: int, config: Phi3Config, rope: RopeParams) -> None:
+        name, size, epsilon, inner = f"layers.{i}", config.hidden_size, config.rms_norm_eps, config.intermediate_size
+        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.input_norm = weights.rms_norm(f"{name}.input_layernorm", size, epsilon)
+        self.mlp_norm = weights.rms_norm(f"{name}.post_attention_layernorm", size, epsilon)
+        q_proj, k_proj, v_proj = weights.split_linear(f"{name}.self_attn.qkv_proj", (queries, keys, keys), size)
+        self.attention = Attention(
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj=weights.linear(f"{name}.self_attn.o_proj", size, queries),
+            layer=i,
+            params=attention_params(config, i),
+            rope=rope,
+        )
+        gate_proj, up_proj = weights.split_linear(f"{name}.mlp.gate_up_proj", (inner, inner), size)
+        self.mlp = GatedMLP(
+            gate_proj,
+            up_proj,
+            down_proj=weights.linear(f"{name}.mlp.down_proj", size, inner),
+            activation=config.hidden_act,
         )
 
+    def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
+        attended = self.attention(ops, self.input_norm(ops, x), batch, cache, wanted)
+        x = ops.add(only(ops, x, wanted), attended)
+        return ops.add(x, self.mlp(ops, self.mlp_norm(ops, x)))
 
-class Phi3:
+
+class Phi3(Decoder):
+    """Phi-3's layers in Llama's frame."""
+
     gguf_names: ClassVar[dict[str, str]] = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
-    ignored: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, fields: Fields, weights: Weights) -> None:
-        self.config = config = Phi3Config.read(fields)
+        config = Phi3Config.read(fields)
         rope = config.rope.params(config.head_dim)
-        self.decoder = load_pre_norm_decoder(
-            weights,
-            config,
-            config.rms_norm_eps,
-            config.tie_word_embeddings,
-            attention=lambda layer: _load_attention(weights, layer, config, rope),
-            mlp=lambda layer: _load_mlp(weights, layer, config),
-        )
-
-    def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
-        return self.decoder(ops, batch, cache)
-
-
-def _load_attention(weights: Weights, layer: int, config: Phi3Config, rope: RopeParams) -> Attention:
-    """One tensor holds the rows of queries, then keys, then values."""
-    name = f"layers.{layer}.self_attn"
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    k_start, v_start, end = heads * size, (heads + kv_heads) * size, (heads + 2 * kv_heads) * size
-    q_proj, k_proj, v_proj = (
-        weights.linear(f"{name}.qkv_proj", end, config.hidden_size, take=rows)
-        for rows in (slice(0, k_start), slice(k_start, v_start), slice(v_start, end))
-    )
-    return Attention(
-        q_proj,
-        k_proj,
-        v_proj,
-        o_proj=weights.linear(f"{name}.o_proj", config.hidden_size, heads * size),
-        layer=layer,
-        params=AttentionParams(heads, kv_heads, size, size**-0.5, config.windows[layer]),
-        rope=rope,
-    )
-
-
-def _load_mlp(weights: Weights, layer: int, config: Phi3Config) -> GatedMLP:
-    """One tensor holds the rows of the gate, then those of the up projection."""
-    name = f"layers.{layer}.mlp"
-    inner = config.intermediate_size
-    gate_proj, up_proj = (
-        weights.linear(f"{name}.gate_up_proj", 2 * inner, config.hidden_size, take=rows)
-        for rows in (slice(0, inner), slice(inner, 2 * inner))
-    )
-    return GatedMLP(
-        gate_proj, up_proj, weights.linear(f"{name}.down_proj", config.hidden_size, inner), config.hidden_act
-    )
+        super().__init__(weights, config, lambda i: Layer(weights, i, config, rope))

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
-from mnemos.contract import Cache
-from mnemos.models.architectures.llama import LlamaConfig, load_llama
+from mnemos.models.architectures.llama import Decoder, Layer, LlamaConfig
 from mnemos.models.fields import Fields
 from mnemos.models.weights import Weights
-from mnemos.ops.protocol import Array, Ops
 
 
-class SmolLM3:
-    gguf_names: ClassVar[dict[str, str]] = {}
-    ignored: ClassVar[tuple[str, ...]] = ()
+class SmolLM3(Decoder):
+    """Llama's layers, of which some do not rotate."""
 
     def __init__(self, fields: Fields, weights: Weights) -> None:
-        self.config = LlamaConfig.read(fields, theta=2e6, tied=True)
-        self.decoder = load_llama(weights, self.config, _rotated_layers(fields, self.config.num_hidden_layers))
-
-    def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
-        return self.decoder(ops, batch, cache)
+        config = LlamaConfig.read(fields, theta=2e6, tied=True)
+        rope, rotated = config.rope.params(config.head_dim), _rotated_layers(fields, config.num_hidden_layers)
+        super().__init__(weights, config, lambda i: Layer(weights, i, config, rope if rotated[i] else None))
 
 
 def _rotated_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
