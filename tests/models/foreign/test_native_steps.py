@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +25,16 @@ THREADS = 2 if few_module._native is not None and few_module._native.usable_core
 @pytest.fixture
 def few() -> FewRows:
     return FewRows(THREADS)
+
+
+def no_worse_than_pytorch(got: torch.Tensor, operator: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> bool:
+    """Whether `got` is as near to the operator's float64 result as PyTorch's float32 one, which differs by processor.
+
+    Twice PyTorch's own error is allowed, and the rounding of eight operations where it happens to have none.
+    """
+    exact = operator(*(x.double() for x in inputs))
+    error, pytorchs = ((x.double() - exact).abs().max().item() for x in (got, operator(*inputs)))
+    return error <= 2 * pytorchs + 8 * torch.finfo(torch.float32).eps * exact.abs().max().item()
 
 
 def test_products_are_right_in_any_order(few: FewRows) -> None:
@@ -102,8 +114,8 @@ def test_attention_of_one_query_is_pytorchs(
     for scale in (None, 0.3):
         got = few.attend(query, key, value, scale=scale, **options)
         assert got is not None
-        wanted = F.scaled_dot_product_attention(query, key, value, scale=scale, **options)
-        assert torch.allclose(got, wanted, atol=2e-6, rtol=1e-5)
+        attention = partial(F.scaled_dot_product_attention, scale=scale, **options)
+        assert no_worse_than_pytorch(got, attention, query, key, value)
     alone = few.attend(query[:1], key[:1], value[:1], **options)
     together = few.attend(query, key, value, **options)
     assert alone is not None and together is not None and torch.equal(alone, together[:1])
@@ -177,7 +189,7 @@ def test_attention_over_growing_tensors_is_the_native_cores(few: FewRows, monkey
         query = torch.randn(2, 4, 1, 16)
         attended = F.scaled_dot_product_attention(query, keys, values)
         assert attended is done[step]
-        assert torch.allclose(attended, F.scaled_dot_product_attention(query, *plain), atol=1e-6)
+        assert no_worse_than_pytorch(attended, F.scaled_dot_product_attention, query, *plain)
         (keys, values), lanes = make_room([keys, values], [Axes(0, 2)] * 2, lanes, 1, few)
     assert type(keys) is Growing and torch.equal(keys.as_subclass(torch.Tensor), plain[0])
     masked = torch.ones(2, 1, 1, keys.shape[2], dtype=torch.bool)
