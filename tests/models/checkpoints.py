@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers as hf
+import pytest
+
+torch = pytest.importorskip("torch")
+hf = pytest.importorskip("transformers")
 
 VOCABULARY = 131
 _COMMON: dict[str, Any] = {

@@ -1,0 +1,109 @@
+"""The order of the house: imports go down, never in a circle, and a file holds one thing."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "mnemos"
+# From the ground up. A module may import what is on its own floor or below.
+FLOORS = (
+    ("errors",),
+    ("contract", "native"),
+    ("machine",),
+    ("formats", "hub"),
+    ("text", "ops"),
+    ("decoding",),
+    ("memory",),
+    ("models",),
+    ("engine",),
+    ("compat", "bench"),
+    ("cli",),
+)
+LONGEST = 400
+# Files that are longer because their subject is, and why.
+LONG_FILES: dict[str, str] = {}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name without `mnemos.`; the package itself is ""."""
+    names = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+MODULES = modules()
+
+
+def imported_by(path: Path) -> Iterator[str]:
+    """The modules of the package that a file imports, at its top, inside a function or for its types only."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            targets = [name if name.removeprefix("mnemos.") in MODULES else node.module for name in inner]
+        else:
+            continue
+        for target in targets:
+            if target == "mnemos" or target.startswith("mnemos."):
+                name = target.removeprefix("mnemos").removeprefix(".")
+                if name in MODULES:  # not the native core, which is no Python
+                    yield name
+
+
+IMPORTS = {name: set(imported_by(path)) for name, path in MODULES.items()}
+
+
+def floor_of(name: str) -> int:
+    room = name.partition(".")[0]
+    for floor, rooms in enumerate(FLOORS):
+        if room in rooms:
+            return floor
+    return len(FLOORS)  # the package itself and `python -m mnemos`
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {name.partition(".")[0] for name in MODULES} - {"", "__main__"}
+    assert rooms == {room for rooms in FLOORS for room in rooms}
+
+
+def test_imports_go_down() -> None:
+    climbs = [
+        f"{name} imports {target}"
+        for name, targets in IMPORTS.items()
+        for target in targets
+        if floor_of(target) > floor_of(name) and target  # cli asks the package itself for its version
+    ]
+    assert not climbs
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    def way_back(name: str) -> list[str]:
+        """A shortest way of imports from `name` to itself."""
+        ways = {target: [name, target] for target in IMPORTS[name]}
+        ahead = list(ways)
+        for module in ahead:
+            if module == name:
+                return ways[name]
+            for target in IMPORTS[module] - ways.keys():
+                ways[target] = [*ways[module], target]
+                ahead.append(target)
+        return []
+
+    circles = {" -> ".join(way) for name in IMPORTS if name and (way := way_back(name))}
+    assert not circles
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name))
+def test_a_file_is_no_longer_than_its_subject(name: str) -> None:
+    lines = len(MODULES[name].read_text(encoding="utf-8").splitlines())
+    if name in LONG_FILES:
+        assert lines > LONGEST, f"{name} has {lines} lines: it needs no reason any more"
+    else:
+        assert lines <= LONGEST, f"{name} has {lines} lines: look for the two things that it holds, or give a reason"
