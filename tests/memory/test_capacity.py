@@ -29,7 +29,7 @@ def limited(code: str) -> str:
 def test_a_limit_of_the_address_space_counts() -> None:
     """As `ulimit -v` sets it: a plan and a model that do not care for it fail in the middle of loading."""
     pages = limited("""
-        from tests.memory.test_planning import SPEC
+        from tests.memory.test_capacity import SPEC
         from mnemos.memory.capacity import plan_pages
         print(plan_pages(SPEC, None))
     """)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError
 from jinja2.ext import loopcontrols
 
-from mnemos.errors import ConfigError, FormatError, RequestError
+from mnemos.errors import ConfigError, FormatError, MnemosError, RequestError
+from mnemos.text.conversation import (
+    Message,
+    cut_at_end,
+    mark_control_texts,
+    mark_end,
+    prepare_messages,
+    refuse_lost_messages,
+)
 from mnemos.text.sandbox import BoundedEnvironment, Budget, BudgetError, GenerationTag
-
-Message = Mapping[str, Any]
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -24,6 +30,9 @@ CHATML = (
 MAX_SOURCE = 1 << 18
 _BASE_UNITS = 2_000_000
 _UNITS_PER_INPUT = 100  # how often an honest template may handle each part of its input
+
+
+_PROBE = "qzqprobe"  # what a template is tried with: no template and no conversation holds it
 
 
 class _Raised(Exception):
@@ -44,13 +53,58 @@ class ChatTemplate:
         self._environment = BoundedEnvironment(Budget(_BASE_UNITS), [GenerationTag, loopcontrols])
         self._environment.filters["tojson"] = self._environment._priced("tojson", _to_json)
         self._environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self.source = source
         self._template = self._compile(source)
+        self._takes_parts: bool | None = None
+        self._takes_objects: bool | None = None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        control_texts: Iterable[str] = (),
+        **variables: Any,
+    ) -> str:
         """The text of a conversation. RequestError if the template refuses it, FormatError if it does not work.
 
+        messages: as `mnemos.text.conversation.prepare_messages` takes them.
+        continue_final_message: the text ends with the last message's content, whose author goes on; then no prompt is
+        added. control_texts: names of control tokens; where a user or a tool wrote one, it gets a PLAIN_MARK.
         variables: what else the template may use, such as bos_token, eos_token, tools and documents.
         """
+        prepared = mark_control_texts(prepare_messages(messages, self), control_texts)
+        if continue_final_message:
+            text = self._render(mark_end(prepared), add_generation_prompt=False, **variables)
+            text = cut_at_end(text, self.label)
+        else:
+            text = self._render(prepared, add_generation_prompt=add_generation_prompt, **variables)
+        refuse_lost_messages(prepared, text, self.label)
+        return text
+
+    def takes_parts(self) -> bool:
+        """Whether the template writes the text of `{"type": "text", "text": ...}` parts."""
+        if self._takes_parts is None:
+            text = self._try([{"role": "user", "content": [{"type": "text", "text": _PROBE}]}])
+            self._takes_parts = _PROBE in text and "'text'" not in text and '"text"' not in text
+        return self._takes_parts
+
+    def takes_objects(self) -> bool:
+        """Whether the arguments of a tool call may be an object; else they are JSON text."""
+        if self._takes_objects is None:
+            as_object, as_text = (self._try(_call_probe(given)) for given in ({_PROBE: 1}, f'{{"{_PROBE}": 1}}'))
+            self._takes_objects = (_PROBE in as_object and f"'{_PROBE}'" not in as_object) or _PROBE not in as_text
+        return self._takes_objects
+
+    def _try(self, messages: list[Message]) -> str:
+        """The text of messages that the template may refuse, empty then."""
+        try:
+            return self._render(messages, add_generation_prompt=False)
+        except MnemosError:
+            return ""
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, **variables: Any) -> str:
         values = {"tools": None, "documents": None, **variables}
         values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         with self._lock:
@@ -88,14 +142,9 @@ def default_template(has_token: Any, label: str) -> str:
     )
 
 
-def check_messages(messages: Any) -> list[Message]:
-    """Messages as a list of mappings with a role."""
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise RequestError(f"messages is of type {type(messages).__name__}; it must be a list of {{'role', 'content'}}")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{index}] is {str(message)[:80]!r}; it must be a mapping with a 'role'")
-    return list(messages)
+def _call_probe(arguments: object) -> list[Message]:
+    call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+    return [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
 def _size(values: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ END_NAMES = (
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
     "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~[",
 )  # fmt: skip
+
+
+_ANCHOR = "\x02"  # a text to go on from: a byte that no token holds together with others
 
 
 class Spelling(Protocol):
@@ -111,6 +115,33 @@ class TokenizerCore:
         if self.prefix_ids is None:
             return ids
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special else ids
+
+    def encode_marked(self, text: str, mark: str, names: Sequence[str]) -> list[int]:
+        """Ids of a text in which the control tokens' `names` mean those tokens, unless they have a `mark` inside."""
+        pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if len(name) > 1)
+        ids: list[int] = []
+        clean = ""  # what goes through the encoder as it is, since it ends or begins with control tokens
+        for piece in re.split(f"({pattern})", text):
+            if mark not in piece:
+                clean += piece
+                continue
+            before = self.encode(clean, False, True)
+            plain = piece.replace(mark, "")
+            if clean and self.encode(clean + " x", False, True) == self.encode(clean + "x", False, True):
+                plain = plain.lstrip()  # the token before takes the white space after it
+            restarts = not clean or self.encode(clean + "x", False, True)[len(before) :] == self.encode(
+                "x", False, False
+            )
+            ids += before
+            ids += self.encode(plain, False, False) if restarts else self.encode_inside(plain)
+            clean = ""
+        return ids + self.encode(clean, False, True)
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that goes on from other text: without the space that some tokenizers put before a text."""
+        anchor = self.encode(_ANCHOR, False, False)
+        ids = self.encode(_ANCHOR + text, False, False)
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode(text, False, False)
 
 
 def byte_characters() -> list[str]:

@@ -43,21 +43,29 @@ def read_settings(folder: Path) -> Settings:
     return Settings(*(_read_object(folder / name) for name in names))
 
 
-def read_chat_template(folder: Path, settings: Settings) -> str | None:
-    """The default chat template: in a file of its own, or in tokenizer_config.json."""
+def read_chat_templates(folder: Path, settings: Settings) -> tuple[str | None, dict[str, str]]:
+    """(the default chat template, further ones by name).
+
+    Where the default one is in several places, the first of these counts: chat_template.jinja, tokenizer_config.json,
+    chat_template.json. Named ones are listed in tokenizer_config.json, or are files in additional_chat_templates/,
+    which count before the list.
+    """
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return _read_text(file)
-    template = settings.tokenizer.get("chat_template")
-    if template is None:
-        template = _read_object(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):  # several templates, each with a name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        problem = f"chat_template is {str(template)[:80]}"
-        raise FormatError(f"{folder}: {problem}; it must be a string or a list with a 'default'")
-    return template
+    stated = settings.tokenizer.get("chat_template")
+    if stated is None:
+        stated = _read_object(folder / "chat_template.json").get("chat_template")
+    named: dict[str, str] = {}
+    if isinstance(stated, list):
+        entries = [(entry.get("name"), entry.get("template")) for entry in stated if isinstance(entry, dict)]
+        named = {name: text for name, text in entries if isinstance(name, str) and isinstance(text, str)}
+        stated = named.get("default")
+        if stated is None and not named:
+            raise FormatError(f"{folder}: chat_template is a list without a name and a template; it must have both")
+    if stated is not None and not isinstance(stated, str):
+        problem = f"chat_template is {str(stated)[:80]}"
+        raise FormatError(f"{folder}: {problem}; it must be a string or a list of named ones")
+    named |= {path.stem: _read_text(path) for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    return _read_text(file) if file.is_file() else stated, named
 
 
 def build_core(file: Path, settings: Settings) -> TokenizerCore:

@@ -1,10 +1,11 @@
 """A jinja2 environment in which a template cannot run for ever or fill the memory.
 
 Jinja's own sandbox keeps a template from code and files, but not from work: loops nest, strings multiply, lists that
-hold one list twice double with every level. Here everything that a template can do is paid for from a budget, in
-proportion to the size of what it touches, before or right after a step that cannot itself be large: loops by the
-item, calls, operators, comparisons, literals, output. What cannot be priced (most padding methods and filters) is
-left out; the lists below hold what chat templates use.
+hold one list twice double with every level. Here everything that a template can do is paid for from a budget, before or
+right after a step that cannot itself be large: loops by the item, calls, operators, comparisons, literals, output. The
+price is what a step makes or reads: asking for a list's length costs the same whatever it holds, and a text that grows
+pays for what is added to it. What cannot be priced (most padding methods and filters) is left out; the lists below hold
+what chat templates use.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _MAX_INTEGER_BITS = 256
 _MAX_WIDTH = 256
 _SECONDS = 5.0
 _CALL = 8  # calls are slow
+_COPIED_AT_ONCE = 4096  # characters that are copied in about the time of one operation
 # A format that pads to thousands of characters, or whose width is an argument.
 _WIDE = re.compile(r"%[^a-zA-Z%]*(?:\d{4}|\*)|\{[^{}]*:[^{}]*(?:\d{4}|\{)")
 
@@ -54,6 +56,13 @@ _FILTERS = (
     "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr",
     "replace", "reverse", "round", "safe", "select", "selectattr", "sort", "string", "title", "tojson", "trim", "upper",
     "urlencode",
+)  # fmt: skip
+# Filters that look at the outside of a value, or hand it on as it is.
+_SHALLOW_FILTERS = ("count", "d", "default", "first", "items", "last", "length", "list", "reverse")
+# Tests that read all of what they are given; the others ask for its type.
+_DEEP_TESTS = (
+    "!=", "<", "<=", "==", ">", ">=", "divisibleby", "eq", "equalto", "even", "ge", "greaterthan", "gt", "in", "le",
+    "lessthan", "lower", "lt", "ne", "odd", "upper",
 )  # fmt: skip
 _PASSED_BY_JINJA = ("_loop_vars", "_block_vars")
 _GLOBALS = ("range", "dict", "namespace", "joiner", "cycler")
@@ -84,6 +93,18 @@ class Budget:
     def charge_text(self, characters: int) -> None:
         self.charge(characters // _UNIT + 1)
 
+    def charge_growth(self, lengths: list[int]) -> None:
+        """Pays for a text made of parts that long: for all but the longest, which is copied and not read."""
+        self._until_clock -= sum(lengths) // _COPIED_AT_ONCE
+        self.charge_text(sum(lengths) - max(lengths, default=0))
+
+    def charge_outside(self, value: Any) -> None:
+        """Pays for handling a value without what it holds."""
+        if isinstance(value, (str, bytes)):
+            self.charge_text(len(value))
+        else:
+            self.charge(1 + (len(value) if isinstance(value, (dict, list, tuple)) else 0))
+
     def charge_value(self, value: Any) -> int:
         """Pays for handling `value` once with all that it holds, counted as often as it is written out; how much."""
         before = self._left
@@ -109,7 +130,7 @@ class Budget:
             elif isinstance(item, int) and item.bit_length() > _MAX_INTEGER_BITS:
                 raise BudgetError(f"the template computes an integer of {item.bit_length()} bits")
             elif isinstance(item, Namespace):
-                raise BudgetError("the template uses a namespace as a value; only its attributes can be used")
+                pending.append(object.__getattribute__(item, "_Namespace__attrs"))
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -124,7 +145,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         filters: dict[str, Any] = dict(self.filters)
         self.filters = {name: self._priced(name, filters[name]) for name in _FILTERS}
         tests: dict[str, Any] = dict(TESTS)
-        self.tests = {name: self._priced(name, test) for name, test in tests.items()}
+        self.tests = {name: self._priced(name, test) if name in _DEEP_TESTS else test for name, test in tests.items()}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template: nodes.Template = _Pricing().visit(super()._parse(source, name, filename))
@@ -142,10 +163,19 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif not isinstance(__obj, Macro):
             self.budget.charge_value(args)
         result = super().call(__context, __obj, *args, **kwargs)
-        self.budget.charge_value(None if isinstance(result, Namespace) else result)
+        if kind is dict:  # what it holds, as it is
+            self.budget.charge_outside(None if __obj.__name__ == "get" else owner)
+        else:
+            self.budget.charge_value(result)
         return result
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            self.budget.charge_growth([len(left), len(right)])
+            return super().call_binop(context, operator, left, right)
+        if operator == "+" and isinstance(left, list) and isinstance(right, list):
+            self.budget.charge(1 + len(left) + len(right))
+            return super().call_binop(context, operator, left, right)
         units = self.budget.charge_value((left, right))
         if operator == "*":
             self._check_repeat(left, right)
@@ -177,8 +207,16 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def joined(self, *parts: Any) -> str:
         """The operator ~."""
         for part in parts:
-            self.budget.charge_value(part)
-        return "".join([str(part) for part in parts])
+            if not isinstance(part, str):
+                self.budget.charge_value(part)
+        texts = [str(part) for part in parts]
+        self.budget.charge_growth([len(text) for text in texts])
+        return "".join(texts)
+
+    def sliced(self, value: Any) -> Any:
+        """Pays for a slice: a copy of what the list or text holds, not of what that holds in turn."""
+        self.budget.charge_outside(value)
+        return value
 
     def _priced(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter or test that pays for its arguments and for its result."""
@@ -187,6 +225,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         @functools.wraps(function)
         def priced(*args: Any, **kwargs: Any) -> Any:
             given = _with_list(args[passed:]) if name == "join" else args[passed:]
+            if name in _SHALLOW_FILTERS:
+                copies = name in ("list", "reverse") or not isinstance(given[0], str)
+                self.budget.charge_outside(given[0] if copies else None)
+                return function(*args, **kwargs)
             units = self.budget.charge_value((given, kwargs))
             if name == "format":
                 self._check_format(str(given[0]), units)
@@ -245,7 +287,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             allowed = ", ".join(sorted(_METHODS[kind])) or "none"
             raise SecurityError(f"the method {name} of {kind.__name__} is not for templates; those that are: {allowed}")
         given = [kwargs[key] for key in kwargs if key not in _PASSED_BY_JINJA]
-        units = self.budget.charge_value((owner, args, given))
+        units = self.budget.charge_value((None if kind is dict else owner, args, given))
         if name == "format":
             self._check_format(owner, units)
         elif name == "join":
@@ -308,7 +350,7 @@ class _Pricing(NodeTransformer):
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
         if isinstance(node.arg, nodes.Slice):
-            return _call("priced_value", node)
+            return _call("sliced", node)
         if not isinstance(node.arg, nodes.Const):
             node.arg = _call("priced_value", node.arg)  # a key is hashed, all of it
         return node

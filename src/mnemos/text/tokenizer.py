@@ -22,6 +22,8 @@ Message = Mapping[str, Any]
 # A tokenizer for one text is made in a twentieth of the time that the whole one takes; for this many, one by one.
 MOST_TEXTS = 8
 LONGEST_TEXT = 2048  # characters
+MOST_TEMPLATES = 8  # compiled ones that are kept
+_TEMPLATE = "tokenizer.chat_template"
 
 
 class Tokenizer:
@@ -38,15 +40,18 @@ class Tokenizer:
         vocabulary_size: int | None = None,
         chat_template: str | None = None,
         build_for: Callable[[str], TokenizerCore] | None = None,
+        named_templates: Mapping[str, str] | None = None,
     ) -> None:
         self.chat_template = chat_template
+        self.named_templates = dict(named_templates or {})  # the model's others, such as "tool_use"
         self._vocabulary_size = vocabulary_size
         self._build = build
         self._build_for = build_for
         self._texts = 0  # for which `_build_for` was called
         self._whole: TokenizerCore | None = None
         self._latest: TokenizerCore | None = None  # the whole one, or one for a text
-        self._template: tuple[str, ChatTemplate] | None = None
+        self._templates: dict[str, ChatTemplate] = {}  # compiled, by their sources
+        self._controls: tuple[str, ...] | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -68,11 +73,11 @@ class Tokenizer:
             raise FormatError(f"{label}: tokenizer.ggml.tokens is missing; without it there is no tokenizer")
         if not isinstance(tokens, Sequence) or isinstance(tokens, str):
             raise FormatError(f"{label}: tokenizer.ggml.tokens is {str(tokens)[:80]}; it must be an array of strings")
-        template = metadata.get("tokenizer.chat_template")
+        template = metadata.get(_TEMPLATE)
         if template is not None and not isinstance(template, str):
             raise FormatError(f"{label}: tokenizer.chat_template is {str(template)[:80]}; it must be a string")
         build_for = (lambda text: build_core_for(text, metadata, label)) if can_build_for_text(metadata) else None
-        return cls(lambda: build_core(metadata, label), len(tokens), template, build_for)
+        return cls(lambda: build_core(metadata, label), len(tokens), template, build_for, _named_templates(metadata))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -82,8 +87,8 @@ class Tokenizer:
         file = _tokenizer_file(Path(path))
         build = sentencepiece.build_core if file.suffix == ".model" else huggingface.build_core
         settings = huggingface.read_settings(file.parent)
-        template = huggingface.read_chat_template(file.parent, settings)
-        return cls(lambda: build(file, settings), chat_template=template)
+        template, named = huggingface.read_chat_templates(file.parent, settings)
+        return cls(lambda: build(file, settings), chat_template=template, named_templates=named)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Tokenizer:
@@ -159,48 +164,82 @@ class Tokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """A conversation as the text that the model was trained on.
 
-        messages: each with a role and a content. chat_template: Jinja text instead of the model's own.
-        variables: more for the template, such as `tools`. Errors: RequestError if the template refuses the messages.
+        messages: each with a role and a content, as OpenAI's clients send them: see `mnemos.text.conversation`.
+        chat_template: Jinja text, or the name of one of the model's templates, instead of the one that the model has
+        for such a conversation. continue_final_message: the text ends with the last message, which goes on; no prompt
+        is added then. variables: more for the template, such as `tools`.
+        Errors: RequestError if the template refuses the messages.
         """
-        from mnemos.text.chat import check_messages
+        from mnemos.text.conversation import check_messages
 
-        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        names["unk_token"] = self._core.unknown_id
-        tokens = {name: "" if token is None else self._core.texts[token] for name, token in names.items()}
-        template = self._compiled_template(chat_template)
-        variables = {**tokens, **variables}
-        return template.render(check_messages(messages), add_generation_prompt=add_generation_prompt, **variables)
+        template = self._template_for(chat_template, variables.get("tools"))
+        return template.render(
+            check_messages(messages),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **{**self._token_names(), **variables},
+        )
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        allow_special: bool = False,
+        **variables: Any,
     ) -> list[int]:
-        """Token ids of a conversation. Where the model wants bos and its template does not write it, it is added."""
-        text = self.apply_chat_template(messages, add_generation_prompt, **variables)
+        """Token ids of a conversation. Where the model wants bos and its template does not write it, it is added.
+
+        allow_special: names of control tokens in what users and tools wrote, such as <|im_end|>, mean those tokens;
+        otherwise they are text, so that nobody closes a message from inside it. Other options are those of
+        `apply_chat_template`.
+        """
+        from mnemos.text.conversation import PLAIN_MARK
+
+        names = () if allow_special else self._control_texts()
+        text = self.apply_chat_template(messages, add_generation_prompt, control_texts=names, **variables)
         if not text:
             raise RequestError(f"{self._core.label}: the chat template makes no text at all of these messages")
-        ids = self.encode(text, add_special=False)
-        core = self._core
+        _check_surrogates(text)
+        core = self._core_for(text.replace(PLAIN_MARK, ""))
+        ids = core.encode_marked(text, PLAIN_MARK, names) if PLAIN_MARK in text else core.encode(text, False, True)
         if core.bos_id is not None and core.prefix_ids == (core.bos_id,) and ids[:1] != [core.bos_id]:
             return [core.bos_id, *ids]
         return ids
 
-    def _compiled_template(self, source: str | None) -> ChatTemplate:
+    def _token_names(self) -> dict[str, str]:
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        names["unk_token"] = self._core.unknown_id
+        return {name: "" if token is None else self._core.texts[token] for name, token in names.items()}
+
+    def _control_texts(self) -> tuple[str, ...]:
+        if self._controls is None:
+            core = self._core
+            self._controls = tuple(core.texts[token] for token in sorted(core.special_ids))
+        return self._controls
+
+    def _template_for(self, source: str | None, tools: Any) -> ChatTemplate:
+        """The template to use: the one asked for, the model's for tools if there are any, or the model's own."""
         from mnemos.text.chat import ChatTemplate, default_template
 
-        if source is None:
-            source = self.chat_template
+        if source is None and tools:
+            source = self.named_templates.get("tool_use")
+        source = self.chat_template if source is None else self.named_templates.get(source, source)
         label = self._core.label
         if source is None:
             whole = self._whole_core()
             source = default_template(lambda text: whole.encoder.token_to_id(text) is not None, label)
         with self._lock:
-            if self._template is None or self._template[0] != source:
-                self._template = (source, ChatTemplate(source, label))
-            return self._template[1]
+            if source not in self._templates:
+                if len(self._templates) >= MOST_TEMPLATES:
+                    del self._templates[next(iter(self._templates))]
+                self._templates[source] = ChatTemplate(source, label)
+            return self._templates[source]
 
     @property
     def vocabulary_size(self) -> int:
@@ -238,6 +277,16 @@ def _tokenizer_file(path: Path) -> Path:
             return file
     needed = "a tokenizer.json is needed, or SentencePiece's tokenizer.model"
     raise FormatError(f"{candidates[0]}: does not exist; {needed}")
+
+
+def _named_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """GGUF keeps further templates under tokenizer.chat_template.NAME."""
+    prefix = _TEMPLATE + "."
+    return {
+        key.removeprefix(prefix): value
+        for key, value in metadata.items()
+        if key.startswith(prefix) and isinstance(value, str)
+    }
 
 
 def _check_surrogates(text: str) -> None:
