@@ -12,7 +12,7 @@ from mnemos.bench.scheduling import SchedulingBench
 from mnemos.bench.serving import Workload, percentile, plan, run_workload, summarize
 from mnemos.cli.bench import _row
 from mnemos.engine.engine import InferenceEngine
-from mnemos.engine.sequence import Timings
+from mnemos.engine.request import Timings
 from mnemos.errors import ConfigError
 from tests.engine.toys import ToyModel
 

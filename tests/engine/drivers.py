@@ -9,8 +9,8 @@ import numpy as np
 
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows, Strategy
 from mnemos.engine.core import Executor
+from mnemos.engine.request import Request, Timings
 from mnemos.engine.scheduler import Limits
-from mnemos.engine.sequence import Request, Timings
 from tests.engine.toys import VOCABULARY, ToyModel, toy_row
 
 
@@ -153,26 +153,26 @@ def run(executor: Executor, limit: int = 10_000) -> None:
 
 def check_pages(executor: Executor) -> None:
     """Every reference is accounted for by a page table or the prefix tree."""
-    placement = executor.scheduler.placement
-    counts = [0] * placement.pool.total
+    tables = executor.scheduler.tables
+    counts = [0] * tables.pool.total
     for request in executor.requests:
         for sequence in request.sequences:
             for page in sequence.pages:
                 if page >= 0:
                     counts[page] += 1
     reclaimable = 0
-    for node in placement.tree.nodes() if placement.tree else ():
+    for node in tables.tree.nodes() if tables.tree else ():
         counts[node.page] += 1
         reclaimable += counts[node.page] == 1
-    assert counts == placement.pool.references
-    assert placement.pool.free == counts.count(0)
-    assert placement.pool.reclaimable == reclaimable
+    assert counts == tables.pool.references
+    assert tables.pool.free == counts.count(0)
+    assert tables.pool.reclaimable == reclaimable
 
 
 def check_whole(executor: Executor) -> None:
     """Nothing runs, and every page is free but those of the prefix tree, which can all be had back."""
     check_pages(executor)
-    pool, tree = executor.scheduler.placement.pool, executor.scheduler.placement.tree
+    pool, tree = executor.scheduler.tables.pool, executor.scheduler.tables.tree
     assert not executor.has_work
     assert pool.used == (len(tree) if tree else 0)
     if tree:

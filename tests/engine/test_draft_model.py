@@ -50,7 +50,7 @@ def check_drafts_whole(executor: Executor) -> None:
     scheduler = executor.drafting.scheduler
     assert not scheduler.running
     assert not len(scheduler.queue)
-    pool = scheduler.placement.pool
+    pool = scheduler.tables.pool
     assert pool.free + pool.reclaimable == pool.total
 
 

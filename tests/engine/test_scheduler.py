@@ -9,7 +9,7 @@ from mnemos.decoding.config import GenerationConfig
 from mnemos.decoding.strategy import Branch, Strategy
 from mnemos.engine.prefill_budget import SMALLEST_CHUNK, Pace
 from mnemos.engine.queue import WaitingQueue
-from mnemos.engine.sequence import Request
+from mnemos.engine.request import Request
 from tests.engine.drivers import Greedy, Wild, check_whole, make_executor, make_request, run
 from tests.engine.toys import ToyModel, toy_greedy
 
@@ -113,7 +113,7 @@ def sampling(results: int, prompt: list[int], tokens: int = 12) -> Strategy:
 
 def test_forks_share_pages_and_copy_what_they_write_to() -> None:
     executor = make_executor(ToyModel(page_size=4), prefix_cache=False)
-    pool = executor.scheduler.placement.pool
+    pool = executor.scheduler.tables.pool
     prompt = [1] * 18
     request, _ = make_request(sampling(3, prompt), prompt)
     executor.add(request)
@@ -137,7 +137,7 @@ def test_recomputed_branches_share_again() -> None:
     run(calm)
 
     executor = make_executor(ToyModel(page_size=4), prefix_cache=False, pages=26, batch_tokens=16)
-    pool = executor.scheduler.placement.pool
+    pool = executor.scheduler.tables.pool
     request, results = make_request(sampling(4, prompt), prompt, priority=1)
     executor.add(request)
     while executor.has_work:

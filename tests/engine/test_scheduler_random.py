@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from mnemos.decoding.build import make_strategy
 from mnemos.decoding.config import GenerationConfig
 from mnemos.decoding.strategy import Advance, Branch, Rows, Strategy
-from mnemos.engine.sequence import Request
+from mnemos.engine.request import Request
 from mnemos.errors import CapacityError
 from tests.engine.drivers import Greedy, Results, Wild, check_pages, check_whole, make_executor, make_request, run
 from tests.engine.toys import ToyModel, toy_greedy

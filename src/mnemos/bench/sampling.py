@@ -9,7 +9,7 @@ from typing import Any
 
 from mnemos.bench.results import Result
 from mnemos.engine.engine import InferenceEngine
-from mnemos.engine.sequence import Timings
+from mnemos.engine.request import Timings
 
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1}
 TOKENS = 128

@@ -12,7 +12,7 @@ from pathlib import Path
 from mnemos.bench.results import Result
 from mnemos.bench.scheduling import SchedulingBench
 from mnemos.engine.engine import InferenceEngine
-from mnemos.engine.sequence import Timings
+from mnemos.engine.request import Timings
 from mnemos.errors import ConfigError
 
 

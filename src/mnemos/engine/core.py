@@ -8,8 +8,8 @@ from functools import partial
 from mnemos.contract import Output, PagedModel
 from mnemos.decoding.strategy import Branch, Emitted, Rows
 from mnemos.engine.draft_model import Drafting
+from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits, Scheduler
-from mnemos.engine.sequence import Request, State
 from mnemos.engine.statistics import Counters, Event, Listener
 from mnemos.engine.step import Step
 from mnemos.errors import MnemosError

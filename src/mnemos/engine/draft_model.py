@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from mnemos.contract import PagedModel
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows
+from mnemos.engine.request import Request, State, Timings
 from mnemos.engine.scheduler import Limits, Scheduler
-from mnemos.engine.sequence import Request, State, Timings
 from mnemos.errors import MnemosError
 
 

@@ -11,12 +11,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from mnemos.decoding.forced import ForcedLogits, ForcedScore, Score
-from mnemos.engine.completion import Assembler, Completion, StreamedToken
+from mnemos.engine.assembler import Assembler
+from mnemos.engine.completion import Completion, StreamedToken
 from mnemos.engine.gather import run_all
 from mnemos.engine.handle import Channel, RequestHandle
 from mnemos.engine.pretrained import check_count, load_parts
 from mnemos.engine.prompts import read_prompts
-from mnemos.engine.sequence import Request, Timings
+from mnemos.engine.request import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
 from mnemos.errors import ConfigError, ContextLengthError, RequestError, UnsupportedError
 from mnemos.memory.capacity import plan_pages
@@ -296,7 +297,7 @@ class InferenceEngine:
         if self._conditioned is not None:
             source = prompt
             condition, prompt = self._runner.call(partial(self._conditioned.begin, source))
-        self._runner.executor.scheduler.placement.check_length(len(prompt))
+        self._runner.executor.scheduler.tables.check_length(len(prompt), self.spec.context_length)
         strategy = make_strategy(config, prompt, self.tokenizer, self.spec, source)
         return partial(self._launch, strategy, prompt, config, source, condition)
 
@@ -353,7 +354,7 @@ class InferenceEngine:
         )
 
     def _prefix_tree(self) -> PrefixTree:
-        tree = self._runner.executor.scheduler.placement.tree
+        tree = self._runner.executor.scheduler.tables.tree
         if tree is None:
             raise ConfigError("prefix_cache is False; make the engine with prefix_cache=True to save or load one")
         return tree

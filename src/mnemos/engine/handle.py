@@ -9,8 +9,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mnemos.decoding.strategy import Emitted, FinishedSequence
-from mnemos.engine.completion import Assembler, Completion, StreamedToken, Usage
-from mnemos.engine.sequence import Request, State, Timings
+from mnemos.engine.assembler import Assembler
+from mnemos.engine.completion import Completion, StreamedToken, Usage
+from mnemos.engine.request import Request, State, Timings
 from mnemos.errors import MnemosError
 
 if TYPE_CHECKING:

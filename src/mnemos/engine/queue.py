@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 
-from mnemos.engine.sequence import Request, State
+from mnemos.engine.request import Request, State
 
 
 class WaitingQueue:

@@ -11,12 +11,14 @@ from itertools import count
 from mnemos.contract import Output, PagedModel
 from mnemos.decoding.choice import Wish, draw_rows
 from mnemos.decoding.strategy import Branch, Rows
-from mnemos.engine.placement import Placement
+from mnemos.engine.branches import Branches
 from mnemos.engine.prefill_budget import Pace
 from mnemos.engine.queue import WaitingQueue
-from mnemos.engine.sequence import Request, Sequence, State
+from mnemos.engine.request import Request, State
+from mnemos.engine.sequence import Sequence
 from mnemos.engine.step import Step
 from mnemos.errors import CapacityError
+from mnemos.memory.page_table import PageTables
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Scheduler:
         on_start: Callable[[Request, float], None] = lambda request, now: None,
     ) -> None:
         self.limits = limits
-        self.placement = Placement(model, pages, limits.context_length, prefix_cache)
+        self.tables = PageTables(model, pages, prefix_cache)
+        self.branches = Branches(self.tables, limits.context_length)
         self.queue = WaitingQueue()
         self.running: list[Request] = []
         self.pace = Pace(limits.batch_tokens)
@@ -75,17 +78,17 @@ class Scheduler:
         else:
             self.queue.remove(request)
         request.state = State.ENDED
-        self.placement.release(request)
+        self.branches.release(request)
         self.queue.leave(request)
 
     def finish(self, request: Request) -> None:
         """The request is done: what it evaluated is remembered for others, and its pages are given back."""
-        self.placement.remember(request)
+        self.branches.remember(request)
         self.remove(request)
 
     def place(self, request: Request, branches: list[Branch]) -> None:
         """Goes on with `branches`; forks share pages with their parents, the others' pages are given back."""
-        self.placement.place(request, branches)
+        self.branches.place(request, branches)
 
     # A step.
 
@@ -125,7 +128,7 @@ class Scheduler:
         drawing: list[Sequence] = []
         wishes: list[Wish] = []
         logits, hidden = output.logits, output.hidden
-        charge, placement = self.queue.charge, self.placement
+        charge, branches, window = self.queue.charge, self.branches, self.tables.window
         for request, parts, complete in step.items:
             rows = 0
             for sequence, number, start, end in parts:
@@ -141,8 +144,8 @@ class Scheduler:
                     sequence.keep(logits[start:end], hidden[start:end])
             request.pending -= rows
             charge(request.tenant, rows)
-            if request.prefilling or placement.window:
-                placement.settle(request)
+            if request.prefilling or window:
+                branches.settle(request)
             if complete:
                 ready.append(request)
         if wishes:
@@ -165,7 +168,7 @@ class Scheduler:
         if request.pending != 1 or len(request.sequences) != 1:
             return False
         sequence = request.sequences[0]
-        if not self.placement.holds_next(sequence):
+        if not self.tables.holds_next(sequence):
             return False
         step.add_one(request, sequence)
         return True
@@ -176,7 +179,7 @@ class Scheduler:
             planned: list[tuple[Sequence, int]] = []
             total = 0
             for sequence in request.sequences:
-                rows = self.placement.prepare(request, sequence)
+                rows = self.branches.prepare(request, sequence)
                 if request.prefilling:
                     rows = min(rows, chunk - total)
                 if rows <= 0:
@@ -194,19 +197,19 @@ class Scheduler:
 
     def _reserve(self, request: Request, sequence: Sequence, rows: int, newcomer: bool) -> bool:
         """Makes sure of pages for a sequence's next rows; False if they are not to be had in this step."""
-        placement = self.placement
-        needed = placement.pages_missing(sequence, rows)
+        tables = self.tables
+        needed = tables.pages_missing(sequence, rows)
         if needed:
-            while not placement.make_room(needed):
+            while not tables.make_room(needed):
                 if newcomer:  # all others are in the step already
                     return False
                 victim = self.running[-1]
                 if len(self.running) == 1:
-                    placement.refuse(sequence, rows)
+                    tables.refuse(sequence, rows)
                 self._preempt(victim)
                 if victim is request:
                     return False
-            placement.extend(sequence, rows)
+            tables.extend(sequence, rows)
         return True
 
     # Who runs.
@@ -218,10 +221,10 @@ class Scheduler:
         branches = sum(other.strategy.max_branches for other in self.running)
         if branches + request.strategy.max_branches > self.limits.sequences:
             return False
-        available = self.placement.available
+        available = self.tables.available
         if self._refused == (request, available):
             return False
-        fits = self.placement.fits(request, len(self.running))
+        fits = self.branches.fits(request, len(self.running))
         self._refused = (None, 0) if fits else (request, available)
         return fits
 
@@ -236,7 +239,7 @@ class Scheduler:
         request.timings.started = now
         self._on_start(request, now)
         try:
-            self.placement.start(request)
+            self.branches.start(request)
         except Exception as error:
             self._fail(request, error)
 
@@ -261,8 +264,8 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         request.state = State.WAITING
-        self.placement.remember(request)
-        self.placement.suspend(request)
+        self.branches.remember(request)
+        self.branches.suspend(request)
         self.queue.put_back(request)
         self.preemptions += 1
         request.preemptions += 1

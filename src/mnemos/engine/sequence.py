@@ -1,50 +1,32 @@
-"""What the engine keeps of a request: its branches, the pages that hold them, and where its results go."""
+"""A branch in the cache: what of it is evaluated, and what its strategy waits for."""
 
 from __future__ import annotations
-
-from array import array
-from dataclasses import dataclass, field
-from enum import Enum
-from itertools import count
-from typing import Protocol
 
 import numpy as np
 
 from mnemos.contract import Floats
-from mnemos.decoding.strategy import Branch, Emitted, FinishedSequence, Rows, Strategy
+from mnemos.decoding.strategy import Branch, Rows
+from mnemos.memory.page_table import PageTable
 
 SINKS = 4  # first tokens that endless generation always keeps; Xiao et al. 2023, arXiv:2309.17453
-_numbers = count()
 
 
-class Sink(Protocol):
-    """Takes what a request brings forth; called from the engine's thread only."""
-
-    def deliver(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None: ...
-
-    def end(self, error: BaseException | None) -> None:
-        """Nothing more comes."""
-
-
-class Sequence:
+class Sequence(PageTable):
     """A branch in the cache. Lengths count cached positions: tokens, less those that endless generation has dropped.
 
-    pages    its page table; behind the model's window NO_PAGE
-    done     positions that the cache holds
-    goal     positions that it shall hold before the strategy is asked again
+    goal     positions that the cache shall hold before the strategy is asked again
     first    the first position whose row the strategy is to be given
-    dropped  tokens that were cut out behind the first SINKS ones
+    dropped  tokens that were cut out after the first SINKS ones
     seen     the branch's length when it was last complete; if the branch's own count is lower, it was truncated
     leader   a sibling to share the first positions with, as soon as it has evaluated so many
     chosen   the tokens that the branch's draw chose of this step's rows
     """
 
-    __slots__ = ("branch", "chosen", "done", "dropped", "first", "goal", "leader", "pages", "parts", "seen")
+    __slots__ = ("branch", "chosen", "dropped", "first", "goal", "leader", "parts", "seen")
 
     def __init__(self, branch: Branch) -> None:
+        super().__init__()
         self.branch = branch
-        self.pages = array("i")  # int32, and quickly copied into a step's batch
-        self.done = 0
         self.goal = len(branch.tokens)
         self.first = 0
         self.dropped = 0
@@ -91,61 +73,3 @@ class Sequence:
             return Rows(*parts[0], chosen)
         logits, hidden = zip(*parts, strict=True)
         return Rows(np.concatenate(logits), np.concatenate(hidden))
-
-
-@dataclass
-class Timings:
-    """Seconds on the engine's clock (time.perf_counter); nan until the event has happened."""
-
-    submitted: float
-    started: float = float("nan")
-    finished: float = float("nan")
-    tokens: list[float] = field(default_factory=list)  # when each streamed token became certain
-
-    @property
-    def queued(self) -> float:
-        return self.started - self.submitted
-
-    @property
-    def time_to_first_token(self) -> float:
-        return self.tokens[0] - self.submitted if self.tokens else float("nan")
-
-    @property
-    def inter_token_latencies(self) -> list[float]:
-        return [later - earlier for earlier, later in zip(self.tokens, self.tokens[1:], strict=False)]
-
-    @property
-    def total(self) -> float:
-        return self.finished - self.submitted
-
-
-class State(Enum):
-    WAITING = "waiting"  # new or preempted
-    RUNNING = "running"
-    ENDED = "ended"
-
-
-@dataclass(eq=False)
-class Request:
-    """One strategy at work. `deadline` is a time on the engine's clock by which the request must have started."""
-
-    strategy: Strategy
-    prompt: list[int]
-    sink: Sink
-    timings: Timings
-    priority: int = 0
-    tenant: str = "default"
-    salt: str | None = None
-    deadline: float | None = None
-    sliding: bool = False
-    source: list[int] | None = None  # what the user gave, where the model reads that apart from what it continues
-    condition: object = None  # what the model made of `source`
-    number: int = field(default_factory=lambda: next(_numbers))
-    sequences: list[Sequence] = field(default_factory=list)
-    rank: tuple[int, int] = (0, 0)  # priority and order of admission: the last is preempted first
-    state: State = State.WAITING
-    started: bool = False
-    prefilling: bool = True
-    pending: int = 0  # positions to evaluate before the strategy is asked
-    cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    preemptions: int = 0

@@ -8,7 +8,8 @@ import numpy as np
 
 from mnemos.contract import Batch
 from mnemos.decoding.choice import GREEDY
-from mnemos.engine.sequence import Request, Sequence
+from mnemos.engine.request import Request
+from mnemos.engine.sequence import Sequence
 
 Part = tuple[Sequence, int, int, int]  # sequence, rows, first asked row and end of the asked rows in the output
 

@@ -13,8 +13,8 @@ from typing import TypeVar, cast
 from mnemos.contract import PagedModel
 from mnemos.engine.core import Executor, log_exception
 from mnemos.engine.draft_model import Drafting
+from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits
-from mnemos.engine.sequence import Request, State
 from mnemos.engine.statistics import Latency, Listener, Statistics
 from mnemos.errors import CapacityError, MnemosError
 
@@ -106,7 +106,7 @@ class Runner:
     def statistics(self) -> Statistics:
         """Numbers are read while the engine runs: each is true, but they need not be of the same moment."""
         scheduler, counters = self.executor.scheduler, self.executor.counters
-        pool, tree = scheduler.placement.pool, scheduler.placement.tree
+        pool, tree = scheduler.tables.pool, scheduler.tables.tree
         return Statistics(
             waiting=len(scheduler.queue) + self._entering,
             running=len(scheduler.running),

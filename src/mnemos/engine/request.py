@@ -1,0 +1,80 @@
+"""A request: one strategy at work, the sequences it has, and where its results go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import count
+from typing import Protocol
+
+from mnemos.decoding.strategy import Emitted, FinishedSequence, Strategy
+from mnemos.engine.sequence import Sequence
+
+_numbers = count()
+
+
+class Sink(Protocol):
+    """Takes a request's results; called from the engine's thread only."""
+
+    def deliver(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None: ...
+
+    def end(self, error: BaseException | None) -> None:
+        """Nothing more comes."""
+
+
+@dataclass
+class Timings:
+    """Seconds on the engine's clock (time.perf_counter); nan until the event has happened."""
+
+    submitted: float
+    started: float = float("nan")
+    finished: float = float("nan")
+    tokens: list[float] = field(default_factory=list)  # when each streamed token became certain
+
+    @property
+    def queued(self) -> float:
+        return self.started - self.submitted
+
+    @property
+    def time_to_first_token(self) -> float:
+        return self.tokens[0] - self.submitted if self.tokens else float("nan")
+
+    @property
+    def inter_token_latencies(self) -> list[float]:
+        return [later - earlier for earlier, later in zip(self.tokens, self.tokens[1:], strict=False)]
+
+    @property
+    def total(self) -> float:
+        return self.finished - self.submitted
+
+
+class State(Enum):
+    WAITING = "waiting"  # new or preempted
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(eq=False)
+class Request:
+    """One strategy at work. `deadline` is a time on the engine's clock by which the request must have started."""
+
+    strategy: Strategy
+    prompt: list[int]
+    sink: Sink
+    timings: Timings
+    priority: int = 0
+    tenant: str = "default"
+    salt: str | None = None
+    deadline: float | None = None
+    sliding: bool = False
+    source: list[int] | None = None  # what the user gave, where the model reads that apart from what it continues
+    condition: object = None  # what the model made of `source`
+    number: int = field(default_factory=lambda: next(_numbers))
+    sequences: list[Sequence] = field(default_factory=list)
+    rank: tuple[int, int] = (0, 0)  # priority and order of admission: the last is preempted first
+    state: State = State.WAITING
+    started: bool = False
+    prefilling: bool = True
+    pending: int = 0  # positions to evaluate before the strategy is asked
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    preemptions: int = 0
