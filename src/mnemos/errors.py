@@ -42,3 +42,12 @@ class DownloadError(MnemosError):
 
 class MissingDependencyError(MnemosError, ImportError):
     """An optional package is not installed; the message says which extra brings it."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its repr, at most 80 characters of it."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -14,6 +14,7 @@ from mnemos.bench.scheduling import SchedulingBench
 from mnemos.engine.engine import InferenceEngine
 from mnemos.engine.request import Timings
 from mnemos.errors import ConfigError
+from mnemos.rules import COUNT
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class Workload:
     outputs: tuple[int, int] = (16, 128)
 
     def __post_init__(self) -> None:
-        if self.requests < 1:
-            raise ConfigError(f"requests is {self.requests}; it must be at least 1")
+        COUNT.apply("requests", self.requests)
         if not 0 < self.rate < float("inf"):
             raise ConfigError(f"rate is {self.rate}; it must be a number of arrivals a second above 0")
 

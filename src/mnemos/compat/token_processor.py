@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from mnemos.engine.prompts import pad
 from mnemos.errors import ConfigError, RequestError
+from mnemos.rules import COUNT
 from mnemos.text.foreign import adapt_tokenizer
 
 Ids = npt.NDArray[np.int64]
@@ -39,8 +40,8 @@ class TokenProcessor:
     ) -> None:
         if padding_side not in ("right", "left"):
             raise ConfigError(f"padding_side is {padding_side!r}; expected 'right' or 'left'")
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-            raise ConfigError(f"max_length is {max_length!r}; expected a whole number of at least 1")
+        if max_length is not None:
+            COUNT.apply("max_length", max_length)
         self.tokenizer = adapt_tokenizer(tokenizer)
         self.max_length = max_length
         self.padding_side = padding_side

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mnemos.decoding.fields import shown
-from mnemos.errors import ConfigError
+from mnemos.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig

@@ -1,105 +1,13 @@
-"""What each field of `GenerationConfig` may hold: a table of rules.
-
-A kind of value is a function that returns the value in its normal form or None where it is not of that kind.
-"""
+"""What each field of `GenerationConfig` may hold: a table of rules."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from mnemos.errors import ConfigError
-
-LARGEST_INT = 2**31 - 1
-Check = Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`check` gives a value's normal form, or None where it is not allowed; `meaning` completes "must be ..."."""
-
-    check: Check
-    meaning: str
-
-    def apply(self, field: str, value: Any) -> Any:
-        normal = self.check(value)
-        if normal is None:
-            raise ConfigError(f"{field} is {shown(value)}; it must be {self.meaning}")
-        return normal
-
-
-def shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a {type(value).__name__} nested too deeply"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _integer(low: int, high: int) -> Check:
-    def check(value: Any) -> int | None:
-        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        return int(value) if whole and low <= value <= high else None
-
-    return check
-
-
-def whole(low: int, high: int = LARGEST_INT) -> Rule:
-    upper = "" if high == LARGEST_INT else f" to {high}"
-    return Rule(
-        _integer(low, high), f"a whole number from {low}{upper}" if upper else f"a whole number, at least {low}"
-    )
-
-
-def real(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Rule:
-    def check(value: Any) -> float | None:
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-            return None
-        if not low <= value <= high:  # before the conversion, which a large whole number would not survive
-            return None
-        number = float(value)
-        above = number > low if open_low else number >= low
-        below = number < high if open_high else number <= high
-        return number if above and below else None
-
-    start = f"above {low:g}" if open_low else f"from {low:g}"
-    return Rule(check, f"a number {start} {'and below' if open_high else 'to'} {high:g}")
-
-
-def one_of(*names: str) -> Rule:
-    return Rule(
-        lambda value: value if isinstance(value, str) and value in names else None, f"one of {', '.join(names)}"
-    )
-
-
-def text(longest: int) -> Rule:
-    def check(value: Any) -> str | None:
-        return value if isinstance(value, str) and 0 < len(value) <= longest else None
-
-    return Rule(check, f"a non-empty string of at most {longest} characters")
-
-
-def several(item: Rule, most: int, *, single: bool = True) -> Rule:
-    """A tuple of what `item` allows; with `single`, one such value stands for a tuple of one."""
-
-    def check(value: Any) -> tuple[Any, ...] | None:
-        if single and (one := item.check(value)) is not None:
-            return (one,)
-        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-            return None
-        found = []
-        for element in value:
-            found.append(item.check(element))
-            if found[-1] is None or len(found) > most:
-                return None
-        return tuple(found)
-
-    alone = f"{item.meaning}, or " if single else ""
-    return Rule(check, f"{alone}a list of at most {most}, each {item.meaning}")
+from mnemos.rules import FLAG, LARGEST_INT, Rule, hint, one_of, real, several, text, whole
 
 
 def _filled(rule: Rule) -> Rule:
@@ -144,7 +52,6 @@ def _schema(value: Any) -> Any:
 
 _TOKEN = whole(0)
 _LONG_TEXT = text(1 << 20)
-_FLAG = Rule(lambda value: value if isinstance(value, bool) else None, "True or False")
 _EARLY = Rule(_early, 'True, False or "never"')
 
 STRATEGIES = {
@@ -167,7 +74,7 @@ RULES: dict[str, Rule] = {
     "max_length": whole(1),
     "min_new_tokens": whole(0),
     "min_length": whole(0),
-    "do_sample": _FLAG,
+    "do_sample": FLAG,
     "temperature": Rule(_temperature, "0 (always the most probable token) or a number from 1e-10 to 100"),
     "top_k": whole(0),
     "top_p": real(0, 1, open_low=True),
@@ -189,14 +96,14 @@ RULES: dict[str, Rule] = {
     "stop": several(text(4096), 256),
     "stop_token_ids": several(_TOKEN, 4096),
     "eos_token_id": several(_TOKEN, 4096),
-    "ignore_eos": _FLAG,
+    "ignore_eos": FLAG,
     "pad_token_id": _TOKEN,
     "bos_token_id": _TOKEN,
     "forced_bos_token_id": several(_TOKEN, 1),
     "forced_eos_token_id": several(_TOKEN, 4096),
     "suppress_tokens": several(_TOKEN, 1 << 20),
     "begin_suppress_tokens": several(_TOKEN, 1 << 20),
-    "stop_when_repeating": _FLAG,
+    "stop_when_repeating": FLAG,
     "stopping_criteria": several(Rule(_callable, "a callable (token_ids) -> bool"), 64),
     "max_time": real(0, 1e9, open_low=True),
     "logprobs": whole(0, 100),
@@ -227,8 +134,4 @@ def refuse_unknown(names: Iterable[str]) -> None:
     known = [*RULES, *ALIASES]
     for name in names:
         if name not in known:
-            import difflib
-
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
-            raise ConfigError(f"{name} is not a field of GenerationConfig; {hint}")
+            raise ConfigError(f"{name} is not a field of GenerationConfig; {hint(name, known, 'the fields')}")

@@ -17,6 +17,7 @@ from mnemos.formats.tensor import Tensor
 from mnemos.native import core as _native
 from mnemos.native import require_core
 from mnemos.ops.protocol import AttentionParams, Forward, RopeParams, Rows
+from mnemos.rules import COUNT
 
 require_core()  # whoever imports this wants it
 DTYPES = ("auto", "float32")
@@ -86,8 +87,8 @@ class NativeOps:
     def __init__(self, threads: int | None = None, dtype: str = "auto") -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}; expected at least 1")
+        if threads is not None:
+            COUNT.apply("threads", threads)
         self.as_float32 = dtype == "float32"
         # Where there are bfloat16 dot products, attention runs at twice the speed on such a cache.
         self.cache_dtype = "bfloat16" if _native.isa() in ("avx512_bf16", "amx") else "float16"

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnemos.errors import ConfigError
+from mnemos.rules import COUNT
 
 
 class KVCache:
@@ -30,8 +31,7 @@ class KVCache:
             num_layers=num_layers, batch_size=batch_size, num_heads=num_heads, head_dim=head_dim, max_length=max_length
         )
         for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigError(f"{name} is {size!r}; expected a whole number of at least 1")
+            COUNT.apply(name, size)
         self.max_length: int | None = max_length
         self.max_batch_size: int | None = batch_size
         self.max_seq_len: int | None = max_length

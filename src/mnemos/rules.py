@@ -1,0 +1,112 @@
+"""What a parameter may hold: rules that check a value, and a hint for a name that nobody knows.
+
+A kind of value is a function that returns the value in its normal form, or None if it is not of that kind. NumPy's
+numbers are numbers, as they are registered with `numbers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from mnemos.errors import ConfigError, shown
+
+LARGEST_INT = 2**31 - 1
+_NUMBERS: tuple[Any, ...] = (int, float, Real)
+Check = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`check` gives a value's normal form, or None where it is not allowed; `meaning` completes "must be ..."."""
+
+    check: Check
+    meaning: str
+
+    def apply(self, field: str, value: Any) -> Any:
+        """The normal form of the field's value. ConfigError if the value is not allowed."""
+        normal = self.check(value)
+        if normal is None:
+            raise ConfigError(f"{field} is {shown(value)}; it must be {self.meaning}")
+        return normal
+
+
+def _integer(low: int, high: int) -> Check:
+    def check(value: Any) -> int | None:
+        whole = isinstance(value, (int, Integral)) and not isinstance(value, bool)
+        return int(value) if whole and low <= value <= high else None
+
+    return check
+
+
+def whole(low: int, high: int = LARGEST_INT) -> Rule:
+    """An int, or a NumPy integer, from `low` to `high`; True and False are none."""
+    limits = f"of at least {low}" if high == LARGEST_INT else f"from {low} to {high}"
+    return Rule(_integer(low, high), f"a whole number {limits}")
+
+
+def real(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Rule:
+    """A number from `low` to `high`, an open end not included; NaN is none."""
+
+    def check(value: Any) -> float | None:
+        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+            return None
+        if not low <= value <= high:  # before the conversion, which a large whole number would not survive
+            return None
+        number = float(value)
+        above = number > low if open_low else number >= low
+        below = number < high if open_high else number <= high
+        return number if above and below else None
+
+    start = f"above {low:g}" if open_low else f"from {low:g}"
+    return Rule(check, f"a number {start} {'and below' if open_high else 'to'} {high:g}")
+
+
+def one_of(*names: str) -> Rule:
+    """One of these strings."""
+    return Rule(
+        lambda value: value if isinstance(value, str) and value in names else None, f"one of {', '.join(names)}"
+    )
+
+
+def text(longest: int) -> Rule:
+    """A string of 1 to `longest` characters."""
+
+    def check(value: Any) -> str | None:
+        return value if isinstance(value, str) and 0 < len(value) <= longest else None
+
+    return Rule(check, f"a non-empty string of at most {longest} characters")
+
+
+def several(item: Rule, most: int, *, single: bool = True) -> Rule:
+    """A tuple of what `item` allows; with `single`, one such value stands for a tuple of one."""
+
+    def check(value: Any) -> tuple[Any, ...] | None:
+        if single and (one := item.check(value)) is not None:
+            return (one,)
+        if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+            return None
+        found = []
+        for element in value:
+            found.append(item.check(element))
+            if found[-1] is None or len(found) > most:
+                return None
+        return tuple(found)
+
+    alone = f"{item.meaning}, or " if single else ""
+    return Rule(check, f"{alone}a list of at most {most}, each {item.meaning}")
+
+
+FLAG = Rule(lambda value: value if isinstance(value, bool) else None, "True or False")
+COUNT = whole(1)
+
+
+def hint(name: str, known: Iterable[str], what: str) -> str:
+    """Ends the sentence about an unknown name: the nearest of the known ones, or all of them, which are `what`."""
+    import difflib
+
+    listed = list(known)
+    near = difflib.get_close_matches(str(name), listed, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"{what} are {', '.join(listed)}"
