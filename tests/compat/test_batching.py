@@ -111,3 +111,25 @@ def test_bad_sizes_are_refused(engine: InferenceEngine, size: object) -> None:
     for face in (BatchInference, BatchProcessor):
         with pytest.raises(ConfigError, match="batch_size"):
             face(engine, batch_size=size)  # type: ignore[arg-type]
+
+
+def test_generate_batched_takes_a_config_for_each_prompt(engine: InferenceEngine) -> None:
+    configs = [GenerationConfig(max_new_tokens=length) for length in (2, 5, 9)]
+    wanted = [prompt + toy_greedy(prompt, length) for prompt, length in zip(PROMPTS, (2, 5, 9), strict=True)]
+    assert engine.generate_batched(PROMPTS, config=configs) == wanted
+    with pytest.raises(ConfigError, match="config is a list of 2; expected one for each of the 3 prompts"):
+        engine.generate_batched(PROMPTS, config=configs[:2])
+
+
+def test_the_default_length_of_generate_batched_gives_way_to_the_callers(engine: InferenceEngine) -> None:
+    config = GenerationConfig(max_new_tokens=5, ignore_eos=True)
+    lengths = [len(row) - len(PROMPTS[0]) for row in engine.generate_batched(PROMPTS[:1], config=config)]
+    lengths += [len(row) for row in engine.generate_batched(PROMPTS[:1], max_length=10, ignore_eos=True)]
+    lengths += [len(row) - len(PROMPTS[0]) for row in engine.generate_batched(PROMPTS[:1], ignore_eos=True)]
+    assert lengths == [5, 10, 128]
+
+
+def test_generate_batched_says_when_a_prompt_is_done(engine: InferenceEngine) -> None:
+    done: list[None] = []
+    engine.generate_batched(PROMPTS, 3, on_done=lambda: done.append(None))
+    assert len(done) == len(PROMPTS)

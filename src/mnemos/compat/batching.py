@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnemos.engine.completion import Completion, StreamedToken
-from mnemos.engine.gather import run_all
-from mnemos.engine.prompts import Prompts, listed, read_prompts
-from mnemos.errors import ConfigError
+from mnemos.decoding.config import GenerationConfig, make_config
+from mnemos.engine.completion import StreamedToken
+from mnemos.engine.prompts import listed, read_prompts
+from mnemos.rules import COUNT
 
 if TYPE_CHECKING:
-    from mnemos.decoding.config import GenerationConfig
     from mnemos.engine.engine import InferenceEngine
 
 
@@ -24,19 +23,17 @@ class BatchInference:
 
     def __init__(self, engine: InferenceEngine, batch_size: int = 8, pad_token_id: int | None = None) -> None:
         self.engine = engine
-        self.batch_size = _positive("batch_size", batch_size)
+        self.batch_size = COUNT.apply("batch_size", batch_size)
         self.pad_token_id = pad_token_id
 
     def generate(self, prompts: Sequence[Any], config: GenerationConfig | None = None, **overrides: Any) -> list[Any]:
-        """Each prompt's result in the prompt's own form, as of `InferenceEngine.generate`; arrays are (time,)."""
+        """Each prompt's result in the prompt's own form; see `InferenceEngine.generate_batched`."""
         if self.pad_token_id is not None:
             overrides = {"pad_token_id": self.pad_token_id, **overrides}
-        config = self.engine.make_config(config, **overrides)
-        readings = [read_prompts(prompt, None, self.engine.tokenizer) for prompt in listed(prompts)]
-        launches = [self.engine.launcher(reading.only, config) for reading in readings]
-        completions = run_all(launches, self.batch_size, _Bar(len(launches), self.batch_size))
-        pad_id = self.engine.pad_id(config)
-        return [_result(reading, done, pad_id) for reading, done in zip(readings, completions, strict=True)]
+        wanted = listed(prompts)
+        bar = _Bar(len(wanted), self.batch_size)
+        chosen = make_config(config, **overrides)
+        return self.engine.generate_batched(wanted, batch_size=self.batch_size, config=chosen, on_done=bar)
 
 
 class StreamingInference:
@@ -51,10 +48,10 @@ class StreamingInference:
         """For an array or tensor of token ids, (time,) or (1, time), such an array of one id, shape (), at a time;
         for a list of ids a NumPy integer, for a text a `StreamedToken`."""
         reading = read_prompts(prompt, attention_mask, self.engine.tokenizer)
-        handle = self.engine.launcher(reading.only, self.engine.make_config(config, **overrides))()
+        tokens = self.engine.stream(reading.only, config, **overrides)
         if isinstance(prompt, str):
-            return iter(handle)
-        return _array_tokens(iter(handle), prompt if hasattr(prompt, "shape") else np.array(prompt))
+            return tokens
+        return _array_tokens(tokens, prompt if hasattr(prompt, "shape") else np.array(prompt))
 
 
 class ResponseStreamer:
@@ -83,7 +80,7 @@ class BatchProcessor:
 
     def __init__(self, engine: InferenceEngine, batch_size: int = 8) -> None:
         self.engine = engine
-        self.batch_size = _positive("batch_size", batch_size)
+        self.batch_size = COUNT.apply("batch_size", batch_size)
 
     def process_batch(
         self,
@@ -93,22 +90,15 @@ class BatchProcessor:
     ) -> list[Any]:
         """Results in the requests' order and form, texts for texts."""
         wanted = [one if isinstance(one, BatchRequest) else BatchRequest(one) for one in listed(requests)]
-        readings = [read_prompts(request.prompt, None, self.engine.tokenizer) for request in wanted]
-        order = self._order(wanted, [reading.only for reading in readings])
-        configs = [self._config(request, config, overrides) for request in wanted]
-        launches = [self.engine.launcher(readings[index].only, configs[index]) for index in order]
-        completions = run_all(launches, self.batch_size, _Bar(len(launches), self.batch_size))
-        results: dict[int, Completion] = dict(zip(order, completions, strict=True))
-        return [
-            _result(reading, results[index], self.engine.pad_id(configs[index]))
-            for index, reading in enumerate(readings)
-        ]
-
-    def _config(
-        self, request: BatchRequest, config: GenerationConfig | None, overrides: dict[str, Any]
-    ) -> GenerationConfig:
-        own = {"priority": request.priority, **overrides, **request.overrides}
-        return self.engine.make_config(request.config or config, **own)
+        ids = [read_prompts(request.prompt, None, self.engine.tokenizer).only for request in wanted]
+        order = self._order(wanted, ids)
+        results = self.engine.generate_batched(
+            [wanted[index].prompt for index in order],
+            batch_size=self.batch_size,
+            config=[_config_of(wanted[index], config, overrides) for index in order],
+            on_done=_Bar(len(order), self.batch_size),
+        )
+        return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
     def _order(self, requests: Sequence[BatchRequest], token_ids: Sequence[list[int]]) -> list[int]:
         page = self.engine.spec.layout.page_size
@@ -140,12 +130,8 @@ def _array_tokens(tokens: Iterator[StreamedToken], like: Any) -> Iterator[Any]:
     return (make(token.token_id) for token in tokens if token.token_id is not None)
 
 
-def _result(reading: Prompts, completion: Completion, pad_id: int) -> Any:
-    result = reading.form([completion], pad_id)
-    return result[0] if isinstance(result, list) else result
-
-
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
-    return value
+def _config_of(
+    request: BatchRequest, config: GenerationConfig | None, overrides: Mapping[str, Any]
+) -> GenerationConfig:
+    own = {"priority": request.priority, **overrides, **request.overrides}
+    return make_config(request.config or config, **own)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mnemos.compat.cache_manager import CacheManager
+from mnemos.decoding.config import make_config
 from mnemos.engine.engine import InferenceEngine
 from mnemos.engine.pretrained import load_pretrained
 
@@ -35,7 +36,7 @@ class OptimizedInferenceEngine(InferenceEngine):
         if "batch_size" in settings:
             options.setdefault("max_sequences", settings.pop("batch_size"))
         self._defaults = _generation_fields(settings)
-        self.make_config(**self._defaults)  # before the model is loaded
+        make_config(**self._defaults)  # before the model is loaded
         loading = {name: options.pop(name) for name in _LOADING if name in options}
         super().__init__(*load_pretrained(model_path, **loading), **options)
         CacheManager(self, max_entries=cache_size)

@@ -215,3 +215,12 @@ class GenerationConfig:
     def eos_ids(self) -> tuple[int, ...] | None:
         """The end-of-text tokens that replace the model's own, None to keep those."""
         return None if self.eos_token_id is None else tuple(np.atleast_1d(self.eos_token_id).tolist())
+
+
+def make_config(config: GenerationConfig | None = None, **overrides: Any) -> GenerationConfig:
+    """`config`, or the default one, with some fields replaced. ConfigError for a value outside its meaning."""
+    if config is None:
+        return GenerationConfig(**overrides)
+    if not isinstance(config, GenerationConfig):
+        raise ConfigError(f"config is of type {type(config).__name__}; give a GenerationConfig")
+    return config.with_overrides(**overrides) if overrides else config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,14 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 from mnemos.decoding.forced import ForcedLogits, ForcedScore, Score
 from mnemos.engine.assembler import Assembler
 from mnemos.engine.completion import Completion, StreamedToken
-from mnemos.engine.gather import run_all
-from mnemos.engine.handle import Channel, RequestHandle
+from mnemos.engine.handle import Channel, Lease, RequestHandle, run_all
 from mnemos.engine.pretrained import check_count, load_parts
-from mnemos.engine.prompts import read_prompts
+from mnemos.engine.prompts import listed, read_prompts
 from mnemos.engine.request import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
 from mnemos.errors import ConfigError, ContextLengthError, RequestError, UnsupportedError
 from mnemos.memory.capacity import plan_pages
+from mnemos.rules import COUNT
 from mnemos.text.foreign import adapt_tokenizer
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from mnemos.text.tokenizer import Tokenizer
 
 
+DEFAULT_BATCHED_TOKENS = 128
+LENGTHS = {"max_new_tokens", "max_length", "max_tokens"}  # fields that say how long a text gets
 SMALLEST_SLIDING = 8  # positions of a context in which endless generation has room to move
 
 
@@ -98,8 +99,7 @@ class InferenceEngine:
             draft = _as_model(draft_model, None, device, use_kv_cache, self.spec.context_length)
             drafting = _drafting(draft, self.spec, limits, cache_tokens)
         self._runner = Runner(self.model, pages, limits, prefix_cache, queue_size, drafting)
-        # Runs when the engine is collected and at interpreter exit; holds the runner, never the engine.
-        self._finalizer = weakref.finalize(self, self._runner.close, False)
+        self._lease = Lease(self._runner)
 
     @classmethod
     def from_pretrained(
@@ -158,33 +158,57 @@ class InferenceEngine:
         prompt, lists hold a list for it and arrays have n rows. `overrides` replace fields of the config, which may
         also stand in attention_mask's place. An encoder-decoder model's results hold the decoder's tokens only.
         """
-        from mnemos.decoding.config import GenerationConfig
+        from mnemos.decoding.config import GenerationConfig, make_config
 
         if isinstance(attention_mask, GenerationConfig):
             attention_mask, config = None, attention_mask
         wanted = read_prompts(prompts, attention_mask, self.tokenizer)
-        config = self.make_config(config, **overrides)
-        results = wanted.form(self._complete_all(wanted.token_ids, config), self.pad_id(config))
+        config = make_config(config, **overrides)
+        results = wanted.form(self._complete_all(wanted.token_ids, config), self._pad_id(config))
         return results[0] if wanted.single else results
 
     def generate_batched(
         self,
         prompts: Sequence[Any],
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         batch_size: int = 4,
-        config: GenerationConfig | None = None,
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        *,
+        on_done: Callable[[], None] = lambda: None,
         **overrides: Any,
     ) -> list[Any]:
-        """`generate` for many prompts, at most `batch_size` at once."""
-        from mnemos.compat.batching import BatchInference
+        """`generate` for many prompts, at most `batch_size` at once; the next starts when one is done.
 
-        batch = BatchInference(self, batch_size)
-        return batch.generate(prompts, config, max_new_tokens=max_new_tokens, **overrides)
+        Each result has the form of its own prompt; of an array or tensor (time,) it is such an array. `config` may be
+        one for all prompts or a list with one for each. Without a config and a length, 128 tokens are generated.
+        `on_done` is called after each prompt.
+        """
+        from mnemos.decoding.config import make_config
+
+        COUNT.apply("batch_size", batch_size)
+        if max_new_tokens is not None:
+            overrides["max_new_tokens"] = max_new_tokens
+        elif config is None and not LENGTHS & overrides.keys():
+            overrides["max_new_tokens"] = DEFAULT_BATCHED_TOKENS
+        readings = [read_prompts(prompt, None, self.tokenizer) for prompt in listed(prompts)]
+        given: list[Any] = list(config) if isinstance(config, (list, tuple)) else [config] * len(readings)
+        if len(given) != len(readings):
+            raise ConfigError(f"config is a list of {len(given)}; expected one for each of the {len(readings)} prompts")
+        configs = [make_config(one, **overrides) for one in given]
+        self._runner.check_thread()
+        launches = [self._launcher(reading.only, one) for reading, one in zip(readings, configs, strict=True)]
+        completions = run_all(launches, batch_size, on_done)
+        return [
+            reading.form_one(completion, self._pad_id(one))
+            for reading, completion, one in zip(readings, completions, configs, strict=True)
+        ]
 
     def complete(self, prompts: Any, config: GenerationConfig | None = None, **overrides: Any) -> Any:
         """A `Completion` for one prompt (a text or token ids), a list of them for several."""
+        from mnemos.decoding.config import make_config
+
         wanted = read_prompts(prompts, None, self.tokenizer)
-        completions = self._complete_all(wanted.token_ids, self.make_config(config, **overrides))
+        completions = self._complete_all(wanted.token_ids, make_config(config, **overrides))
         return completions[0] if wanted.single else completions
 
     def stream(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[StreamedToken]:
@@ -193,8 +217,10 @@ class InferenceEngine:
 
     def submit(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> RequestHandle:
         """Queues one prompt and returns at once; CapacityError if the queue is full."""
+        from mnemos.decoding.config import make_config
+
         wanted = read_prompts(prompt, None, self.tokenizer)
-        return self.launcher(wanted.only, self.make_config(config, **overrides))()
+        return self._launcher(wanted.only, make_config(config, **overrides))()
 
     # Evaluation of given tokens.
 
@@ -264,25 +290,9 @@ class InferenceEngine:
     def __exit__(self, *exception: object) -> None:
         self.close(drain=exception[0] is None)
 
-    def cancel(self, request: Request) -> None:
-        self._runner.cancel(request)
-
-    def check_thread(self) -> None:
-        self._runner.check_thread()
-
     # Inner workings.
 
-    def make_config(self, config: GenerationConfig | None = None, **overrides: Any) -> GenerationConfig:
-        """`config`, or the default one, with some fields replaced. ConfigError for a value outside its meaning."""
-        from mnemos.decoding.config import GenerationConfig
-
-        if config is None:
-            return GenerationConfig(**overrides)
-        if not isinstance(config, GenerationConfig):
-            raise ConfigError(f"config is of type {type(config).__name__}; give a GenerationConfig")
-        return config.with_overrides(**overrides) if overrides else config
-
-    def launcher(self, token_ids: Sequence[int], config: GenerationConfig) -> Callable[[], RequestHandle]:
+    def _launcher(self, token_ids: Sequence[int], config: GenerationConfig) -> Callable[[], RequestHandle]:
         """Checks a request, and returns what queues it. RequestError or ContextLengthError if it cannot be run."""
         from mnemos.decoding.build import fit_prompt, make_strategy
 
@@ -325,22 +335,23 @@ class InferenceEngine:
             condition=condition,
         )
         self._runner.submit(request)
-        return RequestHandle(self, request, channel, Assembler(self.tokenizer))
+        return RequestHandle(self._lease, request, channel, Assembler(self.tokenizer))
 
     def _complete_all(self, prompts: list[list[int]], config: GenerationConfig) -> list[Completion]:
         """All prompts are checked before the first one runs."""
-        self.check_thread()
-        return run_all([self.launcher(token_ids, config) for token_ids in prompts], self._runner.queue_size)
+        self._runner.check_thread()
+        return run_all([self._launcher(token_ids, config) for token_ids in prompts], self._runner.queue_size)
 
     def _force(self, prompts: list[list[int]], strategies: Sequence[Strategy]) -> None:
         from mnemos.decoding.build import fit_prompt
+        from mnemos.decoding.config import GenerationConfig
 
-        self.check_thread()
+        self._runner.check_thread()
         if self._conditioned is not None:
             raise UnsupportedError(
                 f"{self.spec.architecture} reads its prompt apart from what it writes; a text alone has no score"
             )
-        config = self.make_config()
+        config = GenerationConfig()
         for prompt in prompts:
             fit_prompt(config, prompt, self.spec)
             excess = len(prompt) - self.spec.context_length
@@ -359,7 +370,7 @@ class InferenceEngine:
             raise ConfigError("prefix_cache is False; make the engine with prefix_cache=True to save or load one")
         return tree
 
-    def pad_id(self, config: GenerationConfig) -> int:
+    def _pad_id(self, config: GenerationConfig) -> int:
         """What fills up arrays: the config's pad token, else the model's, else its end-of-text token."""
         known = (config.pad_token_id, self.spec.pad_token_id, *self.spec.eos_token_ids[:1], 0)
         return next(token for token in known if token is not None)

@@ -1,23 +1,36 @@
-"""A submitted request as its caller sees it: an iterator of tokens, in a thread or in asyncio."""
+"""Submitted requests as their caller sees them: one as an iterator of tokens, or many that are waited for together."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from mnemos.decoding.strategy import Emitted, FinishedSequence
 from mnemos.engine.assembler import Assembler
 from mnemos.engine.completion import Completion, StreamedToken, Usage
 from mnemos.engine.request import Request, State, Timings
-from mnemos.errors import MnemosError
+from mnemos.errors import CapacityError, MnemosError
 
 if TYPE_CHECKING:
     import asyncio
 
-    from mnemos.engine.engine import InferenceEngine
+    from mnemos.engine.thread import Runner
+
+
+class Lease:
+    """Keeps an engine's thread running: the engine and every handle of its requests hold it.
+
+    When the last of them is gone, or the interpreter ends, the thread is closed. The thread itself does not hold it.
+    """
+
+    def __init__(self, thread: Runner) -> None:
+        self.thread = thread
+        weakref.finalize(self, thread.close, False)
 
 
 class Channel:
@@ -70,8 +83,8 @@ class RequestHandle:
     handle`. Leaving an iteration early cancels the request, and so does dropping the handle. One reader at a time.
     """
 
-    def __init__(self, engine: InferenceEngine, request: Request, channel: Channel, assembler: Assembler) -> None:
-        self._engine = engine  # lives as long as somebody waits for its results
+    def __init__(self, lease: Lease, request: Request, channel: Channel, assembler: Assembler) -> None:
+        self._lease = lease  # the thread runs as long as somebody waits for its results
         self._request = request
         self._channel = channel
         self._assembler = assembler
@@ -101,7 +114,7 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """Ends the request within a step. What came so far can still be read."""
-        self._engine.cancel(self._request)
+        self._lease.thread.cancel(self._request)
 
     def result(self) -> Completion:
         """Waits for the end. Raises the request's error; a cancelled request gives what it had so far."""
@@ -110,7 +123,7 @@ class RequestHandle:
 
     def wait(self) -> None:
         """Waits for the end, whatever it is. An interrupt (Ctrl-C) cancels the request."""
-        self._engine.check_thread()
+        self._lease.thread.check_thread()
         try:
             while not self._channel.ended:
                 self._channel.wait()
@@ -119,7 +132,7 @@ class RequestHandle:
             raise
 
     def __iter__(self) -> Iterator[StreamedToken]:
-        self._engine.check_thread()
+        self._lease.thread.check_thread()
         return self._tokens()
 
     def _tokens(self) -> Iterator[StreamedToken]:
@@ -194,3 +207,48 @@ class RequestHandle:
         generated = sum(len(choice.token_ids) for choice in choices)
         usage = Usage(len(request.source or request.prompt), request.cached_tokens, generated)
         return Completion(choices, request.prompt, usage, request.timings)
+
+
+Launch = Callable[[], RequestHandle]
+
+
+def run_all(launches: Sequence[Launch], in_flight: int, on_done: Callable[[], None] = lambda: None) -> list[Completion]:
+    """Launches requests, at most `in_flight` at once, and returns their completions in order.
+
+    Where the engine's queue is full, waits for one of its own. The first error, or an interrupt, cancels all. `on_done`
+    is called in the caller's thread after each request.
+    """
+    handles: list[RequestHandle] = []
+    ended: SimpleQueue[None] = SimpleQueue()
+    running = 0
+
+    def wait_for_one() -> int:
+        ended.get()
+        on_done()
+        return running - 1
+
+    try:
+        for launch in launches:
+            while running >= in_flight:
+                running = wait_for_one()
+            while (handle := _try(launch, may_refuse=running > 0)) is None:
+                running = wait_for_one()
+            handle.add_done_callback(lambda: ended.put(None))
+            handles.append(handle)
+            running += 1
+        while running:
+            running = wait_for_one()
+        return [handle.result() for handle in handles]
+    except BaseException:
+        for handle in handles:
+            handle.cancel()
+        raise
+
+
+def _try(launch: Launch, may_refuse: bool) -> RequestHandle | None:
+    try:
+        return launch()
+    except CapacityError:
+        if not may_refuse:
+            raise
+        return None

@@ -34,6 +34,11 @@ class Prompts:
             raise RequestError(f"{len(self.token_ids)} prompts were given where one is expected")
         return self.token_ids[0]
 
+    def form_one(self, completion: Completion, pad_id: int) -> Any:
+        """The one prompt's result, in the prompt's form."""
+        result = self.form([completion], pad_id)
+        return result[0] if isinstance(result, list) else result
+
 
 def read_prompts(prompts: Any, attention_mask: Any, tokenizer: Tokenizer | None) -> Prompts:
     """Understands what a user passes as prompts.
