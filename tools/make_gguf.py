@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mnemos.formats.gguf import GGUFFile
 from mnemos.formats.quants import dequantize
-from mnemos.formats.tensor import TensorType
+from mnemos.formats.tensor_types import TensorType
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -147,7 +147,7 @@ class ModelSpec:
     batches: bool = True
     states: bool = False
     rewinds: bool = True
-    details: dict[str, object] = field(default_factory=dict)  # for `inspect`: licence, name, quantization, ...
+    details: dict[str, object] = field(default_factory=dict)  # for `inspect`: name and license
 
 
 class Model(Protocol):

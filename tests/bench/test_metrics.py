@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mnemos import _native
-from mnemos.bench.metrics import DEFAULT_METRICS, Metric, Subject, measure, parse_metrics
+from mnemos.bench.measure import Subject, measure
+from mnemos.bench.metrics import DEFAULT_METRICS, Metric, parse_metrics
 from mnemos.bench.results import Result
 from mnemos.cli.main import main
 from mnemos.errors import CapacityError, ConfigError

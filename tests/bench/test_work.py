@@ -11,7 +11,7 @@ from mnemos.bench.metrics import parse_metrics
 from mnemos.bench.work import Work, count_work, rate_limit
 from mnemos.contract import KVLayout
 from mnemos.formats.checkpoint import open_checkpoint
-from mnemos.formats.tensor import TensorType
+from mnemos.formats.tensor_types import TensorType
 from mnemos.machine.figures import Limits
 from mnemos.models.load import LoadedModel, load_model
 

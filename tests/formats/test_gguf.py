@@ -7,7 +7,7 @@ import pytest
 
 from mnemos.errors import FormatError, UnsupportedError
 from mnemos.formats.gguf import MAX_TEXT, GGUFFile
-from mnemos.formats.tensor import TensorType
+from mnemos.formats.tensor_types import TensorType
 from tests.formats.small_files import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, U64, SmallGGUF, info, pair, string
 
 

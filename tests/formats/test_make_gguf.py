@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mnemos.formats.gguf import GGUFFile
-from mnemos.formats.tensor import TensorType
+from mnemos.formats.tensor_types import TensorType
 
 pytest.importorskip("gguf")
 sys.path.append(str(Path(__file__).parents[2] / "tools"))

@@ -5,7 +5,8 @@ import pytest
 
 from mnemos.errors import FormatError
 from mnemos.formats.quants import dequantize
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 
 gguf = pytest.importorskip("gguf")
 

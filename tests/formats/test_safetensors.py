@@ -8,7 +8,7 @@ import pytest
 
 from mnemos.errors import FormatError, UnsupportedError
 from mnemos.formats.safetensors import open_safetensors, open_safetensors_folder
-from mnemos.formats.tensor import TensorType
+from mnemos.formats.tensor_types import TensorType
 from tests.formats.small_files import safetensors, small_safetensors
 
 

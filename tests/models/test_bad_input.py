@@ -12,7 +12,8 @@ import pytest
 
 from mnemos.errors import ConfigError, FormatError, MnemosError, UnsupportedError
 from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 from mnemos.models.load import describe_model, load_model
 from mnemos.models.registry import ARCHITECTURES
 from tests.models.checkpoints import CONFIGS, Reference

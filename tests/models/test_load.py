@@ -11,7 +11,8 @@ import pytest
 
 from mnemos.errors import CapacityError
 from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 from mnemos.models.load import describe_model, load_model
 from tests.models.checkpoints import Reference, token_ids
 from tests.models.conftest import HAS_NATIVE
@@ -170,9 +171,12 @@ def test_special_tokens(reference: ReferenceFunction) -> None:
 
 
 def test_details(reference: ReferenceFunction) -> None:
-    spec = describe_model(open_checkpoint(reference("llama-tied").folder))
-    assert spec.details["tensor_types"] == {"F32": 29}
-    assert spec.details["weight_bytes"] == 4 * spec.parameters
+    """A model's name and license are those that its file gives, or the file's own name and none."""
+    checkpoint = open_checkpoint(reference("llama-tied").folder)
+    folder = reference("llama-tied").folder.name
+    assert describe_model(checkpoint).details == {"name": folder, "license": None}
+    named = {**checkpoint.metadata, "_name_or_path": "org/small", "license": "mit"}
+    assert describe_model(replace(checkpoint, metadata=named)).details == {"name": "org/small", "license": "mit"}
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from mnemos.contract import Batch
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 from mnemos.ops.protocol import ACTIVATIONS, AttentionParams, RopeParams
 
 ROWS = (1, 2, 3, 7, 33)

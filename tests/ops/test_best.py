@@ -8,7 +8,8 @@ from tests.ops.test_linear import random_weight
 
 from mnemos import _native
 from mnemos.errors import ConfigError
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 from mnemos.ops.native import NativeOps
 
 Kind = TensorType

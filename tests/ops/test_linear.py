@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mnemos import _native
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 from mnemos.ops.native import NativeOps
 from mnemos.ops.numpy import NumpyOps
 

@@ -16,7 +16,8 @@ from tests.ops.cases import AttentionCase, floats
 from mnemos import _native
 from mnemos.contract import Batch, KVLayout
 from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError, RequestError, UnsupportedError
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 from mnemos.machine.memory import check_memory
 from mnemos.ops.backends import get_ops
 from mnemos.ops.native import NativeOps

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mnemos.contract import Batch, Floats, KVLayout
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 from mnemos.machine.figures import Limits, Machine, examine
 from mnemos.ops.native import NativeOps
 from mnemos.ops.protocol import Array, AttentionParams, Ops

@@ -69,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace, path: Path) -> int:
-    from mnemos.bench.metrics import DEFAULT_METRICS, Subject, measure, parse_metrics
+    from mnemos.bench.measure import Subject, measure
+    from mnemos.bench.metrics import DEFAULT_METRICS, parse_metrics
     from mnemos.formats.checkpoint import open_checkpoint
     from mnemos.machine.figures import examine
 

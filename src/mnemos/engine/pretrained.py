@@ -94,7 +94,7 @@ def _load_foreign(
     trust_remote_code: bool,
 ) -> tuple[PagedModel, Any]:
     """A Hugging Face folder's model through transformers."""
-    from mnemos.models.load import DTYPES, architecture_names
+    from mnemos.models.load import WEIGHT_DTYPES, architecture_names
     from mnemos.models.registry import find_architecture
     from mnemos.text.foreign import adapt_tokenizer
     from mnemos.text.tokenizer import Tokenizer
@@ -103,8 +103,8 @@ def _load_foreign(
     if checkpoint.kind != "huggingface" or not checkpoint.path.is_dir():
         find_architecture(names, checkpoint.path)  # raises for what is not built in
         raise UnsupportedError(f"{checkpoint.path}: only a Hugging Face folder runs through transformers")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if dtype not in WEIGHT_DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(WEIGHT_DTYPES)}")
     try:
         from mnemos.models.foreign.pretrained import load_module, load_tokenizer
         from mnemos.ops.torch import usable_device

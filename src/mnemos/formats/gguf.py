@@ -19,7 +19,8 @@ import numpy as np
 from mnemos.errors import FormatError, UnsupportedError
 from mnemos.formats.mapping import excerpt, map_file
 from mnemos.formats.string_array import locate_strings
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mnemos.errors import FormatError, MissingDependencyError
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 
 # A class that only holds hyperparameters, as training scripts pickle them: module.path.ModelArgs and the like.
 _PLAIN_DATA = re.compile(

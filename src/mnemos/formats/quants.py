@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mnemos.contract import Floats
 from mnemos.errors import FormatError
-from mnemos.formats.tensor import TensorType
+from mnemos.formats.tensor_types import TensorType
 
 Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 
 _CHUNK = 1 << 16  # bytes expanded at a time: temporary arrays stay in the cache
 _IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)

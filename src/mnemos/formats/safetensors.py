@@ -16,7 +16,8 @@ import numpy as np
 from mnemos.errors import FormatError, UnsupportedError
 from mnemos.formats.mapping import excerpt, map_file
 from mnemos.formats.strict_json import MAX_BYTES, parse_json_object, read_json_object
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

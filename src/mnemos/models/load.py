@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mnemos.contract import Batch, Cache, KVLayout, ModelSpec, Output
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError
 from mnemos.formats.checkpoint import Checkpoint
+from mnemos.machine.memory import check_memory
 from mnemos.models.blocks import Architecture
 from mnemos.models.fields import Fields, gguf_fields
 from mnemos.models.registry import find_architecture, is_known
@@ -22,7 +22,7 @@ from mnemos.ops.protocol import Ops
 if TYPE_CHECKING:
     from mnemos.models.foreign.model import ForeignModel
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 _COMPUTATION = "1"  # raised whenever an architecture computes something else than before
 
@@ -104,8 +104,8 @@ def is_built_in(checkpoint: Checkpoint) -> bool:
 
 
 def _check_dtypes(dtype: str, kv_dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if dtype not in WEIGHT_DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(WEIGHT_DTYPES)}")
     if kv_dtype not in KV_DTYPES:
         raise ConfigError(f"kv_dtype is {kv_dtype!r}; expected one of {', '.join(KV_DTYPES)}")
 
@@ -168,20 +168,10 @@ def _build(architecture: type[Any], fields: Fields, checkpoint: Checkpoint, ops:
 
 
 def _check_memory(checkpoint: Checkpoint, ops: Ops, dtype: str) -> None:
-    """CapacityError, which says how much is missing, where the weights do not fit into memory.
-
-    Only the native core knows what is available; it keeps weights at about their size in the file.
-    """
-    if ops.name == "native":
-        from mnemos.machine.memory import check_memory
-
-        check_memory(weight_memory(checkpoint, dtype), f"{checkpoint.path} as {dtype}")
-
-
-def weight_memory(checkpoint: Checkpoint, dtype: str) -> int:
-    """Bytes that the weights take once loaded."""
-    expanded = 4 if dtype == "float32" else 0
-    return sum(max(len(tensor.data), expanded * tensor.size) for tensor in checkpoint.tensors.values())
+    """CapacityError, which says how much is missing, where the weights do not fit into memory."""
+    needed = ops.weight_memory(checkpoint.tensors.values())
+    if needed is not None:
+        check_memory(needed, f"{checkpoint.path} as {dtype}")
 
 
 def _special_tokens(checkpoint: Checkpoint, vocabulary_size: int) -> dict[str, Any]:
@@ -222,12 +212,9 @@ def _fingerprint(checkpoint: Checkpoint, config: object, computation: tuple[str,
 def _details(checkpoint: Checkpoint) -> dict[str, object]:
     """What `inspect` shows beside the specification."""
     metadata = checkpoint.metadata
-    types = Counter(tensor.type.name for tensor in checkpoint.tensors.values())
     return {
         "name": metadata.get("general.name") or metadata.get("_name_or_path") or Path(checkpoint.path).name,
         "license": metadata.get("general.license") or metadata.get("license"),
-        "tensor_types": dict(types.most_common()),
-        "weight_bytes": sum(len(tensor.data) for tensor in checkpoint.tensors.values()),
     }
 
 

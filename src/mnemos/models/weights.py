@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from mnemos.errors import FormatError
-from mnemos.formats.tensor import Tensor, TensorType
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 from mnemos.ops.protocol import Array, Matrix, Ops, Rows
 
 # Hugging Face's name within a layer (or of the model) -> GGUF's. Architectures add to it or replace entries.

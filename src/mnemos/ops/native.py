@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from mmap import mmap
 from threading import Lock
@@ -20,7 +20,7 @@ from mnemos.ops.protocol import AttentionParams, Forward, RopeParams, Rows
 from mnemos.rules import COUNT
 
 require_core()  # whoever imports this wants it
-DTYPES = ("auto", "float32")
+NATIVE_DTYPES = ("auto", "float32")
 # Rows from which on it is faster to find the most probable tokens without all logits; fewer wait for memory anyway.
 BEST_ALONE_FROM = 8
 _NO_INTS = np.zeros(0, dtype=np.int32)
@@ -85,8 +85,8 @@ class NativeOps:
     name = "native"
 
     def __init__(self, threads: int | None = None, dtype: str = "auto") -> None:
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+        if dtype not in NATIVE_DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(NATIVE_DTYPES)}")
         if threads is not None:
             COUNT.apply("threads", threads)
         self.as_float32 = dtype == "float32"
@@ -105,6 +105,11 @@ class NativeOps:
         )
         self._unpacked.append((matrix, tensor.data, rows, _is_mapped(tensor.data)))
         return matrix
+
+    def weight_memory(self, tensors: Iterable[Tensor]) -> int:
+        """Weights take about their size in the file, unless they are expanded."""
+        expanded = 4 if self.as_float32 else 0
+        return sum(max(len(tensor.data), expanded * tensor.size) for tensor in tensors)
 
     def finish(self) -> None:
         with self._packing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import erf
 
 import numpy as np
@@ -64,6 +64,9 @@ class NumpyOps:
 
     def vector(self, tensor: Tensor) -> Floats:
         return tensor.dequantize().reshape(-1)
+
+    def weight_memory(self, tensors: Iterable[Tensor]) -> None:
+        """Not known: only the native core tells what memory is available."""
 
     def finish(self) -> None:
         """Parameters are ready as soon as they are made."""

@@ -6,7 +6,7 @@ Every backend is tested against `mnemos.ops.numpy`, operator by operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,7 +40,7 @@ class RopeParams:
     """Rotary embedding in the half-split ("neox") order: element i is paired with element i + rotary_dim / 2.
 
     `frequencies` (rotary_dim / 2,) float32: radians a position; `magnitude` multiplies both functions (YaRN, LongRoPE).
-    The elements of a head behind rotary_dim pass unchanged. Source: Su et al. 2021, arXiv:2104.09864.
+    The elements of a head after rotary_dim pass unchanged. Source: Su et al. 2021, arXiv:2104.09864.
     """
 
     head_dim: int
@@ -59,6 +59,10 @@ class Ops(Protocol):
 
     def vector(self, tensor: Tensor) -> Array:
         """A norm weight or bias, float32, flat."""
+
+    def weight_memory(self, tensors: Iterable[Tensor]) -> int | None:
+        """Bytes of the machine's memory that these will take as parameters, so that a load that cannot succeed is
+        refused before it begins; None where the backend cannot say."""
 
     def finish(self) -> None:
         """All parameters are made; those that a backend has put off are read now. Another thread may do it."""

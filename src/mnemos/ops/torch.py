@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from mnemos.contract import Batch, KVLayout, Output
 from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.formats.tensor import Tensor as StoredTensor
-from mnemos.formats.tensor import TensorType
+from mnemos.formats.tensor_types import TensorType
 from mnemos.ops.protocol import AttentionParams, Forward, RopeParams, Rows
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {TensorType.F32: torch.float32, TensorType.F16: torch.float16, TensorType.BF16: torch.bfloat16}
 
 
@@ -47,14 +47,14 @@ class TorchCache:
     """Pages of keys and values, (layers, 2, pages, page_size, kv_heads, head_dim), on the device."""
 
     def __init__(self, layout: KVLayout, pages: int, device: torch.device) -> None:
-        if layout.dtype not in DTYPES:
+        if layout.dtype not in TORCH_DTYPES:
             raise UnsupportedError(
-                f"kv_dtype {layout.dtype!r} is not supported here; expected one of {', '.join(DTYPES)}"
+                f"kv_dtype {layout.dtype!r} is not supported here; expected one of {', '.join(TORCH_DTYPES)}"
             )
         self.layout = layout
         self.pages = pages
         shape = (layout.layers, 2, pages, layout.page_size, layout.kv_heads, layout.head_dim)
-        self.values = torch.zeros(shape, dtype=DTYPES[layout.dtype], device=device)
+        self.values = torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype], device=device)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         self.values[:, :, list(targets)] = self.values[:, :, list(sources)]
@@ -121,9 +121,9 @@ class TorchOps:
         self.device = usable_device(device)
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype is {dtype!r}; expected auto or one of {', '.join(DTYPES)}")
-        self.dtype = DTYPES[dtype]
+        if dtype not in TORCH_DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; expected auto or one of {', '.join(TORCH_DTYPES)}")
+        self.dtype = TORCH_DTYPES[dtype]
 
     def matrix(self, tensor: StoredTensor, rows: Rows | None = None) -> Tensor:
         if rows is not None:
@@ -136,6 +136,9 @@ class TorchOps:
 
     def vector(self, tensor: StoredTensor) -> Tensor:
         return torch.from_numpy(tensor.dequantize().reshape(-1)).to(self.device)
+
+    def weight_memory(self, tensors: Iterable[StoredTensor]) -> None:
+        """Not known: the device's own allocator says so when it is full."""
 
     def finish(self) -> None:
         """Parameters are ready as soon as they are made."""

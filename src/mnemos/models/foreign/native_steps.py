@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mnemos.formats.tensor import TensorType
+from mnemos.formats.tensor_types import TensorType
 from mnemos.native import core as _native
 
 FEW_ROWS = 8
