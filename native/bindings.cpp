@@ -185,8 +185,8 @@ InputView input_view(nb::handle object) {
   throw config_error("a program's inputs must be float32 or int32 arrays of two axes, contiguous in memory");
 }
 
-nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages, Ints page_starts,
-                     Ints logit_rows, nb::list inputs, bool best) {
+nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages, Ints page_positions,
+                     Ints page_starts, Ints logit_rows, nb::list inputs, bool best) {
   BatchView batch;
   batch.best = best;
   batch.tokens = static_cast<int64_t>(positions.size());
@@ -197,10 +197,16 @@ nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequ
                         std::to_string(token_ids.size()) + ", " + std::to_string(positions.size()) + ", " +
                         std::to_string(page_starts.size()) + " and " + std::to_string(sequence_starts.size()));
   }
+  if (page_positions.size() != pages.size()) {
+    throw request_error("a batch needs as many page_positions as pages; it has " + std::to_string(page_positions.size()) + " and " +
+                        std::to_string(pages.size()));
+  }
+  batch.table_pages = static_cast<int64_t>(pages.size());
   batch.token_ids = token_ids.data();
   batch.positions = positions.data();
   batch.sequence_starts = sequence_starts.data();
   batch.pages = pages.data();
+  batch.page_positions = page_positions.data();
   batch.page_starts = page_starts.data();
   batch.logit_rows = logit_rows.data();
   std::vector<InputView> views;
@@ -208,7 +214,7 @@ nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequ
   std::vector<OutputView> outputs;
   {
     nb::gil_scoped_release release_gil;
-    outputs = program.run(batch, static_cast<int64_t>(pages.size()), views);
+    outputs = program.run(batch, views);
   }
   nb::list result;
   for (const OutputView &output : outputs) result.append(as_array(output));
@@ -386,8 +392,8 @@ void bind_program(nb::module_ &m) {
       }, "x"_a, "ids"_a, "weights"_a, "gate"_a, "up"_a, "down"_a, "kind"_a)
       .def("width", &Program::width, "value"_a)
       .def("finish", &Program::finish, "outputs"_a)
-      .def("run", &run_program, "token_ids"_a, "positions"_a, "sequence_starts"_a, "pages"_a, "page_starts"_a, "logit_rows"_a,
-           "inputs"_a, "best"_a = false)
+      .def("run", &run_program, "token_ids"_a, "positions"_a, "sequence_starts"_a, "pages"_a, "page_positions"_a,
+           "page_starts"_a, "logit_rows"_a, "inputs"_a, "best"_a = false)
       .def_prop_ro("finds_best", &Program::finds_best)
       .def("poison", &Program::poison, "on"_a)
       .def("workspace_bytes", &Program::workspace_bytes, "tokens"_a, "chosen"_a)

@@ -66,7 +66,7 @@ void store_token(const Step &step, const Attention &a, const float *k, const flo
                  float *scratch) {
   const CellLayout &cell = a.cache->cell();
   const int64_t position = step.batch.positions[t], at = (t * a.kv_heads + head) * a.head_dim;
-  const int64_t page = step.batch.pages[step.batch.page_starts[sequence] + position / cell.slots];
+  const int64_t page = step.batch.pages[step.tables->new_pages[static_cast<size_t>(sequence)] + position / cell.slots];
   uint8_t *data = a.cache->cells(a.layer, head) + page * a.cache->page_bytes();
   transform(step, a.key_norm, a.key_rope.get(), position, 1.0f, a.head_dim, k + at, scratch);
   step.kernels->store_key(cell, data, position % cell.slots, scratch);
@@ -120,7 +120,7 @@ class AttentionAhead : public Ahead {
     const int64_t count = static_cast<int64_t>(set.tiles.size()) * attention.kv_heads;
     step_ = &step, attention_ = &attention;
     first_ = count * thread / step.threads, index_ = count * (thread + 1) / step.threads;
-    page_ = page_end_ = 0;
+    page_ = page_end_ = nullptr;
     go_to(nullptr, 0, index_ > first_);
   }
 
@@ -131,20 +131,21 @@ class AttentionAhead : public Ahead {
       index_--;
       const QueryTile &query = step_->tile_sets[attention_->tile_set].tiles[static_cast<size_t>(index_ / attention_->kv_heads)];
       const int64_t position = step_->batch.positions[query.token_begin];
-      pages_ = step_->batch.pages + step_->batch.page_starts[query.sequence];
-      page_ = std::max(first_visible(*attention_, position), query.block_begin * attention_block) / cell.slots;
-      page_end_ = std::min(position, query.block_end * attention_block - 1) / cell.slots + 1;
+      const KeyBlock &first = step_->tables->blocks[static_cast<size_t>(query.block_begin)];
+      const KeyBlock &last = step_->tables->blocks[static_cast<size_t>(query.block_end - 1)];
+      page_ = first.pages + (std::max(first_visible(*attention_, position), first.first) - first.first) / cell.slots;
+      page_end_ = last.pages + (std::min(position, last.last) - last.first) / cell.slots + 1;
     }
     const uint8_t *cells = attention_->cache->cells(attention_->layer, index_ % attention_->kv_heads);
-    const int64_t page = pages_[page_++];
-    go_to(cells + page * attention_->cache->page_bytes(), cell.bytes, page_ < page_end_ || index_ > first_);
+    const int64_t page = *page_++;
+    go_to(cells + page * attention_->cache->page_bytes(), cell.bytes, page_ != page_end_ || index_ > first_);
   }
 
  private:
   const Step *step_ = nullptr;
   const Attention *attention_ = nullptr;
-  const int32_t *pages_ = nullptr;
-  int64_t first_ = 0, index_ = 0, page_ = 0, page_end_ = 0;
+  const int32_t *page_ = nullptr, *page_end_ = nullptr;  // in the batch's page tables
+  int64_t first_ = 0, index_ = 0;
 };
 
 class AttendTask : public Task {
@@ -176,7 +177,7 @@ class AttendTask : public Task {
     const int64_t begin = count * owner / step.threads, index = begin + count * (owner + 1) / step.threads - 1 - item;
     const QueryTile &query = tile_at(set, index);
     const int64_t head = index % a_.kv_heads;
-    if (set.one_token_each && step.batch.positions[query.token_begin] / attention_block < query.block_end) {
+    if (set.one_token_each && step.batch.positions[query.token_begin] <= block_at(step, query.block_end - 1).last) {
       store_token(step, a_, step.data(k_, thread), step.data(v_, thread), query.sequence, query.token_begin, head,
                   step.thread_scratch(thread));
     }
@@ -191,13 +192,15 @@ class AttendTask : public Task {
     return set.tiles[static_cast<size_t>(index / a_.kv_heads)];
   }
 
+  static const KeyBlock &block_at(const Step &step, int64_t number) { return step.tables->blocks[static_cast<size_t>(number)]; }
+
   // What the part with this index attends to first.
   NextKeys first_keys(const Step &step, int64_t index) const {
     const QueryTile &query = tile_at(step.tile_sets[a_.tile_set], index);
-    const int64_t start = query.block_begin * attention_block, last = step.batch.positions[query.token_end - 1];
-    return {a_.cache->cells(a_.layer, index % a_.kv_heads), step.batch.pages + step.batch.page_starts[query.sequence],
-            std::max(start, first_visible(a_, step.batch.positions[query.token_begin])),
-            std::min(start + attention_block - 1, last)};
+    const KeyBlock &block = block_at(step, query.block_begin);
+    return {a_.cache->cells(a_.layer, index % a_.kv_heads), &block,
+            std::max(block.first, first_visible(a_, step.batch.positions[query.token_begin])),
+            std::min<int64_t>(block.last, step.batch.positions[query.token_end - 1])};
   }
 
   void run_head(const Step &step, const QueryTile &query, int64_t head, const NextKeys &next, int thread) const {
@@ -209,7 +212,7 @@ class AttendTask : public Task {
     tile.cell = &cell;
     tile.cells = a_.cache->cells(a_.layer, head);
     tile.page_bytes = a_.cache->page_bytes();
-    tile.pages = step.batch.pages + step.batch.page_starts[query.sequence];
+    tile.blocks = step.tables->blocks.data();
     tile.rows = (query.token_end - query.token_begin) * group;
     tile.first = first;
     tile.last = last;
@@ -327,7 +330,30 @@ std::unique_ptr<Task> make_merge(const Attention &attention, int partials, const
   return std::make_unique<MergeTask>(attention, partials, y);
 }
 
-TileSet make_tiles(const BatchView &batch, const Attention &attention, int threads) {
+void resolve_tables(const BatchView &batch, int64_t slots, Tables &tables) {
+  tables.new_pages.clear();
+  tables.blocks.clear();
+  tables.block_starts.assign(1, 0);
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    const int32_t *first = batch.page_positions + batch.page_starts[s], *end = batch.page_positions + batch.page_starts[s + 1];
+    const size_t begin = tables.blocks.size();
+    for (const int32_t *position = first; position < end; position++) {
+      const int64_t last = *position + slots - 1;
+      if (tables.blocks.size() > begin && *position % attention_block != 0 && tables.blocks.back().last + 1 == *position) {
+        tables.blocks.back().last = last;
+      } else {
+        const int64_t start = *position / attention_block * attention_block;
+        tables.blocks.push_back({start, *position, last, batch.pages + (position - batch.page_positions)});
+      }
+    }
+    tables.block_starts.push_back(static_cast<int64_t>(tables.blocks.size()));
+    const int32_t at = first == end || batch.sequence_starts[s] == batch.sequence_starts[s + 1]
+                           ? 0 : batch.positions[batch.sequence_starts[s]];
+    tables.new_pages.push_back(std::upper_bound(first, end, at) - 1 - batch.page_positions - at / slots);
+  }
+}
+
+TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention &attention, int threads) {
   TileSet set;
   set.one_token_each = one_token_each(batch);
   const int64_t size = tile_tokens(attention);
@@ -338,10 +364,17 @@ TileSet make_tiles(const BatchView &batch, const Attention &attention, int threa
   const bool few = threads > 1 && whole_tiles * attention.kv_heads < 4 * threads;
   for (int64_t s = 0; s < batch.sequences; s++) {
     const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+    const auto blocks = tables.blocks.begin() + tables.block_starts[static_cast<size_t>(s)];
+    const auto blocks_end = tables.blocks.begin() + tables.block_starts[static_cast<size_t>(s) + 1];
+    // The first block that ends at a position or later.
+    const auto block_of = [&](int64_t position) {
+      const auto ends_before = [](const KeyBlock &block, int64_t wanted) { return block.last < wanted; };
+      return std::lower_bound(blocks, blocks_end, position, ends_before) - tables.blocks.begin();
+    };
     for (int64_t t = begin; t < end; t += size) {
       QueryTile tile{s, t, std::min(t + size, end), 0, 0, -1};
-      tile.block_begin = first_visible(attention, batch.positions[t]) / attention_block;
-      tile.block_end = batch.positions[tile.token_end - 1] / attention_block + 1;
+      tile.block_begin = block_of(first_visible(attention, batch.positions[t]));
+      tile.block_end = block_of(batch.positions[tile.token_end - 1]) + 1;
       const bool split = few && end - begin == 1 && tile.block_end - tile.block_begin > 1;
       if (!split) {
         set.tiles.push_back(tile);

@@ -185,14 +185,17 @@ int64_t Program::workspace_bytes(int64_t tokens, int64_t chosen) const {
   return bytes;
 }
 
-std::vector<OutputView> Program::run(const BatchView &batch, int64_t batch_pages, const std::vector<InputView> &inputs) {
+std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<InputView> &inputs) {
   if (!finished_) throw config_error("the program is still being recorded");
   if (batch.best && !finds_best()) throw config_error("the program cannot find the best of its last output alone");
-  check_batch(batch, batch_pages);
+  check_batch(batch);
   check_inputs(batch, inputs);
   std::lock_guard<std::mutex> lock(mutex_);
   std::vector<TileSet> tiles;
-  for (const Attention &attention : schedule_.attentions) tiles.push_back(make_tiles(batch, attention, pool_->threads()));
+  if (!schedule_.attentions.empty()) resolve_tables(batch, cache_->cell().slots, tables_);
+  for (const Attention &attention : schedule_.attentions) {
+    tiles.push_back(make_tiles(batch, tables_, attention, pool_->threads()));
+  }
   int64_t most = -1;
   for (int64_t t = 0; !rope_tables_.empty() && t < batch.tokens; t++) most = std::max<int64_t>(most, batch.positions[t]);
   for (const auto &table : rope_tables_) table->extend(most + 1);
@@ -212,8 +215,8 @@ std::vector<OutputView> Program::run(const BatchView &batch, int64_t batch_pages
     std::memcpy(pieces_[static_cast<size_t>(schedule_.input_buffers[i])].data, inputs[i].data,
                 static_cast<size_t>(inputs[i].rows * inputs[i].width) * 4);
   }
-  const Step step{batch, pool_->threads(), kernels_, pieces_.data(), tiles.data(), workspace_->data + scratch_offset_,
-                  scratch_bytes_, ahead_.data()};
+  const Step step{batch, pool_->threads(), kernels_, pieces_.data(), &tables_, tiles.data(),
+                  workspace_->data + scratch_offset_, scratch_bytes_, ahead_.data()};
   execute(step, one_row);
   std::vector<OutputView> outputs;
   for (size_t i = 0; i < graph_.outputs.size(); i++) {
@@ -303,7 +306,7 @@ void Program::check_inputs(const BatchView &batch, const std::vector<InputView> 
   }
 }
 
-void Program::check_batch(const BatchView &batch, int64_t batch_pages) const {
+void Program::check_batch(const BatchView &batch) const {
   for (const Operator &op : graph_.operators) {
     if (op.kind != OperatorKind::embed) continue;
     const bool by_token = op.index == Index::token_ids;
@@ -330,7 +333,7 @@ void Program::check_batch(const BatchView &batch, int64_t batch_pages) const {
     if (!good) throw request_error(std::string(name) + " must rise from 0 to " + number(end));
   };
   monotonic(batch.sequence_starts, batch.tokens, "sequence_starts");
-  monotonic(batch.page_starts, batch_pages, "page_starts");
+  monotonic(batch.page_starts, batch.table_pages, "page_starts");
   for (int64_t s = 0; s < batch.sequences; s++) check_sequence(batch, s);
 }
 
@@ -343,22 +346,28 @@ void Program::check_sequence(const BatchView &batch, int64_t s) const {
                           " is followed by " + number(batch.positions[t]));
     }
   }
-  const int64_t slots = cache_->cell().slots, last = batch.positions[end - 1] / slots;
-  const int64_t count = batch.page_starts[s + 1] - batch.page_starts[s];
-  if (last >= count) {
-    throw request_error("sequence " + number(s) + " has " + number(count) + " pages of " + number(slots) +
-                        " positions, too few for position " + number(batch.positions[end - 1]));
-  }
-  int64_t lowest = batch.positions[begin];
-  for (const Attention &attention : schedule_.attentions) {
-    const int64_t reach = attention.window > 0 ? std::max<int64_t>(0, batch.positions[begin] - attention.window + 1) : 0;
-    lowest = std::min(lowest, reach);
-  }
-  for (int64_t page = lowest / slots; page <= last; page++) {
-    const int64_t id = batch.pages[batch.page_starts[s] + page];
-    if (id < 0 || id >= cache_->pages) {
-      throw request_error("page " + number(id) + " of sequence " + number(s) + " is not in the cache, which has " +
+  const int64_t slots = cache_->cell().slots;
+  const int32_t *first = batch.page_positions + batch.page_starts[s], *table_end = batch.page_positions + batch.page_starts[s + 1];
+  for (const int32_t *position = first; position < table_end; position++) {
+    const int64_t page = batch.pages[position - batch.page_positions];
+    if (page < 0 || page >= cache_->pages) {
+      throw request_error("page " + number(page) + " of sequence " + number(s) + " is not in the cache, which has " +
                           number(cache_->pages));
+    }
+    if (*position < 0 || *position % slots != 0) {
+      throw request_error("a page of sequence " + number(s) + " begins at position " + number(*position) +
+                          "; pages begin at multiples of " + number(slots));
+    }
+    if (position > first && *position <= position[-1]) {
+      throw request_error("page_positions of sequence " + number(s) + " do not ascend: " + number(position[-1]) +
+                          " is followed by " + number(*position));
+    }
+  }
+  const int32_t *page = std::upper_bound(first, table_end, batch.positions[begin]) - 1;
+  for (int64_t wanted = batch.positions[begin] / slots * slots; wanted <= batch.positions[end - 1]; wanted += slots, page++) {
+    if (page < first || page >= table_end || *page != wanted) {
+      throw request_error("sequence " + number(s) + " has no page for position " +
+                          number(std::max<int64_t>(wanted, batch.positions[begin])));
     }
   }
 }

@@ -58,7 +58,7 @@ class Program {
   // The views are overwritten by the next step. With `batch.best`, which needs finds_best(), there is in place of the last
   // output (rows, 1) the number of each row's largest value, of equal ones the lowest, or -1 where none is above minus
   // infinity or one is not a number below infinity.
-  std::vector<OutputView> run(const BatchView &batch, int64_t batch_pages, const std::vector<InputView> &inputs);
+  std::vector<OutputView> run(const BatchView &batch, const std::vector<InputView> &inputs);
 
   // Whether the largest values of the last output can be found without all others.
   bool finds_best() const { return schedule_.best_buffer >= 0; }
@@ -83,7 +83,7 @@ class Program {
   void place_barriers();
   int64_t buffer_bytes(const BufferSpec &spec, const BatchView &batch, const std::vector<TileSet> &tiles) const;
   int64_t layout(const BatchView &batch, const std::vector<TileSet> &tiles, bool one_row);
-  void check_batch(const BatchView &batch, int64_t batch_pages) const;
+  void check_batch(const BatchView &batch) const;
   void check_sequence(const BatchView &batch, int64_t sequence) const;
   void check_inputs(const BatchView &batch, const std::vector<InputView> &inputs) const;
   void execute(const Step &step, bool one_row);
@@ -101,6 +101,7 @@ class Program {
   std::vector<size_t> fetching_;               // tasks that fetch ahead
   std::vector<std::unique_ptr<Ahead>> ahead_;  // by thread
   std::vector<Piece> pieces_;
+  Tables tables_;
   std::shared_ptr<Workspace> workspace_;
   int64_t scratch_offset_ = 0, scratch_bytes_ = 0;
   struct alignas(64) Counter {

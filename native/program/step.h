@@ -15,11 +15,11 @@ namespace mnemos {
 // How many rows a value has: one for each token of the batch, or one for each row whose logits are asked for.
 enum class Rows { tokens, chosen };
 
-// The batch of one step, as in mnemos.ops.batch.Batch. All arrays are checked before a step runs.
+// The batch of one step, as in mnemos.contract.Batch. All arrays are checked before a step runs.
 struct BatchView {
-  int64_t tokens = 0, chosen = 0, sequences = 0;
+  int64_t tokens = 0, chosen = 0, sequences = 0, table_pages = 0;
   const int32_t *token_ids = nullptr, *positions = nullptr, *sequence_starts = nullptr;
-  const int32_t *pages = nullptr, *page_starts = nullptr, *logit_rows = nullptr;
+  const int32_t *pages = nullptr, *page_positions = nullptr, *page_starts = nullptr, *logit_rows = nullptr;
   bool best = false;  // nothing but the number of the largest logit is wanted of each row; see Program::finds_best
 };
 
@@ -29,10 +29,19 @@ struct Piece {
   int64_t copy_bytes;  // 0 if there is but one
 };
 
-// One sequence's queries for a tile of tokens; see attention.cpp.
+// The page tables of a step's sequences, resolved once for all layers.
+struct Tables {
+  // The new positions of a sequence are consecutive, and so are the pages that hold them: position p is in
+  // batch.pages[new_pages[s] + p / slots].
+  std::vector<int64_t> new_pages;
+  std::vector<KeyBlock> blocks;      // of all sequences, each one's in the order of their positions
+  std::vector<int64_t> block_starts;  // (sequences + 1): sequence s has blocks block_starts[s] to block_starts[s + 1]
+};
+
+// One sequence's queries for a tile of tokens; see attention_task.cpp.
 struct QueryTile {
   int64_t sequence, token_begin, token_end;
-  int64_t block_begin, block_end;
+  int64_t block_begin, block_end;  // numbers in Tables::blocks
   int64_t split;  // index of the first partial result, or -1 if the tile does all its blocks itself
 };
 
@@ -48,6 +57,7 @@ struct Step {
   int threads;
   const VectorKernels *kernels;
   const Piece *pieces;  // by buffer
+  const Tables *tables;
   const TileSet *tile_sets;
   uint8_t *scratch;     // scratch_bytes for each thread
   int64_t scratch_bytes;

@@ -122,8 +122,10 @@ std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int 
 std::unique_ptr<Ahead> make_attention_ahead();
 // Merges the partial results of long contexts that were split among threads.
 std::unique_ptr<Task> make_merge(const Attention &attention, int partials, const Target &y);
+// The batch's page tables, of pages of `slots` positions; they have been checked.
+void resolve_tables(const BatchView &batch, int64_t slots, Tables &tables);
 // The tiles for this batch. Long contexts are split when there are few tiles.
-TileSet make_tiles(const BatchView &batch, const Attention &attention, int threads);
+TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention &attention, int threads);
 int64_t partials_bytes(const TileSet &tiles, const Attention &attention);
 
 // ids (T, top_k) and weights (T, top_k) from logits (T, experts).

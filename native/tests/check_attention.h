@@ -78,8 +78,9 @@ class AttentionCheck {
         queries[size((r - begin) * stride + i)] = queries_[size(r * shape_.head_dim + i)] * scale();
       }
     }
+    const std::vector<KeyBlock> blocks = key_blocks();
     AttentionTile tile{};
-    tile.cell = &cell, tile.cells = cache_.cells(0, 0), tile.page_bytes = cache_.page_bytes(), tile.pages = table_.data();
+    tile.cell = &cell, tile.cells = cache_.cells(0, 0), tile.page_bytes = cache_.page_bytes(), tile.blocks = blocks.data();
     tile.rows = rows, tile.first = first.data(), tile.last = last.data();
     tile.queries = queries.data(), tile.scores = scores.data(), tile.partial = partial.data(), tile.expanded = expanded.data();
     tile.most = most.data(), tile.total = total.data(), tile.result = result.data();
@@ -88,6 +89,14 @@ class AttentionCheck {
       for (int64_t i = 0; i < stride; i++) result[size(r * stride + i)] /= total[size(r)];
     }
     return result;
+  }
+  std::vector<KeyBlock> key_blocks() const {
+    std::vector<KeyBlock> blocks;
+    for (int64_t start = 0; start < length_; start += attention_block) {
+      const int64_t end = std::min(start + attention_block, pages_ * page_size);
+      blocks.push_back({start, start, end - 1, &table_[static_cast<size_t>(start / page_size)]});
+    }
+    return blocks;
   }
   float scale() const { return 0.125f; }  // a power of two: scaled queries are bfloat16 too
 

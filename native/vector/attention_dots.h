@@ -38,12 +38,12 @@ inline Vec rough_power(Vec x) {
   return times_power_of_two(p, n);
 }
 
-// The lanes of the vector that begins at `at` which lie between first and last.
-inline Mask lanes_between(int64_t at, int64_t first, int64_t last) {
+// The lanes of the vector that begins at `at` which a row sees.
+inline Mask lanes_seen(const Seen &seen, int64_t at) {
   const auto lanes_below = [&](int64_t end) {
     return static_cast<unsigned>((1u << (end <= at ? 0 : end - at < width ? end - at : width)) - 1);
   };
-  return static_cast<Mask>(lanes_below(last + 1) & ~lanes_below(first));
+  return static_cast<Mask>(lanes_below(seen.last + 1) & ~lanes_below(seen.first));
 }
 
 // The sums of each of four vectors, in the first four lanes: the same additions in the same order for each.
@@ -56,15 +56,6 @@ inline __m128 reduce_four(const Vec *x, const Combine &combine) {
   return _mm512_castps512_ps128(combine(d, _mm512_shuffle_f32x4(d, d, 0xb1)));
 }
 
-// What one row sees of a block, counted from the block's start.
-struct Seen {
-  int64_t first, last;
-
-  Seen(const AttentionTile &tile, int64_t start, int64_t row) : first(tile.first[row] - start), last(tile.last[row] - start) {}
-  bool all() const { return first <= 0 && last >= attention_block - 1; }
-  Mask lanes(int64_t at) const { return lanes_between(at, first, last); }
-};
-
 constexpr int64_t rows_together = 4;
 
 // The largest scores of a run of rows, among those that each sees.
@@ -76,7 +67,7 @@ inline void find_maxima(const AttentionTile &tile, const BlockRange &range, int6
     for (int64_t r = 0; r < rows_together && row + r < row_end; r++) {
       float *scores = tile.scores + (row + r) * score_stride;
       if (tile.softcap > 0) softcap(scores, tile.softcap, scores, (used + width - 1) / width * width);
-      const Seen seen(tile, range.start, row + r);
+      const Seen seen(tile, range, row + r);
       if (seen.all()) {
         Vec x[block_vectors];
         for (int64_t v = 0; v < block_vectors; v++) x[v] = load(scores + v * width);
@@ -87,7 +78,7 @@ inline void find_maxima(const AttentionTile &tile, const BlockRange &range, int6
         continue;
       }
       for (int64_t at = 0; at < used; at += width) {
-        maxima[r] = max(_mm512_mask_loadu_ps(hidden, seen.lanes(at), scores + at), maxima[r]);
+        maxima[r] = max(_mm512_mask_loadu_ps(hidden, lanes_seen(seen, at), scores + at), maxima[r]);
       }
     }
     _mm_storeu_ps(most + row, reduce_four(maxima, [](Vec a, Vec b) { return max(a, b); }));
@@ -105,7 +96,7 @@ inline void make_weights(const AttentionTile &tile, const BlockRange &range, int
     for (int64_t r = 0; r < rows_together && row + r < row_end; r++) {
       float *scores = tile.scores + (row + r) * score_stride;
       auto *pairs = reinterpret_cast<uint32_t *>(scores);
-      const Seen seen(tile, range.start, row + r);
+      const Seen seen(tile, range, row + r);
       const Vec shift = splat(most[row + r]);
       const auto weight = [&](int64_t at) { return rough_power(mul(sub(load(scores + at), shift), factor)); };
       Vec even = zero(), odd = zero();
@@ -117,7 +108,8 @@ inline void make_weights(const AttentionTile &tile, const BlockRange &range, int
         for (int64_t at = 0; at < attention_block; at += 2 * width) put(at, weight(at), weight(at + width));
       } else {
         for (int64_t at = 0; at < used; at += 2 * width) {
-          put(at, _mm512_maskz_mov_ps(seen.lanes(at), weight(at)), _mm512_maskz_mov_ps(seen.lanes(at + width), weight(at + width)));
+          put(at, _mm512_maskz_mov_ps(lanes_seen(seen, at), weight(at)),
+              _mm512_maskz_mov_ps(lanes_seen(seen, at + width), weight(at + width)));
         }
       }
       sums[r] = add(even, odd);
@@ -200,7 +192,7 @@ struct Shares {
   bool seen[max_tile_rows], begun[max_tile_rows];
 
   // Brings the tile's maxima and totals up to date.
-  Shares(const AttentionTile &tile, int64_t start, const float *block_most, const float *block_total) {
+  Shares(const AttentionTile &tile, const KeyBlock &block_of_keys, const float *block_most, const float *block_total) {
     for (int64_t r = 0; r < tile.rows; r += width) {
       const int count = tile.rows - r < width ? static_cast<int>(tile.rows - r) : width;
       const Vec old_most = load_part(tile.most + r, count), new_most = load_part(block_most + r, count);
@@ -210,7 +202,7 @@ struct Shares {
       store_part(before + r, old_share, count), store_part(block + r, new_share, count), store(mosts, maximum);
       store(totals, add(mul(load_part(tile.total + r, count), old_share), mul(load_part(block_total + r, count), new_share)));
       for (int64_t i = r; i < r + count; i++) {
-        seen[i] = tile.first[i] < start + attention_block && tile.last[i] >= start;
+        seen[i] = sees(tile, i, block_of_keys);
         begun[i] = tile.most[i] != -INFINITY;
         if (!seen[i]) continue;
         tile.most[i] = begun[i] ? mosts[i - r] : block_most[i];
@@ -281,13 +273,13 @@ inline Ahead values_ahead(const AttentionTile &tile, const BlockRange &range) {
   return ahead;
 }
 
-// The keys that are wanted when the values of the block that starts there are done with.
-inline Ahead next_keys(const AttentionTile &tile, int64_t start, bool next_block) {
+// The keys that are wanted when the values of the block are done with.
+inline Ahead next_keys(const AttentionTile &tile, const KeyBlock &block, const KeyBlock *next_block) {
   Ahead ahead;
   if (tile.rows > most_rows_to_fetch_for) return ahead;
   ahead.bytes = tile.cell->value_offset;
   for (int64_t at = 0; at < attention_block; at += tile.cell->slots) {
-    const uint8_t *keys = keys_ahead(tile, start + at, next_block);
+    const uint8_t *keys = keys_ahead(tile, block.start + at, next_block);
     if (keys != nullptr) ahead.parts[ahead.count++] = keys;
   }
   return ahead;
@@ -315,13 +307,14 @@ inline const uint32_t *pair_queries(const AttentionTile &tile) {
   return queries;
 }
 
-inline void attend_block_by_dots(const AttentionTile &tile, const uint32_t *queries, int64_t block, bool next_block) {
+inline void attend_block_by_dots(const AttentionTile &tile, const uint32_t *queries, const KeyBlock &block,
+                                 const KeyBlock *next_block) {
   const BlockRange all = visible(tile, block, 0, tile.rows);
   if (all.last < 0) return;
   const uint32_t *keys[block_vectors], *rows_of_values[attention_block / 2];
   point_to_pages(tile, all, keys, rows_of_values);
   const int64_t groups = (tile.rows + group_rows - 1) / group_rows;
-  Ahead values = values_ahead(tile, all), next = next_keys(tile, all.start, next_block);
+  Ahead values = values_ahead(tile, all), next = next_keys(tile, block, next_block);
   values.spread(groups * (tile.cell->head_dim / 2));
   next.spread(groups * ((all.last - all.first) / 2 + 1));
   float most[max_tile_rows + rows_together], total[max_tile_rows + rows_together];
@@ -332,7 +325,7 @@ inline void attend_block_by_dots(const AttentionTile &tile, const uint32_t *quer
   for_groups(tile, block, [&](auto rows, int64_t r, const BlockRange &range) {
     make_weights(tile, range, r, r + decltype(rows)::value, most, total);
   });
-  const Shares shares(tile, all.start, most, total);
+  const Shares shares(tile, block, most, total);
   for_groups(tile, block, [&](auto rows, int64_t r, const BlockRange &range) {
     weigh_rows<decltype(rows)::value>(tile, range, r, rows_of_values, shares, next);
   });
@@ -341,9 +334,9 @@ inline void attend_block_by_dots(const AttentionTile &tile, const uint32_t *quer
 void attend_by_dots(const AttentionTile &tile, int64_t block_begin, int64_t block_end) {
   if (!has_dots(*tile.cell)) return attend(tile, block_begin, block_end);
   const uint32_t *queries = pair_queries(tile);
-  for (int64_t block = block_begin; block < block_end; block++) {
-    attend_block_by_dots(tile, queries, block, block + 1 < block_end);
-  }
+  for_blocks(tile, block_begin, block_end, [&](const KeyBlock &block, const KeyBlock *next_block) {
+    attend_block_by_dots(tile, queries, block, next_block);
+  });
 }
 
 }  // namespace

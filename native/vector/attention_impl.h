@@ -120,17 +120,19 @@ inline void product(int64_t rows, const float *a, int64_t a_stride, const typena
   }
 }
 
-// The pages of one block that any row of the tile sees, and the slots of them.
+// What some rows of a tile see of one block.
 struct BlockRange {
-  int64_t start;         // position of the block's first key
-  int64_t first, last;   // positions that some row sees, within the block
+  int64_t start;         // position of score 0
+  int64_t first, last;   // positions that some row sees, within the block; nothing if last < 0
+  const KeyBlock *block;
 };
 
 template <typename Element, typename Visit>
 inline void for_each_page(const AttentionTile &tile, const BlockRange &range, const Visit &visit) {
-  const int64_t slots = tile.cell->slots;
-  for (int64_t page = range.first / slots; page <= range.last / slots; page++) {
-    visit(page * slots, tile.cells + tile.pages[page] * tile.page_bytes);
+  const int64_t slots = tile.cell->slots, skipped = (range.first - range.block->first) / slots;
+  const int32_t *page = range.block->pages + skipped;
+  for (int64_t position = range.block->first + skipped * slots; position <= range.last; position += slots) {
+    visit(position, tile.cells + *page++ * tile.page_bytes);
   }
 }
 
@@ -187,17 +189,21 @@ inline void exponentials(float *scores, int64_t first, int64_t last, int64_t use
 
 // The page of keys that is wanted when the values of one at `position` are done with: the next block's, or else the
 // next tile's. Null if there is none.
-inline const uint8_t *keys_ahead(const AttentionTile &tile, int64_t position, bool next_block) {
+inline const uint8_t *keys_ahead(const AttentionTile &tile, int64_t position, const KeyBlock *next_block) {
   if (tile.rows > most_rows_to_fetch_for) return nullptr;
-  const int64_t slots = tile.cell->slots, next_start = (position / attention_block + 1) * attention_block;
-  const NextKeys next = next_block ? NextKeys{tile.cells, tile.pages, next_start, tile.last[tile.rows - 1]} : tile.next;
-  const int64_t wanted = next.first / attention_block * attention_block + position % attention_block;
-  const bool any = next.cells != nullptr && wanted + slots > next.first && wanted <= next.last;
-  return any ? next.cells + next.pages[wanted / slots] * tile.page_bytes : nullptr;
+  NextKeys next = tile.next;
+  if (next_block != nullptr) {
+    const int64_t end = tile.last[tile.rows - 1];
+    next = {tile.cells, next_block, next_block->first, end < next_block->last ? end : next_block->last};
+  }
+  if (next.cells == nullptr) return nullptr;
+  const int64_t slots = tile.cell->slots, wanted = next.block->start + position % attention_block;
+  if (wanted + slots <= next.first || wanted > next.last) return nullptr;
+  return next.cells + next.block->pages[(wanted - next.block->first) / slots] * tile.page_bytes;
 }
 
 template <typename Element>
-void weigh_values(const AttentionTile &tile, const BlockRange &range, bool next_block) {
+void weigh_values(const AttentionTile &tile, const BlockRange &range, const KeyBlock *next_block) {
   const CellLayout &cell = *tile.cell;
   bool accumulate = false;
   for_each_page<Element>(tile, range, [&](int64_t position, const uint8_t *data) {
@@ -239,24 +245,37 @@ void merge(float most, float total, const float *values, float *into_most, float
   *into_most = maximum;
 }
 
-// The positions of the block that some of the rows see; nothing if last < 0.
-inline BlockRange visible(const AttentionTile &tile, int64_t block, int64_t row_begin, int64_t row_end) {
-  BlockRange range{block * attention_block, INT64_MAX, -1};
-  const int64_t end = range.start + attention_block - 1;
+inline bool sees(const AttentionTile &tile, int64_t row, const KeyBlock &block) {
+  return tile.first[row] <= block.last && tile.last[row] >= block.first;
+}
+
+// The positions of the block that some of the rows see.
+inline BlockRange visible(const AttentionTile &tile, const KeyBlock &block, int64_t row_begin, int64_t row_end) {
+  BlockRange range{block.start, INT64_MAX, -1, &block};
   for (int64_t r = row_begin; r < row_end; r++) {
-    if (tile.first[r] > end || tile.last[r] < range.start) continue;
+    if (!sees(tile, r, block)) continue;
     range.first = tile.first[r] < range.first ? tile.first[r] : range.first;
     range.last = tile.last[r] > range.last ? tile.last[r] : range.last;
   }
-  range.first = range.first < range.start ? range.start : range.first;
-  range.last = range.last > end ? end : range.last;
+  range.first = range.first < block.first ? block.first : range.first;
+  range.last = range.last > block.last ? block.last : range.last;
   return range;
 }
+
+// What one row sees of a range that its group sees, counted from score 0. Past the range scores may be anything.
+struct Seen {
+  int64_t first, last;
+
+  Seen(const AttentionTile &tile, const BlockRange &range, int64_t row)
+      : first((tile.first[row] > range.first ? tile.first[row] : range.first) - range.start),
+        last((tile.last[row] < range.last ? tile.last[row] : range.last) - range.start) {}
+  bool all() const { return first == 0 && last == attention_block - 1; }
+};
 
 inline void merge_rows(const AttentionTile &tile, const BlockRange &range, const float *most, const float *total) {
   const int64_t stride = tile.cell->value_stride;
   for (int64_t r = 0; r < tile.rows; r++) {
-    if (tile.first[r] >= range.start + attention_block || tile.last[r] < range.start) continue;
+    if (!sees(tile, r, *range.block)) continue;
     merge(most[r], total[r], tile.partial + r * stride, &tile.most[r], &tile.total[r], tile.result + r * stride, stride);
   }
 }
@@ -307,7 +326,7 @@ inline void with_count(int64_t count, const Run &run) {
 
 // Calls visit(integral_constant rows, first row, what they see) for the groups of a tile that see any of the block.
 template <typename Visit>
-inline void for_groups(const AttentionTile &tile, int64_t block, const Visit &visit) {
+inline void for_groups(const AttentionTile &tile, const KeyBlock &block, const Visit &visit) {
   for (int64_t r = 0; r < tile.rows; r += group_rows) {
     const int64_t count = tile.rows - r < group_rows ? tile.rows - r : group_rows;
     const BlockRange range = visible(tile, block, r, r + count);
@@ -317,8 +336,9 @@ inline void for_groups(const AttentionTile &tile, int64_t block, const Visit &vi
 
 // As score_block, exponentials and weigh_values, with the same sums in the same order.
 template <typename Element>
-void attend_expanded(const AttentionTile &tile, int64_t block, const BlockRange &all) {
+void attend_expanded(const AttentionTile &tile, const BlockRange &all) {
   const CellLayout &cell = *tile.cell;
+  const KeyBlock &block = *all.block;
   const Expanded expanded(tile);
   const int64_t stride = cell.value_stride;
   expand_block<Element>(tile, all);
@@ -339,7 +359,8 @@ void attend_expanded(const AttentionTile &tile, int64_t block, const BlockRange 
     for (int64_t i = r; i < r + decltype(rows)::value; i++) {
       float *row = tile.scores + i * score_stride;
       if (cell.type == CacheType::int8) map(row, expanded.key_scales, row, used, [](Vec s, Vec k) { return mul(s, k); });
-      exponentials(row, tile.first[i] - range.start, tile.last[i] - range.start, used, tile.softcap, &most[i], &total[i]);
+      const Seen seen(tile, range, i);
+      exponentials(row, seen.first, seen.last, used, tile.softcap, &most[i], &total[i]);
       if (cell.type == CacheType::int8) {
         map(row + begin, expanded.value_scales + begin, row + begin, used - begin, [](Vec w, Vec v) { return mul(w, v); });
       }
@@ -352,26 +373,32 @@ void attend_expanded(const AttentionTile &tile, int64_t block, const BlockRange 
 }
 
 template <typename Element>
-void attend_block(const AttentionTile &tile, int64_t block, bool next_block) {
+void attend_block(const AttentionTile &tile, const KeyBlock &block, const KeyBlock *next_block) {
   const BlockRange range = visible(tile, block, 0, tile.rows);
   if (range.last < 0) return;
-  if (tile.rows >= rows_to_expand_for && tile.cell->slots % width == 0) return attend_expanded<Element>(tile, block, range);
+  if (tile.rows >= rows_to_expand_for && tile.cell->slots % width == 0) return attend_expanded<Element>(tile, range);
   score_block<Element>(tile, range);
   const int64_t used = range.last - range.start + 1;
   float most[max_tile_rows], total[max_tile_rows];
   for (int64_t r = 0; r < tile.rows; r++) {
-    exponentials(tile.scores + r * score_stride, tile.first[r] - range.start, tile.last[r] - range.start, used,
-                 tile.softcap, &most[r], &total[r]);
+    const Seen seen(tile, range, r);
+    exponentials(tile.scores + r * score_stride, seen.first, seen.last, used, tile.softcap, &most[r], &total[r]);
   }
   weigh_values<Element>(tile, range, next_block);
   merge_rows(tile, range, most, total);
 }
 
+// Calls run(block, the next one) for the blocks begin to end; the last one has no next.
+template <typename Run>
+inline void for_blocks(const AttentionTile &tile, int64_t begin, int64_t end, const Run &run) {
+  for (int64_t b = begin; b < end; b++) run(tile.blocks[b], b + 1 < end ? &tile.blocks[b + 1] : nullptr);
+}
+
 void attend(const AttentionTile &tile, int64_t block_begin, int64_t block_end) {
   const auto run = [&](auto element) {
-    for (int64_t block = block_begin; block < block_end; block++) {
-      attend_block<decltype(element)>(tile, block, block + 1 < block_end);
-    }
+    for_blocks(tile, block_begin, block_end, [&](const KeyBlock &block, const KeyBlock *next_block) {
+      attend_block<decltype(element)>(tile, block, next_block);
+    });
   };
   switch (tile.cell->type) {
     case CacheType::float32: return run(FloatElement{});

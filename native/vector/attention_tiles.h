@@ -135,7 +135,7 @@ inline void merge_shares(const AttentionTile &tile, const Shares &shares, int64_
 
 // Calls visit(first row, rows, what they see) for the tiles of rows that see any of the block.
 template <typename Visit>
-inline void for_row_tiles(const AttentionTile &tile, int64_t block, AttentionShapes &shapes, const Visit &visit) {
+inline void for_row_tiles(const AttentionTile &tile, const KeyBlock &block, AttentionShapes &shapes, const Visit &visit) {
   for (int64_t row = 0; row < tile.rows; row += tile_rows) {
     const int64_t count = tile.rows - row < tile_rows ? tile.rows - row : tile_rows;
     const BlockRange range = visible(tile, block, row, row + count);
@@ -145,14 +145,14 @@ inline void for_row_tiles(const AttentionTile &tile, int64_t block, AttentionSha
   }
 }
 
-inline void attend_block_in_tiles(const AttentionTile &tile, const uint32_t *queries, int64_t block, bool next_block,
-                                  AttentionShapes &shapes) {
+inline void attend_block_in_tiles(const AttentionTile &tile, const uint32_t *queries, const KeyBlock &block,
+                                  const KeyBlock *next_block, AttentionShapes &shapes) {
   const BlockRange all = visible(tile, block, 0, tile.rows);
   if (all.last < 0) return;
   const uint32_t *keys[block_vectors], *rows_of_values[attention_block / 2];
   point_to_pages(tile, all, keys, rows_of_values);
   const int64_t stride = tile.cell->value_stride, end = all.last - all.start;
-  Ahead values = values_ahead(tile, all), next = next_keys(tile, all.start, next_block);
+  Ahead values = values_ahead(tile, all), next = next_keys(tile, block, next_block);
   values.spread((end / width + 1) * ((tile.cell->head_dim + 2 * tile_pairs - 1) / (2 * tile_pairs)));
   next.spread((end / (2 * tile_pairs) + 1) * (stride / width));
   float most[max_tile_rows + rows_together], total[max_tile_rows + rows_together];
@@ -161,7 +161,7 @@ inline void attend_block_in_tiles(const AttentionTile &tile, const uint32_t *que
     find_maxima(tile, range, row, row + rows, most);
     make_weights(tile, range, row, row + rows, most, total);
   });
-  const Shares shares(tile, all.start, most, total);
+  const Shares shares(tile, block, most, total);
   for_row_tiles(tile, block, shapes, [&](int64_t row, int64_t rows, const BlockRange &range) {
     for (int64_t column = 0; column < stride; column += tile_columns * width) {
       const int64_t left = (stride - column) / width;
@@ -178,9 +178,9 @@ void attend_in_tiles(const AttentionTile &tile, int64_t block_begin, int64_t blo
   }
   const uint32_t *queries = pair_queries(tile);
   AttentionShapes shapes((tile.cell->head_dim + 1) / 2 % tile_pairs);
-  for (int64_t block = block_begin; block < block_end; block++) {
-    attend_block_in_tiles(tile, queries, block, block + 1 < block_end, shapes);
-  }
+  for_blocks(tile, block_begin, block_end, [&](const KeyBlock &block, const KeyBlock *next_block) {
+    attend_block_in_tiles(tile, queries, block, next_block, shapes);
+  });
 }
 
 }  // namespace

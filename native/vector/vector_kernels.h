@@ -10,8 +10,8 @@ namespace mnemos {
 enum class ActivationKind { silu, gelu, gelu_tanh, relu };
 enum class CacheType { float32, float16, bfloat16, int8 };
 
-// Keys are attended to in blocks of this many positions, counted from position 0. Blocks are reduced one by one and
-// merged in their order, so that a row's result depends on nothing but its own position.
+// Keys are attended to in blocks of at most this many positions, none of which crosses a multiple of it. Blocks are reduced
+// one by one and merged in their order, so that a row's result depends on nothing but its own position and what it sees.
 constexpr int64_t attention_block = 128;
 constexpr int64_t score_stride = attention_block + 16;  // a page of few slots writes scores up to 16 behind its own
 constexpr int64_t max_tile_rows = 128;
@@ -34,11 +34,18 @@ constexpr int64_t expanded_floats(const CellLayout &cell) {
   return attention_block * (cell.head_dim + cell.value_stride + 2);
 }
 
+// Pages of one sequence that follow each other without a gap, between two multiples of attention_block.
+struct KeyBlock {
+  int64_t start;         // the multiple of attention_block below them: where scores are counted from
+  int64_t first, last;   // the positions that the pages hold, both ends included
+  const int32_t *pages;  // the page of `first` and those after it
+};
+
 // Keys at some positions of a sequence: those that are wanted when a tile is done, so that they are fetched meanwhile.
 struct NextKeys {
-  const uint8_t *cells;  // the cell of page 0; null if nothing is wanted
-  const int32_t *pages;
-  int64_t first, last;   // within one block
+  const uint8_t *cells;   // the cell of page 0; null if nothing is wanted
+  const KeyBlock *block;
+  int64_t first, last;    // within the block
 };
 
 // One query tile of one head of keys: `rows` queries, and the blocks of keys that they are to see.
@@ -46,7 +53,7 @@ struct AttentionTile {
   const CellLayout *cell;
   const uint8_t *cells;      // the cell of page 0
   int64_t page_bytes;        // from one page's cell to the next page's
-  const int32_t *pages;      // page table of the sequence
+  const KeyBlock *blocks;    // of all sequences; block numbers count from here
   int64_t rows;
   const int64_t *first, *last;  // (rows,) positions that each query sees, both ends included
   NextKeys next;             // of the same cache
@@ -77,7 +84,7 @@ struct VectorKernels {
   // Nobody else may write to slots 2 i and 2 i + 1 of a cell meanwhile: they share words of it.
   void (*store_key)(const CellLayout &cell, uint8_t *data, int64_t slot, const float *key);
   void (*store_value)(const CellLayout &cell, uint8_t *data, int64_t slot, const float *value);
-  // Merges blocks begin to end into most, total and result, in order.
+  // Merges the tile's blocks begin to end into most, total and result, in order.
   void (*attend)(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
   // Merges one row's state (most, total, n values) into another, whose values need not be set if its most is -infinity.
   void (*merge)(float most, float total, const float *values, float *into_most, float *into_total, float *into, int64_t n);

@@ -118,6 +118,7 @@ class Program:
         positions: Ints,
         sequence_starts: Ints,
         pages: Ints,
+        page_positions: Ints,
         page_starts: Ints,
         logit_rows: Ints,
         inputs: list[npt.NDArray[Any]],

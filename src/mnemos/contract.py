@@ -19,9 +19,12 @@ class Batch:
 
     token_ids (T,), positions (T,)   consecutive within a sequence
     sequence_starts (S+1,)           sequence s owns rows sequence_starts[s]:sequence_starts[s+1]
-    pages (P,), page_starts (S+1,)   sequence s keeps position p in page
-                                     pages[page_starts[s] + p // page_size], at slot p % page_size;
-                                     a page that no layer's window reaches any more may be -1
+    pages (P,), page_starts (S+1,)   the page table of sequence s is pages[page_starts[s]:page_starts[s+1]]
+    page_positions (P,)              the first position that each page holds, a multiple of the page size: position p is
+                                     in the page with page_positions <= p < page_positions + page_size, at slot
+                                     p % page_size. They ascend within a table and need not follow each other: a row
+                                     sees the positions up to its own, within its layer's window, that the table's
+                                     pages hold, and no others. Every new position has a page.
     logit_rows (R,)                  the rows whose logits (and last hidden states) are asked for
     greedy                           of their logits only the most probable tokens are wanted
     states (S,)                      each sequence's state slot, all different; empty for a model without `spec.states`
@@ -32,6 +35,7 @@ class Batch:
     positions: Ints
     sequence_starts: Ints
     pages: Ints
+    page_positions: Ints
     page_starts: Ints
     logit_rows: Ints
     greedy: bool = False

@@ -41,6 +41,9 @@ def assert_sound(batch: Batch, pages: int) -> None:
         own = batch.pages[batch.page_starts[s] : batch.page_starts[s + 1]]
         positions = batch.positions[batch.sequence_starts[s] : batch.sequence_starts[s + 1]]
         assert positions.max() // 32 < len(own)
+        assert batch.page_positions[batch.page_starts[s] : batch.page_starts[s + 1]].tolist() == [
+            *range(0, 32 * len(own), 32)
+        ]
         assert own.max() < pages
     assert len(set(batch.pages.tolist())) == len(batch.pages)
     assert all(a.dtype == np.int32 for a in (batch.token_ids, batch.positions, batch.pages, batch.logit_rows))

@@ -56,18 +56,19 @@ class ToyModel:
         logits = np.zeros((len(batch.token_ids), VOCABULARY), dtype=np.float32)
         for s in range(batch.sequences):
             table = batch.pages[batch.page_starts[s] : batch.page_starts[s + 1]]
+            firsts = batch.page_positions[batch.page_starts[s] : batch.page_starts[s + 1]].tolist()
+            held = dict(zip(firsts, table.tolist(), strict=True))  # first position -> page
+            assert firsts == sorted(held) and all(first % size == 0 for first in firsts)
             rows = range(batch.sequence_starts[s], batch.sequence_starts[s + 1])
             for row in rows:
-                position = batch.positions[row]
-                assert table[position // size] >= 0
-                self.cache.tokens[table[position // size], position % size] = batch.token_ids[row]
+                offset = int(batch.positions[row]) % size
+                self.cache.tokens[held[batch.positions[row] - offset], offset] = batch.token_ids[row]
             for row in rows:
                 position = int(batch.positions[row])
                 first = max(0, position - self.spec.window + 1) if self.spec.window else 0
                 seen = []
                 for past in range(first, position + 1):
-                    assert table[past // size] >= 0
-                    seen.append(int(self.cache.tokens[table[past // size], past % size]))
+                    seen.append(int(self.cache.tokens[held[past - past % size], past % size]))
                 logits[row], hidden[row] = toy_row(seen, position)
         logits, hidden = logits[batch.logit_rows], hidden[batch.logit_rows]
         if batch.greedy:  # no logits: whoever reads them has no business in such a batch

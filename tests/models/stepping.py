@@ -29,16 +29,19 @@ class Session:
 
     def outputs(self, chunks: dict[int, Sequence[int]], rows: Sequence[int] | None = None) -> Output:
         """The model's own output for some rows of the batch, or all; views that the next step may overwrite."""
-        token_ids, positions, starts, pages, page_starts = [], [], [0], [], [0]
+        token_ids, positions, starts, pages, firsts, page_starts = [], [], [0], [], [], [0]
+        page_size = self.model.spec.layout.page_size
         for text, chunk in chunks.items():
             token_ids += chunk
             positions += range(self.lengths[text], self.lengths[text] + len(chunk))
             self.lengths[text] += len(chunk)
             starts.append(len(token_ids))
             pages += self.pages[text]
+            firsts += range(0, page_size * len(self.pages[text]), page_size)
             page_starts.append(len(pages))
         wanted = range(len(token_ids)) if rows is None else rows
-        return self.model.forward(Batch(*map(ints, (token_ids, positions, starts, pages, page_starts, wanted))))
+        arrays = token_ids, positions, starts, pages, firsts, page_starts, wanted
+        return self.model.forward(Batch(*map(ints, arrays)))
 
 
 def whole(model: Model, token_ids: Sequence[int], pages: Sequence[int]) -> np.ndarray:

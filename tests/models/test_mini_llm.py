@@ -24,7 +24,7 @@ def logits_of(path: Path) -> np.ndarray:
     model = load_model(open_checkpoint(path), backend="numpy", dtype="float32")
     model.reserve(1)
     time = len(TOKENS)
-    arrays = (TOKENS, range(time), [0, time], [0], [0, 1], range(time))
+    arrays = (TOKENS, range(time), [0, time], [0], [0], [0, 1], range(time))
     return model.forward(Batch(*(np.array(a, dtype=np.int32) for a in arrays))).logits
 
 

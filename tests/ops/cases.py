@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -132,28 +132,42 @@ class AttentionCase:
         return max(map(sum, zip(*self.steps, strict=True))) // self.page_size + 1
 
     def batches(self, generator: np.random.Generator) -> list[Batch]:
-        """Pages lie in the cache in random order; those that no window reaches are -1."""
+        """Pages are stored in the cache in random order; a table is without those that no window reaches."""
         sequences = len(self.steps[0])
-        table = generator.permutation(sequences * self.pages).astype(np.int32).reshape(sequences, self.pages)
-        done = np.zeros(sequences, dtype=int)
+        pages = generator.permutation(sequences * self.pages).reshape(sequences, self.pages)
+        done = [0] * sequences
         batches = []
         for step in self.steps:
-            table = table.copy()
-            for s in range(sequences):
-                table[s, : max(0, done[s] - self.window + 1) // self.page_size if self.window else 0] = -1
-            positions = np.concatenate([np.arange(d, d + n) for d, n in zip(done, step, strict=True)])
-            batches.append(batch_of(positions, step, table))
-            done += np.array(step)
+            hidden = [max(0, d - self.window + 1) // self.page_size if self.window else 0 for d in done]
+            tables = [Table(pages[s, n:], self.page_size * np.arange(n, self.pages)) for s, n in enumerate(hidden)]
+            batches.append(batch_of([range(d, d + n) for d, n in zip(done, step, strict=True)], tables))
+            done = [d + n for d, n in zip(done, step, strict=True)]
         return batches
 
 
-def batch_of(positions: np.ndarray, lengths: tuple[int, ...], table: np.ndarray) -> Batch:
-    """A batch of sequences that have as many pages each."""
-    sequences, pages = table.shape
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    zeros = np.zeros(len(positions), dtype=np.int32)
-    page_starts = np.arange(0, (sequences + 1) * pages, pages).astype(np.int32)
-    return Batch(zeros, positions.astype(np.int32), starts, table.reshape(-1), page_starts, zeros[:0])
+class Table(NamedTuple):
+    """The pages of one sequence and the first position that each holds."""
+
+    pages: np.ndarray
+    positions: np.ndarray
+
+
+def batch_of(positions: Sequence[Sequence[int]], tables: Sequence[Table]) -> Batch:
+    """A batch of sequences with these new positions; no token and no row of it is asked for."""
+
+    def ints(parts: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+
+    rows = ints(positions)
+    return Batch(
+        token_ids=np.zeros_like(rows),
+        positions=rows,
+        sequence_starts=np.cumsum([0, *map(len, positions)], dtype=np.int32),
+        pages=ints(table.pages for table in tables),
+        page_positions=ints(table.positions for table in tables),
+        page_starts=np.cumsum([0, *(len(table.pages) for table in tables)], dtype=np.int32),
+        logit_rows=rows[:0],
+    )
 
 
 ATTENTION_CASES = (

@@ -32,7 +32,7 @@ class Head:
 
     def run(self, x: np.ndarray, best: bool) -> np.ndarray:
         rows = np.arange(len(x), dtype=np.int32)
-        results = self.program.run(rows, rows, STARTS, NO_PAGES, STARTS, rows, [x], best)
+        results = self.program.run(rows, rows, STARTS, NO_PAGES, NO_PAGES, STARTS, rows, [x], best)
         return results[1].copy()
 
 

@@ -61,10 +61,8 @@ def _run(ops: NativeOps, layer: Layer, kept: str, count: int) -> tuple[np.ndarra
     step = ops.compile(forward, ops.cache(KVLayout(1, KV_HEADS, HEAD_DIM, PAGE_SIZE), pages))
     numbers = np.arange(count, dtype=np.int32)
     ends = np.array([0, count], np.int32)
-    page_starts = np.array([0, pages], np.int32)
-    output = step(
-        Batch(numbers * 7 % VOCABULARY, numbers, ends, np.arange(pages, dtype=np.int32), page_starts, numbers)
-    )
+    table, page_starts = np.arange(pages, dtype=np.int32), np.array([0, pages], np.int32)
+    output = step(Batch(numbers * 7 % VOCABULARY, numbers, ends, table, PAGE_SIZE * table, page_starts, numbers))
     return output.hidden.copy(), output.logits.copy()
 
 

@@ -69,7 +69,8 @@ def _batch(tokens: list[np.ndarray], done: list[int], pages: np.ndarray) -> Batc
     starts = np.concatenate([[0], np.cumsum(lengths)])
     page_starts = np.arange(0, pages.size + 1, pages.shape[1])
     rows = np.arange(starts[-1])
-    arrays = (np.concatenate(tokens), positions, starts, pages.reshape(-1), page_starts, rows)
+    page_positions = np.tile(PAGE_SIZE * np.arange(pages.shape[1]), len(pages))
+    arrays = (np.concatenate(tokens), positions, starts, pages.reshape(-1), page_positions, page_starts, rows)
     return Batch(*(array.astype(np.int32) for array in arrays))
 
 

@@ -127,19 +127,20 @@ def _time_steps(
     step = ops.compile(forward, ops.cache(layout, pages))
     for t in (context, *rows) if context else rows:  # the first one fills the cache
         start = context if t != context else 0
-        batch = _batch(t, start, pages)
+        batch = _batch(t, start, pages, layout.page_size)
         seconds = min(_seconds(lambda batch=batch: step(batch)) for _ in range(_REPEATS))  # type: ignore[misc]
         if t != context:
             yield t, seconds
 
 
-def _batch(rows: int, start: int, pages: int) -> Batch:
+def _batch(rows: int, start: int, pages: int, page_size: int) -> Batch:
     token_ids = (np.arange(rows) % 8).astype(np.int32)
     positions = np.arange(start, start + rows, dtype=np.int32)
     bounds = np.array([0, rows], dtype=np.int32)
+    table = np.arange(pages, dtype=np.int32)
     page_starts = np.array([0, pages], dtype=np.int32)
     last = np.array([rows - 1], dtype=np.int32)
-    return Batch(token_ids, positions, bounds, np.arange(pages, dtype=np.int32), page_starts, last)
+    return Batch(token_ids, positions, bounds, table, page_size * table, page_starts, last)
 
 
 def _random_weight(kind: TensorType, width: int) -> Tensor:

@@ -27,6 +27,7 @@ class Stepper:
         page_size = model.spec.layout.page_size
         self.pages_each = -(-length // page_size)
         self.pages = np.arange(sequences * self.pages_each, dtype=np.int32)
+        self.page_positions = self.pages % self.pages_each * page_size
         self.sequences = sequences
         self.length = 0
 
@@ -43,6 +44,7 @@ class Stepper:
             positions=positions,
             sequence_starts=np.arange(0, rows + 1, count, dtype=np.int32),
             pages=self.pages,
+            page_positions=self.page_positions,
             page_starts=np.arange(0, len(self.pages) + 1, self.pages_each, dtype=np.int32),
             logit_rows=np.arange(count - 1, rows, count, dtype=np.int32),
             greedy=True,

@@ -10,6 +10,7 @@ from mnemos.contract import Batch
 from mnemos.decoding.choice import GREEDY
 from mnemos.engine.request import Request
 from mnemos.engine.sequence import Sequence
+from mnemos.memory.pages import NO_PAGE
 
 Part = tuple[Sequence, int, int, int]  # sequence, rows, first asked row and end of the asked rows in the output
 
@@ -27,6 +28,8 @@ class Step:
         "greedy",
         "items",
         "logit_rows",
+        "page_positions",
+        "page_size",
         "page_starts",
         "pages",
         "positions",
@@ -35,12 +38,14 @@ class Step:
         "token_ids",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
         self.items: list[tuple[Request, list[Part], bool]] = []
         self.token_ids: list[int] = []
         self.positions: list[int] = []
         self.sequence_starts = [0]
         self.pages = array("i")
+        self.page_positions = array("i")
         self.page_starts = [0]
         self.logit_rows: list[int] = []
         self.conditions: list[object] = []
@@ -70,8 +75,7 @@ class Step:
         self.token_ids.append(sequence.branch.tokens[done + sequence.dropped])
         self.positions.append(done)
         self.sequence_starts.append(len(self.token_ids))
-        self.pages += sequence.pages
-        self.page_starts.append(len(self.pages))
+        self._add_table(sequence)
         self.decode_rows += 1
         self.greedy = self.greedy and _only_greedy(sequence)
         if request.condition is not None:
@@ -83,12 +87,19 @@ class Step:
         self.token_ids += sequence.tokens(done, done + rows)
         self.positions += range(done, done + rows)
         self.sequence_starts.append(row + rows)
-        self.pages += sequence.pages
-        self.page_starts.append(len(self.pages))
+        self._add_table(sequence)
         asked = len(self.logit_rows)
         if done + rows > sequence.first:
             self.logit_rows += range(row + max(0, sequence.first - done), row + rows)
         return sequence, rows, asked, len(self.logit_rows)
+
+    def _add_table(self, sequence: Sequence) -> None:
+        """Takes the sequence's page table, without the pages that its window has left."""
+        pages, size = sequence.pages, self.page_size
+        left = next((index for index, page in enumerate(pages) if page != NO_PAGE), 0)
+        self.pages += pages[left:] if left else pages
+        self.page_positions.extend(range(left * size, len(pages) * size, size))
+        self.page_starts.append(len(self.pages))
 
     def batch(self) -> Batch:
         return Batch(
@@ -96,6 +107,7 @@ class Step:
             positions=np.array(self.positions, dtype=np.int32),
             sequence_starts=np.array(self.sequence_starts, dtype=np.int32),
             pages=np.frombuffer(self.pages, dtype=np.int32),
+            page_positions=np.frombuffer(self.page_positions, dtype=np.int32),
             page_starts=np.array(self.page_starts, dtype=np.int32),
             logit_rows=np.array(self.logit_rows, dtype=np.int32),
             greedy=self.greedy,

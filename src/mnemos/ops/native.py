@@ -260,6 +260,7 @@ def _run(
         batch.positions,
         batch.sequence_starts,
         batch.pages,
+        batch.page_positions,
         batch.page_starts,
         batch.logit_rows,
         inputs,
@@ -277,7 +278,7 @@ def _batch_of(
         return zeros if array is None else np.ascontiguousarray(array, dtype=np.int32)
 
     index = _NO_INTS if logit_rows is None else flat(logit_rows)
-    return Batch(flat(token_ids), flat(positions), _STARTS, _NO_INTS, _STARTS, index)
+    return Batch(flat(token_ids), flat(positions), _STARTS, _NO_INTS, _NO_INTS, _STARTS, index)
 
 
 def _is_mapped(array: npt.NDArray[np.uint8]) -> bool:

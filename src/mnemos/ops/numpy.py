@@ -120,15 +120,19 @@ class NumpyOps:
         for s in range(batch.sequences):
             new = slice(batch.sequence_starts[s], batch.sequence_starts[s + 1])
             positions = batch.positions[new]
-            pages = batch.pages[batch.page_starts[s] : batch.page_starts[s + 1]]
+            table = slice(batch.page_starts[s], batch.page_starts[s + 1])
+            pages, firsts = batch.pages[table], batch.page_positions[table]
             shape = (len(positions), params.kv_heads, params.head_dim)
-            keys[pages[positions // page_size], positions % page_size] = round_to(k[new].reshape(shape), dtype)
-            values[pages[positions // page_size], positions % page_size] = round_to(v[new].reshape(shape), dtype)
+            page = pages[np.searchsorted(firsts, positions, side="right") - 1]
+            keys[page, positions % page_size] = round_to(k[new].reshape(shape), dtype)
+            values[page, positions % page_size] = round_to(v[new].reshape(shape), dtype)
 
-            past = np.arange(positions[-1] + 1)
+            held = (firsts[:, None] + np.arange(page_size)).reshape(-1)
+            past = held[held <= positions[-1]]
+            page = pages.repeat(page_size)[: len(past)]
             group = params.heads // params.kv_heads
-            all_keys = keys[pages[past // page_size], past % page_size].repeat(group, axis=1)
-            all_values = values[pages[past // page_size], past % page_size].repeat(group, axis=1)
+            all_keys = keys[page, past % page_size].repeat(group, axis=1)
+            all_values = values[page, past % page_size].repeat(group, axis=1)
             queries = q[new].reshape(len(positions), params.heads, params.head_dim)
             scores = np.einsum("ihd,jhd->hij", queries, all_keys) * np.float32(params.scale)
             if params.softcap:

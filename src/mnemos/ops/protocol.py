@@ -25,7 +25,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """Causal grouped-query attention. Query i sees key j when j <= i and, with a window, i - j < window."""
+    """Causal grouped-query attention. Query i sees a cached key j when j <= i and, with a window, i - j < window."""
 
     heads: int
     kv_heads: int
@@ -100,7 +100,8 @@ class Ops(Protocol):
     def attention(
         self, q: Array, k: Array, v: Array, cache: Any, layer: int, batch: Any, params: AttentionParams
     ) -> Array:
-        """Stores k and v of the new positions in the cache's pages, then attends over all up to a row's own."""
+        """Stores k and v of the new positions in the cache's pages; then each row attends to the positions that the
+        pages of its sequence hold, up to its own and within the window."""
 
     def activation(self, x: Array, kind: str) -> Array:
         """kind is one of ACTIVATIONS; gelu is the exact (erf) form."""

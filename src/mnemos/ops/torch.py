@@ -72,13 +72,15 @@ class TorchCache:
 class Together:
     """Sequences with as many new tokens each, whose attention is one call.
 
-    rows (S, new): their rows in the batch; slots (S, longest): where their positions lie in the cache, flat over
-    pages; positions (S, new); longest: the most positions that one of them has.
+    rows (S, new): their rows in the batch, at `positions` (S, new); slots (S, longest): where the cache has what their
+    pages hold, flat over pages, at the positions `held` (S, longest); longest: the most positions that one of them has.
+    Shorter ones are filled up with slots that no row sees.
     """
 
     rows: Tensor
-    slots: Tensor
     positions: Tensor
+    slots: Tensor
+    held: Tensor
 
 
 class TorchBatch:
@@ -93,22 +95,28 @@ class TorchBatch:
         page_bounds = list(pairwise(batch.page_starts.tolist()))
         new_slots = np.empty(len(batch.token_ids), dtype=np.int64)
         groups: dict[int, list[int]] = {}
+        tables: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []  # slots and positions of each sequence
         for s, (first, last) in enumerate(bounds):
-            pages = batch.pages[slice(*page_bounds[s])].astype(np.int64)
+            table = slice(*page_bounds[s])
+            pages, firsts = batch.pages[table].astype(np.int64), batch.page_positions[table].astype(np.int64)
             where = batch.positions[first:last]
-            new_slots[first:last] = pages[where // page_size] * page_size + where % page_size
+            page = pages[np.searchsorted(firsts, where, side="right") - 1]
+            new_slots[first:last] = page * page_size + where % page_size
+            slots, held = ((start[:, None] + np.arange(page_size)).reshape(-1) for start in (pages * page_size, firsts))
+            count = int(np.searchsorted(held, batch.positions[last - 1], side="right"))
+            tables.append((slots[:count], held[:count]))
             groups.setdefault(last - first, []).append(s)
         self.new_slots = put(new_slots)
         self.groups: list[Together] = []
         for members in groups.values():
-            lengths = [int(batch.positions[bounds[s][1] - 1]) + 1 for s in members]
-            slots = np.zeros((len(members), max(lengths)), dtype=np.int64)
-            for i, (s, length) in enumerate(zip(members, lengths, strict=True)):
-                pages = batch.pages[slice(*page_bounds[s])].astype(np.int64)
-                past = np.arange(length)
-                slots[i, :length] = np.maximum(pages[past // page_size], 0) * page_size + past % page_size
+            longest = max(len(tables[s][0]) for s in members)
+            slots = np.zeros((len(members), longest), dtype=np.int64)
+            held = np.full((len(members), longest), np.iinfo(np.int32).max, dtype=np.int64)
+            for i, s in enumerate(members):
+                length = len(tables[s][0])
+                slots[i, :length], held[i, :length] = tables[s]
             rows = np.stack([np.arange(*bounds[s]) for s in members])
-            self.groups.append(Together(put(rows), put(slots), put(batch.positions[rows])))
+            self.groups.append(Together(put(rows), put(batch.positions[rows]), put(slots), put(held)))
 
 
 class TorchOps:
@@ -191,7 +199,7 @@ class TorchOps:
         for part in batch.groups:
             queries = q[part.rows].view(*part.rows.shape, params.heads, params.head_dim).transpose(1, 2)
             past_keys, past_values = (side[part.slots].transpose(1, 2).to(q.dtype) for side in (keys, values))
-            attended = _attend(queries, past_keys, past_values, part.positions, params)
+            attended = _attend(queries, past_keys, past_values, part.positions, part.held, params)
             out[part.rows.flatten()] = attended.transpose(1, 2).reshape(-1, q.shape[1])
         return out
 
@@ -238,9 +246,9 @@ class TorchOps:
         return (shares * weights[:, :, None].to(x.dtype)).sum(dim=1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, params: AttentionParams) -> Tensor:
-    """q (S, heads, new, head_dim), k and v (S, kv_heads, longest, head_dim), positions (S, new)."""
-    distance = positions[:, None, :, None] - torch.arange(k.shape[2], device=q.device)
+def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, held: Tensor, params: AttentionParams) -> Tensor:
+    """q (S, heads, new, head_dim) at `positions` (S, new); k and v (S, kv_heads, longest, head_dim) at `held`."""
+    distance = positions[:, None, :, None] - held[:, None, None, :]
     visible = distance >= 0
     if params.window:
         visible = visible & (distance < params.window)

@@ -49,6 +49,7 @@ def step(model: ForeignModel, *sequences: tuple[int, int, list[int]]) -> list[np
         positions=np.concatenate([np.arange(s, s + len(new)) for _, s, new in sequences]).astype(np.int32),
         sequence_starts=starts,
         pages=np.array([page for page, _, _ in sequences], dtype=np.int32),
+        page_positions=np.zeros(len(sequences), dtype=np.int32),
         page_starts=np.arange(len(sequences) + 1, dtype=np.int32),
         logit_rows=np.arange(starts[-1], dtype=np.int32),
     )
@@ -166,7 +167,7 @@ def test_hidden_states_are_what_the_head_reads() -> None:
     module = modules.PastArgument()
     model = adapt(module)
     model.reserve(1)
-    batch = Batch(*(np.array(x, dtype=np.int32) for x in ([3, 1, 2], [0, 1, 2], [0, 3], [0], [0, 1], [1, 2])))
+    batch = Batch(*(np.array(x, dtype=np.int32) for x in ([3, 1, 2], [0, 1, 2], [0, 3], [0], [0], [0, 1], [1, 2])))
     output = model.forward(batch)
     assert output.hidden.shape == (2, modules.WIDTH)
     assert np.allclose(output.hidden @ module.head.weight.detach().numpy().T, output.logits, atol=1e-5)
@@ -178,7 +179,10 @@ def test_a_module_that_answers_for_the_last_position_only() -> None:
         model = adapt(module)
     model.reserve(2)
     batch = Batch(
-        *(np.array(x, dtype=np.int32) for x in ([3, 1, 2, 4], [0, 1, 2, 0], [0, 3, 4], [0, 1], [0, 1, 2], [2, 3]))
+        *(
+            np.array(x, dtype=np.int32)
+            for x in ([3, 1, 2, 4], [0, 1, 2, 0], [0, 3, 4], [0, 1], [0, 0], [0, 1, 2], [2, 3])
+        )
     )
     logits = model.forward(batch).logits
     assert np.allclose(logits[0], truth(module, [3, 1, 2])[-1], atol=1e-5)

@@ -45,6 +45,7 @@ def test_cached_ragged_decoding_gives_the_logits_of_the_whole(make) -> None:
             positions=np.concatenate([np.arange(s, s + len(new)) for _, _, s, new in sequences]).astype(np.int32),
             sequence_starts=starts,
             pages=np.array([page for page, *_ in sequences], dtype=np.int32),
+            page_positions=np.zeros(len(sequences), dtype=np.int32),
             page_starts=np.arange(len(sequences) + 1, dtype=np.int32),
             logit_rows=starts[1:] - 1,
             conditions=tuple(conditions[source] for _, source, _, _ in sequences),
@@ -76,4 +77,4 @@ def test_decoding_without_an_encoded_prompt_is_refused() -> None:
     model = adapt(make_bart())
     model.reserve(1)
     with pytest.raises(ModelError, match="needs an encoded prompt"):
-        model.forward(Batch(*(np.array(x, dtype=np.int32) for x in ([3], [0], [0, 1], [0], [0, 1], [0]))))
+        model.forward(Batch(*(np.array(x, dtype=np.int32) for x in ([3], [0], [0, 1], [0], [0], [0, 1], [0]))))
