@@ -165,7 +165,7 @@ def test_the_encoder_runs_once_for_each_prompt(translator: tuple[Any, InferenceE
     handle.remove()
     assert len(calls) == len(SOURCES)
     assert [one.usage.prompt_tokens for one in completions] == [len(source) for source in SOURCES]
-    assert all(one.prompt_ids == engine.model.start_tokens for one in completions)  # type: ignore[attr-defined]
+    assert all(one.prompt_ids == engine.model.start_tokens([]) for one in completions)  # type: ignore[attr-defined]
 
 
 def test_a_forced_first_token_is_where_the_decoder_begins() -> None:

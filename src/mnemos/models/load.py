@@ -20,6 +20,7 @@ from mnemos.ops.backends import get_ops
 from mnemos.ops.protocol import Ops
 
 if TYPE_CHECKING:
+    from mnemos.models.foreign.encoder_decoder import EncoderDecoderModel
     from mnemos.models.foreign.model import ForeignModel
 
 WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -218,8 +219,8 @@ def _details(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def adapt(module: Any, **options: Any) -> ForeignModel:
-    """A `Model` around an nn.Module; for the options see `mnemos.models.foreign.model.adapt`.
+def adapt(module: Any, **options: Any) -> ForeignModel | EncoderDecoderModel:
+    """A `Model` around an nn.Module; for the options see `mnemos.models.foreign.adapt.adapt`.
 
     PyTorch is imported here, and only when such a module comes.
     """
@@ -227,7 +228,7 @@ def adapt(module: Any, **options: Any) -> ForeignModel:
         import torch  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError("running an nn.Module needs PyTorch: pip install 'mnemos[torch]'") from error
-    from mnemos.models.foreign.model import adapt as adapt_module
+    from mnemos.models.foreign.adapt import adapt as adapt_module
 
     # OpenMP keeps worker threads for every thread that ever used it, and where there are more of them than cores, each
     # operator waits for its workers to wake. What is tried here is tried in a thread that ends.

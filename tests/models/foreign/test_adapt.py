@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch")
 
 from mnemos.contract import Batch  # noqa: E402
 from mnemos.errors import ConfigError, ModelError  # noqa: E402
-from mnemos.models.foreign.model import ForeignModel, adapt  # noqa: E402
+from mnemos.models.foreign.adapt import adapt  # noqa: E402
+from mnemos.models.foreign.model import ForeignModel  # noqa: E402
 from tests.models.foreign import foreign_modules as modules  # noqa: E402
 
 CACHED = [modules.PastArgument, modules.Masked, modules.TakesKVCache, modules.WithCachedAttention]
@@ -62,7 +63,7 @@ def test_ragged_batches_chunks_forks_and_truncation_give_the_uncached_logits(kin
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if kind is modules.Plain else "error")
         model = adapt(module)
-    assert (model.abilities.style is None) == (kind is modules.Plain)
+    assert (model.calls.abilities.style is None) == (kind is modules.Plain)
     model.reserve(4)
     rng = np.random.default_rng(0)
     a, b, c = (rng.integers(0, 29, 14).tolist() for _ in range(3))
@@ -99,7 +100,7 @@ def test_modules_that_heed_a_mask_share_a_call_across_lengths() -> None:
     calls = []
     module = modules.Masked()
     model = adapt(module)
-    assert model.abilities.gaps
+    assert model.calls.abilities.gaps
     model.reserve(2)
     step(model, (0, 0, [1, 2, 3]), (1, 0, [4]))
     module.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -112,14 +113,16 @@ def test_what_a_module_appends_to_its_cache_is_not_copied(kind) -> None:
     """Over more steps than the first room holds, the cache moves a few times only, and the logits stay right."""
     module = make(kind)
     model = adapt(module)
-    assert model.abilities.grows
+    assert model.calls.abilities.grows
     model.reserve(2)
     text = np.random.default_rng(1).integers(0, 29, 60).tolist()
     step(model, (0, 0, text[:2]), (1, 0, text[:2]))
     places = set()
     for place in range(2, 60):
         a, b = step(model, (0, place, text[place : place + 1]), (1, place, text[place : place + 1]))
-        places.add(tuple(leaf.data_ptr() for leaf in model.abilities.style.leaves(model.cache.slots[0].group.past)))
+        places.add(
+            tuple(leaf.data_ptr() for leaf in model.calls.abilities.style.leaves(model.cache.slots[0].group.past))
+        )
     assert len(places) == 1
     for row in (a, b):
         assert np.abs(row[-1] - truth(module, text)[-1]).max() < 1e-4
@@ -157,7 +160,7 @@ class Flattens(modules.PastArgument):
 def test_a_module_that_needs_its_cache_in_one_piece_gets_it_so() -> None:
     module = Flattens()
     model = adapt(module)
-    assert model.abilities.style is not None and not model.abilities.grows
+    assert model.calls.abilities.style is not None and not model.calls.abilities.grows
     model.reserve(1)
     step(model, (0, 0, [1, 2, 3]))
     assert np.abs(step(model, (0, 3, [4]))[0] - truth(module, [1, 2, 3, 4])[-1]).max() < 1e-4
@@ -195,7 +198,7 @@ def test_a_wrong_cache_is_found_out_and_not_used() -> None:
     module = modules.WrongCache()
     with pytest.warns(UserWarning, match="differ from those without by up to"):
         model = adapt(module)
-    assert model.abilities.style is None
+    assert model.calls.abilities.style is None
 
 
 def test_training_mode_is_restored() -> None:

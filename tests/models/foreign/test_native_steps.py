@@ -12,19 +12,19 @@ torch = pytest.importorskip("torch")
 
 from torch.nn import functional as F  # noqa: E402
 
-from mnemos.models.foreign import native_steps as few_module  # noqa: E402
+from mnemos.models.foreign import native_steps as native_steps  # noqa: E402
 from mnemos.models.foreign.cache_styles import Axes  # noqa: E402
-from mnemos.models.foreign.growing_cache import Growing, make_room  # noqa: E402
-from mnemos.models.foreign.native_steps import FEW_ROWS, FewRows, copy_position, rms_norm, takes_rms_norm  # noqa: E402
+from mnemos.models.foreign.growing_cache import GrowingTensor, make_room  # noqa: E402
+from mnemos.models.foreign.native_steps import MOST_ROWS, NativeOperators, copy_position, rms_norm, takes_rms_norm  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not FewRows.available(), reason="the native core is not built")
+pytestmark = pytest.mark.skipif(not NativeOperators.available(), reason="the native core is not built")
 
-THREADS = 2 if few_module._native is not None and few_module._native.usable_cores() > 1 else 1
+THREADS = 2 if native_steps._native is not None and native_steps._native.usable_cores() > 1 else 1
 
 
 @pytest.fixture
-def few() -> FewRows:
-    return FewRows(THREADS)
+def native() -> NativeOperators:
+    return NativeOperators(THREADS)
 
 
 def no_worse_than_pytorch(got: torch.Tensor, operator: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> bool:
@@ -37,50 +37,50 @@ def no_worse_than_pytorch(got: torch.Tensor, operator: Callable[..., torch.Tenso
     return error <= 2 * pytorchs + 8 * torch.finfo(torch.float32).eps * exact.abs().max().item()
 
 
-def test_products_are_right_in_any_order(few: FewRows) -> None:
+def test_products_are_right_in_any_order(native: NativeOperators) -> None:
     torch.manual_seed(0)
     sizes = [(300, 1000), (70, 33), (1000, 129), (2048, 64), (64, 64)]  # some shared among threads, some too small
     layers = [torch.nn.Linear(columns, rows, bias=index % 2 == 0) for index, (columns, rows) in enumerate(sizes)]
-    products = [few.linear(layer.weight, layer.bias, None)[0] for layer in layers]
-    few.finish()
+    products = [native.linear(layer.weight, layer.bias, None)[0] for layer in layers]
+    native.finish()
     orders = [[0, 1, 2, 3, 4]] * 3 + [[4, 3, 2, 1, 0], [0, 0, 0], [2, 0, 3, 0, 2]]
     with torch.inference_mode():
         for order in orders:
             for index in order:
-                x = torch.randn(1 + index % FEW_ROWS, sizes[index][0])
+                x = torch.randn(1 + index % MOST_ROWS, sizes[index][0])
                 assert torch.allclose(products[index](x), layers[index](x), atol=1e-4)
 
 
-def test_more_weights_than_caches_hold_are_multiplied_to_the_same_bits(few: FewRows) -> None:
+def test_more_weights_than_caches_hold_are_multiplied_to_the_same_bits(native: NativeOperators) -> None:
     torch.manual_seed(0)
     weight, bias, x = torch.randn(1000, 520), torch.randn(1000), torch.randn(3, 520)
-    small, _ = few.linear(weight, bias, None)
-    few.finish()
+    small, _ = native.linear(weight, bias, None)
+    native.finish()
     sizes = [(4, 4, 64), (4, 2, 64), (3, 3, 40), (2, 2, 128)]
     attended = [(torch.randn(1, a, 1, n), *(torch.randn(1, b, 90, n) for _ in range(2)), a != b) for a, b, n in sizes]
     alone = small(x)
-    before = [few.attend(q, k, v, enable_gqa=grouped) for q, k, v, grouped in attended]
+    before = [native.attend(q, k, v, enable_gqa=grouped) for q, k, v, grouped in attended]
     assert torch.allclose(alone, F.linear(x, weight, bias), atol=1e-3)
-    large, place = few.linear(torch.zeros(4500, 2000), None, None)  # 36 MB
-    few.finish()
+    large, place = native.linear(torch.zeros(4500, 2000), None, None)  # 36 MB
+    native.finish()
     assert not large(torch.ones(1, 2000)).any()
     assert torch.equal(small(x), alone) and torch.equal(small(x[1:2]), alone[1:2])
     for (q, k, v, grouped), wanted in zip(attended, before, strict=True):
-        assert wanted is not None and torch.equal(few.attend(q, k, v, enable_gqa=grouped), wanted)
-    few.linear(torch.ones(4500, 1), None, place)
-    few.finish()
+        assert wanted is not None and torch.equal(native.attend(q, k, v, enable_gqa=grouped), wanted)
+    native.linear(torch.ones(4500, 1), None, place)
+    native.finish()
     assert torch.equal(small(x), alone)
 
 
-def test_results_do_not_take_pytorchs_default_type_or_device(few: FewRows) -> None:
+def test_results_do_not_take_pytorchs_default_type_or_device(native: NativeOperators) -> None:
     weight, x = torch.randn(60, 40), torch.randn(2, 40)
     q, k, v = (torch.randn(1, 2, 1, 32) for _ in range(3))
-    product, _ = few.linear(weight, None, None)
-    few.finish()
+    product, _ = native.linear(weight, None, None)
+    native.finish()
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
     try:
-        y, attended = product(x), few.attend(q, k, v)
+        y, attended = product(x), native.attend(q, k, v)
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
@@ -88,14 +88,14 @@ def test_results_do_not_take_pytorchs_default_type_or_device(few: FewRows) -> No
     assert attended is not None and torch.allclose(attended, v, atol=1e-5)
 
 
-def test_a_product_takes_anothers_place(few: FewRows) -> None:
+def test_a_product_takes_anothers_place(native: NativeOperators) -> None:
     old, new = torch.randn(200, 200), torch.randn(200, 200)
     x = torch.randn(2, 200)
-    first, number = few.linear(old, None, None)
-    few.finish()
+    first, number = native.linear(old, None, None)
+    native.finish()
     assert torch.allclose(first(x), x @ old.T, atol=1e-4)
-    second, again = few.linear(new, None, number)
-    few.finish()
+    second, again = native.linear(new, None, number)
+    native.finish()
     assert again == number
     assert torch.allclose(second(x), x @ new.T, atol=1e-4)
 
@@ -105,35 +105,35 @@ def test_a_product_takes_anothers_place(few: FewRows) -> None:
     [(1, 6, 6, 512, 64), (1, 1, 1, 1, 1), (3, 8, 2, 77, 40), (2, 4, 4, 130, 80), (8, 2, 1, 33, 128)],
 )
 def test_attention_of_one_query_is_pytorchs(
-    few: FewRows, batch: int, heads: int, kv_heads: int, count: int, head_dim: int
+    native: NativeOperators, batch: int, heads: int, kv_heads: int, count: int, head_dim: int
 ) -> None:
     torch.manual_seed(0)
     query = 3 * torch.randn(batch, 1, heads, head_dim).transpose(1, 2)
     key, value = (torch.randn(batch, kv_heads, count + 5, head_dim)[:, :, :count] for _ in range(2))
     options: dict[str, Any] = {"enable_gqa": True} if heads != kv_heads else {}
     for scale in (None, 0.3):
-        got = few.attend(query, key, value, scale=scale, **options)
+        got = native.attend(query, key, value, scale=scale, **options)
         assert got is not None
         attention = partial(F.scaled_dot_product_attention, scale=scale, **options)
         assert no_worse_than_pytorch(got, attention, query, key, value)
-    alone = few.attend(query[:1], key[:1], value[:1], **options)
-    together = few.attend(query, key, value, **options)
+    alone = native.attend(query[:1], key[:1], value[:1], **options)
+    together = native.attend(query, key, value, **options)
     assert alone is not None and together is not None and torch.equal(alone, together[:1])
 
 
-def test_attention_of_another_kind_is_left_to_pytorch(few: FewRows) -> None:
+def test_attention_of_another_kind_is_left_to_pytorch(native: NativeOperators) -> None:
     query, key, value = torch.randn(1, 4, 1, 8), torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8)
-    assert few.attend(query, key, value) is not None
-    assert few.attend(torch.randn(1, 4, 2, 8), key, value) is None
-    assert few.attend(query, key, value, torch.ones(1, 1, 1, 5, dtype=torch.bool)) is None
-    assert few.attend(query, key, value, None, 0.1) is None
-    assert few.attend(query, key, value, is_causal=True) is None
-    assert few.attend(query, key, torch.randn(1, 4, 5, 16)) is None
-    assert few.attend(query, key[:, :2], value[:, :2]) is None
-    assert few.attend(query[0], key[0], value[0]) is None
-    assert few.attend(query.double(), key.double(), value.double()) is None
-    assert few.attend(query, key.transpose(2, 3).contiguous().transpose(2, 3), value) is None
-    assert few.attend(query, key[:, :, :0], value[:, :, :0]) is None
+    assert native.attend(query, key, value) is not None
+    assert native.attend(torch.randn(1, 4, 2, 8), key, value) is None
+    assert native.attend(query, key, value, torch.ones(1, 1, 1, 5, dtype=torch.bool)) is None
+    assert native.attend(query, key, value, None, 0.1) is None
+    assert native.attend(query, key, value, is_causal=True) is None
+    assert native.attend(query, key, torch.randn(1, 4, 5, 16)) is None
+    assert native.attend(query, key[:, :2], value[:, :2]) is None
+    assert native.attend(query[0], key[0], value[0]) is None
+    assert native.attend(query.double(), key.double(), value.double()) is None
+    assert native.attend(query, key.transpose(2, 3).contiguous().transpose(2, 3), value) is None
+    assert native.attend(query, key[:, :, :0], value[:, :, :0]) is None
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.5])
@@ -143,7 +143,12 @@ def test_norms_are_pytorchs(epsilon: float | None) -> None:
     torch.nn.init.normal_(layer.weight)
     norm = rms_norm(layer)
     with torch.inference_mode():
-        inputs = [torch.randn(1, 3, 70), torch.randn(FEW_ROWS + 1, 70), torch.randn(0, 70), torch.randn(2, 140)[:, ::2]]
+        inputs = [
+            torch.randn(1, 3, 70),
+            torch.randn(MOST_ROWS + 1, 70),
+            torch.randn(0, 70),
+            torch.randn(2, 140)[:, ::2],
+        ]
         for x in [*inputs, torch.zeros(1, 70)]:
             assert torch.allclose(norm(x), layer(x), atol=1e-6, rtol=1e-5)
         with pytest.raises(RuntimeError):
@@ -174,13 +179,15 @@ def test_a_position_is_written_where_it_belongs() -> None:
     assert not copy_position(torch.randn(2, 3, 1, 10)[..., ::2], memory, 0)
 
 
-def test_attention_over_growing_tensors_is_the_native_cores(few: FewRows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_over_growing_tensors_is_the_native_cores(
+    native: NativeOperators, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     start = [torch.randn(2, 4, 3, 16) for _ in range(2)]
-    (keys, values), lanes = make_room(start, [Axes(0, 2)] * 2, [], 1, few)
+    (keys, values), buffers = make_room(start, [Axes(0, 2)] * 2, [], 1, native)
     done: list[Any] = []
-    attend = few.attend
-    monkeypatch.setattr(few, "attend", lambda *args, **kwargs: done.append(attend(*args, **kwargs)) or done[-1])
+    attend = native.attend
+    monkeypatch.setattr(native, "attend", lambda *args, **kwargs: done.append(attend(*args, **kwargs)) or done[-1])
     plain = [one.clone() for one in start]
     for step in range(200):  # beyond the room that there is at first
         new = [torch.randn(2, 4, 1, 16) for _ in range(2)]
@@ -190,8 +197,8 @@ def test_attention_over_growing_tensors_is_the_native_cores(few: FewRows, monkey
         attended = F.scaled_dot_product_attention(query, keys, values)
         assert attended is done[step]
         assert no_worse_than_pytorch(attended, F.scaled_dot_product_attention, query, *plain)
-        (keys, values), lanes = make_room([keys, values], [Axes(0, 2)] * 2, lanes, 1, few)
-    assert type(keys) is Growing and torch.equal(keys.as_subclass(torch.Tensor), plain[0])
+        (keys, values), buffers = make_room([keys, values], [Axes(0, 2)] * 2, buffers, 1, native)
+    assert type(keys) is GrowingTensor and torch.equal(keys.as_subclass(torch.Tensor), plain[0])
     masked = torch.ones(2, 1, 1, keys.shape[2], dtype=torch.bool)
     F.scaled_dot_product_attention(torch.randn(2, 4, 1, 16), keys, values, attn_mask=masked)
     assert done[-1] is None

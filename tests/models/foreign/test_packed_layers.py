@@ -12,7 +12,7 @@ from mnemos.errors import ModelError  # noqa: E402
 from mnemos.machine.large_pages import in_large_pages, new_regions  # noqa: E402
 from mnemos.models.foreign import packed_layers  # noqa: E402
 from mnemos.models.foreign.call import Caller  # noqa: E402
-from mnemos.models.foreign.packed_layers import FEW_ROWS, PackedLayers, _available  # noqa: E402
+from mnemos.models.foreign.packed_layers import MOST_ROWS, PackedLayers, _available  # noqa: E402
 from tests.models.foreign.foreign_modules import PastArgument  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not _available(), reason="this PyTorch has no oneDNN")
@@ -45,7 +45,7 @@ def test_a_few_rows_are_multiplied_the_same_bits_alone_and_together() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(70, 33)
     packed = PackedLayers(torch.nn.Sequential(layer))
-    x = torch.randn(FEW_ROWS, 70)
+    x = torch.randn(MOST_ROWS, 70)
     packed.install(1)
     with torch.inference_mode():
         together, alone = layer(x), torch.cat([layer(row) for row in x.split(1)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mnemos.errors import ModelError
 
 
-class PastStyle(Protocol):
+class CacheStyle(Protocol):
     """Between a module's own cache and the flat list of its tensors."""
 
     def empty(self) -> Any: ...
@@ -115,17 +115,17 @@ class AttentionStyle:
     def empty(self) -> Any:
         return None
 
-    def install(self, past: list[tuple[Tensor, Tensor]] | None, kept: Tensor | None) -> None:
+    def install(self, past: list[tuple[Tensor, Tensor]] | None, real: Tensor | None) -> None:
         for index, layer in enumerate(self.layers):
             layer.cache = past[index] if past is not None else None
-            layer.drive(kept)
+            layer.drive(real)
 
     def release(self) -> list[tuple[Tensor, Tensor]]:
         """Takes the caches out, so that the module is left as its owner knows it."""
         past = [layer.cache for layer in self.layers]
         for layer in self.layers:
             layer.reset_cache()
-            layer.always_cache, layer.kept = False, None
+            layer.always_cache, layer.real = False, None
         return [pair for pair in past if pair is not None]
 
     def leaves(self, past: Any) -> list[Tensor]:
@@ -181,36 +181,36 @@ def find_axes(short: list[Tensor], longer: list[Tensor], wider: list[Tensor]) ->
 
 
 @dataclass
-class Source:
+class Snapshot:
     """The cache tensors of several sequences after a call.
 
-    kept (batch, time) bool says which positions are real where padding left gaps; None where all are.
+    real (batch, time) bool says which positions are real where padding left gaps; None where all are.
     """
 
     leaves: list[Tensor]
     axes: list[Axes]
-    kept: Tensor | None
-    cross: Source | None = None  # of an encoder-decoder model: keys and values over the encoder's output
+    real: Tensor | None
+    cross: Snapshot | None = None  # of an encoder-decoder model: keys and values over the encoder's output
 
     def row(self, index: int, row: int, length: int) -> Tensor:
         """Leaf `index` of one sequence: batch axis of 1, exactly its first `length` real positions."""
         axes, leaf = self.axes[index], self.leaves[index]
         one = leaf.narrow(axes.batch, row, 1)
-        if self.kept is None:
+        if self.real is None:
             return one.narrow(axes.time, 0, length)
-        real = self.kept[row].nonzero().flatten()[:length]
+        real = self.real[row].nonzero().flatten()[:length]
         return one.index_select(axes.time, real)
 
 
-def gather(parts: list[tuple[Source, int, int]]) -> tuple[list[Tensor], Tensor | None]:
-    """Puts sequences (source, row, length) side by side: leaves padded on the left, and `kept` (None: no gaps).
+def side_by_side(parts: list[tuple[Snapshot, int, int]]) -> tuple[list[Tensor], Tensor | None]:
+    """Puts sequences (source, row, length) side by side: leaves padded on the left, and `real` (None: no gaps).
 
     Padded on the left, tokens stay as far from each other as they are, which is what a module with a window counts.
     """
     first = parts[0][0]
     lengths = [length for _, _, length in parts]
     longest = max(lengths)
-    if first.kept is None and all(source is first for source, _, _ in parts) and min(lengths) == longest:
+    if first.real is None and all(source is first for source, _, _ in parts) and min(lengths) == longest:
         order = [row for _, row, _ in parts]
         unchanged = order == list(range(first.leaves[0].shape[first.axes[0].batch]))
         rows = torch.tensor(order, device=first.leaves[0].device)
@@ -234,5 +234,5 @@ def gather(parts: list[tuple[Source, int, int]]) -> tuple[list[Tensor], Tensor |
         return leaves, None
     device = leaves[0].device
     gaps = torch.tensor([longest - length for length in lengths], device=device)
-    kept = torch.arange(longest, device=device)[None, :] >= gaps[:, None]
-    return leaves, kept
+    real = torch.arange(longest, device=device)[None, :] >= gaps[:, None]
+    return leaves, real

@@ -157,16 +157,16 @@ class CachedAttention(nn.Module):
         self.v_proj = nn.Linear(d_model, d_model)
         self.out_proj = nn.Linear(d_model, d_model)
         self.cache: tuple[Tensor, Tensor] | None = None
-        self.always_cache = False  # set by the engine while it drives the module, as is `kept`:
-        self.kept: Tensor | None = None  # (batch, time so far) bool, False where a cached position is padding
+        self.always_cache = False  # set by the engine while it drives the module, as is `real`:
+        self.real: Tensor | None = None  # (batch, time so far) bool, False where a cached position is padding
 
     def reset_cache(self) -> None:
         """Forgets the keys and values of earlier calls."""
         self.cache = None
 
-    def drive(self, kept: Tensor | None) -> None:
-        """Makes the calls that follow use the cache, with `kept` telling real positions from padding."""
-        self.always_cache, self.kept = True, kept
+    def drive(self, real: Tensor | None) -> None:
+        """Makes the calls that follow use the cache, with `real` telling real positions from padding."""
+        self.always_cache, self.real = True, real
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], x.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
@@ -186,12 +186,12 @@ class CachedAttention(nn.Module):
             if mask is None and q.shape[2] > 1:
                 positions = torch.arange(k.shape[2], device=q.device)
                 mask = positions[None, :] <= positions[-q.shape[2] :, None]
-            if self.kept is not None:
-                real = self.kept[:, None, None, :]
+            if self.real is not None:
+                shown = self.real[:, None, None, :]
                 if mask is None or mask.dtype == torch.bool:
-                    mask = real if mask is None else mask & real
+                    mask = shown if mask is None else mask & shown
                 else:
-                    mask = mask.masked_fill(~real, float("-inf"))
+                    mask = mask.masked_fill(~shown, float("-inf"))
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         output = self.out_proj(attended.transpose(1, 2).reshape(query.shape))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.errors import ModelError
-from mnemos.models.foreign.native_steps import FewRows
+from mnemos.models.foreign.cache_styles import AttentionStyle, CacheStyle, KVCacheStyle
+from mnemos.models.foreign.native_steps import NativeOperators
 from mnemos.models.foreign.packed_layers import PackedLayers
-from mnemos.models.foreign.stored_tensors import KeptTensors
+from mnemos.models.foreign.stored_tensors import StoredTensors
 
 MASK_NAMES = ("attention_mask",)
 POSITION_NAMES = ("position_ids", "positions")
@@ -139,7 +140,7 @@ class Caller:
         self.head: nn.Module | None = None
         self.hidden: Tensor | None = None
         self._packed = PackedLayers(module)
-        self._kept: KeptTensors | None = KeptTensors(module)
+        self._stored: StoredTensors | None = StoredTensors(module)
         self._inference = False
 
     @property
@@ -148,9 +149,9 @@ class Caller:
         return torch.device("cpu") if self._first is None else self._first.device
 
     @property
-    def few(self) -> FewRows | None:
+    def native(self) -> NativeOperators | None:
         """The native core's operators for calls of few tokens, where it has any part in the module."""
-        return self._packed.few
+        return self._packed.native
 
     def watch(self, head: nn.Module) -> None:
         """From now on keeps what `head` (the output projection) reads as `hidden`, (batch, time, hidden size)."""
@@ -218,8 +219,8 @@ class Caller:
             if hook is not None:
                 hook.remove()
             self._packed.remove()
-            if self._inference and self._kept is not None:
-                self._kept.replace_new()
+            if self._inference and self._stored is not None:
+                self._stored.replace_new()
             for module, training in modes:  # parents before their children
                 if module.training != training:
                     module.train(training)
@@ -233,14 +234,51 @@ class Caller:
         return modes
 
     def settle(self) -> None:
-        """After the first calls: others run in PyTorch's inference mode, unless the module kept tensors of these."""
-        self._inference = self._kept is not None and not self._kept.any_new()
+        """After the first calls: others run in PyTorch's inference mode, unless the module stored tensors of these."""
+        self._inference = self._stored is not None and not self._stored.any_new()
         if not self._inference:
-            self._kept = None
+            self._stored = None
 
     def check_weights(self) -> None:
         """Before a new text: notices weights that were changed where PyTorch does not count it, by `.data`."""
         self._packed.check()
+
+
+def advance(
+    caller: Caller,
+    style: CacheStyle,
+    ids: Tensor,
+    past: Any,
+    positions: Tensor,
+    real: Tensor | None,
+    new_real: Tensor | None = None,
+    last_only: bool = False,
+) -> tuple[Tensor, Any]:
+    """Runs `ids` (batch, new time) after `past` and returns (logits, the new past).
+
+    real (batch, past time) bool, new_real (batch, new time) bool: which cached and new positions are real; None: all.
+    """
+    mask = None
+    if real is not None or new_real is not None:
+        before = int(positions[0, 0])  # without gaps, all sequences have as many
+        old = torch.ones(len(ids), before, dtype=torch.bool, device=ids.device) if real is None else real
+        new = new_real if new_real is not None else torch.ones_like(ids, dtype=torch.bool)
+        mask = torch.cat((old, new), dim=1)
+    if isinstance(style, AttentionStyle):
+        with caller.lock:
+            style.install(past, mask)
+            try:
+                answer = caller(ids, use_cache=True, mask=mask, positions=positions)
+            finally:
+                taken = style.release()
+        return answer.logits, taken
+    before = past.length if isinstance(style, KVCacheStyle) else 0
+    answer = caller(ids, past=past, use_cache=True, mask=mask, positions=positions, last_only=last_only)
+    if isinstance(style, KVCacheStyle):
+        if past.length == before:  # the module leaves the counting to its caller
+            past.increment_length(ids.shape[1])
+        return answer.logits, past
+    return answer.logits, answer.past if answer.past is not None else past
 
 
 def read_output(output: Any, module: nn.Module) -> Answer:

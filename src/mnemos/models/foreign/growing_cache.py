@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mnemos.models.foreign.cache_styles import Axes
-from mnemos.models.foreign.native_steps import FewRows, copy_position
+from mnemos.models.foreign.native_steps import NativeOperators, copy_position
 
 LEAST_ROOM = 128  # positions
 LINE = 64  # bytes of memory that the processor takes at once
@@ -24,15 +24,15 @@ _JOINS = (torch.cat, torch.concat, torch.concatenate)
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
 
-class Lane:
+class Buffer:
     """Memory for one cache tensor, whose first `filled` positions along `axis` are written.
 
-    memory: as `start`, longer along `axis`. few: what attends to it where it can be read so; None: PyTorch does.
+    memory: as `start`, longer along `axis`. native: what attends to it where it can be read so; None: PyTorch does.
     """
 
-    def __init__(self, start: Tensor, axis: int, memory: Tensor, few: FewRows | None = None) -> None:
+    def __init__(self, start: Tensor, axis: int, memory: Tensor, native: NativeOperators | None = None) -> None:
         self.axis = axis
-        self.few = few if start.dtype is torch.float32 else None
+        self.native = native if start.dtype is torch.float32 else None
         self.filled = start.shape[axis]
         self.memory, self.room = memory, memory.shape[axis]
         memory.narrow(axis, 0, self.filled).copy_(start)
@@ -54,10 +54,10 @@ class Lane:
             longer = self.memory.new_empty(_roomy(self.view(), axis, count))
             longer.narrow(axis, 0, filled).copy_(self.view())
             self.memory, self.room = longer, longer.shape[axis]
-        if self.few is None or axis != 2 or not copy_position(new, self.memory, filled):
+        if self.native is None or axis != 2 or not copy_position(new, self.memory, filled):
             self.memory.narrow(axis, filled, count).copy_(new)
         self.filled = end
-        return self.view() if self.few is None else Growing.of(self)
+        return self.view() if self.native is None else GrowingTensor.of(self)
 
     def view(self) -> Tensor:
         return self.memory.narrow(self.axis, 0, self.filled)
@@ -68,75 +68,80 @@ class Lane:
         return tensor.data_ptr() == own.data_ptr() and tensor.shape == own.shape and tensor.stride() == own.stride()
 
 
-class Growing(Tensor):
-    """The contents of a lane, as a module gets them."""
+class GrowingTensor(Tensor):
+    """The contents of a buffer, as a module gets them."""
 
-    lane: Lane
+    buffer: Buffer
     length: int
 
     @classmethod
-    def of(cls, lane: Lane) -> Growing:
-        tensor: Any = lane.view().as_subclass(cls)
-        tensor.lane, tensor.length = lane, lane.filled
+    def of(cls, buffer: Buffer) -> GrowingTensor:
+        tensor: Any = buffer.view().as_subclass(cls)
+        tensor.buffer, tensor.length = buffer, buffer.filled
         return tensor  # type: ignore[no-any-return]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _JOINS and (parts := _continued(*args, **(kwargs or {}))) is not None:
-            return parts[0].lane.append(parts[1])
+            return parts[0].buffer.append(parts[1])
         with torch._C.DisableTorchFunctionSubclass():
             if func is _ATTENTION and (attended := _attended(*args, **(kwargs or {}))) is not None:
                 return attended
             return func(*args, **(kwargs or {}))
 
 
-def _continued(tensors: Any, dim: int = 0, **others: Any) -> tuple[Growing, Tensor] | None:
+def _continued(tensors: Any, dim: int = 0, **others: Any) -> tuple[GrowingTensor, Tensor] | None:
     """(what is continued, by what), if a call of torch.cat does just that; None if it does anything else."""
     if others or len(tensors) != 2:
         return None
     old, new = tensors
-    if type(old) is not Growing or type(new) is not Tensor:
+    if type(old) is not GrowingTensor or type(new) is not Tensor:
         return None
-    lane = old.lane
+    buffer = old.buffer
     fits = (
-        dim in (lane.axis, lane.axis - len(lane.single))
-        and old.length == lane.filled  # nobody else has continued it
-        and lane.takes(new)
+        dim in (buffer.axis, buffer.axis - len(buffer.single))
+        and old.length == buffer.filled  # nobody else has continued it
+        and buffer.takes(new)
     )
     return (old, new) if fits else None
 
 
 def _attended(query: Any = None, key: Any = None, value: Any = None, *rest: Any, **others: Any) -> Tensor | None:
-    """Attention over two lanes by the native core; None if it is not of the kind that it does."""
-    if type(query) is not Tensor or type(key) is not Growing or type(value) is not Growing or key.lane.few is None:
+    """Attention over two buffers by the native core; None if it is not of the kind that it does."""
+    if (
+        type(query) is not Tensor
+        or type(key) is not GrowingTensor
+        or type(value) is not GrowingTensor
+        or key.buffer.native is None
+    ):
         return None
-    return key.lane.few.attend(query, key, value, *rest, **others)
+    return key.buffer.native.attend(query, key, value, *rest, **others)
 
 
 def make_room(
-    leaves: list[Tensor], axes: list[Axes], lanes: list[Lane], count: int, few: FewRows | None = None
-) -> tuple[list[Tensor], list[Lane]]:
-    """Leaves of a cache as growing tensors with room for `count` more positions, and their lanes.
+    leaves: list[Tensor], axes: list[Axes], buffers: list[Buffer], count: int, native: NativeOperators | None = None
+) -> tuple[list[Tensor], list[Buffer]]:
+    """Leaves of a cache as growing tensors with room for `count` more positions, and their buffers.
 
-    lanes: those of the step before, or none.
+    buffers: those of the step before, or none.
     """
-    made: list[Lane | None] = list(lanes) if lanes else [None] * len(leaves)
+    made: list[Buffer | None] = list(buffers) if buffers else [None] * len(leaves)
     grown: list[Tensor | None] = []
-    for leaf, lane in zip(leaves, made, strict=True):
-        if lane is None or lane.filled + count > lane.room:
+    for leaf, buffer in zip(leaves, made, strict=True):
+        if buffer is None or buffer.filled + count > buffer.room:
             grown.append(None)
-        elif type(leaf) is Growing and leaf.lane is lane and leaf.length == lane.filled:
+        elif type(leaf) is GrowingTensor and leaf.buffer is buffer and leaf.length == buffer.filled:
             grown.append(leaf)
         else:  # if it is not there, the module did something else with it
-            grown.append(Growing.of(lane) if lane.holds(leaf) else None)
+            grown.append(GrowingTensor.of(buffer) if buffer.holds(leaf) else None)
     missing = [index for index, leaf in enumerate(grown) if leaf is None]
     if not missing:
-        return cast(list[Tensor], grown), lanes
+        return cast(list[Tensor], grown), buffers
     shapes = [_roomy(leaves[index], axes[index].time, count) for index in missing]
     for index, memory in zip(missing, _memory([leaves[index] for index in missing], shapes), strict=True):
-        lane = made[index] = Lane(leaves[index], axes[index].time, memory, few)
-        grown[index] = Growing.of(lane)
-    return cast(list[Tensor], grown), cast(list[Lane], made)
+        buffer = made[index] = Buffer(leaves[index], axes[index].time, memory, native)
+        grown[index] = GrowingTensor.of(buffer)
+    return cast(list[Tensor], grown), cast(list[Buffer], made)
 
 
 def _roomy(start: Tensor, axis: int, count: int) -> list[int]:

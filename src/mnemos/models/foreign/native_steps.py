@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from mnemos.formats.tensor_types import TensorType
 from mnemos.native import core as _native
 
-FEW_ROWS = 8
+MOST_ROWS = 8
 Multiply = Callable[[Tensor], Tensor]
 
 
-class FewRows:
-    """Operators of one module on tensors of at most FEW_ROWS rows; the native core learns in which order they come."""
+class NativeOperators:
+    """Operators of one module on tensors of at most MOST_ROWS rows; the native core learns in which order they come."""
 
     def __init__(self, threads: int) -> None:
         self._pool = _native.shared_pool(min(threads, _native.usable_cores()))
@@ -51,7 +51,7 @@ class FewRows:
         # The shape of the last input, and what a result for it looks like: empty_like is faster than empty.
         last: tuple[torch.Size | None, Tensor] = (None, torch.empty(0))
 
-        def few(input: Tensor) -> Tensor:
+        def multiply_rows(input: Tensor) -> Tensor:
             nonlocal last
             shape = input.shape
             x = input if input.is_contiguous() else input.contiguous()
@@ -65,7 +65,7 @@ class FewRows:
             multiply(own, x.data_ptr(), x.numel() // columns, y.data_ptr())
             return y
 
-        return few, number
+        return multiply_rows, number
 
     def finish(self) -> None:
         """Copies the weights of all products made since the last time, into one piece of memory."""
@@ -93,7 +93,7 @@ class FewRows:
         steps, key_steps, value_steps = query.stride(), key.stride(), value.stride()
         fits = (
             held == value.shape
-            and held[0] == batch <= FEW_ROWS
+            and held[0] == batch <= MOST_ROWS
             and held[3] == head_dim
             and (heads == kv_heads or (enable_gqa and kv_heads and heads % kv_heads == 0))
             and count > 0
@@ -150,7 +150,7 @@ def rms_norm(layer: nn.RMSNorm) -> Multiply:
             and x.is_contiguous()
             and weight.is_contiguous()
             and x.shape[-1:] == shape
-            and 0 < size <= FEW_ROWS * width
+            and 0 < size <= MOST_ROWS * width
         )
         if not fits:
             return F.rms_norm(x, shape, weight, epsilon)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mnemos.machine.large_pages import in_large_pages
 from mnemos.machine.memory import machine_memory
-from mnemos.models.foreign.native_steps import FEW_ROWS, FewRows, Multiply, rms_norm, takes_rms_norm
+from mnemos.models.foreign.native_steps import MOST_ROWS, Multiply, NativeOperators, rms_norm, takes_rms_norm
 
 MEMORY_SHARE = 4  # the copies may take a quarter of the machine's memory
 LARGE_COPIES = 64 << 20  # bytes from which on large pages are worth making: of less, many stay in the caches
@@ -62,7 +62,7 @@ class PackedLayer:
 class PackedLayers:
     """The linear layers and norms of one module. A layer whose weight was changed is packed anew when next used.
 
-    few: what computes for few tokens, if the native core does.
+    native: what computes for few tokens, if the native core does.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -70,17 +70,21 @@ class PackedLayers:
         layers = [m for m in module.modules() if isinstance(m, nn.Linear) and _can_be_packed(m) and not compiled]
         bytes_needed = sum(layer.weight.nbytes for layer in layers)
         room = machine_memory() // MEMORY_SHARE
-        few = FewRows(torch.get_num_threads()) if FewRows.available() and 2 * bytes_needed <= room else None
+        native = (
+            NativeOperators(torch.get_num_threads())
+            if NativeOperators.available() and 2 * bytes_needed <= room
+            else None
+        )
         if not _available() or bytes_needed > room:
             layers = []
         with in_large_pages() if bytes_needed >= LARGE_COPIES else nullcontext():
-            self._packed = [packed for layer in layers if (packed := _pack(layer, few, None)) is not None]
-        if few is not None:
-            few.finish()
+            self._packed = [packed for layer in layers if (packed := _pack(layer, native, None)) is not None]
+        if native is not None:
+            native.finish()
         self._threads = torch.get_num_threads()
-        self.few = few if any(one.number is not None for one in self._packed) else None
+        self.native = native if any(one.number is not None for one in self._packed) else None
         self._norms: list[tuple[nn.Module, Multiply]] = []
-        if self.few is not None:
+        if self.native is not None:
             norms = [m for m in module.modules() if isinstance(m, nn.RMSNorm) and takes_rms_norm(m)]
             self._norms = [(norm, rms_norm(norm)) for norm in norms]
 
@@ -91,7 +95,7 @@ class PackedLayers:
         each of its operations, would only take the cores from it.
         """
         self._threads = torch.get_num_threads()
-        if self.few is not None and rows <= FEW_ROWS:
+        if self.native is not None and rows <= MOST_ROWS:
             if self._threads > 1:
                 torch.set_num_threads(1)
             for norm, forward in self._norms:
@@ -100,8 +104,8 @@ class PackedLayers:
         for index, one in enumerate(self._packed):
             if one.is_current() or self._renew(index):
                 one.attributes["forward"] = self._packed[index].forward
-        if self.few is not None:
-            self.few.finish()
+        if self.native is not None:
+            self.native.finish()
 
     def check(self) -> None:
         """Layers whose weights were changed through `.data` are packed anew when next used."""
@@ -112,7 +116,7 @@ class PackedLayers:
     def _renew(self, index: int) -> bool:
         """Packs a layer that was changed; False if it cannot be packed any more."""
         one = self._packed[index]
-        again = _pack(one.layer, self.few, one.number) if _can_be_packed(one.layer) else None
+        again = _pack(one.layer, self.native, one.number) if _can_be_packed(one.layer) else None
         if again is not None:
             self._packed[index] = again
         return again is not None
@@ -142,16 +146,16 @@ def _can_be_packed(layer: nn.Linear) -> bool:
     return not weight.is_inference() and weight.device.type == "cpu" and weight.dtype in _DTYPES
 
 
-def _pack(layer: nn.Linear, few: FewRows | None, number: int | None) -> PackedLayer | None:
+def _pack(layer: nn.Linear, native: NativeOperators | None, number: int | None) -> PackedLayer | None:
     """Packs a layer; `number` is that of its product before, if it had one."""
     weight, bias = layer.weight, layer.bias
     many = _pack_many(weight, bias)
     if many is None:
         return None
     multiply: Multiply | None = None
-    if few is not None and all(one is None or one.dtype is torch.float32 for one in (weight, bias)):
-        multiply, number = few.linear(weight, bias, number)
-    most, dtype = FEW_ROWS * weight.shape[1], weight.dtype
+    if native is not None and all(one is None or one.dtype is torch.float32 for one in (weight, bias)):
+        multiply, number = native.linear(weight, bias, number)
+    most, dtype = MOST_ROWS * weight.shape[1], weight.dtype
 
     def forward(input: Tensor) -> Tensor:
         if input.dtype is not dtype or not input.is_cpu:  # PyTorch knows what it can make of that, or what to say

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 
-class Reach(TorchFunctionMode):
+class PositionTables(TorchFunctionMode):
     """Watches a call over `length` positions and notes every table of the module of which just those are read.
 
     Such a table is a parameter or buffer that is sliced to `length` along an axis (sines, learned positions, a causal
@@ -52,7 +52,7 @@ class Reach(TorchFunctionMode):
                 self.lengths.add((id(table), len(table) - first))
 
 
-def shared_reach(longer: Reach, shorter: Reach) -> int | None:
+def common_positions(longer: PositionTables, shorter: PositionTables) -> int | None:
     """The positions that a sequence may have, by tables of which both calls, of different lengths, read their part."""
     both = longer.lengths & shorter.lengths
     return min((positions for _, positions in both), default=None)

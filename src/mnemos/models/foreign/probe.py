@@ -13,40 +13,44 @@ from mnemos.errors import ModelError
 from mnemos.models.foreign.cache_styles import (
     AttentionStyle,
     Axes,
+    CacheStyle,
     HuggingFaceStyle,
     KVCacheStyle,
     NestedStyle,
-    PastStyle,
-    Source,
+    Snapshot,
     find_axes,
-    gather,
+    side_by_side,
 )  # fmt: skip
-from mnemos.models.foreign.call import Answer, Caller, describe
-from mnemos.models.foreign.growing_cache import Lane, make_room
-from mnemos.models.foreign.position_tables import Reach, shared_reach
+from mnemos.models.foreign.call import Answer, Caller, advance, describe
+from mnemos.models.foreign.growing_cache import Buffer, make_room
+from mnemos.models.foreign.position_tables import PositionTables, common_positions
 
 PROBE_LENGTH = 6
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """vocabulary: size of a row of logits; last_only: it answers for the last position only;
+    """What a module was found to be able to do.
 
-    style, axes: how its cache is handled (None: it is run again over all tokens); chunks: it continues a cache with
-    several tokens at once; gaps: it heeds a mask, so that caches of different lengths can share a call; grows: it takes
-    cache tensors that have room to grow, and appends to them; reach: the most positions that its tables have (None:
-    it has no such tables).
+    vocabulary        the size of a row of logits
+    hidden_size       of what the output projection reads; 0: there is none to be seen
+    last_only         it answers for the last position only
+    style, axes       how its cache is handled (None: it is run again over all tokens)
+    chunks            it continues a cache with several tokens at once
+    gaps              it heeds a mask, so that caches of different lengths can share a call
+    grows             it takes cache tensors that have room to grow, and appends to them
+    table_positions   the most positions that its tables have (None: it has no such tables)
     """
 
     vocabulary: int
     hidden_size: int
     last_only: bool
-    style: PastStyle | None
+    style: CacheStyle | None
     axes: list[Axes]
     chunks: bool
     gaps: bool
     grows: bool
-    reach: int | None = None
+    table_positions: int | None = None
 
 
 class Probe:
@@ -70,7 +74,7 @@ class Probe:
             self._check_causal(logits, shorter.logits)
         self._find_head(logits)
         hidden = 0 if caller.head is None else int(self._hidden_size())
-        style: PastStyle | None = None
+        style: CacheStyle | None = None
         axes: list[Axes] = []
         chunks = gaps = grows = False
         if use_kv_cache:
@@ -79,13 +83,13 @@ class Probe:
                 chunks = self._agrees(style, (3, 3))
                 gaps = not last_only and self._gaps_agree(style, axes)
                 grows = self._grows(style, axes)
-        reach = shared_reach(seen, seen_shorter)
-        return Abilities(logits.shape[2], hidden, last_only, style, axes, chunks, gaps, grows, reach)
+        table_positions = common_positions(seen, seen_shorter)
+        return Abilities(logits.shape[2], hidden, last_only, style, axes, chunks, gaps, grows, table_positions)
 
-    def _watched(self, length: int) -> tuple[Answer, Reach]:
+    def _watched(self, length: int) -> tuple[Answer, PositionTables]:
         """A call over the first `length` ids, and what it showed of the module's tables of positions."""
-        with Reach(self.caller.module, length) as reach:
-            return self.caller(self.ids[:1, :length], positions=self._positions(0, length)), reach
+        with PositionTables(self.caller.module, length) as tables:
+            return self.caller(self.ids[:1, :length], positions=self._positions(0, length)), tables
 
     def _positions(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self.caller.device)[None, :]
@@ -119,7 +123,7 @@ class Probe:
             raise ModelError(
                 f"{name} returns other logits for the same ids when it is called again, by up to "
                 f"{(again - logits).abs().max().item():.3g}; expected the same in evaluation mode (does dropout ignore "
-                "self.training, or is something kept from call to call?)"
+                "self.training, or is something real from call to call?)"
             )
         raise ModelError(
             f"{name} is not causal: without token {last}, the logits of earlier tokens differ by up to "
@@ -152,7 +156,7 @@ class Probe:
         assert self.caller.hidden is not None
         return self.caller.hidden.shape[-1]
 
-    def _find_style(self) -> tuple[PastStyle | None, list[Axes]]:
+    def _find_style(self) -> tuple[CacheStyle | None, list[Axes]]:
         reason: BaseException | None = None
         for style in self._candidates():
             try:
@@ -167,7 +171,7 @@ class Probe:
             warnings.warn(f"the cache of {describe(self.caller.module)} is not used: {reason}", stacklevel=5)
         return None, []
 
-    def _candidates(self) -> list[PastStyle]:
+    def _candidates(self) -> list[CacheStyle]:
         caller = self.caller
         style = AttentionStyle(caller.module)
         if style.layers:
@@ -183,23 +187,23 @@ class Probe:
         if returned is not None:
             return [HuggingFaceStyle() if hasattr(returned, "get_seq_length") else NestedStyle(returned, 3)]
         # It wants a cache to be given, as a first one.
-        hugging_face: list[PastStyle] = [HuggingFaceStyle()] if caller.signature.past == "past_key_values" else []
+        hugging_face: list[CacheStyle] = [HuggingFaceStyle()] if caller.signature.past == "past_key_values" else []
         return [*hugging_face, KVCacheStyle()]
 
-    def step(self, style: PastStyle, ids: Tensor, past: Any, start: int) -> tuple[Tensor, Any]:
+    def step(self, style: CacheStyle, ids: Tensor, past: Any, start: int) -> tuple[Tensor, Any]:
         """One call that continues `past`, which covers the positions before `start`."""
         return advance(
             self.caller, style, ids, past, self._positions(start, start + ids.shape[1]).expand(ids.shape), None
         )
 
-    def _axes(self, style: PastStyle) -> list[Axes] | None:
+    def _axes(self, style: CacheStyle) -> list[Axes] | None:
         leaves = []
         for rows, length in ((1, 3), (1, 4), (2, 3)):
             _, past = self.step(style, self.ids[:rows, :length], style.empty(), 0)
             leaves.append(style.leaves(past) if past is not None else [])
         return find_axes(*leaves) if leaves[0] and len({len(item) for item in leaves}) == 1 else None
 
-    def _agrees(self, style: PastStyle, pieces: tuple[int, ...]) -> bool:
+    def _agrees(self, style: CacheStyle, pieces: tuple[int, ...]) -> bool:
         """Whether the cache, fed in `pieces` and rebuilt between, gives the logits of the whole, within rounding."""
         whole = self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH)).logits
         past, start, difference = style.empty(), 0, 0.0
@@ -225,28 +229,30 @@ class Probe:
             )
         return difference <= self.tolerance
 
-    def _grows(self, style: PastStyle, axes: list[Axes]) -> bool:
+    def _grows(self, style: CacheStyle, axes: list[Axes]) -> bool:
         """Whether two sequences get the same logits behind tensors with room to grow, and were written into it."""
         if any(hasattr(module, "_orig_mod") for module in self.caller.module.modules()):
             return False  # what is compiled knows tensors of its own kind only
         pasts = [self.step(style, self.ids[:, :3], style.empty(), 0)[1] for _ in range(2)]
-        lanes: list[Lane] = []
+        buffers: list[Buffer] = []
         for start in (3, 4):
             new = self.ids[:, start : start + 1]
             wanted, pasts[0] = self.step(style, new, pasts[0], start)
-            leaves, lanes = make_room(style.leaves(pasts[1]), axes, lanes, 1, self.caller.few)
+            leaves, buffers = make_room(style.leaves(pasts[1]), axes, buffers, 1, self.caller.native)
             try:
                 got, pasts[1] = self.step(style, new, style.replace(pasts[1], leaves, start), start)
             except ModelError:  # such as a view over axes that are not adjacent in memory
                 return False
             held = style.leaves(pasts[1])
-            if (got - wanted).abs().max().item() > self.tolerance or len(held) != len(lanes):
+            if (got - wanted).abs().max().item() > self.tolerance or len(held) != len(buffers):
                 return False
-            if not all(lane.filled == start + 1 and lane.holds(leaf) for lane, leaf in zip(lanes, held, strict=True)):
+            if not all(
+                buffer.filled == start + 1 and buffer.holds(leaf) for buffer, leaf in zip(buffers, held, strict=True)
+            ):
                 return False
         return True
 
-    def _gaps_agree(self, style: PastStyle, axes: list[Axes]) -> bool:
+    def _gaps_agree(self, style: CacheStyle, axes: list[Axes]) -> bool:
         """Whether two sequences of different length can share a step, the gap between them masked."""
         heeds_mask = self.caller.signature.mask or isinstance(style, AttentionStyle)
         if not heeds_mask or self.caller.signature.offset:
@@ -254,54 +260,17 @@ class Probe:
         parts, alone = [], []
         for row, length in ((0, 4), (1, 2)):
             _, past = self.step(style, self.ids[row : row + 1, :length], style.empty(), 0)
-            parts.append((Source([leaf.clone() for leaf in style.leaves(past)], axes, None), 0, length))
+            parts.append((Snapshot([leaf.clone() for leaf in style.leaves(past)], axes, None), 0, length))
             alone.append(self.step(style, self.ids[row : row + 1, length : length + 1], past, length)[0])
-        leaves, kept = gather(parts)
-        assert kept is not None
+        leaves, real = side_by_side(parts)
+        assert real is not None
         ids = torch.stack((self.ids[0, 4:5], self.ids[1, 2:3]))
         positions = torch.tensor([[4], [2]], device=self.caller.device)
         try:
-            together, _ = advance(self.caller, style, ids, style.build(leaves, 4), positions, kept)
+            together, _ = advance(self.caller, style, ids, style.build(leaves, 4), positions, real)
         except ModelError:
             return False
         return (together - torch.cat(alone)).abs().max().item() <= self.tolerance
-
-
-def advance(
-    caller: Caller,
-    style: PastStyle,
-    ids: Tensor,
-    past: Any,
-    positions: Tensor,
-    kept: Tensor | None,
-    new_kept: Tensor | None = None,
-    last_only: bool = False,
-) -> tuple[Tensor, Any]:
-    """Runs `ids` behind `past` and returns (logits, the new past).
-
-    kept (batch, past time) bool, new_kept (batch, new time) bool: which cached and new positions are real; None: all.
-    """
-    mask = None
-    if kept is not None or new_kept is not None:
-        before = int(positions[0, 0])  # without gaps, all sequences have as many
-        old = torch.ones(len(ids), before, dtype=torch.bool, device=ids.device) if kept is None else kept
-        new = new_kept if new_kept is not None else torch.ones_like(ids, dtype=torch.bool)
-        mask = torch.cat((old, new), dim=1)
-    if isinstance(style, AttentionStyle):
-        with caller.lock:
-            style.install(past, mask)
-            try:
-                answer = caller(ids, use_cache=True, mask=mask, positions=positions)
-            finally:
-                taken = style.release()
-        return answer.logits, taken
-    before = past.length if isinstance(style, KVCacheStyle) else 0
-    answer = caller(ids, past=past, use_cache=True, mask=mask, positions=positions, last_only=last_only)
-    if isinstance(style, KVCacheStyle):
-        if past.length == before:  # the module leaves the counting to its caller
-            past.increment_length(ids.shape[1])
-        return answer.logits, past
-    return answer.logits, answer.past if answer.past is not None else past
 
 
 def tolerance(logits: Tensor) -> float:

@@ -32,10 +32,10 @@ def _holders(module: nn.Module) -> Iterator[Any]:
             yield holder
 
 
-def find_context(module: nn.Module, reach: int | None, wanted: int | None) -> int:
+def find_context(module: nn.Module, table_positions: int | None, wanted: int | None) -> int:
     """The positions that a sequence may have: by one of the names that people write; where none says it, `wanted`, else
-    `reach`, how far tables of positions were seen to go (some grow when they must), else 2048."""
-    return _named_context(module) or wanted or reach or DEFAULT_CONTEXT
+    `table_positions`, how far tables of positions were seen to go (some grow when they must), else 2048."""
+    return _named_context(module) or wanted or table_positions or DEFAULT_CONTEXT
 
 
 def _named_context(module: nn.Module) -> int | None:

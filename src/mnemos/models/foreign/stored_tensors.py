@@ -17,7 +17,7 @@ _OWN = ("_parameters", "_modules")
 Place = tuple[Any, Any, Tensor]  # a tensor, the dict or list that it is in, and its key there; None for a tuple
 
 
-class KeptTensors:
+class StoredTensors:
     """Compares the tensors that lie in a module, parameters aside, with those that were there before its calls."""
 
     def __init__(self, module: nn.Module) -> None:

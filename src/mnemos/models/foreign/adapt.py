@@ -1,0 +1,81 @@
+"""The door for other people's modules: what one can do is found out, and a model made of it."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from mnemos.contract import KVLayout, ModelSpec
+from mnemos.errors import ConfigError, ModelError
+from mnemos.models.foreign.call import Caller, describe
+from mnemos.models.foreign.causal import CausalCalls
+from mnemos.models.foreign.encoder_decoder import EncoderDecoderModel, adapt_encoder_decoder
+from mnemos.models.foreign.model import ForeignModel
+from mnemos.models.foreign.probe import Probe
+from mnemos.models.foreign.settings import find_context, special_tokens
+
+
+def adapt(
+    module: nn.Module,
+    *,
+    device: str | None = None,
+    use_kv_cache: bool = True,
+    context_length: int | None = None,
+    vocabulary_size: int | None = None,
+) -> ForeignModel | EncoderDecoderModel:
+    """Makes any causal nn.Module that returns logits a `Model`, or a Hugging Face encoder-decoder module.
+
+    forward(input_ids (batch, time) int64), also with attention_mask, position_ids and a cache; see
+    mnemos.models.foreign.cache_styles for the styles. The module is tried once on a few tokens. context_length: the
+    positions of a module that does not say itself how many it has. vocabulary_size: of the tokenizer, must not exceed
+    the module's. Errors: ModelError with the module's class and signature.
+    """
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"model is a {type(module).__name__}; expected a torch.nn.Module or a mnemos Model")
+    caller = Caller(module)
+    if device is not None and _device(device).type != caller.device.type:
+        raise ConfigError(
+            f"{type(module).__name__} has its parameters on {caller.device} but device is {device!r}; "
+            f"expected device={str(caller.device)!r}, or move the module with .to({device!r}) first"
+        )
+    empty = next((name for name, p in module.named_parameters() if p.device.type == "meta"), None)
+    if empty is not None:
+        raise ModelError(f"{describe(module)} has no values for {empty} (its device is meta); expected loaded weights")
+    inner = caller.inner
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return adapt_encoder_decoder(caller, context_length)
+    abilities = Probe(caller).run(use_kv_cache)
+    caller.settle()
+    if vocabulary_size is not None and vocabulary_size > abilities.vocabulary:
+        raise ModelError(
+            f"the tokenizer has {vocabulary_size} tokens but {describe(module)} returns {abilities.vocabulary} logits; "
+            "expected at least as many logits as tokens"
+        )
+    if use_kv_cache and abilities.style is None:
+        warnings.warn(
+            f"{type(module).__name__} has no cache that can be used: every token runs over the whole text again, which "
+            "is slow. Give forward a past_kv argument and return (logits, past_kv), or use CachedAttention.",
+            stacklevel=3,
+        )
+    context = find_context(inner, abilities.table_positions, context_length)
+    spec = ModelSpec(
+        architecture=type(module).__name__,
+        vocabulary_size=abilities.vocabulary,
+        context_length=context,
+        hidden_size=abilities.hidden_size,
+        layout=KVLayout(1, 1, 1, page_size=context, dtype="float32"),
+        **special_tokens(inner, abilities.vocabulary),
+        parameters=sum(p.numel() for p in module.parameters()),
+    )
+    return ForeignModel(caller, CausalCalls(caller, abilities), spec)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device is {name!r}; expected a device of PyTorch, such as 'cpu', 'cuda' or 'mps'"
+        ) from error

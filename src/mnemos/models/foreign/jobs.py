@@ -1,0 +1,83 @@
+"""Each sequence's part in one step, and the tensors that several of them share in one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mnemos.errors import ModelError
+from mnemos.models.foreign.call import Caller, describe
+from mnemos.models.foreign.slots import Slot
+
+Bools = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.float32]
+
+
+@dataclass
+class Job:
+    """The new tokens of one sequence in this step, from position `start`; `first_row` is their place in the batch."""
+
+    slot: Slot
+    start: int
+    new: list[int]
+    first_row: int
+
+    def wants_earlier(self, wanted: Bools) -> bool:
+        """Whether `wanted` (T,), of the batch's rows, holds any of this sequence but its last."""
+        return bool(wanted[self.first_row : self.first_row + len(self.new) - 1].any())
+
+
+@dataclass
+class JobOutput:
+    """logits (rows, vocabulary) of the job's last positions, all or fewer; hidden (rows, hidden size) of the same."""
+
+    job: Job
+    logits: Rows
+    hidden: Rows | None
+
+
+class Calls(Protocol):
+    """How the sequences of a step are run through a kind of module."""
+
+    def partition(self, jobs: list[Job]) -> list[list[Job]]:
+        """Which sequences can share a call."""
+
+    def run(self, jobs: list[Job], wanted: Bools) -> list[JobOutput]:
+        """Runs sequences that share a call; `wanted` (T,) says of which rows of the batch logits are asked for."""
+
+
+def pad(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Token ids (batch, time), zeros after the shorter ones, and which are real (None: all)."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences], device=device)
+    if all(len(ids) == longest for ids in sequences):
+        return ids, None
+    ends = torch.tensor([len(ids) for ids in sequences], device=device)
+    return ids, torch.arange(longest, device=device) < ends[:, None]
+
+
+def split(jobs: list[Job], logits: Tensor, lengths: list[int], caller: Caller, vocabulary: int) -> list[JobOutput]:
+    """Each job's part of the logits (batch, time or 1, vocabulary); `lengths`: the positions of each that were run.
+
+    ModelError: the last axis of the logits is not `vocabulary`.
+    """
+    if logits.shape[-1] != vocabulary:
+        raise ModelError(f"{describe(caller.module)} returned {logits.shape[-1]} logits; before, {vocabulary}")
+    hidden = caller.hidden
+    answered = logits.shape[1]
+    outputs = []
+    for row, (job, length) in enumerate(zip(jobs, lengths, strict=True)):
+        end = min(length, answered)
+        rows = slice(max(0, end - len(job.new)), end)
+        read = None if hidden is None else _array(hidden[row, max(0, hidden.shape[1] - answered) :][rows])
+        outputs.append(JobOutput(job, _array(logits[row, rows]), read))
+    return outputs
+
+
+def _array(tensor: Tensor) -> Rows:
+    return np.asarray(tensor.float().cpu().numpy())

@@ -1,0 +1,94 @@
+"""What a foreign model keeps of each sequence: a slot, whose cache stays in the module's own form while it can.
+
+A slot remembers which row of which cache tensors belongs to its sequence. As long as the same sequences run together,
+their cache stays in the module's own form; only when the company changes are rows picked out and put side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from mnemos.contract import KVLayout
+from mnemos.errors import UnsupportedError
+from mnemos.models.foreign.cache_styles import Snapshot
+from mnemos.models.foreign.growing_cache import Buffer
+
+
+@dataclass
+class Slot:
+    """One sequence: its tokens so far and where its keys and values are: in a running group or in a snapshot's row.
+
+    condition: what an encoder made of its prompt.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    group: Group | None = None
+    snapshot: Snapshot | None = None
+    row: int = 0
+    condition: Any = None
+
+    def freeze(self) -> None:
+        """Turns this sequence's share of a running group, and the others', into rows of fixed tensors."""
+        group = self.group
+        if group is None:
+            return
+        snapshot = group.take(group)
+        for row, member in enumerate(group.slots):
+            if member.group is group:
+                member.snapshot, member.row, member.group = snapshot, row, None
+
+    def fork(self) -> Slot:
+        """A slot that goes on from here by itself. No tensor is copied: modules replace theirs by longer ones."""
+        self.freeze()
+        return Slot(list(self.tokens), None, self.snapshot, self.row, self.condition)
+
+    def rewind(self, length: int) -> None:
+        """Forgets the tokens after the first `length`."""
+        if length < len(self.tokens):
+            self.freeze()
+            del self.tokens[length:]
+
+
+@dataclass
+class Group:
+    """Sequences that ran together last, with the cache in the module's own form.
+
+    take: makes a snapshot of the group; real (batch, time) bool: which positions are not padding, None for all;
+    buffers: the memory of the cache's tensors, once they have room to grow.
+    """
+
+    past: Any
+    slots: list[Slot]
+    take: Callable[[Group], Snapshot]
+    real: Tensor | None = None
+    buffers: list[Buffer] = field(default_factory=list)
+
+    def is_exactly(self, slots: list[Slot]) -> bool:
+        """Whether these slots, in this order, are all that the group has, and none has gone another way."""
+        same = list(map(id, self.slots)) == list(map(id, slots))
+        return same and all(slot.group is self for slot in slots)
+
+
+class SlotCache:
+    """The `Cache` of a foreign model: slots instead of pages."""
+
+    def __init__(self, layout: KVLayout, pages: int) -> None:
+        self.layout = layout
+        self.pages = pages
+        self.slots = [Slot() for _ in range(pages)]
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            self.slots[target] = self.slots[source].fork()
+
+    def read(self, page: int) -> npt.NDArray[np.uint8]:
+        raise UnsupportedError("the cache of a PyTorch module cannot be saved; expected a built-in architecture")
+
+    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None:
+        raise UnsupportedError("the cache of a PyTorch module cannot be restored; expected a built-in architecture")
