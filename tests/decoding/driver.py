@@ -11,6 +11,7 @@ from mnemos.contract import KVLayout, ModelSpec
 from mnemos.decoding.build import make_strategy
 from mnemos.decoding.config import GenerationConfig
 from mnemos.decoding.strategy import Emitted, FinishedSequence, Rows, Strategy
+from mnemos.errors import RequestError
 
 ToyModel = Callable[[Sequence[int]], tuple[np.ndarray, np.ndarray]]
 
@@ -92,18 +93,22 @@ class LetterTokenizer:
         self.special_ids = frozenset(special)
         self.vocabulary_size = len(self.pieces)
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = True, continues: bool = False
+    ) -> list[int]:
         ids = []
         while text:
-            piece = max((p for p in self.pieces if p and text.startswith(p)), key=len)
+            piece = max((p for p in self.pieces if p and text.startswith(p)), key=len, default="")
+            if not piece:
+                raise RequestError(f"there is no token for {text[0]!r}")
             ids.append(self.pieces.index(piece))
             text = text[len(piece) :]
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], skip_special: bool = True, continues: bool = False) -> str:
         return "".join(self.pieces[i] for i in ids)
 
-    def decoder(self, skip_special: bool = True) -> LetterDecoder:
+    def decoder(self, skip_special: bool = True, continues: bool = False) -> LetterDecoder:
         return LetterDecoder(self)
 
     def token_bytes(self, token_id: int) -> bytes:

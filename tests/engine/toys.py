@@ -118,7 +118,11 @@ class LetterTokenizer:
 
     vocabulary_size = VOCABULARY
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+    special_ids = frozenset[int]()
+
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = True, continues: bool = False
+    ) -> list[int]:
         return [ord(letter) - 32 for letter in text]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True, continues: bool = False) -> str:

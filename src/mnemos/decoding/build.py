@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # a process that only samples starts faster without the other
     from mnemos.decoding.beam import BeamSearch
     from mnemos.decoding.contrastive import ContrastiveSearch
 
+_OPENERS = "\n\t([{<\"'`*_-/\u201c\u2018\u00ab"  # what a word may follow without a space
 _FILTERS_BESIDE_CUTOFFS = ("typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -36,11 +39,13 @@ class Tokenizer(Protocol):
     @property
     def special_ids(self) -> Collection[int]: ...
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = True, continues: bool = False
+    ) -> list[int]: ...
 
-    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
+    def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str: ...
 
-    def decoder(self, skip_special: bool = True) -> IncrementalDecoder: ...
+    def decoder(self, skip_special: bool = True, continues: bool = False) -> IncrementalDecoder: ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
@@ -194,7 +199,7 @@ class _Builder:
         filters = filters_of(config, keep=len(self.stop_ids) + 1) if config.samples else []
         processors = [*self._processors(), *filters]
         rules = self._rules()
-        decode = self._needed_tokenizer("stop").decode if rules.strings else None
+        decode = self._pieces if rules.strings else None
         return BeamSearch(settings, processors, TextEnds(rules, decode))
 
     def _contrastive_search(self) -> ContrastiveSearch:
@@ -255,7 +260,25 @@ class _Builder:
     def watch(self) -> StopWatch:
         """Called when the strategy starts, from which max_time counts."""
         rules = self._rules()
-        return StopWatch(rules, self._needed_tokenizer("stop").decoder() if rules.strings else None)
+        if not rules.strings:
+            return StopWatch(rules, None)
+        tokenizer = self._needed_tokenizer("stop")
+        return StopWatch(rules, tokenizer.decoder(continues=True), self._name_of_special)
+
+    def _name_of_special(self, token: int) -> str:
+        """A special token's name, which the text does not show but a stop string may be; "" for any other token."""
+        tokenizer = self._needed_tokenizer("stop")
+        if token not in tokenizer.special_ids:
+            return ""
+        return tokenizer.decode([token], skip_special=False, continues=True)
+
+    def _pieces(self, tokens: Sequence[int]) -> list[tuple[str, bool]]:
+        """The text of generated tokens, piece by piece, and whether it is shown."""
+        tokenizer = self._needed_tokenizer("stop")
+        pieces: list[tuple[str, bool]] = []
+        for special, run in groupby(tokens, tokenizer.special_ids.__contains__):
+            pieces.append((tokenizer.decode(list(run), skip_special=False, continues=True), not special))
+        return pieces
 
     def _stop_ids(self) -> frozenset[int]:
         eos = self.config.eos_ids
@@ -263,12 +286,19 @@ class _Builder:
         return frozenset(ending) | frozenset(np.atleast_1d(self.config.stop_token_ids).astype(int).tolist())
 
     def _bad_words(self) -> list[list[int]]:
-        """The banned token sequences; a banned word is banned at the start of a text and after a space."""
+        """The banned token sequences; a word is banned at the start of a text, after a space and after an opener."""
         words = [list(sequence) for sequence in self.config.bad_words_ids or self.token_rules.bad_words]
         for word in self.config.bad_words:
-            for text in (word, " " + word.lstrip()):
-                words.append(self._needed_tokenizer("bad_words").encode(text, add_special=False))
-        return [word for word in words if word]
+            tokenizer, spaced = self._needed_tokenizer("bad_words"), " " + word.lstrip()
+            words.append(tokenizer.encode(word, add_special=False))
+            own = tokenizer.encode(word, continues=True)
+            words += [own, tokenizer.encode(spaced, continues=True)]
+            for opener in _OPENERS:
+                with suppress(RequestError):  # the tokenizer does not have it
+                    opened = tokenizer.encode(opener + word, continues=True)
+                    if opened[-len(own) :] != own:  # a token holds parts of both
+                        words.append(opened)
+        return [word for number, word in enumerate(words) if word and word not in words[:number]]
 
     def _needed_tokenizer(self, field: str) -> Tokenizer:
         if self.tokenizer is None:

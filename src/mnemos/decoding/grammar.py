@@ -1,5 +1,9 @@
 """Texts that follow a JSON schema, a regular expression, a list of choices or a grammar, by way of llguidance.
 
+A JSON schema's keywords that cannot be enforced (`uniqueItems`, `not`, `if`, patterns that look ahead, ...) are named
+in a warning and the others hold. An unknown `format` says nothing of the text, as JSON Schema has it. Between two
+tokens of JSON there are at most MOST_WHITE_SPACE characters of white space, so that a model cannot go on with that.
+
 After each token the set of tokens that may come next is computed in a thread of its own, while the model evaluates the
 token. Where a state cannot be computed within llguidance's limits of time and memory the request ends with an error; it
 never goes on without the constraint.
@@ -8,7 +12,8 @@ never goes on without the constraint.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+import warnings
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     from mnemos.contract import Floats
     from mnemos.decoding.config import GenerationConfig
 
+MOST_WHITE_SPACE = 16
 _LONGEST_REASON = 300
 _SPECIAL = frozenset("\\.+*?()|[]{}^$#&-~/")
 _CLEARER = {"NoExtensionBias": "no text follows it, or only by rules that never come to an end"}
@@ -36,7 +42,9 @@ class Vocabulary(Protocol):
     @property
     def special_ids(self) -> Collection[int]: ...
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = True, continues: bool = False
+    ) -> list[int]: ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
@@ -56,7 +64,7 @@ class GrammarCompiler:
         """The constraint that the config asks for. Raises ConfigError with the reason where it cannot be followed."""
         field = config.constraint or ""
         try:
-            matcher = self._matcher(self._tokenizer, self._grammar(field, getattr(config, field)), log_level=0)
+            matcher = self._match(self._grammar(field, getattr(config, field)))
             first: Future[bytes] = Future()
             first.set_result(matcher.compute_bitmask())  # here, as it may take seconds: other texts need the workers
             constraint = GrammarConstraint(matcher, self._workers, first)
@@ -68,7 +76,7 @@ class GrammarCompiler:
     def _grammar(self, field: str, value: Any) -> Any:
         match field:
             case "json_schema":
-                return self._matcher.grammar_from_json_schema(value if isinstance(value, str) else json.dumps(value))
+                return self._json_grammar(json.loads(value) if isinstance(value, str) else value)
             case "regex":
                 return self._matcher.grammar_from_regex(value)
             case "choice":
@@ -76,6 +84,29 @@ class GrammarCompiler:
                 return self._matcher.grammar_from_regex("|".join(map(_literally, value)))
             case _:
                 return self._matcher.grammar_from_lark(value)
+
+    def _match(self, grammar: Any) -> Any:
+        return self._matcher(self._tokenizer, grammar, log_level=0)
+
+    def _json_grammar(self, schema: Any) -> Any:
+        """A schema's grammar without what cannot be enforced, which is named in a warning."""
+        patterns: list[str] = []
+        grammar = self._compile_json(_without_patterns(schema, self._refuses_pattern, patterns))
+        missing = [f"pattern {pattern!r}" for pattern in patterns]
+        for remark in self._match(grammar).get_grammar_warnings():
+            if not remark.startswith("Unknown format"):
+                missing.append(remark.removeprefix("Unimplemented keys: ").strip("[]").replace('"', ""))
+        if missing:
+            warnings.warn(f"json_schema: not enforced: {'; '.join(missing)}; the rest holds", stacklevel=2)
+        return grammar
+
+    def _compile_json(self, schema: Any) -> Any:
+        white_space = rf"[\x20\x0A\x0D\x09]{{1,{MOST_WHITE_SPACE}}}"
+        options = {"lenient": True, "coerce_one_of": True, "whitespace_pattern": white_space}
+        return self._matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+
+    def _refuses_pattern(self, pattern: str) -> bool:
+        return bool(self._match(self._compile_json({"type": "string", "pattern": pattern})).is_error())
 
 
 class GrammarConstraint:
@@ -137,7 +168,7 @@ class _Tokens:
 
     def __call__(self, text: bytes) -> list[int]:
         """The tokens of a text that the grammar forces."""
-        return self._vocabulary.encode(text.decode(), add_special=False)
+        return self._vocabulary.encode(text.decode(), add_special=False, parse_special=False, continues=True)
 
 
 # Making a compiler reads the whole vocabulary, so it is kept as long as the tokenizer that it belongs to.
@@ -152,6 +183,23 @@ def compiler_of(vocabulary: Vocabulary, end_ids: Iterable[int]) -> GrammarCompil
         if key not in known:
             known[key] = GrammarCompiler(vocabulary, key)
         return known[key]
+
+
+def _without_patterns(schema: Any, refuses: Callable[[str], bool], found: list[str]) -> Any:
+    """The schema without the patterns that are refused; they are added to `found`."""
+    if isinstance(schema, list):
+        return [_without_patterns(item, refuses, found) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {}
+    for key, value in schema.items():
+        if key == "pattern" and isinstance(value, str) and refuses(value):
+            found.append(value)
+        elif key in ("const", "enum", "default", "examples"):
+            kept[key] = value
+        else:
+            kept[key] = _without_patterns(value, refuses, found)
+    return kept
 
 
 def _literally(text: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,35 +25,48 @@ class StopStrings:
     """Lets text through up to the first stop string, and never a part of one.
 
     Text that may be the beginning of a stop string is held back until what follows decides. Of several stop strings the
-    one that is complete first counts, whatever pieces the text came in.
+    one that is complete first counts, whatever pieces the text came in. Names of special tokens are not shown, but a
+    stop string may be such a name or hold one.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
         self._longest = max(map(len, self._strings), default=1)
         self._held = ""
+        self._shown: list[bool] = []  # of each character that is held
         self.matched: str | None = None
 
-    def push(self, piece: str) -> str:
+    def push(self, piece: str, shown: bool = True) -> str:
         """The text that is certain now. After a match `matched` is set and nothing more comes."""
-        text = self._held + piece
+        self._take(piece, shown)
+        text = self._held
         ends = [(start + len(stop), start, stop) for stop in self._strings if (start := text.find(stop)) >= 0]
-        if ends:
-            _, start, self.matched = min(ends)
-            self._held = ""
-            return text[:start]
-        cut = self._certain(text)
-        self._held = text[cut:]
-        return text[:cut]
+        if not ends:
+            return self._release(self._certain(text))
+        _, start, self.matched = min(ends)
+        certain = self._release(start)
+        self._held, self._shown = "", []
+        return certain
 
-    def pass_through(self, piece: str) -> str:
+    def pass_through(self, piece: str, shown: bool = True) -> str:
         """As `push`, but nothing in the text so far can be part of a match."""
-        text, self._held = self._held + piece, ""
-        return text
+        self._take(piece, shown)
+        return self._release(len(self._held))
 
     def finish(self) -> str:
         """What was held back and turned out not to be a stop string."""
         return self.pass_through("")
+
+    def _take(self, piece: str, shown: bool) -> None:
+        self._held += piece
+        self._shown += [shown] * len(piece)
+
+    def _release(self, count: int) -> str:
+        """What is shown of the first `count` characters, which are held no longer."""
+        text = "".join(compress(self._held[:count], self._shown))
+        self._held = self._held[count:]
+        del self._shown[:count]
+        return text
 
     def _certain(self, text: str) -> int:
         """Where the longest end of the text begins that begins a stop string."""
@@ -109,9 +123,18 @@ class StopRules:
 class StopWatch:
     """Follows one text and says when it ends, and what of it is certain."""
 
-    def __init__(self, rules: StopRules, decoder: IncrementalDecoder | None) -> None:
-        """`decoder` must be given where the rules have stop strings, and only there."""
+    def __init__(
+        self,
+        rules: StopRules,
+        decoder: IncrementalDecoder | None,
+        name_of_special: Callable[[int], str] = lambda token: "",
+    ) -> None:
+        """`decoder` must be given where the rules have stop strings, and only there; it leaves special tokens out.
+
+        name_of_special: what a special token is called, "" for other tokens.
+        """
         self._rules = rules
+        self._name_of_special = name_of_special
         self._decoder = decoder
         self._strings = StopStrings(rules.strings)
         self._loops = RepetitionDetector() if rules.detect_loops else None
@@ -142,9 +165,10 @@ class StopWatch:
     def _push_text(self, token: int) -> str | None:
         if self._decoder is None:
             return None
-        piece = self._decoder.push(token)
+        name = self._name_of_special(token)
+        piece = name or self._decoder.push(token)
         early = self._generated <= self._rules.least
-        certain = self._strings.pass_through(piece) if early else self._strings.push(piece)
+        certain = (self._strings.pass_through if early else self._strings.push)(piece, not name)
         self._text.append(certain)
         return certain
 
@@ -165,8 +189,8 @@ class StopWatch:
 class TextEnds:
     """Says of whole texts whether their last token ends them, for searches that keep many texts at once."""
 
-    def __init__(self, rules: StopRules, decode: Callable[[Sequence[int]], str] | None) -> None:
-        """`decode` must be given where the rules have stop strings."""
+    def __init__(self, rules: StopRules, decode: Callable[[Sequence[int]], Iterable[tuple[str, bool]]] | None) -> None:
+        """`decode` must be given where the rules have stop strings: pieces of text, and whether each is shown."""
         self._rules = rules
         self._decode = decode
 
@@ -179,9 +203,11 @@ class TextEnds:
             return None
         if self._decode is not None:
             strings = StopStrings(rules.strings)
-            text = strings.push(self._decode(tokens[prompt_length:]))
-            if strings.matched is not None:
-                return End("stop", strings.matched), text
+            text = ""
+            for piece, shown in self._decode(tokens[prompt_length:]):
+                text += strings.push(piece, shown)
+                if strings.matched is not None:
+                    return End("stop", strings.matched), text
         if any(_met(criterion, tokens) for criterion in rules.criteria):
             return End("stop"), None
         return None

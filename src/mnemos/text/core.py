@@ -21,7 +21,7 @@ END_NAMES = (
 )  # fmt: skip
 
 
-_ANCHOR = "\x02"  # a text to go on from: a byte that no token holds together with others
+ANCHOR = "\x02"  # a text to go on from: a byte that no token holds together with others
 
 
 class Spelling(Protocol):
@@ -133,15 +133,17 @@ class TokenizerCore:
                 "x", False, False
             )
             ids += before
-            ids += self.encode(plain, False, False) if restarts else self.encode_inside(plain)
+            ids += self.encode(plain, False, False) if restarts else self.encode_inside(plain, False)
             clean = ""
         return ids + self.encode(clean, False, True)
 
-    def encode_inside(self, text: str) -> list[int]:
+    def encode_inside(self, text: str, parse_special: bool) -> list[int]:
         """Ids of a text that goes on from other text: without the space that some tokenizers put before a text."""
-        anchor = self.encode(_ANCHOR, False, False)
-        ids = self.encode(_ANCHOR + text, False, False)
-        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode(text, False, False)
+        if not self.strips_space:
+            return self.encode(text, False, parse_special)
+        anchor = self.encode(ANCHOR, False, parse_special)
+        ids = self.encode(ANCHOR + text, False, parse_special)
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode(text, False, parse_special)
 
 
 def byte_characters() -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mnemos.errors import ConfigError, RequestError, UnsupportedError
 
+_ANCHORS = ("\x02", "\n", ":")  # texts to go on from that hardly any token holds together with what follows
 _HALF = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for a character whose last bytes are still to come
 
 
@@ -45,8 +46,19 @@ class ForeignTokenizer:
         except RequestError:  # it has no such letter
             return []
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of a text. RequestError: the tokenizer refuses it."""
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = True, continues: bool = False
+    ) -> list[int]:
+        """Token ids of a text; `continues`: it goes on from other text, so that no space is put before it.
+
+        Names of special tokens mean what the tokenizer takes them for. RequestError: the tokenizer refuses the text.
+        """
+        if continues:
+            for anchor in _ANCHORS:
+                before, ids = self.encode(anchor, False), self.encode(anchor + text, False)
+                if before and ids[: len(before)] == before and self.decode(before).strip(" ") == anchor:
+                    return ids[len(before) :]
+            add_special = False
         if not isinstance(text, str):
             raise RequestError(f"the text to encode is of type {type(text).__name__}; it must be a str")
         try:

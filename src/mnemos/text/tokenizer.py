@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mnemos.errors import FormatError, RequestError
-from mnemos.text.core import TokenizerCore
+from mnemos.text.core import ANCHOR, TokenizerCore
 from mnemos.text.incremental import IncrementalDecoder, decode_tokens
 
 if TYPE_CHECKING:
@@ -132,15 +132,21 @@ class Tokenizer:
                     self._whole = self._latest = self._build()
         return self._whole
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = True, continues: bool = False
+    ) -> list[int]:
         """Token ids of a text.
 
         add_special: with the bos and eos tokens around it that the model expects.
         parse_special: the names of special tokens in the text mean those tokens; False for text that others wrote.
+        continues: the text goes on from other text: nothing is put around it, not even the space with which
+        SentencePiece tokenizers begin.
         """
         if not isinstance(text, str):
             raise RequestError(f"the text to encode is of type {type(text).__name__}; it must be a str")
         _check_surrogates(text)
+        if continues:
+            return self._core_for(ANCHOR + text).encode_inside(text, parse_special)
         return self._core_for(text).encode(text, add_special, parse_special)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:

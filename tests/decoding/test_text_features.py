@@ -1,0 +1,212 @@
+"""What requests say in text holds with every kind of vocabulary: byte-level, SentencePiece, and Metaspace."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mnemos.contract import Batch, KVLayout, ModelSpec, Output
+from mnemos.engine.engine import InferenceEngine
+from mnemos.text.tokenizer import Tokenizer
+from tests.text.conftest import NAMES, tokenizer_of, vocabulary_file
+
+__all__ = ["tokenizer_of", "vocabulary_file"]
+
+
+class Cache:
+    """Holds nothing: the model below looks at no position."""
+
+    def __init__(self, layout: KVLayout, pages: int) -> None:
+        self.layout, self.pages = layout, pages
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        pass
+
+    def read(self, page: int) -> np.ndarray:
+        return np.zeros(0, np.uint8)
+
+    def write(self, page: int, content: np.ndarray) -> None:
+        pass
+
+
+class Undecided:
+    """Every token is as probable as any other: what comes is what the request's own rules leave."""
+
+    def __init__(self, size: int) -> None:
+        self.spec = ModelSpec("undecided", size, 512, 1, KVLayout(layers=1, kv_heads=1, head_dim=1))
+
+    def reserve(self, pages: int) -> None:
+        self.cache = Cache(self.spec.layout, pages)
+
+    def forward(self, batch: Batch) -> Output:
+        rows = len(batch.logit_rows)
+        logits = np.zeros((rows, self.spec.vocabulary_size), np.float32)
+        return Output(logits, np.zeros((rows, 1), np.float32), np.zeros(rows, np.int32) if batch.greedy else None)
+
+
+def metaspace() -> Tokenizer:
+    """A `tokenizer.json` of words and letters with Metaspace, as converted SentencePiece models have it."""
+    library = pytest.importorskip("tokenizers")
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["<unk>", "<|end|>", "\u2581", *letters, "\u2581world", "\u2581no", "world"]
+    merges = [("\u2581", "world"), ("\u2581", "no"), ("n", "o")]
+    for word in ("world", "no"):
+        merges += [(word[:cut], word[cut]) for cut in range(1, len(word))]
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys([*words, *(a + b for a, b in merges)]))}
+    model = library.models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>")
+    inner = library.Tokenizer(model)
+    inner.pre_tokenizer = library.pre_tokenizers.Metaspace()
+    inner.decoder = library.decoders.Metaspace()
+    inner.add_special_tokens(["<|end|>"])
+    return inner
+
+
+@pytest.fixture(scope="module", params=[*NAMES, "metaspace"])
+def tokenizer(
+    request: pytest.FixtureRequest,
+    tokenizer_of: Callable[[str], Tokenizer],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Tokenizer:
+    if request.param != "metaspace":
+        return tokenizer_of(request.param)
+    file = tmp_path_factory.mktemp("metaspace") / "tokenizer.json"
+    metaspace().save(str(file))
+    return Tokenizer.from_file(file)
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer: Tokenizer) -> Iterator[InferenceEngine]:
+    with InferenceEngine(Undecided(tokenizer.vocabulary_size), tokenizer) as made:
+        yield made
+
+
+def says(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int], Callable[[Sequence[int], Any], None]]:
+    """(prompt, the tokens of `text` after it, a logits processor that has them chosen)."""
+    prompt = tokenizer.encode("Hello,")
+    tokens = tokenizer.encode(text, continues=True)
+
+    def speak(ids: Sequence[int], logits: Any) -> None:
+        logits[:] = -np.inf
+        logits[tokens[min(len(ids) - len(prompt), len(tokens) - 1)]] = 0
+
+    return prompt, tokens, speak
+
+
+def test_a_continued_text_decodes_to_itself(tokenizer: Tokenizer) -> None:
+    for text in ("world", " world", "no-no", "  world", "a" if tokenizer.vocabulary_size else ""):
+        assert tokenizer.decode(tokenizer.encode(text, continues=True), continues=True) == text
+
+
+@pytest.mark.parametrize(
+    ("field", "pattern"),
+    [
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"regex": "[a-z]-2024-[0-9]"}, "[a-z]-2024-[0-9]"),
+        ({"grammar": 'start: "abc" "def"'}, "abcdef"),
+    ],
+)
+def test_a_constraint_with_forced_text(
+    field: dict[str, Any], pattern: str, engine: InferenceEngine, tokenizer: Tokenizer
+) -> None:
+    pytest.importorskip("llguidance")
+    completion = engine.complete(tokenizer.encode("Hello,"), max_new_tokens=40, **field)
+    assert re.fullmatch(pattern, completion.text), completion.text
+
+
+def test_json_ends(engine: InferenceEngine, tokenizer: Tokenizer) -> None:
+    """Even a model that would like to go on with white space for ever comes to an end."""
+    pytest.importorskip("llguidance")
+    age = {"type": "integer", "minimum": 1, "maximum": 9}
+    schema = {"type": "object", "properties": {"age": age}, "required": ["age"], "additionalProperties": False}
+    completion = engine.complete(tokenizer.encode("Hello,"), max_new_tokens=200, json_schema=schema)
+    assert 1 <= json.loads(completion.text)["age"] <= 9
+
+
+def test_a_stop_string_that_never_comes_changes_nothing(engine: InferenceEngine, tokenizer: Tokenizer) -> None:
+    prompt, tokens, speak = says(tokenizer, " world, no. world")
+    options = {"logits_processors": speak, "max_new_tokens": len(tokens)}
+    assert engine.complete(prompt, **options).text == " world, no. world"
+    assert engine.complete(prompt, stop=["never"], **options).text == " world, no. world"
+    assert engine.complete(prompt, stop=["no"], **options).text == " world, "
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_stop_string_may_be_a_special_token(engine: InferenceEngine, tokenizer: Tokenizer, beams: int) -> None:
+    special = max(sorted(tokenizer.special_ids), key=lambda token: len(tokenizer.decode([token], skip_special=False)))
+    name = tokenizer.decode([special], skip_special=False, continues=True)
+    prompt = tokenizer.encode("Hello,")
+    answer = tokenizer.encode(" no", continues=True)
+    said = [*answer, special, *tokenizer.encode("no", continues=True), *answer]
+
+    def speak(ids: Sequence[int], logits: Any) -> None:
+        logits[:] = -np.inf
+        logits[said[min(len(ids) - len(prompt), len(said) - 1)]] = 0
+
+    for stop in (name, name + "no"):
+        completion = engine.complete(
+            prompt, logits_processors=speak, max_new_tokens=len(said), ignore_eos=True, stop=[stop], num_beams=beams
+        )
+        assert (completion.text, completion.finish_reason) == (" no", "stop")
+    completion = engine.complete(
+        prompt,
+        logits_processors=speak,
+        max_new_tokens=len(said),
+        ignore_eos=True,
+        stop=[name + "never"],
+        num_beams=beams,
+    )
+    assert completion.text == " nono no"
+
+
+@pytest.mark.parametrize("before", ["", " ", "(", "\n"])
+def test_a_bad_word_is_banned_wherever_it_stands(engine: InferenceEngine, tokenizer: Tokenizer, before: str) -> None:
+    text = before + "world"
+    if "\n" in text and tokenizer.decode(tokenizer.encode(text, continues=True), continues=True) != text:
+        pytest.skip("the vocabulary has no line break")
+    prompt, tokens, _ = says(tokenizer, text)
+
+    def prefer(ids: Sequence[int], logits: Any) -> None:
+        logits[tokens[min(len(ids) - len(prompt), len(tokens) - 1)]] += 5
+
+    free = engine.complete(prompt, logits_processors=prefer, max_new_tokens=len(tokens), ignore_eos=True)
+    assert free.text == text
+    bound = engine.complete(
+        prompt, logits_processors=prefer, max_new_tokens=len(tokens), ignore_eos=True, bad_words=["world"]
+    )
+    assert "world" not in bound.text
+
+
+KEYWORDS = {
+    "uniqueItems": {"type": "array", "items": {"enum": [1]}, "minItems": 1, "maxItems": 1, "uniqueItems": True},
+    "propertyNames": {"type": "object", "propertyNames": {"pattern": "^a$"}, "additionalProperties": False},
+    "not": {"not": {"type": "string"}, "enum": [1]},
+    "if": {"enum": [1], "if": {"const": 1}, "then": {"type": "integer"}},
+    "contains": {"type": "array", "items": {"enum": [1]}, "minItems": 1, "maxItems": 1, "contains": {"const": 1}},
+    "oneOf": {"oneOf": [{"const": 1}, {"enum": [1, 2]}]},
+    "(?=.*[A-Z])": {"type": "string", "pattern": "^(?=.*[A-Z]).{3}$", "maxLength": 3},
+}
+
+
+@pytest.mark.parametrize("keyword", KEYWORDS)
+def test_a_keyword_that_cannot_be_enforced_is_named(keyword: str, tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    pytest.importorskip("llguidance")
+    tokenizer = tokenizer_of("gpt-2")
+    with InferenceEngine(Undecided(tokenizer.vocabulary_size), tokenizer) as engine:
+        with pytest.warns(UserWarning, match=re.escape(keyword)):
+            text = engine.complete([1], max_new_tokens=100, json_schema=KEYWORDS[keyword]).text
+        json.loads(text)
+
+
+def test_an_unknown_format_says_nothing_of_the_text(tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    pytest.importorskip("llguidance")
+    tokenizer = tokenizer_of("gpt-2")
+    schema = {"type": "string", "format": "password", "maxLength": 3}
+    with InferenceEngine(Undecided(tokenizer.vocabulary_size), tokenizer) as engine, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(json.loads(engine.complete([1], max_new_tokens=100, json_schema=schema).text)) <= 3
