@@ -25,7 +25,7 @@ struct Avx2 {
   static constexpr int narrow_bits = 4;
   template <int Bits>
   static constexpr int together = Bits == 5 || Bits == 6 ? 2 : 1;
-  static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4, split_rows = 0;
+  static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4, fine_rows = 3, split_rows = 0;
   static constexpr int rows_together = 8, blocks_together = 1;
   static constexpr bool bfloat_minima = false, adds_exponents = false;
 
@@ -42,13 +42,17 @@ struct Avx2 {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a.low);
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p + 32), a.high);
   }
-  template <int Shift, int Mask>
-  static Bytes bits(Bytes a) {
+  template <int Shift>
+  static Bytes shift(Bytes a) {
     return each(a, [](__m256i v) {
       if constexpr (Shift > 0) v = _mm256_slli_epi16(v, Shift);
       if constexpr (Shift < 0) v = _mm256_srli_epi16(v, -Shift);
-      return _mm256_and_si256(v, _mm256_set1_epi8(Mask));
+      return v;
     });
+  }
+  template <int Shift, int Mask>
+  static Bytes bits(Bytes a) {
+    return each(shift<Shift>(a), [](__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(Mask)); });
   }
   static Bytes either(Bytes a, Bytes b) { return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)}; }
   static Bytes lookup(Bytes a, const uint8_t *table) {

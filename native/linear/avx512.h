@@ -21,7 +21,7 @@ struct Avx512 {
   static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = false;
   static constexpr int narrow_bits = 0;
-  static constexpr int tile_panels = 2, tile_rows = 6, float_rows = 6, stream_rows = 8, split_rows = 8;
+  static constexpr int tile_panels = 2, tile_rows = 6, float_rows = 6, stream_rows = 8, fine_rows = 8, split_rows = 8;
   template <int Bits>
   static constexpr int together = 1;
   static constexpr int rows_together = 6, blocks_together = 16;
@@ -35,11 +35,15 @@ struct Avx512 {
     __asm__ volatile("" : "+v"(a));
     return a;
   }
-  template <int Shift, int Mask>
-  static Bytes bits(Bytes a) {
+  template <int Shift>
+  static Bytes shift(Bytes a) {
     if constexpr (Shift > 0) a = _mm512_slli_epi16(a, Shift);
     if constexpr (Shift < 0) a = _mm512_srli_epi16(a, -Shift);
-    return _mm512_and_si512(a, _mm512_set1_epi8(Mask));
+    return a;
+  }
+  template <int Shift, int Mask>
+  static Bytes bits(Bytes a) {
+    return _mm512_and_si512(shift<Shift>(a), _mm512_set1_epi8(Mask));
   }
   static Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
   static Bytes lookup(Bytes a, const uint8_t *table) {

@@ -56,11 +56,10 @@ class Shapes {
 // Codes without their centre, as signed bytes.
 template <const Layout &L>
 struct SignedVectors {
-  template <class Vector>
-  static void store(uint8_t *codes, Vector &&vector) {
-    const __m512i offset = _mm512_set1_epi8(char(centre_of<Avx512Bf16, L>));
-    unroll<8>([&](auto v) { Avx512::store(codes + v * 64, _mm512_sub_epi8(vector(v), offset)); });
+  static void store(uint8_t *codes, __m512i vector) {
+    Avx512::store(codes, _mm512_sub_epi8(vector, _mm512_set1_epi8(char(centre_of<Avx512Bf16, L>))));
   }
+  static void finish(uint8_t *) {}
 };
 
 // Dot products of a block, of each part and half.
@@ -162,16 +161,14 @@ void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t 
   });
 }
 
-template <const Layout &L, int Parts, int P>
+template <const Layout &L, int Parts>
 void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
-                     const Results &results, Shapes &shapes) {
-  for_chunks<Avx512Bf16, L, Parts, P, amx_rows, SignedVectors<L>>(matrix, input, row_begin, row_end, panel, results,
+                     int64_t panels, const Results &results, Shapes &shapes) {
+  constexpr int P = most_panels;
+  for_chunks<Avx512Bf16, L, Parts, P, few_rows + 1, amx_rows, SignedVectors<L>>(matrix, input, row_begin, row_end, panel, panels, results,
             [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
-    static_assert(few_rows + 1 >= amx_rows / 2);  // so tiles have at least amx_rows / 2 rows
-    if constexpr (r >= amx_rows / 2) {
-      shapes.set_rows(r);
-      amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
-    }
+    shapes.set_rows(r);
+    amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
   });
 }
 
@@ -183,12 +180,13 @@ void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, i
     return avx512bf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
                                        start_stride);
   Shapes shapes(matrix.layout.halves() ? 16 : 32);
-  for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
-    with_layout(matrix.layout.type, [&](auto q) {
-      constexpr const Layout &layout = decltype(q)::layout;
-      const auto multiply = input.form == Form::int15 ? multiply_panels<layout, 2, panels> : multiply_panels<layout, 1, panels>;
-      multiply(matrix, input, row_begin, row_end, panel, {y, y_stride, starts, start_stride}, shapes);
-    });
+  with_layout(matrix.layout.type, [&](auto q) {
+    constexpr const Layout &layout = decltype(q)::layout;
+    const auto multiply = input.form == Form::int15 ? multiply_panels<layout, 2> : multiply_panels<layout, 1>;
+    for (int64_t panel = panel_begin; panel < panel_end; panel += most_panels) {
+      const int64_t panels = smaller(most_panels, panel_end - panel);
+      multiply(matrix, input, row_begin, row_end, panel, panels, {y, y_stride, starts, start_stride}, shapes);
+    }
   });
 }
 

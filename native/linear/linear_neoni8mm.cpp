@@ -13,16 +13,16 @@ constexpr int tile_rows = 4;
 // panel's rows two by two, as signed bytes without their offset.
 template <const Layout &L>
 struct RowPairs {
-  template <class Vector>
-  static void store(uint8_t *codes, Vector &&vector) {
-    unroll<4>([&](auto w) {
-      const Neon::Bytes low = vector(std::integral_constant<int, 2 * w>{}), high = vector(std::integral_constant<int, 2 * w + 1>{});
-      unroll<4>([&](auto quad) {
+  static void store(uint8_t *codes, const Neon::Bytes &vector) { Neon::store(codes, vector); }
+  static void finish(uint8_t *codes) {
+    for (int w = 0; w < 4; w++, codes += 128) {
+      const Neon::Bytes low = Neon::load(codes), high = Neon::load(codes + 64);
+      for (int quad = 0; quad < 4; quad++) {
         const uint32x4_t first = without_offset(low.v[quad]), second = without_offset(high.v[quad]);
-        vst1q_u8(codes + w * 128 + quad * 32, vreinterpretq_u8_u32(vzip1q_u32(first, second)));
-        vst1q_u8(codes + w * 128 + quad * 32 + 16, vreinterpretq_u8_u32(vzip2q_u32(first, second)));
-      });
-    });
+        vst1q_u8(codes + quad * 32, vreinterpretq_u8_u32(vzip1q_u32(first, second)));
+        vst1q_u8(codes + quad * 32 + 16, vreinterpretq_u8_u32(vzip2q_u32(first, second)));
+      }
+    }
   }
   static uint32x4_t without_offset(uint8x16_t codes) {
     return vreinterpretq_u32_u8(vsubq_u8(codes, vdupq_n_u8(uint8_t(centre_of<Neon, L>))));
@@ -98,7 +98,7 @@ void pair_tile(const Expanded &weights, const Input &input, int64_t row, int64_t
 template <const Layout &L, int Parts>
 void multiply_panel(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                     const Results &results) {
-  for_chunks<Neon, L, Parts, 1, tile_rows, RowPairs<L>>(matrix, input, row_begin, row_end, panel, results,
+  for_chunks<Neon, L, Parts, 1, few_rows + 1, tile_rows, RowPairs<L>>(matrix, input, row_begin, row_end, panel, 1, results,
             [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
     pair_tile<same_scales<L>(), Parts, r>(weights, input, row, first, count, out, prefetch);
   });

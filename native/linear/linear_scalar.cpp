@@ -23,7 +23,7 @@ struct Scalar {
   static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = false;
   static constexpr int narrow_bits = 0;
-  static constexpr int tile_panels = 1, tile_rows = 1, float_rows = 1, stream_rows = 0, split_rows = 0;
+  static constexpr int tile_panels = 1, tile_rows = 1, float_rows = 1, stream_rows = 0, fine_rows = 0, split_rows = 0;
   template <int Bits>
   static constexpr int together = 1;
   static constexpr int rows_together = 8, blocks_together = 1;
@@ -36,10 +36,16 @@ struct Scalar {
   }
   static Bytes in_register(const Bytes &a) { return a; }
   static void store(uint8_t *p, const Bytes &bytes) { memcpy(p, bytes.v, 64); }
-  template <int Shift, int Mask>
-  static Bytes bits(Bytes a) {
-    for (uint8_t &byte : a.v) byte = uint8_t((Shift >= 0 ? byte << (Shift & 7) : byte >> (-Shift & 7)) & Mask);
+  template <int Shift>
+  static Bytes shift(Bytes a) {
+    for (uint8_t &byte : a.v) byte = uint8_t(Shift >= 0 ? byte << (Shift & 7) : byte >> (-Shift & 7));
     return a;
+  }
+  template <int Shift, int Mask>
+  static Bytes bits(const Bytes &a) {
+    Bytes shifted = shift<Shift>(a);
+    for (uint8_t &byte : shifted.v) byte &= Mask;
+    return shifted;
   }
   static Bytes either(Bytes a, const Bytes &b) {
     for (int i = 0; i < 64; i++) a.v[i] |= b.v[i];

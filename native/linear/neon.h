@@ -22,7 +22,7 @@ struct Neon {
   static constexpr Form bf16_form = Form::f32;
   static constexpr bool signed_bytes = true;  // the dot product takes two signed operands
   static constexpr int narrow_bits = 0;
-  static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4, split_rows = 2;
+  static constexpr int tile_panels = 1, tile_rows = 4, float_rows = 2, stream_rows = 4, fine_rows = 3, split_rows = 2;
   template <int Bits>
   static constexpr int together = 1;
   static constexpr int rows_together = 8, blocks_together = 1;
@@ -40,14 +40,19 @@ struct Neon {
   static void store(uint8_t *p, const Bytes &a) {
     for (int i = 0; i < 4; i++) vst1q_u8(p + i * 16, a.v[i]);
   }
-  template <int Shift, int Mask>
-  static Bytes bits(const Bytes &a) {
+  template <int Shift>
+  static Bytes shift(const Bytes &a) {
     return each<Bytes>([&](int i) {
       uint8x16_t v = a.v[i];
       if constexpr (Shift > 0) v = vshlq_n_u8(v, Shift);
       if constexpr (Shift < 0) v = vshrq_n_u8(v, -Shift);
-      return vandq_u8(v, vdupq_n_u8(Mask));
+      return v;
     });
+  }
+  template <int Shift, int Mask>
+  static Bytes bits(const Bytes &a) {
+    const Bytes shifted = shift<Shift>(a);
+    return each<Bytes>([&](int i) { return vandq_u8(shifted.v[i], vdupq_n_u8(Mask)); });
   }
   static Bytes either(const Bytes &a, const Bytes &b) {
     return each<Bytes>([&](int i) { return vorrq_u8(a.v[i], b.v[i]); });

@@ -27,13 +27,13 @@ void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, i
     case WeightType::bf16: return floats(multiply_floats<S, WeightType::bf16>);
     default: break;
   }
-  for_panels<S::tile_panels>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
-    with_layout(matrix.layout.type, [&](auto q) {
-      constexpr const Layout &layout = decltype(q)::layout;
-      const auto multiply = input.form == Form::int15 ? multiply_quantized<S, layout, 2, panels>
-                                                      : multiply_quantized<S, layout, 1, panels>;
-      multiply(matrix, input, row_begin, row_end, panel, {y, y_stride, starts, start_stride});
-    });
+  with_layout(matrix.layout.type, [&](auto q) {
+    constexpr const Layout &layout = decltype(q)::layout;
+    const auto multiply = input.form == Form::int15 ? multiply_quantized<S, layout, 2> : multiply_quantized<S, layout, 1>;
+    for (int64_t panel = panel_begin; panel < panel_end; panel += S::tile_panels) {
+      const int64_t panels = smaller(S::tile_panels, panel_end - panel);
+      multiply(matrix, input, row_begin, row_end, panel, panels, {y, y_stride, starts, start_stride});
+    }
   });
 }
 

@@ -83,7 +83,7 @@ void multiply_float(const Matrix &matrix, const Input &input, int64_t row_begin,
   for (int p = 0; p < P; p++) panels[p] = matrix.panel(panel + p);
   for (int64_t first = 0; first < matrix.columns; first += float_chunk) {
     const int64_t count = smaller(float_chunk, matrix.columns - first);
-    for_tiles<P, S::float_rows>(matrix, panel, row_begin, row_end, results, first > 0,
+    for_tiles<P, 1, S::float_rows>(matrix, panel, P, row_begin, row_end, results, first > 0,
               [&](auto r, int64_t row, const Output &out) {
       float_tile<S, W, P, r>(panels, input, row, first, count, out);
     });

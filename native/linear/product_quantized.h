@@ -78,21 +78,39 @@ struct Minima {
   }
 };
 
-// Vector v of a block (columns 4v..4v+3) as unsigned codes, a byte each.
-template <class S, const Layout &L, int V>
-inline typename S::Bytes code_vector(const uint8_t *block) {
+// A block's codes are taken in turns: turn k takes the vectors k, k + turns, and so on, which are stored at the same places of
+// the same bytes or of those that follow, but in other bits.
+template <const Layout &L>
+constexpr int turns = L.base == 2 || L.high == 2 ? 2 : 4;
+
+// The bits above the base ones, of which a turn takes the lowest and every so many further.
+template <class S, const Layout &L>
+struct HighBits {
+  typename S::Bytes bits;
+
+  explicit HighBits(const uint8_t *block) {
+    if constexpr (L.high == 1) bits = S::load(block + L.base * 64);
+  }
+  void advance() {
+    if constexpr (L.high == 1) bits = S::template shift<-1>(bits);
+  }
+};
+
+// Vector v = turn + I * turns of a block (columns 4v..4v+3) as unsigned codes, a byte each.
+template <class S, const Layout &L, int I>
+inline MNEMOS_INLINE typename S::Bytes code_vector(const uint8_t *block, const HighBits<S, L> &high, int turn) {
+  constexpr int first = I * turns<L>;
   typename S::Bytes code;
   if constexpr (L.base == 8) {
-    code = S::load(block + V * 64);
+    code = S::load(block + (first + turn) * 64);
   } else if constexpr (L.base == 4) {
-    code = S::template bits<-(V / 4 * 4), 15>(S::load(block + V % 4 * 64));
+    code = S::template bits<-(first / 4 * 4), 15>(S::load(block + (first % 4 + turn) * 64));
   } else {
-    code = S::template bits<-(V / 2 * 2), 3>(S::load(block + V % 2 * 64));
+    code = S::template bits<-first, 3>(S::load(block + turn * 64));
   }
-  const uint8_t *plane = block + L.base * 64;
-  if constexpr (L.high == 1) code = S::either(code, S::template bits<L.base - V, 1 << L.base>(S::load(plane)));
+  if constexpr (L.high == 1) code = S::either(code, S::template bits<L.base - first, 1 << L.base>(high.bits));
   if constexpr (L.high == 2)
-    code = S::either(code, S::template bits<L.base - V / 2 * 2, 3 << L.base>(S::load(plane + V % 2 * 64)));
+    code = S::either(code, S::template bits<L.base - first, 3 << L.base>(S::load(block + (L.base + turn) * 64)));
   if constexpr (L.table) code = S::lookup(code, iq4_values);
   return code;
 }
@@ -119,13 +137,11 @@ inline void load_scales(const uint8_t *record, int block, typename S::Floats *ou
   if constexpr (paired<S, L>) out[1] = S::fma(out[0], S::broadcast(float(centre_of<S, L>)), out[1]);
 }
 
-// How a block's codes lie when they are expanded: vector after vector. Other kernels have another arrangement.
+// How a block's codes are stored when they are expanded: vector after vector. Other kernels have another arrangement.
 template <class S>
 struct InVectors {
-  template <class Vector>
-  static void store(uint8_t *codes, Vector &&vector) {
-    unroll<8>([&](auto v) { S::store(codes + v * 64, vector(v)); });
-  }
+  static void store(uint8_t *codes, const typename S::Bytes &vector) { S::store(codes, vector); }
+  static void finish(uint8_t *) {}  // a block is complete
 };
 
 // Blocks first to first + count of a panel, expanded into bytes and float32 scales.
@@ -139,7 +155,12 @@ void expand(const uint8_t *panel, int64_t first, int64_t count, int which, Expan
   for (; at < count; record += L.record_bytes())
     for (int block = 0; block < L.group; block++, at++) {
       const uint8_t *source = record + block * L.code_bytes();
-      Arrangement::store(codes + at * 512, [&](auto v) { return code_vector<S, L, v>(source); });
+      HighBits<S, L> high(source);
+      for (int turn = 0; turn < turns<L>; turn++, high.advance())
+        unroll<8 / turns<L>>([&](auto i) MNEMOS_INLINE {
+          Arrangement::store(codes + at * 512 + (turn + i * turns<L>) * 64, code_vector<S, L, i>(source, high, turn));
+        });
+      Arrangement::finish(codes + at * 512);
       typename S::Floats values[4];
       load_scales<S, L>(record, block, values);
       if constexpr (paired<S, L>) {
@@ -234,6 +255,7 @@ struct Prefetch {
 template <class S, const Layout &L, int Parts, int P, int R, bool ByExponents>
 bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
           const Output &out, Prefetch &prefetch) {
+  constexpr int halves = L.halves() ? 2 : 1, n = step<S, L>;
   typename S::Floats totals[R][P];
   unroll<R>([&](auto r) MNEMOS_INLINE {
     unroll<P>([&](auto p) MNEMOS_INLINE { totals[r][p] = S::load(out.starts[p] + r * out.start_stride[p]); });
@@ -263,17 +285,18 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
             }
           }
         };
-        half(0);
-        unroll<8 / step<S, L>>([&](auto turn) MNEMOS_INLINE {
-          constexpr int n = step<S, L>, v = turn * n, h = L.halves() ? v / 4 : 0;
-          if (L.halves() && v == 4) half(1);
-          typename S::Bytes codes[P][n];
-          for (int p = 0; p < P; p++)
-            for (int i = 0; i < n; i++) codes[p][i] = S::in_register(S::load(weights.codes[p] + b * 512 + (v + i) * 64));
-          for (int r = 0; r < count; r++) {
-            typename S::Quad quads[n];
-            for (int i = 0; i < n; i++) quads[i] = S::broadcast_quad(x[r]->parts[part] + (v + i) * 4);
-            for (int p = 0; p < P; p++) dots[h][r][p] = add_products<S, L>(dots[h][r][p], codes[p], quads);
+        unroll<halves>([&](auto h) MNEMOS_INLINE {
+          half(h);
+#pragma GCC unroll 1
+          for (int v = h * 4; v < (h + 1) * (8 / halves); v += n) {
+            typename S::Bytes codes[P][n];
+            for (int p = 0; p < P; p++)
+              for (int i = 0; i < n; i++) codes[p][i] = S::in_register(S::load(weights.codes[p] + b * 512 + (v + i) * 64));
+            for (int r = 0; r < count; r++) {
+              typename S::Quad quads[n];
+              for (int i = 0; i < n; i++) quads[i] = S::broadcast_quad(x[r]->parts[part] + (v + i) * 4);
+              for (int p = 0; p < P; p++) dots[h][r][p] = add_products<S, L>(dots[h][r][p], codes[p], quads);
+            }
           }
         });
       });
@@ -284,7 +307,7 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
         unroll<count>([&](auto r) MNEMOS_INLINE {
           auto &total = totals[begin + r][p];
           typename S::Ints ends[2];
-          for (int h = 0; h < (L.halves() ? 2 : 1); h++) {
+          for (int h = 0; h < halves; h++) {
             ends[h] = S::template end<L.bits()>(dots[h][r][p], start_of<S, L>(*x[r], h));
             if constexpr (Parts == 2 && apart<S, L>) ends[h] = S::add_ints(ends[h], high[h][r][p]);
           }
@@ -341,16 +364,21 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
           dots[Parts - 1][h][r] = S::template begin<L.bits()>(starts[h][r]);
           if constexpr (Parts == 2) dots[0][h][r] = S::template begin<L.bits()>(0);
         }
-      unroll<8 / step<S, L>>([&](auto turn) {
-        constexpr int n = step<S, L>, v = turn * n, h = v / 4 * (sums - 1);
-        typename S::Bytes codes[n];
-        unroll<n>([&](auto i) { codes[i] = code_vector<S, L, v + i>(source); });
-        for (int r = 0; r < R; r++)
-          for (int part = 0; part < Parts; part++) {
-            typename S::Quad quads[n];
-            for (int i = 0; i < n; i++) quads[i] = S::broadcast_quad(rows[r][at].parts[part] + (v + i) * 4);
-            dots[part][h][r] = add_products<S, L>(dots[part][h][r], codes, quads);
-          }
+      constexpr int n = step<S, L>, loops = L.halves() ? 2 : 1, groups = 8 / turns<L> / n / loops;
+      unroll<loops>([&](auto loop) MNEMOS_INLINE {  // the halves' sums of many rows would not all fit into the registers
+        HighBits<S, L> high(source);
+        for (int turn = 0; turn < turns<L>; turn++, high.advance())
+          unroll<groups>([&](auto group) MNEMOS_INLINE {
+            constexpr int first = (loop * groups + group) * n, h = first * turns<L> / 4 * (sums - 1);
+            typename S::Bytes codes[n];
+            unroll<n>([&](auto i) MNEMOS_INLINE { codes[i] = code_vector<S, L, first + i>(source, high, turn); });
+            for (int r = 0; r < R; r++)
+              for (int part = 0; part < Parts; part++) {
+                typename S::Quad quads[n];
+                for (int i = 0; i < n; i++) quads[i] = S::broadcast_quad(rows[r][at].parts[part] + ((first + i) * turns<L> + turn) * 4);
+                dots[part][h][r] = add_products<S, L>(dots[part][h][r], codes, quads);
+              }
+          });
       });
       typename S::Floats scales[4];
       load_scales<S, L>(panel, block, scales);
@@ -393,10 +421,11 @@ constexpr const Layout &same_scales() {
 }
 
 // Expands P panels chunk by chunk, of even sizes, and calls body(integral_constant R, weights, row, first block, blocks,
-// output, prefetch) for tiles that cover the rows, at most `Most` each.
-template <class S, const Layout &L, int Parts, int P, int Most, class Arrangement, class Body>
-void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel, const Results &results,
-                Body &&body) {
+// output, prefetch) for tiles that cover the rows, of which there are at least `Fewest`, with at most `Most` each. Of the P panels
+// only `panels` exist: the last one is multiplied again for each of the others.
+template <class S, const Layout &L, int Parts, int P, int Fewest, int Most, class Arrangement, class Body>
+void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel, int64_t panels,
+                const Results &results, Body &&body) {
   Expanded weights;
   const int64_t blocks = matrix.columns / 32, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
   constexpr int64_t unit = L.group > 1 ? L.group : 2;  // blocks come in pairs
@@ -408,10 +437,11 @@ void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int
     prefetch.step = (prefetch.bytes / (tiles * count) + 63) / 64 * 64;
     weights.ordinary = true;
     for (int p = 0; p < P; p++) {
-      expand<S, L, Parts, Arrangement>(matrix.panel(panel + p), first, count, p, weights);
-      prefetch.next[p] = end < blocks ? matrix.panel(panel + p) + end / L.group * L.record_bytes() : matrix.panel(panel + p + P);
+      const int64_t source = panel + smaller(p, panels - 1);
+      expand<S, L, Parts, Arrangement>(matrix.panel(source), first, count, p, weights);
+      prefetch.next[p] = end < blocks ? matrix.panel(source) + end / L.group * L.record_bytes() : matrix.panel(source + P);
     }
-    for_tiles<P, Most>(matrix, panel, row_begin, row_end, results, first > 0,
+    for_tiles<P, Fewest, Most>(matrix, panel, panels, row_begin, row_end, results, first > 0,
                        [&](auto r, int64_t row, const Output &out) {
       if (input.ahead != nullptr) input.ahead->refill();
       body(r, weights, row, first, count, out, prefetch);
@@ -419,18 +449,19 @@ void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int
   }
 }
 
-template <class S, const Layout &L, int Parts, int P>
+template <class S, const Layout &L, int Parts>
 void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
-                        const Results &results) {
+                        int64_t panels, const Results &results) {
   if (row_end - row_begin <= S::stream_rows) {
-    for (int p = 0; p < P; p++)
-      for_tiles<1, S::stream_rows>(matrix, panel + p, row_begin, row_end, results, false,
+    for (int64_t p = 0; p < panels; p++)
+      for_tiles<1, 1, Parts == 1 ? S::stream_rows : S::fine_rows>(matrix, panel + p, 1, row_begin, row_end, results, false,
                 [&](auto r, int64_t row, const Output &out) {
         stream<S, L, Parts, r>(matrix.panel(panel + p), input, row, out);
       });
     return;
   }
-  for_chunks<S, L, Parts, P, S::tile_rows, InVectors<S>>(matrix, input, row_begin, row_end, panel, results,
+  constexpr int P = S::tile_panels;
+  for_chunks<S, L, Parts, P, S::stream_rows + 1, S::tile_rows, InVectors<S>>(matrix, input, row_begin, row_end, panel, panels, results,
             [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
     constexpr const Layout &layout = same_arithmetic<L>();
     if constexpr (S::adds_exponents && !L.halves()) {

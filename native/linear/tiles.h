@@ -2,10 +2,13 @@
 // Here: how tiles cover panels and rows.
 //
 // S has `Bytes` (64 bytes), `Ints` (16 int32) and `Floats` (16 float32), one lane of four bytes for each row of a panel, and:
-//   load, lookup, bits<shift, mask> (shifts each byte left, or right if negative, then masks), and the usual arithmetic;
+//   load, lookup, shift<count> (each byte left, or right if negative; a neighbour's bits may come in), bits<count, mask> (which
+//   then masks), and the usual arithmetic;
 //   begin, dot and end<bits>: a sum of at most 32 products of codes (of so many bits) and activations for each lane,
 //   four at a time, which starts from an integer.
 //   together<bits>: 2 where `dot_two` adds the products of two vectors of codes at once, else 1;
+//   stream_rows: up to how many rows are multiplied by weights straight from their packed form, fine_rows at a time where
+//   activations have two parts;
 //   split_rows: up to how many rows of a stream keep the sums of a block's halves apart (more have enough other sums);
 //   rows_together: how many rows of a tile are multiplied before their sums are scaled;
 //   bfloat_minima: two blocks' minima go through a bfloat16 dot product; adds_exponents: scales may be multiplied by additions.
@@ -58,43 +61,61 @@ alignas(64) constexpr float zeros[panel_rows] = {};
 // How far ahead of a record its successor is asked for from memory.
 constexpr int64_t prefetch_bytes = 8192;
 
-// Results of the matrix's last panel where it is partly empty: they are made in a buffer of their own.
+// Results of the matrix's last panel where it is partly empty, or of a panel that is multiplied only to fill a tile: they are
+// made in a buffer of their own.
 struct Edge {
   alignas(64) float values[16][panel_rows];
 };
 
-// Calls body(integral_constant R, row, output) for tiles of P panels that cover the rows: as few as there can be, of even
-// sizes. They start from what the caller gave, or go on with what is there if columns have been multiplied before.
-template <int P, int Most, class Body>
-void for_tiles(const Matrix &matrix, int64_t panel, int64_t row_begin, int64_t row_end, const Results &results,
+// The fewest rows that a tile has where `fewest` rows or more are cut into as few tiles as there can be, of even sizes.
+constexpr int least_rows(int fewest, int most) {
+  int least = most;
+  for (int rows = fewest; rows < fewest + most; rows++) {
+    const int tiles = (rows + most - 1) / most;
+    least = rows / tiles < least ? rows / tiles : least;
+  }
+  return least;
+}
+
+// Calls body(integral_constant R, row, output) for tiles of P panels that cover the rows, of which there are at least `Fewest`:
+// as few tiles as there can be, of even sizes. They start from what the caller gave, or go on with what is there if columns have
+// been multiplied before. Of the P panels only `panels` exist; what a tile makes of the others is dropped.
+template <int P, int Fewest, int Most, class Body>
+void for_tiles(const Matrix &matrix, int64_t panel, int64_t panels, int64_t row_begin, int64_t row_end, const Results &results,
                bool go_on, Body &&body) {
-  const int64_t last_rows = matrix.rows - (panel + P - 1) * panel_rows;
-  const int filled = int(smaller(last_rows, panel_rows));
-  Edge edge;
+  constexpr int least = least_rows(Fewest, Most);
+  const int64_t last = panels - 1;
+  const int filled = int(smaller(matrix.rows - (panel + last) * panel_rows, panel_rows));
+  Edge edge, dropped;
   for (int64_t row = row_begin; row < row_end;) {
     const int64_t tiles = (row_end - row + Most - 1) / Most, count = (row_end - row + tiles - 1) / tiles;
     Output out;
     for (int p = 0; p < P; p++) {
+      if (p > last) {
+        out.rows[p] = dropped.values[0], out.stride[p] = panel_rows;
+        out.starts[p] = zeros, out.start_stride[p] = 0;
+        continue;
+      }
       const int64_t first = (panel + p) * panel_rows;
       out.rows[p] = results.y + row * results.stride + first;
       out.stride[p] = results.stride;
       out.starts[p] = go_on ? out.rows[p] : results.starts ? results.starts + row * results.start_stride + first : zeros;
       out.start_stride[p] = go_on ? results.stride : results.starts ? results.start_stride : 0;
     }
-    float *target = out.rows[P - 1];
+    float *target = out.rows[last];
     if (filled < panel_rows) {
-      const float *starts = out.starts[P - 1];
-      for (int r = 0; r < count; r++, starts += out.start_stride[P - 1])
+      const float *starts = out.starts[last];
+      for (int r = 0; r < count; r++, starts += out.start_stride[last])
         for (int i = 0; i < panel_rows; i++) edge.values[r][i] = i < filled ? starts[i] : 0;
-      out.starts[P - 1] = out.rows[P - 1] = edge.values[0];
-      out.start_stride[P - 1] = out.stride[P - 1] = panel_rows;
+      out.starts[last] = out.rows[last] = edge.values[0];
+      out.start_stride[last] = out.stride[last] = panel_rows;
     }
     if (out.start_stride[0] > 0) {  // what the next tile starts from, while this one is multiplied
       for (int64_t r = count; r < smaller(2 * count, row_end - row); r++)
         for (int p = 0; p < P; p++) __builtin_prefetch(out.starts[p] + r * out.start_stride[p]);
     }
-    unroll<Most>([&](auto less) {
-      if (count == less + 1) body(std::integral_constant<int, less + 1>{}, row, out);
+    unroll<Most - least + 1>([&](auto more) {
+      if (count == least + more) body(std::integral_constant<int, least + more>{}, row, out);
     });
     if (filled < panel_rows)
       for (int r = 0; r < count; r++)
