@@ -87,6 +87,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         query_pre_attn_scalar=32,
         rope_parameters=_LOCAL_GLOBAL,
     ),
+    "olmo2": _decoder(hf.Olmo2Config),
+    "olmo2-biases": _decoder(hf.Olmo2Config, attention_bias=True, tie_word_embeddings=True),
     "phi3": _decoder(hf.Phi3Config, sliding_window=9),
     "phi3-partial": _decoder(
         hf.Phi3Config,

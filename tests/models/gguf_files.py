@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "gemma": MODEL_ARCH.GEMMA,
     "gemma2": MODEL_ARCH.GEMMA2,
     "gemma3_text": MODEL_ARCH.GEMMA3,
+    "olmo2": MODEL_ARCH.OLMO2,
     "phi3": MODEL_ARCH.PHI3,
     "gpt2": MODEL_ARCH.GPT2,
     "gpt_neox": MODEL_ARCH.GPTNEOX,

@@ -20,16 +20,17 @@ ARCHITECTURES = {
     "gemma:Gemma": ("gemma", "GemmaForCausalLM"),
     "gemma2:Gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "gemma3:Gemma3": ("gemma3", "gemma3_text", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+    "olmo2:Olmo2": ("olmo2", "Olmo2ForCausalLM"),
     "phi3:Phi3": ("phi3", "Phi3ForCausalLM"),
     "gpt2:GPT2": ("gpt2", "GPT2LMHeadModel"),
     "gpt_neox:GPTNeoX": ("gpt_neox", "gptneox", "GPTNeoXForCausalLM"),
 }
 
-
 _KNOWN = {name: target for target, aliases in ARCHITECTURES.items() for name in aliases}
 
 
 def is_known(name: str) -> bool:
+    """Whether an architecture of the table goes by this name."""
     return name in _KNOWN
 
 
