@@ -170,12 +170,23 @@ def test_every_tensor_is_needed_and_has_one_shape(name: str, folder: Sources) ->
 def test_tensors_without_a_place(folder: Sources) -> None:
     checkpoint = folder("llama")
     extra = Tensor.from_array("x", np.zeros((2, 2), np.float32))
-    for key in ("model.layers.3.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.bias", "adapter.weight"):
+    for key in ("model.layers.3.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.bias", "lm_head.bias"):
         with pytest.raises(FormatError, match=f"tensor '{key}' has no place"):
             describe_model(with_tensor(checkpoint, key, extra))
+    bare = replace(checkpoint, tensors={k.removeprefix("model."): tensor for k, tensor in checkpoint.tensors.items()})
+    with pytest.raises(FormatError, match="tensor 'adapter.weight' has no place"):
+        describe_model(with_tensor(bare, "adapter.weight", extra))
     fewer = with_field(checkpoint, "num_hidden_layers", 2)
     with pytest.raises(FormatError, match=r"tensor 'model.layers.2.* \(and 8 more\) has no place"):
         describe_model(fewer)
+
+
+def test_tensors_beside_the_model_are_left_out_with_a_warning(folder: Sources) -> None:
+    checkpoint = folder("llama")
+    extra = Tensor.from_array("x", np.zeros((2, 2), np.float32))
+    with pytest.warns(UserWarning, match="tensor 'v_head.summary.weight' is not the model's and is left out"):
+        spec = describe_model(with_tensor(checkpoint, "v_head.summary.weight", extra))
+    assert spec.vocabulary_size == describe_model(checkpoint).vocabulary_size
 
 
 def test_harmless_tensors_are_ignored(folder: Sources) -> None:

@@ -76,3 +76,23 @@ def test_smollm3_skips_every_fourth_rotation(backend: str, tmp_path: Path) -> No
     path = write_gguf(model.module, tmp_path / "model.gguf")
     ids = token_ids(40)
     np.testing.assert_allclose(whole(open_model(path, backend), ids, [4, 0]), model.logits(ids), atol=1e-4)
+
+
+def test_a_value_for_each_layer_counts_as_one_where_all_are_equal(
+    reference: Callable[[str], Reference], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(write_gguf(reference("llama").module, tmp_path / "model.gguf"))
+    keys = ("llama.attention.head_count", "llama.attention.head_count_kv", "llama.feed_forward_length")
+    arrays = {key: np.full(3, checkpoint.metadata[key], np.int32) for key in keys}
+    arrays["llama.attention.layer_norm_rms_epsilon"] = np.full(3, 1e-6, np.float32)
+    model = load_model(replace(checkpoint, metadata=checkpoint.metadata | arrays), backend="numpy", dtype="float32")
+    model.reserve(2)
+    np.testing.assert_allclose(whole(model, token_ids(40), [1, 0]), reference("llama").logits(token_ids(40)), atol=1e-4)
+
+
+def test_a_pattern_of_booleans_says_which_layers_slide(reference: Callable[[str], Reference], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_gguf(reference("gemma3").module, tmp_path / "model.gguf"))
+    pattern = [True, False, True, True, False, False]
+    stated = {**checkpoint.metadata, "gemma3.attention.sliding_window_pattern": np.array(pattern)}
+    config = load_model(replace(checkpoint, metadata=stated), backend="numpy").architecture.config
+    assert config.windows == (6, 0, 6, 6, 0, 0)

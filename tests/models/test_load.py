@@ -95,6 +95,20 @@ def test_fused_experts(name: str, reference: ReferenceFunction, same: Any) -> No
     same(name, replace(checkpoint, tensors=tensors))
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_a_stored_projection_counts_where_it_differs_from_a_tied_embedding(
+    name: str, reference: ReferenceFunction, same: Any
+) -> None:
+    checkpoint = open_checkpoint(reference(name).folder)
+    embedding = next(t for key, t in checkpoint.tensors.items() if key.endswith(("embed_tokens.weight", "wte.weight")))
+    copied = replace(checkpoint, tensors={**checkpoint.tensors, "lm_head.weight": embedding})
+    same(name, copied)
+    doubled = Tensor.from_array("lm_head.weight", 2 * embedding.dequantize())
+    model = load_model(replace(checkpoint, tensors={**checkpoint.tensors, "lm_head.weight": doubled}), backend="numpy")
+    model.reserve(2)
+    np.testing.assert_allclose(whole(model, IDS, [1, 0]), 2 * reference(name).logits(IDS), atol=1e-2)
+
+
 @pytest.mark.parametrize("kind", [TensorType.F16, TensorType.BF16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
 def test_half_precision_files(name: str, kind: TensorType, reference: ReferenceFunction) -> None:

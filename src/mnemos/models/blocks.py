@@ -173,9 +173,19 @@ def load_gated_mlp(weights: Weights, layer: int, config: GatedDecoderConfig, bia
     )
 
 
-def load_head(weights: Weights, embedding: Matrix, config: DecoderConfig, name: str = "lm_head") -> Matrix:
-    """The output projection: the embedding itself where the two are tied; in GGUF, where there is no other."""
-    if not weights.has(name) if weights.is_gguf else config.tie_word_embeddings:
+def load_head(
+    weights: Weights,
+    embedding: Matrix,
+    config: DecoderConfig,
+    name: str = "lm_head",
+    embedding_name: str = "embed_tokens",
+) -> Matrix:
+    """The output projection: the embedding itself where the two are tied; in GGUF, where there is no other.
+
+    A stored projection that differs from the embedding counts, whatever the config says: training untied the two.
+    """
+    tied = not weights.has(name) if weights.is_gguf else config.tie_word_embeddings
+    if tied and not (weights.has(name) and weights.differ(name, embedding_name)):
         weights.ignore(name)  # tied models may be saved with a copy
         return embedding
     return weights.matrix(name, config.vocab_size, config.hidden_size)

@@ -102,6 +102,18 @@ def read_gated_decoder(
     }
 
 
+def read_pattern(fields: Fields, layers: int, default: int) -> Callable[[int], bool]:
+    """Which layers slide: all but every n-th one, or those that a list of booleans names, by `sliding_window_pattern`.
+
+    default: n where the config has no such field.
+    """
+    pattern = fields.get("sliding_window_pattern")
+    if isinstance(pattern, list) and len(pattern) == layers and all(isinstance(slides, bool) for slides in pattern):
+        return lambda layer: pattern[layer]
+    period = fields.size("sliding_window_pattern", default)
+    return lambda layer: (layer + 1) % period != 0
+
+
 def _read_windows(fields: Fields, layers: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
     window = fields.size("sliding_window", 0, least=0) if fields.flag("use_sliding_window", True) else 0
     types = fields.get("layer_types")

@@ -8,6 +8,8 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mnemos.errors import FormatError
 from mnemos.formats.tensor import Tensor
 
@@ -90,23 +92,23 @@ class Fields:
         found = "is absent" if value is _MISSING else f"is {_short(value)}"
         return FormatError(f"{self.path}: field {self.key(name)!r} {found}; expected {rule}")
 
-    def size(self, name: str, default: int | None = None, *, least: int = 1, largest: int = LARGEST) -> int:
-        """An integer from `least` to `largest`; a list with one value repeated counts as that value."""
+    def _single(self, name: str, default: Any) -> Any:
+        """The raw value; a list with one value repeated, for every layer, counts as that value."""
         value = self.get(name, default)
-        if (
-            isinstance(value, Sequence)
-            and not isinstance(value, str)
-            and len(value)
-            and all(v == value[0] for v in value)
-        ):
-            value = value[0]
+        if isinstance(value, list) and value and all(entry == value[0] for entry in value):
+            return value[0]
+        return value
+
+    def size(self, name: str, default: int | None = None, *, least: int = 1, largest: int = LARGEST) -> int:
+        """An integer from `least` to `largest`."""
+        value = self._single(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= largest:
             raise self.wrong(name, f"an integer from {least} to {largest}")
         return value
 
     def number(self, name: str, default: float | None = None, *, above: float = 0.0, most: float = 1e12) -> float:
         """A finite number, above < value <= most."""
-        value = self.get(name, default)
+        value = self._single(name, default)
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
@@ -117,7 +119,8 @@ class Fields:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name, default)
+        """True or false."""
+        value = self._single(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, "true or false")
         return value
@@ -167,7 +170,7 @@ def gguf_fields(
     """The hyperparameters of a GGUF file, those among its tensors included."""
     architecture = metadata["general.architecture"]
     keys = {name: f"{architecture}.{suffix}" for name, suffix in GGUF_KEYS.items()} | GGUF_TABLES
-    values = {key: metadata[key] for key in keys.values() if key in metadata}
+    values = {key: _plain(metadata[key]) for key in keys.values() if key in metadata}
     for key in GGUF_TABLES.values():
         if key in tensors:
             if tensors[key].size > 65536:
@@ -180,6 +183,11 @@ def gguf_fields(
     if "token_embd.weight" in tensors:
         values.setdefault(keys["vocab_size"], tensors["token_embd.weight"].rows)
     return Fields(path, values, keys, True, context_length)
+
+
+def _plain(value: Any) -> Any:
+    """A value as a config.json would have it: GGUF's arrays as lists."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _short(value: Any) -> str:

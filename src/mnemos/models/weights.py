@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -210,17 +211,43 @@ class Weights:
             experts = (expert.slice_rows(take.start, take.stop) for expert in experts)
         return [self.ops.matrix(expert) for expert in experts]
 
+    def differ(self, name: str, other: str) -> bool:
+        """Whether two tensors of one shape have other values; what differs in shape cannot stand for the other."""
+        first, second = (self.tensors[self.file_name(n)] for n in (name, other))
+        if first.shape != second.shape:
+            return False
+        if first.type == second.type:
+            return not np.array_equal(first.data, second.data)
+        return not np.array_equal(first.dequantize(), second.dequantize())
+
     def ignore(self, name: str) -> None:
         """Accepts that the file may hold this tensor although the model has no use for it."""
         self.used.add(self.file_name(name))
 
+    def _is_beside(self, name: str) -> bool:
+        """Whether a tensor is outside of the decoder and its output projection, under a name of its own."""
+        if self._gguf_names is not None:
+            return name.startswith("cls.")
+        part = name.partition(".")[0]
+        return self._prefix != "" and all(part != used.partition(".")[0] for used in (self._prefix, *self.used))
+
     def finish(self, ignored: Sequence[str] = ()) -> None:
-        """Raises FormatError when the file has tensors that were not asked for and match no pattern of `ignored`."""
+        """Raises FormatError when the model has tensors that were not asked for and match no pattern of `ignored`.
+
+        Those beside the model, such as the value head of a training run, are left out with a warning: nothing that the
+        model computes can need them.
+        """
         patterns = (*_HARMLESS, *ignored)
         extra = [n for n in self.tensors if n not in self.used and not any(fnmatchcase(n, p) for p in patterns)]
-        if extra:
-            more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-            raise FormatError(f"{self.path}: tensor {extra[0]!r}{more} has no place in a model of this config")
+        inside = [name for name in extra if not self._is_beside(name)]
+        if inside:
+            raise FormatError(f"{self.path}: tensor {_and_more(inside)} has no place in a model of this config")
+        if extra and self.ops is None:
+            warnings.warn(f"{self.path}: tensor {_and_more(extra)} is not the model's and is left out", stacklevel=2)
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f"{names[0]!r} (and {len(names) - 1} more)" if len(names) > 1 else repr(names[0])
 
 
 def _transpose(tensor: Tensor) -> Tensor:

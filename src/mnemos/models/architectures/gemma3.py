@@ -19,7 +19,7 @@ from mnemos.models.architectures.gemma2 import (
     read_softcap,
 )
 from mnemos.models.blocks import HeadNorm, load_attention
-from mnemos.models.config import GatedDecoderConfig, read_gated_decoder, read_shape
+from mnemos.models.config import MOST_LAYERS, GatedDecoderConfig, read_gated_decoder, read_pattern, read_shape
 from mnemos.models.fields import Fields
 from mnemos.models.rope import Rope, read_rope
 from mnemos.models.weights import Weights
@@ -52,8 +52,8 @@ class Gemma3Config(GatedDecoderConfig):
         fields = fields.renamed(hidden_act="hidden_activation")
         if not fields.is_gguf:
             fields = fields.with_defaults(_DEFAULTS)
-        pattern = fields.size("sliding_window_pattern", 6)
-        shape = read_shape(fields, head_dim=256, slides=lambda layer: (layer + 1) % pattern != 0, tied=True)
+        slides = read_pattern(fields, fields.size("num_hidden_layers", largest=MOST_LAYERS), default=6)
+        shape = read_shape(fields, head_dim=256, slides=slides, tied=True)
         return cls(
             **read_gated_decoder(fields, shape, activation="gelu_pytorch_tanh", theta=1e6),
             local_rope=_read_local_rope(fields, shape),

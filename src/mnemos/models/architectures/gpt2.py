@@ -116,7 +116,7 @@ class GPT2:
         self.wpe = weights.matrix("wpe", config.max_position_embeddings, size)
         self.layers = [Layer(weights, i, config) for i in range(config.num_hidden_layers)]
         self.ln_f = weights.layer_norm("ln_f", size, epsilon)
-        self.lm_head = load_head(weights, self.wte, config)
+        self.lm_head = load_head(weights, self.wte, config, embedding_name="wte")
 
     def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
         x = ops.add(ops.embed(self.wte, batch.token_ids), ops.embed(self.wpe, batch.positions))
