@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -25,7 +25,7 @@ class Batch:
                                      p % page_size. They ascend within a table and need not follow each other: a row
                                      sees the positions up to its own, within its layer's window, that the table's
                                      pages hold, and no others. Every new position has a page.
-    logit_rows (R,)                  the rows whose logits (and last hidden states) are asked for
+    logit_rows (R,)                  the rows whose logits (and last hidden states) are asked for, ascending
     greedy                           of their logits only the most probable tokens are wanted
     states (S,)                      each sequence's state slot, all different; empty for a model without `spec.states`
     conditions                       what the model's `begin` made of each sequence's prompt; () for models without it
@@ -45,6 +45,24 @@ class Batch:
     @property
     def sequences(self) -> int:
         return len(self.sequence_starts) - 1
+
+    def part(self, first: int, last: int) -> Batch:
+        """The batch of the sequences `first` to `last` - 1 alone."""
+        begin, end = self.sequence_starts[first], self.sequence_starts[last]
+        pages = slice(self.page_starts[first], self.page_starts[last])
+        asked = slice(*np.searchsorted(self.logit_rows, (begin, end)))
+        return replace(
+            self,
+            token_ids=self.token_ids[begin:end],
+            positions=self.positions[begin:end],
+            sequence_starts=self.sequence_starts[first : last + 1] - begin,
+            pages=self.pages[pages],
+            page_positions=self.page_positions[pages],
+            page_starts=self.page_starts[first : last + 1] - self.page_starts[first],
+            logit_rows=self.logit_rows[asked] - begin,
+            states=self.states[first:last],
+            conditions=self.conditions[first:last],
+        )
 
 
 @dataclass(frozen=True)
@@ -212,7 +230,7 @@ class ConditionedModel(Protocol):
         """
 
 
-class EncodingModel(Protocol):
+class EncodingModel(Model, Protocol):
     """A model that reads the prompt apart from what it generates, with `Batch.conditions` in place of a state."""
 
     def begin(self, prompt: Sequence[int]) -> tuple[object, list[int]]:

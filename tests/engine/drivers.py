@@ -11,7 +11,11 @@ from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence,
 from mnemos.engine.core import Executor
 from mnemos.engine.request import Request, Timings
 from mnemos.engine.scheduler import Limits
-from tests.engine.toys import VOCABULARY, ToyModel, toy_row
+from mnemos.memory.capacity import Capacity
+from mnemos.memory.states import NO_STATE
+from tests.engine.toys import VOCABULARY, StateToy, ToyModel, toy_row
+
+Toy = ToyModel | StateToy
 
 
 class Results:
@@ -135,11 +139,24 @@ def make_request(strategy: Strategy, prompt: Sequence[int], **fields: object) ->
 
 
 def make_executor(
-    model: ToyModel, pages: int = 1000, batch_tokens: int = 64, sequences: int = 16, prefix_cache: bool = True
+    model: Toy,
+    pages: int = 1000,
+    batch_tokens: int = 64,
+    sequences: int = 16,
+    prefix_cache: bool = True,
+    states: int = 32,
 ) -> Executor:
-    model.reserve(pages)
     limits = Limits(model.spec.context_length, batch_tokens, sequences)
-    return Executor(model, pages, limits, prefix_cache)
+    return Executor(model, reserve_toy(model, pages, states), limits, prefix_cache)
+
+
+def reserve_toy(model: Toy, pages: int, states: int = 32) -> Capacity:
+    """Makes room in a double for as many pages or states as its kind has."""
+    if isinstance(model, ToyModel):
+        model.reserve(pages)
+        return Capacity(pages)
+    model.reserve_states(states)
+    return Capacity(0, states)
 
 
 def run(executor: Executor, limit: int = 10_000) -> None:
@@ -151,8 +168,25 @@ def run(executor: Executor, limit: int = 10_000) -> None:
     raise AssertionError("requests do not come to an end")
 
 
+def check_states(executor: Executor) -> None:
+    """Every reference to a state slot is a sequence's, and every slot that nobody holds is clear."""
+    states = executor.scheduler.tables.states
+    if states is None:
+        return
+    counts = [0] * states.total
+    for request in executor.requests:
+        for sequence in request.sequences:
+            if sequence.state != NO_STATE:
+                counts[sequence.state] += 1
+    assert counts == states.references
+    assert states.free == counts.count(0)
+    assert isinstance(executor.model, StateToy)
+    assert executor.model.filled_states() <= {slot for slot, count in enumerate(counts) if count}
+
+
 def check_pages(executor: Executor) -> None:
     """Every reference is accounted for by a page table or the prefix tree."""
+    check_states(executor)
     tables = executor.scheduler.tables
     counts = [0] * tables.pool.total
     for request in executor.requests:

@@ -13,7 +13,7 @@ from mnemos.engine.draft_model import Drafting
 from mnemos.engine.engine import InferenceEngine
 from mnemos.engine.scheduler import Limits
 from mnemos.errors import ConfigError, RequestError
-from tests.engine.drivers import check_pages, check_whole, make_request, run
+from tests.engine.drivers import Toy, check_pages, check_whole, make_request, reserve_toy, run
 from tests.engine.toys import VOCABULARY, ToyModel, toy_greedy
 
 
@@ -30,12 +30,10 @@ class Unsure(ToyModel):
         return output
 
 
-def executor_with(model: ToyModel, draft: ToyModel, pages: int = 400, draft_pages: int = 400) -> Executor:
+def executor_with(model: Toy, draft: Toy, pages: int = 400, draft_pages: int = 400) -> Executor:
     limits = Limits(model.spec.context_length, 64, 16)
-    model.reserve(pages)
-    draft.reserve(draft_pages)
-    drafting = Drafting(draft, draft_pages, Limits(draft.spec.context_length, 64, 16))
-    return Executor(model, pages, limits, True, drafting)
+    drafting = Drafting(draft, reserve_toy(draft, draft_pages), Limits(draft.spec.context_length, 64, 16))
+    return Executor(model, reserve_toy(model, pages), limits, True, drafting)
 
 
 def add(executor: Executor, prompt: list[int], **settings: object) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Doubles: a model whose logits are a hash of what its cache holds, and the strategies that tests drive it with."""
+"""Doubles: models whose logits are a hash of what their pages or states hold, and tokenizers of letters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mnemos.contract import Batch, KVLayout, ModelSpec, Output
+from mnemos.contract import NO_PAGES, Batch, KVLayout, ModelSpec, Output
 
 VOCABULARY = 97
+FACTOR, MODULUS = 1_000_003, 2_147_483_647
+UNREADABLE = 95  # a token that a ReaderToy cannot read
 
 
 class ToyCache:
@@ -34,11 +36,24 @@ class ToyModel:
     """Logits depend on every token that the window reaches, as read from the pages: a wrong page changes them."""
 
     def __init__(
-        self, page_size: int = 4, context_length: int = 256, window: int = 0, fingerprint: str = "toy"
+        self,
+        page_size: int = 4,
+        context_length: int = 256,
+        window: int = 0,
+        fingerprint: str = "toy",
+        **promises: bool,
     ) -> None:
         layout = KVLayout(layers=1, kv_heads=1, head_dim=1, page_size=page_size)
         self.spec = ModelSpec(
-            "toy", VOCABULARY, context_length, 2, layout, eos_token_ids=(0,), window=window, fingerprint=fingerprint
+            "toy",
+            VOCABULARY,
+            context_length,
+            2,
+            layout,
+            eos_token_ids=(0,),
+            window=window,
+            fingerprint=fingerprint,
+            **promises,
         )
         self.cache: ToyCache
         self.batches: list[Batch] = []
@@ -76,11 +91,103 @@ class ToyModel:
         return Output(logits, hidden)
 
 
+class StateToy:
+    """A double without pages: each state slot holds sums over the tokens read so far, and the logits are a ToyModel's.
+
+    With `rewinds` a slot keeps the sum after each token, so that it can go back; without, only the last one.
+    """
+
+    def __init__(self, context_length: int = 256, rewinds: bool = True, **promises: bool) -> None:
+        self.spec = ModelSpec(
+            "toy",
+            VOCABULARY,
+            context_length,
+            2,
+            NO_PAGES,
+            eos_token_ids=(0,),
+            states=True,
+            rewinds=rewinds,
+            **promises,
+        )
+        self.sums: list[list[int]] = []
+        self.batches: list[Batch] = []
+        self.copies = 0
+        self.fail_on: int | None = None
+
+    def reserve_states(self, slots: int) -> None:
+        self.sums = [[0] for _ in range(slots)]
+
+    def copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            assert self.sums[target] == [0]
+            self.sums[target] = list(self.sums[source])
+            self.copies += 1
+
+    def clear_states(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self.sums[slot] = [0]
+
+    def filled_states(self) -> set[int]:
+        return {slot for slot, sums in enumerate(self.sums) if sums != [0]}
+
+    def forward(self, batch: Batch) -> Output:
+        self.batches.append(batch)
+        if self.fail_on is not None and self.fail_on in batch.token_ids:
+            raise ArithmeticError("the toy broke")
+        assert len(batch.pages) == 0
+        assert len(batch.states) == len(set(batch.states.tolist())) == batch.sequences
+        rows = []
+        for s, state in enumerate(batch.states):
+            sums = self.sums[state]
+            for row in range(batch.sequence_starts[s], batch.sequence_starts[s + 1]):
+                position = int(batch.positions[row])
+                assert position <= len(sums) - 1 if self.spec.rewinds else position == len(sums) - 1
+                del sums[position + 1 :]
+                sums.append((sums[-1] * FACTOR + int(batch.token_ids[row]) + 1) % MODULUS)
+                rows.append(row_of_sum(sums[-1], position + 1, position))
+        asked = [rows[row] for row in batch.logit_rows]
+        logits = np.array([row[0] for row in asked], np.float32).reshape(-1, VOCABULARY)
+        return Output(logits, np.array([row[1] for row in asked], np.float32).reshape(-1, 2))
+
+
+class ReaderToy(StateToy):
+    """A double that reads prompts apart: the sum of a sequence's state begins with its source."""
+
+    def __init__(self, **options: bool) -> None:
+        super().__init__(**options)
+        self.read: list[list[int]] = []
+
+    def start_tokens(self, prompt: Sequence[int]) -> list[int]:
+        return [3]
+
+    def begin(self, state: int, prompt: Sequence[int]) -> None:
+        if UNREADABLE in prompt:
+            raise ArithmeticError("the toy cannot read this")
+        assert self.sums[state] == [0]
+        self.read.append(list(prompt))
+        self.sums[state] = [1 + sum(prompt)]
+
+
+def reader_greedy(source: Sequence[int], count: int) -> list[int]:
+    """What a ReaderToy writes after its start token, without any engine."""
+    tokens, total = [3], 1 + sum(source)
+    for position in range(count):
+        total = (total * FACTOR + tokens[-1] + 1) % MODULUS
+        tokens.append(int(row_of_sum(total, position + 1, position)[0].argmax()))
+    return tokens[1:]
+
+
 def toy_row(seen: Sequence[int], position: int) -> tuple[np.ndarray, np.ndarray]:
-    """The logits and the hidden state behind a text; end-of-text (0) is never likely."""
-    state = 17 + position
+    """The logits and the hidden state after a text; end-of-text (0) is never likely."""
+    total = 0
     for token in seen:
-        state = (state * 1_000_003 + token + 1) % 2_147_483_647
+        total = (total * FACTOR + token + 1) % MODULUS
+    return row_of_sum(total, len(seen), position)
+
+
+def row_of_sum(total: int, count: int, position: int) -> tuple[np.ndarray, np.ndarray]:
+    """A row of the position after `count` tokens that have this sum."""
+    state = ((17 + position) * pow(FACTOR, count, MODULUS) + total) % MODULUS
     logits = ((np.arange(VOCABULARY) + 1) * (state % 65_521 + 1) % 9973 / 997).astype(np.float32)
     logits[0] = -5
     return logits, np.array([state % 1009, position], dtype=np.float32)

@@ -8,10 +8,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from mnemos.bench.results import Result
 from mnemos.bench.steps import Stepper
+from mnemos.contract import PagedModel
 from mnemos.engine.engine import InferenceEngine
 
 RUNS = 3
@@ -73,7 +74,7 @@ class SchedulingBench:
 
     def _pure_steps(self) -> float:
         """The same by model steps alone."""
-        stepper = Stepper(self.engine.model, STREAMS, 64 + STEPS + 1)
+        stepper = Stepper(cast(PagedModel, self.engine.model), STREAMS, 64 + STEPS + 1)
         chosen = stepper.prompt(self._prompts(STREAMS, 64))
         start = time.perf_counter()
         stepper.decode(chosen, STEPS)

@@ -48,7 +48,7 @@ class Branches:
         request.prefilling = longest > PREFILL
 
     def release(self, request: Request) -> None:
-        """Gives all pages back."""
+        """Gives everything back."""
         for sequence in request.sequences:
             self.tables.release(sequence)
         request.sequences = []
@@ -56,11 +56,11 @@ class Branches:
             self.tables.tree.shrink()
 
     def suspend(self, request: Request) -> None:
-        """Gives all pages back, to be recomputed later; branches will share again what they have in common."""
+        """Gives everything back, to be recomputed later; branches will share again what they have in common."""
         for index, sequence in enumerate(request.sequences):
-            self.tables.trim(sequence, 0)
+            self.tables.release(sequence)
             sequence.parts = []
-            sequence.leader = _leader(sequence, request.sequences[:index])
+            sequence.leader = _leader(sequence, request.sequences[:index]) if self.tables.rewinds else None
         request.pending = sum(sequence.goal for sequence in request.sequences)
         request.prefilling = True
 
@@ -93,13 +93,18 @@ class Branches:
         return sequence.goal - sequence.done
 
     def fits(self, request: Request, spare: int) -> bool:
-        """True if the pages of the whole request are available, with `spare` ones left."""
+        """True if the pages of the whole request are available, with `spare` ones left, and a state for each branch."""
         branches, tables = request.sequences, self.tables
+        available, slots = tables.available
+        if tables.states is not None and slots < (len(branches) or request.strategy.max_branches):
+            return False
+        if not tables.paged:
+            return True
         if branches:
             needed = tables.count(max(sequence.goal for sequence in branches) + 1) + 2 * (len(branches) - 1)
         else:
             needed = tables.count(len(request.prompt) + 1) + request.strategy.max_branches - 1
-        lacking = needed + spare - tables.available
+        lacking = needed + spare - available
         if lacking <= 0 or tables.tree is None:
             return lacking <= 0
         tokens = branches[0].tokens(0, branches[0].first) if branches else request.prompt[:-1]
@@ -181,9 +186,7 @@ class Branches:
 
     def _reuse(self, request: Request, sequence: Sequence) -> None:
         """Takes over the full pages that the prefix tree knows beyond those that the sequence has."""
-        size = self.tables.page_size
-        full = len(sequence.pages) * size == sequence.done
-        if self.tables.tree is None or not full or sequence.first - sequence.done < size:
+        if self.tables.tree is None:
             return
         found = self.tables.reuse(sequence, request.salt, sequence.tokens(0, sequence.first))
         request.pending -= found

@@ -5,25 +5,32 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from mnemos.contract import Output, PagedModel
+from mnemos.contract import ConditionedModel, Model
 from mnemos.decoding.strategy import Branch, Emitted, Rows
 from mnemos.engine.draft_model import Drafting
 from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits, Scheduler
 from mnemos.engine.statistics import Counters, Event, Listener
-from mnemos.engine.step import Step
-from mnemos.errors import MnemosError
+from mnemos.engine.step import Step, evaluate
+from mnemos.memory.capacity import Capacity
 
 
 class Executor:
     """Runs requests to their ends; what fails ends the requests concerned and nothing else."""
 
     def __init__(
-        self, model: PagedModel, pages: int, limits: Limits, prefix_cache: bool = True, drafting: Drafting | None = None
+        self,
+        model: Model,
+        capacity: Capacity,
+        limits: Limits,
+        prefix_cache: bool = True,
+        drafting: Drafting | None = None,
     ) -> None:
         self.model = model
         self.drafting = drafting
-        self.scheduler = Scheduler(model, pages, limits, self.fail, prefix_cache, partial(self.tell, "started"))
+        self.scheduler = Scheduler(
+            model, capacity, limits, self.fail, prefix_cache, partial(self.tell, "started"), self._begin
+        )
         self.counters = Counters()
         self.listeners: list[Listener] = []
 
@@ -63,8 +70,7 @@ class Executor:
         batch = step.batch()
         entered = time.perf_counter()
         try:
-            output = self.model.forward(batch)
-            _check_output(output, len(batch.logit_rows))
+            output = evaluate(self.model, batch)
         except Exception as error:
             self._fail_all(step, error)
             return
@@ -80,6 +86,13 @@ class Executor:
         counters.evaluated_tokens += len(step.token_ids)
         counters.model_seconds += left - entered
         counters.busy_seconds += time.perf_counter() - began
+
+    def _begin(self, request: Request, state: int) -> None:
+        """Has a model that reads prompts apart from what it writes read one into a sequence's clear slot."""
+        if isinstance(self.model, ConditionedModel):
+            began = time.perf_counter()
+            self.model.begin(state, request.source or request.prompt)
+            self.counters.model_seconds += time.perf_counter() - began
 
     def _advance(self, request: Request, rows: dict[Branch, Rows], now: float) -> None:
         """Asks the strategy how to go on. What goes wrong in it ends its request alone."""
@@ -165,11 +178,3 @@ def log_exception(message: str) -> None:
     import logging  # not at the top: most programs never need it, and it takes time to load
 
     logging.getLogger("mnemos.engine").exception(message)
-
-
-def _check_output(output: Output, rows: int) -> None:
-    if len(output.logits) != rows or len(output.hidden) != rows:
-        raise MnemosError(
-            f"the model returned {len(output.logits)} rows of logits and {len(output.hidden)} hidden states; "
-            f"{rows} were asked for"
-        )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from mnemos.contract import PagedModel
+from mnemos.contract import Model
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows
 from mnemos.engine.request import Request, State, Timings
 from mnemos.engine.scheduler import Limits, Scheduler
+from mnemos.engine.step import evaluate
 from mnemos.errors import MnemosError
+from mnemos.memory.capacity import Capacity
 
 
 class Drafting:
@@ -20,9 +22,9 @@ class Drafting:
     still reads its prompt, or finds no pages, goes on without drafts.
     """
 
-    def __init__(self, model: PagedModel, pages: int, limits: Limits) -> None:
+    def __init__(self, model: Model, capacity: Capacity, limits: Limits) -> None:
         self.model = model
-        self.scheduler = Scheduler(model, pages, limits, self._give_up)
+        self.scheduler = Scheduler(model, capacity, limits, self._give_up)
         self.seconds = 0.0  # in the model
         self._copies: dict[Request, dict[Branch, Request | None]] = {}  # None: given up
 
@@ -73,7 +75,7 @@ class Drafting:
         busy = bool(wishes)
         while busy and (step := self.scheduler.schedule(time.perf_counter())) is not None:
             began = time.perf_counter()
-            output = self.model.forward(step.batch())
+            output = evaluate(self.model, step.batch())
             seconds = time.perf_counter() - began
             self.seconds += seconds
             for copy, rows in self.scheduler.collect(step, output):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from mnemos.contract import ConditionedModel, ModelSpec, PagedModel
 from mnemos.decoding.forced import ForcedLogits, ForcedScore, Score
 from mnemos.engine.assembler import Assembler
 from mnemos.engine.completion import Completion, StreamedToken
@@ -18,18 +19,17 @@ from mnemos.engine.prompts import listed, read_prompts
 from mnemos.engine.request import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
 from mnemos.errors import ConfigError, ContextLengthError, RequestError, UnsupportedError
-from mnemos.memory.capacity import plan_pages
+from mnemos.memory.capacity import reserve
 from mnemos.rules import COUNT
 from mnemos.text.foreign import adapt_tokenizer
 
 if TYPE_CHECKING:
-    from mnemos.contract import EncodingModel, Floats, ModelSpec, PagedModel
+    from mnemos.contract import EncodingModel, Floats, Model
     from mnemos.decoding.config import GenerationConfig
     from mnemos.decoding.strategy import Strategy
     from mnemos.engine.draft_model import Drafting
     from mnemos.engine.scheduler import Limits
     from mnemos.hub.cache import Progress
-    from mnemos.memory.prefix import PrefixTree
     from mnemos.text.tokenizer import Tokenizer
 
 
@@ -88,17 +88,17 @@ class InferenceEngine:
         if context_length is not None and context_length > spec.context_length:
             raise ConfigError(f"context_length is {context_length}; the model's own is {spec.context_length}")
         self.spec = replace(spec, context_length=context_length or spec.context_length)
-        pages = plan_pages(self.spec, cache_tokens)
-        self.model.reserve(pages)
+        capacity = reserve(self.model, self.spec, cache_tokens, max_sequences)
         limits = Limits(self.spec.context_length, max_batch_tokens, max_sequences)
-        self._conditioned = cast("EncodingModel", self.model) if hasattr(self.model, "begin") else None
+        reads_apart = hasattr(self.model, "begin") and not self.spec.states
+        self._conditioned = cast("EncodingModel", self.model) if reads_apart else None
         # What a conditioned model makes of a text depends on more than the text.
         prefix_cache = prefix_cache and self._conditioned is None
         drafting = None
         if draft_model is not None:
             draft = _as_model(draft_model, None, device, use_kv_cache, self.spec.context_length)
             drafting = _drafting(draft, self.spec, limits, cache_tokens)
-        self._runner = Runner(self.model, pages, limits, prefix_cache, queue_size, drafting)
+        self._runner = Runner(self.model, capacity, limits, prefix_cache, queue_size, drafting)
         self._lease = Lease(self._runner)
 
     @classmethod
@@ -257,8 +257,8 @@ class InferenceEngine:
         """Writes the prefix cache to a file, which is bound to this very model; returns the number of pages."""
         from mnemos.memory.prefix_file import save_prefixes
 
-        tree = self._prefix_tree()
-        return self._runner.call(lambda: save_prefixes(path, tree, self.model.cache, self.spec))
+        tree = self._runner.prefix_tree()
+        return self._runner.call(lambda: save_prefixes(path, tree, cast(PagedModel, self.model).cache, self.spec))
 
     def load_prefix_cache(self, path: str | os.PathLike[str]) -> int:
         """Reads what save_prefix_cache wrote, as far as pages are free; returns the number of pages.
@@ -267,17 +267,17 @@ class InferenceEngine:
         """
         from mnemos.memory.prefix_file import load_prefixes
 
-        tree = self._prefix_tree()
-        return self._runner.call(lambda: load_prefixes(path, tree, self.model.cache, self.spec))
+        tree = self._runner.prefix_tree()
+        return self._runner.call(lambda: load_prefixes(path, tree, cast(PagedModel, self.model).cache, self.spec))
 
     def clear_prefix_cache(self) -> None:
         """Forgets what was evaluated for earlier requests."""
-        tree = self._prefix_tree()
+        tree = self._runner.prefix_tree()
         self._runner.call(tree.clear)
 
     def limit_prefix_cache(self, pages: int) -> None:
         """Remembers at most `pages` cache pages that nobody uses, the latest used ones."""
-        tree = self._prefix_tree()
+        tree = self._runner.prefix_tree()
         self._runner.call(partial(tree.restrict, pages))
 
     def close(self, drain: bool = False) -> None:
@@ -300,14 +300,21 @@ class InferenceEngine:
             raise RequestError(
                 f"overflow is 'sliding' and the context {self.spec.context_length}; it needs {SMALLEST_SLIDING}"
             )
-        if config.speculative == "draft" and self._runner.executor.drafting is None:
+        if config.speculative == "draft" and not self._runner.drafts:
             raise RequestError("speculative is 'draft' and the engine has no draft model; give it a draft_model")
+        if config.speculative is not None and not self.spec.verifies_drafts:
+            raise RequestError(
+                f"speculative is {config.speculative!r}, and {self.spec.architecture} cannot verify drafts: the logits "
+                "of several new tokens at once would not be those of one after the other; leave it out"
+            )
         prompt = fit_prompt(config, token_ids, self.spec)
         source, condition = None, None
+        if isinstance(self.model, ConditionedModel):
+            source, prompt = prompt, self.model.start_tokens(prompt)
         if self._conditioned is not None:
             source = prompt
             condition, prompt = self._runner.call(partial(self._conditioned.begin, source))
-        self._runner.executor.scheduler.tables.check_length(len(prompt), self.spec.context_length)
+        self._runner.check_length(len(prompt))
         strategy = make_strategy(config, prompt, self.tokenizer, self.spec, source)
         return partial(self._launch, strategy, prompt, config, source, condition)
 
@@ -347,7 +354,7 @@ class InferenceEngine:
         from mnemos.decoding.config import GenerationConfig
 
         self._runner.check_thread()
-        if self._conditioned is not None:
+        if self._conditioned is not None or isinstance(self.model, ConditionedModel):
             raise UnsupportedError(
                 f"{self.spec.architecture} reads its prompt apart from what it writes; a text alone has no score"
             )
@@ -364,19 +371,13 @@ class InferenceEngine:
             [partial(self._launch, strategy, prompt, config) for strategy, prompt in pairs], self._runner.queue_size
         )
 
-    def _prefix_tree(self) -> PrefixTree:
-        tree = self._runner.executor.scheduler.tables.tree
-        if tree is None:
-            raise ConfigError("prefix_cache is False; make the engine with prefix_cache=True to save or load one")
-        return tree
-
     def _pad_id(self, config: GenerationConfig) -> int:
         """What fills up arrays: the config's pad token, else the model's, else its end-of-text token."""
         known = (config.pad_token_id, self.spec.pad_token_id, *self.spec.eos_token_ids[:1], 0)
         return next(token for token in known if token is not None)
 
 
-def _drafting(model: PagedModel, spec: ModelSpec, limits: Limits, cache_tokens: int | None) -> Drafting:
+def _drafting(model: Model, spec: ModelSpec, limits: Limits, cache_tokens: int | None) -> Drafting:
     from mnemos.engine.draft_model import Drafting
 
     if model.spec.vocabulary_size != spec.vocabulary_size:
@@ -384,9 +385,10 @@ def _drafting(model: PagedModel, spec: ModelSpec, limits: Limits, cache_tokens: 
             f"draft_model has a vocabulary of {model.spec.vocabulary_size} tokens and the model one of "
             f"{spec.vocabulary_size}; drafts need the same"
         )
-    pages = plan_pages(model.spec, cache_tokens)
-    model.reserve(pages)
-    return Drafting(model, pages, replace(limits, context_length=model.spec.context_length))
+    if isinstance(model, ConditionedModel):
+        raise ConfigError(f"draft_model is a {model.spec.architecture}, which reads its prompt apart and cannot draft")
+    capacity = reserve(model, model.spec, cache_tokens, limits.sequences)
+    return Drafting(model, capacity, replace(limits, context_length=model.spec.context_length))
 
 
 def _with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
@@ -399,8 +401,8 @@ def _with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
 
 def _as_model(
     model: Any, tokenizer: Tokenizer | None, device: str | None, use_kv_cache: bool, context_length: int | None
-) -> PagedModel:
-    if all(hasattr(model, name) for name in ("spec", "reserve", "forward")):
+) -> Model:
+    if isinstance(getattr(model, "spec", None), ModelSpec):
         return model  # type: ignore[no-any-return]
     from mnemos.models.load import adapt
 

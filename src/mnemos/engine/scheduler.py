@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-from mnemos.contract import Output, PagedModel
+from mnemos.contract import Model, Output
 from mnemos.decoding.choice import Wish, draw_rows
 from mnemos.decoding.strategy import Branch, Rows
 from mnemos.engine.branches import Branches
@@ -18,7 +18,9 @@ from mnemos.engine.request import Request, State
 from mnemos.engine.sequence import Sequence
 from mnemos.engine.step import Step
 from mnemos.errors import CapacityError
+from mnemos.memory.capacity import Capacity
 from mnemos.memory.page_table import PageTables
+from mnemos.memory.states import NO_STATE
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,23 @@ class Scheduler:
     A step takes the running requests in order of (priority, admission): all rows of those that decode, and chunks of
     prompts as far as the budget of tokens reaches. Then waiting requests are admitted if their pages are there. When
     pages run out, unused prefixes are evicted, then the last running request is preempted: it gives its pages back,
-    waits and is recomputed, which changes nothing but the time. A request that cannot go on is handed to `fail`.
+    waits and is recomputed, which changes nothing but the time. A request that cannot go on is handed to `fail`;
+    `begin` is called with a request and the clear state slot of one of its sequences before that is evaluated.
     """
 
     def __init__(
         self,
-        model: PagedModel,
-        pages: int,
+        model: Model,
+        capacity: Capacity,
         limits: Limits,
         fail: Callable[[Request, Exception], None],
         prefix_cache: bool = True,
         on_start: Callable[[Request, float], None] = lambda request, now: None,
+        begin: Callable[[Request, int], None] = lambda request, state: None,
     ) -> None:
         self.limits = limits
-        self.tables = PageTables(model, pages, prefix_cache)
+        self.chunks = model.spec.chunks
+        self.tables = PageTables(model, capacity, prefix_cache)
         self.branches = Branches(self.tables, limits.context_length)
         self.queue = WaitingQueue()
         self.running: list[Request] = []
@@ -57,8 +62,12 @@ class Scheduler:
         self.preemptions = 0
         self._fail = fail
         self._on_start = on_start
+        self._begin = begin
         self._admissions = count(1)
-        self._refused: tuple[Request | None, int] = (None, 0)  # who did not fit, with so many pages to be had
+        self._refused: tuple[Request | None, tuple[int, int]] = (
+            None,
+            (0, 0),
+        )  # who did not fit, with what was available
 
     @property
     def has_work(self) -> bool:
@@ -174,14 +183,17 @@ class Scheduler:
         return True
 
     def _plan(self, step: Step, request: Request, chunk: int, newcomer: bool = False) -> int:
-        """Puts a request's next rows into the step, at most `chunk` while it is prefilling; returns their number."""
+        """Puts a request's next rows into the step, at most `chunk` while it is prefilling; returns their number.
+
+        Where a prompt must not be cut, the one that meets the end of the chunk goes beyond it.
+        """
         try:
             planned: list[tuple[Sequence, int]] = []
             total = 0
             for sequence in request.sequences:
                 rows = self.branches.prepare(request, sequence)
                 if request.prefilling:
-                    rows = min(rows, chunk - total)
+                    rows = min(rows, chunk - total) if self.chunks or total >= chunk else rows
                 if rows <= 0:
                     continue
                 if not self._reserve(request, sequence, rows, newcomer):
@@ -196,20 +208,21 @@ class Scheduler:
         return total
 
     def _reserve(self, request: Request, sequence: Sequence, rows: int, newcomer: bool) -> bool:
-        """Makes sure of pages for a sequence's next rows; False if they are not to be had in this step."""
+        """Makes sure of pages and a state for a sequence's next rows; False if this step has no room for them."""
         tables = self.tables
-        needed = tables.pages_missing(sequence, rows)
-        if needed:
-            while not tables.make_room(needed):
-                if newcomer:  # all others are in the step already
-                    return False
-                victim = self.running[-1]
-                if len(self.running) == 1:
-                    tables.refuse(sequence, rows)
-                self._preempt(victim)
-                if victim is request:
-                    return False
-            tables.extend(sequence, rows)
+        while not tables.make_room(sequence, rows):
+            if newcomer:  # all others are in the step already
+                return False
+            victim = self.running[-1]
+            if len(self.running) == 1:
+                tables.refuse(sequence, rows)
+            self._preempt(victim)
+            if victim is request:
+                return False
+        fresh = sequence.state == NO_STATE
+        tables.extend(sequence, rows)
+        if fresh and sequence.state != NO_STATE:
+            self._begin(request, sequence.state)
         return True
 
     # Who runs.
@@ -225,7 +238,7 @@ class Scheduler:
         if self._refused == (request, available):
             return False
         fits = self.branches.fits(request, len(self.running))
-        self._refused = (None, 0) if fits else (request, available)
+        self._refused = (None, (0, 0)) if fits else (request, available)
         return fits
 
     def _admit(self, request: Request, now: float) -> None:

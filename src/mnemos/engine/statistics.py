@@ -90,6 +90,8 @@ class Statistics:
     drafted_tokens: int
     accepted_tokens: int
     prefix_pages: int = 0  # held by the prefix cache, also those in use
+    states_total: int = 0  # slots of a model that keeps state beside pages or in their place
+    states_used: int = 0
 
     @property
     def tokens_per_second(self) -> float:

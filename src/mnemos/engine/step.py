@@ -6,11 +6,13 @@ from array import array
 
 import numpy as np
 
-from mnemos.contract import Batch
+from mnemos.contract import Batch, Model, Output
 from mnemos.decoding.choice import GREEDY
 from mnemos.engine.request import Request
 from mnemos.engine.sequence import Sequence
+from mnemos.errors import MnemosError
 from mnemos.memory.pages import NO_PAGE
+from mnemos.memory.states import NO_STATE
 
 Part = tuple[Sequence, int, int, int]  # sequence, rows, first asked row and end of the asked rows in the output
 
@@ -35,6 +37,7 @@ class Step:
         "positions",
         "prefill_rows",
         "sequence_starts",
+        "states",
         "token_ids",
     )
 
@@ -48,6 +51,7 @@ class Step:
         self.page_positions = array("i")
         self.page_starts = [0]
         self.logit_rows: list[int] = []
+        self.states: list[int] = []
         self.conditions: list[object] = []
         self.decode_rows = 0
         self.prefill_rows = 0
@@ -94,12 +98,14 @@ class Step:
         return sequence, rows, asked, len(self.logit_rows)
 
     def _add_table(self, sequence: Sequence) -> None:
-        """Takes the sequence's page table, without the pages that its window has left."""
+        """Takes the sequence's page table, without the pages that its window has left, and its state slot."""
         pages, size = sequence.pages, self.page_size
         left = next((index for index, page in enumerate(pages) if page != NO_PAGE), 0)
         self.pages += pages[left:] if left else pages
         self.page_positions.extend(range(left * size, len(pages) * size, size))
         self.page_starts.append(len(self.pages))
+        if sequence.state != NO_STATE:
+            self.states.append(sequence.state)
 
     def batch(self) -> Batch:
         return Batch(
@@ -111,6 +117,7 @@ class Step:
             page_starts=np.array(self.page_starts, dtype=np.int32),
             logit_rows=np.array(self.logit_rows, dtype=np.int32),
             greedy=self.greedy,
+            states=np.array(self.states, dtype=np.int32),
             conditions=tuple(self.conditions),
         )
 
@@ -119,3 +126,35 @@ def _only_greedy(sequence: Sequence) -> bool:
     """Whether its strategy reads nothing of a row but the most probable token."""
     branch = sequence.branch
     return branch.draw is GREEDY and not branch.logits
+
+
+def evaluate(model: Model, batch: Batch) -> Output:
+    """The model's output for a batch, sequence by sequence where it does not promise to take several at once.
+
+    MnemosError if it has not as many rows as were asked for.
+    """
+    if model.spec.batches or batch.sequences == 1:
+        output = model.forward(batch)
+    else:
+        output = _join([_copy(model.forward(batch.part(s, s + 1))) for s in range(batch.sequences)])
+    rows = len(batch.logit_rows)
+    if len(output.logits) != rows or len(output.hidden) != rows:
+        raise MnemosError(
+            f"the model returned {len(output.logits)} rows of logits and {len(output.hidden)} hidden states; "
+            f"{rows} were asked for"
+        )
+    return output
+
+
+def _copy(output: Output) -> Output:
+    """The output in memory that the next forward pass leaves alone."""
+    return Output(output.logits.copy(), output.hidden.copy(), None if output.tokens is None else output.tokens.copy())
+
+
+def _join(outputs: list[Output]) -> Output:
+    tokens = [output.tokens for output in outputs if output.tokens is not None]
+    return Output(
+        np.concatenate([output.logits for output in outputs]),
+        np.concatenate([output.hidden for output in outputs]),
+        np.concatenate(tokens) if len(tokens) == len(outputs) else None,
+    )

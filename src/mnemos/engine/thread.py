@@ -10,13 +10,15 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar, cast
 
-from mnemos.contract import PagedModel
+from mnemos.contract import Model
 from mnemos.engine.core import Executor, log_exception
 from mnemos.engine.draft_model import Drafting
 from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits
 from mnemos.engine.statistics import Latency, Listener, Statistics
-from mnemos.errors import CapacityError, MnemosError
+from mnemos.errors import CapacityError, ConfigError, MnemosError, UnsupportedError
+from mnemos.memory.capacity import Capacity
+from mnemos.memory.prefix import PrefixTree
 
 T = TypeVar("T")
 
@@ -31,14 +33,14 @@ class Runner:
 
     def __init__(
         self,
-        model: PagedModel,
-        pages: int,
+        model: Model,
+        capacity: Capacity,
         limits: Limits,
         prefix_cache: bool,
         queue_size: int,
         drafting: Drafting | None = None,
     ) -> None:
-        self.executor = Executor(model, pages, limits, prefix_cache, drafting)
+        self.executor = Executor(model, capacity, limits, prefix_cache, drafting)
         self.queue_size = queue_size
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()  # of what callers do together: starting the thread, counting the queue, closing
@@ -103,16 +105,42 @@ class Runner:
 
         return unsubscribe
 
+    @property
+    def drafts(self) -> bool:
+        """True if there is a draft model."""
+        return self.executor.drafting is not None
+
+    def check_length(self, prompt: int) -> None:
+        """CapacityError for a prompt of so many tokens that could not run even with all pages for itself."""
+        scheduler = self.executor.scheduler
+        scheduler.tables.check_length(prompt, scheduler.limits.context_length)
+
+    def prefix_tree(self) -> PrefixTree:
+        """The prefix cache; it may be used between two steps only, see `call`.
+
+        UnsupportedError for a model whose prefixes cannot be shared, ConfigError where the engine was told to share
+        none.
+        """
+        tables, spec = self.executor.scheduler.tables, self.executor.model.spec
+        if tables.tree is None:
+            if not tables.shares_prefixes:
+                raise UnsupportedError(f"{spec.architecture} does not share what it evaluated between requests")
+            raise ConfigError("prefix_cache is False; make the engine with prefix_cache=True to save or load one")
+        return tables.tree
+
     def statistics(self) -> Statistics:
         """Numbers are read while the engine runs: each is true, but they need not be of the same moment."""
         scheduler, counters = self.executor.scheduler, self.executor.counters
-        pool, tree = scheduler.tables.pool, scheduler.tables.tree
+        tables = scheduler.tables
+        pool, tree, states = tables.pool, tables.tree, tables.states
         return Statistics(
             waiting=len(scheduler.queue) + self._entering,
             running=len(scheduler.running),
             pages_total=pool.total,
             pages_used=pool.used,
             pages_cached=pool.reclaimable,
+            states_total=0 if states is None else states.total,
+            states_used=0 if states is None else states.used,
             submitted=counters.submitted,
             refused=counters.refused,
             finished=counters.finished,

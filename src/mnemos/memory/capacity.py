@@ -1,12 +1,39 @@
-"""How many cache pages an engine gets."""
+"""How many cache pages and state slots an engine gets."""
 
 from __future__ import annotations
 
-from mnemos.contract import ModelSpec
+from dataclasses import dataclass
+from typing import cast
+
+from mnemos.contract import Model, ModelSpec, PagedModel, StatefulModel
 from mnemos.errors import CapacityError
 from mnemos.machine.memory import address_space_left, machine_memory
 
 DEFAULT_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Cache pages, 0 for a model without them, and state slots, 0 for a model without those."""
+
+    pages: int
+    states: int = 0
+
+
+def reserve(model: Model, spec: ModelSpec, cache_tokens: int | None, sequences: int) -> Capacity:
+    """Makes room in a model for `cache_tokens` positions (see `plan_pages`) and `sequences` branches at once.
+
+    spec: the model's own, or one with a shorter context. Each branch that runs has a state slot, and as many again are
+    there for a request that has more branches than that.
+    """
+    capacity = Capacity(
+        pages=plan_pages(spec, cache_tokens) if spec.layout.layers else 0, states=2 * sequences if spec.states else 0
+    )
+    if capacity.pages:
+        cast(PagedModel, model).reserve(capacity.pages)
+    if capacity.states:
+        cast(StatefulModel, model).reserve_states(capacity.states)
+    return capacity
 
 
 def plan_pages(spec: ModelSpec, cache_tokens: int | None) -> int:

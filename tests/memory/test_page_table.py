@@ -1,0 +1,116 @@
+"""Page tables, without any request: growth, sharing, copies before writing, and what is given back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mnemos.errors import CapacityError
+from mnemos.memory.capacity import Capacity
+from mnemos.memory.page_table import PageTable, PageTables
+from tests.engine.toys import StateToy, ToyModel
+
+
+def make_tables(pages: int = 8, window: int = 0, prefix_cache: bool = True) -> PageTables:
+    model = ToyModel(page_size=4, window=window)
+    model.reserve(pages)
+    return PageTables(model, Capacity(pages), prefix_cache)
+
+
+def grown(tables: PageTables, rows: int) -> PageTable:
+    table = PageTable()
+    grow(tables, table, rows)
+    return table
+
+
+def grow(tables: PageTables, table: PageTable, rows: int) -> None:
+    assert tables.make_room(table, rows)
+    tables.extend(table, rows)
+    table.done += rows
+
+
+def test_a_table_grows_by_whole_pages() -> None:
+    tables = make_tables()
+    table = grown(tables, 5)
+    assert tables.missing(table, 3) == (0, 0)
+    assert tables.missing(table, 4) == (1, 0)
+    assert tables.pool.used == 2
+
+
+def test_a_begun_page_that_is_shared_is_copied_before_it_is_written_to() -> None:
+    tables = make_tables(prefix_cache=False)
+    parent, fork = grown(tables, 6), PageTable()
+    tables.share(parent, fork, 6)
+    assert tables.missing(fork, 1) == (1, 0)
+    grow(tables, fork, 1)
+    assert parent.pages[0] == fork.pages[0]
+    assert parent.pages[1] != fork.pages[1]
+    assert tables.missing(parent, 1) == (0, 0)
+    tables.release(fork)
+    tables.release(parent)
+    assert tables.pool.used == 0
+
+
+def test_full_pages_of_another_table_are_reused() -> None:
+    tables = make_tables()
+    tokens = list(range(1, 12))
+    first = grown(tables, 11)
+    tables.remember(first, None, tokens)
+    second = PageTable()
+    assert tables.reuse(second, None, tokens) == 8
+    assert second.pages == first.pages[:2]
+    assert tables.reuse(PageTable(), "another salt", tokens) == 0
+    assert tables.in_use(None, tokens) == 2
+
+
+def test_room_is_made_by_forgetting_prefixes_that_nobody_uses() -> None:
+    tables = make_tables(pages=3)
+    first = grown(tables, 12)
+    tables.remember(first, None, list(range(1, 13)))
+    tables.release(first)
+    assert tables.available == (3, 0)
+    assert tables.make_room(PageTable(), 9)
+    assert tables.pool.free == 3
+    assert not tables.make_room(PageTable(), 13)
+    with pytest.raises(CapacityError, match="needs 4 more cache pages of 4 tokens and 3 of 3 are free"):
+        tables.refuse(PageTable(), 13)
+
+
+def test_positions_whose_window_was_given_back_are_evaluated_again() -> None:
+    tables = make_tables(window=5)
+    table = grown(tables, 24)
+    tables.leave_behind(table)
+    assert tables.pool.used == 2  # what the window reaches, and one as strategies take back a few tokens
+    tables.trim(table, 22)
+    assert table.done == 22
+    tables.trim(table, 14)
+    assert table.done == 0
+    assert tables.pool.used == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=40))
+def test_the_short_way_to_see_that_nothing_is_missing_agrees_with_the_plain_one(actions: list[tuple[int, int]]) -> None:
+    """`holds_next` and `missing`: with pages alone and with states alone."""
+    for stateful in (False, True):
+        if stateful:
+            model = StateToy()
+            model.reserve_states(50)
+            tables = PageTables(model, Capacity(0, 50), True)
+        else:
+            tables = make_tables(pages=500, prefix_cache=False)
+        known = [grown(tables, 1)]
+        for action, number in actions:
+            table = known[number % len(known)]
+            if action == 0:
+                grow(tables, table, number + 1)
+            elif action == 1:
+                known.append(PageTable())
+                tables.share(table, known[-1], max(0, table.done - number))
+            elif action == 2:
+                tables.trim(table, number)
+            elif len(known) > 1:
+                tables.release(known.pop(number % len(known)))
+            for one in known:
+                begun = stateful or one.done % tables.page_size != 0  # a new page is no short way
+                assert tables.holds_next(one) == (begun and tables.missing(one, 1) == (0, 0))
