@@ -6,11 +6,12 @@ PIP := $(BIN)/python -m pip
 PIP_INSTALL := $(PIP) install -qq --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src/mnemos native -type f ! -name '*.so' ! -name '*.pyc' 2>/dev/null)
 
-.PHONY: help demo test lint pytest bench native sanitize test-neon clean
+.PHONY: help demo test quick lint pytest bench native sanitize test-neon clean
 
 help:
 	@echo 'make demo    build Mnemos, fetch a small model once and let it answer a question'
 	@echo 'make test    lint, types and all tests'
+	@echo 'make quick   ruff, mypy and the tests that need no PyTorch: before each commit'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make native  rebuild the native core in place, for work on it'
 	@echo 'make sanitize   run the native tests under AddressSanitizer and UBSan'
@@ -26,6 +27,9 @@ test: lint pytest
 lint: $(VENV)/.done-dev
 	@echo '== ruff' && $(BIN)/ruff check .
 	@echo '== mypy' && $(BIN)/mypy
+
+quick: lint
+	@echo '== pytest, without PyTorch' && $(BIN)/python -m pytest --without-torch -m 'not slow'
 
 pytest: $(VENV)/.done-dev
 	@echo '== pytest' && $(BIN)/python -m pytest
