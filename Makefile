@@ -29,7 +29,7 @@ lint: $(VENV)/.done-dev
 	@echo '== mypy' && $(BIN)/mypy
 
 quick: lint
-	@echo '== pytest, without PyTorch' && $(BIN)/python -m pytest --without-torch -m 'not slow'
+	@echo '== pytest, without PyTorch' && $(BIN)/python -m pytest -n auto --without-torch -m 'not slow'
 
 pytest: $(VENV)/.done-dev
 	@echo '== pytest' && $(BIN)/python -m pytest

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "mnemos"
 # From the ground up. A module may import what is on its own floor or below.
 FLOORS = (
     ("errors",),
-    ("contract", "native"),
+    ("contract", "native", "rules"),
     ("machine",),
     ("formats", "hub"),
     ("text", "ops"),

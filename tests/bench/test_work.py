@@ -44,6 +44,7 @@ def test_products_are_counted_for_tokens_and_for_chosen_rows(tmp_path: Path) -> 
 
 def test_of_experts_those_that_a_token_goes_to_are_counted(tmp_path: Path) -> None:
     pytest.importorskip("mnemos._native")
+    pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,

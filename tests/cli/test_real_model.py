@@ -104,6 +104,7 @@ def test_bench_as_a_table_says_what_bounds_it(smollm2: Path, capsys: pytest.Capt
     assert "cores" in shown and "GB/s" in shown and "% of what the memory bandwidth allows" in shown
 
 
+@pytest.mark.slow
 def test_serving_serves_every_request(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--requests", "3", "--rate", "100", "--seed", "5", "--json"]
     assert main(["bench", str(smollm2), "--serving", *options]) == 0

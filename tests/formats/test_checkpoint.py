@@ -84,10 +84,11 @@ def test_several_gguf_files(tmp_path):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
 def test_pickles_are_never_run(tmp_path, name):
     (tmp_path / name).write_bytes(b"cos\nsystem\n")
-    folder_problem = "is a PyTorch pickle.*save the model as safetensors"
-    for source, problem in ((tmp_path, folder_problem), (tmp_path / name, "cannot be read as")):
-        with pytest.raises(FormatError, match=f"{name}: {problem}"):
-            open_checkpoint(source)
+    with pytest.raises(FormatError, match=f"{name}: is a PyTorch pickle.*save the model as safetensors"):
+        open_checkpoint(tmp_path)
+    pytest.importorskip("torch")  # whose restricted reader reads a file that is named
+    with pytest.raises(FormatError, match=f"{name}: cannot be read as"):
+        open_checkpoint(tmp_path / name)
 
 
 @pytest.mark.parametrize(
