@@ -39,7 +39,8 @@ class ProductTask : public Task {
 
   bool active(const Step &step) const override { return !(unless_best_ && step.batch.best); }
   void plan(const Step &step) override {
-    if (step.rows(rows_) != planned_rows_) cut_ = cut_for(step), planned_rows_ = step.rows(rows_);
+    if (step.rows(rows_) == planned_rows_ && step.threads == planned_threads_) return;
+    cut_ = cut_for(step), planned_rows_ = step.rows(rows_), planned_threads_ = step.threads;
   }
   int64_t items(const Step &) const override { return panel_tiles_[cut_.panels] * cut_.row_tiles; }
 
@@ -159,7 +160,8 @@ class ProductTask : public Task {
   const bool unless_best_;
   bool pairs_only_ = false;  // pairs of panels are whole blocks of a form
   int64_t panel_tiles_[most_panels + 1] = {};  // of all products, by panels of an item
-  int64_t planned_rows_ = -1;                  // the step's rows for which the work is cut
+  int64_t planned_rows_ = -1;                  // the step's rows and threads for which the work is cut
+  int planned_threads_ = 0;
   Cut cut_{0, 0, most_panels};
 };
 

@@ -191,10 +191,11 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
   check_batch(batch);
   check_inputs(batch, inputs);
   std::lock_guard<std::mutex> lock(mutex_);
+  const int team = pool_->team();
   std::vector<TileSet> tiles;
   if (!schedule_.attentions.empty()) resolve_tables(batch, cache_->cell().slots, tables_);
   for (const Attention &attention : schedule_.attentions) {
-    tiles.push_back(make_tiles(batch, tables_, attention, pool_->threads()));
+    tiles.push_back(make_tiles(batch, tables_, attention, team));
   }
   int64_t most = -1;
   for (int64_t t = 0; !rope_tables_.empty() && t < batch.tokens; t++) most = std::max<int64_t>(most, batch.positions[t]);
@@ -215,7 +216,7 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
     std::memcpy(pieces_[static_cast<size_t>(schedule_.input_buffers[i])].data, inputs[i].data,
                 static_cast<size_t>(inputs[i].rows * inputs[i].width) * 4);
   }
-  const Step step{batch, pool_->threads(), kernels_, pieces_.data(), &tables_, tiles.data(),
+  const Step step{batch, team, kernels_, pieces_.data(), &tables_, tiles.data(),
                   workspace_->data + scratch_offset_, scratch_bytes_, ahead_.data()};
   execute(step, one_row);
   std::vector<OutputView> outputs;
@@ -233,12 +234,12 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
 
 void Program::execute(const Step &step, bool one_row) {
   const size_t count = schedule_.tasks.size();
-  const int threads = pool_->threads();
+  const int threads = step.threads;
   const auto counters_of = [&](size_t task) { return &counters_[task * static_cast<size_t>(threads)]; };
   for (size_t c = 0; c < count * static_cast<size_t>(threads); c++) counters_[c].taken.store(0, std::memory_order_relaxed);
   for (const auto &task : schedule_.tasks) task->plan(step);
   const auto &barriers = barrier_before_[one_row ? 1 : 0];
-  pool_->run([&](int thread) {
+  pool_->run(threads, [&](int thread) {
     bool wait = false;  // a task that is left out leaves its barrier to the next one
     size_t fetching = 0;
     const auto fetch_for_next = [&] {
@@ -251,7 +252,7 @@ void Program::execute(const Step &step, bool one_row) {
       const Task &task = *schedule_.tasks[t];
       wait = wait || barriers[t];
       if (!task.active(step)) continue;
-      if (wait) pool_->barrier();
+      if (wait && !pool_->barrier(thread)) return;
       wait = false;
       const int64_t items = task.items(step);
       if (one_row && task.cheap_for_one_row) {

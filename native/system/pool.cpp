@@ -1,9 +1,12 @@
 #include "system/pool.h"
 
+#include <algorithm>
 #include <chrono>
+#include <ctime>
 #include <string>
 
 #include "system/cores.h"
+#include "system/denormals.h"
 #include "system/error.h"
 
 #if defined(_WIN32)
@@ -20,13 +23,26 @@ namespace mnemos {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+using std::chrono::nanoseconds;
 
 // The gap between two steps (sampling, scheduling) is below this, so that threads rarely sleep while text is generated,
 // and soon do when it is not.
-constexpr auto spin_between_regions = std::chrono::microseconds(500);
+constexpr auto spin_between_regions = microseconds(500);
 // Inside a region the others are late by microseconds, unless one has lost its core: then it may well go on with ours.
-constexpr auto spin_inside_region = std::chrono::microseconds(100);
-constexpr auto polite_after = std::chrono::microseconds(40);
+constexpr auto spin_inside_region = microseconds(100);
+constexpr auto polite_after = microseconds(40);
+
+// What threads wait within one region before one is sent away, and the share of its time that this must be: a step has
+// a hundred barriers, at each of which a thread may lack its core for milliseconds.
+constexpr auto most_waiting = milliseconds(5);
+constexpr double waiting_share = 0.6;
+// Long enough for several steps, and for a core to be lost and got back.
+constexpr auto window = milliseconds(20);
+constexpr auto shortest_rest = milliseconds(20), longest_rest = milliseconds(640);
+// What fewer threads must gain.
+constexpr double clear_gain = 1.1;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -36,16 +52,12 @@ inline void relax() {
 #endif
 }
 
-// Spins until done() or until it is time to sleep; after some microseconds it lets other threads of the core go first.
+// Spins until done() or until it is time to sleep, by the clock: a pause takes 40 cycles on one processor and 140 on
+// another. After some microseconds it lets other threads of the core go first.
 template <typename Done>
-bool spin_until(const Done &done, std::chrono::microseconds most) {
-  for (int i = 0; i < 200; i++) {
-    if (done()) return true;
-    relax();
-  }
-  const auto start = Clock::now();
+bool spin_until(const Done &done, Clock::time_point start, microseconds most) {
   for (;;) {
-    for (int i = 0; i < 32; i++) {
+    for (int i = 0; i < 4; i++) {
       if (done()) return true;
       relax();
     }
@@ -55,30 +67,74 @@ bool spin_until(const Done &done, std::chrono::microseconds most) {
   }
 }
 
+// What this thread has run, in nanoseconds. Where the system does not tell, it counts as running all the time.
+int64_t own_time() {
+#if defined(CLOCK_THREAD_CPUTIME_ID)
+  timespec time{};
+  if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0) return int64_t(time.tv_sec) * 1000000000 + time.tv_nsec;
+#endif
+  return nanoseconds(Clock::now().time_since_epoch()).count();
+}
+
 }  // namespace
 
-void Barrier::wait() {
-  if (threads_ == 1) return;
+template <typename Complete>
+int64_t Barrier::wait(int threads, const Complete &complete) {
+  if (threads == 1) return 0;
   const uint32_t generation = generation_.load();
-  if (arrived_.fetch_add(1) == threads_ - 1) {
+  if (arrived_.fetch_add(1) == threads - 1) {
     arrived_.store(0);
+    complete_ = Clock::now();
+    complete();
     generation_.store(generation + 1);
     if (sleepers_.load() > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
     }
-    return;
+    return 0;
   }
   const auto passed = [&] { return generation_.load() != generation; };
-  if (spin_until(passed, spin_inside_region)) return;
-  std::unique_lock<std::mutex> lock(mutex_);
-  sleepers_.fetch_add(1);
-  wake_.wait(lock, passed);
-  sleepers_.fetch_sub(1);
+  const auto start = Clock::now();
+  if (!spin_until(passed, start, spin_inside_region)) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    wake_.wait(lock, passed);
+    sleepers_.fetch_sub(1);
+  }
+  const auto waited = complete_ - start;  // not changed before this thread comes again
+  return waited > polite_after ? nanoseconds(waited).count() : 0;
+}
+
+void Team::record(Clock::time_point now, nanoseconds took, nanoseconds waited, nanoseconds lost) {
+  if (size_ < all_ && !trying_ && now >= next_try_) {
+    size_++, trying_ = true;
+    return begin_window();
+  }
+  if (size_ == 1) return;
+  took_ += took, waited_ += waited, lost_ += lost;
+  if (took_ < window) return;
+  // While one thread has no core all others wait for it. An uneven division of work makes them wait as well, but then
+  // every thread has its core.
+  const double held_up = static_cast<double>(std::min(waited_ / (size_ - 1), lost_).count()) / static_cast<double>(took_.count());
+  const double share_of_fewer = static_cast<double>(size_ - 1) / size_;
+  if ((1 - held_up) * clear_gain < share_of_fewer) {
+    return shrink(now);
+  }
+  if (trying_) next_try_ = now + rest_;  // the cores are free again: one more, if there is one
+  trying_ = false;
+  begin_window();
+}
+
+void Team::shrink(Clock::time_point now) {
+  size_--;
+  rest_ = trying_ ? std::min<nanoseconds>(2 * rest_, longest_rest) : shortest_rest;
+  next_try_ = now + rest_;
+  trying_ = false;
+  begin_window();
 }
 
 struct Pool::Crew {
-  explicit Crew(int threads) : barrier(threads), running(0) {
+  explicit Crew(int threads) : asleep(new std::atomic<bool>[static_cast<size_t>(threads)]()) {
     for (int i = 1; i < threads; i++) workers.emplace_back([this, i] { work(i); });
   }
 
@@ -86,42 +142,87 @@ struct Pool::Crew {
     {
       std::lock_guard<std::mutex> lock(mutex);
       stop = true;
-      generation.fetch_add(1);
+      call(0);
     }
     wake.notify_all();
     for (std::thread &worker : workers) worker.join();
   }
 
-  void start_region(const std::function<void(int)> &region) {
-    body = &region;
-    running.store(static_cast<int>(workers.size()));
-    generation.fetch_add(1);
-    if (sleepers.load() > 0) {
+  // A region's number and its threads change together, so that a worker that comes late does not take part in a region
+  // that does without it.
+  void call(int team) { region.store((number(region.load()) + 1) << 32 | static_cast<uint32_t>(team)); }
+  static uint64_t number(uint64_t region) { return region >> 32; }
+  static int team_of(uint64_t region) { return static_cast<int>(region & 0xffffffff); }
+
+  void start_region(const std::function<void(int)> &work_of_region, int threads) {
+    team = threads, body = &work_of_region;
+    begin = Clock::now();
+    waited.store(0, std::memory_order_relaxed), without_core.store(0, std::memory_order_relaxed);
+    if (team == 1) return;  // who sleeps goes on sleeping
+    running.store(team - 1);
+    call(team);
+    const auto sleeps = [&](int worker) { return asleep[static_cast<size_t>(worker)].load(); };
+    for (int worker = 1; worker < team; worker++) {
+      if (!sleeps(worker)) continue;
       std::lock_guard<std::mutex> lock(mutex);
       wake.notify_all();
+      break;
     }
   }
 
+  // The caller's part is done: waits for the others'.
   void finish_region() {
     const auto done = [&] { return running.load() == 0; };
-    if (spin_until(done, spin_inside_region)) return;
-    std::unique_lock<std::mutex> lock(mutex);
-    caller_sleeps.store(true);
-    finished.wait(lock, done);
-    caller_sleeps.store(false);
+    const auto start = Clock::now();
+    if (!spin_until(done, start, spin_inside_region)) {
+      std::unique_lock<std::mutex> lock(mutex);
+      caller_sleeps.store(true);
+      finished.wait(lock, done);
+      caller_sleeps.store(false);
+    }
+    const auto late = Clock::now() - start;
+    if (late > polite_after) waited.fetch_add(nanoseconds(late).count(), std::memory_order_relaxed);
+  }
+
+  void run_body(int index) {
+    const int64_t before = own_time();
+    (*body)(index);
+    const int64_t ran = own_time() - before;
+    without_core.fetch_add(nanoseconds(Clock::now() - begin).count() - ran, std::memory_order_relaxed);
+  }
+
+  // False if the thread is to leave.
+  bool meet(int index) {
+    const int64_t time = barrier.wait(team, [this] {
+      const auto took = nanoseconds(Clock::now() - begin).count(), all = waited.load(std::memory_order_relaxed);
+      const auto each = all / (team - 1);
+      if (each > nanoseconds(most_waiting).count() && static_cast<double>(each) > waiting_share * static_cast<double>(took)) team--;
+    });
+    if (time > 0) {
+      waited.fetch_add(time, std::memory_order_relaxed);
+      without_core.fetch_sub(time, std::memory_order_relaxed);  // it had no need of one
+    }
+    return index < team;
   }
 
   void work(int index) {
-    for (uint32_t seen = 0;; seen++) {
-      const auto called = [&] { return generation.load() != seen; };
-      if (!spin_until(called, spin_between_regions)) {
+    const DenormalsAreZero denormals;
+    std::atomic<bool> &sleeping = asleep[static_cast<size_t>(index)];
+    bool spins = true;
+    for (uint64_t seen = 0;;) {
+      const auto called = [&] { return number(region.load()) != seen; };
+      if (!spins || !spin_until(called, Clock::now(), spin_between_regions)) {
         std::unique_lock<std::mutex> lock(mutex);
-        sleepers.fetch_add(1);
+        sleeping.store(true);
         wake.wait(lock, called);
-        sleepers.fetch_sub(1);
+        sleeping.store(false);
       }
       if (stop) return;
-      (*body)(index);
+      const uint64_t now = region.load();
+      seen = number(now);
+      spins = index < team_of(now);  // what does without a thread soon does so again
+      if (!spins) continue;
+      run_body(index);
       if (running.fetch_sub(1) == 1 && caller_sleeps.load()) {
         std::lock_guard<std::mutex> lock(mutex);
         finished.notify_all();
@@ -130,17 +231,21 @@ struct Pool::Crew {
   }
 
   Barrier barrier;
+  std::unique_ptr<std::atomic<bool>[]> asleep;  // by worker's index
   std::vector<std::thread> workers;
   const std::function<void(int)> *body = nullptr;
-  std::atomic<uint32_t> generation{0};
-  std::atomic<int> running;
-  std::atomic<int> sleepers{0};
+  int team = 1;  // of the region that runs
+  Clock::time_point begin;
+  std::atomic<uint64_t> region{0};
+  // Nanoseconds that threads of the region waited for others, and that they were without a core otherwise.
+  std::atomic<int64_t> waited{0}, without_core{0};
+  std::atomic<int> running{0};
   std::atomic<bool> stop{false}, caller_sleeps{false};
   std::mutex mutex;
   std::condition_variable wake, finished;
 };
 
-Pool::Pool(int threads) : threads_(threads) {
+Pool::Pool(int threads) : threads_(threads), record_(threads), team_(threads) {
   const int cores = usable_cores();
   if (threads < 1 || threads > cores) {
     throw config_error("threads is " + std::to_string(threads) + "; this process may use " + std::to_string(cores) +
@@ -161,17 +266,24 @@ void Pool::start() {
   process_ = getpid();
 }
 
-void Pool::run(const std::function<void(int)> &body) {
+void Pool::run(int team, const std::function<void(int)> &body) {
   std::lock_guard<std::mutex> lock(region_);
-  if (threads_ == 1) {
-    body(0);
-    return;
-  }
+  const DenormalsAreZero denormals;
+  if (threads_ == 1) return body(0);
   start();
   end_behind();
-  crew_->start_region(body);
-  body(0);
+  crew_->start_region(body, team);
+  crew_->run_body(0);
   crew_->finish_region();
+  if (team != record_.size()) return;
+  const auto end = Clock::now();
+  if (crew_->team < team) {
+    record_.shrink(end);
+    return team_.store(record_.size(), std::memory_order_relaxed);
+  }
+  record_.record(end, end - crew_->begin, nanoseconds(crew_->waited.load(std::memory_order_relaxed)),
+                 nanoseconds(crew_->without_core.load(std::memory_order_relaxed)));
+  team_.store(record_.size(), std::memory_order_relaxed);
 }
 
 void Pool::run_behind(std::function<void(int)> body) {
@@ -180,7 +292,7 @@ void Pool::run_behind(std::function<void(int)> body) {
   start();
   end_behind();
   behind_ = std::move(body);
-  crew_->start_region(behind_);
+  crew_->start_region(behind_, threads_);
 }
 
 void Pool::interrupt() {
@@ -196,8 +308,8 @@ void Pool::end_behind() {
   behind_ = nullptr;
 }
 
-void Pool::barrier() {
-  if (threads_ > 1) crew_->barrier.wait();
+bool Pool::barrier(int thread) {
+  return threads_ == 1 || crew_->meet(thread);
 }
 
 void Pool::for_each(int64_t items, int64_t chunk,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -14,19 +15,48 @@
 
 namespace mnemos {
 
-// Where threads meet. Spins for a while, because the others usually arrive within microseconds, then sleeps.
+// Where the threads of a region meet. They spin for as long as the others usually take, then sleep.
 class Barrier {
  public:
-  explicit Barrier(int threads) : threads_(threads) {}
-  void wait();
+  // Of `threads` callers, the last of which calls complete() before the others go on. Returns the nanoseconds until then,
+  // if they were more than a few microseconds.
+  template <typename Complete>
+  int64_t wait(int threads, const Complete &complete);
 
  private:
-  const int threads_;
   std::atomic<int> arrived_{0};
   std::atomic<uint32_t> generation_{0};
   std::atomic<int> sleepers_{0};
+  std::chrono::steady_clock::time_point complete_;  // when the last one came
   std::mutex mutex_;
   std::condition_variable wake_;
+};
+
+// How many threads a region gets. Where other programs use the cores too, a thread that has lost its core for some
+// milliseconds holds up all others at the next barrier: then fewer threads, which the system finds cores for, do more.
+// Results do not depend on it. Only the thread that starts regions may use it.
+class Team {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  explicit Team(int threads) : all_(threads), size_(threads) {}
+  int size() const { return size_; }
+  // A region of size() threads is over. waited: for each other, altogether; lost: when they could have run but had no
+  // core, altogether.
+  void record(Clock::time_point now, std::chrono::nanoseconds took, std::chrono::nanoseconds waited,
+              std::chrono::nanoseconds lost);
+  // The last of the threads was sent away during the region.
+  void shrink(Clock::time_point now);
+
+ private:
+  void begin_window() { took_ = waited_ = lost_ = std::chrono::nanoseconds(0); }
+
+  const int all_;
+  int size_;
+  bool trying_ = false;                     // one more thread than before, to see whether the cores are free again
+  std::chrono::nanoseconds took_{0}, waited_{0}, lost_{0};
+  std::chrono::nanoseconds rest_{0};        // how long fewer threads run before one more is tried
+  Clock::time_point next_try_;
 };
 
 class Pool {
@@ -38,10 +68,13 @@ class Pool {
   Pool &operator=(const Pool &) = delete;
 
   int threads() const { return threads_; }
+  // The threads that a region should have now, at most threads(): fewer where other programs keep taking cores away.
+  int team() const { return team_.load(std::memory_order_relaxed); }
 
-  // Calls body(thread index) once on every thread of the pool, the caller's being number 0, and returns when all are
-  // done. Regions of different callers run one after the other. `body` must not throw.
-  void run(const std::function<void(int)> &body);
+  // Calls body(thread index) once on each of `team` threads, the caller's being number 0, and returns when all are done.
+  // Regions of different callers run one after the other. `body` must not throw. Denormal numbers count as zero in it.
+  void run(int team, const std::function<void(int)> &body);
+  void run(const std::function<void(int)> &body) { run(threads_, body); }
 
   // Calls body(thread index) on all threads but the caller's and returns at once. It is work that may be left undone:
   // body returns soon after wanted() says so. A region, another such call or interrupt() ends it.
@@ -50,8 +83,9 @@ class Pool {
   // Returns when nothing runs behind.
   void interrupt();
 
-  // Inside a region: waits until all threads of the pool are here.
-  void barrier();
+  // Inside a region: waits until all of its threads are here. False: this thread is to leave the region, and others do
+  // what it has not begun; so only regions whose threads take work from a common supply may have barriers.
+  bool barrier(int thread);
 
   // A region of its own that hands out 0..items in chunks, so that a slow core does not hold up the others.
   void for_each(int64_t items, int64_t chunk, const std::function<void(int64_t begin, int64_t end, int thread)> &body);
@@ -67,6 +101,8 @@ class Pool {
   long process_ = 0;
   std::function<void(int)> behind_;  // empty: nothing runs behind
   std::atomic<bool> wanted_{false};
+  Team record_;
+  std::atomic<int> team_;            // record_.size(), for other threads
 };
 
 // The pool of that size, shared by all who ask for it in this process. 0 means usable_cores().

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from tests.ops.cases import floats, quantized
 
 from mnemos import _native
 from mnemos.contract import Batch, KVLayout, Output
+from mnemos.formats.tensor import Tensor
 from mnemos.ops.native import NativeOps, Value
 from mnemos.ops.protocol import AttentionParams, RopeParams
 
@@ -144,3 +147,36 @@ def test_nothing_is_read_from_the_workspace_that_the_step_did_not_write(isa: str
     model.step = ops.compile(recorded(model), ops.cache(KVLayout(LAYERS, KV_HEADS, HEAD_DIM, PAGE_SIZE), PAGES * 5))
     programs[0].poison(True)
     _assert_same_bits(_together(model, _texts(), np.random.default_rng(3)), expected)
+
+
+def test_bits_do_not_depend_on_other_programs_on_the_cores() -> None:
+    """Threads that lose their cores are left out of steps, in the middle of one and from the next on."""
+    expected = _alone(SmallModel(NativeOps(threads=1)), _texts())
+    model = SmallModel(NativeOps())
+    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(_native.usable_cores())]
+    try:
+        for seed in range(4):
+            _assert_same_bits(_together(model, _texts(), np.random.default_rng(seed)), expected)
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+
+
+def test_denormal_numbers_are_zero_in_every_thread() -> None:
+    """Else they would take a hundred cycles each, and a result's bits would depend on who computed it."""
+    tiny = np.float32(1e-39)
+    for threads in {1, _native.usable_cores()}:
+        ops = NativeOps(threads=threads, dtype="float32")
+        weight = ops.matrix(Tensor.from_array("weight", np.full((640, 64), tiny)))
+        embedding = ops.matrix(Tensor.from_array("embedding", np.full((4, 64), np.float32(1e3))))
+
+        def forward(
+            ops: Any, batch: Any, cache: Any, embedding: Any = embedding, weight: Any = weight
+        ) -> tuple[Any, Any]:
+            x = ops.rows(ops.embed(embedding, batch.token_ids), batch.logit_rows)
+            return x, ops.linear(x, weight)
+
+        step = ops.compile(forward, ops.cache(KVLayout(1, 1, 16, PAGE_SIZE, "float32"), 1))
+        output = step(_batch([np.arange(4)], [0], np.arange(1)[None]))
+        np.testing.assert_array_equal(output.logits, np.zeros((4, 640), dtype=np.float32))

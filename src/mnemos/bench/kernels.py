@@ -144,9 +144,18 @@ def _batch(rows: int, start: int, pages: int, page_size: int) -> Batch:
 
 
 def _random_weight(kind: TensorType, width: int) -> Tensor:
-    """Bytes below 0x34 are numbers below 0.25 wherever a type has a float in them."""
-    data = np.random.default_rng(0).integers(0, 0x34, width * kind.row_bytes(width), dtype=np.uint8)
-    return Tensor("weight", kind, (width, width), data)
+    """Of ordinary size: many processors take much longer for denormal numbers, which random bytes can stand for."""
+    shape = (width, width)
+    values = 0.02 * _floats(*shape)
+    if kind == TensorType.F32:
+        data = values.view(np.uint8)
+    elif kind == TensorType.F16:
+        data = values.astype(np.float16).view(np.uint8)
+    elif kind == TensorType.BF16:
+        data = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    else:  # bytes below 0x34 are numbers below 0.25 wherever a block has a float in it
+        data = np.random.default_rng(0).integers(0, 0x34, width * kind.row_bytes(width), dtype=np.uint8)
+    return Tensor("weight", kind, shape, data.reshape(-1))
 
 
 def _floats(rows: int, columns: int) -> Floats:
