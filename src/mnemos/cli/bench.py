@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
     parser.add_argument("--ops", action="store_true", help="time each kernel alone instead")
     parser.add_argument("--serving", action="store_true", help="many requests at once instead (see below)")
+    parser.add_argument("--busy", action="store_true", help="beside other busy programs instead")
     parser.add_argument("--requests", type=int, default=64, metavar="N", help="with --serving: how many (default 64)")
     parser.add_argument("--rate", type=float, default=4.0, metavar="R", help="with --serving: arrivals a second")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --serving: of arrivals and lengths")
@@ -45,17 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  mnemos bench smollm2-135m\n"
         "  mnemos bench model.gguf --metrics pp512,tg128,tg128@d1024 --json\n"
         "  mnemos bench smollm2-135m --serving --requests 100 --rate 8\n"
+        "  mnemos bench smollm2-135m --busy\n"
         "  mnemos bench --ops"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.ops and arguments.serving:
-        raise ConfigError("--ops and --serving are two measurements; give one of them")
-    if arguments.metrics is not None and (arguments.ops or arguments.serving):
-        raise ConfigError(
-            f"--metrics names figures of a model; {'--ops' if arguments.ops else '--serving'} has its own"
-        )
+    others = [f"--{name}" for name in ("ops", "serving", "busy") if getattr(arguments, name)]
+    if len(others) > 1:
+        raise ConfigError(f"{' and '.join(others)} are different measurements; give one of them")
+    if arguments.metrics is not None and others:
+        raise ConfigError(f"--metrics names figures of a model; {others[0]} has its own")
     if arguments.ops:
         from mnemos.bench.kernels import main
 
@@ -65,7 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     with ProgressBar(arguments.model) as progress:
         path = resolve(arguments.model, progress)
-    return _serve(arguments, path) if arguments.serving else _measure(arguments, path)
+    if arguments.serving or arguments.busy:
+        return _print_results(arguments, path)
+    return _measure(arguments, path)
 
 
 def _measure(arguments: argparse.Namespace, path: Path) -> int:
@@ -87,11 +90,17 @@ def _measure(arguments: argparse.Namespace, path: Path) -> int:
     return 0
 
 
-def _serve(arguments: argparse.Namespace, path: Path) -> int:
-    from mnemos.bench.serving import Workload, run_workload
+def _print_results(arguments: argparse.Namespace, path: Path) -> int:
+    if arguments.busy:
+        from mnemos.bench.busy import measure_beside
 
-    workload = Workload(requests=arguments.requests, rate=arguments.rate, seed=arguments.seed)
-    for result in run_workload(path, arguments.backend, workload):
+        results = measure_beside(path, arguments.backend)
+    else:
+        from mnemos.bench.serving import Workload, run_workload
+
+        workload = Workload(requests=arguments.requests, rate=arguments.rate, seed=arguments.seed)
+        results = run_workload(path, arguments.backend, workload)
+    for result in results:
         print(result.to_json() if arguments.json else _row(result), flush=True)
     return 0
 
