@@ -9,11 +9,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mnemos.contract import Batch  # noqa: E402
 from mnemos.errors import ConfigError, ModelError  # noqa: E402
 from mnemos.models.foreign.adapt import adapt  # noqa: E402
 from mnemos.models.foreign.model import ForeignModel  # noqa: E402
 from tests.models.foreign import foreign_modules as modules  # noqa: E402
+from tests.models.foreign.batches import Part, batch_of  # noqa: E402
 
 CACHED = [modules.PastArgument, modules.Masked, modules.TakesKVCache, modules.WithCachedAttention]
 
@@ -41,20 +41,10 @@ def truth(module: torch.nn.Module, tokens: list[int]) -> np.ndarray:
     return (logits[0] if isinstance(logits, tuple) else logits)[0].numpy()
 
 
-def step(model: ForeignModel, *sequences: tuple[int, int, list[int]]) -> list[np.ndarray]:
-    """Runs (page, first position, new tokens) of several sequences as one batch; the logits of all rows of each."""
-    counts = [len(new) for _, _, new in sequences]
-    starts = np.cumsum([0, *counts], dtype=np.int32)
-    batch = Batch(
-        token_ids=np.concatenate([new for _, _, new in sequences]).astype(np.int32),
-        positions=np.concatenate([np.arange(s, s + len(new)) for _, s, new in sequences]).astype(np.int32),
-        sequence_starts=starts,
-        pages=np.array([page for page, _, _ in sequences], dtype=np.int32),
-        page_positions=np.zeros(len(sequences), dtype=np.int32),
-        page_starts=np.arange(len(sequences) + 1, dtype=np.int32),
-        logit_rows=np.arange(starts[-1], dtype=np.int32),
-    )
-    return np.split(model.forward(batch).logits, starts[1:-1])
+def step(model: ForeignModel, *sequences: Part) -> list[np.ndarray]:
+    """Runs (slot, first position, new tokens) of several sequences as one batch; the logits of all rows of each."""
+    bounds = np.cumsum([len(new) for _, _, new in sequences])
+    return np.split(model.forward(batch_of(*sequences)).logits, bounds[:-1])
 
 
 @pytest.mark.parametrize("kind", [*CACHED, modules.Plain, tiny_llama], ids=lambda k: k.__name__)
@@ -64,14 +54,14 @@ def test_ragged_batches_chunks_forks_and_truncation_give_the_uncached_logits(kin
         warnings.simplefilter("ignore" if kind is modules.Plain else "error")
         model = adapt(module)
     assert (model.calls.abilities.style is None) == (kind is modules.Plain)
-    model.reserve(4)
+    model.reserve_states(4)
     rng = np.random.default_rng(0)
     a, b, c = (rng.integers(0, 29, 14).tolist() for _ in range(3))
     seen: dict[str, list[np.ndarray]] = {"a": [], "b": [], "c": []}
 
     def run(**parts: tuple[int, int, int]) -> None:
         text = {"a": a, "b": b, "c": c}
-        rows = step(model, *((page, s, text[name][s:e]) for name, (page, s, e) in parts.items()))
+        rows = step(model, *((slot, s, text[name][s:e]) for name, (slot, s, e) in parts.items()))
         for name, row in zip(parts, rows, strict=True):
             seen[name].append(row)
 
@@ -85,7 +75,7 @@ def test_ragged_batches_chunks_forks_and_truncation_give_the_uncached_logits(kin
         got = np.concatenate(seen[name])
         assert np.abs(got - truth(module, text[: len(got)])).max() < 1e-4
 
-    model.cache.copy([0], [3])  # a fork goes its own way, and the original too
+    model.copy_states([0], [3])  # a fork goes its own way, and the original too
     forked = [*a[:9], 7, 8]
     rows = step(model, (3, 9, [7]), (0, 9, a[9:10]))
     assert np.abs(rows[0][-1] - truth(module, forked[:10])[-1]).max() < 1e-4
@@ -101,7 +91,7 @@ def test_modules_that_heed_a_mask_share_a_call_across_lengths() -> None:
     module = modules.Masked()
     model = adapt(module)
     assert model.calls.abilities.gaps
-    model.reserve(2)
+    model.reserve_states(2)
     step(model, (0, 0, [1, 2, 3]), (1, 0, [4]))
     module.register_forward_pre_hook(lambda *_: calls.append(1))
     step(model, (0, 3, [5]), (1, 1, [6]))
@@ -114,15 +104,13 @@ def test_what_a_module_appends_to_its_cache_is_not_copied(kind) -> None:
     module = make(kind)
     model = adapt(module)
     assert model.calls.abilities.grows
-    model.reserve(2)
+    model.reserve_states(2)
     text = np.random.default_rng(1).integers(0, 29, 60).tolist()
     step(model, (0, 0, text[:2]), (1, 0, text[:2]))
     places = set()
     for place in range(2, 60):
         a, b = step(model, (0, place, text[place : place + 1]), (1, place, text[place : place + 1]))
-        places.add(
-            tuple(leaf.data_ptr() for leaf in model.calls.abilities.style.leaves(model.cache.slots[0].group.past))
-        )
+        places.add(tuple(leaf.data_ptr() for leaf in model.calls.abilities.style.leaves(model.slots[0].group.past)))
     assert len(places) == 1
     for row in (a, b):
         assert np.abs(row[-1] - truth(module, text)[-1]).max() < 1e-4
@@ -132,13 +120,13 @@ def test_the_cache_moves_when_its_room_is_full_and_forks_keep_their_own(monkeypa
     monkeypatch.setattr("mnemos.models.foreign.growing_cache.LEAST_ROOM", 3)
     module = modules.PastArgument()
     model = adapt(module)
-    model.reserve(2)
+    model.reserve_states(2)
     text = np.random.default_rng(1).integers(0, 29, 40).tolist()
     step(model, (0, 0, text[:5]))
     for place in range(5, 30):
         (rows,) = step(model, (0, place, text[place : place + 1]))
         assert np.abs(rows[-1] - truth(module, text[: place + 1])[-1]).max() < 1e-4
-    model.cache.copy([0], [1])
+    model.copy_states([0], [1])
     other = [*text[:30], 1, 2, 3]
     for place in range(30, 33):
         (mine,), (theirs,) = (step(model, (p, place, t[place : place + 1])) for p, t in ((0, text), (1, other)))
@@ -161,7 +149,7 @@ def test_a_module_that_needs_its_cache_in_one_piece_gets_it_so() -> None:
     module = Flattens()
     model = adapt(module)
     assert model.calls.abilities.style is not None and not model.calls.abilities.grows
-    model.reserve(1)
+    model.reserve_states(1)
     step(model, (0, 0, [1, 2, 3]))
     assert np.abs(step(model, (0, 3, [4]))[0] - truth(module, [1, 2, 3, 4])[-1]).max() < 1e-4
 
@@ -169,9 +157,8 @@ def test_a_module_that_needs_its_cache_in_one_piece_gets_it_so() -> None:
 def test_hidden_states_are_what_the_head_reads() -> None:
     module = modules.PastArgument()
     model = adapt(module)
-    model.reserve(1)
-    batch = Batch(*(np.array(x, dtype=np.int32) for x in ([3, 1, 2], [0, 1, 2], [0, 3], [0], [0], [0, 1], [1, 2])))
-    output = model.forward(batch)
+    model.reserve_states(1)
+    output = model.forward(batch_of((0, 0, [3, 1, 2]), rows=[1, 2]))
     assert output.hidden.shape == (2, modules.WIDTH)
     assert np.allclose(output.hidden @ module.head.weight.detach().numpy().T, output.logits, atol=1e-5)
 
@@ -180,14 +167,8 @@ def test_a_module_that_answers_for_the_last_position_only() -> None:
     module = modules.LastOnly()
     with pytest.warns(UserWarning, match="no cache"):
         model = adapt(module)
-    model.reserve(2)
-    batch = Batch(
-        *(
-            np.array(x, dtype=np.int32)
-            for x in ([3, 1, 2, 4], [0, 1, 2, 0], [0, 3, 4], [0, 1], [0, 0], [0, 1, 2], [2, 3])
-        )
-    )
-    logits = model.forward(batch).logits
+    model.reserve_states(2)
+    logits = model.forward(batch_of((0, 0, [3, 1, 2]), (1, 0, [4]), rows=[2, 3])).logits
     assert np.allclose(logits[0], truth(module, [3, 1, 2])[-1], atol=1e-5)
     assert np.allclose(logits[1], truth(module, [4])[-1], atol=1e-5)
     # Those of earlier positions take a call for each.
@@ -205,7 +186,7 @@ def test_training_mode_is_restored() -> None:
     module = modules.PastArgument().train()
     model = adapt(module)
     assert module.training
-    model.reserve(1)
+    model.reserve_states(1)
     step(model, (0, 0, [1, 2]))
     assert module.training
 

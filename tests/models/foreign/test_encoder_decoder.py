@@ -8,9 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from mnemos.contract import Batch  # noqa: E402
 from mnemos.errors import ModelError  # noqa: E402
 from mnemos.models.load import adapt  # noqa: E402
+from tests.models.foreign.batches import Part, batch_of  # noqa: E402
 
 SOURCES = [[5, 6, 7, 8, 1], [9, 10, 1]]
 
@@ -33,24 +33,14 @@ def test_cached_ragged_decoding_gives_the_logits_of_the_whole(make) -> None:
     torch.manual_seed(0)
     module = make().eval()
     model = adapt(module)
-    model.reserve(3)
-    conditions, begins = zip(*(model.begin(source) for source in SOURCES), strict=True)
+    model.reserve_states(3)
+    begins = [model.start_tokens(source) for source in SOURCES]
+    for slot, source in enumerate(SOURCES):
+        model.begin(slot, source)
 
-    def step(*sequences: tuple[int, int, int, list[int]]) -> list[np.ndarray]:
-        """(page, source, first position, new tokens) of each; the logits of each one's last row."""
-        counts = [len(new) for *_, new in sequences]
-        starts = np.cumsum([0, *counts]).astype(np.int32)
-        batch = Batch(
-            token_ids=np.concatenate([new for *_, new in sequences]).astype(np.int32),
-            positions=np.concatenate([np.arange(s, s + len(new)) for _, _, s, new in sequences]).astype(np.int32),
-            sequence_starts=starts,
-            pages=np.array([page for page, *_ in sequences], dtype=np.int32),
-            page_positions=np.zeros(len(sequences), dtype=np.int32),
-            page_starts=np.arange(len(sequences) + 1, dtype=np.int32),
-            logit_rows=starts[1:] - 1,
-            conditions=tuple(conditions[source] for _, source, _, _ in sequences),
-        )
-        return list(model.forward(batch).logits)
+    def step(*parts: Part) -> np.ndarray:
+        """The logits of each part's last row."""
+        return model.forward(batch_of(*parts, rows=np.cumsum([len(new) for *_, new in parts]) - 1)).logits
 
     def check(got: np.ndarray, source: int, decoded: list[int]) -> None:
         with torch.inference_mode():
@@ -58,23 +48,23 @@ def test_cached_ragged_decoding_gives_the_logits_of_the_whole(make) -> None:
             wanted = module(input_ids=torch.tensor([SOURCES[source]]), decoder_input_ids=ids).logits[0, -1].numpy()
         assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max() + 1e-5
 
-    first = step((0, 0, 0, begins[0]), (1, 1, 0, begins[1]))
+    first = step((0, 0, begins[0]), (1, 0, begins[1]))
     check(first[0], 0, [])
     check(first[1], 1, [])
-    second = step((0, 0, 1, [3]), (1, 1, 1, [4]))
+    second = step((0, 1, [3]), (1, 1, [4]))
     check(second[0], 0, [3])
     check(second[1], 1, [4])
-    model.cache.copy([1], [2])
-    third = step((2, 1, 2, [7]), (0, 0, 2, [8]))
+    model.copy_states([1], [2])
+    third = step((2, 2, [7]), (0, 2, [8]))
     check(third[0], 1, [4, 7])
     check(third[1], 0, [3, 8])
-    fourth = step((1, 1, 2, [9]), (2, 1, 3, [9]))
+    fourth = step((1, 2, [9]), (2, 3, [9]))
     check(fourth[0], 1, [4, 9])
     check(fourth[1], 1, [4, 7, 9])
 
 
 def test_decoding_without_an_encoded_prompt_is_refused() -> None:
     model = adapt(make_bart())
-    model.reserve(1)
+    model.reserve_states(1)
     with pytest.raises(ModelError, match="needs an encoded prompt"):
-        model.forward(Batch(*(np.array(x, dtype=np.int32) for x in ([3], [0], [0, 1], [0], [0], [0, 1], [0]))))
+        model.forward(batch_of((0, 0, [3])))

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from mnemos.contract import KVLayout, ModelSpec
+from mnemos.contract import NO_PAGES, ModelSpec
 from mnemos.errors import ConfigError, ModelError
 from mnemos.models.foreign.call import Caller, describe
 from mnemos.models.foreign.causal import CausalCalls
@@ -59,13 +59,14 @@ def adapt(
             "is slow. Give forward a past_kv argument and return (logits, past_kv), or use CachedAttention.",
             stacklevel=3,
         )
-    context = find_context(inner, abilities.table_positions, context_length)
     spec = ModelSpec(
         architecture=type(module).__name__,
         vocabulary_size=abilities.vocabulary,
-        context_length=context,
+        context_length=find_context(inner, abilities.table_positions, context_length),
         hidden_size=abilities.hidden_size,
-        layout=KVLayout(1, 1, 1, page_size=context, dtype="float32"),
+        layout=NO_PAGES,
+        states=True,
+        chunks=abilities.chunks,  # without a cache, too, a prompt is better run once
         **special_tokens(inner, abilities.vocabulary),
         parameters=sum(p.numel() for p in module.parameters()),
     )

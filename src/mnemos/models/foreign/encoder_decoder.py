@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mnemos.contract import Batch, KVLayout, ModelSpec, Output
+from mnemos.contract import NO_PAGES, Batch, ModelSpec, Output
 from mnemos.errors import ConfigError, ModelError
 from mnemos.models.foreign.cache_styles import Axes, HuggingFaceStyle, Snapshot, side_by_side
 from mnemos.models.foreign.call import Caller, describe
 from mnemos.models.foreign.jobs import Bools, Job, JobOutput, pad, split
 from mnemos.models.foreign.model import ForeignModel
 from mnemos.models.foreign.settings import find_context, setting, special_tokens
-from mnemos.models.foreign.slots import Group, SlotCache
+from mnemos.models.foreign.slots import Group
 
 _AXES = Axes(batch=0, time=2)
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """What the encoder made of a prompt, (1, source time, hidden size)."""
-
-    states: Tensor
 
 
 class EncoderDecoderCalls:
@@ -35,13 +27,14 @@ class EncoderDecoderCalls:
         self.caller = caller
         self.vocabulary = vocabulary
 
-    def encode(self, prompt: Sequence[int]) -> Encoded:
-        """Runs the encoder over the prompt."""
+    def encode(self, prompt: Sequence[int]) -> Tensor:
+        """What the encoder makes of the prompt, (1, source time, hidden size)."""
         ids = torch.tensor([list(prompt)], device=self.caller.device)
         self.caller.check_weights()
         with self.caller.running(ids):
             encoder: Any = self.caller.inner.get_encoder
-            return Encoded(encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))[0])
+            states: Tensor = encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        return states
 
     def partition(self, jobs: list[Job]) -> list[list[Job]]:
         """The decoder's own keys have no gaps: sequences of equal shape share a call, whatever their sources'."""
@@ -52,7 +45,7 @@ class EncoderDecoderCalls:
 
     def run(self, jobs: list[Job], wanted: Bools) -> list[JobOutput]:
         """One call. ModelError: a sequence has no encoded prompt."""
-        encoded = [self._states(job) for job in jobs]
+        encoded = [self._encoded(job) for job in jobs]
         past, mask = self._assemble(jobs)
         states, mask = _pad_states(encoded) if mask is None else (encoded[0], mask)
         ids, _ = pad([job.new for job in jobs], self.caller.device)
@@ -71,11 +64,10 @@ class EncoderDecoderCalls:
             job.slot.group, job.slot.snapshot = group, None
         return split(jobs, output.logits, [len(job.new) for job in jobs], self.caller, self.vocabulary)
 
-    def _states(self, job: Job) -> Tensor:
-        condition = job.slot.condition
-        if not isinstance(condition, Encoded):
+    def _encoded(self, job: Job) -> Tensor:
+        if job.slot.encoded is None:
             raise ModelError(f"{describe(self.caller.module)} needs an encoded prompt; expected begin() before it")
-        return condition.states
+        return job.slot.encoded
 
     def _snapshot(self, group: Group) -> Snapshot:
         past = group.past
@@ -98,7 +90,7 @@ class EncoderDecoderCalls:
             snapshot = job.slot.snapshot
             assert snapshot is not None and snapshot.cross is not None
             own.append((snapshot, job.slot.row, job.start))
-            cross.append((snapshot.cross, job.slot.row, job.slot.condition.states.shape[1]))
+            cross.append((snapshot.cross, job.slot.row, self._encoded(job).shape[1]))
         style = HuggingFaceStyle()
         own_leaves, _ = side_by_side(own)
         cross_leaves, mask = side_by_side(cross)
@@ -125,20 +117,25 @@ class EncoderDecoderModel:
         self._decoder = ForeignModel(caller, self._calls, spec)
         self._start_token = start_token
 
-    @property
-    def cache(self) -> SlotCache:
-        return self._decoder.cache
+    def reserve_states(self, slots: int) -> None:
+        """See `StatefulModel`, as for the next two."""
+        self._decoder.reserve_states(slots)
 
-    def reserve(self, pages: int) -> None:
-        self._decoder.reserve(pages)
+    def copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Forks sequences, which go on to share what the encoder made of their prompt."""
+        self._decoder.copy_states(sources, targets)
+
+    def clear_states(self, slots: Sequence[int]) -> None:
+        """Forgets sequences and their encoded prompts."""
+        self._decoder.clear_states(slots)
 
     def start_tokens(self, prompt: Sequence[int]) -> list[int]:
         """The decoder begins with the model's start token, whatever the prompt."""
         return [self._start_token]
 
-    def begin(self, prompt: Sequence[int]) -> tuple[object, list[int]]:
-        """Runs the encoder over the prompt; also gives the tokens that the decoder begins with."""
-        return self._calls.encode(prompt), self.start_tokens(prompt)
+    def begin(self, state: int, prompt: Sequence[int]) -> None:
+        """Runs the encoder over the prompt, for the sequence of this slot. ModelError: whatever the module raises."""
+        self._decoder.slots[state].encoded = self._calls.encode(prompt)
 
     def forward(self, batch: Batch) -> Output:
         """Runs the decoder over the batch."""
@@ -151,7 +148,6 @@ def adapt_encoder_decoder(caller: Caller, context_length: int | None) -> Encoder
     start = setting(module, "decoder_start_token_id")
     if start is None:
         raise ConfigError(f"{type(module).__name__}'s decoder_start_token_id is None; set it in its config")
-    context = find_context(module, None, context_length)
     ids = torch.tensor([[start]], device=caller.device)
     with caller.running(ids):
         output = module(input_ids=ids, decoder_input_ids=ids, use_cache=False)
@@ -160,9 +156,11 @@ def adapt_encoder_decoder(caller: Caller, context_length: int | None) -> Encoder
     spec = ModelSpec(
         architecture=type(module).__name__,
         vocabulary_size=vocabulary,
-        context_length=context,
+        context_length=find_context(module, None, context_length),
         hidden_size=0,
-        layout=KVLayout(1, 1, 1, page_size=context, dtype="float32"),
+        layout=NO_PAGES,
+        states=True,
+        shares_prefixes=False,  # what the decoder makes of a text depends on its source
         **special_tokens(module, vocabulary),
         parameters=sum(p.numel() for p in module.parameters()),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from mnemos.contract import Batch, ModelSpec, Output
 from mnemos.errors import ConfigError, ModelError, UnsupportedError
 from mnemos.models.foreign.call import Caller, describe
 from mnemos.models.foreign.jobs import Calls, Job, JobOutput
-from mnemos.models.foreign.slots import SlotCache
+from mnemos.models.foreign.slots import Slots
 
 
 class ForeignModel:
@@ -22,16 +23,26 @@ class ForeignModel:
         self.spec = spec
         self.calls = calls
         self._caller = caller
-        self._cache: SlotCache | None = None
+        self._slots: Slots | None = None
 
     @property
-    def cache(self) -> SlotCache:
-        if self._cache is None:
-            raise ConfigError("the model has no cache yet; call reserve(pages) first")
-        return self._cache
+    def slots(self) -> Slots:
+        """What is kept of each sequence. ConfigError before `reserve_states`."""
+        if self._slots is None:
+            raise ConfigError("the model has no state slots yet; call reserve_states(slots) first")
+        return self._slots
 
-    def reserve(self, pages: int) -> None:
-        self._cache = SlotCache(self.spec.layout, pages)
+    def reserve_states(self, slots: int) -> None:
+        """See `StatefulModel`, as for the next two."""
+        self._slots = Slots(slots)
+
+    def copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Forks sequences."""
+        self.slots.copy(sources, targets)
+
+    def clear_states(self, slots: Sequence[int]) -> None:
+        """Forgets sequences."""
+        self.slots.clear(slots)
 
     def forward(self, batch: Batch) -> Output:
         """Runs the batch in as few calls as the module allows. ModelError: whatever the module raises."""
@@ -65,15 +76,11 @@ class ForeignModel:
     def _jobs(self, batch: Batch) -> list[Job]:
         jobs = []
         starts = batch.sequence_starts.tolist()
-        for s, (first, last) in enumerate(pairwise(starts)):
-            slot = self.cache.slots[batch.pages[batch.page_starts[s]]]
+        for state, (first, last) in zip(batch.states.tolist(), pairwise(starts), strict=True):
+            slot = self.slots[state]
             start = int(batch.positions[first])
-            if start == 0:
-                slot.group, slot.snapshot, slot.tokens = None, None, []
-                slot.condition = batch.conditions[s] if batch.conditions else None
-            elif start > len(slot.tokens):
+            if start > len(slot.tokens):
                 raise ModelError(f"position {start} follows {len(slot.tokens)} tokens; expected no gap")
-            else:
-                slot.rewind(start)
+            slot.rewind(start)
             jobs.append(Job(slot, start, batch.token_ids[first:last].tolist(), first))
         return jobs

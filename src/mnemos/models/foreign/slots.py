@@ -10,12 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from mnemos.contract import KVLayout
-from mnemos.errors import UnsupportedError
 from mnemos.models.foreign.cache_styles import Snapshot
 from mnemos.models.foreign.growing_cache import Buffer
 
@@ -24,14 +20,14 @@ from mnemos.models.foreign.growing_cache import Buffer
 class Slot:
     """One sequence: its tokens so far and where its keys and values are: in a running group or in a snapshot's row.
 
-    condition: what an encoder made of its prompt.
+    encoded: what an encoder made of its prompt.
     """
 
     tokens: list[int] = field(default_factory=list)
     group: Group | None = None
     snapshot: Snapshot | None = None
     row: int = 0
-    condition: Any = None
+    encoded: Tensor | None = None
 
     def freeze(self) -> None:
         """Turns this sequence's share of a running group, and the others', into rows of fixed tensors."""
@@ -46,11 +42,13 @@ class Slot:
     def fork(self) -> Slot:
         """A slot that goes on from here by itself. No tensor is copied: modules replace theirs by longer ones."""
         self.freeze()
-        return Slot(list(self.tokens), None, self.snapshot, self.row, self.condition)
+        return Slot(list(self.tokens), None, self.snapshot, self.row, self.encoded)
 
     def rewind(self, length: int) -> None:
-        """Forgets the tokens after the first `length`."""
-        if length < len(self.tokens):
+        """Forgets the tokens after the first `length`; at 0 it begins anew, with what an encoder made of its prompt."""
+        if length == 0:
+            self.tokens, self.group, self.snapshot = [], None, None
+        elif length < len(self.tokens):
             self.freeze()
             del self.tokens[length:]
 
@@ -75,20 +73,21 @@ class Group:
         return same and all(slot.group is self for slot in slots)
 
 
-class SlotCache:
-    """The `Cache` of a foreign model: slots instead of pages."""
+class Slots:
+    """The state slots of a foreign model, by number; what a sequence keeps costs memory when it is there."""
 
-    def __init__(self, layout: KVLayout, pages: int) -> None:
-        self.layout = layout
-        self.pages = pages
-        self.slots = [Slot() for _ in range(pages)]
+    def __init__(self, count: int) -> None:
+        self._slots = [Slot() for _ in range(count)]
+
+    def __getitem__(self, number: int) -> Slot:
+        return self._slots[number]
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """The targets hold what the sources hold."""
         for source, target in zip(sources, targets, strict=True):
-            self.slots[target] = self.slots[source].fork()
+            self._slots[target] = self._slots[source].fork()
 
-    def read(self, page: int) -> npt.NDArray[np.uint8]:
-        raise UnsupportedError("the cache of a PyTorch module cannot be saved; expected a built-in architecture")
-
-    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None:
-        raise UnsupportedError("the cache of a PyTorch module cannot be restored; expected a built-in architecture")
+    def clear(self, numbers: Sequence[int]) -> None:
+        """Forgets what these slots hold."""
+        for number in numbers:
+            self._slots[number] = Slot()
