@@ -75,7 +75,7 @@ def test_causal_folders_equal_hugging_face(kind: str, tmp_path: Path) -> None:
     module = save(kind, CAUSAL[kind], tmp_path, "ForCausalLM")
     with InferenceEngine.from_pretrained(tmp_path, device="cpu") as engine:
         assert isinstance(engine.model, ForeignModel)
-        assert engine.model.calls.abilities.style is not None, "its cache is used"
+        assert engine.model.calls.abilities.cache is not None, "its cache is used"
         ids = [engine.tokenizer.encode(prompt) for prompt in PROMPTS]  # type: ignore[union-attr]
         for options in OPTIONS:
             wanted = [reference(module, prompt, max_new_tokens=12, **options) for prompt in PROMPTS]

@@ -138,7 +138,7 @@ def test_every_style_gives_the_tokens_of_a_loop_by_hand(
     truth = module if kind is nn.Module else kind()
     wanted = [by_hand(truth, prompt) for prompt in PROMPTS]
     with quiet(module) as engine:
-        assert (engine.model.calls.abilities.style is not None) == cached
+        assert (engine.model.calls.abilities.cache is not None) == cached
         assert engine.generate(PROMPTS, max_new_tokens=NEW) == wanted
         assert engine.generate(PROMPTS, max_new_tokens=NEW, speculative="prompt_lookup") == wanted
 
@@ -181,7 +181,7 @@ def test_what_is_wrong_is_found_in_small_logits_too(kind: type) -> None:
             quiet(module)
     else:
         with quiet(module) as engine:
-            assert engine.model.calls.abilities.style is None
+            assert engine.model.calls.abilities.cache is None
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -330,7 +330,7 @@ def test_windows_count_the_distance_between_tokens_in_every_company() -> None:
         for p in PROMPTS
     ]
     with quiet(module) as engine:
-        assert engine.model.calls.abilities.gaps  # they do share calls
+        assert engine.model.calls.able.gaps  # they do share calls
         assert engine.generate(PROMPTS, max_new_tokens=NEW) == wanted
 
 

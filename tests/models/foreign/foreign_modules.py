@@ -24,11 +24,12 @@ class Layer(nn.Module):
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
 
-    def forward(self, x: Tensor, remember: Any, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, remember: Any, mask: Tensor | None = None, allowed: Tensor | None = None) -> Tensor:
         batch, time, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, time, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         k, v = remember(k, v)
-        allowed = causal_mask(time, k.shape[2])
+        causal = causal_mask(time, k.shape[2])
+        allowed = causal if allowed is None else causal & allowed
         if mask is not None:
             allowed = allowed & mask[:, None, None, :].bool()
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
@@ -163,3 +164,108 @@ class NotCausal(Base):
 class Raises(Base):
     def forward(self, ids: Tensor) -> Tensor:
         raise RuntimeError("out of cheese")
+
+
+class Rolling(Base):
+    """Attends to a window, by relative distance alone, and its cache keeps the last WINDOW positions."""
+
+    WINDOW = 16
+
+    def forward(self, ids: Tensor, past_kv: Any = None, use_cache: bool = False) -> Any:
+        hidden, present = self.embedding(ids), []
+        for index, layer in enumerate(self.layers):
+
+            def remember(k: Tensor, v: Tensor, index: int = index) -> tuple[Tensor, Tensor]:
+                if past_kv is not None:
+                    k, v = torch.cat((past_kv[index][0], k), 2), torch.cat((past_kv[index][1], v), 2)
+                present.append((k[:, :, -self.WINDOW :], v[:, :, -self.WINDOW :]))
+                return k, v
+
+            total = ids.shape[1] + (0 if past_kv is None else past_kv[index][0].shape[2])
+            rows = torch.arange(total - ids.shape[1], total)[:, None]
+            hidden = layer(hidden, remember, allowed=torch.arange(total)[None, :] > rows - self.WINDOW)
+        logits = self.head(self.norm(hidden))
+        return (logits, present) if use_cache else logits
+
+
+class Recurrent(nn.Module):
+    """An nn.LSTM or nn.GRU between embedding and head: a state of fixed size."""
+
+    max_seq_len = CONTEXT
+
+    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embedding, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.recurrent = kind(WIDTH, WIDTH, LAYERS, batch_first=True)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(2)
+
+    def forward(self, ids: Tensor, hidden: Any = None) -> tuple[Tensor, Any]:
+        x, hidden = self.recurrent(self.embedding(ids), hidden)
+        return self.head(x), hidden
+
+
+class WritesItsState(nn.Module):
+    """A linear recurrence whose state is written in place, and which takes one token at a time once it has one."""
+
+    max_seq_len = CONTEXT
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.embedding, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.decay = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, tokens: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert state is None or tokens.shape[1] == 1
+        state = torch.zeros(len(tokens), WIDTH) if state is None else state
+        rows = []
+        for x in self.embedding(tokens).unbind(1):
+            state.mul_(self.decay).add_(x)
+            rows.append(self.head(state))
+        return torch.stack(rows, 1), state
+
+
+class HiddenFirst(Plain):
+    """(hidden states, logits)."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(ids, 0)
+        for layer in self.layers:
+            x = layer(x, lambda k, v: (k, v))
+        return x, self.head(self.norm(x))
+
+
+class TimeFirst(Recurrent):
+    """ids (time, batch), as PyTorch's recurrent layers take them unless told otherwise."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids.T)[0].transpose(0, 1)
+
+
+class RulesOut(Plain):
+    """Some tokens are impossible."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        logits[..., 20:] = -torch.inf
+        return logits
+
+
+class Alone(PastArgument):
+    """Takes one sequence a call."""
+
+    def forward(self, x: Tensor, use_cache: bool = False, past_kv: Any = None) -> Any:
+        if len(x) > 1:
+            raise ValueError("a batch of more than one")
+        return super().forward(x, use_cache, past_kv)
+
+
+class Mixing(Plain):
+    """Rows of a batch influence each other."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        return logits - logits.amax(dim=(0, 2), keepdim=True)

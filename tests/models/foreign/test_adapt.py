@@ -53,7 +53,7 @@ def test_ragged_batches_chunks_forks_and_truncation_give_the_uncached_logits(kin
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if kind is modules.Plain else "error")
         model = adapt(module)
-    assert (model.calls.abilities.style is None) == (kind is modules.Plain)
+    assert (model.calls.abilities.cache is None) == (kind is modules.Plain)
     model.reserve_states(4)
     rng = np.random.default_rng(0)
     a, b, c = (rng.integers(0, 29, 14).tolist() for _ in range(3))
@@ -90,7 +90,7 @@ def test_modules_that_heed_a_mask_share_a_call_across_lengths() -> None:
     calls = []
     module = modules.Masked()
     model = adapt(module)
-    assert model.calls.abilities.gaps
+    assert model.calls.able.gaps
     model.reserve_states(2)
     step(model, (0, 0, [1, 2, 3]), (1, 0, [4]))
     module.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -103,14 +103,14 @@ def test_what_a_module_appends_to_its_cache_is_not_copied(kind) -> None:
     """Over more steps than the first room holds, the cache moves a few times only, and the logits stay right."""
     module = make(kind)
     model = adapt(module)
-    assert model.calls.abilities.grows
+    assert model.calls.able.grows
     model.reserve_states(2)
     text = np.random.default_rng(1).integers(0, 29, 60).tolist()
     step(model, (0, 0, text[:2]), (1, 0, text[:2]))
     places = set()
     for place in range(2, 60):
         a, b = step(model, (0, place, text[place : place + 1]), (1, place, text[place : place + 1]))
-        places.add(tuple(leaf.data_ptr() for leaf in model.calls.abilities.style.leaves(model.slots[0].group.past)))
+        places.add(tuple(leaf.data_ptr() for leaf in model.calls.able.style.leaves(model.slots[0].group.past)))
     assert len(places) == 1
     for row in (a, b):
         assert np.abs(row[-1] - truth(module, text)[-1]).max() < 1e-4
@@ -148,7 +148,7 @@ class Flattens(modules.PastArgument):
 def test_a_module_that_needs_its_cache_in_one_piece_gets_it_so() -> None:
     module = Flattens()
     model = adapt(module)
-    assert model.calls.abilities.style is not None and not model.calls.abilities.grows
+    assert model.calls.abilities.cache is not None and not model.calls.able.grows
     model.reserve_states(1)
     step(model, (0, 0, [1, 2, 3]))
     assert np.abs(step(model, (0, 3, [4]))[0] - truth(module, [1, 2, 3, 4])[-1]).max() < 1e-4
@@ -179,7 +179,7 @@ def test_a_wrong_cache_is_found_out_and_not_used() -> None:
     module = modules.WrongCache()
     with pytest.warns(UserWarning, match="differ from those without by up to"):
         model = adapt(module)
-    assert model.calls.abilities.style is None
+    assert model.calls.abilities.cache is None
 
 
 def test_training_mode_is_restored() -> None:
@@ -215,3 +215,41 @@ def test_vocabulary_and_device_that_do_not_fit() -> None:
         adapt(modules.PastArgument(), device="toaster")
     with pytest.raises(ConfigError, match=r"expected a torch.nn.Module"):
         adapt("model.pt")  # type: ignore[arg-type]
+
+
+def test_logits_are_told_from_hidden_states_beside_them() -> None:
+    module = modules.HiddenFirst()
+    with pytest.warns(UserWarning, match="no cache"):
+        model = adapt(module)
+    assert model.spec.vocabulary_size == modules.VOCABULARY
+
+
+def test_a_module_whose_ids_are_time_first_is_refused() -> None:
+    with pytest.raises(
+        ModelError, match=r"TimeFirst\.forward.* takes ids as \(time, batch\).*expected \(batch"
+    ):
+        adapt(modules.TimeFirst())
+
+
+def test_a_module_that_rules_tokens_out_keeps_its_infinities() -> None:
+    with pytest.warns(UserWarning, match="no cache"):
+        model = adapt(modules.RulesOut())
+    model.reserve_states(1)
+    (logits,) = step(model, (0, 0, [1, 2, 3]))
+    assert np.isneginf(logits[:, 20:]).all() and np.isfinite(logits[:, :20]).all()
+
+
+def test_logits_that_are_not_numbers_are_refused() -> None:
+    module = modules.Plain()
+    torch.nn.init.constant_(module.head.weight, float("nan"))
+    with pytest.raises(ModelError, match="returned logits that are not finite for ids"):
+        adapt(module)
+
+
+def test_modules_that_cannot_take_several_sequences_say_so() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not adapt(modules.Alone()).spec.batches
+    with pytest.warns(UserWarning, match="Mixing.*influence each other's logits, by up to .*; each is run by itself"):
+        assert not adapt(modules.Mixing(), use_kv_cache=False).spec.batches
+    assert adapt(modules.PastArgument()).spec.batches

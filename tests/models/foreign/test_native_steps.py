@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch")
 from torch.nn import functional as F  # noqa: E402
 
 from mnemos.models.foreign import native_steps as native_steps  # noqa: E402
-from mnemos.models.foreign.cache_styles import Axes  # noqa: E402
 from mnemos.models.foreign.growing_cache import GrowingTensor, make_room  # noqa: E402
 from mnemos.models.foreign.native_steps import MOST_ROWS, NativeOperators, copy_position, rms_norm, takes_rms_norm  # noqa: E402
 
@@ -184,7 +183,7 @@ def test_attention_over_growing_tensors_is_the_native_cores(
 ) -> None:
     torch.manual_seed(0)
     start = [torch.randn(2, 4, 3, 16) for _ in range(2)]
-    (keys, values), buffers = make_room(start, [Axes(0, 2)] * 2, [], 1, native)
+    (keys, values), buffers = make_room(start, [2, 2], [], 1, native)
     done: list[Any] = []
     attend = native.attend
     monkeypatch.setattr(native, "attend", lambda *args, **kwargs: done.append(attend(*args, **kwargs)) or done[-1])
@@ -197,7 +196,7 @@ def test_attention_over_growing_tensors_is_the_native_cores(
         attended = F.scaled_dot_product_attention(query, keys, values)
         assert attended is done[step]
         assert no_worse_than_pytorch(attended, F.scaled_dot_product_attention, query, *plain)
-        (keys, values), buffers = make_room([keys, values], [Axes(0, 2)] * 2, buffers, 1, native)
+        (keys, values), buffers = make_room([keys, values], [2, 2], buffers, 1, native)
     assert type(keys) is GrowingTensor and torch.equal(keys.as_subclass(torch.Tensor), plain[0])
     masked = torch.ones(2, 1, 1, keys.shape[2], dtype=torch.bool)
     F.scaled_dot_product_attention(torch.randn(2, 4, 1, 16), keys, values, attn_mask=masked)

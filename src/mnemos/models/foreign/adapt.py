@@ -9,12 +9,13 @@ from torch import nn
 
 from mnemos.contract import NO_PAGES, ModelSpec
 from mnemos.errors import ConfigError, ModelError
-from mnemos.models.foreign.call import Caller, describe
-from mnemos.models.foreign.causal import CausalCalls
+from mnemos.models.foreign.call import Caller
+from mnemos.models.foreign.causal import causal_calls
 from mnemos.models.foreign.encoder_decoder import EncoderDecoderModel, adapt_encoder_decoder
 from mnemos.models.foreign.model import ForeignModel
 from mnemos.models.foreign.probe import Probe
 from mnemos.models.foreign.settings import find_context, special_tokens
+from mnemos.models.foreign.signature import describe
 
 
 def adapt(
@@ -53,12 +54,13 @@ def adapt(
             f"the tokenizer has {vocabulary_size} tokens but {describe(module)} returns {abilities.vocabulary} logits; "
             "expected at least as many logits as tokens"
         )
-    if use_kv_cache and abilities.style is None:
+    if use_kv_cache and abilities.cache is None:
         warnings.warn(
             f"{type(module).__name__} has no cache that can be used: every token runs over the whole text again, which "
             "is slow. Give forward a past_kv argument and return (logits, past_kv), or use CachedAttention.",
             stacklevel=3,
         )
+    cache = abilities.cache
     spec = ModelSpec(
         architecture=type(module).__name__,
         vocabulary_size=abilities.vocabulary,
@@ -66,11 +68,13 @@ def adapt(
         hidden_size=abilities.hidden_size,
         layout=NO_PAGES,
         states=True,
-        chunks=abilities.chunks,  # without a cache, too, a prompt is better run once
+        chunks=cache is not None and cache.chunks,  # without a cache, too, a prompt is better run once
+        batches=abilities.batches,
+        rewinds=cache is None or cache.rewinds,
         **special_tokens(inner, abilities.vocabulary),
         parameters=sum(p.numel() for p in module.parameters()),
     )
-    return ForeignModel(caller, CausalCalls(caller, abilities), spec)
+    return ForeignModel(caller, causal_calls(caller, abilities), spec)
 
 
 def _device(name: str) -> torch.device:

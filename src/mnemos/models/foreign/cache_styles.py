@@ -29,12 +29,14 @@ class CacheStyle(Protocol):
 class NestedStyle:
     """A tuple, list or mapping of tensors, nested as one likes; the first call gets none.
 
-    template: such a cache behind `length` tokens. A number in it that is just that is taken to be the length.
+    template: such a cache after `length` tokens. A number in it that is just that is taken to be the length;
+    `counts` says whether there is one.
     """
 
     def __init__(self, template: Any, length: int) -> None:
         self.template = template
         self.template_length = length
+        self.counts = _holds_number(template, length)
 
     def empty(self) -> Any:
         return None
@@ -61,6 +63,14 @@ class NestedStyle:
 
     def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
         return self.build(leaves, length)
+
+
+def _holds_number(item: Any, number: int) -> bool:
+    if isinstance(item, Mapping):
+        item = tuple(item.values())
+    if isinstance(item, (tuple, list)):
+        return any(_holds_number(value, number) for value in item)
+    return type(item) is int and item == number
 
 
 def _collect(item: Any, found: list[Tensor]) -> None:
@@ -160,10 +170,10 @@ class KVCacheStyle:
 
 @dataclass(frozen=True)
 class Axes:
-    """Where a cache tensor has its batch and its time."""
+    """Where a cache tensor has its batch and its time; None: it has a state of fixed size in place of positions."""
 
     batch: int
-    time: int
+    time: int | None
 
 
 def find_axes(short: list[Tensor], longer: list[Tensor], wider: list[Tensor]) -> list[Axes] | None:
@@ -174,57 +184,72 @@ def find_axes(short: list[Tensor], longer: list[Tensor], wider: list[Tensor]) ->
             return None
         time = [i for i in range(a.dim()) if b.shape[i] != a.shape[i]]
         batch = [i for i in range(a.dim()) if c.shape[i] != a.shape[i]]
-        if len(time) != 1 or len(batch) != 1 or time == batch or b.shape[time[0]] != a.shape[time[0]] + 1:
+        if len(batch) != 1 or len(time) > 1 or time == batch:
             return None
-        found.append(Axes(batch[0], time[0]))
+        if time and b.shape[time[0]] != a.shape[time[0]] + 1:
+            return None
+        found.append(Axes(batch[0], time[0] if time else None))
     return found
 
 
 @dataclass
 class Snapshot:
-    """The cache tensors of several sequences after a call.
+    """The cache tensors of several sequences after a call over `length` positions, padding included.
 
-    real (batch, time) bool says which positions are real where padding left gaps; None where all are.
+    A tensor may hold fewer: a module that attends to a window can keep the last positions alone.
+    real (batch, length) bool says which are real where padding left gaps; None where all are.
     """
 
     leaves: list[Tensor]
     axes: list[Axes]
-    real: Tensor | None
+    length: int
+    real: Tensor | None = None
     cross: Snapshot | None = None  # of an encoder-decoder model: keys and values over the encoder's output
 
+    def holds(self, row: int, length: int) -> bool:
+        """Whether all that is needed of the row's first `length` real positions is there."""
+        shortest, fixed = self.length, False
+        for leaf, axes in zip(self.leaves, self.axes, strict=True):
+            if axes.time is None:
+                fixed = True
+            else:
+                shortest = min(shortest, leaf.shape[axes.time])
+        dropped = self.length - shortest
+        if not dropped and not fixed:
+            return True
+        columns = list(range(self.length)) if self.real is None else self.real[row].nonzero().flatten().tolist()
+        return len(columns) == length and columns[length - min(length, shortest)] >= dropped
+
     def row(self, index: int, row: int, length: int) -> Tensor:
-        """Leaf `index` of one sequence: batch axis of 1, exactly its first `length` real positions."""
+        """Leaf `index` of one sequence: batch axis of 1, of its first `length` real positions those that are there."""
         axes, leaf = self.axes[index], self.leaves[index]
         one = leaf.narrow(axes.batch, row, 1)
+        if axes.time is None:
+            return one
+        held = leaf.shape[axes.time]
         if self.real is None:
-            return one.narrow(axes.time, 0, length)
-        real = self.real[row].nonzero().flatten()[:length]
-        return one.index_select(axes.time, real)
+            return one.narrow(axes.time, 0, min(length, held))
+        columns = self.real[row].nonzero().flatten()[:length]
+        return one.index_select(axes.time, columns[-held:] - (self.length - held))
 
 
 def side_by_side(parts: list[tuple[Snapshot, int, int]]) -> tuple[list[Tensor], Tensor | None]:
-    """Puts sequences (source, row, length) side by side: leaves padded on the left, and `real` (None: no gaps).
+    """Sequences (snapshot, row, length) joined: leaves padded on the left, and which positions are real (None: all).
 
     Padded on the left, tokens stay as far from each other as they are, which is what a module with a window counts.
     """
     first = parts[0][0]
     lengths = [length for _, _, length in parts]
     longest = max(lengths)
-    if first.real is None and all(source is first for source, _, _ in parts) and min(lengths) == longest:
-        order = [row for _, row, _ in parts]
-        unchanged = order == list(range(first.leaves[0].shape[first.axes[0].batch]))
-        rows = torch.tensor(order, device=first.leaves[0].device)
-        leaves = [
-            (leaf if unchanged else leaf.index_select(axes.batch, rows)).narrow(axes.time, 0, longest)
-            for leaf, axes in zip(first.leaves, first.axes, strict=True)
-        ]
-        return leaves, None
+    if first.real is None and all(one is first for one, _, _ in parts) and min(lengths) == longest:
+        rows = [row for _, row, _ in parts]
+        return [_rows(leaf, axes, rows, longest) for leaf, axes in zip(first.leaves, first.axes, strict=True)], None
     leaves = []
     for index, axes in enumerate(first.axes):
         padded = []
-        for source, row, length in parts:
-            one = source.row(index, row, length)
-            if length < longest:
+        for snapshot, row, length in parts:
+            one = snapshot.row(index, row, length)
+            if length < longest and axes.time is not None:
                 shape = list(one.shape)
                 shape[axes.time] = longest - length
                 one = torch.cat((one.new_zeros(shape), one), dim=axes.time)
@@ -234,5 +259,13 @@ def side_by_side(parts: list[tuple[Snapshot, int, int]]) -> tuple[list[Tensor], 
         return leaves, None
     device = leaves[0].device
     gaps = torch.tensor([longest - length for length in lengths], device=device)
-    real = torch.arange(longest, device=device)[None, :] >= gaps[:, None]
-    return leaves, real
+    return leaves, torch.arange(longest, device=device)[None, :] >= gaps[:, None]
+
+
+def _rows(leaf: Tensor, axes: Axes, rows: list[int], length: int) -> Tensor:
+    """These rows of a leaf, of at most the first `length` positions; a state, which modules write to, as a copy."""
+    if rows != list(range(leaf.shape[axes.batch])):
+        leaf = leaf.index_select(axes.batch, torch.tensor(rows, device=leaf.device))
+    elif axes.time is None:
+        leaf = leaf.clone()
+    return leaf if axes.time is None else leaf.narrow(axes.time, 0, min(length, leaf.shape[axes.time]))

@@ -1,12 +1,10 @@
-"""How a foreign module's forward is called, and how its answer is read."""
+"""How a foreign module's forward is called."""
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,116 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.errors import ModelError
+from mnemos.models.foreign.answer import Answer, AnswerReader
 from mnemos.models.foreign.cache_styles import AttentionStyle, CacheStyle, KVCacheStyle
 from mnemos.models.foreign.native_steps import NativeOperators
 from mnemos.models.foreign.packed_layers import PackedLayers
+from mnemos.models.foreign.signature import describe, read_signature, unwrap
 from mnemos.models.foreign.stored_tensors import StoredTensors
-
-MASK_NAMES = ("attention_mask",)
-POSITION_NAMES = ("position_ids", "positions")
-OFFSET_NAMES = ("start_pos", "past_length")
-PAST_NAMES = (
-    "past_key_values", "past_kv", "past_kvs", "past_key_value", "past", "layer_past", "kv_cache", "kv_caches", "cache",
-    "caches",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Signature:
-    """The names under which a forward takes what the engine has to say; None where it takes no such thing.
-
-    positions: (batch, time); offset: one number, the position of the first new token of all sequences; required: the
-    names that have no default.
-    """
-
-    ids: str
-    mask: str | None
-    positions: str | None
-    offset: str | None
-    past: str | None
-    use_cache: bool
-    logits_to_keep: bool
-    required: frozenset[str]
-
-
-def describe(module: nn.Module) -> str:
-    """The module's class and its forward's signature, for messages."""
-    inner = unwrap(module)
-    name = type(module).__name__ if inner is module else f"{type(module).__name__}({type(inner).__name__})"
-    return f"{name}.forward{_signature(inner)}"
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module that says what it takes, inside wrappers that hand on (*args, **kwargs) such as DataParallel."""
-    while not any(p.kind in _NAMED for p in _signature(module).parameters.values()):
-        children = list(module.children())
-        if len(children) != 1:
-            break
-        module = children[0]
-    return module
-
-
-_NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-
-def _signature(module: nn.Module) -> inspect.Signature:
-    schema: Any = getattr(module.forward, "schema", None)
-    if schema is None:
-        return inspect.signature(module.forward)
-    given = schema.arguments[1:]  # TorchScript keeps no signature, but says as much itself
-    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
-    defaults = [one.default_value if one.has_default_value() else empty for one in given]
-    return inspect.Signature(
-        [inspect.Parameter(one.name, kind, default=value) for one, value in zip(given, defaults, strict=True)]
-    )
-
-
-def read_signature(module: nn.Module) -> Signature:
-    """What module.forward takes, by the names that people write. ModelError: token ids alone are not enough."""
-    named = {name: p for name, p in _signature(unwrap(module)).parameters.items() if p.kind in _NAMED}
-    if "input_ids" in named:
-        ids = "input_ids"
-    elif named:
-        ids = next(iter(named))
-    else:
-        raise ModelError(
-            f"{describe(module)} names no argument; expected forward(input_ids, ...) with int64 (batch, time)"
-        )
-
-    def first(names: tuple[str, ...]) -> str | None:
-        return next((name for name in names if name in named), None)
-
-    known = {ids, *MASK_NAMES, *POSITION_NAMES, *OFFSET_NAMES, *PAST_NAMES, "use_cache", "logits_to_keep"}
-    required = frozenset(name for name, p in named.items() if p.default is inspect.Parameter.empty)
-    unknown = [name for name in named if name in required - known]
-    if unknown:
-        raise ModelError(
-            f"{describe(module)} requires {', '.join(unknown)}, which the engine does not have; "
-            f"expected forward(input_ids) with, at most, {', '.join(sorted(known - {ids}))} beside it"
-        )
-    return Signature(
-        ids=ids,
-        mask=first(MASK_NAMES),
-        positions=first(POSITION_NAMES),
-        offset=first(OFFSET_NAMES),
-        past=first(PAST_NAMES),
-        use_cache="use_cache" in named,
-        logits_to_keep="logits_to_keep" in named,
-        required=required,
-    )
-
 
 # A module is changed while an engine calls it, so it is lent to one engine at a time.
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
-
-
-@dataclass
-class Answer:
-    """logits (batch, time or 1, vocabulary); past: the cache as the module returned it, or None."""
-
-    logits: Tensor
-    past: Any
 
 
 class Caller:
@@ -133,6 +31,7 @@ class Caller:
         self.module = module
         self.inner = unwrap(module)
         self.signature = read_signature(module)
+        self._reader = AnswerReader(module)
         self._first = next(module.parameters(), None)
         self._members = list(module.modules())
         with _LOCKS_LOCK:
@@ -194,7 +93,7 @@ class Caller:
                 output = self.module(input_ids=ids, **arguments)
             else:
                 output = self.module(ids, **arguments)
-        return read_output(output, self.module)
+        return self._reader.read(output, ids)
 
     @contextmanager
     def running(self, ids: Tensor) -> Iterator[None]:
@@ -279,43 +178,3 @@ def advance(
             past.increment_length(ids.shape[1])
         return answer.logits, past
     return answer.logits, answer.past if answer.past is not None else past
-
-
-def read_output(output: Any, module: nn.Module) -> Answer:
-    """Logits and cache from a tensor, a tuple, a mapping or an object with `.logits`."""
-    past: Any = None
-    if isinstance(output, Tensor):
-        logits: Any = output
-    elif hasattr(output, "logits"):
-        logits = output.logits
-        past = next((getattr(output, n) for n in PAST_NAMES if getattr(output, n, None) is not None), None)
-    elif isinstance(output, Mapping):
-        logits = output.get("logits")
-        past = next((output[n] for n in PAST_NAMES if output.get(n) is not None), None)
-    elif isinstance(output, (tuple, list)):
-        logits = next((item for item in output if isinstance(item, Tensor) and item.dim() == 3), None)
-        past = next((item for item in output if item is not logits and _may_be_past(item)), None)
-    else:
-        logits = None
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
-        seen = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
-        raise ModelError(
-            f"{describe(module)} returned {seen}; expected floating-point logits of shape (batch, time, vocabulary): "
-            "a tensor, the first such tensor of a tuple, a mapping's 'logits', or an object's .logits"
-        )
-    return Answer(logits, past)
-
-
-def _may_be_past(item: Any) -> bool:
-    """Tensors in a container or object, or one that stacks all layers: at least (layer, batch, time, width)."""
-    return item.dim() >= 4 if isinstance(item, Tensor) else holds_tensors(item)
-
-
-def holds_tensors(item: Any) -> bool:
-    if isinstance(item, Tensor):
-        return True
-    if isinstance(item, Mapping):
-        return any(holds_tensors(value) for value in item.values())
-    if isinstance(item, (tuple, list)):
-        return any(holds_tensors(value) for value in item)
-    return hasattr(item, "get_seq_length") or hasattr(item, "leaves")

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from mnemos.contract import NO_PAGES, Batch, ModelSpec, Output
 from mnemos.errors import ConfigError, ModelError
 from mnemos.models.foreign.cache_styles import Axes, HuggingFaceStyle, Snapshot, side_by_side
-from mnemos.models.foreign.call import Caller, describe
+from mnemos.models.foreign.call import Caller
 from mnemos.models.foreign.jobs import Bools, Job, JobOutput, pad, split
 from mnemos.models.foreign.model import ForeignModel
 from mnemos.models.foreign.settings import find_context, setting, special_tokens
+from mnemos.models.foreign.signature import describe
 from mnemos.models.foreign.slots import Group
 
 _AXES = Axes(batch=0, time=2)
@@ -58,7 +59,8 @@ class EncoderDecoderCalls:
                 past_key_values=past,
                 use_cache=True,
             )
-        group = Group(output.past_key_values, [job.slot for job in jobs], self._snapshot, mask)
+        length = jobs[0].start + len(jobs[0].new)
+        group = Group(output.past_key_values, [job.slot for job in jobs], self._snapshot, length, mask)
         for job in jobs:
             job.slot.tokens += job.new
             job.slot.group, job.slot.snapshot = group, None
@@ -72,8 +74,9 @@ class EncoderDecoderCalls:
     def _snapshot(self, group: Group) -> Snapshot:
         past = group.past
         own, cross = (HuggingFaceStyle().leaves(c) for c in (past.self_attention_cache, past.cross_attention_cache))
-        # `real` is of the encoder's positions; the decoder's own have no gaps.
-        return Snapshot(own, [_AXES] * len(own), None, Snapshot(cross, [_AXES] * len(cross), group.real))
+        assert group.real is not None  # of the encoder's positions; the decoder's own have no gaps
+        encoded = Snapshot(cross, [_AXES] * len(cross), group.real.shape[1], group.real)
+        return Snapshot(own, [_AXES] * len(own), group.length, None, encoded)
 
     def _assemble(self, jobs: list[Job]) -> tuple[Any, Tensor | None]:
         """The cache of these sequences' earlier tokens, and which of the encoder's positions are real."""

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemos.models.foreign.cache_styles import Axes
 from mnemos.models.foreign.native_steps import NativeOperators, copy_position
 
 LEAST_ROOM = 128  # positions
@@ -119,11 +118,11 @@ def _attended(query: Any = None, key: Any = None, value: Any = None, *rest: Any,
 
 
 def make_room(
-    leaves: list[Tensor], axes: list[Axes], buffers: list[Buffer], count: int, native: NativeOperators | None = None
+    leaves: list[Tensor], axes: list[int], buffers: list[Buffer], count: int, native: NativeOperators | None = None
 ) -> tuple[list[Tensor], list[Buffer]]:
     """Leaves of a cache as growing tensors with room for `count` more positions, and their buffers.
 
-    buffers: those of the step before, or none.
+    axes: of time; buffers: those of the step before, or none.
     """
     made: list[Buffer | None] = list(buffers) if buffers else [None] * len(leaves)
     grown: list[Tensor | None] = []
@@ -137,9 +136,9 @@ def make_room(
     missing = [index for index, leaf in enumerate(grown) if leaf is None]
     if not missing:
         return cast(list[Tensor], grown), buffers
-    shapes = [_roomy(leaves[index], axes[index].time, count) for index in missing]
+    shapes = [_roomy(leaves[index], axes[index], count) for index in missing]
     for index, memory in zip(missing, _memory([leaves[index] for index in missing], shapes), strict=True):
-        buffer = made[index] = Buffer(leaves[index], axes[index].time, memory, native)
+        buffer = made[index] = Buffer(leaves[index], axes[index], memory, native)
         grown[index] = GrowingTensor.of(buffer)
     return cast(list[Tensor], grown), cast(list[Buffer], made)
 

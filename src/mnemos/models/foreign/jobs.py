@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mnemos.errors import ModelError
-from mnemos.models.foreign.call import Caller, describe
+from mnemos.models.foreign.call import Caller
+from mnemos.models.foreign.signature import describe
 from mnemos.models.foreign.slots import Slot
 
 Bools = npt.NDArray[np.bool_]
@@ -20,16 +21,27 @@ Rows = npt.NDArray[np.float32]
 
 @dataclass
 class Job:
-    """The new tokens of one sequence in this step, from position `start`; `first_row` is their place in the batch."""
+    """The tokens of one sequence that are run in this step, from position `start`.
+
+    The last `rows` of them are the batch's, from its row `first_row` on; any before were run once and are again, as
+    their cache is gone.
+    """
 
     slot: Slot
     start: int
     new: list[int]
     first_row: int
+    rows: int
 
     def wants_earlier(self, wanted: Bools) -> bool:
         """Whether `wanted` (T,), of the batch's rows, holds any of this sequence but its last."""
-        return bool(wanted[self.first_row : self.first_row + len(self.new) - 1].any())
+        return bool(wanted[self.first_row : self.first_row + self.rows - 1].any())
+
+    def again(self) -> Job:
+        """The same with all earlier tokens before, for a sequence whose cache is gone."""
+        tokens = self.slot.tokens
+        self.slot.rewind(0)
+        return Job(self.slot, 0, tokens + self.new, self.first_row, self.rows)
 
 
 @dataclass
@@ -73,7 +85,7 @@ def split(jobs: list[Job], logits: Tensor, lengths: list[int], caller: Caller, v
     outputs = []
     for row, (job, length) in enumerate(zip(jobs, lengths, strict=True)):
         end = min(length, answered)
-        rows = slice(max(0, end - len(job.new)), end)
+        rows = slice(max(0, end - job.rows), end)
         read = None if hidden is None else _array(hidden[row, max(0, hidden.shape[1] - answered) :][rows])
         outputs.append(JobOutput(job, _array(logits[row, rows]), read))
     return outputs

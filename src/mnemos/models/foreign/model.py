@@ -10,8 +10,9 @@ from torch import nn
 
 from mnemos.contract import Batch, ModelSpec, Output
 from mnemos.errors import ConfigError, ModelError, UnsupportedError
-from mnemos.models.foreign.call import Caller, describe
+from mnemos.models.foreign.call import Caller
 from mnemos.models.foreign.jobs import Calls, Job, JobOutput
+from mnemos.models.foreign.signature import describe
 from mnemos.models.foreign.slots import Slots
 
 
@@ -57,7 +58,7 @@ class ForeignModel:
         hidden = np.zeros((len(batch.logit_rows), self.spec.hidden_size), dtype=np.float32)
         for together in self.calls.partition(jobs):
             for output in self.calls.run(together, wanted):
-                first, count = output.job.first_row, len(output.job.new)
+                first, count = output.job.first_row, output.job.rows
                 for offset in np.flatnonzero(wanted[first : first + count]):
                     row = self._row(output, offset - count)
                     logits[target[first + offset]] = output.logits[row]
@@ -82,5 +83,5 @@ class ForeignModel:
             if start > len(slot.tokens):
                 raise ModelError(f"position {start} follows {len(slot.tokens)} tokens; expected no gap")
             slot.rewind(start)
-            jobs.append(Job(slot, start, batch.token_ids[first:last].tolist(), first))
+            jobs.append(Job(slot, start, batch.token_ids[first:last].tolist(), first, last - first))
         return jobs

@@ -39,6 +39,10 @@ class Slot:
             if member.group is group:
                 member.snapshot, member.row, member.group = snapshot, row, None
 
+    def holds(self, length: int) -> bool:
+        """Whether the cache of the first `length` tokens is there; one that has no more than it needs may be gone."""
+        return self.group is not None or (self.snapshot is not None and self.snapshot.holds(self.row, length))
+
     def fork(self) -> Slot:
         """A slot that goes on from here by itself. No tensor is copied: modules replace theirs by longer ones."""
         self.freeze()
@@ -57,14 +61,17 @@ class Slot:
 class Group:
     """Sequences that ran together last, with the cache in the module's own form.
 
-    take: makes a snapshot of the group; real (batch, time) bool: which positions are not padding, None for all;
-    buffers: the memory of the cache's tensors, once they have room to grow.
+    take: makes a snapshot of the group; length: the positions that its cache covers, padding included; real (batch,
+    length) bool: which are not padding, None for all; leaves: the cache's tensors; buffers: their memory, once they
+    have room to grow.
     """
 
     past: Any
     slots: list[Slot]
     take: Callable[[Group], Snapshot]
+    length: int
     real: Tensor | None = None
+    leaves: list[Tensor] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)
 
     def is_exactly(self, slots: list[Slot]) -> bool:

@@ -1,0 +1,78 @@
+"""How the answer of a foreign module's forward is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mnemos.errors import ModelError
+from mnemos.models.foreign.signature import PAST_NAMES, describe
+
+
+@dataclass
+class Answer:
+    """logits (batch, time or 1, vocabulary); past: the cache as the module returned it, or None."""
+
+    logits: Tensor
+    past: Any
+
+
+class AnswerReader:
+    """Finds logits and cache in a tensor, a tuple, a mapping or an object with `.logits`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._vocabularies = {m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)}
+
+    def read(self, output: Any, ids: Tensor) -> Answer:
+        """What the module answered to ids (batch, time). ModelError: there are no logits in it."""
+        past: Any = None
+        if isinstance(output, Tensor):
+            logits: Any = output
+        elif hasattr(output, "logits"):
+            logits = output.logits
+            past = next((getattr(output, n) for n in PAST_NAMES if getattr(output, n, None) is not None), None)
+        elif isinstance(output, Mapping):
+            logits = output.get("logits")
+            past = next((output[n] for n in PAST_NAMES if output.get(n) is not None), None)
+        elif isinstance(output, (tuple, list)):
+            logits = self._logits(output, ids)
+            past = _past([item for item in output if item is not logits])
+        else:
+            logits = None
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
+            seen = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+            raise ModelError(
+                f"{describe(self._module)} returned {seen}; expected floating-point logits of shape (batch, time, "
+                "vocabulary): a tensor, such a tensor of a tuple, a mapping's 'logits', or an object's .logits"
+            )
+        return Answer(logits, past)
+
+    def _logits(self, items: Any, ids: Tensor) -> Tensor | None:
+        """Of several tensors (batch, time or 1, width), as of hidden states beside logits, the one that is as wide as
+        an embedding has entries; where that does not tell them apart, the first."""
+        tensors = [item for item in items if isinstance(item, Tensor) and item.dim() == 3]
+        fitting = [one for one in tensors if len(one) == len(ids) and one.shape[1] in (1, ids.shape[1])] or tensors
+        known = [one for one in fitting if one.shape[2] in self._vocabularies]
+        return next(iter(known or fitting), None)
+
+
+def _past(items: list[Any]) -> Any:
+    """Tensors in a container or object, or one that stacks all layers; else a single tensor, as a GRU's state."""
+    for item in items:
+        if item.dim() >= 4 if isinstance(item, Tensor) else _holds_tensors(item):
+            return item
+    return next((item for item in items if isinstance(item, Tensor) and item.dim() >= 2), None)
+
+
+def _holds_tensors(item: Any) -> bool:
+    if isinstance(item, Tensor):
+        return True
+    if isinstance(item, Mapping):
+        return any(_holds_tensors(value) for value in item.values())
+    if isinstance(item, (tuple, list)):
+        return any(_holds_tensors(value) for value in item)
+    return hasattr(item, "get_seq_length") or hasattr(item, "leaves")

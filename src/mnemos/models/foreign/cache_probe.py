@@ -1,0 +1,205 @@
+"""What a foreign module's cache can do, found by trying the styles that people write."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mnemos.errors import ModelError
+from mnemos.models.foreign.cache_styles import (
+    AttentionStyle,
+    Axes,
+    CacheStyle,
+    HuggingFaceStyle,
+    KVCacheStyle,
+    NestedStyle,
+    Snapshot,
+    find_axes,
+    side_by_side,
+)
+from mnemos.models.foreign.call import Caller, advance
+from mnemos.models.foreign.comparison import difference
+from mnemos.models.foreign.growing_cache import Buffer, make_room
+from mnemos.models.foreign.signature import describe
+
+PROBE_LENGTH = 6
+
+
+@dataclass(frozen=True)
+class CacheAbilities:
+    """What a module was found to be able to do with its cache.
+
+    style, axes   how the cache is handled, and where its tensors have batch and time
+    chunks        it is continued with several tokens at once
+    gaps          the module heeds a mask, so that caches of different lengths can share a call
+    grows         it takes tensors that have room to grow, and appends to them
+    aligned       without gaps, only sequences that are equally far can share a call
+    """
+
+    style: CacheStyle
+    axes: list[Axes]
+    chunks: bool
+    gaps: bool
+    grows: bool
+    aligned: bool
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether it can go back to any earlier position: it has keys and values, and no state of fixed size."""
+        return all(axes.time is not None for axes in self.axes)
+
+
+class CacheProbe:
+    """Tries a module's cache on ids (2, PROBE_LENGTH), with `tolerance` between logits that should be the same."""
+
+    def __init__(self, caller: Caller, ids: Tensor, tolerance: float) -> None:
+        self.caller = caller
+        self.ids = ids
+        self.tolerance = tolerance
+
+    def run(self, batches: bool, last_only: bool) -> CacheAbilities | None:
+        """None: the module has no cache that can be used. For the arguments see `Abilities`."""
+        style, axes = self._find_style()
+        if style is None:
+            return None
+        names, fixed = self.caller.signature, any(one.time is None for one in axes)
+        keeps_positions = not all(one.time is None for one in axes)
+        counts = isinstance(style, NestedStyle) and style.counts
+        return CacheAbilities(
+            style,
+            axes,
+            chunks=self._takes_chunks(style),
+            gaps=batches and not (fixed or last_only) and self._gaps_agree(style, axes),
+            grows=batches and not fixed and self._grows(style, axes),
+            aligned=keeps_positions or counts or names.offset is not None or names.mask in names.required,
+        )
+
+    def _positions(self, start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop, device=self.caller.device)[None, :]
+
+    def _find_style(self) -> tuple[CacheStyle | None, list[Axes]]:
+        reason: BaseException | None = None
+        for style in self._candidates():
+            try:
+                axes = self._axes(style)
+                agrees = axes is not None and self._agrees(style, (3, 1, 1, 1))
+            except ModelError as error:
+                reason = error.__cause__ or error
+                continue
+            if axes is not None and agrees:
+                return style, axes
+        if reason is not None:
+            warnings.warn(f"the cache of {describe(self.caller.module)} is not used: {reason}", stacklevel=5)
+        return None, []
+
+    def _candidates(self) -> list[CacheStyle]:
+        caller = self.caller
+        style = AttentionStyle(caller.module)
+        if style.layers:
+            return [style]
+        if caller.signature.past is None:
+            return []
+        if hasattr(caller.inner, "generation_config"):
+            return [HuggingFaceStyle()]
+        try:
+            returned = caller(self.ids[:1, :3], use_cache=True, positions=self._positions(0, 3)).past
+        except ModelError:
+            returned = None
+        if returned is not None:
+            return [HuggingFaceStyle() if hasattr(returned, "get_seq_length") else NestedStyle(returned, 3)]
+        # It wants a cache to be given, as a first one.
+        hugging_face: list[CacheStyle] = [HuggingFaceStyle()] if caller.signature.past == "past_key_values" else []
+        return [*hugging_face, KVCacheStyle()]
+
+    def step(self, style: CacheStyle, ids: Tensor, past: Any, start: int) -> tuple[Tensor, Any]:
+        """One call that continues `past`, which covers the positions before `start`."""
+        return advance(
+            self.caller, style, ids, past, self._positions(start, start + ids.shape[1]).expand(ids.shape), None
+        )
+
+    def _axes(self, style: CacheStyle) -> list[Axes] | None:
+        leaves = []
+        for rows, length in ((1, 3), (1, 4), (2, 3)):
+            _, past = self.step(style, self.ids[:rows, :length], style.empty(), 0)
+            leaves.append(style.leaves(past) if past is not None else [])
+        return find_axes(*leaves) if leaves[0] and len({len(item) for item in leaves}) == 1 else None
+
+    def _agrees(self, style: CacheStyle, pieces: tuple[int, ...]) -> bool:
+        """Whether the cache, fed in `pieces` and rebuilt between, gives the logits of the whole, within rounding."""
+        whole = self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH)).logits
+        past, start, apart = style.empty(), 0, 0.0
+        for piece in pieces:
+            if start:
+                past = style.build(style.leaves(past), start)
+            logits, past = self.step(style, self.ids[:1, start : start + piece], past, start)
+            start += piece
+            if logits.shape[::2] != whole.shape[::2]:
+                raise ModelError(
+                    f"{describe(self.caller.module)} returned logits of shape {tuple(logits.shape)} with its cache; "
+                    f"expected (1, {piece}, {whole.shape[2]})"
+                )
+            if logits.shape[1] == piece and whole.shape[1] == PROBE_LENGTH:
+                apart = max(apart, difference(logits, whole[:, start - piece : start]))
+            elif start == PROBE_LENGTH:
+                apart = max(apart, difference(logits[:, -1], whole[:, -1]))
+        if apart > self.tolerance and all(piece == 1 for piece in pieces[1:]):
+            warnings.warn(
+                f"{describe(self.caller.module)}: logits with its cache differ from those without by up to "
+                f"{apart:.3g} (allowed {self.tolerance:.3g}); it is not used, every step runs over all tokens",
+                stacklevel=5,
+            )
+        return apart <= self.tolerance
+
+    def _takes_chunks(self, style: CacheStyle) -> bool:
+        try:
+            return self._agrees(style, (3, 3))
+        except ModelError:  # such as a recurrent module that makes one step at a time
+            return False
+
+    def _grows(self, style: CacheStyle, axes: list[Axes]) -> bool:
+        """Whether two sequences get the same logits with tensors that have room to grow, and were written into it."""
+        if any(hasattr(module, "_orig_mod") for module in self.caller.module.modules()):
+            return False  # what is compiled knows tensors of its own kind only
+        pasts = [self.step(style, self.ids[:, :3], style.empty(), 0)[1] for _ in range(2)]
+        buffers: list[Buffer] = []
+        times = [one.time for one in axes if one.time is not None]
+        for start in (3, 4):
+            new = self.ids[:, start : start + 1]
+            wanted, pasts[0] = self.step(style, new, pasts[0], start)
+            leaves, buffers = make_room(style.leaves(pasts[1]), times, buffers, 1, self.caller.native)
+            try:
+                got, pasts[1] = self.step(style, new, style.replace(pasts[1], leaves, start), start)
+            except ModelError:  # such as a view over axes that are not adjacent in memory
+                return False
+            held = style.leaves(pasts[1])
+            if difference(got, wanted) > self.tolerance or len(held) != len(buffers):
+                return False
+            if not all(
+                buffer.filled == start + 1 and buffer.holds(leaf) for buffer, leaf in zip(buffers, held, strict=True)
+            ):
+                return False
+        return True
+
+    def _gaps_agree(self, style: CacheStyle, axes: list[Axes]) -> bool:
+        """Whether two sequences of different length can share a step, the gap between them masked."""
+        heeds_mask = self.caller.signature.mask or isinstance(style, AttentionStyle)
+        if not heeds_mask or self.caller.signature.offset:
+            return False
+        parts, alone = [], []
+        for row, length in ((0, 4), (1, 2)):
+            _, past = self.step(style, self.ids[row : row + 1, :length], style.empty(), 0)
+            parts.append((Snapshot([leaf.clone() for leaf in style.leaves(past)], axes, length), 0, length))
+            alone.append(self.step(style, self.ids[row : row + 1, length : length + 1], past, length)[0])
+        leaves, real = side_by_side(parts)
+        assert real is not None
+        ids = torch.stack((self.ids[0, 4:5], self.ids[1, 2:3]))
+        positions = torch.tensor([[4], [2]], device=self.caller.device)
+        try:
+            together, _ = advance(self.caller, style, ids, style.build(leaves, 4), positions, real)
+        except ModelError:
+            return False
+        return difference(together, torch.cat(alone)) <= self.tolerance

@@ -1,0 +1,121 @@
+"""What a foreign module's forward takes, by the names that people write."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mnemos.errors import ModelError
+
+MASK_NAMES = ("attention_mask",)
+POSITION_NAMES = ("position_ids", "positions")
+OFFSET_NAMES = ("start_pos", "past_length")
+PAST_NAMES = (
+    "past_key_values",
+    "past_kv",
+    "past_kvs",
+    "past_key_value",
+    "past",
+    "layer_past",
+    "kv_cache",
+    "kv_caches",
+    "cache",
+    "caches",
+    "state",
+    "states",
+    "hidden_state",
+    "hidden",
+    "rnn_state",
+    "recurrent_state",
+    "recurrent_states",
+    "hx",
+    "h",
+)  # fmt: skip  keys and values, or a recurrent state
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The names under which a forward takes what the engine has to say; None where it takes no such thing.
+
+    positions: (batch, time); offset: one number, the position of the first new token of all sequences; required: the
+    names that have no default.
+    """
+
+    ids: str
+    mask: str | None
+    positions: str | None
+    offset: str | None
+    past: str | None
+    use_cache: bool
+    logits_to_keep: bool
+    required: frozenset[str]
+
+
+def describe(module: nn.Module) -> str:
+    """The module's class and its forward's signature, for messages."""
+    inner = unwrap(module)
+    name = type(module).__name__ if inner is module else f"{type(module).__name__}({type(inner).__name__})"
+    return f"{name}.forward{_signature(inner)}"
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module that says what it takes, inside wrappers that hand on (*args, **kwargs) such as DataParallel."""
+    while not any(p.kind in _NAMED for p in _signature(module).parameters.values()):
+        children = list(module.children())
+        if len(children) != 1:
+            break
+        module = children[0]
+    return module
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    schema: Any = getattr(module.forward, "schema", None)
+    if schema is None:
+        return inspect.signature(module.forward)
+    given = schema.arguments[1:]  # TorchScript keeps no signature, but says as much itself
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    defaults = [one.default_value if one.has_default_value() else empty for one in given]
+    return inspect.Signature(
+        [inspect.Parameter(one.name, kind, default=value) for one, value in zip(given, defaults, strict=True)]
+    )
+
+
+def read_signature(module: nn.Module) -> Signature:
+    """What module.forward takes, by the names that people write. ModelError: token ids alone are not enough."""
+    named = {name: p for name, p in _signature(unwrap(module)).parameters.items() if p.kind in _NAMED}
+    if "input_ids" in named:
+        ids = "input_ids"
+    elif named:
+        ids = next(iter(named))
+    else:
+        raise ModelError(
+            f"{describe(module)} names no argument; expected forward(input_ids, ...) with int64 (batch, time)"
+        )
+
+    def first(names: tuple[str, ...]) -> str | None:
+        return next((name for name in names if name in named and name != ids), None)
+
+    known = {ids, *MASK_NAMES, *POSITION_NAMES, *OFFSET_NAMES, *PAST_NAMES, "use_cache", "logits_to_keep"}
+    required = frozenset(name for name, p in named.items() if p.default is inspect.Parameter.empty)
+    unknown = [name for name in named if name in required - known]
+    if unknown:
+        raise ModelError(
+            f"{describe(module)} requires {', '.join(unknown)}, which the engine does not have; "
+            f"expected forward(input_ids) with, at most, {', '.join(sorted(known - {ids}))} beside it"
+        )
+    return Signature(
+        ids=ids,
+        mask=first(MASK_NAMES),
+        positions=first(POSITION_NAMES),
+        offset=first(OFFSET_NAMES),
+        past=first(PAST_NAMES),
+        use_cache="use_cache" in named,
+        logits_to_keep="logits_to_keep" in named,
+        required=required,
+    )
