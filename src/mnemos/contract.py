@@ -28,7 +28,6 @@ class Batch:
     logit_rows (R,)                  the rows whose logits (and last hidden states) are asked for, ascending
     greedy                           of their logits only the most probable tokens are wanted
     states (S,)                      each sequence's state slot, all different; empty for a model without `spec.states`
-    conditions                       what the model's `begin` made of each sequence's prompt; () for models without it
     """
 
     token_ids: Ints
@@ -40,7 +39,6 @@ class Batch:
     logit_rows: Ints
     greedy: bool = False
     states: Ints = field(default_factory=lambda: np.empty(0, np.int32))
-    conditions: tuple[object, ...] = ()
 
     @property
     def sequences(self) -> int:
@@ -61,7 +59,6 @@ class Batch:
             page_starts=self.page_starts[first : last + 1] - self.page_starts[first],
             logit_rows=self.logit_rows[asked] - begin,
             states=self.states[first:last],
-            conditions=self.conditions[first:last],
         )
 
 
@@ -228,10 +225,3 @@ class ConditionedModel(Protocol):
         Called in the engine's thread, again after preemption; forks get it by `copy_states`. What it raises ends the
         request and no other.
         """
-
-
-class EncodingModel(Model, Protocol):
-    """A model that reads the prompt apart from what it generates, with `Batch.conditions` in place of a state."""
-
-    def begin(self, prompt: Sequence[int]) -> tuple[object, list[int]]:
-        """(what every batch is to carry in `conditions` for this request, the tokens that generation begins with)."""

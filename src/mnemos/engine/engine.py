@@ -24,7 +24,7 @@ from mnemos.rules import COUNT
 from mnemos.text.foreign import adapt_tokenizer
 
 if TYPE_CHECKING:
-    from mnemos.contract import EncodingModel, Floats, Model
+    from mnemos.contract import Floats, Model
     from mnemos.decoding.config import GenerationConfig
     from mnemos.decoding.strategy import Strategy
     from mnemos.engine.draft_model import Drafting
@@ -90,10 +90,6 @@ class InferenceEngine:
         self.spec = replace(spec, context_length=context_length or spec.context_length)
         capacity = reserve(self.model, self.spec, cache_tokens, max_sequences)
         limits = Limits(self.spec.context_length, max_batch_tokens, max_sequences)
-        reads_apart = hasattr(self.model, "begin") and not self.spec.states
-        self._conditioned = cast("EncodingModel", self.model) if reads_apart else None
-        # What a conditioned model makes of a text depends on more than the text.
-        prefix_cache = prefix_cache and self._conditioned is None
         drafting = None
         if draft_model is not None:
             draft = _as_model(draft_model, None, device, use_kv_cache, self.spec.context_length)
@@ -308,15 +304,12 @@ class InferenceEngine:
                 "of several new tokens at once would not be those of one after the other; leave it out"
             )
         prompt = fit_prompt(config, token_ids, self.spec)
-        source, condition = None, None
+        source = None
         if isinstance(self.model, ConditionedModel):
             source, prompt = prompt, self.model.start_tokens(prompt)
-        if self._conditioned is not None:
-            source = prompt
-            condition, prompt = self._runner.call(partial(self._conditioned.begin, source))
         self._runner.check_length(len(prompt))
         strategy = make_strategy(config, prompt, self.tokenizer, self.spec, source)
-        return partial(self._launch, strategy, prompt, config, source, condition)
+        return partial(self._launch, strategy, prompt, config, source)
 
     def _launch(
         self,
@@ -324,7 +317,6 @@ class InferenceEngine:
         prompt: list[int],
         config: GenerationConfig,
         source: list[int] | None = None,
-        condition: object = None,
     ) -> RequestHandle:
         now = time.perf_counter()
         channel = Channel()
@@ -339,7 +331,6 @@ class InferenceEngine:
             deadline=None if config.deadline is None else now + config.deadline,
             sliding=config.overflow == "sliding",
             source=source,
-            condition=condition,
         )
         self._runner.submit(request)
         return RequestHandle(self._lease, request, channel, Assembler(self.tokenizer))
@@ -354,7 +345,7 @@ class InferenceEngine:
         from mnemos.decoding.config import GenerationConfig
 
         self._runner.check_thread()
-        if self._conditioned is not None or isinstance(self.model, ConditionedModel):
+        if isinstance(self.model, ConditionedModel):
             raise UnsupportedError(
                 f"{self.spec.architecture} reads its prompt apart from what it writes; a text alone has no score"
             )

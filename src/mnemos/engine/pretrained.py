@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, MnemosError, UnsupportedError
 
 if TYPE_CHECKING:
-    from mnemos.contract import PagedModel
+    from mnemos.contract import Model
     from mnemos.formats.checkpoint import Checkpoint
     from mnemos.hub.cache import Progress
 
@@ -31,7 +31,7 @@ def load_pretrained(
     device: str | None = None,
     use_kv_cache: bool = True,
     trust_remote_code: bool = False,
-) -> tuple[PagedModel, Any]:
+) -> tuple[Model, Any]:
     """(model, tokenizer) for `InferenceEngine.from_pretrained`; use_kv_cache is for what runs through transformers."""
     from mnemos.formats.checkpoint import open_checkpoint
     from mnemos.hub.sources import resolve
@@ -92,7 +92,7 @@ def _load_foreign(
     tokenizer: Any,
     use_kv_cache: bool,
     trust_remote_code: bool,
-) -> tuple[PagedModel, Any]:
+) -> tuple[Model, Any]:
     """A Hugging Face folder's model through transformers."""
     from mnemos.models.load import WEIGHT_DTYPES, architecture_names
     from mnemos.models.registry import find_architecture

@@ -68,7 +68,6 @@ class Request:
     deadline: float | None = None
     sliding: bool = False
     source: list[int] | None = None  # what the user gave, where the model reads that apart from what it continues
-    condition: object = None  # what the model made of `source`
     number: int = field(default_factory=lambda: next(_numbers))
     sequences: list[Sequence] = field(default_factory=list)
     rank: tuple[int, int] = (0, 0)  # priority and order of admission: the last is preempted first

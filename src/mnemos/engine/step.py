@@ -25,7 +25,6 @@ class Step:
     """
 
     __slots__ = (
-        "conditions",
         "decode_rows",
         "greedy",
         "items",
@@ -52,7 +51,6 @@ class Step:
         self.page_starts = [0]
         self.logit_rows: list[int] = []
         self.states: list[int] = []
-        self.conditions: list[object] = []
         self.decode_rows = 0
         self.prefill_rows = 0
         self.greedy = True
@@ -64,8 +62,6 @@ class Step:
         for sequence, _, start, end in parts:
             if start < end and not (complete and not sequence.parts and _only_greedy(sequence)):
                 self.greedy = False
-        if request.condition is not None:
-            self.conditions += [request.condition] * len(planned)
         if request.prefilling:
             self.prefill_rows += rows
         else:
@@ -82,8 +78,6 @@ class Step:
         self._add_table(sequence)
         self.decode_rows += 1
         self.greedy = self.greedy and _only_greedy(sequence)
-        if request.condition is not None:
-            self.conditions.append(request.condition)
 
     def _add(self, sequence: Sequence, rows: int) -> Part:
         done = sequence.done
@@ -118,7 +112,6 @@ class Step:
             logit_rows=np.array(self.logit_rows, dtype=np.int32),
             greedy=self.greedy,
             states=np.array(self.states, dtype=np.int32),
-            conditions=tuple(self.conditions),
         )
 
 

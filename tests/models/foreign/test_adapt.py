@@ -225,9 +225,7 @@ def test_logits_are_told_from_hidden_states_beside_them() -> None:
 
 
 def test_a_module_whose_ids_are_time_first_is_refused() -> None:
-    with pytest.raises(
-        ModelError, match=r"TimeFirst\.forward.* takes ids as \(time, batch\).*expected \(batch"
-    ):
+    with pytest.raises(ModelError, match=r"TimeFirst\.forward.* takes ids as \(time, batch\).*expected \(batch"):
         adapt(modules.TimeFirst())
 
 

@@ -1,0 +1,88 @@
+"""What the engine does with the caches of foreign modules: slots that cost what is used, whatever the strategy."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mnemos.engine.engine import InferenceEngine  # noqa: E402
+from mnemos.errors import ModelError  # noqa: E402
+from tests.models.foreign import foreign_modules as modules  # noqa: E402
+from tests.models.foreign.test_encoder_decoder import SOURCES, make_bart  # noqa: E402
+
+PROMPTS = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12, 13], [4, 4, 4, 4], [3] * 30, [6, 1], [2, 2, 2], [9]]
+NEW = 24
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "n": {"n": 4, "temperature": 1.0, "seed": 1},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+    "drafts": {"speculative": "prompt_lookup"},
+}
+
+KINDS = {
+    "lstm": partial(modules.Recurrent, torch.nn.LSTM),
+    "gru": partial(modules.Recurrent, torch.nn.GRU),
+    "rolling": modules.Rolling,
+}
+
+
+def quiet(module: Any, **options: Any) -> InferenceEngine:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return InferenceEngine(module, **options)
+
+
+@pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_every_strategy_gives_what_it_gives_without_a_cache(make: Any, options: dict[str, Any]) -> None:
+    with quiet(make()) as engine, quiet(make(), use_kv_cache=False) as plain:
+        assert engine.model.calls.abilities.cache is not None
+        assert engine.generate(PROMPTS, max_new_tokens=NEW, **options) == plain.generate(
+            PROMPTS, max_new_tokens=NEW, **options
+        )
+
+
+def test_long_contexts_cost_what_is_used_of_them() -> None:
+    """Each strategy, and eight texts together, with a context of which a few would not fit into memory."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32_768, initializer_range=0.3, eos_token_id=None,
+    )  # fmt: skip
+    module = transformers.Qwen2ForCausalLM(config).eval()
+    with quiet(module) as engine, quiet(module, use_kv_cache=False) as plain:
+        assert engine.spec.context_length == 32_768 and engine.spec.layout.layers == 0
+        for options in STRATEGIES.values():
+            wanted = plain.generate(PROMPTS, max_new_tokens=8, **options)
+            assert engine.generate(PROMPTS, max_new_tokens=8, **options) == wanted
+        rows: list[int] = []
+        module.register_forward_pre_hook(lambda _, args, named: rows.append(len(named["input_ids"])), with_kwargs=True)
+        engine.generate(PROMPTS, max_new_tokens=8)
+        assert max(rows) == len(PROMPTS)
+
+
+def test_a_text_that_ends_leaves_nothing_in_its_slot() -> None:
+    with quiet(modules.PastArgument()) as engine:
+        engine.generate(PROMPTS, max_new_tokens=4, num_beams=2)
+        slots = [engine.model.slots[number] for number in range(8)]
+        assert all(slot.group is slot.snapshot is None and not slot.tokens for slot in slots)
+
+
+def test_a_prompt_that_the_encoder_refuses_ends_its_request_alone() -> None:
+    torch.manual_seed(2)
+    module = make_bart().eval()
+    with InferenceEngine(module) as engine:
+        wanted = [one.token_ids for one in engine.complete(SOURCES, max_new_tokens=8)]
+        good = [engine.submit(source, max_new_tokens=8) for source in SOURCES]
+        bad = engine.submit([3] * 65, max_new_tokens=8)  # longer than the encoder's positions
+        assert [handle.result().token_ids for handle in good] == wanted
+        with pytest.raises(ModelError, match="raised IndexError"):
+            bad.result()
