@@ -7,7 +7,7 @@ numbers are numbers, as they are registered with `numbers`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,10 +20,19 @@ Check = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Rule:
-    """`check` gives a value's normal form, or None where it is not allowed; `meaning` completes "must be ..."."""
+    """A kind of value with its range.
+
+    check    gives a value's normal form, or None where it is not allowed
+    meaning  completes "must be ..."
+    kind     integer, number, flag, text, name (one of a few texts), list, or one that its user knows: what a command
+             line needs to know in order to read a value
+    item     the rule of a list's items
+    """
 
     check: Check
     meaning: str
+    kind: str = "other"
+    item: Rule | None = None
 
     def apply(self, field: str, value: Any) -> Any:
         """The normal form of the field's value. ConfigError if the value is not allowed."""
@@ -44,7 +53,7 @@ def _integer(low: int, high: int) -> Check:
 def whole(low: int, high: int = LARGEST_INT) -> Rule:
     """An int, or a NumPy integer, from `low` to `high`; True and False are none."""
     limits = f"of at least {low}" if high == LARGEST_INT else f"from {low} to {high}"
-    return Rule(_integer(low, high), f"a whole number {limits}")
+    return Rule(_integer(low, high), f"a whole number {limits}", "integer")
 
 
 def real(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Rule:
@@ -61,14 +70,13 @@ def real(low: float, high: float, *, open_low: bool = False, open_high: bool = F
         return number if above and below else None
 
     start = f"above {low:g}" if open_low else f"from {low:g}"
-    return Rule(check, f"a number {start} {'and below' if open_high else 'to'} {high:g}")
+    return Rule(check, f"a number {start} {'and below' if open_high else 'to'} {high:g}", "number")
 
 
 def one_of(*names: str) -> Rule:
     """One of these strings."""
-    return Rule(
-        lambda value: value if isinstance(value, str) and value in names else None, f"one of {', '.join(names)}"
-    )
+    meaning = f"one of {', '.join(names)}"
+    return Rule(lambda value: value if isinstance(value, str) and value in names else None, meaning, "name")
 
 
 def text(longest: int) -> Rule:
@@ -77,7 +85,7 @@ def text(longest: int) -> Rule:
     def check(value: Any) -> str | None:
         return value if isinstance(value, str) and 0 < len(value) <= longest else None
 
-    return Rule(check, f"a non-empty string of at most {longest} characters")
+    return Rule(check, f"a non-empty string of at most {longest} characters", "text")
 
 
 def several(item: Rule, most: int, *, single: bool = True) -> Rule:
@@ -96,10 +104,15 @@ def several(item: Rule, most: int, *, single: bool = True) -> Rule:
         return tuple(found)
 
     alone = f"{item.meaning}, or " if single else ""
-    return Rule(check, f"{alone}a list of at most {most}, each {item.meaning}")
+    return Rule(check, f"{alone}a list of at most {most}, each {item.meaning}", "list", item)
 
 
-FLAG = Rule(lambda value: value if isinstance(value, bool) else None, "True or False")
+def filled(rule: Rule) -> Rule:
+    """What `rule` allows, but not empty."""
+    return replace(rule, check=lambda value: rule.check(value) or None, meaning=f"not empty and {rule.meaning}")
+
+
+FLAG = Rule(lambda value: value if isinstance(value, bool) else None, "True or False", "flag")
 COUNT = whole(1)
 
 
@@ -108,5 +121,5 @@ def hint(name: str, known: Iterable[str], what: str) -> str:
     import difflib
 
     listed = list(known)
-    near = difflib.get_close_matches(str(name), listed, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), listed, n=1, cutoff=0.7)
     return f"did you mean {near[0]}?" if near else f"{what} are {', '.join(listed)}"

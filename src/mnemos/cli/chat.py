@@ -9,13 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnemos.cli.options import (
-    add_generation_arguments,
-    add_model_arguments,
-    generation_config,
-    load_engine,
-    tokenizer_of,
-)
+from mnemos.cli.generation import add_generation_arguments, generation_config
+from mnemos.cli.options import add_model_arguments, load_engine, tokenizer_of
 from mnemos.cli.streaming import StreamView
 from mnemos.cli.terminal import is_terminal, remark
 from mnemos.errors import ConfigError, MnemosError, RequestError
@@ -38,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "mnemos chat [MODEL] [options]"
     add_model_arguments(parser, default="smollm2-135m")
     parser.add_argument("--system", metavar="TEXT", help="system message that the conversation starts with")
-    add_generation_arguments(parser)
+    add_generation_arguments(parser, results=False)
     commands = "\n".join(f"  {name:<12} {meaning}" for name, meaning in COMMANDS)
     parser.epilog = (
         f"in the conversation:\n{commands}\n  Ctrl-C       stop the answer\n\n"

@@ -6,14 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from mnemos.cli.options import (
-    add_generation_arguments,
-    add_model_arguments,
-    add_result_arguments,
-    generation_config,
-    load_engine,
-    tokenizer_of,
-)
+from mnemos.cli.generation import add_generation_arguments, generation_config
+from mnemos.cli.options import add_model_arguments, load_engine, tokenizer_of
 from mnemos.cli.streaming import StreamView
 from mnemos.cli.terminal import is_terminal, remark
 from mnemos.errors import ConfigError
@@ -30,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message, for models with a chat template")
     parser.add_argument("--json", action="store_true", help="print the whole completion as a JSON object at the end")
     parser.add_argument("--quiet", action="store_true", help="no remark on speed on standard error")
-    add_result_arguments(parser)
-    add_generation_arguments(parser)
+    add_generation_arguments(parser, results=True)
     parser.epilog = (
         "A model with a chat template gets PROMPT as a user's message; any other, or with --raw, continues it.\n\n"
         "examples:\n"

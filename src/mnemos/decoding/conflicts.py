@@ -4,59 +4,85 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Protocol
 
+from mnemos.decoding.fields import CONSTRAINTS, FIELDS, HABITUAL, ONLY, active
 from mnemos.errors import ConfigError, shown
 
-if TYPE_CHECKING:
-    from mnemos.decoding.config import GenerationConfig
-
-CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
-SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-BEAMS_ONLY = ("num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping")
-# A value that changes nothing fits every strategy: clients send such values out of habit.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "temperature": (0.0, 1.0),
-    "top_k": (0,),
-    "top_p": (1.0,),
-    "min_p": (0.0,),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0.0,),
-    "length_penalty": (1.0,),
-    "early_stopping": (False,),
-    "penalty_alpha": (0.0,),
-}
-# What other libraries' configs hold unless one says otherwise. Where `strategy` or do_sample=False says outright that
-# nothing is sampled, such a value came along with the rest of a config and is ignored; elsewhere it is a wish.
-HABITUAL: dict[str, tuple[Any, ...]] = {"top_k": (50,), "top_p": (0.9,)}
+_ONLY = {only: tuple(field.name for field in FIELDS if field.only == only) for only in ONLY}
 
 
-def active(config: GenerationConfig, field: str) -> bool:
-    """True if the field was given a value that has an effect."""
-    value = getattr(config, field)
-    return value is not None and value != () and value not in NEUTRAL.get(field, ())
+class Config(Protocol):
+    """What the table reads of a config, beside the fields that a row of FIELDS restricts to one decoding."""
 
-
-def _given(config: GenerationConfig, fields: Sequence[str]) -> list[str]:
-    return [field for field in fields if active(config, field)]
-
-
-def _came_along(config: GenerationConfig, field: str) -> bool:
-    """True if the field holds another library's default beside a clear word that it is not needed."""
-    outright = config.strategy is not None or config.do_sample is False
-    return outright and getattr(config, field) in HABITUAL.get(field, ())
+    @property
+    def mode(self) -> str: ...
+    @property
+    def samples(self) -> bool: ...
+    @property
+    def beams(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def strategy(self) -> str | None: ...
+    @property
+    def do_sample(self) -> bool | None: ...
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def max_new_tokens(self) -> int | None: ...
+    @property
+    def min_new_tokens(self) -> int: ...
+    @property
+    def max_length(self) -> int | None: ...
+    @property
+    def min_length(self) -> int: ...
+    @property
+    def num_return_sequences(self) -> int: ...
+    @property
+    def best_of(self) -> int | None: ...
+    @property
+    def speculative(self) -> str | None: ...
+    @property
+    def draft_tokens(self) -> int | None: ...
+    @property
+    def stop_when_repeating(self) -> bool: ...
+    @property
+    def overflow(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class Conflict:
     """`fields(config)` names the fields that contradict the rest of the config; `rule` says why."""
 
-    fields: Callable[[GenerationConfig], Sequence[str]]
+    fields: Callable[[Config], Sequence[str]]
     rule: str
+
+
+def _ignored(config: Config, name: str) -> bool:
+    """True if nothing needs a field of sampling, and that it holds something is no mistake."""
+    if config.do_sample is False or (config.mode == "greedy" and config.temperature == 0):
+        return True  # said outright: the most probable token, whatever is cut off
+    if name == "top_k" and config.mode == "contrastive":
+        return True
+    return config.strategy is not None and getattr(config, name) in HABITUAL.get(name, ())
+
+
+def _misplaced(config: Config, only: str) -> list[str]:
+    """The fields that have an effect in the decoding `only` and were given in another."""
+    fits = {
+        "sampling": config.samples,
+        "beam": config.mode == "beam",
+        "contrastive": config.mode == "contrastive",
+        "one text": config.mode in ("greedy", "sampling"),
+    }[only]
+    if fits:
+        return []
+    given = [name for name in _ONLY[only] if active(config, name)]
+    return [name for name in given if only != "sampling" or not _ignored(config, name)]
 
 
 def _if(condition: bool, *fields: str) -> Sequence[str]:
@@ -64,35 +90,22 @@ def _if(condition: bool, *fields: str) -> Sequence[str]:
 
 
 CONFLICTS: tuple[Conflict, ...] = (
-    Conflict(
-        lambda c: (
-            [
-                name
-                for name in _given(c, SAMPLING_ONLY)
-                if not _came_along(c, name) and (name != "top_k" or c.mode != "contrastive")
-            ]
-            if not c.samples
-            and not (c.mode == "greedy" and c.temperature == 0)  # the limit of sampling, whatever is cut off
-            else ()
-        ),
-        "it only has a meaning when sampling: set do_sample=True, or leave it out",
-    ),
+    *(Conflict(partial(_misplaced, only=only), rule) for only, rule in ONLY.items()),
     Conflict(
         lambda c: _if(c.samples and c.temperature == 0, "temperature"),
-        "it must be above 0 when sampling is asked for: without do_sample and strategy, 0 means greedy",
+        "it must be above 0 for beams that are drawn at random",
     ),
     Conflict(
         # False is what configs hold that say nothing of it: a strategy that is named samples all the same.
-        lambda c: _if(c.strategy is not None and c.do_sample is True and not c.samples, "do_sample"),
+        lambda c: _if(
+            c.strategy is not None and c.do_sample is True and not c.samples and not _ignored(c, "do_sample"),
+            "do_sample",
+        ),
         "it contradicts the strategy",
     ),
     Conflict(
         lambda c: _if(c.mode == "contrastive" and c.do_sample is True, "do_sample"),
         "contrastive search is deterministic",
-    ),
-    Conflict(
-        lambda c: _if(c.mode != "contrastive" and active(c, "penalty_alpha"), "penalty_alpha"),
-        "only contrastive search has it",
     ),
     Conflict(
         lambda c: _if(c.mode == "contrastive" and c.top_k is not None and not 2 <= c.top_k <= 256, "top_k"),
@@ -101,7 +114,6 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         lambda c: _if(c.mode != "beam" and active(c, "num_beams"), "num_beams"), "only beam search has several beams"
     ),
-    Conflict(lambda c: _given(c, BEAMS_ONLY) if c.mode != "beam" else (), "only beam search has it: set num_beams"),
     Conflict(lambda c: _if(c.beams % c.groups != 0, "num_beam_groups"), "it must divide num_beams"),
     Conflict(
         lambda c: _if(active(c, "diversity_penalty") and c.groups == 1, "diversity_penalty"),
@@ -116,7 +128,10 @@ CONFLICTS: tuple[Conflict, ...] = (
         "beam search returns at most num_beams sequences",
     ),
     Conflict(
-        lambda c: _if(c.mode in ("greedy", "contrastive") and c.num_return_sequences > 1, "num_return_sequences"),
+        lambda c: _if(
+            c.num_return_sequences > 1 and (c.mode == "contrastive" or (c.mode == "greedy" and c.temperature != 0)),
+            "num_return_sequences",
+        ),
         "a deterministic strategy has one result: sample, or set num_beams",
     ),
     Conflict(
@@ -127,15 +142,8 @@ CONFLICTS: tuple[Conflict, ...] = (
         "it must be at least num_return_sequences",
     ),
     Conflict(
-        lambda c: _given(c, CONSTRAINTS)[1:], "a request has one constraint: json_schema, regex, choice or grammar"
-    ),
-    Conflict(
-        lambda c: _given(c, CONSTRAINTS) if c.mode not in ("greedy", "sampling") else (),
-        "constraints go with greedy decoding and sampling",
-    ),
-    Conflict(
-        lambda c: _if(c.speculative is not None and c.mode not in ("greedy", "sampling"), "speculative"),
-        "speculation goes with greedy decoding and sampling",
+        lambda c: [name for name in CONSTRAINTS if active(c, name)][1:],
+        "a request has one constraint: json_schema, regex, choice or grammar",
     ),
     Conflict(
         lambda c: _if(c.draft_tokens is not None and c.speculative is None, "draft_tokens"), "it needs speculative"
@@ -159,7 +167,8 @@ CONFLICTS: tuple[Conflict, ...] = (
 )
 
 
-def check_conflicts(config: GenerationConfig) -> None:
+def check_conflicts(config: Config) -> None:
+    """Raises ConfigError for the first contradiction of the table."""
     for conflict in CONFLICTS:
         for field in conflict.fields(config):
             raise ConfigError(

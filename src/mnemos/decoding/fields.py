@@ -1,59 +1,16 @@
-"""What each field of `GenerationConfig` may hold: a table of rules."""
+"""Every field of `GenerationConfig`: one row each, from which checks, command line and documents are made."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+from mnemos.decoding.kinds import BIAS, EARLY_STOPPING, JSON_SCHEMA, TEMPERATURE, TOKEN, function
 from mnemos.errors import ConfigError
-from mnemos.rules import FLAG, LARGEST_INT, Rule, hint, one_of, real, several, text, whole
+from mnemos.rules import FLAG, LARGEST_INT, Rule, filled, hint, one_of, real, several, text, whole
 
-
-def _filled(rule: Rule) -> Rule:
-    return Rule(lambda value: rule.check(value) or None, f"not empty and {rule.meaning}")
-
-
-def _bias(value: Any) -> dict[int, float] | None:
-    if not isinstance(value, Mapping) or len(value) > 65536:
-        return None
-    token, amount = _TOKEN.check, real(-100, 100).check
-    pairs = {}
-    for key, bias in value.items():
-        number = token(int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key)
-        strength = amount(bias)
-        if number is None or strength is None:
-            return None
-        pairs[number] = strength
-    return pairs
-
-
-def _temperature(value: Any) -> float | None:
-    number: float | None = real(0, 100).check(value)
-    return None if number is not None and 0 < number < 1e-10 else number
-
-
-def _early(value: Any) -> bool | str | None:
-    return value if isinstance(value, bool) or (isinstance(value, str) and value == "never") else None
-
-
-def _callable(value: Any) -> Any:
-    return value if callable(value) else None
-
-
-def _schema(value: Any) -> Any:
-    try:
-        schema = json.loads(value) if isinstance(value, str) else value
-        small = isinstance(schema, (dict, bool)) and len(json.dumps(schema, allow_nan=False)) <= 1 << 20
-    except (ValueError, TypeError, RecursionError):
-        return None
-    return value if small else None
-
-
-_TOKEN = whole(0)
-_LONG_TEXT = text(1 << 20)
-_EARLY = Rule(_early, 'True, False or "never"')
-
+# The kinds of decoding: the strategies that one may name, and the mode in which each decodes.
 STRATEGIES = {
     "greedy": "greedy",
     "sampling": "sampling",
@@ -68,70 +25,367 @@ STRATEGIES = {
     "contrastive": "contrastive",
 }
 
-RULES: dict[str, Rule] = {
-    "strategy": one_of(*STRATEGIES),
-    "max_new_tokens": whole(1),
-    "max_length": whole(1),
-    "min_new_tokens": whole(0),
-    "min_length": whole(0),
-    "do_sample": FLAG,
-    "temperature": Rule(_temperature, "0 (always the most probable token) or a number from 1e-10 to 100"),
-    "top_k": whole(0),
-    "top_p": real(0, 1, open_low=True),
-    "min_p": real(0, 1),
-    "typical_p": real(0, 1, open_low=True),
-    "epsilon_cutoff": real(0, 1, open_high=True),
-    "eta_cutoff": real(0, 1, open_high=True),
-    "repetition_penalty": real(0.01, 100),
-    "encoder_repetition_penalty": real(0.01, 100),
-    "presence_penalty": real(-2, 2),
-    "frequency_penalty": real(-2, 2),
-    "no_repeat_ngram_size": whole(0),
-    "encoder_no_repeat_ngram_size": whole(0),
-    "bad_words_ids": several(_filled(several(_TOKEN, 256, single=False)), 16384, single=False),
-    "bad_words": several(text(1024), 16384),
-    "logit_bias": Rule(_bias, "a mapping from token ids to numbers from -100 to 100"),
-    "logits_processors": several(Rule(_callable, "a callable (token_ids, logits)"), 64),
-    "seed": whole(0, 2**64 - 1),
-    "stop": several(text(4096), 256),
-    "stop_token_ids": several(_TOKEN, 4096),
-    "eos_token_id": several(_TOKEN, 4096),
-    "ignore_eos": FLAG,
-    "pad_token_id": _TOKEN,
-    "bos_token_id": _TOKEN,
-    "forced_bos_token_id": several(_TOKEN, 1),
-    "forced_eos_token_id": several(_TOKEN, 4096),
-    "suppress_tokens": several(_TOKEN, 1 << 20),
-    "begin_suppress_tokens": several(_TOKEN, 1 << 20),
-    "stop_when_repeating": FLAG,
-    "stopping_criteria": several(Rule(_callable, "a callable (token_ids) -> bool"), 64),
-    "max_time": real(0, 1e9, open_low=True),
-    "logprobs": whole(0, 100),
-    "num_beams": whole(1, 256),
-    "num_beam_groups": whole(1, 256),
-    "diversity_penalty": real(0, 1e6),
-    "length_penalty": real(-100, 100),
-    "early_stopping": _EARLY,
-    "num_return_sequences": whole(1, 1024),
-    "best_of": whole(1, 1024),
-    "penalty_alpha": real(0, 1),
-    "json_schema": Rule(_schema, "a JSON schema: a dict, True or False, or JSON text of at most 1048576 characters"),
-    "regex": _LONG_TEXT,
-    "choice": _filled(several(text(65536), 16384, single=False)),
-    "grammar": _LONG_TEXT,
-    "speculative": one_of("prompt_lookup", "draft"),
-    "draft_tokens": whole(1, 64),
-    "priority": whole(-LARGEST_INT),
-    "tenant": text(1024),
-    "deadline": real(0, 1e9, open_low=True),
-    "cache_salt": text(1024),
-    "overflow": one_of("error", "truncate_left", "sliding"),
+# The groups of fields in the order in which help and documents show them, with their titles.
+GROUPS = {
+    "length": "length",
+    "sampling": "sampling (without any of these the most probable token is taken)",
+    "repetition": "repetition",
+    "tokens": "tokens that must or must not come",
+    "stopping": "stopping",
+    "search": "search",
+    "constraints": "constraints",
+    "results": "results",
+    "speed": "speed (changes the time only)",
+    "scheduling": "scheduling",
 }
-ALIASES = {"n": "num_return_sequences", "max_tokens": "max_new_tokens"}
+
+
+class Field(NamedTuple):
+    """One field.
+
+    rule       what it may hold
+    help       what it does, in a line
+    default    None where leaving it out has no one value
+    neutral    values that change nothing, and so contradict nothing: clients send them out of habit
+    habitual   other libraries' defaults: beside a `strategy` that does not sample, such a value came along with the
+               rest of a config and is ignored; elsewhere it is a wish
+    only       the decoding in which it has a meaning, a key of ONLY; "" for every one
+    means      (value, field's value) pairs: what other libraries' special values stand for; None is the default
+    alias      a second name that GenerationConfig takes
+    elsewhere  what other libraries call it; an unknown field of such a name gets this one as its hint
+    metavar    how help calls its value, where that is not plain from the rule
+    """
+
+    name: str
+    group: str
+    rule: Rule
+    help: str
+    default: Any = None
+    neutral: tuple[Any, ...] = ()
+    habitual: tuple[Any, ...] = ()
+    only: str = ""
+    means: tuple[tuple[Any, Any], ...] = ()
+    alias: str = ""
+    elsewhere: tuple[str, ...] = ()
+    metavar: str = ""
+
+    def normal(self, value: Any) -> Any:
+        """The value in its normal form, None being the default. Raises ConfigError for one that is not allowed."""
+        for given, meant in self.means:
+            if value is given or (type(value) is type(given) and value == given):
+                value = meant
+                break
+        return self.default if value is None else self.rule.apply(self.name, value)
+
+
+# Why a field with `only` is refused in another decoding.
+ONLY = {
+    "sampling": "it only has a meaning when sampling: set do_sample=True, or leave it out",
+    "beam": "only beam search has it: set num_beams",
+    "contrastive": "only contrastive search has it",
+    "one text": "it goes with greedy decoding and sampling",
+}
+
+_TOKENS = several(TOKEN, 4096)
+_MANY_TOKENS = several(TOKEN, 1 << 20)
+_SEQUENCES = several(filled(several(TOKEN, 256, single=False)), 16384, single=False)
+_LONG_TEXT = text(1 << 20)
+
+FIELDS: tuple[Field, ...] = (
+    Field(
+        "max_new_tokens", "length",
+        replace(whole(1), meaning="a whole number of at least 1 (score() and logits() evaluate a prompt alone)"),
+        "Most tokens to generate; without it and max_length, 256.",
+        alias="max_tokens", elsewhere=("max_completion_tokens", "num_predict", "n_predict", "max_gen_len"),
+    ),
+    Field(
+        "max_length", "length", whole(1),
+        "Most tokens of prompt and generated text together; whichever limit is reached first ends the text.",
+    ),
+    Field(
+        "min_new_tokens", "length", whole(0),
+        "Fewest tokens to generate: until then stop tokens are banned and stop strings ignored.",
+        default=0, elsewhere=("min_tokens",),
+    ),
+    Field(
+        "min_length", "length", whole(0),
+        "Fewest tokens of prompt and generated text together.", default=0,
+    ),
+    Field(
+        "max_time", "length", real(0, 1e9, open_low=True),
+        "Stop after this many seconds, counted from the first step.", metavar="S",
+    ),
+    Field(
+        "overflow", "length", one_of("error", "truncate_left", "sliding"),
+        "A prompt that is too long: error, truncate_left (cut its beginning), or sliding (an endless text).",
+        default="error", elsewhere=("truncation", "truncate", "truncate_prompt_tokens"), metavar="HOW",
+    ),
+    Field(
+        "strategy", "sampling", one_of(*STRATEGIES),
+        f"Name the decoding outright: {', '.join(STRATEGIES)}.", metavar="NAME",
+    ),
+    Field(
+        "do_sample", "sampling", FLAG,
+        "Draw tokens at random; False takes the most probable one whatever else is given.",
+    ),
+    Field(
+        "temperature", "sampling", TEMPERATURE,
+        "Below 1 is more sober, above 1 more random; 0 is greedy.",
+        neutral=(0.0, 1.0), only="sampling", elsewhere=("temp",), metavar="T",
+    ),
+    Field(
+        "top_k", "sampling", whole(0),
+        "Choose among the N most probable tokens; in contrastive search, the number of candidates.",
+        neutral=(0,), habitual=(50,), only="sampling", means=((-1, None),),
+    ),
+    Field(
+        "top_p", "sampling", real(0, 1),
+        "Choose among the fewest most probable tokens that together have probability P, at least one.",
+        neutral=(1.0,), habitual=(0.9,), only="sampling", elsewhere=("nucleus_p",), metavar="P",
+    ),
+    Field(
+        "min_p", "sampling", real(0, 1),
+        "Leave out tokens less than P times as probable as the most probable one.",
+        neutral=(0.0,), only="sampling", metavar="P",
+    ),
+    Field(
+        "typical_p", "sampling", real(0, 1, open_low=True),
+        "Locally typical sampling: keep tokens of about average information, up to probability P.",
+        neutral=(1.0,), only="sampling", elsewhere=("typical",), metavar="P",
+    ),
+    Field(
+        "epsilon_cutoff", "sampling", real(0, 1, open_high=True),
+        "Leave out tokens below this probability.", neutral=(0.0,), only="sampling", metavar="P",
+    ),
+    Field(
+        "eta_cutoff", "sampling", real(0, 1, open_high=True),
+        "Eta sampling: leave out tokens below a probability that falls as the distribution gets flatter.",
+        neutral=(0.0,), only="sampling", metavar="P",
+    ),
+    Field(
+        "seed", "sampling", whole(0, 2**64 - 1),
+        "Same seed, same text, whatever else runs; without it, a fresh one. Each of n results has its own stream.",
+        means=((-1, None),), elsewhere=("random_seed",),
+    ),
+    Field(
+        "repetition_penalty", "repetition", real(0.01, 100),
+        "Above 1 makes tokens that occurred in prompt or text less probable.",
+        default=1.0, elsewhere=("repeat_penalty",),
+    ),
+    Field(
+        "encoder_repetition_penalty", "repetition", real(0.01, 100),
+        "Above 1 makes tokens of the source (what an encoder reads, or else the prompt) more probable.", default=1.0,
+    ),
+    Field(
+        "presence_penalty", "repetition", real(-2, 2),
+        "Subtracted once from the logit of each token that was generated.", default=0.0,
+    ),
+    Field(
+        "frequency_penalty", "repetition", real(-2, 2),
+        "Subtracted from a token's logit for each time it was generated.", default=0.0,
+    ),
+    Field(
+        "no_repeat_ngram_size", "repetition", whole(0),
+        "No N tokens in a row occur twice in prompt and text.", default=0,
+    ),
+    Field(
+        "encoder_no_repeat_ngram_size", "repetition", whole(0),
+        "No N tokens in a row are copied from the source.", default=0,
+    ),
+    Field(
+        "stop_when_repeating", "repetition", FLAG,
+        "End a text that repeats one block over and over.", default=False,
+    ),
+    Field(
+        "bad_words", "tokens", several(text(1024), 16384),
+        "Texts that must not be generated.", default=(), metavar="TEXT",
+    ),
+    Field(
+        "bad_words_ids", "tokens", _SEQUENCES,
+        "Token sequences that must not be generated; by default the model's own.", default=(), metavar="ID,...",
+    ),
+    Field(
+        "logit_bias", "tokens", BIAS,
+        "Amounts from -100 to 100 that are added to tokens' logits.", metavar="ID=X",
+    ),
+    Field(
+        "logits_processors", "tokens", several(function("(token_ids, logits)"), 64),
+        "Functions f(token_ids, logits) of all ids so far and a float32 row (vocabulary,), which they change in place "
+        "or replace by returning another.",
+        default=(), elsewhere=("logits_processor",),
+    ),
+    Field(
+        "suppress_tokens", "tokens", _MANY_TOKENS,
+        "Tokens that never come; by default the model's own, none with an empty list.", metavar="ID,...",
+    ),
+    Field(
+        "begin_suppress_tokens", "tokens", _MANY_TOKENS,
+        "Tokens that do not come first; by default the model's own, none with an empty list.", metavar="ID,...",
+    ),
+    Field(
+        "forced_bos_token_id", "tokens", several(TOKEN, 1),
+        "The first token after the one that a decoder starts with, such as the language to translate into; by default "
+        "the model's own.",
+        metavar="ID",
+    ),
+    Field(
+        "forced_eos_token_id", "tokens", _TOKENS,
+        "The last token of a text that reaches its greatest length; by default the model's own.", metavar="ID,...",
+    ),
+    Field(
+        "stop", "stopping", several(text(4096), 256),
+        "End the text before this string.",
+        default=(), elsewhere=("stop_strings", "stop_sequences", "stop_words"), metavar="TEXT",
+    ),
+    Field(
+        "stop_token_ids", "stopping", _TOKENS,
+        "Tokens that end the text and are left out of it.", default=(), metavar="ID,...",
+    ),
+    Field(
+        "eos_token_id", "stopping", _TOKENS,
+        "The end-of-text tokens, in place of the model's own.", metavar="ID,...",
+    ),
+    Field("ignore_eos", "stopping", FLAG, "Go on after the model's end of text.", default=False),
+    Field(
+        "stopping_criteria", "stopping", several(function("(token_ids) -> bool"), 64),
+        "Functions f(token_ids) of all ids so far; the text ends when one returns True.", default=(),
+    ),
+    Field(
+        "pad_token_id", "stopping", TOKEN,
+        "What fills up shorter rows of a batch's array; by default the model's own.", metavar="ID",
+    ),
+    Field(
+        "bos_token_id", "stopping", TOKEN,
+        "Taken for other libraries' sake: the tokenizer begins a text as its own file says.", metavar="ID",
+    ),
+    Field(
+        "num_beams", "search", whole(1, 256),
+        "Beam search with N beams.", neutral=(1,), elsewhere=("beam_width", "beam_size"),
+    ),
+    Field(
+        "num_beam_groups", "search", whole(1, 256),
+        "Diverse beam search: beams in N groups that avoid each other's tokens.", neutral=(1,), only="beam",
+    ),
+    Field(
+        "diversity_penalty", "search", real(0, 1e6),
+        "Subtracted from a token's score for each beam of an earlier group that chose it.", neutral=(0.0,), only="beam",
+    ),
+    Field(
+        "length_penalty", "search", real(-100, 100),
+        "Above 0 favours longer results of beam search.", default=1.0, neutral=(1.0,), only="beam",
+    ),
+    Field(
+        "early_stopping", "search", EARLY_STOPPING,
+        "Beam search ends when enough texts are finished (true), when better ones are unlikely (false) or impossible "
+        "(never).",
+        default=False, neutral=(False,), only="beam", metavar="WHEN",
+    ),
+    Field(
+        "penalty_alpha", "search", real(0, 1),
+        "Contrastive search, with this weight against tokens that repeat what is there.",
+        neutral=(0.0,), only="contrastive", metavar="A",
+    ),
+    Field(
+        "json_schema", "constraints", JSON_SCHEMA,
+        "The text is JSON of this schema; true is any JSON.",
+        only="one text", elsewhere=("response_format", "guided_json", "format"), metavar="JSON",
+    ),
+    Field(
+        "regex", "constraints", _LONG_TEXT,
+        "The text matches this regular expression.",
+        only="one text", elsewhere=("guided_regex",), metavar="REGEX",
+    ),
+    Field(
+        "choice", "constraints", filled(several(text(65536), 16384, single=False)),
+        "The text is one of these.", only="one text", elsewhere=("guided_choice",), metavar="TEXT",
+    ),
+    Field(
+        "grammar", "constraints", _LONG_TEXT,
+        "The text follows this Lark grammar.", only="one text", elsewhere=("guided_grammar",), metavar="TEXT",
+    ),
+    Field(
+        "num_return_sequences", "results", whole(1, 1024),
+        "The number of results, each with its own random numbers.", default=1, alias="n",
+    ),
+    Field(
+        "best_of", "results", whole(1, 1024),
+        "Sample N texts and return the num_return_sequences with the highest mean log probability.",
+    ),
+    Field(
+        "logprobs", "results", whole(0, 100),
+        "Report each token's log probability in the model's own distribution, and those of the N most probable "
+        "tokens.",
+        means=((True, 0), (False, None)), elsewhere=("top_logprobs",),
+    ),
+    Field(
+        "speculative", "speed", one_of("prompt_lookup", "draft"),
+        "Guess tokens and check several in one step: prompt_lookup from the text itself, draft by a draft model.",
+        only="one text", metavar="HOW",
+    ),
+    Field(
+        "draft_tokens", "speed", whole(1, 64),
+        "Most tokens to guess at once; by default 10.",
+        elsewhere=("num_assistant_tokens", "num_speculative_tokens", "prompt_lookup_num_tokens"),
+    ),
+    Field(
+        "priority", "scheduling", whole(-LARGEST_INT),
+        "Waiting requests with a higher priority start first.", default=0,
+    ),
+    Field(
+        "tenant", "scheduling", text(1024),
+        "Whose request it is: tenants take turns.", default="default", elsewhere=("user",), metavar="NAME",
+    ),
+    Field(
+        "deadline", "scheduling", real(0, 1e9, open_low=True),
+        "The longest wait in the queue, in seconds; after that the request fails.",
+        elsewhere=("timeout",), metavar="S",
+    ),
+    Field(
+        "cache_salt", "scheduling", text(1024),
+        "Cached prefixes are shared with requests of the same salt only.", metavar="TEXT",
+    ),
+)  # fmt: skip
+
+RULES: dict[str, Rule] = {field.name: field.rule for field in FIELDS}
+ALIASES = {field.alias: field.name for field in FIELDS if field.alias}
+NEUTRAL = {field.name: field.neutral for field in FIELDS if field.neutral}
+HABITUAL = {field.name: field.habitual for field in FIELDS if field.habitual}
+CONSTRAINTS = tuple(field.name for field in FIELDS if field.group == "constraints")
+SAMPLING_ONLY = tuple(field.name for field in FIELDS if field.only == "sampling")
+
+# Options of other libraries that no field stands for, and what to do instead.
+_INSTEAD = {
+    "use_cache": "keys and values are always cached; leave it out",
+    "return_dict_in_generate": "complete() returns an object with all there is to know; leave it out",
+    "output_scores": "logprobs gives log probabilities, logits() the logits; leave it out",
+    "output_logits": "logprobs gives log probabilities, logits() the logits; leave it out",
+    "renormalize_logits": "log probabilities are always those of the model's own distribution; leave it out",
+    "echo": "results hold the generated text only; put the prompt before it",
+    "stream": "call stream() instead",
+    "prompt_logprobs": "call score() for the log probabilities of a prompt",
+    "skip_special_tokens": "texts leave special tokens out, token ids hold them",
+    "guidance_scale": "there is no guidance by a negative prompt",
+    "watermarking_config": "there is no watermark",
+}
+
+
+def active(config: object, name: str) -> bool:
+    """True if the config's field was given a value that has an effect."""
+    value = getattr(config, name)
+    return value is not None and value != () and value not in NEUTRAL.get(name, ())
 
 
 def refuse_unknown(names: Iterable[str]) -> None:
-    known = [*RULES, *ALIASES]
+    """ConfigError for the first name that is no field, with a hint."""
     for name in names:
-        if name not in known:
-            raise ConfigError(f"{name} is not a field of GenerationConfig; {hint(name, known, 'the fields')}")
+        if name not in RULES and name not in ALIASES:
+            raise ConfigError(f"{name} is not a field of GenerationConfig; {_hint(str(name))}")
+
+
+def _hint(name: str) -> str:
+    if name in _INSTEAD:
+        return _INSTEAD[name]
+    for field in FIELDS:
+        if name in field.elsewhere:
+            return f"it is called {field.name} here"
+    return hint(name, [*RULES, *ALIASES], "the fields")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mnemos.errors import FormatError
+from mnemos.errors import FormatError, shown
 from mnemos.formats.tensor import Tensor
 
 LARGEST = 2**31 - 1  # positions, ids and sizes are 32-bit integers behind this point
@@ -89,7 +89,7 @@ class Fields:
     def wrong(self, name: str, rule: str) -> FormatError:
         """The error that says that field `name` does not keep `rule`."""
         value = self.get(name, _MISSING)
-        found = "is absent" if value is _MISSING else f"is {_short(value)}"
+        found = "is absent" if value is _MISSING else f"is {shown(value)}"
         return FormatError(f"{self.path}: field {self.key(name)!r} {found}; expected {rule}")
 
     def _single(self, name: str, default: Any) -> Any:
@@ -188,8 +188,3 @@ def gguf_fields(
 def _plain(value: Any) -> Any:
     """A value as a config.json would have it: GGUF's arrays as lists."""
     return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

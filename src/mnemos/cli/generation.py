@@ -1,0 +1,103 @@
+"""How text is generated, on the command line: an option for every field of GenerationConfig, made from its row.
+
+Functions are the one kind of value that a command line cannot express: `logits_processors` and `stopping_criteria`
+have no option.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from mnemos.decoding.fields import FIELDS, GROUPS, Field
+from mnemos.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mnemos.decoding.config import GenerationConfig
+
+OPTIONS = tuple(field for field in FIELDS if (field.rule.item or field.rule).kind != "callable")
+_METAVARS = {"integer": "N", "number": "X"}
+
+
+def flag(field: Field) -> str:
+    """The option's name."""
+    return "--" + field.name.replace("_", "-")
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser, *, results: bool) -> None:
+    """An option for each field, unset ones stay None; and --draft. Those of whole results only where there are any."""
+    for group, title in GROUPS.items():
+        if group == "results" and not results:
+            continue
+        section = parser.add_argument_group(title + (" (with --json)" if group == "results" else ""))
+        for field in OPTIONS:
+            if field.group == group:
+                help_text = (field.help[0].lower() + field.help[1:].removesuffix(".")).replace("%", "%%")
+                how = _how_to_parse(field)
+                again = "; may be given several times" if how.get("action") == "append" else ""
+                section.add_argument(flag(field), help=help_text + again, **how)
+        if group == "speed":
+            text = "a small model with the same vocabulary, which guesses tokens for the large one to check"
+            section.add_argument("--draft", metavar="MODEL", help=text)
+
+
+def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
+    """ConfigError for values outside their meaning."""
+    from mnemos.decoding.config import GenerationConfig
+
+    values: dict[str, Any] = {field.name: getattr(arguments, field.name, None) for field in OPTIONS}
+    if values["logit_bias"] is not None:
+        values["logit_bias"] = dict(values["logit_bias"])
+    draft, how = getattr(arguments, "draft", None), values["speculative"]
+    if draft is not None:
+        if how not in (None, "draft"):
+            raise ConfigError(f"--speculative is {how!r} and --draft {draft!r}; with a draft model it is 'draft'")
+        values["speculative"] = "draft"
+    elif how == "draft":
+        raise ConfigError("--speculative is 'draft' and there is no draft model; name one by --draft MODEL")
+    return GenerationConfig(**values)
+
+
+def _how_to_parse(field: Field) -> dict[str, Any]:
+    rule = field.rule
+    named = {"metavar": field.metavar or _METAVARS.get(rule.kind, "TEXT")}
+    match rule.kind:
+        case "flag" if field.default is None:
+            return {"action": argparse.BooleanOptionalAction}
+        case "flag":
+            return {"action": "store_true", "default": None}
+        case "integer":
+            return {"type": int, **named}
+        case "number":
+            return {"type": float, **named}
+        case "flag or name":
+            return {"type": _flag_or_name, **named}
+        case "mapping":
+            return {"type": _token_amount, "action": "append", **named}
+        case "list" if rule.item is not None and rule.item.kind == "integer":
+            return {"type": _token_ids, "action": "extend", **named}
+        case "list" if rule.item is not None and rule.item.kind == "list":
+            return {"type": _token_ids, "action": "append", **named}
+        case "list":
+            return {"action": "append", **named}
+        case _:
+            return named
+
+
+def _flag_or_name(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")] if text else []
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids such as 5,7") from None
+
+
+def _token_amount(text: str) -> tuple[int, float]:
+    token, _, amount = text.partition("=")
+    try:
+        return int(token), float(amount)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no token id with an amount such as 5=-1.5") from None
