@@ -191,9 +191,9 @@ def check_pages(executor: Executor) -> None:
     counts = [0] * tables.pool.total
     for request in executor.requests:
         for sequence in request.sequences:
+            assert len(sequence.positions) == len(sequence.pages)
             for page in sequence.pages:
-                if page >= 0:
-                    counts[page] += 1
+                counts[page] += 1
     reclaimable = 0
     for node in tables.tree.nodes() if tables.tree else ():
         counts[node.page] += 1

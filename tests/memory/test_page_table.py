@@ -36,6 +36,18 @@ def test_a_table_grows_by_whole_pages() -> None:
     assert tables.missing(table, 3) == (0, 0)
     assert tables.missing(table, 4) == (1, 0)
     assert tables.pool.used == 2
+    assert list(table.positions) == [0, 4]
+
+
+def test_pages_are_added_where_a_table_lacks_them() -> None:
+    tables, table = make_tables(), PageTable()
+    table.done = 12
+    grow(tables, table, 5)
+    table.done = 5
+    assert tables.missing(table, 6) == (2, 0)
+    tables.extend(table, 6)
+    assert list(table.positions) == [4, 8, 12, 16]
+    assert list(table.pages) == [2, 3, 0, 1]
 
 
 def test_a_begun_page_that_is_shared_is_copied_before_it_is_written_to() -> None:
@@ -81,7 +93,8 @@ def test_positions_whose_window_was_given_back_are_evaluated_again() -> None:
     tables = make_tables(window=5)
     table = grown(tables, 24)
     tables.leave_behind(table)
-    assert tables.pool.used == 2  # what the window reaches, and one as strategies take back a few tokens
+    assert list(table.positions) == [16, 20]  # what the window reaches, and one as strategies take back a few tokens
+    assert tables.pool.used == 2
     tables.trim(table, 22)
     assert table.done == 22
     tables.trim(table, 14)

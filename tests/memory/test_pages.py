@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mnemos.memory.pages import NO_PAGE, PagePool
+from mnemos.memory.pages import PagePool
 
 
 def test_low_pages_are_given_out_first() -> None:
@@ -14,9 +14,9 @@ def test_low_pages_are_given_out_first() -> None:
 def test_a_page_is_free_when_its_last_holder_lets_go() -> None:
     pool = PagePool(2)
     page = pool.allocate()
-    pool.share([page, NO_PAGE])
+    pool.share([page])
     assert pool.is_shared(page)
-    pool.release([page, NO_PAGE])
+    pool.release([page])
     assert not pool.is_shared(page)
     assert pool.free == 1
     pool.release([page])

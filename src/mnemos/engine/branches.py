@@ -181,7 +181,8 @@ class Branches:
             return False
         sequence.leader = None
         self.tables.share(leader, sequence, length)
-        request.pending -= length
+        self.tables.trim(sequence, length)
+        request.pending -= sequence.done
         return True
 
     def _reuse(self, request: Request, sequence: Sequence) -> None:

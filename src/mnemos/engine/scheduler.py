@@ -108,7 +108,7 @@ class Scheduler:
                 waited = now - request.timings.submitted
                 self._fail(request, CapacityError(f"request waited {waited:.3f} s in the queue, beyond its deadline"))
             self._make_way()
-        step = Step(self.tables.page_size)
+        step = Step()
         decode_rows, prompts = 0, len(self.queue)
         for request in self.running:
             if request.prefilling:

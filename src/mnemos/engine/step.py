@@ -11,7 +11,6 @@ from mnemos.decoding.choice import GREEDY
 from mnemos.engine.request import Request
 from mnemos.engine.sequence import Sequence
 from mnemos.errors import MnemosError
-from mnemos.memory.pages import NO_PAGE
 from mnemos.memory.states import NO_STATE
 
 Part = tuple[Sequence, int, int, int]  # sequence, rows, first asked row and end of the asked rows in the output
@@ -30,7 +29,6 @@ class Step:
         "items",
         "logit_rows",
         "page_positions",
-        "page_size",
         "page_starts",
         "pages",
         "positions",
@@ -40,8 +38,7 @@ class Step:
         "token_ids",
     )
 
-    def __init__(self, page_size: int) -> None:
-        self.page_size = page_size
+    def __init__(self) -> None:
         self.items: list[tuple[Request, list[Part], bool]] = []
         self.token_ids: list[int] = []
         self.positions: list[int] = []
@@ -92,11 +89,9 @@ class Step:
         return sequence, rows, asked, len(self.logit_rows)
 
     def _add_table(self, sequence: Sequence) -> None:
-        """Takes the sequence's page table, without the pages that its window has left, and its state slot."""
-        pages, size = sequence.pages, self.page_size
-        left = next((index for index, page in enumerate(pages) if page != NO_PAGE), 0)
-        self.pages += pages[left:] if left else pages
-        self.page_positions.extend(range(left * size, len(pages) * size, size))
+        """Takes the sequence's page table and its state slot."""
+        self.pages += sequence.pages
+        self.page_positions += sequence.positions
         self.page_starts.append(len(self.pages))
         if sequence.state != NO_STATE:
             self.states.append(sequence.state)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import cast
 
 from mnemos.contract import Model, PagedModel, StatefulModel
 from mnemos.errors import CapacityError
 from mnemos.memory.capacity import Capacity
-from mnemos.memory.pages import NO_PAGE, PagePool
+from mnemos.memory.pages import PagePool
 from mnemos.memory.prefix import PrefixTree
 from mnemos.memory.states import NO_STATE, StateSlots
 
@@ -17,15 +18,17 @@ from mnemos.memory.states import NO_STATE, StateSlots
 class PageTable:
     """One sequence in the cache.
 
-    pages    its pages in order, int32; NO_PAGE where the model's window does not reach any more
-    state    its state slot, NO_STATE before it has one
-    done     the number of positions that pages and state hold
+    pages      its pages, int32, in the order of their positions
+    positions  the first position that each page holds, int32; pages that no later position sees are not in the table
+    state      its state slot, NO_STATE before it has one
+    done       the position that is evaluated next; pages and state hold what it sees
     """
 
-    __slots__ = ("done", "pages", "state")
+    __slots__ = ("done", "pages", "positions", "state")
 
     def __init__(self) -> None:
-        self.pages = array("i")  # quickly copied into a step's batch
+        self.pages = array("i")  # arrays are quickly copied into a step's batch
+        self.positions = array("i")
         self.state = NO_STATE
         self.done = 0
 
@@ -60,12 +63,18 @@ class PageTables:
         """
         if self.states is not None and not self.states.is_own(table.state):
             return False
-        index, slot = divmod(table.done, self.page_size)
-        return slot != 0 and self.pool.references[table.pages[index]] == 1 if self.paged else True
+        if not self.paged:
+            return True
+        slot = table.done % self.page_size
+        return slot != 0 and table.positions[-1] + slot == table.done and self.pool.references[table.pages[-1]] == 1
 
     def missing(self, table: PageTable, rows: int) -> tuple[int, int]:
         """How many pages and state slots the next `rows` positions need beyond those that the sequence may write to."""
-        pages = self.count(table.done + rows) - len(table.pages) + self._must_copy(table)
+        pages = 0
+        if self.paged:
+            start, end = table.done // self.page_size * self.page_size, table.done + rows
+            there = bisect_left(table.positions, end) - bisect_left(table.positions, start)
+            pages = self.count(end - start) - there + self._must_copy(table)
         return pages, 0 if self.states is None or self.states.is_own(table.state) else 1
 
     def make_room(self, table: PageTable, rows: int) -> bool:
@@ -78,15 +87,8 @@ class PageTables:
 
     def extend(self, table: PageTable, rows: int) -> None:
         """Gives the sequence pages and a state for its next `rows` positions; `make_room` has made room."""
-        pages = table.pages
-        if self._must_copy(table):
-            index = table.done // self.page_size
-            old, new = pages[index], self.pool.allocate()
-            pages[index] = new
-            self.pool.release((old,))
-            self.cache.copy((old,), (new,))
-        for _ in range(self.count(table.done + rows) - len(pages)):
-            pages.append(self.pool.allocate())
+        if self.paged:
+            self._extend_pages(table, rows)
         if self.states is not None:
             table.state = self.states.own(table.state)
 
@@ -100,59 +102,53 @@ class PageTables:
         if length < source.done and not self.rewinds:
             return
         target.done = length
-        target.pages = source.pages[: self.count(length)]
+        end = bisect_left(source.positions, length)
+        target.pages, target.positions = source.pages[:end], source.positions[:end]
         self.pool.share(target.pages)
         if self.states is not None:
             target.state = self.states.share(source.state)
 
     def reuse(self, table: PageTable, salt: str | None, tokens: Sequence[int]) -> int:
-        """Takes over the full pages that the prefix tree has of `tokens`, from the table's end on.
+        """Takes over the full pages that the prefix tree has of `tokens`, after those that the table has.
 
         Returns the number of positions found.
         """
         size = self.page_size
-        if self.tree is None or len(table.pages) * size != table.done or len(tokens) - table.done < size:
+        if self.tree is None or table.done % size or len(tokens) - table.done < size:
             return 0
-        pages = self.tree.match(salt, tokens, skip=len(table.pages))
+        pages = self.tree.match(salt, tokens, skip=table.done // size)
         self.pool.share(pages)
-        table.pages.extend(pages)
         found = len(pages) * size
+        table.pages.extend(pages)
+        table.positions.extend(range(table.done, table.done + found, size))
         table.done += found
         return found
 
     def remember(self, table: PageTable, salt: str | None, tokens: Sequence[int]) -> None:
-        """Puts the full pages that hold `tokens`, the table's first ones, into the prefix tree."""
-        if self.tree is not None and len(tokens) >= self.page_size:
-            self.tree.insert(salt, tokens, table.pages)
+        """Puts the full pages that hold `tokens`, which begin at position 0, into the prefix tree."""
+        if self.tree is not None and len(tokens) >= self.page_size and table.pages:
+            self.tree.insert(salt, tokens, table.pages, skip=table.positions[0] // self.page_size)
 
     # It goes back, leaves pages behind, and ends.
 
     def trim(self, table: PageTable, length: int) -> None:
         """Keeps the first `length` cached positions; none if what these need has left the window or the state."""
-        if self.window and NO_PAGE in table.pages[max(0, length - self.window + 1) // self.page_size :]:
+        if self.window and not (table.pages and table.positions[0] <= max(0, length - self.window + 1)):
             length = 0
         if length < table.done and not self.rewinds:
             length = 0
             self._release_state(table)
         table.done = min(table.done, length)
-        count = self.count(table.done)
-        if len(table.pages) > count:
-            self.pool.release(table.pages[count:])
-            del table.pages[count:]
+        self._drop(table, bisect_left(table.positions, table.done), len(table.pages))
 
     def leave_behind(self, table: PageTable) -> None:
         """Gives back the pages that no later position can see, but one, as strategies take back a few tokens."""
-        pages = table.pages
-        for index in range((table.done - self.window + 1) // self.page_size - 2, -1, -1):
-            if pages[index] == NO_PAGE:
-                break
-            self.pool.release((pages[index],))
-            pages[index] = NO_PAGE
+        reached = (table.done - self.window + 1) // self.page_size
+        self._drop(table, 0, bisect_left(table.positions, (reached - 1) * self.page_size))
 
     def release(self, table: PageTable) -> None:
         """Gives everything back; the table is as new."""
-        self.pool.release(table.pages)
-        table.pages = array("i")
+        self._drop(table, 0, len(table.pages))
         table.done = 0
         self._release_state(table)
 
@@ -197,8 +193,30 @@ class PageTables:
 
     def _must_copy(self, table: PageTable) -> bool:
         """True if the page that holds the next position is partly filled and shared."""
-        index, slot = divmod(table.done, self.page_size)
-        return self.paged and slot != 0 and self.pool.references[table.pages[index]] > 1
+        if table.done % self.page_size == 0:
+            return False
+        return self.pool.is_shared(table.pages[bisect_right(table.positions, table.done) - 1])
+
+    def _extend_pages(self, table: PageTable, rows: int) -> None:
+        pages, positions, size = table.pages, table.positions, self.page_size
+        start = table.done // size * size
+        index = bisect_left(positions, start)
+        if self._must_copy(table):
+            old, new = pages[index], self.pool.allocate()
+            pages[index] = new
+            self.pool.release((old,))
+            self.cache.copy((old,), (new,))
+        for position in range(start, table.done + rows, size):
+            if index == len(positions) or positions[index] != position:
+                pages.insert(index, self.pool.allocate())
+                positions.insert(index, position)
+            index += 1
+
+    def _drop(self, table: PageTable, start: int, end: int) -> None:
+        """Gives back the pages with these indices."""
+        if start < end:
+            self.pool.release(table.pages[start:end])
+            del table.pages[start:end], table.positions[start:end]
 
     def _release_state(self, table: PageTable) -> None:
         if self.states is not None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-NO_PAGE = -1  # stands in a page table where no layer's window reaches any more
-
 
 class PagePool:
     """Page ids 0 to total - 1, each free or held a number of times. Pure bookkeeping: it moves no memory.
@@ -39,21 +37,19 @@ class PagePool:
         """Holds each page once more."""
         references, cached = self.references, self._cached
         for page in pages:
-            if page != NO_PAGE:
-                if cached[page] and references[page] == 1:
-                    self.reclaimable -= 1
-                references[page] += 1
+            if cached[page] and references[page] == 1:
+                self.reclaimable -= 1
+            references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
         """Lets each page go once; one that nobody holds any more is free."""
         references, cached = self.references, self._cached
         for page in pages:
-            if page != NO_PAGE:
-                references[page] -= 1
-                if references[page] == 0:
-                    self._free.append(page)
-                elif cached[page] and references[page] == 1:
-                    self.reclaimable += 1
+            references[page] -= 1
+            if references[page] == 0:
+                self._free.append(page)
+            elif cached[page] and references[page] == 1:
+                self.reclaimable += 1
 
     def is_shared(self, page: int) -> bool:
         """True if writing to the page would change what another holder sees: copy it first."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from mnemos.memory.pages import NO_PAGE, PagePool
+from mnemos.memory.pages import PagePool
 
 Tokens = tuple[int, ...]
 
 
 class Node:
-    """One full page. The way from the root to it spells the tokens of the prefix whose last page it is."""
+    """One full page; a root has none. The way from the root to it spells the tokens of the prefix that it ends."""
 
     __slots__ = ("children", "page", "parent", "salt", "tokens")
 
@@ -53,24 +53,26 @@ class PrefixTree:
         self.touch(path)
         return [node.page for node in path[skip:]]
 
-    def insert(self, salt: str | None, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Remembers the full pages that hold `tokens`.
+    def insert(self, salt: str | None, tokens: Sequence[int], pages: Sequence[int], skip: int = 0) -> None:
+        """Remembers the full pages that hold `tokens` after the first `skip` pages of them.
+
+        Nothing where the tree does not know those: the caller has given them back.
 
         Where the tree has a page already that nobody else holds, the caller's takes its place: that would be there
         twice, and could not be evicted while the caller holds a page below it.
         """
         node = self.root(salt)
         path = []
-        for index in range(min(len(tokens) // self.page_size, len(pages))):
+        for index in range(min(len(tokens) // self.page_size, skip + len(pages))):
             key = tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
             child = node.children.get(key)
             if child is None:
-                if pages[index] == NO_PAGE:
+                if index < skip:
                     break
-                child = self.attach(node, key, pages[index])
-            elif pages[index] not in (NO_PAGE, child.page) and self.pool.references[child.page] == 1:
+                child = self.attach(node, key, pages[index - skip])
+            elif index >= skip and pages[index - skip] != child.page and self.pool.references[child.page] == 1:
                 self.pool.uncache(child.page)
-                child.page = pages[index]
+                child.page = pages[index - skip]
                 self.pool.cache(child.page)
             path.append(child)
             node = child
@@ -83,7 +85,7 @@ class PrefixTree:
         """Where the texts of a salt begin."""
         node = self._roots.get(salt)
         if node is None:
-            node = self._roots[salt] = Node(None, (), NO_PAGE, salt)
+            node = self._roots[salt] = Node(None, (), -1, salt)
         return node
 
     def attach(self, parent: Node, tokens: Tokens, page: int) -> Node:
