@@ -1,4 +1,4 @@
-"""Modules of one's own through the engine: the same results as Hugging Face's generate(), and errors that name them."""
+"""People's own modules through the engine: the same results as Hugging Face's generate(), and errors that name them."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Answer:
 
 
 class TuplesAsPastKeyValues(modules.PastArgument):
-    """The name of Hugging Face's argument, and a cache of one's own in it."""
+    """The name of Hugging Face's argument, and a cache of another kind in it."""
 
     def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = True) -> Any:
         return Answer(*super().forward(input_ids, True, past_key_values))

@@ -66,7 +66,7 @@ def test_ragged_batches_chunks_forks_and_truncation_give_the_uncached_logits(kin
             seen[name].append(row)
 
     run(a=(0, 0, 5), b=(1, 0, 3))  # prompts of different lengths
-    run(a=(0, 5, 6), b=(1, 3, 4))  # one token each behind different lengths
+    run(a=(0, 5, 6), b=(1, 3, 4))  # one token each after different lengths
     run(a=(0, 6, 7), b=(1, 4, 5))
     run(b=(1, 5, 9), c=(2, 0, 4))  # a chunk, and a newcomer; a rests
     run(a=(0, 7, 8), b=(1, 9, 10), c=(2, 4, 5))
@@ -135,7 +135,7 @@ def test_the_cache_moves_when_its_room_is_full_and_forks_keep_their_own(monkeypa
 
 
 class Flattens(modules.PastArgument):
-    """Sees its cache as (batch, heads * time, ...), which only a tensor without room behind it allows."""
+    """Sees its cache as (batch, heads * time, ...), which only a tensor without room to grow allows."""
 
     def forward(self, x, use_cache=False, past_kv=None):
         logits, past = super().forward(x, use_cache=True, past_kv=past_kv)

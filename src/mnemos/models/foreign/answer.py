@@ -52,8 +52,11 @@ class AnswerReader:
         return Answer(logits, past)
 
     def _logits(self, items: Any, ids: Tensor) -> Tensor | None:
-        """Of several tensors (batch, time or 1, width), as of hidden states beside logits, the one that is as wide as
-        an embedding has entries; where that does not tell them apart, the first."""
+        """The logits among a tuple's tensors (batch, time or 1, width).
+
+        A tuple may also hold hidden states. The logits are the tensor as wide as an embedding has entries; where that
+        does not tell them apart, the first.
+        """
         tensors = [item for item in items if isinstance(item, Tensor) and item.dim() == 3]
         fitting = [one for one in tensors if len(one) == len(ids) and one.shape[1] in (1, ids.shape[1])] or tensors
         known = [one for one in fitting if one.shape[2] in self._vocabularies]
@@ -61,7 +64,7 @@ class AnswerReader:
 
 
 def _past(items: list[Any]) -> Any:
-    """Tensors in a container or object, or one that stacks all layers; else a single tensor, as a GRU's state."""
+    """A container or object of tensors, or a tensor of all layers; else a single tensor, such as a GRU's state."""
     for item in items:
         if item.dim() >= 4 if isinstance(item, Tensor) else _holds_tensors(item):
             return item

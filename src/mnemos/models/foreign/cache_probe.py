@@ -35,7 +35,7 @@ class CacheAbilities:
 
     style, axes   how the cache is handled, and where its tensors have batch and time
     chunks        it is continued with several tokens at once
-    gaps          the module heeds a mask, so that caches of different lengths can share a call
+    gaps          the module obeys a mask, so that caches of different lengths can share a call
     grows         it takes tensors that have room to grow, and appends to them
     aligned       without gaps, only sequences that are equally far can share a call
     """
@@ -186,8 +186,8 @@ class CacheProbe:
 
     def _gaps_agree(self, style: CacheStyle, axes: list[Axes]) -> bool:
         """Whether two sequences of different length can share a step, the gap between them masked."""
-        heeds_mask = self.caller.signature.mask or isinstance(style, AttentionStyle)
-        if not heeds_mask or self.caller.signature.offset:
+        obeys_mask = self.caller.signature.mask or isinstance(style, AttentionStyle)
+        if not obeys_mask or self.caller.signature.offset:
             return False
         parts, alone = [], []
         for row, length in ((0, 4), (1, 2)):

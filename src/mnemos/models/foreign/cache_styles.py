@@ -13,13 +13,19 @@ from mnemos.errors import ModelError
 
 
 class CacheStyle(Protocol):
-    """Between a module's own cache and the flat list of its tensors."""
+    """Translates between a module's own cache, `past`, and the flat list of its tensors."""
 
-    def empty(self) -> Any: ...
+    def empty(self) -> Any:
+        """What the first call of a text gets."""
+        ...
 
-    def leaves(self, past: Any) -> list[Tensor]: ...
+    def leaves(self, past: Any) -> list[Tensor]:
+        """The tensors of `past`, always in the same order."""
+        ...
 
-    def build(self, leaves: list[Tensor], length: int) -> Any: ...
+    def build(self, leaves: list[Tensor], length: int) -> Any:
+        """A cache of `length` positions from its tensors."""
+        ...
 
     def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
         """`past` with other tensors of the same contents; it may be changed itself."""
@@ -27,7 +33,7 @@ class CacheStyle(Protocol):
 
 
 class NestedStyle:
-    """A tuple, list or mapping of tensors, nested as one likes; the first call gets none.
+    """A tuple, list or mapping of tensors, nested to any depth; the first call gets none.
 
     template: such a cache after `length` tokens. A number in it that is just that is taken to be the length;
     `counts` says whether there is one.

@@ -1,4 +1,4 @@
-"""Building blocks with a key/value cache for one's own PyTorch models: `KVCache` and `CachedAttention`."""
+"""Building blocks with a key/value cache for your own PyTorch models: `KVCache` and `CachedAttention`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class KVCache:
         return 2 * num_layers * max_length * num_kv_heads * head_dim * bytes_per_value * batch_size
 
     def update(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores key and value (batch, heads, new, head_dim) behind `length`; returns all, the new ones included."""
+        """Stores key and value (batch, heads, new, head_dim) from `length` on; returns all, the new ones included."""
         if not key.dim() == value.dim() == 4:
             raise ConfigError(
                 f"key {tuple(key.shape)} and value {tuple(value.shape)} do not fit the cache: expected "

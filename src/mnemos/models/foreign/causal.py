@@ -92,7 +92,7 @@ class CachedCalls:
         longest = ids.shape[1]
         positions = torch.tensor([[*range(job.start, job.start + longest)] for job in jobs], device=ids.device)
         last_only = new_real is None and not any(job.wants_earlier(wanted) for job in jobs)
-        # A module that heeds no mask has padding at the end only, where causality hides it.
+        # A module that takes no mask sees padding at the end only, where causality hides it.
         shown = new_real if self.able.gaps else None
         logits, past = advance(self.caller, style, ids, past, positions, real, shown, last_only=last_only)
         if real is not None or new_real is not None:

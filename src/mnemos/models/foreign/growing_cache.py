@@ -1,9 +1,9 @@
-"""Cache tensors with room behind them: what a module appends to its cache is written there, and nothing is copied.
+"""Cache tensors with room to grow: what a module appends to its cache is written there, and nothing is copied.
 
 Modules append a step's keys and values with torch.cat, which copies all that is cached. The engine hands them tensors
-that answer to it: where such a tensor is continued at its own end, the new part is written behind it and the longer
-view returned. Attention of one token over such tensors is done by the native core, where it can. Everything else that
-is done with them is done as with any tensor.
+that answer to it: where such a tensor is continued at its own end, the new part is written into the room after it and
+the longer view returned. Attention of one token over such tensors is done by the native core, where it can. Everything
+else is done as with any tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 class Buffer:
     """Memory for one cache tensor, whose first `filled` positions along `axis` are written.
 
-    memory: as `start`, longer along `axis`. native: what attends to it where it can be read so; None: PyTorch does.
+    memory: as `start`, longer along `axis`. native: what computes attention over it, where it can; None: PyTorch does.
     """
 
     def __init__(self, start: Tensor, axis: int, memory: Tensor, native: NativeOperators | None = None) -> None:
@@ -38,7 +38,7 @@ class Buffer:
         self.single = memory.narrow(axis, 0, 1).shape  # of one position
 
     def takes(self, new: Tensor) -> bool:
-        """Whether `new` can be written behind what is there."""
+        """Whether `new` can be written after what is there."""
         single, shape, axis, memory = self.single, new.shape, self.axis, self.memory
         fits = shape == single or (
             len(shape) == len(single) and shape[:axis] == single[:axis] and shape[axis + 1 :] == single[axis + 1 :]

@@ -17,7 +17,7 @@ from mnemos.models.foreign.slots import Slots
 
 
 class ForeignModel:
-    """A module behind `caller`, whose calls are arranged by `calls`."""
+    """A module with a slot for each sequence; `calls` says which sequences share a call of it."""
 
     def __init__(self, caller: Caller, calls: Calls, spec: ModelSpec) -> None:
         self.module: nn.Module = caller.module

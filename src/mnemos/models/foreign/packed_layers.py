@@ -1,6 +1,6 @@
-"""Layers on a CPU, computed from copies of their weights that lie as the processor reads them fastest.
+"""Layers on a CPU, computed from copies of their weights in the order in which the processor reads them fastest.
 
-PyTorch multiplies by the weights as they lie in the parameter, which for a few rows reads them far below the memory's
+PyTorch multiplies by the weights in the order of the parameter, which for a few rows reads them far below the memory's
 speed. Here the copies are oneDNN's, and for a few rows in float32 the native core's, which are about twice as fast
 again. They are made once, and take the place of the layers' forward only while the engine calls the module: for anyone
 else the module is as it was.
@@ -89,7 +89,7 @@ class PackedLayers:
             self._norms = [(norm, rms_norm(norm)) for norm in norms]
 
     def install(self, rows: int) -> None:
-        """The layers multiply by the copies from now on, in a call with so many tokens.
+        """The layers multiply by the copies from now on, in a call of `rows` tokens.
 
         With few tokens the native core does what is worth sharing among threads. PyTorch's, which spin for work after
         each of its operations, would only take the cores from it.

@@ -20,9 +20,9 @@ SHOWN_NAMES = 4
 def load_module(folder: Path, *, dtype: str, device: str, trust_remote_code: bool) -> nn.Module:
     """The module of a Hugging Face folder with config.json and safetensors, in evaluation mode.
 
-    dtype: "auto" as stored, or float32, bfloat16, float16. Code that lies in the folder runs only with
-    trust_remote_code. Errors: UnsupportedError (transformers does not know the architecture, or it does not generate),
-    FormatError (weights are missing or of another shape), ModelError (whatever else transformers raises).
+    dtype: "auto" as stored, or float32, bfloat16, float16. Code in the folder runs only with trust_remote_code. Errors:
+    UnsupportedError (transformers does not know the architecture, or it does not generate), FormatError (weights are
+    missing or of another shape), ModelError (whatever else transformers raises).
     """
     trust = {"trust_remote_code": trust_remote_code}
     try:

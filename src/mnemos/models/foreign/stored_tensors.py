@@ -1,7 +1,7 @@
-"""What a module keeps of its calls: tables made when they are first needed, the last activations, caches.
+"""Tensors that a module stores during its calls: tables made when first needed, the last activations, caches.
 
 Tensors made in PyTorch's inference mode, which is the fastest one, can never take part in training. So a module that
-keeps some must not run in it: it may be trained afterwards.
+stores some must not run in it: it may be trained afterwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Place = tuple[Any, Any, Tensor]  # a tensor, the dict or list that it is in, and
 
 
 class StoredTensors:
-    """Compares the tensors that lie in a module, parameters aside, with those that were there before its calls."""
+    """Compares the tensors that a module holds, parameters aside, with those that it held before its calls."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -32,7 +32,7 @@ class StoredTensors:
     def replace_new(self) -> None:
         """After a call in inference mode: puts copies that can be trained with where the call replaced a tensor.
 
-        Such are tables that grow; what a module keeps elsewhere, `any_new` finds after its first calls.
+        Such are tables that grow; what a module stores elsewhere, `any_new` finds after its first calls.
         """
         for index, (owner, key, tensor) in enumerate(self._places):
             if owner is None or (now := _get(owner, key)) is tensor:
