@@ -39,8 +39,6 @@ def build(metadata: dict[str, Any]) -> Tokenizer:
         ({"token_type": np.ones(5, dtype=np.int32)}, r"token_type has 5 entries; the vocabulary has 261"),
         ({"token_type": "normal"}, r"token_type is normal"),
         ({"token_type": np.ones(261, dtype=np.float32)}, r"token_type"),
-        ({"eos_token_id": 261}, r"eos_token_id is 261; the vocabulary has 261 tokens"),
-        ({"bos_token_id": -1}, r"bos_token_id is -1"),
         ({"bos_token_id": "1"}, r"bos_token_id is '1'"),
         ({"bos_token_id": None, "add_bos_token": True}, r"add_bos_token is true, but tokenizer\.ggml\.bos_token_id"),
         ({"add_bos_token": 1}, r"add_bos_token is '1'; it must be a boolean"),
@@ -63,7 +61,6 @@ def test_a_custom_of_the_pre_tokenizer_asks_for_nothing_that_is_not_there() -> N
     [
         ({"scores": None}, r"tokenizer\.ggml\.scores is missing"),
         ({"scores": np.zeros(3, dtype=np.float32)}, r"scores has 3 entries"),
-        ({"unknown_token_id": 10**9}, r"unknown_token_id is 1000000000"),
     ],
 )
 def test_sentencepiece_metadata(changes: dict[str, Any], message: str) -> None:
@@ -111,12 +108,25 @@ def test_any_metadata_works_or_is_refused(make: Any, changes: dict[str, Any]) ->
         pass
 
 
-@pytest.mark.parametrize("token", [-1, 261, 2**70])
-def test_ids_outside_of_the_vocabulary(token: int) -> None:
+def test_ids_outside_of_the_vocabulary() -> None:
     tokenizer = build(byte_level())
-    for decode in (lambda: tokenizer.decode([1, token]), lambda: tokenizer.decoder().push(token)):
-        with pytest.raises(RequestError, match=rf"token id {token} is outside of the vocabulary of 261 tokens"):
+    for decode in (lambda: tokenizer.decode([1, -1]), lambda: tokenizer.decoder().push(-1)):
+        with pytest.raises(RequestError, match="token id -1 is outside of the vocabulary of 261 tokens"):
             decode()
+    for padded in (261, 2**31):  # rows that only the model has
+        assert tokenizer.decode([65, padded]) == tokenizer.decode([65])
+        assert tokenizer.decoder().push(padded) == ""
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "padding", "unknown", "eot"])
+def test_an_id_that_is_not_there_is_dropped(name: str) -> None:
+    ends = {"add_bos_token": True} if name == "bos" else {}
+    for nothing in (-1, 2**32 - 1):
+        tokenizer = build(byte_level(**ends, **{f"{name}_token_id": nothing}))
+        assert (tokenizer.bos_id, tokenizer.pad_id) == (None if name == "bos" else 259, None)
+        assert tokenizer.decode(tokenizer.encode("he")) == "he"
+    with pytest.warns(UserWarning, match=rf"{name}_token_id is 261, which is ignored: the vocabulary has 261 tokens"):
+        build(byte_level(**ends, **{f"{name}_token_id": 261})).encode("he")
 
 
 def test_what_is_no_text() -> None:
@@ -164,7 +174,6 @@ def test_files_beside_tokenizer_json(tmp_path: Path) -> None:
         ("tokenizer_config.json", "{", "is not JSON"),
         ("tokenizer_config.json", "[]", "holds a list; it must be a JSON object"),
         ("tokenizer_config.json", '{"chat_template": 5}', "chat_template is 5"),
-        ("generation_config.json", '{"eos_token_id": [1, 2]}', "eos_token_id is 2; the vocabulary has 2 tokens"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'"),
     ]:
         (tmp_path / name).write_text(content)
@@ -173,6 +182,41 @@ def test_files_beside_tokenizer_json(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     with pytest.raises(FormatError, match="does not exist"):
         Tokenizer.from_file(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_several_tokens_end_a_generation(name: str, tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "a"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    (tmp_path / name).write_text('{"eos_token_id": [1, 2, -1], "pad_token_id": -1}')
+    tokenizer = Tokenizer.from_file(tmp_path)
+    assert (tokenizer.eos_ids, tokenizer.pad_id) == ({1, 2}, None)
+    (tmp_path / name).write_text('{"eos_token_id": [1, 3]}')
+    with pytest.warns(UserWarning, match="eos_token_id is 3, which is ignored"):
+        assert Tokenizer.from_file(tmp_path).eos_ids == {1}
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_that_only_the_files_beside_it_have(place: str, tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    roles: dict[str, object] = {"eos_token": "<|end|>", "pad_token": "[PAD]"}
+    if place == "added_tokens.json":
+        (tmp_path / place).write_text('{"<|end|>": 3, "<|start|>": 2}')
+    else:
+        named = {"3": {"content": "<|end|>", "special": True}, "2": {"content": "<|start|>", "special": True}}
+        roles["added_tokens_decoder"] = named
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+    tokenizer = Tokenizer.from_file(tmp_path)
+    assert tokenizer.encode("<|start|>b<|end|>") == [2, 1, 3]
+    assert (tokenizer.eos_id, tokenizer.pad_id, 3 in tokenizer.special_ids) == (3, 4, True)
+
+
+def test_the_librarys_own_errors_name_file_and_text(tmp_path: Path) -> None:
+    model = {"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(RequestError, match=r"tokenizer\.json: this tokenizer cannot encode 'z'"):
+        Tokenizer.from_file(tmp_path).encode("z")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

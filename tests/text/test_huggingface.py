@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
-from mnemos.errors import FormatError, UnsupportedError
+from mnemos.errors import RequestError, UnsupportedError
 from mnemos.text.tokenizer import Tokenizer as MnemosTokenizer
 
 from .test_vectors import TEXTS
@@ -108,6 +108,21 @@ def test_sentencepiece_decoders(name: str, tmp_path: Path) -> None:
         assert ours.decode(ids) == rust.decode(ids)
 
 
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_the_decoder_reads_added_tokens_too(name: str, special: bool, tmp_path: Path) -> None:
+    rust = Tokenizer(models.BPE({"a": 0, "b": 1, "\u2581": 2}, []))
+    rust.normalizer = normalizers.Replace(" ", "\u2581")
+    rust.decoder = SENTENCEPIECE[name]()
+    spaces = AddedToken("\u2581\u2581\u2581", special=special, normalized=True)
+    (rust.add_special_tokens if special else rust.add_tokens)([spaces])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    ours = MnemosTokenizer.from_file(tmp_path)
+    for ids in ([0, 3, 1], [0, 2, 3, 1]):
+        assert ours.decode(ids, skip_special=False) == rust.decode(ids, skip_special_tokens=False)
+    assert ours.decode([0, 3, 1], skip_special=False) == "a   b"
+
+
 def test_words_are_joined_by_spaces(tmp_path: Path) -> None:
     rust = Tokenizer(models.WordLevel({"one": 0, "two": 1, "?": 2}, unk_token="?"))
     rust.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -131,5 +146,5 @@ def test_a_pattern_that_takes_too_long_is_an_error(tmp_path: Path) -> None:
     rust.save(str(tmp_path / "tokenizer.json"))
     ours = MnemosTokenizer.from_file(tmp_path)
     assert ours.encode("ab") == [0, 1]
-    with pytest.raises(FormatError, match="tokenizer.json: this tokenizer fails on the text"):
+    with pytest.raises(RequestError, match="tokenizer.json: this tokenizer cannot encode"):
         ours.encode("a" * 40 + "!")

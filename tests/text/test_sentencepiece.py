@@ -76,7 +76,7 @@ def test_files_beside_it_count(tmp_path: Path) -> None:
     ("added", "message"),
     [
         ([1], "added_tokens_decoder is .*it must map ids to tokens"),
-        ({"9999": {"content": "x"}}, "'x' at '9999', behind 600 tokens; ids must follow each other"),
+        ({"9999": {"content": "x"}}, "'x' at '9999', after 600 tokens; ids must follow each other"),
         ({"one": {"content": "x"}}, "ids must follow each other"),
         ({"600": {"content": 5}}, "ids must follow each other"),
         ({"600": {"content": "</s>"}}, "'</s>' at 600, which is token 2"),
@@ -125,3 +125,20 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
         FormatError, match="does not exist; a tokenizer.json is needed, or SentencePiece's tokenizer.model"
     ):
         Tokenizer.from_file(tmp_path / "none")
+
+
+def test_added_tokens_have_a_file_of_their_own(tmp_path: Path) -> None:
+    size = train(tmp_path).vocab_size()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size + 1, "<|im_start|>": size, "</s>": 2}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    ours = Tokenizer.from_file(tmp_path)
+    ids = ours.encode("<|im_start|>kalo<|im_end|>", add_special=False)
+    assert (ids[0], ids[-1], ids.count(size)) == (size, size + 1, 1)
+    assert (ours.eos_id, size + 1 in ours.special_ids) == (size + 1, True)
+
+
+def test_a_model_without_bos_and_eos(tmp_path: Path) -> None:
+    library = train(tmp_path, bos_id=-1, eos_id=-1)
+    ours = Tokenizer.from_file(tmp_path)
+    assert (ours.bos_id, ours.eos_id) == (None, None)
+    assert ours.encode("kalo") == library.encode("kalo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ END_NAMES = (
 )  # fmt: skip
 
 
+_NO_TOKEN = (-1, 2**32 - 1)
 ANCHOR = "\x02"  # a text to go on from: a byte that no token holds together with others
 
 
@@ -96,11 +98,11 @@ class TokenizerCore:
     whole: bool = True
 
     def token_bytes(self, token_id: int) -> bytes:
-        if not 0 <= token_id < len(self.texts):
+        if token_id < 0:
             size = len(self.texts)
             raise RequestError(f"token id {token_id} is outside of the vocabulary of {size} tokens ({self.label})")
-        if token_id in self.silent_ids:
-            return b""
+        if token_id >= len(self.texts) or token_id in self.silent_ids:
+            return b""  # the first: models may have more rows than the tokenizer has tokens
         text = self.texts[token_id]
         return text.encode() if token_id in self.literal_ids else self.spelling.token_bytes(text)
 
@@ -108,10 +110,11 @@ class TokenizerCore:
         encoder = self.encoder if parse_special else self.plain_encoder
         try:
             ids: list[int] = encoder.encode(text, add_special_tokens=add_special and self.prefix_ids is None).ids
-        except BaseException as error:
-            if not _is_panic(error):
+        except BaseException as error:  # the library's panics are no Exception
+            if not isinstance(error, Exception) and not _is_panic(error):
                 raise
-            raise FormatError(f"{self.label}: this tokenizer fails on the text: {str(error)[:400]}") from error
+            problem = f"this tokenizer cannot encode {text[:60]!r}: {str(error)[:400]}"
+            raise RequestError(f"{self.label}: {problem}") from error
         if self.prefix_ids is None:
             return ids
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special else ids
@@ -206,10 +209,23 @@ def _is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"  # which no module exports
 
 
-def check_id(label: str, field: str, value: Any, size: int) -> int:
-    """`value` as a token id, or a FormatError that names the field."""
+def read_id(label: str, field: str, value: Any, size: int) -> int | None:
+    """`value` as a token id; None, with a warning, if the vocabulary has no such token.
+
+    -1, also as 32 unsigned bits, is how files say that there is none. FormatError for what is no integer.
+    """
     if type(value) is not int:
         raise FormatError(f"{label}: {field} is {str(value)[:80]!r}; it must be a token id")
+    if value in _NO_TOKEN:
+        return None
     if not 0 <= value < size:
-        raise FormatError(f"{label}: {field} is {value}; the vocabulary has {size} tokens")
+        warnings.warn(f"{label}: {field} is {value}, which is ignored: the vocabulary has {size} tokens", stacklevel=2)
+        return None
     return value
+
+
+def read_ids(label: str, field: str, value: Any, size: int) -> list[int]:
+    """The token ids of `value`, which is one, a list of them, or None."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    ids = (read_id(label, field, one, size) for one in values)
+    return [token for token in ids if token is not None]

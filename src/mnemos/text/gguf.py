@@ -222,8 +222,8 @@ def _finish(
 def _surrounding(vocabulary: Vocabulary, flag: str, default: bool, key: str, token: int | None) -> tuple[int, ...]:
     if not vocabulary.flag(flag, default):
         return ()
-    if token is None and PREFIX + flag not in vocabulary.metadata:
-        return ()  # only the pre-tokenizer's custom asks for it, and the file has no such token
+    if token is None and (PREFIX + flag not in vocabulary.metadata or PREFIX + key in vocabulary.metadata):
+        return ()  # only the pre-tokenizer's custom asks for it, or the file says that there is no such token
     if token is None:
         raise FormatError(f"{vocabulary.label}: {PREFIX}{flag} is true, but {PREFIX}{key} is missing")
     return (token,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +16,18 @@ from mnemos.text.core import (
     Spelling,
     TokenizerCore,
     WordSpelling,
-    check_id,
     library_errors,
+    read_ids,
     share_model,
 )
 
 if TYPE_CHECKING:
     import tokenizers
 
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _SPARSEST = 16  # ids may be this many times as many as tokens; beyond that a file only wants our memory
 _SMALLEST = 1 << 16
+MAX_ADDED = 1 << 16
 _DECODERS = "ByteLevel, Metaspace, a Sequence of Replace, ByteFallback, Fuse and Strip, or none"
 
 
@@ -36,11 +39,41 @@ class Settings:
     special: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    added: dict[str, Any] = field(default_factory=dict)
+
+    def special_text(self, role: str) -> str | None:
+        """The text of the token that plays a role, such as eos_token."""
+        text = self.tokenizer.get(role, self.special.get(role))
+        text = text.get("content") if isinstance(text, dict) else text
+        return text if isinstance(text, str) else None
+
+    def added_tokens(self) -> dict[str, tuple[int | None, bool]]:
+        """Tokens that these files add: text -> (id, if one is stated, whether it is special).
+
+        tokenizer_config.json's added_tokens_decoder counts before added_tokens.json, and special are those that it
+        says are, and those that play a role.
+        """
+        roles = {self.special_text(role) for role in ROLES}
+        for source in (self.tokenizer, self.special):
+            further = source.get("additional_special_tokens")
+            for token in further if isinstance(further, list) else ():
+                roles.add(token.get("content") if isinstance(token, dict) else token)
+        found: dict[str, tuple[int | None, bool]] = {}
+        decoder = self.tokenizer.get("added_tokens_decoder")
+        for key, entry in decoder.items() if isinstance(decoder, dict) else ():
+            text = entry.get("content") if isinstance(entry, dict) else None
+            if isinstance(text, str) and text and key.isdecimal():
+                found[text] = (int(key), bool(entry.get("special")) or text in roles)
+        for text, token in self.added.items():
+            if text and type(token) is int and text not in found:
+                found[text] = (token, text in roles)
+        return found
 
 
 def read_settings(folder: Path) -> Settings:
-    names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
-    return Settings(*(_read_object(folder / name) for name in names))
+    """The files beside a tokenizer."""
+    names = ("tokenizer_config", "special_tokens_map", "generation_config", "config", "added_tokens")
+    return Settings(*(_read_object(folder / f"{name}.json") for name in names))
 
 
 def read_chat_templates(folder: Path, settings: Settings) -> tuple[str | None, dict[str, str]]:
@@ -77,19 +110,18 @@ def build_core(file: Path, settings: Settings) -> TokenizerCore:
         encoder = Tokenizer.from_str(content)
         encoder.no_truncation()
         encoder.no_padding()
+        _add_missing(file, encoder, settings)
         added = encoder.get_added_tokens_decoder()
         vocabulary = encoder.get_vocab(with_added_tokens=True)
     texts = _texts_by_id(file, vocabulary)
     spelling, strips_space = _spelling(file, encoder)
-    bos, eos, pad, unknown = (
-        _special_id(file, settings, vocabulary, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-    )
+    bos, eos, pad, unknown = (_special_id(file, settings, vocabulary, name) for name in ROLES)
     add_bos = encoder.post_processor is None and settings.tokenizer.get("add_bos_token") is True
     return TokenizerCore(
         label=str(file),
         texts=texts,
         spelling=spelling,
-        literal_ids=frozenset(added),
+        literal_ids=frozenset(token for token, entry in added.items() if not _is_text(spelling, entry.content)),
         silent_ids=frozenset(token for token, text in enumerate(texts) if not text),
         special_ids=frozenset(token for token, entry in added.items() if entry.special),
         strips_space=strips_space,
@@ -103,6 +135,26 @@ def build_core(file: Path, settings: Settings) -> TokenizerCore:
         unknown_id=unknown,
         eos_ids=_end_ids(file, settings, added, eos, len(texts)),
     )
+
+
+def _add_missing(file: Path, encoder: tokenizers.Tokenizer, settings: Settings) -> None:
+    """Adds the tokens that only the files beside this one have, and those that play a role, at the end."""
+    from tokenizers import AddedToken
+
+    missing = {text: entry for text, entry in settings.added_tokens().items() if encoder.token_to_id(text) is None}
+    for role in ROLES:
+        text = settings.special_text(role)
+        if text and role != "unk_token" and encoder.token_to_id(text) is None:
+            missing.setdefault(text, (None, True))
+    if len(missing) > MAX_ADDED:
+        raise FormatError(f"{file.parent}: the files beside {file.name} add {len(missing)} tokens; at most {MAX_ADDED}")
+    for text, (token, special) in sorted(missing.items(), key=lambda item: (item[1][0] is None, item[1][0] or 0)):
+        following = encoder.get_vocab_size(with_added_tokens=True)
+        if token not in (None, following):
+            problem = f"adds {text[:80]!r} as {token}, which is ignored: the next free id is {following}"
+            warnings.warn(f"{file.parent}: a file beside {file.name} {problem}", stacklevel=2)
+            continue
+        encoder.add_tokens([AddedToken(text, special=special, normalized=False)])
 
 
 def _texts_by_id(file: Path, vocabulary: dict[str, int]) -> list[str]:
@@ -140,6 +192,15 @@ def _spelling(file: Path, encoder: tokenizers.Tokenizer) -> tuple[Spelling, bool
     raise UnsupportedError(f"{file}: decoder is {str(decoder)[:200]}; supported are {_DECODERS}")
 
 
+def _is_text(spelling: Spelling, text: str) -> bool:
+    """Whether the file's decoder makes text of an added token, as it does of all others."""
+    try:
+        spelling.token_bytes(text).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _plain_encoder(
     encoder: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedToken], content: str
 ) -> tokenizers.Tokenizer:
@@ -163,16 +224,14 @@ def _plain_encoder(
 
 def _special_id(file: Path, settings: Settings, vocabulary: dict[str, int], name: str) -> int | None:
     """The id of the token that plays the role `name`, such as eos_token: by its text, or by its id in another file."""
-    text = settings.tokenizer.get(name, settings.special.get(name))
-    if isinstance(text, dict):
-        text = text.get("content")
-    if isinstance(text, str) and text in vocabulary:
+    text = settings.special_text(name)
+    if text is not None and text in vocabulary:
         return vocabulary[text]
     for origin, source in (("generation_config.json", settings.generation), ("config.json", settings.model)):
         value = source.get(f"{name}_id")
-        value = value[0] if isinstance(value, list) and value else value
-        if value is not None:
-            return check_id(str(file.parent / origin), f"{name}_id", value, max(vocabulary.values()) + 1)
+        ids = read_ids(str(file.parent / origin), f"{name}_id", value, max(vocabulary.values()) + 1)
+        if ids:
+            return ids[0]
     return None
 
 
@@ -182,10 +241,15 @@ def _end_ids(
     ends = {token for token, entry in added.items() if entry.content in END_NAMES}
     if eos_id is not None:
         ends.add(eos_id)
-    stated = settings.generation.get("eos_token_id")
-    for value in stated if isinstance(stated, list) else [] if stated is None else [stated]:
-        ends.add(check_id(str(file.parent / "generation_config.json"), "eos_token_id", value, size))
-    return frozenset(ends)
+    return frozenset(ends) | stated_ends(file.parent, settings, size)
+
+
+def stated_ends(folder: Path, settings: Settings, size: int) -> frozenset[int]:
+    """Tokens that end a generation as generation_config.json says, or else config.json."""
+    for name, source in (("generation_config.json", settings.generation), ("config.json", settings.model)):
+        if source.get("eos_token_id") is not None:
+            return frozenset(read_ids(str(folder / name), "eos_token_id", source["eos_token_id"], size))
+    return frozenset()
 
 
 def _read_text(file: Path) -> str:

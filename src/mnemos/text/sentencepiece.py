@@ -15,34 +15,33 @@ from typing import Any
 import numpy as np
 
 from mnemos.errors import FormatError, UnsupportedError
-from mnemos.text.core import TokenizerCore, check_id
+from mnemos.text.core import TokenizerCore
 from mnemos.text.gguf import build_core as build_from_metadata
-from mnemos.text.huggingface import Settings
+from mnemos.text.huggingface import MAX_ADDED, Settings, stated_ends
 from mnemos.text.vocabulary import PREFIX, TokenType
 
 MAX_BYTES = 64 << 20  # the largest in use have 5 MB
-MAX_ADDED = 1 << 16
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of ModelProto
 _KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 _BPE = 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+_ROLE_KEYS = {
+    "bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id",
+    "unk_token": "unknown_token_id",
+}  # fmt: skip
 _DEFAULT_IDS = {"unknown": (40, 0), "bos": (41, 1), "eos": (42, 2), "padding": (43, -1)}  # field of TrainerSpec, id
 
 
 def build_core(file: Path, settings: Settings) -> TokenizerCore:
     """The tokenizer in `file`, with the tokens that the files beside it add."""
     metadata = read_metadata(file)
-    size = len(metadata[PREFIX + "tokens"])
     _add_tokens(file, metadata, settings)
+    _set_roles(metadata, settings)
     for flag, default in (("add_bos_token", True), ("add_eos_token", False)):
         value = settings.tokenizer.get(flag)
         metadata[PREFIX + flag] = default if value is None else value
-    stated = settings.generation.get("eos_token_id")
-    ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
-    total = max(size, len(metadata[PREFIX + "tokens"]))
-    origin = str(file.parent / "generation_config.json")
     core = build_from_metadata(metadata, str(file))
-    return replace(core, eos_ids=core.eos_ids | {check_id(origin, "eos_token_id", end, total) for end in ends})
+    return replace(core, eos_ids=core.eos_ids | stated_ends(file.parent, settings, len(core.texts)))
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
@@ -81,8 +80,8 @@ def read_metadata(file: Path) -> dict[str, Any]:
     }
     for name, (number, default) in _DEFAULT_IDS.items():
         token = trainer.get(number, default)
-        if isinstance(token, int) and 0 <= token < 2**31:  # -1, as 64 bits, stands for none
-            metadata[f"{PREFIX}{name}_token_id"] = token
+        # -1, as 64 bits, stands for none, and is not the same as saying nothing.
+        metadata[f"{PREFIX}{name}_token_id"] = token if isinstance(token, int) and 0 <= token < 2**31 else -1
     return metadata
 
 
@@ -101,7 +100,7 @@ def _check_kind(file: Path, trainer: Mapping[int, Any], normalizer: Mapping[int,
 
 
 def _add_tokens(file: Path, metadata: dict[str, Any], settings: Settings) -> None:
-    """Tokens behind the vocabulary, or others than it says: tokenizer_config.json's `added_tokens_decoder`."""
+    """Tokens after the vocabulary, or others than it says, as the files beside it have them."""
     origin = file.parent / "tokenizer_config.json"
     added = settings.tokenizer.get("added_tokens_decoder", {})
     if not isinstance(added, dict) or len(added) > MAX_ADDED:
@@ -109,10 +108,14 @@ def _add_tokens(file: Path, metadata: dict[str, Any], settings: Settings) -> Non
     tokens, scores, types = (metadata[PREFIX + name] for name in ("tokens", "scores", "token_type"))
     scores, types = scores.tolist(), types.tolist()
     known = {text: index for index, text in enumerate(tokens)}
+    listed = [entry.get("content") for entry in added.values() if isinstance(entry, dict)]
+    for written, (token, special) in settings.added_tokens().items():
+        if written not in listed:  # of added_tokens.json
+            added = {**added, str(token): {"content": written, "special": special}}
     for key, entry in sorted(added.items(), key=lambda item: (len(item[0]), item[0])):
         text = entry.get("content") if isinstance(entry, dict) else None
         if not key.isdecimal() or not isinstance(text, str) or not text or int(key) > len(tokens):
-            problem = f"added_tokens_decoder has {str(text)[:80]!r} at {key[:20]!r}, behind {len(tokens)} tokens"
+            problem = f"added_tokens_decoder has {str(text)[:80]!r} at {key[:20]!r}, after {len(tokens)} tokens"
             raise FormatError(f"{origin}: {problem}; ids must follow each other")
         index = int(key)
         if known.setdefault(text, index) != index:
@@ -129,6 +132,15 @@ def _add_tokens(file: Path, metadata: dict[str, Any], settings: Settings) -> Non
             types[index] = types[index] if types[index] == TokenType.UNKNOWN else kind
     metadata[PREFIX + "scores"] = np.asarray(scores, np.float32)
     metadata[PREFIX + "token_type"] = np.asarray(types, np.int32)
+
+
+def _set_roles(metadata: dict[str, Any], settings: Settings) -> None:
+    """The files beside the model say by their texts which tokens play a role; they count before the model's own."""
+    tokens = metadata[PREFIX + "tokens"]
+    for role, key in _ROLE_KEYS.items():
+        text = settings.special_text(role)
+        if text in tokens:
+            metadata[PREFIX + key] = tokens.index(text)
 
 
 def _fields(message: bytes, label: str) -> Iterator[tuple[int, Any]]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mnemos.errors import FormatError
 from mnemos.formats.string_array import StringArray
-from mnemos.text.core import END_NAMES, check_id
+from mnemos.text.core import END_NAMES, read_id
 
 PREFIX = "tokenizer.ggml."
 TokenTypes = npt.NDArray[np.int32]
@@ -69,7 +69,7 @@ class Vocabulary:
         value = self.metadata.get(PREFIX + name)
         if value is None:
             return default if default is not None and default < len(self.texts) else None
-        return check_id(self.label, PREFIX + name, value, len(self.texts))
+        return read_id(self.label, PREFIX + name, value, len(self.texts))
 
     def flag(self, name: str, default: bool) -> bool:
         """The boolean under `tokenizer.ggml.<name>`."""
