@@ -19,6 +19,8 @@ from mnemos.decoding.choice import (
     sample_numpy,
     top_tokens,
 )
+from mnemos.decoding.cutoffs import TopP
+from mnemos.decoding.history import History
 from mnemos.decoding.ranking import descending
 from mnemos.decoding.seeds import uniform
 from mnemos.errors import RequestError
@@ -67,6 +69,16 @@ def test_draws_follow_the_definition(cutoffs, size):
             assert sample(logits, cutoffs, number) == expected
     for draw in (sample, sample_numpy):
         assert logits[draw(logits, cutoffs, 1 - 2**-53)] > -np.inf
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.2, 0.5, 0.8, 0.95])
+def test_draws_come_from_the_nucleus_that_the_processor_leaves(top_p):
+    logits = np.log(np.array([0.2, 0.5, 0.15, 0.1, 0.05])).astype(np.float32)
+    row = logits.copy()
+    TopP(top_p)(History([]), row)
+    kept = set(np.flatnonzero(np.isfinite(row)))
+    for draw in (sample, sample_numpy):
+        assert {draw(logits, Cutoffs(1.0, 0, top_p), number) for number in np.linspace(0, 0.9999, 400)} == kept
 
 
 def test_of_equal_logits_the_lowest_id_comes_first():

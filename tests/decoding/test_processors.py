@@ -9,22 +9,16 @@ import numpy as np
 import pytest
 
 from mnemos.decoding.config import GenerationConfig
+from mnemos.decoding.cutoffs import Epsilon, Eta, MinP, Temperature, TopK, TopP, Typical, filters_of
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import (
     BadWords,
     CountPenalty,
-    Epsilon,
-    Eta,
     LogitBias,
     MinLength,
-    MinP,
     NoRepeatNgram,
     RepetitionPenalty,
-    Temperature,
-    TopK,
-    TopP,
-    Typical,
-    filters_of,
+    Setting,
     processors_of,
 )
 
@@ -64,7 +58,7 @@ def test_recorded_results(name, case):
 def test_recorded_chain(case):
     config = GenerationConfig(do_sample=True, repetition_penalty=1.2, temperature=0.8, top_k=10, top_p=0.9)
     logits, history = values(case["logits"]), History(case["prev_ids"], case["prompt_length"])
-    for processor in [*processors_of(config, (), ()), *filters_of(config)]:
+    for processor in [*processors_of(Setting(config)), *filters_of(config)]:
         processor(history, logits)
     weights = np.exp(logits - logits.max())
     expected, expected_weights = values(case["outputs"]["chain_logits"]), np.array(case["outputs"]["chain_probs"])
@@ -100,6 +94,27 @@ def test_filters_are_hugging_faces(seed):
             expected = theirs(None, torch.tensor(row)[None]).numpy()[0]
             ours(History([]), row)
             np.testing.assert_allclose(row, expected, rtol=1e-6, err_msg=str(ours))
+
+
+DECIMAL = (
+    [0.5, 0.3, 0.2],
+    [0.4, 0.3, 0.2, 0.1],
+    [0.25, 0.25, 0.2, 0.15, 0.1, 0.05],
+    [0.6, 0.25, 0.1, 0.05],
+)
+
+
+@pytest.mark.parametrize("probabilities", DECIMAL, ids=str)
+def test_a_nucleus_of_decimal_probabilities_ends_where_hugging_faces_does(probabilities):
+    torch = pytest.importorskip("torch")
+    hf = pytest.importorskip("transformers.generation.logits_process")
+    logits = np.log(np.array(probabilities)).astype(np.float32)
+    for hundredths in range(0, 100, 5):
+        top_p = hundredths / 100
+        expected = hf.TopPLogitsWarper(top_p)(None, torch.tensor(logits)[None]).numpy()[0]
+        row = logits.copy()
+        TopP(top_p)(History([]), row)
+        assert np.isfinite(row).sum() == np.isfinite(expected).sum(), top_p
 
 
 def test_presence_and_frequency_count_generated_tokens_only():

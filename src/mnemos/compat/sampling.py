@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 
 from mnemos.contract import Floats
+from mnemos.decoding.cutoffs import TopK, TopP
 from mnemos.decoding.fields import RULES
 from mnemos.decoding.history import History
-from mnemos.decoding.processors import Processor, RepetitionPenalty, TopK, TopP
+from mnemos.decoding.processors import Processor, RepetitionPenalty
+from mnemos.decoding.ranking import nucleus
 from mnemos.errors import ConfigError
 
 COLDEST = 1e-5  # a temperature below counts as this one, so that 0 means nearly always the most probable token
+
+_AT_MOST = 1e-6  # more than rounding: a token before which just `p` was summed up is part of this nucleus
 
 
 def apply_temperature(logits: Any, temperature: float) -> Any:
@@ -70,15 +74,11 @@ def sample_top_p(probs: Any, p: float) -> Any:
 
     def draw(rows: Floats) -> None:
         for row, random in zip(rows, _randoms(probs, len(rows)), strict=True):
-            order = np.argsort(-row, kind="stable")
-            ordered = row[order]
-            total = np.cumsum(ordered)
-            weights = np.where(total - ordered > np.float32(p), 0, ordered).astype(np.float64)
-            cumulative = np.cumsum(weights)
-            if not 0 < cumulative[-1] < np.inf:
-                raise ConfigError(f"the probabilities sum to {cumulative[-1]}; they must be at least 0, some above")
+            if not (row >= 0).all() or not 0 < row.sum(dtype=np.float64) < np.inf:
+                raise ConfigError(f"the probabilities sum to {row.sum()}; they must be at least 0, some above")
+            order, cumulative = nucleus(row, min(p + _AT_MOST, 1.0))
             place = int(np.searchsorted(cumulative, random * cumulative[-1], side="right"))
-            chosen.append(int(order[min(place, int(np.count_nonzero(weights)) - 1)]))
+            chosen.append(int(order[min(place, len(order) - 1)]))
 
     _on_rows(probs, "probs", draw)
     shape = (*probs.shape[:-1], 1)

@@ -15,10 +15,12 @@ import numpy as np
 from mnemos.contract import ModelSpec, TokenRules
 from mnemos.decoding.choice import Chooser, Constraint, Cutoffs
 from mnemos.decoding.config import DEFAULT_CANDIDATES, DEFAULT_NEW_TOKENS, GenerationConfig
-from mnemos.decoding.processors import Processor, filters_of, processors_of
+from mnemos.decoding.cutoffs import CUTOFFS, filters_of
+from mnemos.decoding.fields import active
+from mnemos.decoding.processors import Processor, Setting, processors_of
 from mnemos.decoding.sampling import Drafter, Sampling
 from mnemos.decoding.seeds import fresh_seed
-from mnemos.decoding.stopping import IncrementalDecoder, StopRules, StopWatch, TextEnds
+from mnemos.decoding.stopping import DecoderLike, StopRules, StopWatch, TextEnds
 from mnemos.decoding.strategy import Strategy
 from mnemos.errors import ContextLengthError, RequestError
 
@@ -27,10 +29,10 @@ if TYPE_CHECKING:  # a process that only samples starts faster without the other
     from mnemos.decoding.contrastive import ContrastiveSearch
 
 _OPENERS = "\n\t([{<\"'`*_-/\u201c\u2018\u00ab"  # what a word may follow without a space
-_FILTERS_BESIDE_CUTOFFS = ("typical_p", "epsilon_cutoff", "eta_cutoff")
+_SAMPLERS_OWN = ("temperature", "top_k", "top_p", "min_p")  # what `choice.sample` does by itself
 
 
-class Tokenizer(Protocol):
+class TokenizerLike(Protocol):
     """What strategies need of a tokenizer."""
 
     @property
@@ -45,7 +47,7 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str: ...
 
-    def decoder(self, skip_special: bool = True, continues: bool = False) -> IncrementalDecoder: ...
+    def decoder(self, skip_special: bool = True, continues: bool = False) -> DecoderLike: ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
@@ -105,7 +107,7 @@ def new_tokens(config: GenerationConfig, prompt_length: int, spec: ModelSpec) ->
 def make_strategy(
     config: GenerationConfig,
     prompt_ids: Sequence[int],
-    tokenizer: Tokenizer | None,
+    tokenizer: TokenizerLike | None,
     spec: ModelSpec,
     source: Sequence[int] | None = None,
 ) -> Strategy:
@@ -123,7 +125,7 @@ class _Builder:
         self,
         config: GenerationConfig,
         prompt_ids: Sequence[int],
-        tokenizer: Tokenizer | None,
+        tokenizer: TokenizerLike | None,
         spec: ModelSpec,
         source: Sequence[int],
     ) -> None:
@@ -184,17 +186,17 @@ class _Builder:
 
         config = self.config
         settings = BeamSettings(
-            config.beams,
-            config.num_return_sequences,
-            self.most,
-            config.groups,
-            config.diversity_penalty or 0.0,
-            config.length_penalty,
-            config.early_stopping,
-            self._seed() if config.samples else None,
-            config.logprobs,
-            self._pad_id(),
-            len(self.stop_ids),
+            beams=config.beams,
+            results=config.num_return_sequences,
+            most=self.most,
+            groups=config.groups,
+            diversity_penalty=config.diversity_penalty or 0.0,
+            length_penalty=config.length_penalty,
+            early_stopping=config.early_stopping,
+            seed=self._seed() if config.samples else None,
+            logprobs=config.logprobs,
+            pad_id=self._pad_id(),
+            stop_tokens=len(self.stop_ids),
         )
         filters = filters_of(config, keep=len(self.stop_ids) + 1) if config.samples else []
         processors = [*self._processors(), *filters]
@@ -224,7 +226,7 @@ class _Builder:
         processors = self._processors()
         if not config.samples:
             return Chooser(processors)
-        if any(getattr(config, name) is not None for name in _FILTERS_BESIDE_CUTOFFS):
+        if any(active(config, field) for field, _ in CUTOFFS if field not in _SAMPLERS_OWN):
             return Chooser(processors, filters_of(config), Cutoffs())
         temperature = 1.0 if config.temperature is None else config.temperature
         top_p = 1.0 if config.top_p is None else config.top_p
@@ -232,9 +234,17 @@ class _Builder:
 
     def _processors(self) -> list[Processor]:
         length = len(self.prompt_ids)
-        rules = self.token_rules
-        longest = length + self.most
-        return processors_of(self.config, self.stop_ids, self._bad_words(), rules, length, longest, self.source)
+        return processors_of(
+            Setting(
+                self.config,
+                self.stop_ids,
+                self._bad_words(),
+                self.token_rules,
+                prompt=length,
+                longest=length + self.most,
+                source=self.source,
+            )
+        )
 
     def _token_rules(self) -> TokenRules:
         """The model's own, with what the config says in their place."""
@@ -300,7 +310,7 @@ class _Builder:
                         words.append(opened)
         return [word for number, word in enumerate(words) if word and word not in words[:number]]
 
-    def _needed_tokenizer(self, field: str) -> Tokenizer:
+    def _needed_tokenizer(self, field: str) -> TokenizerLike:
         if self.tokenizer is None:
             raise RequestError(f"{field} needs a tokenizer, and this engine has none; give token ids instead")
         return self.tokenizer

@@ -18,7 +18,7 @@ from mnemos import native
 from mnemos.contract import Floats, Ints
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import Processor
-from mnemos.decoding.ranking import covering, largest
+from mnemos.decoding.ranking import covering, largest, nucleus, nucleus_share
 from mnemos.decoding.seeds import uniform
 from mnemos.errors import RequestError
 
@@ -201,7 +201,7 @@ def _arrays(cutoffs: Sequence[Cutoffs]) -> tuple[Floats, Ints, Doubles, Doubles]
     return (
         np.array([one.temperature for one in cutoffs], np.float32),
         np.array([one.top_k for one in cutoffs], np.int32),
-        np.array([one.top_p for one in cutoffs]),
+        np.array([nucleus_share(one.top_p) if one.top_p < 1 else 1.0 for one in cutoffs]),
         np.array([one.min_p for one in cutoffs]),
     )
 
@@ -216,10 +216,8 @@ def sample_numpy(logits: Floats, cutoffs: Cutoffs, random: float) -> int:
         place = len(logits) - cutoffs.top_k
         weights[logits < np.partition(logits, place)[place]] = 0
     if cutoffs.top_p < 1:
-        reach = cutoffs.top_p * _sum(weights)
-        ids, cumulative = _head(weights, reach)
-        size = int(np.searchsorted(cumulative, reach, side="left")) + 1
-        size = min(size, int(np.count_nonzero(weights[ids] >= np.float32(cutoffs.min_p))))
+        ids, cumulative = nucleus(weights, cutoffs.top_p)
+        size = int(np.count_nonzero(weights[ids] >= np.float32(cutoffs.min_p)))
         ids, cumulative = ids[:size], cumulative[:size]
         target = random * float(cumulative[-1])
     else:

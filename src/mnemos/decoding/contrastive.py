@@ -14,7 +14,7 @@ from mnemos.decoding.processors import Processor
 from mnemos.decoding.ranking import largest
 from mnemos.decoding.sampling import with_logprobs
 from mnemos.decoding.stopping import End, StopWatch
-from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows
+from mnemos.decoding.strategy import Advance, Branch, Emitted, Rows
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ContrastiveSearch:
         chosen, direction = self._choose(rows)
         emitted, end = self._accept(chosen.token)
         if end is not None:
-            return Advance([], [emitted], [self._finished(end)])
+            return Advance([], [emitted], [self._watch.finished(end, self._history)])
         self._remember(direction)
         return Advance(self._propose(chosen.branch, rows[chosen.branch].logits[-1]), [emitted])
 
@@ -113,14 +113,6 @@ class ContrastiveSearch:
             grown[: count - 1] = self._directions[: count - 1]
             self._directions = grown
         self._directions[count - 1] = direction
-
-    def _finished(self, end: End) -> FinishedSequence:
-        self._watch.finish()
-        tokens = self._history.tokens[self._history.prompt_length :]
-        text_tokens = None if end.is_text else len(tokens) - 1
-        return FinishedSequence(
-            tokens, end.reason, text_tokens=text_tokens, text=self._watch.text, stopped_by=end.stopped_by
-        )
 
 
 def _normalised(hidden: Floats) -> Floats:

@@ -348,7 +348,7 @@ FIELDS: tuple[Field, ...] = (
 
 RULES: dict[str, Rule] = {field.name: field.rule for field in FIELDS}
 ALIASES = {field.alias: field.name for field in FIELDS if field.alias}
-NEUTRAL = {field.name: field.neutral for field in FIELDS if field.neutral}
+INACTIVE = {field.name: (None, field.default, *field.neutral) for field in FIELDS}
 HABITUAL = {field.name: field.habitual for field in FIELDS if field.habitual}
 CONSTRAINTS = tuple(field.name for field in FIELDS if field.group == "constraints")
 SAMPLING_ONLY = tuple(field.name for field in FIELDS if field.only == "sampling")
@@ -372,7 +372,7 @@ _INSTEAD = {
 def active(config: object, name: str) -> bool:
     """True if the config's field was given a value that has an effect."""
     value = getattr(config, name)
-    return value is not None and value != () and value not in NEUTRAL.get(name, ())
+    return value not in INACTIVE[name]
 
 
 def refuse_unknown(names: Iterable[str]) -> None:

@@ -31,7 +31,7 @@ class Score:
         return float(np.exp(self.mean_nll))
 
 
-class Forced:
+class TeacherForced:
     """Evaluates the prompt and nothing else, CHUNK rows at a time."""
 
     needs_all_prompt_rows = False
@@ -62,7 +62,7 @@ class Forced:
         return Advance([branch])
 
 
-class ForcedLogits(Forced):
+class ForcedLogits(TeacherForced):
     """logits (time, vocabulary) float32."""
 
     def __init__(self, vocabulary_size: int) -> None:
@@ -76,7 +76,7 @@ class ForcedLogits(Forced):
         self.logits[start : start + len(logits)] = logits
 
 
-class ForcedScore(Forced):
+class ForcedScore(TeacherForced):
     """The log likelihood of each token but the first."""
 
     def __init__(self) -> None:

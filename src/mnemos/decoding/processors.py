@@ -1,8 +1,7 @@
-"""Functions that change a row of logits before a token is chosen: penalties, bans and cut-offs.
+"""Functions that change a row of logits before a token is chosen: penalties and bans.
 
 A processor takes the sequence so far and a float32 row (vocabulary,), which it changes in place. Results are those of
-Hugging Face's processors of the same name; `processors_of` and `filters_of` put them in its order. Penalties touch only
-the tokens that were seen. Cut-offs set what they remove to minus infinity and keep at least `keep` tokens.
+Hugging Face's processors of the same name, and CHAIN is in its order. Penalties touch only the tokens that were seen.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos.contract import Floats, TokenRules
+from mnemos.decoding.fields import active
 from mnemos.decoding.history import History
-from mnemos.decoding.ranking import covering, descending
 from mnemos.errors import MnemosError, RequestError
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ class MinLength:
 
 
 @dataclass(frozen=True)
-class Forced:
+class ForcedTokens:
     """Leaves only `tokens`, with a logit of 0, where the text has `length` tokens, the prompt's included."""
 
     tokens: tuple[int, ...]
@@ -176,186 +175,92 @@ class Custom:
 
 
 @dataclass(frozen=True)
-class Temperature:
-    temperature: float
+class Setting:
+    """What processors are made from.
 
-    def __call__(self, history: History, logits: Floats) -> None:
-        logits /= np.float32(self.temperature)
-
-
-@dataclass(frozen=True)
-class TopK:
-    """Keeps the k largest logits, and those equal to the smallest of them. Fan et al. 2018, arXiv:1805.04833."""
-
-    top_k: int
-    keep: int = 1
-
-    def __call__(self, history: History, logits: Floats) -> None:
-        logits[logits < _nth_largest(logits, max(self.top_k, self.keep))] = _REMOVED
-
-
-@dataclass(frozen=True)
-class TopP:
-    """Keeps the fewest most probable tokens that together reach top_p. Holtzman et al. 2019, arXiv:1904.09751."""
-
-    top_p: float
-    keep: int = 1
-
-    def __call__(self, history: History, logits: Floats) -> None:
-        possible = np.flatnonzero(logits > _REMOVED)
-        # Ascending; of equally probable tokens the lower id comes later.
-        order = possible[descending(logits[possible])[::-1]]
-        below = _cumulative(logits[order]) <= np.float32(1 - self.top_p)
-        below[-self.keep :] = False
-        logits[order[below]] = _REMOVED
-
-
-@dataclass(frozen=True)
-class MinP:
-    """Keeps tokens at least min_p times as probable as the most probable. Nguyen et al. 2024, arXiv:2407.01082."""
-
-    min_p: float
-    keep: int = 1
-
-    def __call__(self, history: History, logits: Floats) -> None:
-        probabilities = _softmax(logits)
-        _remove(logits, probabilities < np.float32(self.min_p) * probabilities.max(), self.keep)
-
-
-@dataclass(frozen=True)
-class Typical:
-    """Keeps tokens whose information is nearest the entropy, up to `mass`. Meister et al. 2022, arXiv:2202.00666."""
-
-    mass: float
-    keep: int = 1
-
-    def __call__(self, history: History, logits: Floats) -> None:
-        possible = np.flatnonzero(logits > _REMOVED)
-        log_probabilities = _log_softmax(logits[possible])
-        probabilities = np.exp(log_probabilities)
-        distance = np.abs(log_probabilities - np.sum(log_probabilities * probabilities))
-        order, cumulative = covering(-distance, probabilities, self.mass, 1024)
-        last = int(np.sum(cumulative.astype(np.float32) < np.float32(self.mass)))
-        removed = distance > distance[order[min(last, len(order) - 1)]]
-        removed[order[: self.keep]] = False
-        logits[possible[removed]] = _REMOVED
-
-
-@dataclass(frozen=True)
-class Epsilon:
-    """Removes tokens less probable than epsilon. Hewitt et al. 2022, arXiv:2210.15191."""
-
-    epsilon: float
-    keep: int = 1
-
-    def __call__(self, history: History, logits: Floats) -> None:
-        _remove(logits, _softmax(logits) < np.float32(self.epsilon), self.keep)
-
-
-@dataclass(frozen=True)
-class Eta:
-    """Removes tokens less probable than min(epsilon, sqrt(epsilon) * exp(-entropy)). Hewitt et al. 2022."""
-
-    epsilon: float
-    keep: int = 1
-
-    def __call__(self, history: History, logits: Floats) -> None:
-        log_probabilities = _log_softmax(logits)
-        probabilities = np.exp(log_probabilities)
-        entropy = -np.sum(np.where(probabilities > 0, log_probabilities, 0) * probabilities)
-        eta = min(self.epsilon, float(np.sqrt(self.epsilon) * np.exp(-entropy)))
-        _remove(logits, probabilities < np.float32(eta), self.keep)
-
-
-def processors_of(
-    config: GenerationConfig,
-    stop_ids: Iterable[int],
-    bad_words: Iterable[Sequence[int]],
-    rules: TokenRules = NO_RULES,
-    prompt: int = 0,
-    longest: int = 0,
-    source: Sequence[int] = (),
-) -> list[Processor]:
-    """What the config asks for before temperature and cut-offs, in Hugging Face's order.
-
-    `stop_ids` are the tokens that end the text; `bad_words` all banned token sequences; `rules` the forced and
-    suppressed tokens; `prompt` and `longest` the prompt's and the text's greatest length in tokens; `source` what an
-    encoder reads, or else the prompt.
+    config     the request's
+    stop_ids   the tokens that end the text
+    bad_words  all banned token sequences
+    rules      the forced and suppressed tokens
+    prompt     the prompt's length in tokens
+    longest    the text's greatest length in tokens, prompt included
+    source     what an encoder reads, or else the prompt
     """
-    stop_ids = set(stop_ids)
-    banned = [sequence for sequence in bad_words if not (len(sequence) == 1 and sequence[0] in stop_ids)]
-    chain: list[Processor] = []
-    if config.logit_bias:
-        chain.append(LogitBias(config.logit_bias))
-    if config.encoder_repetition_penalty != 1:
-        chain.append(SourceReward(source, config.encoder_repetition_penalty))
-    if config.repetition_penalty != 1:
-        chain.append(RepetitionPenalty(config.repetition_penalty))
-    if config.presence_penalty or config.frequency_penalty:
-        chain.append(CountPenalty(config.presence_penalty, config.frequency_penalty))
-    if config.no_repeat_ngram_size:
-        chain.append(NoRepeatNgram(config.no_repeat_ngram_size))
-    if config.encoder_no_repeat_ngram_size:
-        chain.append(NoSourceNgram(source, config.encoder_no_repeat_ngram_size))
-    if banned:
-        chain.append(BadWords(banned))
-    if (config.min_length or config.min_new_tokens) and stop_ids:
-        chain.append(MinLength(stop_ids, config.min_length, config.min_new_tokens))
-    if rules.forced_bos:
-        chain.append(Forced(rules.forced_bos, 1))
-    if rules.forced_eos:
-        chain.append(Forced(rules.forced_eos, longest - 1))
-    if rules.suppressed:
-        chain.append(Suppressed(rules.suppressed))
-    if rules.suppressed_first:
-        chain.append(Suppressed(rules.suppressed_first, 1 if rules.forced_bos and prompt == 1 else 0))
-    functions: Any = config.logits_processors
-    return [*chain, *(Custom(function) for function in functions)]
+
+    config: GenerationConfig
+    stop_ids: frozenset[int] = frozenset()
+    bad_words: Sequence[Sequence[int]] = ()
+    rules: TokenRules = NO_RULES
+    prompt: int = 0
+    longest: int = 0
+    source: Sequence[int] = ()
 
 
-def filters_of(config: GenerationConfig, keep: int = 1) -> list[Processor]:
-    """Temperature and cut-offs, in Hugging Face's order; `keep` is the fewest tokens that a cut-off leaves."""
-    chain: list[Processor] = []
-    if config.temperature not in (None, 1):
-        chain.append(Temperature(config.temperature))
-    if config.top_k:
-        chain.append(TopK(config.top_k, keep))
-    if config.top_p is not None and config.top_p < 1:
-        chain.append(TopP(config.top_p, keep))
-    if config.min_p:
-        chain.append(MinP(config.min_p, keep))
-    if config.typical_p is not None and config.typical_p < 1:
-        chain.append(Typical(config.typical_p, keep))
-    if config.epsilon_cutoff:
-        chain.append(Epsilon(config.epsilon_cutoff, keep))
-    if config.eta_cutoff:
-        chain.append(Eta(config.eta_cutoff, keep))
-    return chain
+def processors_of(setting: Setting) -> list[Processor]:
+    """What the config asks for before temperature and cut-offs, in the order of CHAIN."""
+    made = [processor for make in CHAIN if (processor := make(setting)) is not None]
+    functions: Any = setting.config.logits_processors
+    return [*made, *(Custom(function) for function in functions)]
+
+
+Maker = Callable[[Setting], "Processor | None"]
+
+
+def _for(field: str, make: Callable[[Setting, Any], Processor]) -> Maker:
+    """Makes a processor from a field's value where that has an effect."""
+    return lambda setting: make(setting, getattr(setting.config, field)) if active(setting.config, field) else None
+
+
+def _count_penalty(setting: Setting) -> Processor | None:
+    presence, frequency = setting.config.presence_penalty, setting.config.frequency_penalty
+    return CountPenalty(presence, frequency) if presence or frequency else None
+
+
+def _bad_words(setting: Setting) -> Processor | None:
+    ends = setting.stop_ids
+    banned = [sequence for sequence in setting.bad_words if not (len(sequence) == 1 and sequence[0] in ends)]
+    return BadWords(banned) if banned else None
+
+
+def _min_length(setting: Setting) -> Processor | None:
+    total, new = setting.config.min_length, setting.config.min_new_tokens
+    return MinLength(setting.stop_ids, total, new) if (total or new) and setting.stop_ids else None
+
+
+def _forced_first(setting: Setting) -> Processor | None:
+    return ForcedTokens(setting.rules.forced_bos, 1) if setting.rules.forced_bos else None
+
+
+def _forced_last(setting: Setting) -> Processor | None:
+    return ForcedTokens(setting.rules.forced_eos, setting.longest - 1) if setting.rules.forced_eos else None
+
+
+def _suppressed(setting: Setting) -> Processor | None:
+    return Suppressed(setting.rules.suppressed) if setting.rules.suppressed else None
+
+
+def _suppressed_first(setting: Setting) -> Processor | None:
+    rules = setting.rules
+    place = 1 if rules.forced_bos and setting.prompt == 1 else 0
+    return Suppressed(rules.suppressed_first, place) if rules.suppressed_first else None
+
+
+CHAIN: tuple[Maker, ...] = (
+    _for("logit_bias", lambda setting, bias: LogitBias(bias)),
+    _for("encoder_repetition_penalty", lambda setting, reward: SourceReward(setting.source, reward)),
+    _for("repetition_penalty", lambda setting, penalty: RepetitionPenalty(penalty)),
+    _count_penalty,
+    _for("no_repeat_ngram_size", lambda setting, size: NoRepeatNgram(size)),
+    _for("encoder_no_repeat_ngram_size", lambda setting, size: NoSourceNgram(setting.source, size)),
+    _bad_words,
+    _min_length,
+    _forced_first,
+    _forced_last,
+    _suppressed,
+    _suppressed_first,
+)
 
 
 def _penalize(logits: Floats, ids: npt.NDArray[np.int64], penalty: float) -> None:
     values, factor = logits[ids], np.float32(penalty)
     logits[ids] = np.where(values < 0, values * factor, values / factor)
-
-
-def _log_softmax(logits: Floats) -> Floats:
-    shifted = logits - logits.max()
-    return np.asarray(shifted - np.log(np.exp(shifted).sum()), dtype=np.float32)
-
-
-def _softmax(logits: Floats) -> Floats:
-    weights = np.exp(logits - logits.max())
-    return np.asarray(weights / weights.sum(), dtype=np.float32)
-
-
-def _cumulative(logits: Floats) -> Floats:
-    return np.cumsum(_softmax(logits), dtype=np.float64).astype(np.float32)
-
-
-def _nth_largest(logits: Floats, n: int) -> float:
-    place = max(len(logits) - n, 0)
-    return float(np.partition(logits, place)[place])
-
-
-def _remove(logits: Floats, removed: npt.NDArray[np.bool_], keep: int) -> None:
-    logits[removed & (logits < _nth_largest(logits, keep))] = _REMOVED

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from mnemos.contract import Floats
 
 Indices = npt.NDArray[np.intp]
+_FIRST_CANDIDATES = 256
 
 
 def largest(values: Floats, size: int) -> Indices:
@@ -33,6 +34,29 @@ def covering(keys: Floats, weights: Floats, reach: float, first: int) -> tuple[I
         if cumulative[-1] > reach or size >= len(keys):
             return ids, cumulative
         size *= 8
+
+
+def nucleus(weights: Floats, top_p: float, keep: int = 1) -> tuple[Indices, npt.NDArray[np.float64]]:
+    """The fewest most probable tokens that reach `top_p` of the weights' sum, at least `keep`, and the running sums.
+
+    Tokens come in descending order, equal ones by ascending index, none that has no weight. Holtzman et al. 2019,
+    arXiv:1904.09751.
+    """
+    reach = nucleus_share(top_p) * float(weights.sum(dtype=np.float64))
+    ids, cumulative = covering(weights, weights, reach, max(_FIRST_CANDIDATES, keep))
+    size = max(int(np.searchsorted(cumulative, reach, side="left")) + 1, keep)
+    size = min(size, int(np.count_nonzero(weights[ids])))
+    return ids[:size], cumulative[:size]
+
+
+def nucleus_share(top_p: float) -> float:
+    """The share of the sum that a nucleus has to reach, so that it ends where Hugging Face's does.
+
+    There a token is left out if it and all less probable ones have at most 1 - top_p, compared as float32: where sums
+    are equal in decimals (0.5 + 0.3 and top_p 0.8), rounding in float64 is not to decide.
+    """
+    rest = np.float32(1 - top_p)
+    return 1 - (float(rest) + float(np.nextafter(rest, np.float32(2)))) / 2
 
 
 def descending(values: Floats) -> Indices:

@@ -17,11 +17,8 @@ from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence,
 class Drafter(Protocol):
     """Guesses how a text goes on."""
 
-    def draft(self, history: History, limit: int) -> list[int]:
-        """At most `limit` tokens, none if there is no good guess."""
-
-    def ask(self, limit: int) -> int:
-        """How many tokens the engine's draft model shall guess instead."""
+    def draft(self, history: History, limit: int) -> list[int] | int:
+        """At most `limit` guessed tokens, or how many the engine's draft model is to guess."""
 
     def learn(self, drafted: int, accepted: int) -> None:
         """How many of the last draft's tokens turned out right."""
@@ -48,19 +45,9 @@ class _Text:
         return self.branch.tokens[len(self.history.tokens) :]
 
     def finished(self, sequence: int, emitted: list[Emitted]) -> FinishedSequence:
+        """The text as a result; only where it has ended."""
         assert self.end is not None
-        self.watch.finish()
-        tokens = self.history.tokens[self.history.prompt_length :]
-        text_tokens = None if self.end.is_text else len(tokens) - 1
-        return FinishedSequence(
-            tokens,
-            self.end.reason,
-            emitted,
-            sequence=sequence,
-            text_tokens=text_tokens,
-            text=self.watch.text,
-            stopped_by=self.end.stopped_by,
-        )
+        return self.watch.finished(self.end, self.history, sequence, emitted)
 
 
 class Sampling:
@@ -204,11 +191,12 @@ class Sampling:
         if text.drafter is None:
             return
         room = self._most - text.history.generated - 1
-        drafts, asked = [], 0
-        if room > 0:
-            drafts, asked = text.drafter.draft(text.history, room), text.drafter.ask(room)
-        branch.tokens += drafts
-        branch.wanted, branch.drafts = 1 + len(drafts), asked
+        drafted = text.drafter.draft(text.history, room) if room > 0 else []
+        if isinstance(drafted, int):
+            branch.wanted, branch.drafts = 1, drafted
+        else:
+            branch.tokens += drafted
+            branch.wanted, branch.drafts = 1 + len(drafted), 0
 
     def _best(self) -> list[FinishedSequence]:
         best = sorted(self._texts, key=lambda text: -text.logprob_sum / text.history.generated)[: self._results]

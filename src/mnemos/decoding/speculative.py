@@ -65,9 +65,6 @@ class PromptLookup:
         period = len(tokens) - place  # beyond the text's end, the draft goes on repeating itself
         return [int(tokens[place + i % period]) for i in range(size)]
 
-    def ask(self, limit: int) -> int:
-        return 0
-
     def learn(self, drafted: int, accepted: int) -> None:
         self._length.learn(drafted, accepted)
 
@@ -78,10 +75,8 @@ class DraftModel:
     def __init__(self, most: int) -> None:
         self._length = DraftLength(most, cost=0.4)  # a row of the batch and a step of the draft model
 
-    def draft(self, history: History, limit: int) -> list[int]:
-        return []
-
-    def ask(self, limit: int) -> int:
+    def draft(self, history: History, limit: int) -> int:
+        """How many tokens to guess."""
         return min(self._length.next(), limit)
 
     def learn(self, drafted: int, accepted: int) -> None:

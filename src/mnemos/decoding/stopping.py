@@ -10,10 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mnemos.decoding.history import History
+from mnemos.decoding.strategy import Emitted, FinishedSequence
 from mnemos.errors import MnemosError, RequestError
 
 
-class IncrementalDecoder(Protocol):
+class DecoderLike(Protocol):
     """Turns token ids into text piece by piece, never half a character."""
 
     def push(self, token_id: int) -> str: ...
@@ -126,7 +128,7 @@ class StopWatch:
     def __init__(
         self,
         rules: StopRules,
-        decoder: IncrementalDecoder | None,
+        decoder: DecoderLike | None,
         name_of_special: Callable[[int], str] = lambda token: "",
     ) -> None:
         """`decoder` must be given where the rules have stop strings, and only there; it leaves special tokens out.
@@ -156,11 +158,23 @@ class StopWatch:
             return piece, End("stop", self._strings.matched)
         return piece, self._other_end(token, tokens)
 
-    def finish(self) -> None:
-        """Adds to the text what was held back, unless a stop string ended it."""
+    def finished(
+        self, end: End, history: History, sequence: int = 0, emitted: Sequence[Emitted] = ()
+    ) -> FinishedSequence:
+        """The text that ended so, with what was held back unless a stop string ended it; to be called once."""
         if self._decoder is not None and self._strings.matched is None:
             self._text.append(self._strings.push(self._decoder.finish()))
             self._text.append(self._strings.finish())
+        tokens = history.tokens[history.prompt_length :]
+        return FinishedSequence(
+            tokens,
+            end.reason,
+            list(emitted),
+            sequence=sequence,
+            text_tokens=None if end.is_text else len(tokens) - 1,
+            text=self.text,
+            stopped_by=end.stopped_by,
+        )
 
     def _push_text(self, token: int) -> str | None:
         if self._decoder is None:

@@ -1,0 +1,154 @@
+"""Temperature and cut-offs: processors that leave out improbable tokens before one is drawn.
+
+They set what they remove to minus infinity and keep at least `keep` tokens. Results are those of Hugging Face's
+processors of the same name, and CUTOFFS is in its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos.contract import Floats
+from mnemos.decoding.fields import active
+from mnemos.decoding.history import History
+from mnemos.decoding.processors import Processor
+from mnemos.decoding.ranking import covering, nucleus
+
+if TYPE_CHECKING:
+    from mnemos.decoding.config import GenerationConfig
+
+_REMOVED = np.float32(-np.inf)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Divides logits by the temperature."""
+
+    temperature: float
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        logits /= np.float32(self.temperature)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keeps the k largest logits, and those equal to the smallest of them. Fan et al. 2018, arXiv:1805.04833."""
+
+    top_k: int
+    keep: int = 1
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        logits[logits < _nth_largest(logits, max(self.top_k, self.keep))] = _REMOVED
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keeps the fewest most probable tokens that together reach top_p. Holtzman et al. 2019, arXiv:1904.09751."""
+
+    top_p: float
+    keep: int = 1
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        weights = np.exp(logits - logits.max())
+        kept, _ = nucleus(weights, self.top_p, self.keep)
+        values = logits[kept]
+        logits[:] = _REMOVED
+        logits[kept] = values
+
+
+@dataclass(frozen=True)
+class MinP:
+    """Keeps tokens at least min_p times as probable as the most probable. Nguyen et al. 2024, arXiv:2407.01082."""
+
+    min_p: float
+    keep: int = 1
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        probabilities = _softmax(logits)
+        _remove(logits, probabilities < np.float32(self.min_p) * probabilities.max(), self.keep)
+
+
+@dataclass(frozen=True)
+class Typical:
+    """Keeps tokens whose information is nearest the entropy, up to `mass`. Meister et al. 2022, arXiv:2202.00666."""
+
+    mass: float
+    keep: int = 1
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        possible = np.flatnonzero(logits > _REMOVED)
+        log_probabilities = _log_softmax(logits[possible])
+        probabilities = np.exp(log_probabilities)
+        distance = np.abs(log_probabilities - np.sum(log_probabilities * probabilities))
+        order, cumulative = covering(-distance, probabilities, self.mass, 1024)
+        last = int(np.sum(cumulative.astype(np.float32) < np.float32(self.mass)))
+        removed = distance > distance[order[min(last, len(order) - 1)]]
+        removed[order[: self.keep]] = False
+        logits[possible[removed]] = _REMOVED
+
+
+@dataclass(frozen=True)
+class Epsilon:
+    """Removes tokens less probable than epsilon. Hewitt et al. 2022, arXiv:2210.15191."""
+
+    epsilon: float
+    keep: int = 1
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        _remove(logits, _softmax(logits) < np.float32(self.epsilon), self.keep)
+
+
+@dataclass(frozen=True)
+class Eta:
+    """Removes tokens less probable than min(epsilon, sqrt(epsilon) * exp(-entropy)). Hewitt et al. 2022."""
+
+    epsilon: float
+    keep: int = 1
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        log_probabilities = _log_softmax(logits)
+        probabilities = np.exp(log_probabilities)
+        entropy = -np.sum(np.where(probabilities > 0, log_probabilities, 0) * probabilities)
+        eta = min(self.epsilon, float(np.sqrt(self.epsilon) * np.exp(-entropy)))
+        _remove(logits, probabilities < np.float32(eta), self.keep)
+
+
+# The field, and what makes its processor of the field's value and `keep`.
+CUTOFFS: tuple[tuple[str, Callable[[Any, int], Processor]], ...] = (
+    ("temperature", lambda temperature, keep: Temperature(temperature)),
+    ("top_k", TopK),
+    ("top_p", TopP),
+    ("min_p", MinP),
+    ("typical_p", Typical),
+    ("epsilon_cutoff", Epsilon),
+    ("eta_cutoff", Eta),
+)
+
+
+def filters_of(config: GenerationConfig, keep: int = 1) -> list[Processor]:
+    """The temperature and the cut-offs that have an effect; `keep` is the fewest tokens that a cut-off leaves."""
+    return [make(getattr(config, field), keep) for field, make in CUTOFFS if active(config, field)]
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()), dtype=np.float32)
+
+
+def _softmax(logits: Floats) -> Floats:
+    weights = np.exp(logits - logits.max())
+    return np.asarray(weights / weights.sum(), dtype=np.float32)
+
+
+def _nth_largest(logits: Floats, n: int) -> float:
+    place = max(len(logits) - n, 0)
+    return float(np.partition(logits, place)[place])
+
+
+def _remove(logits: Floats, removed: npt.NDArray[np.bool_], keep: int) -> None:
+    logits[removed & (logits < _nth_largest(logits, keep))] = _REMOVED
