@@ -6,8 +6,9 @@ import time
 from functools import partial
 
 from mnemos.contract import ConditionedModel, Model
-from mnemos.decoding.strategy import Branch, Emitted, Rows
+from mnemos.decoding.strategy import Emitted
 from mnemos.engine.draft_model import Drafting
+from mnemos.engine.drawing import draw_tokens
 from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits, Scheduler
 from mnemos.engine.statistics import Counters, Event, Listener
@@ -76,11 +77,12 @@ class Executor:
             return
         left = time.perf_counter()
         ready = scheduler.collect(step, output)
-        for request, rows in ready:
+        draw_tokens(step, output)
+        for request in ready:
             if request.state is State.RUNNING:
-                self._advance(request, rows, left)
+                self._advance(request, left)
         if self.drafting is not None:
-            self._draft(self.drafting, [request for request, _ in ready if request.state is State.RUNNING])
+            self._draft(self.drafting, [request for request in ready if request.state is State.RUNNING])
         scheduler.pace.observe(step.decode_rows, step.prefill_rows, left - entered)
         counters.steps += 1
         counters.evaluated_tokens += len(step.token_ids)
@@ -94,10 +96,10 @@ class Executor:
             self.model.begin(state, request.source or request.prompt)
             self.counters.model_seconds += time.perf_counter() - began
 
-    def _advance(self, request: Request, rows: dict[Branch, Rows], now: float) -> None:
+    def _advance(self, request: Request, now: float) -> None:
         """Asks the strategy how to go on. What goes wrong in it ends its request alone."""
         try:
-            advance = request.strategy.advance(rows)
+            advance = request.strategy.advance(request.rows())
             self.counters.drafted += advance.drafted
             self.counters.accepted += advance.accepted
             if advance.emitted:

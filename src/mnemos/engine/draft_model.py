@@ -78,7 +78,8 @@ class Drafting:
             output = evaluate(self.model, step.batch())
             seconds = time.perf_counter() - began
             self.seconds += seconds
-            for copy, rows in self.scheduler.collect(step, output):
+            for copy in self.scheduler.collect(step, output):
+                rows = copy.rows()
                 if copy in wishes:
                     self._append(copy, wishes[copy][1], rows)
             self.scheduler.pace.observe(step.decode_rows, step.prefill_rows, seconds)

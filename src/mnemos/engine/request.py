@@ -7,7 +7,7 @@ from enum import Enum
 from itertools import count
 from typing import Protocol
 
-from mnemos.decoding.strategy import Emitted, FinishedSequence, Strategy
+from mnemos.decoding.strategy import Branch, Emitted, FinishedSequence, Rows, Strategy
 from mnemos.engine.sequence import Sequence
 
 _numbers = count()
@@ -77,3 +77,7 @@ class Request:
     pending: int = 0  # positions to evaluate before the strategy is asked
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
     preemptions: int = 0
+
+    def rows(self) -> dict[Branch, Rows]:
+        """What the strategy is to be given, once all positions are evaluated."""
+        return {sequence.branch: sequence.complete() for sequence in self.sequences}

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from mnemos.contract import Model, Output
-from mnemos.decoding.choice import Wish, draw_rows
-from mnemos.decoding.strategy import Branch, Rows
+from mnemos.decoding.strategy import Branch
 from mnemos.engine.branches import Branches
 from mnemos.engine.prefill_budget import Pace
 from mnemos.engine.queue import WaitingQueue
@@ -131,11 +130,9 @@ class Scheduler:
                 chunk -= self._plan(step, candidate, chunk, newcomer=True)
         return step if step.items else None
 
-    def collect(self, step: Step, output: Output) -> list[tuple[Request, dict[Branch, Rows]]]:
-        """Takes in what a step evaluated; returns the requests whose strategies are to be asked, with their rows."""
+    def collect(self, step: Step, output: Output) -> list[Request]:
+        """Takes in what a step evaluated; returns the requests whose strategies are to be asked."""
         ready: list[Request] = []
-        drawing: list[Sequence] = []
-        wishes: list[Wish] = []
         logits, hidden = output.logits, output.hidden
         charge, branches, window = self.queue.charge, self.branches, self.tables.window
         for request, parts, complete in step.items:
@@ -143,31 +140,15 @@ class Scheduler:
             for sequence, number, start, end in parts:
                 sequence.done += number
                 rows += number
-                if start < end and complete:
-                    sequence.parts.append((logits[start:end], hidden[start:end]))
-                    branch = sequence.branch
-                    if branch.draw is not None:
-                        drawing.append(sequence)
-                        wishes.append(Wish(branch.draw, start, end, len(branch.tokens) - (end - start - 1)))
-                elif start < end:
-                    sequence.keep(logits[start:end], hidden[start:end])
+                if start < end:
+                    sequence.take(logits[start:end], hidden[start:end], complete)
             request.pending -= rows
             charge(request.tenant, rows)
             if request.prefilling or window:
                 branches.settle(request)
             if complete:
                 ready.append(request)
-        if wishes:
-            if output.tokens is None:
-                drawn = draw_rows(logits, wishes)
-            else:
-                chosen: list[int] = output.tokens.tolist()
-                drawn = [chosen[wish.start : wish.stop] for wish in wishes]
-            for sequence, tokens in zip(drawing, drawn, strict=True):
-                sequence.chosen = tokens
-        return [
-            (request, {sequence.branch: sequence.complete() for sequence in request.sequences}) for request in ready
-        ]
+        return ready
 
     def _plan_one(self, step: Step, request: Request) -> bool:
         """Puts the next row of a request into the step that decodes one text; False where that is not all.

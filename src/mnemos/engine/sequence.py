@@ -59,8 +59,14 @@ class Sequence(PageTable):
         """Drops tokens: keeps the first SINKS and as many of the newest as fill half the context."""
         self.dropped = len(self.branch.tokens) - max(context_length // 2, SINKS + 1)
 
-    def keep(self, logits: Floats, hidden: Floats) -> None:
-        """Keeps rows of a step's output until the others are there: a copy, of the logits as far as they are wanted."""
+    def take(self, logits: Floats, hidden: Floats, complete: bool) -> None:
+        """Takes rows of a step's output, which the next step overwrites.
+
+        Where the strategy is not asked before that, it is a copy, of the logits as far as they are wanted.
+        """
+        if complete:
+            self.parts.append((logits, hidden))
+            return
         wanted = self.done - (self.goal - self.branch.wanted)
         self.parts.append((logits[max(0, len(logits) - wanted) :].copy(), hidden.copy()))
 
