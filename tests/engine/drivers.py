@@ -1,4 +1,4 @@
-"""Running requests on an executor without threads, and strategies that check what they are given."""
+"""Running requests on an EngineCore without threads, and strategies that check what they are given."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows, Strategy
-from mnemos.engine.core import Executor
+from mnemos.engine.core import EngineCore
 from mnemos.engine.request import Request, Timings
 from mnemos.engine.scheduler import Limits
 from mnemos.memory.capacity import Capacity
@@ -138,16 +138,16 @@ def make_request(strategy: Strategy, prompt: Sequence[int], **fields: object) ->
     return request, results
 
 
-def make_executor(
+def make_core(
     model: Toy,
     pages: int = 1000,
     batch_tokens: int = 64,
     sequences: int = 16,
     prefix_cache: bool = True,
     states: int = 32,
-) -> Executor:
+) -> EngineCore:
     limits = Limits(model.spec.context_length, batch_tokens, sequences)
-    return Executor(model, reserve_toy(model, pages, states), limits, prefix_cache)
+    return EngineCore(model, reserve_toy(model, pages, states), limits, prefix_cache)
 
 
 def reserve_toy(model: Toy, pages: int, states: int = 32) -> Capacity:
@@ -159,37 +159,37 @@ def reserve_toy(model: Toy, pages: int, states: int = 32) -> Capacity:
     return Capacity(0, states)
 
 
-def run(executor: Executor, limit: int = 10_000) -> None:
+def run(core: EngineCore, limit: int = 10_000) -> None:
     """Runs until nothing is left to do."""
     for _ in range(limit):
-        if not executor.has_work:
+        if not core.has_work:
             return
-        executor.step()
+        core.step()
     raise AssertionError("requests do not come to an end")
 
 
-def check_states(executor: Executor) -> None:
+def check_states(core: EngineCore) -> None:
     """Every reference to a state slot is a sequence's, and every slot that nobody holds is clear."""
-    states = executor.scheduler.tables.states
+    states = core.scheduler.tables.states
     if states is None:
         return
     counts = [0] * states.total
-    for request in executor.requests:
+    for request in core.requests:
         for sequence in request.sequences:
             if sequence.state != NO_STATE:
                 counts[sequence.state] += 1
     assert counts == states.references
     assert states.free == counts.count(0)
-    assert isinstance(executor.model, StateToy)
-    assert executor.model.filled_states() <= {slot for slot, count in enumerate(counts) if count}
+    assert isinstance(core.model, StateToy)
+    assert core.model.filled_states() <= {slot for slot, count in enumerate(counts) if count}
 
 
-def check_pages(executor: Executor) -> None:
+def check_pages(core: EngineCore) -> None:
     """Every reference is accounted for by a page table or the prefix tree."""
-    check_states(executor)
-    tables = executor.scheduler.tables
+    check_states(core)
+    tables = core.scheduler.tables
     counts = [0] * tables.pool.total
-    for request in executor.requests:
+    for request in core.requests:
         for sequence in request.sequences:
             assert len(sequence.positions) == len(sequence.pages)
             for page in sequence.pages:
@@ -203,11 +203,11 @@ def check_pages(executor: Executor) -> None:
     assert tables.pool.reclaimable == reclaimable
 
 
-def check_whole(executor: Executor) -> None:
+def check_whole(core: EngineCore) -> None:
     """Nothing runs, and every page is free but those of the prefix tree, which can all be had back."""
-    check_pages(executor)
-    pool, tree = executor.scheduler.tables.pool, executor.scheduler.tables.tree
-    assert not executor.has_work
+    check_pages(core)
+    pool, tree = core.scheduler.tables.pool, core.scheduler.tables.tree
+    assert not core.has_work
     assert pool.used == (len(tree) if tree else 0)
     if tree:
         tree.evict(pool.total)

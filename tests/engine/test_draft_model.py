@@ -8,8 +8,8 @@ import pytest
 from mnemos.contract import Batch, Output
 from mnemos.decoding.build import make_strategy
 from mnemos.decoding.config import GenerationConfig
-from mnemos.engine.core import Executor
-from mnemos.engine.draft_model import Drafting
+from mnemos.engine.core import EngineCore
+from mnemos.engine.draft_model import DraftModel
 from mnemos.engine.engine import InferenceEngine
 from mnemos.engine.scheduler import Limits
 from mnemos.errors import ConfigError, RequestError
@@ -30,22 +30,22 @@ class Unsure(ToyModel):
         return output
 
 
-def executor_with(model: Toy, draft: Toy, pages: int = 400, draft_pages: int = 400) -> Executor:
+def core_with(model: Toy, draft: Toy, pages: int = 400, draft_pages: int = 400) -> EngineCore:
     limits = Limits(model.spec.context_length, 64, 16)
-    drafting = Drafting(draft, reserve_toy(draft, draft_pages), Limits(draft.spec.context_length, 64, 16))
-    return Executor(model, reserve_toy(model, pages), limits, True, drafting)
+    draft_model = DraftModel(draft, reserve_toy(draft, draft_pages), Limits(draft.spec.context_length, 64, 16))
+    return EngineCore(model, reserve_toy(model, pages), limits, True, draft_model)
 
 
-def add(executor: Executor, prompt: list[int], **settings: object) -> list[list[int]]:
+def add(core: EngineCore, prompt: list[int], **settings: object) -> list[list[int]]:
     config = GenerationConfig(speculative="draft", **settings)  # type: ignore[arg-type]
-    request, results = make_request(make_strategy(config, prompt, None, executor.model.spec), prompt)
-    executor.add(request)
+    request, results = make_request(make_strategy(config, prompt, None, core.model.spec), prompt)
+    core.add(request)
     return results  # type: ignore[return-value]
 
 
-def check_drafts_whole(executor: Executor) -> None:
-    assert executor.drafting is not None
-    scheduler = executor.drafting.scheduler
+def check_drafts_whole(core: EngineCore) -> None:
+    assert core.draft_model is not None
+    scheduler = core.draft_model.scheduler
     assert not scheduler.running
     assert not len(scheduler.queue)
     pool = scheduler.tables.pool
@@ -58,38 +58,38 @@ PROMPTS = [[3 + i, *range(1, 4 + 7 * i)] for i in range(9)]
 @pytest.mark.parametrize("draft", [ToyModel(), Unsure(2), Unsure(5), Unsure(1), ToyModel(page_size=8)], ids=str)
 def test_greedy_texts_are_those_without_drafts(draft: ToyModel) -> None:
     model = ToyModel()
-    executor = executor_with(model, draft)
-    results = [add(executor, prompt, max_new_tokens=40) for prompt in PROMPTS]
-    run(executor)
+    core = core_with(model, draft)
+    results = [add(core, prompt, max_new_tokens=40) for prompt in PROMPTS]
+    run(core)
     assert [r.tokens for r in results] == [[toy_greedy(prompt, 40)] for prompt in PROMPTS]  # type: ignore[attr-defined]
-    check_whole(executor)
-    check_drafts_whole(executor)
+    check_whole(core)
+    check_drafts_whole(core)
 
 
 def test_a_right_draft_saves_steps_and_is_counted() -> None:
-    executor = executor_with(ToyModel(), ToyModel())
-    result = add(executor, PROMPTS[1], max_new_tokens=60, draft_tokens=8)
-    run(executor)
+    core = core_with(ToyModel(), ToyModel())
+    result = add(core, PROMPTS[1], max_new_tokens=60, draft_tokens=8)
+    run(core)
     assert result.tokens == [toy_greedy(PROMPTS[1], 60)]  # type: ignore[attr-defined]
-    counters = executor.counters
+    counters = core.counters
     assert counters.steps < 20
     assert counters.drafted == counters.accepted > 40
 
 
 def test_useless_drafts_are_given_up() -> None:
-    executor = executor_with(ToyModel(), Unsure(1))
-    add(executor, PROMPTS[1], max_new_tokens=200)
-    run(executor)
-    assert executor.counters.accepted == 0
-    assert executor.counters.drafted < 20
+    core = core_with(ToyModel(), Unsure(1))
+    add(core, PROMPTS[1], max_new_tokens=200)
+    run(core)
+    assert core.counters.accepted == 0
+    assert core.counters.drafted < 20
 
 
 def test_drafts_of_many_requests_are_one_batch() -> None:
     draft = ToyModel()
-    executor = executor_with(ToyModel(), draft)
+    core = core_with(ToyModel(), draft)
     for prompt in PROMPTS[:6]:
-        add(executor, prompt, max_new_tokens=30)
-    run(executor)
+        add(core, prompt, max_new_tokens=30)
+    run(core)
     assert sum(batch.sequences for batch in draft.batches) > 3 * len(draft.batches)
 
 
@@ -105,59 +105,59 @@ def test_sampled_texts_are_those_without_drafts(n: int) -> None:
 
 
 def test_few_pages_for_drafts_preempt_copies_only() -> None:
-    executor = executor_with(ToyModel(), Unsure(7), draft_pages=14)
-    results = [add(executor, prompt, max_new_tokens=30) for prompt in PROMPTS]
+    core = core_with(ToyModel(), Unsure(7), draft_pages=14)
+    results = [add(core, prompt, max_new_tokens=30) for prompt in PROMPTS]
     for _ in range(1000):
-        if not executor.has_work:
+        if not core.has_work:
             break
-        executor.step()
-        check_pages(executor)
+        core.step()
+        check_pages(core)
     assert [r.tokens for r in results] == [[toy_greedy(prompt, 30)] for prompt in PROMPTS]  # type: ignore[attr-defined]
-    assert executor.scheduler.preemptions == 0
-    check_drafts_whole(executor)
+    assert core.scheduler.preemptions == 0
+    check_drafts_whole(core)
 
 
 def test_few_pages_for_the_texts_preempt_them_and_lose_nothing() -> None:
-    executor = executor_with(ToyModel(), Unsure(7), pages=40)
-    results = [add(executor, prompt, max_new_tokens=30) for prompt in PROMPTS]
-    run(executor)
+    core = core_with(ToyModel(), Unsure(7), pages=40)
+    results = [add(core, prompt, max_new_tokens=30) for prompt in PROMPTS]
+    run(core)
     assert [r.tokens for r in results] == [[toy_greedy(prompt, 30)] for prompt in PROMPTS]  # type: ignore[attr-defined]
-    assert executor.scheduler.preemptions > 0
-    check_whole(executor)
-    check_drafts_whole(executor)
+    assert core.scheduler.preemptions > 0
+    check_whole(core)
+    check_drafts_whole(core)
 
 
 def test_beyond_the_draft_models_context_texts_go_on_alone() -> None:
-    executor = executor_with(ToyModel(), ToyModel(context_length=32))
-    result = add(executor, PROMPTS[2], max_new_tokens=100)
-    run(executor)
+    core = core_with(ToyModel(), ToyModel(context_length=32))
+    result = add(core, PROMPTS[2], max_new_tokens=100)
+    run(core)
     assert result.tokens == [toy_greedy(PROMPTS[2], 100)]  # type: ignore[attr-defined]
-    check_drafts_whole(executor)
+    check_drafts_whole(core)
 
 
 def test_a_draft_model_that_fails_harms_nobody() -> None:
     draft = ToyModel()
-    executor = executor_with(ToyModel(), draft)
-    results = [add(executor, prompt, max_new_tokens=30) for prompt in PROMPTS[:4]]
+    core = core_with(ToyModel(), draft)
+    results = [add(core, prompt, max_new_tokens=30) for prompt in PROMPTS[:4]]
     for _ in range(4):
-        executor.step()
+        core.step()
     draft.fail_on = toy_greedy(PROMPTS[2], 30)[12]
-    run(executor)
+    run(core)
     assert [r.tokens for r in results] == [[toy_greedy(p, 30)] for p in PROMPTS[:4]]  # type: ignore[attr-defined]
-    check_whole(executor)
-    check_drafts_whole(executor)
+    check_whole(core)
+    check_drafts_whole(core)
 
 
 def test_cancelled_requests_give_both_models_pages_back() -> None:
-    executor = executor_with(ToyModel(), ToyModel())
+    core = core_with(ToyModel(), ToyModel())
     for prompt in PROMPTS:
-        add(executor, prompt, max_new_tokens=100)
+        add(core, prompt, max_new_tokens=100)
     for _ in range(5):
-        executor.step()
-    for request in executor.requests:
-        executor.cancel(request)
-    check_whole(executor)
-    check_drafts_whole(executor)
+        core.step()
+    for request in core.requests:
+        core.cancel(request)
+    check_whole(core)
+    check_drafts_whole(core)
 
 
 def test_what_cannot_be_drafted_is_refused() -> None:

@@ -10,20 +10,20 @@ from mnemos.decoding.build import make_strategy
 from mnemos.decoding.config import GenerationConfig
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import RequestError, UnsupportedError
-from tests.engine.drivers import Greedy, check_whole, make_executor, make_request, run
+from tests.engine.drivers import Greedy, check_whole, make_core, make_request, run
 from tests.engine.toys import ToyModel, toy_greedy
 
 PROMPTS = [[7] * 100, [7] * 90 + [3] * 60, [5, 6], list(range(1, 80))]
 
 
 def run_all(model: ToyModel, **limits: int) -> list[list[list[int]]]:
-    executor = make_executor(model, **limits)
+    core = make_core(model, **limits)
     requests = [make_request(Greedy(5), prompt) for prompt in PROMPTS]
     for request, _ in requests:
-        executor.add(request)
-        executor.step()
-    run(executor)
-    check_whole(executor)
+        core.add(request)
+        core.step()
+    run(core)
+    check_whole(core)
     return [results.tokens for _, results in requests]
 
 
@@ -46,12 +46,12 @@ def test_prompts_are_cut_where_that_is_promised() -> None:
 @pytest.mark.parametrize("promise", ["shares_prefixes", "chunks"])
 def test_prefixes_are_shared_only_where_that_changes_nothing(promise: str) -> None:
     model = ToyModel(**{promise: False})
-    executor = make_executor(model)
-    assert executor.scheduler.tables.tree is None
+    core = make_core(model)
+    assert core.scheduler.tables.tree is None
     for _ in range(2):
         request, results = make_request(Greedy(5), PROMPTS[0])
-        executor.add(request)
-        run(executor)
+        core.add(request)
+        run(core)
         assert results.tokens == EXPECTED[0]
         assert request.cached_tokens == 0
     with (
@@ -89,12 +89,12 @@ def test_a_model_of_single_sequences_is_called_once_for_each(settings: dict[str,
     config = GenerationConfig(max_new_tokens=6, **settings)  # type: ignore[arg-type]
     expected, given = [], []
     for model, collected in ((ToyModel(), expected), (OneAtATime(), given)):
-        executor = make_executor(model, batch_tokens=32)
+        core = make_core(model, batch_tokens=32)
         requests = [make_request(make_strategy(config, prompt, None, model.spec), prompt) for prompt in PROMPTS]
         for request, _ in requests:
-            executor.add(request)
-        run(executor)
+            core.add(request)
+        run(core)
         collected += [results.tokens for _, results in requests]
-        steps = executor.counters.steps
+        steps = core.counters.steps
     assert given == expected
     assert len(model.batches) > steps

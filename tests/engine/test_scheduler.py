@@ -7,64 +7,64 @@ import pytest
 from mnemos.decoding.build import make_strategy
 from mnemos.decoding.config import GenerationConfig
 from mnemos.decoding.strategy import Branch, Strategy
-from mnemos.engine.prefill_budget import SMALLEST_CHUNK, Pace
+from mnemos.engine.prefill_budget import SMALLEST_CHUNK, PrefillBudget
 from mnemos.engine.queue import WaitingQueue
 from mnemos.engine.request import Request
-from tests.engine.drivers import Greedy, Wild, check_whole, make_executor, make_request, run
+from tests.engine.drivers import Greedy, Wild, check_whole, make_core, make_request, run
 from tests.engine.toys import ToyModel, toy_greedy
 
 
 def test_a_prompt_is_cut_into_chunks_beside_decoding() -> None:
     model = ToyModel()
-    executor = make_executor(model, batch_tokens=40)
+    core = make_core(model, batch_tokens=40)
     decoding, _ = make_request(Greedy(50), [1, 2])
-    executor.add(decoding)
-    executor.step()
+    core.add(decoding)
+    core.step()
     long, results = make_request(Greedy(3), [3] * 150)
-    executor.add(long)
+    core.add(long)
     while not results.emitted:
         rows = len(decoding.strategy.chosen)  # type: ignore[attr-defined]
-        executor.step()
+        core.step()
         assert len(model.batches[-1].token_ids) <= 40
         assert len(decoding.strategy.chosen) == rows + 1  # type: ignore[attr-defined]
-    run(executor)
+    run(core)
     assert results.tokens == [toy_greedy([3] * 150, 3)]
 
 
 def test_lower_priority_values_start_first_and_preempt() -> None:
-    executor = make_executor(ToyModel(), sequences=2)
+    core = make_core(ToyModel(), sequences=2)
     low = [make_request(Greedy(30), [i + 1], priority=5)[0] for i in range(3)]
     for request in low:
-        executor.add(request)
-    executor.step()
+        core.add(request)
+    core.step()
     urgent, results = make_request(Greedy(4), [9], priority=-1)
-    executor.add(urgent)
+    core.add(urgent)
     for _ in range(4):
-        executor.step()
+        core.step()
     assert results.ended
     assert low[1].preemptions == 1
-    run(executor)
+    run(core)
     assert [request.strategy.chosen for request in low] == [toy_greedy([i + 1], 30) for i in range(3)]  # type: ignore[attr-defined]
 
 
 def test_a_crowd_does_not_starve_another_tenant() -> None:
-    executor = make_executor(ToyModel(), sequences=4)
+    core = make_core(ToyModel(), sequences=4)
     crowd = [make_request(Greedy(20), [i % 90 + 1], tenant="crowd")[0] for i in range(100)]
     for request in crowd:
-        executor.add(request)
+        core.add(request)
     for _ in range(3):
-        executor.step()
+        core.step()
     single, results = make_request(Greedy(20), [5], tenant="single")
-    executor.add(single)
+    core.add(single)
     for _ in range(21):
-        executor.step()
+        core.step()
     assert results.ended
-    run(executor)
+    run(core)
     assert all(request.strategy.chosen == toy_greedy(request.prompt, 20) for request in crowd)  # type: ignore[attr-defined]
 
 
 def test_tenants_share_in_proportion_to_what_they_were_served() -> None:
-    executor = make_executor(ToyModel(), sequences=1)
+    core = make_core(ToyModel(), sequences=1)
     order: list[str] = []
 
     class Noting(Greedy):
@@ -73,10 +73,10 @@ def test_tenants_share_in_proportion_to_what_they_were_served() -> None:
             return super().start(prompt)
 
     for i in range(6):
-        executor.add(make_request(Noting(2), [i + 1] * 38, tenant="big")[0])
+        core.add(make_request(Noting(2), [i + 1] * 38, tenant="big")[0])
     for i in range(20):
-        executor.add(make_request(Noting(2), [i + 1, 1], tenant="small")[0])
-    run(executor)
+        core.add(make_request(Noting(2), [i + 1, 1], tenant="small")[0])
+    run(core)
     assert order[:12].count("small") >= 9
 
 
@@ -112,85 +112,85 @@ def sampling(results: int, prompt: list[int], tokens: int = 12) -> Strategy:
 
 
 def test_forks_share_pages_and_copy_what_they_write_to() -> None:
-    executor = make_executor(ToyModel(page_size=4), prefix_cache=False)
-    pool = executor.scheduler.tables.pool
+    core = make_core(ToyModel(page_size=4), prefix_cache=False)
+    pool = core.scheduler.tables.pool
     prompt = [1] * 18
     request, _ = make_request(sampling(3, prompt), prompt)
-    executor.add(request)
-    executor.step()
+    core.add(request)
+    core.step()
     assert pool.used == 5
-    executor.step()  # position 18 is on a shared page: two of three copy it
+    core.step()  # position 18 is on a shared page: two of three copy it
     assert pool.used == 7
     tables = [sequence.pages for sequence in request.sequences]
     assert [table[:4] for table in tables] == [tables[0][:4]] * 3
     assert len({table[4] for table in tables}) == 3
-    run(executor)
-    check_whole(executor)
+    run(core)
+    check_whole(core)
 
 
 def test_recomputed_branches_share_again() -> None:
     """With every second page taken away again and again, the results are those of an undisturbed run."""
     prompt = [1] * 42
-    calm = make_executor(ToyModel(page_size=4), prefix_cache=False)
+    calm = make_core(ToyModel(page_size=4), prefix_cache=False)
     undisturbed, expected = make_request(sampling(4, prompt), prompt)
     calm.add(undisturbed)
     run(calm)
 
-    executor = make_executor(ToyModel(page_size=4), prefix_cache=False, pages=26, batch_tokens=16)
-    pool = executor.scheduler.tables.pool
+    core = make_core(ToyModel(page_size=4), prefix_cache=False, pages=26, batch_tokens=16)
+    pool = core.scheduler.tables.pool
     request, results = make_request(sampling(4, prompt), prompt, priority=1)
-    executor.add(request)
-    while executor.has_work:
-        executor.step()
+    core.add(request)
+    while core.has_work:
+        core.step()
         if len(request.sequences) == 4 and not request.prefilling and request.preemptions < 3:
             urgent, _ = make_request(Greedy(1), [2] * 90)  # needs nearly all pages
-            executor.add(urgent)
-            executor.step()
+            core.add(urgent)
+            core.step()
         assert pool.used <= 26
     assert request.preemptions == 3
     assert results.tokens == expected.tokens
-    check_whole(executor)
+    check_whole(core)
 
 
 def test_prompts_that_arrive_together_share_what_the_first_one_evaluates() -> None:
     model = ToyModel(page_size=4)
-    executor = make_executor(model, batch_tokens=40)
+    core = make_core(model, batch_tokens=40)
     shared = [7] * 100
     for i in range(4):
-        executor.add(make_request(Greedy(2), [*shared, i + 1, 5])[0])
-    run(executor)
-    assert executor.counters.evaluated_tokens < 1.7 * 102
+        core.add(make_request(Greedy(2), [*shared, i + 1, 5])[0])
+    run(core)
+    assert core.counters.evaluated_tokens < 1.7 * 102
 
 
 def test_a_page_may_hold_a_whole_context() -> None:
-    executor = make_executor(ToyModel(page_size=64, context_length=64), pages=5)
+    core = make_core(ToyModel(page_size=64, context_length=64), pages=5)
     requests = [make_request(Wild(seed, 6, 3), [seed + 1] * 20) for seed in range(6)]
     for request, _ in requests:
-        executor.add(request)
-    run(executor)
+        core.add(request)
+    run(core)
     assert [results.error for _, results in requests] == [None] * 6
-    check_whole(executor)
+    check_whole(core)
 
 
 @pytest.mark.parametrize("needs_all", [False, True])
 def test_rows_gathered_over_chunks_are_complete(needs_all: bool) -> None:
-    executor = make_executor(ToyModel(), batch_tokens=16)
+    core = make_core(ToyModel(), batch_tokens=16)
     request, results = make_request(Wild(1, 3, 2, all_rows=needs_all), list(range(1, 80)))
-    executor.add(request)
-    run(executor)
+    core.add(request)
+    run(core)
     assert results.error is None
-    check_whole(executor)
+    check_whole(core)
 
 
 def test_the_chunk_follows_the_measured_pace() -> None:
-    pace = Pace(512)
-    assert pace.chunk(0) == 512
-    assert pace.chunk(8) == 504
+    budget = PrefillBudget(512)
+    assert budget.chunk(0) == 512
+    assert budget.chunk(8) == 504
     for _ in range(50):
-        pace.observe(8, 0, 0.010)
-        pace.observe(8, 100, 0.030)
-    assert pace.chunk(8) == pytest.approx(50, abs=2)
-    assert pace.chunk(0) == 512
+        budget.observe(8, 0, 0.010)
+        budget.observe(8, 100, 0.030)
+    assert budget.chunk(8) == pytest.approx(50, abs=2)
+    assert budget.chunk(0) == 512
     for _ in range(50):
-        pace.observe(0, 100, 1.0)
-    assert pace.chunk(8) == SMALLEST_CHUNK
+        budget.observe(0, 100, 1.0)
+    assert budget.chunk(8) == SMALLEST_CHUNK

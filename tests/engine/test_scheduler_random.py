@@ -13,7 +13,7 @@ from mnemos.decoding.config import GenerationConfig
 from mnemos.decoding.strategy import Advance, Branch, Rows, Strategy
 from mnemos.engine.request import Request
 from mnemos.errors import CapacityError
-from tests.engine.drivers import Greedy, Results, Wild, check_pages, check_whole, make_executor, make_request, run
+from tests.engine.drivers import Greedy, Results, Wild, check_pages, check_whole, make_core, make_request, run
 from tests.engine.toys import ToyModel, toy_greedy
 
 PAGES = 26
@@ -48,10 +48,10 @@ class Failing(Greedy):
 
 
 def alone(make: Callable[[], Strategy], prompt: list[int]) -> list[list[int]]:
-    executor = make_executor(ToyModel(page_size=16, context_length=CONTEXT), prefix_cache=False, batch_tokens=1000)
+    core = make_core(ToyModel(page_size=16, context_length=CONTEXT), prefix_cache=False, batch_tokens=1000)
     request, results = make_request(make(), prompt)
-    executor.add(request)
-    run(executor)
+    core.add(request)
+    run(core)
     assert results.error is None
     return results.tokens
 
@@ -73,11 +73,11 @@ class Workload(RuleBasedStateMachine):
         self.model = ToyModel(page_size, CONTEXT, window)
         self.model.fail_on = POISON
         pages = PAGES if page_size < CONTEXT else 8
-        self.executor = make_executor(self.model, pages, batch_tokens, sequences, prefix_cache)
+        self.core = make_core(self.model, pages, batch_tokens, sequences, prefix_cache)
 
     def submit(self, strategy: Strategy, prompt: list[int], fields: dict[str, object]) -> tuple[Request, Results]:
         request, results = make_request(strategy, prompt, **fields)
-        self.executor.add(request)
+        self.core.add(request)
         return request, results
 
     @rule(prompt=prompts, count=st.integers(1, 12), fields=options)
@@ -116,23 +116,23 @@ class Workload(RuleBasedStateMachine):
     def cancel(self, which: int) -> None:
         if self.expected:
             request, results, _ = self.expected.pop(which % len(self.expected))
-            self.executor.cancel(request)
+            self.core.cancel(request)
             assert results.ended
 
     @rule(count=st.integers(1, 12))
     def step(self, count: int) -> None:
         for _ in range(count):
-            self.executor.step()
+            self.core.step()
 
     @invariant()
     def pages_add_up(self) -> None:
-        if hasattr(self, "executor"):
-            check_pages(self.executor)
+        if hasattr(self, "core"):
+            check_pages(self.core)
 
     def teardown(self) -> None:
-        if not hasattr(self, "executor"):
+        if not hasattr(self, "core"):
             return
-        run(self.executor)
+        run(self.core)
         for _, results, expected in self.expected:
             assert results.ended
             if results.error is None:
@@ -140,7 +140,7 @@ class Workload(RuleBasedStateMachine):
                     assert results.tokens == expected()
             else:
                 assert isinstance(results.error, (CapacityError, ArithmeticError)), results.error
-        check_whole(self.executor)
+        check_whole(self.core)
 
 
 TestWorkload = Workload.TestCase

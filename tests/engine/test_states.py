@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from mnemos.decoding.build import make_strategy
 from mnemos.decoding.config import GenerationConfig
-from mnemos.engine.core import Executor
+from mnemos.engine.core import EngineCore
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import CapacityError, MnemosError, UnsupportedError
-from tests.engine.drivers import Greedy, Results, Toy, Wild, check_pages, check_whole, make_executor, make_request, run
+from tests.engine.drivers import Greedy, Results, Toy, Wild, check_pages, check_whole, make_core, make_request, run
 from tests.engine.toys import UNREADABLE, ReaderToy, StateToy, ToyModel, reader_greedy, toy_greedy
 
 CONFIGS = {
@@ -27,19 +27,19 @@ PROMPTS = [[1, 2, 3, 1, 2, 3, 1, 2], [9] * 50, [4], list(range(1, 40))]
 both = pytest.mark.parametrize("rewinds", [True, False])
 
 
-def submit(executor: Executor, config: GenerationConfig, prompt: list[int], **fields: object) -> Results:
-    request, results = make_request(make_strategy(config, prompt, None, executor.model.spec), prompt, **fields)
-    executor.add(request)
+def submit(core: EngineCore, config: GenerationConfig, prompt: list[int], **fields: object) -> Results:
+    request, results = make_request(make_strategy(config, prompt, None, core.model.spec), prompt, **fields)
+    core.add(request)
     return results
 
 
 def tokens_of(model: Toy, config: GenerationConfig, **limits: int) -> list[list[list[int]]]:
-    executor = make_executor(model, batch_tokens=24, **limits)
-    results = [submit(executor, config, prompt) for prompt in PROMPTS]
-    while executor.has_work:
-        executor.step()
-        check_pages(executor)
-    check_whole(executor)
+    core = make_core(model, batch_tokens=24, **limits)
+    results = [submit(core, config, prompt) for prompt in PROMPTS]
+    while core.has_work:
+        core.step()
+        check_pages(core)
+    check_whole(core)
     assert [one.error for one in results] == [None] * len(results)
     return [one.tokens for one in results]
 
@@ -59,49 +59,49 @@ def test_a_lone_text_is_never_copied(rewinds: bool) -> None:
 
 def test_a_fork_takes_over_the_state_of_a_parent_that_ends() -> None:
     model = StateToy()
-    executor = make_executor(model)
-    submit(executor, CONFIGS["sampled"], PROMPTS[0])
-    run(executor)
+    core = make_core(model)
+    submit(core, CONFIGS["sampled"], PROMPTS[0])
+    run(core)
     assert model.copies == 3  # of four texts that grow from one prompt
 
 
 @both
 def test_requests_wait_for_slots_and_are_preempted_for_them(rewinds: bool) -> None:
     config = CONFIGS["sampled"]
-    executor = make_executor(StateToy(rewinds=rewinds), states=9, sequences=16, batch_tokens=24)
-    results = [submit(executor, config, prompt, priority=9 - number) for number, prompt in enumerate(PROMPTS)]
-    executor.step()
-    late = [submit(executor, config, prompt, priority=-1) for prompt in PROMPTS]
-    while executor.has_work:
-        executor.step()
-        check_pages(executor)
+    core = make_core(StateToy(rewinds=rewinds), states=9, sequences=16, batch_tokens=24)
+    results = [submit(core, config, prompt, priority=9 - number) for number, prompt in enumerate(PROMPTS)]
+    core.step()
+    late = [submit(core, config, prompt, priority=-1) for prompt in PROMPTS]
+    while core.has_work:
+        core.step()
+        check_pages(core)
     expected = tokens_of(ToyModel(), config)
     assert [one.tokens for one in results] == expected
     assert [one.tokens for one in late] == expected
-    assert executor.scheduler.preemptions > 0
-    check_whole(executor)
+    assert core.scheduler.preemptions > 0
+    check_whole(core)
 
 
 def test_more_branches_than_slots_are_refused() -> None:
-    executor = make_executor(StateToy(), states=3)
-    wide, fitting = submit(executor, CONFIGS["sampled"], PROMPTS[0]), submit(executor, CONFIGS["greedy"], PROMPTS[0])
-    run(executor)
+    core = make_core(StateToy(), states=3)
+    wide, fitting = submit(core, CONFIGS["sampled"], PROMPTS[0]), submit(core, CONFIGS["greedy"], PROMPTS[0])
+    run(core)
     assert isinstance(wide.error, CapacityError)
     assert "more than the 3 state slots" in str(wide.error)
     assert fitting.tokens == [toy_greedy(PROMPTS[0], 9)]
-    check_whole(executor)
+    check_whole(core)
 
 
 @both
 def test_endless_texts_slide_as_they_do_on_pages(rewinds: bool) -> None:
     texts = []
     for model in (ToyModel(context_length=32), StateToy(context_length=32, rewinds=rewinds)):
-        executor = make_executor(model)
+        core = make_core(model)
         request, results = make_request(Greedy(100), [1, 2, 3], sliding=True)
-        executor.add(request)
-        run(executor)
+        core.add(request)
+        run(core)
         texts.append(results.tokens)
-        check_whole(executor)
+        check_whole(core)
     assert texts[0] == texts[1]
 
 
@@ -112,7 +112,7 @@ def test_random_workloads(rewinds: bool, data: st.DataObject) -> None:
     """Wild strategies, which check each row; cancelled, failing and preempted ones among them."""
     model = StateToy(rewinds=rewinds)
     model.fail_on = 96
-    executor = make_executor(model, batch_tokens=data.draw(st.sampled_from([16, 24, 64])), states=12, sequences=9)
+    core = make_core(model, batch_tokens=data.draw(st.sampled_from([16, 24, 64])), states=12, sequences=9)
     running = []
     for _ in range(data.draw(st.integers(2, 7))):
         prompt = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=44))
@@ -120,14 +120,14 @@ def test_random_workloads(rewinds: bool, data: st.DataObject) -> None:
             data.draw(st.integers(0, 999)), 6, data.draw(st.integers(1, 4)), all_rows=data.draw(st.booleans())
         )
         running.append(make_request(strategy, prompt, priority=data.draw(st.integers(0, 2))))
-        executor.add(running[-1][0])
+        core.add(running[-1][0])
         for _ in range(data.draw(st.integers(0, 5))):
-            executor.step()
-            check_pages(executor)
+            core.step()
+            check_pages(core)
     if data.draw(st.booleans()):
-        executor.cancel(running.pop()[0])
-    run(executor)
-    check_whole(executor)
+        core.cancel(running.pop()[0])
+    run(core)
+    check_whole(core)
     for _, results in running:
         assert isinstance(results.error, (type(None), ArithmeticError, CapacityError)), results.error
 
@@ -164,18 +164,18 @@ class TestReaders:
     @both
     def test_a_preempted_prompt_is_read_again(self, rewinds: bool) -> None:
         model = ReaderToy(rewinds=rewinds)
-        executor = make_executor(model, sequences=1)
+        core = make_core(model, sequences=1)
         slow, results = make_request(Greedy(20), [3], source=[1, 2], priority=5)
-        executor.add(slow)
-        executor.step()
+        core.add(slow)
+        core.step()
         urgent, others = make_request(Greedy(2), [3], source=[8])
-        executor.add(urgent)
-        run(executor)
+        core.add(urgent)
+        run(core)
         assert slow.preemptions == 1
         assert results.tokens == [reader_greedy([1, 2], 20)]
         assert others.tokens == [reader_greedy([8], 2)]
         assert model.read == [[1, 2], [8], [1, 2]]
-        check_whole(executor)
+        check_whole(core)
 
     def test_a_prompt_that_cannot_be_read_fails_alone(self) -> None:
         with InferenceEngine(ReaderToy()) as engine:

@@ -7,7 +7,7 @@ from functools import partial
 
 from mnemos.contract import ConditionedModel, Model
 from mnemos.decoding.strategy import Emitted
-from mnemos.engine.draft_model import Drafting
+from mnemos.engine.draft_model import DraftModel
 from mnemos.engine.drawing import draw_tokens
 from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits, Scheduler
@@ -16,7 +16,7 @@ from mnemos.engine.step import Step, evaluate
 from mnemos.memory.capacity import Capacity
 
 
-class Executor:
+class EngineCore:
     """Runs requests to their ends; what fails ends the requests concerned and nothing else."""
 
     def __init__(
@@ -25,10 +25,10 @@ class Executor:
         capacity: Capacity,
         limits: Limits,
         prefix_cache: bool = True,
-        drafting: Drafting | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
         self.model = model
-        self.drafting = drafting
+        self.draft_model = draft_model
         self.scheduler = Scheduler(
             model, capacity, limits, self.fail, prefix_cache, partial(self.tell, "started"), self._begin
         )
@@ -81,9 +81,9 @@ class Executor:
         for request in ready:
             if request.state is State.RUNNING:
                 self._advance(request, left)
-        if self.drafting is not None:
-            self._draft(self.drafting, [request for request in ready if request.state is State.RUNNING])
-        scheduler.pace.observe(step.decode_rows, step.prefill_rows, left - entered)
+        if self.draft_model is not None:
+            self._draft(self.draft_model, [request for request in ready if request.state is State.RUNNING])
+        scheduler.budget.observe(step.decode_rows, step.prefill_rows, left - entered)
         counters.steps += 1
         counters.evaluated_tokens += len(step.token_ids)
         counters.model_seconds += left - entered
@@ -123,22 +123,22 @@ class Executor:
         self.counters.finished += 1
         self.tell("finished", request, now)
 
-    def _draft(self, drafting: Drafting, requests: list[Request]) -> None:
+    def _draft(self, draft_model: DraftModel, requests: list[Request]) -> None:
         """Has the draft model guess how texts go on. If it fails, they go on without."""
-        before = drafting.seconds
+        before = draft_model.seconds
         try:
-            drafted = drafting.extend(requests)
+            drafted = draft_model.extend(requests)
         except Exception:
-            drafting.give_up()
+            draft_model.give_up()
             drafted = [request for request in requests if request.state is State.RUNNING]
             log_exception("the draft model failed; requests go on without drafts")
         for request in drafted:
             self.scheduler.place(request, [sequence.branch for sequence in request.sequences])
-        self.counters.model_seconds += drafting.seconds - before
+        self.counters.model_seconds += draft_model.seconds - before
 
     def _forget_drafts(self, request: Request) -> None:
-        if self.drafting is not None:
-            self.drafting.forget(request)
+        if self.draft_model is not None:
+            self.draft_model.forget(request)
 
     def _note_tokens(self, request: Request, emitted: list[Emitted], now: float) -> None:
         times, counters = request.timings.tokens, self.counters

@@ -14,7 +14,7 @@ from mnemos.errors import MnemosError
 from mnemos.memory.capacity import Capacity
 
 
-class Drafting:
+class DraftModel:
     """The draft model, with a scheduler and cache pages of its own.
 
     It holds a copy of every branch whose strategy asks for drafts. A copy is brought up to its original, by chunks
@@ -82,7 +82,7 @@ class Drafting:
                 rows = copy.rows()
                 if copy in wishes:
                     self._append(copy, wishes[copy][1], rows)
-            self.scheduler.pace.observe(step.decode_rows, step.prefill_rows, seconds)
+            self.scheduler.budget.observe(step.decode_rows, step.prefill_rows, seconds)
             busy = any(copy.pending and not copy.prefilling for copy in self.scheduler.running)
 
     def _append(self, copy: Request, branch: Branch, rows: Mapping[Branch, Rows]) -> None:
@@ -121,7 +121,7 @@ class Drafting:
 
 
 class _Copy:
-    """A strategy that the drafting drives from outside."""
+    """A strategy that the DraftModel drives from outside."""
 
     needs_all_prompt_rows = False
     max_branches = 1

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mnemos.contract import Floats, Model
     from mnemos.decoding.config import GenerationConfig
     from mnemos.decoding.strategy import Strategy
-    from mnemos.engine.draft_model import Drafting
+    from mnemos.engine.draft_model import DraftModel
     from mnemos.engine.scheduler import Limits
     from mnemos.hub.cache import Progress
     from mnemos.text.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ class InferenceEngine:
         # Not imported above: `from_pretrained` has the weights read meanwhile.
         import mnemos.decoding.build  # noqa: F401  the first request needs it
         from mnemos.engine.scheduler import Limits
-        from mnemos.engine.thread import Runner
+        from mnemos.engine.thread import EngineThread
 
         self.tokenizer: Tokenizer | None = adapt_tokenizer(tokenizer)
         self.model = _as_model(model, self.tokenizer, device, use_kv_cache, context_length)
@@ -90,12 +90,12 @@ class InferenceEngine:
         self.spec = replace(spec, context_length=context_length or spec.context_length)
         capacity = reserve(self.model, self.spec, cache_tokens, max_sequences)
         limits = Limits(self.spec.context_length, max_batch_tokens, max_sequences)
-        drafting = None
+        drafts = None
         if draft_model is not None:
             draft = _as_model(draft_model, None, device, use_kv_cache, self.spec.context_length)
-            drafting = _drafting(draft, self.spec, limits, cache_tokens)
-        self._runner = Runner(self.model, capacity, limits, prefix_cache, queue_size, drafting)
-        self._lease = Lease(self._runner)
+            drafts = _draft_model(draft, self.spec, limits, cache_tokens)
+        self._thread = EngineThread(self.model, capacity, limits, prefix_cache, queue_size, drafts)
+        self._lease = Lease(self._thread)
 
     @classmethod
     def from_pretrained(
@@ -191,7 +191,7 @@ class InferenceEngine:
         if len(given) != len(readings):
             raise ConfigError(f"config is a list of {len(given)}; expected one for each of the {len(readings)} prompts")
         configs = [make_config(one, **overrides) for one in given]
-        self._runner.check_thread()
+        self._thread.check_thread()
         launches = [self._launcher(reading.only, one) for reading, one in zip(readings, configs, strict=True)]
         completions = run_all(launches, batch_size, on_done)
         return [
@@ -240,21 +240,21 @@ class InferenceEngine:
 
     def stats(self) -> Statistics:
         """A snapshot of what the engine has done and is doing."""
-        return self._runner.statistics()
+        return self._thread.statistics()
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Calls `listener` with an Event for every request's steps in life; returns what ends that.
 
         It is called in the engine's thread and must be quick; its exceptions end its subscription.
         """
-        return self._runner.subscribe(listener)
+        return self._thread.subscribe(listener)
 
     def save_prefix_cache(self, path: str | os.PathLike[str]) -> int:
         """Writes the prefix cache to a file, which is bound to this very model; returns the number of pages."""
         from mnemos.memory.prefix_file import save_prefixes
 
-        tree = self._runner.prefix_tree()
-        return self._runner.call(lambda: save_prefixes(path, tree, cast(PagedModel, self.model).cache, self.spec))
+        tree = self._thread.prefix_tree()
+        return self._thread.call(lambda: save_prefixes(path, tree, cast(PagedModel, self.model).cache, self.spec))
 
     def load_prefix_cache(self, path: str | os.PathLike[str]) -> int:
         """Reads what save_prefix_cache wrote, as far as pages are free; returns the number of pages.
@@ -263,22 +263,22 @@ class InferenceEngine:
         """
         from mnemos.memory.prefix_file import load_prefixes
 
-        tree = self._runner.prefix_tree()
-        return self._runner.call(lambda: load_prefixes(path, tree, cast(PagedModel, self.model).cache, self.spec))
+        tree = self._thread.prefix_tree()
+        return self._thread.call(lambda: load_prefixes(path, tree, cast(PagedModel, self.model).cache, self.spec))
 
     def clear_prefix_cache(self) -> None:
         """Forgets what was evaluated for earlier requests."""
-        tree = self._runner.prefix_tree()
-        self._runner.call(tree.clear)
+        tree = self._thread.prefix_tree()
+        self._thread.call(tree.clear)
 
     def limit_prefix_cache(self, pages: int) -> None:
         """Remembers at most `pages` cache pages that nobody uses, the latest used ones."""
-        tree = self._runner.prefix_tree()
-        self._runner.call(partial(tree.restrict, pages))
+        tree = self._thread.prefix_tree()
+        self._thread.call(partial(tree.restrict, pages))
 
     def close(self, drain: bool = False) -> None:
         """Ends the engine: with `drain` after all requests are done, else at once, which ends them with an error."""
-        self._runner.close(drain)
+        self._thread.close(drain)
 
     def __enter__(self) -> InferenceEngine:
         return self
@@ -296,7 +296,7 @@ class InferenceEngine:
             raise RequestError(
                 f"overflow is 'sliding' and the context {self.spec.context_length}; it needs {SMALLEST_SLIDING}"
             )
-        if config.speculative == "draft" and not self._runner.drafts:
+        if config.speculative == "draft" and not self._thread.drafts:
             raise RequestError("speculative is 'draft' and the engine has no draft model; give it a draft_model")
         if config.speculative is not None and not self.spec.verifies_drafts:
             raise RequestError(
@@ -307,7 +307,7 @@ class InferenceEngine:
         source = None
         if isinstance(self.model, ConditionedModel):
             source, prompt = prompt, self.model.start_tokens(prompt)
-        self._runner.check_length(len(prompt))
+        self._thread.check_length(len(prompt))
         strategy = make_strategy(config, prompt, self.tokenizer, self.spec, source)
         return partial(self._launch, strategy, prompt, config, source)
 
@@ -332,19 +332,19 @@ class InferenceEngine:
             sliding=config.overflow == "sliding",
             source=source,
         )
-        self._runner.submit(request)
+        self._thread.submit(request)
         return RequestHandle(self._lease, request, channel, Assembler(self.tokenizer))
 
     def _complete_all(self, prompts: list[list[int]], config: GenerationConfig) -> list[Completion]:
         """All prompts are checked before the first one runs."""
-        self._runner.check_thread()
-        return run_all([self._launcher(token_ids, config) for token_ids in prompts], self._runner.queue_size)
+        self._thread.check_thread()
+        return run_all([self._launcher(token_ids, config) for token_ids in prompts], self._thread.queue_size)
 
     def _force(self, prompts: list[list[int]], strategies: Sequence[Strategy]) -> None:
         from mnemos.decoding.build import fit_prompt
         from mnemos.decoding.config import GenerationConfig
 
-        self._runner.check_thread()
+        self._thread.check_thread()
         if isinstance(self.model, ConditionedModel):
             raise UnsupportedError(
                 f"{self.spec.architecture} reads its prompt apart from what it writes; a text alone has no score"
@@ -359,7 +359,7 @@ class InferenceEngine:
                 )
         pairs = zip(strategies, prompts, strict=True)
         run_all(
-            [partial(self._launch, strategy, prompt, config) for strategy, prompt in pairs], self._runner.queue_size
+            [partial(self._launch, strategy, prompt, config) for strategy, prompt in pairs], self._thread.queue_size
         )
 
     def _pad_id(self, config: GenerationConfig) -> int:
@@ -368,8 +368,8 @@ class InferenceEngine:
         return next(token for token in known if token is not None)
 
 
-def _drafting(model: Model, spec: ModelSpec, limits: Limits, cache_tokens: int | None) -> Drafting:
-    from mnemos.engine.draft_model import Drafting
+def _draft_model(model: Model, spec: ModelSpec, limits: Limits, cache_tokens: int | None) -> DraftModel:
+    from mnemos.engine.draft_model import DraftModel
 
     if model.spec.vocabulary_size != spec.vocabulary_size:
         raise ConfigError(
@@ -379,7 +379,7 @@ def _drafting(model: Model, spec: ModelSpec, limits: Limits, cache_tokens: int |
     if isinstance(model, ConditionedModel):
         raise ConfigError(f"draft_model is a {model.spec.architecture}, which reads its prompt apart and cannot draft")
     capacity = reserve(model, model.spec, cache_tokens, limits.sequences)
-    return Drafting(model, capacity, replace(limits, context_length=model.spec.context_length))
+    return DraftModel(model, capacity, replace(limits, context_length=model.spec.context_length))
 
 
 def _with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:

@@ -19,7 +19,7 @@ from mnemos.errors import CapacityError, MnemosError
 if TYPE_CHECKING:
     import asyncio
 
-    from mnemos.engine.thread import Runner
+    from mnemos.engine.thread import EngineThread
 
 
 class Lease:
@@ -28,7 +28,7 @@ class Lease:
     When the last of them is gone, or the interpreter ends, the thread is closed. The thread itself does not hold it.
     """
 
-    def __init__(self, thread: Runner) -> None:
+    def __init__(self, thread: EngineThread) -> None:
         self.thread = thread
         weakref.finalize(self, thread.close, False)
 

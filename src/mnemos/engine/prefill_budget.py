@@ -8,7 +8,7 @@ MEASURABLE = 8  # prompt tokens in a step that are enough to learn from
 SMOOTHING = 0.2
 
 
-class Pace:
+class PrefillBudget:
     """Learns the seconds of a decoding step and of a prompt token from the steps that were run.
 
     The chunk's size changes when tokens come, never which: logits do not depend on how a prompt was cut.

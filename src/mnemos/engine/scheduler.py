@@ -11,7 +11,7 @@ from itertools import count
 from mnemos.contract import Model, Output
 from mnemos.decoding.strategy import Branch
 from mnemos.engine.branches import Branches
-from mnemos.engine.prefill_budget import Pace
+from mnemos.engine.prefill_budget import PrefillBudget
 from mnemos.engine.queue import WaitingQueue
 from mnemos.engine.request import Request, State
 from mnemos.engine.sequence import Sequence
@@ -57,7 +57,7 @@ class Scheduler:
         self.branches = Branches(self.tables, limits.context_length)
         self.queue = WaitingQueue()
         self.running: list[Request] = []
-        self.pace = Pace(limits.batch_tokens)
+        self.budget = PrefillBudget(limits.batch_tokens)
         self.preemptions = 0
         self._fail = fail
         self._on_start = on_start
@@ -114,7 +114,7 @@ class Scheduler:
                 prompts += 1
             else:
                 decode_rows += request.pending
-        chunk = self.pace.chunk(decode_rows, prompts) if prompts else 0
+        chunk = self.budget.chunk(decode_rows, prompts) if prompts else 0
         index = 0
         while index < len(self.running):
             request = self.running[index]

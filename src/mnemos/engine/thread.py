@@ -11,8 +11,8 @@ from queue import SimpleQueue
 from typing import TypeVar, cast
 
 from mnemos.contract import Model
-from mnemos.engine.core import Executor, log_exception
-from mnemos.engine.draft_model import Drafting
+from mnemos.engine.core import EngineCore, log_exception
+from mnemos.engine.draft_model import DraftModel
 from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits
 from mnemos.engine.statistics import Latency, Listener, Statistics
@@ -23,7 +23,7 @@ from mnemos.memory.prefix import PrefixTree
 T = TypeVar("T")
 
 
-class Runner:
+class EngineThread:
     """Runs steps as long as there are requests, and sleeps otherwise.
 
     Other threads put calls into the inbox; they are done between two steps, so nothing else needs a lock. The thread
@@ -38,9 +38,9 @@ class Runner:
         limits: Limits,
         prefix_cache: bool,
         queue_size: int,
-        drafting: Drafting | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
-        self.executor = Executor(model, capacity, limits, prefix_cache, drafting)
+        self.core = EngineCore(model, capacity, limits, prefix_cache, draft_model)
         self.queue_size = queue_size
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()  # of what callers do together: starting the thread, counting the queue, closing
@@ -57,19 +57,19 @@ class Runner:
         self._check_process()
         with self._lock:
             self._check_open()
-            if len(self.executor.scheduler.queue) + self._entering >= self.queue_size:
-                self.executor.counters.refused += 1
-                if self.executor.listeners:
-                    self._inbox.put(partial(self.executor.tell, "refused", request, time.perf_counter()))
+            if len(self.core.scheduler.queue) + self._entering >= self.queue_size:
+                self.core.counters.refused += 1
+                if self.core.listeners:
+                    self._inbox.put(partial(self.core.tell, "refused", request, time.perf_counter()))
                 raise CapacityError(f"the queue is full: {self.queue_size} requests wait; try again later")
-            self.executor.counters.submitted += 1
+            self.core.counters.submitted += 1
             self._entering += 1
             self._post(partial(self._enter, request))
 
     def cancel(self, request: Request) -> None:
         """Ends a request soon; its sink gets what was delivered so far."""
         if request.state is not State.ENDED:
-            self._inbox.put(partial(self.executor.cancel, request))
+            self._inbox.put(partial(self.core.cancel, request))
 
     def call(self, function: Callable[[], T]) -> T:
         """Runs a function between two steps and returns its result."""
@@ -97,22 +97,22 @@ class Runner:
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Adds a listener; returns what removes it."""
-        executor = self.executor
-        executor.listeners = [*executor.listeners, listener]
+        core = self.core
+        core.listeners = [*core.listeners, listener]
 
         def unsubscribe() -> None:
-            executor.listeners = [other for other in executor.listeners if other is not listener]
+            core.listeners = [other for other in core.listeners if other is not listener]
 
         return unsubscribe
 
     @property
     def drafts(self) -> bool:
         """True if there is a draft model."""
-        return self.executor.drafting is not None
+        return self.core.draft_model is not None
 
     def check_length(self, prompt: int) -> None:
         """CapacityError for a prompt of so many tokens that could not run even with all pages for itself."""
-        scheduler = self.executor.scheduler
+        scheduler = self.core.scheduler
         scheduler.tables.check_length(prompt, scheduler.limits.context_length)
 
     def prefix_tree(self) -> PrefixTree:
@@ -121,7 +121,7 @@ class Runner:
         UnsupportedError for a model whose prefixes cannot be shared, ConfigError where the engine was told to share
         none.
         """
-        tables, spec = self.executor.scheduler.tables, self.executor.model.spec
+        tables, spec = self.core.scheduler.tables, self.core.model.spec
         if tables.tree is None:
             if not tables.shares_prefixes:
                 raise UnsupportedError(f"{spec.architecture} does not share what it evaluated between requests")
@@ -130,7 +130,7 @@ class Runner:
 
     def statistics(self) -> Statistics:
         """Numbers are read while the engine runs: each is true, but they need not be of the same moment."""
-        scheduler, counters = self.executor.scheduler, self.executor.counters
+        scheduler, counters = self.core.scheduler, self.core.counters
         tables = scheduler.tables
         pool, tree, states = tables.pool, tables.tree, tables.states
         return Statistics(
@@ -189,14 +189,14 @@ class Runner:
     # In the engine's thread.
 
     def _run(self) -> None:
-        executor, inbox = self.executor, self._inbox
-        while executor.has_work or not self._stopping:
+        core, inbox = self.core, self._inbox
+        while core.has_work or not self._stopping:
             try:
-                if not executor.has_work:
+                if not core.has_work:
                     inbox.get()()
                 while not inbox.empty():
                     inbox.get()()
-                executor.step()
+                core.step()
             except Exception as error:  # a defect of the engine itself: nobody shall wait forever for it
                 log_exception("a step failed; all requests end")
                 self._fail_all(error)
@@ -204,7 +204,7 @@ class Runner:
     def _enter(self, request: Request) -> None:
         with self._lock:
             self._entering -= 1
-        self.executor.add(request)
+        self.core.add(request)
 
     def _stop(self, drain: bool) -> None:
         self._stopping = True
@@ -212,8 +212,8 @@ class Runner:
             self._fail_all(MnemosError("the engine was closed before the request was done"))
 
     def _fail_all(self, error: Exception) -> None:
-        for request in self.executor.requests:
-            self.executor.fail(request, error)
+        for request in self.core.requests:
+            self.core.fail(request, error)
 
 
 def _call(function: Callable[[], T], results: SimpleQueue[tuple[T | None, BaseException | None]]) -> None:
