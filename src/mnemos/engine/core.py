@@ -9,10 +9,10 @@ from mnemos.contract import ConditionedModel, Model
 from mnemos.decoding.strategy import Emitted
 from mnemos.engine.draft_model import DraftModel
 from mnemos.engine.drawing import draw_tokens
+from mnemos.engine.evaluation import evaluate, evaluate_apart
 from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits, Scheduler
 from mnemos.engine.statistics import Counters, Event, Listener
-from mnemos.engine.step import Step, evaluate
 from mnemos.memory.capacity import Capacity
 
 
@@ -73,8 +73,9 @@ class EngineCore:
         try:
             output = evaluate(self.model, batch)
         except Exception as error:
-            self._fail_all(step, error)
-            return
+            output, failed = evaluate_apart(self.model, step, batch, error)
+            for request, reason in failed.items():
+                self.fail(request, reason)
         left = time.perf_counter()
         ready = scheduler.collect(step, output)
         draw_tokens(step, output)
@@ -152,10 +153,6 @@ class EngineCore:
                 self.tell("first_token", request, now)
             times.append(now)
         counters.generated_tokens += len(emitted)
-
-    def _fail_all(self, step: Step, error: Exception) -> None:
-        for request, _, _ in step.items:
-            self.fail(request, error)
 
     def _end(self, request: Request, error: Exception | None, kind: str) -> None:
         self._forget_drafts(request)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from mnemos.contract import Model
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows
+from mnemos.engine.evaluation import evaluate
 from mnemos.engine.request import Request, State, Timings
 from mnemos.engine.scheduler import Limits, Scheduler
-from mnemos.engine.step import evaluate
 from mnemos.errors import MnemosError
 from mnemos.memory.capacity import Capacity
 

@@ -6,14 +6,14 @@ from array import array
 
 import numpy as np
 
-from mnemos.contract import Batch, Model, Output
+from mnemos.contract import Batch
 from mnemos.decoding.choice import GREEDY
 from mnemos.engine.request import Request
 from mnemos.engine.sequence import Sequence
-from mnemos.errors import MnemosError
 from mnemos.memory.states import NO_STATE
 
 Part = tuple[Sequence, int, int, int]  # sequence, rows, first asked row and end of the asked rows in the output
+Item = tuple[Request, list[Part], bool]  # with whether its parts complete what the strategy waits for
 
 
 class Step:
@@ -39,7 +39,7 @@ class Step:
     )
 
     def __init__(self) -> None:
-        self.items: list[tuple[Request, list[Part], bool]] = []
+        self.items: list[Item] = []
         self.token_ids: list[int] = []
         self.positions: list[int] = []
         self.sequence_starts = [0]
@@ -114,35 +114,3 @@ def _only_greedy(sequence: Sequence) -> bool:
     """Whether its strategy reads nothing of a row but the most probable token."""
     branch = sequence.branch
     return branch.draw is GREEDY and not branch.logits
-
-
-def evaluate(model: Model, batch: Batch) -> Output:
-    """The model's output for a batch, sequence by sequence where it does not promise to take several at once.
-
-    MnemosError if it has not as many rows as were asked for.
-    """
-    if model.spec.batches or batch.sequences == 1:
-        output = model.forward(batch)
-    else:
-        output = _join([_copy(model.forward(batch.part(s, s + 1))) for s in range(batch.sequences)])
-    rows = len(batch.logit_rows)
-    if len(output.logits) != rows or len(output.hidden) != rows:
-        raise MnemosError(
-            f"the model returned {len(output.logits)} rows of logits and {len(output.hidden)} hidden states; "
-            f"{rows} were asked for"
-        )
-    return output
-
-
-def _copy(output: Output) -> Output:
-    """The output in memory that the next forward pass leaves alone."""
-    return Output(output.logits.copy(), output.hidden.copy(), None if output.tokens is None else output.tokens.copy())
-
-
-def _join(outputs: list[Output]) -> Output:
-    tokens = [output.tokens for output in outputs if output.tokens is not None]
-    return Output(
-        np.concatenate([output.logits for output in outputs]),
-        np.concatenate([output.hidden for output in outputs]),
-        np.concatenate(tokens) if len(tokens) == len(outputs) else None,
-    )

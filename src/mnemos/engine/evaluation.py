@@ -1,0 +1,84 @@
+"""A step's batch through the model: whole, sequence by sequence, or in halves where it fails."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mnemos.contract import Batch, Model, Output
+from mnemos.engine.request import Request
+from mnemos.engine.step import Item, Step
+from mnemos.errors import MnemosError
+
+
+def evaluate(model: Model, batch: Batch) -> Output:
+    """The model's output for a batch, sequence by sequence where it does not promise to take several at once.
+
+    MnemosError if it has not as many rows as were asked for.
+    """
+    if model.spec.batches or batch.sequences == 1:
+        output = model.forward(batch)
+    else:
+        output = _join([_copy(model.forward(batch.part(s, s + 1))) for s in range(batch.sequences)])
+    rows = len(batch.logit_rows)
+    if len(output.logits) != rows or len(output.hidden) != rows:
+        raise MnemosError(
+            f"the model returned {len(output.logits)} rows of logits and {len(output.hidden)} hidden states; "
+            f"{rows} were asked for"
+        )
+    return output
+
+
+def evaluate_apart(model: Model, step: Step, batch: Batch, error: Exception) -> tuple[Output, dict[Request, Exception]]:
+    """After the model has failed with `error` on a step: its output for the requests that are not to blame.
+
+    The step is evaluated again in halves, and these in halves, until each request that makes the model fail is alone;
+    those leave the step, and are returned with what the model said. A state that does not rewind may have gone half of
+    the way, so that nothing can be evaluated again: then all are to blame.
+    """
+    if model.spec.states and not model.spec.rewinds:
+        failed = {request: error for request, _, _ in step.items}
+        step.items = []
+        return _join([]), failed
+    firsts = np.cumsum([0, *(len(parts) for _, parts, _ in step.items)]).tolist()  # each item's first sequence
+    outputs: list[Output] = []
+    items: list[Item] = []
+    failed = {}
+
+    def run(first: int, last: int, error: Exception) -> None:
+        """Evaluates the items `first` to `last` - 1, which together made the model fail."""
+        if last - first == 1:
+            failed[step.items[first][0]] = error
+            return
+        middle = (first + last) // 2
+        for begin, end in ((first, middle), (middle, last)):
+            try:
+                output = _copy(evaluate(model, batch.part(firsts[begin], firsts[end])))
+            except Exception as latest:
+                run(begin, end, latest)
+                continue
+            row = sum(len(one.logits) for one in outputs)
+            shift = row - step.items[begin][1][0][2]
+            for request, parts, complete in step.items[begin:end]:
+                items.append((request, [(s, n, start + shift, stop + shift) for s, n, start, stop in parts], complete))
+            outputs.append(output)
+
+    run(0, len(step.items), error)
+    step.items = items
+    return _join(outputs), failed
+
+
+def _copy(output: Output) -> Output:
+    """The output in memory that the next forward pass leaves alone."""
+    return Output(output.logits.copy(), output.hidden.copy(), None if output.tokens is None else output.tokens.copy())
+
+
+def _join(outputs: list[Output]) -> Output:
+    """One output of several, in order; without any, one that has no rows."""
+    if not outputs:
+        return Output(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
+    tokens = [output.tokens for output in outputs if output.tokens is not None]
+    return Output(
+        np.concatenate([output.logits for output in outputs]),
+        np.concatenate([output.hidden for output in outputs]),
+        np.concatenate(tokens) if len(tokens) == len(outputs) else None,
+    )
