@@ -114,6 +114,8 @@ def filled(rule: Rule) -> Rule:
 
 FLAG = Rule(lambda value: value if isinstance(value, bool) else None, "True or False", "flag")
 COUNT = whole(1)
+DTYPE = one_of("auto", "float32", "bfloat16", "float16")  # of weights
+KV_DTYPE = one_of("auto", "float32", "float16", "bfloat16", "int8")  # of the key/value cache
 
 
 def hint(name: str, known: Iterable[str], what: str) -> str:

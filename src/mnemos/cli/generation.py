@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from mnemos.cli.options import add_draft_argument
 from mnemos.decoding.fields import FIELDS, GROUPS, Field
 from mnemos.errors import ConfigError
 
@@ -37,8 +38,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, results: bool) 
                 again = "; may be given several times" if how.get("action") == "append" else ""
                 section.add_argument(flag(field), help=help_text + again, **how)
         if group == "speed":
-            text = "a small model with the same vocabulary, which guesses tokens for the large one to check"
-            section.add_argument("--draft", metavar="MODEL", help=text)
+            add_draft_argument(section)
 
 
 def generation_config(arguments: argparse.Namespace) -> GenerationConfig:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from dataclasses import Field
+from typing import TYPE_CHECKING, Any
 
+from mnemos.engine.options import LoadOptions, command_line
 from mnemos.errors import FormatError
 
 if TYPE_CHECKING:
@@ -18,11 +20,25 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default: str | None 
     text = f"a known name, hf:org/name[:file], a .gguf file or a Hugging Face folder{where}"
     parser.add_argument("model", metavar="MODEL", nargs="?" if default else None, default=default, help=text)
     group = parser.add_argument_group("running the model")
-    group.add_argument(
-        "--backend", default="auto", metavar="NAME", help="native (default), torch, or numpy, the reference"
-    )
-    group.add_argument("--dtype", default="auto", metavar="TYPE", help="auto: weights as stored; float32: expanded")
-    group.add_argument("--context", type=int, metavar="N", help="context length in tokens (default: the model's)")
+    for row in command_line(LoadOptions):
+        if row.name != "draft":
+            _add_option(group, row)
+
+
+def add_draft_argument(parser: argparse._ActionsContainer) -> None:
+    """--draft, for a command that generates."""
+    _add_option(parser, next(row for row in command_line(LoadOptions) if row.name == "draft"))
+
+
+def _add_option(parser: argparse._ActionsContainer, row: Field[Any]) -> None:
+    """A loading option; unset it stays None, so that its default is said in one place."""
+    flags = ["--" + row.name.replace("_", "-"), *(["--context"] if row.name == "context_length" else [])]
+    kind, text, metavar = row.metadata["rule"].kind, row.metadata["help"], row.metadata["metavar"]
+    if kind == "flag":
+        parser.add_argument(*flags, dest=row.name, action="store_true", default=None, help=text)
+    else:
+        parse = int if kind == "integer" else str
+        parser.add_argument(*flags, dest=row.name, type=parse, metavar=metavar, help=text)
 
 
 def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
@@ -30,15 +46,10 @@ def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
     from mnemos.cli.terminal import ProgressBar
     from mnemos.engine.pretrained import load_parts
 
+    values = {row.name: getattr(arguments, row.name, None) for row in command_line(LoadOptions)}
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     with ProgressBar(arguments.model) as progress:
-        parts = load_parts(
-            arguments.model,
-            backend=arguments.backend,
-            dtype=arguments.dtype,
-            context_length=arguments.context,
-            draft=getattr(arguments, "draft", None),
-            progress=progress,
-        )
+        parts = load_parts(arguments.model, LoadOptions(**given, progress=progress))
     from mnemos.engine.engine import InferenceEngine  # only now: weights are read meanwhile
 
     return InferenceEngine(**parts)

@@ -13,7 +13,7 @@ from mnemos.text.tokenizer import Tokenizer
 class Generator:
     """A checkpoint ({'model_args': ..., 'model': state_dict} or any model that Mnemos reads), ready to write.
 
-    checkpoint_path   as of `InferenceEngine.from_pretrained`
+    checkpoint_path   see `InferenceEngine.from_pretrained`, whose options it takes too
     tokenizer_path    a tokenizer.json, a SentencePiece model, or the folder that holds one
     device            "cpu": the native backend; any other is PyTorch's, such as "cuda"
     """
@@ -23,11 +23,10 @@ class Generator:
         checkpoint_path: str | os.PathLike[str],
         tokenizer_path: str | os.PathLike[str],
         device: str = "cpu",
-        **engine_options: Any,
+        **options: Any,
     ) -> None:
         self.tokenizer = Tokenizer.from_file(os.fspath(tokenizer_path))
-        backend = "auto" if device == "cpu" else f"torch:{device}"
-        options = {"backend": backend, "tokenizer": self.tokenizer, **engine_options}
+        options = {"device": device, "tokenizer": self.tokenizer, **options}
         self.engine = InferenceEngine.from_pretrained(checkpoint_path, **options)
 
     def generate(

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mnemos.compat.cache_manager import CacheManager
-from mnemos.decoding.config import make_config
-from mnemos.engine.engine import InferenceEngine
-from mnemos.engine.pretrained import load_pretrained
+from mnemos.decoding.config import GenerationConfig
+from mnemos.engine.engine import LENGTHS, InferenceEngine
+from mnemos.engine.options import split
+from mnemos.engine.pretrained import load_parts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mnemos.engine.options import LoadKeywords
 
 DEFAULT_LENGTH = 512
-_LOADING = ("backend", "dtype", "kv_dtype", "context_length", "tokenizer", "progress", "trust_remote_code")
 
 
 class OptimizedInferenceEngine(InferenceEngine):
     """An `InferenceEngine` over a model file, which answers texts with texts.
 
-    model_path   as of `InferenceEngine.from_pretrained`, whose options it takes too
+    model_path   see `InferenceEngine.from_pretrained`, whose options it takes too
     cache_size   how many pages of the prefix cache are kept for later requests
-    config       defaults of its responses: fields of `GenerationConfig`, beam_size for num_beams, cache_size, and
+    config       defaults of its requests: fields of `GenerationConfig`, beam_size for num_beams, cache_size, and
                  batch_size, the number of sequences that run at once
     """
 
@@ -29,22 +34,29 @@ class OptimizedInferenceEngine(InferenceEngine):
         model_path: str | os.PathLike[str],
         cache_size: int = 1000,
         config: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[LoadKeywords],
     ) -> None:
         settings = dict(config or {})
         cache_size = settings.pop("cache_size", cache_size)
         if "batch_size" in settings:
             options.setdefault("max_sequences", settings.pop("batch_size"))
-        self._defaults = _generation_fields(settings)
-        make_config(**self._defaults)  # before the model is loaded
-        loading = {name: options.pop(name) for name in _LOADING if name in options}
-        super().__init__(*load_pretrained(model_path, **loading), **options)
+        fields = _generation_fields(settings)
+        self._has_length = bool(LENGTHS & fields.keys())
+        options.setdefault("generation_config", GenerationConfig(**fields))
+        loading, running = split(options)
+        super().__init__(**load_parts(model_path, loading), **running)
         CacheManager(self, max_entries=cache_size)
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> OptimizedInferenceEngine:
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        cache_size: int = 1000,
+        config: Mapping[str, Any] | None = None,
+        **options: Unpack[LoadKeywords],
+    ) -> OptimizedInferenceEngine:
         """The same as the constructor."""
-        return cls(source, **options)
+        return cls(source, cache_size, config, **options)
 
     @property
     def memory_cache(self) -> CacheManager:
@@ -53,10 +65,10 @@ class OptimizedInferenceEngine(InferenceEngine):
 
     def generate_response(self, text: str, max_length: int | None = None, **overrides: Any) -> str:
         """The text that follows `text`. max_length counts the tokens of both; by default the config's, else 512."""
-        fields = {**self._defaults, **_generation_fields(overrides)}
+        fields = _generation_fields(overrides)
         if max_length is not None:
             fields["max_length"] = max_length
-        elif not {"max_length", "max_new_tokens", "max_tokens"} & fields.keys():
+        elif not self._has_length and not LENGTHS & fields.keys():
             fields["max_length"] = DEFAULT_LENGTH
         response: str = self.generate(text, **fields)
         return response

@@ -14,7 +14,8 @@ from mnemos.decoding.forced import ForcedLogits, ForcedScore, Score
 from mnemos.engine.assembler import Assembler
 from mnemos.engine.completion import Completion, StreamedToken
 from mnemos.engine.handle import Channel, Lease, RequestHandle, run_all
-from mnemos.engine.pretrained import check_count, load_parts
+from mnemos.engine.options import EngineOptions, split
+from mnemos.engine.pretrained import load_parts
 from mnemos.engine.prompts import listed, read_prompts
 from mnemos.engine.request import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
@@ -24,12 +25,14 @@ from mnemos.rules import COUNT
 from mnemos.text.foreign import adapt_tokenizer
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mnemos.contract import Floats, Model
     from mnemos.decoding.config import GenerationConfig
     from mnemos.decoding.strategy import Strategy
     from mnemos.engine.draft_model import DraftModel
+    from mnemos.engine.options import EngineKeywords, LoadKeywords, ModelOptions
     from mnemos.engine.scheduler import Limits
-    from mnemos.hub.cache import Progress
     from mnemos.text.tokenizer import Tokenizer
 
 
@@ -41,17 +44,9 @@ SMALLEST_SLIDING = 8  # positions of a context in which endless generation has r
 class InferenceEngine:
     """Runs a model for any number of callers at once. Safe to use from many threads; a context manager.
 
-    model: a `Model`, or an nn.Module, which is adapted (`device` and `use_kv_cache` are for those).
+    model: a `Model`, or an nn.Module, which is adapted (`use_kv_cache` is for those; `device` must be where they are).
     tokenizer: a `mnemos.Tokenizer`, or any with encode(text) and decode(ids), as those of transformers.
-    context_length     the most positions of a sequence; by default the model's own
-    max_batch_tokens   rows of a step that holds a part of a prompt; smaller: smoother streams, slower prompts
-    max_sequences      branches (a beam is one) that run at once
-    cache_tokens       positions that the key/value cache holds for all requests together; memory is taken as it is
-                       used. By default room for two full contexts, at least 65,536, in a quarter of free memory
-    prefix_cache       keep what was evaluated for requests that begin alike
-    queue_size         requests that may wait; more are refused with CapacityError
-    draft_model        a small model (or nn.Module) over the same vocabulary, which guesses ahead for requests with
-                       speculative="draft"
+    options: those of `mnemos.engine.options.EngineOptions`, which says what each does. ConfigError for any other.
     """
 
     def __init__(
@@ -60,87 +55,46 @@ class InferenceEngine:
         tokenizer: Any = None,
         device: str | None = None,
         use_kv_cache: bool = True,
-        *,
-        context_length: int | None = None,
-        max_batch_tokens: int = 512,
-        max_sequences: int = 64,
-        cache_tokens: int | None = None,
-        prefix_cache: bool = True,
-        queue_size: int = 1024,
-        draft_model: Any = None,
+        **options: Unpack[EngineKeywords],
     ) -> None:
-        for name, value in (
-            ("context_length", context_length),
-            ("max_batch_tokens", max_batch_tokens),
-            ("max_sequences", max_sequences),
-            ("cache_tokens", cache_tokens),
-            ("queue_size", queue_size),
-        ):
-            check_count(name, value)
+        chosen = EngineOptions.read({"device": device, "use_kv_cache": use_kv_cache, **options})
         # Not imported above: `from_pretrained` has the weights read meanwhile.
         import mnemos.decoding.build  # noqa: F401  the first request needs it
         from mnemos.engine.scheduler import Limits
         from mnemos.engine.thread import EngineThread
 
         self.tokenizer: Tokenizer | None = adapt_tokenizer(tokenizer)
-        self.model = _as_model(model, self.tokenizer, device, use_kv_cache, context_length)
+        if _is_model(model):
+            _refuse_module_options(model, chosen)
+        self.model = _adapted(model, self.tokenizer, chosen)
         spec = _with_ends(self.model.spec, self.tokenizer)
-        if context_length is not None and context_length > spec.context_length:
-            raise ConfigError(f"context_length is {context_length}; the model's own is {spec.context_length}")
-        self.spec = replace(spec, context_length=context_length or spec.context_length)
-        capacity = reserve(self.model, self.spec, cache_tokens, max_sequences)
-        limits = Limits(self.spec.context_length, max_batch_tokens, max_sequences)
+        length = chosen.context_length or spec.context_length
+        if length > spec.context_length:
+            raise ConfigError(f"context_length is {length}; the model's own is {spec.context_length}")
+        self.spec = replace(spec, context_length=length)
+        self._default_config = chosen.generation_config
+        capacity = reserve(self.model, self.spec, chosen.cache_tokens, chosen.max_sequences)
+        limits = Limits(length, chosen.max_batch_tokens, chosen.max_sequences)
         drafts = None
-        if draft_model is not None:
-            draft = _as_model(draft_model, None, device, use_kv_cache, self.spec.context_length)
-            drafts = _draft_model(draft, self.spec, limits, cache_tokens)
-        self._thread = EngineThread(self.model, capacity, limits, prefix_cache, queue_size, drafts)
+        if chosen.draft_model is not None:
+            draft = _adapted(chosen.draft_model, None, replace(chosen, context_length=length))
+            drafts = _draft_model(draft, self.spec, limits, chosen.cache_tokens)
+        self._thread = EngineThread(self.model, capacity, limits, chosen.prefix_cache, chosen.queue_size, drafts)
         self._lease = Lease(self._thread)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        *,
-        backend: str = "auto",
-        dtype: str = "auto",
-        kv_dtype: str = "auto",
-        context_length: int | None = None,
-        threads: int | None = None,
-        tokenizer: Any = None,
-        draft: str | os.PathLike[str] | None = None,
-        progress: Progress | None = None,
-        device: str | None = None,
-        trust_remote_code: bool = False,
-        **engine_options: Any,
-    ) -> InferenceEngine:
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> InferenceEngine:
         """An engine for a registry name, a GGUF file, a Hugging Face folder or a training checkpoint (.pt).
 
-        dtype: "auto" as stored, or "float32"; kv_dtype, the cache's: "auto", "float32", "float16", "bfloat16", "int8".
-        threads: None for all cores that the process may use. tokenizer: in place of the one that lies with the model.
-        draft: a small model with the same tokenizer, which guesses ahead for requests with speculative="draft".
-        progress: called as f(stage, done, total) while a model is fetched. device: other than "cpu" means PyTorch's.
-        Other options as of the class.
+        options: those of `mnemos.engine.options.LoadOptions` and `EngineOptions`, which say what each does. ConfigError
+        for any other, and for one that the model has no use for.
 
         A folder of an architecture that is not built in runs through transformers, where that is installed, on the
-        best device if none is named; code that lies in it is run with trust_remote_code=True only.
+        best device if none is named; code in the folder is run with trust_remote_code=True only.
         backend="transformers" asks for that also where the architecture is built in.
         """
-        parts = load_parts(
-            source,
-            draft=draft,
-            backend=backend,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            context_length=context_length,
-            threads=threads,
-            tokenizer=tokenizer,
-            progress=progress,
-            device=device,
-            use_kv_cache=engine_options.get("use_kv_cache", True),
-            trust_remote_code=trust_remote_code,
-        )
-        return cls(**parts, **engine_options)
+        loading, running = split(options)
+        return cls(**load_parts(source, loading), **running)
 
     # Generation.
 
@@ -159,7 +113,7 @@ class InferenceEngine:
         if isinstance(attention_mask, GenerationConfig):
             attention_mask, config = None, attention_mask
         wanted = read_prompts(prompts, attention_mask, self.tokenizer)
-        config = make_config(config, **overrides)
+        config = make_config(config or self._default_config, **overrides)
         results = wanted.form(self._complete_all(wanted.token_ids, config), self._pad_id(config))
         return results[0] if wanted.single else results
 
@@ -182,6 +136,7 @@ class InferenceEngine:
         from mnemos.decoding.config import make_config
 
         COUNT.apply("batch_size", batch_size)
+        config = config or self._default_config
         if max_new_tokens is not None:
             overrides["max_new_tokens"] = max_new_tokens
         elif config is None and not LENGTHS & overrides.keys():
@@ -204,7 +159,7 @@ class InferenceEngine:
         from mnemos.decoding.config import make_config
 
         wanted = read_prompts(prompts, None, self.tokenizer)
-        completions = self._complete_all(wanted.token_ids, make_config(config, **overrides))
+        completions = self._complete_all(wanted.token_ids, make_config(config or self._default_config, **overrides))
         return completions[0] if wanted.single else completions
 
     def stream(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[StreamedToken]:
@@ -216,7 +171,7 @@ class InferenceEngine:
         from mnemos.decoding.config import make_config
 
         wanted = read_prompts(prompt, None, self.tokenizer)
-        return self._launcher(wanted.only, make_config(config, **overrides))()
+        return self._launcher(wanted.only, make_config(config or self._default_config, **overrides))()
 
     # Evaluation of given tokens.
 
@@ -369,6 +324,7 @@ class InferenceEngine:
 
 
 def _draft_model(model: Model, spec: ModelSpec, limits: Limits, cache_tokens: int | None) -> DraftModel:
+    """The draft model, ready to run beside the model with this `spec`, whose context is the most that it needs."""
     from mnemos.engine.draft_model import DraftModel
 
     if model.spec.vocabulary_size != spec.vocabulary_size:
@@ -378,8 +334,9 @@ def _draft_model(model: Model, spec: ModelSpec, limits: Limits, cache_tokens: in
         )
     if isinstance(model, ConditionedModel):
         raise ConfigError(f"draft_model is a {model.spec.architecture}, which reads its prompt apart and cannot draft")
-    capacity = reserve(model, model.spec, cache_tokens, limits.sequences)
-    return DraftModel(model, capacity, replace(limits, context_length=model.spec.context_length))
+    length = min(model.spec.context_length, spec.context_length)
+    capacity = reserve(model, replace(model.spec, context_length=length), cache_tokens, limits.sequences)
+    return DraftModel(model, capacity, replace(limits, context_length=length))
 
 
 def _with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
@@ -390,12 +347,30 @@ def _with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
     return replace(spec, eos_token_ids=tuple(ends))
 
 
-def _as_model(
-    model: Any, tokenizer: Tokenizer | None, device: str | None, use_kv_cache: bool, context_length: int | None
-) -> Model:
-    if isinstance(getattr(model, "spec", None), ModelSpec):
+def _adapted(model: Any, tokenizer: Tokenizer | None, options: ModelOptions) -> Model:
+    """The model itself, or what adapts an nn.Module."""
+    if _is_model(model):
         return model  # type: ignore[no-any-return]
     from mnemos.models.load import adapt
 
-    size = None if tokenizer is None else tokenizer.vocabulary_size
-    return adapt(model, device=device, use_kv_cache=use_kv_cache, context_length=context_length, vocabulary_size=size)
+    return adapt(
+        model,
+        device=options.device,
+        use_kv_cache=options.use_kv_cache,
+        context_length=options.context_length,
+        vocabulary_size=None if tokenizer is None else tokenizer.vocabulary_size,
+    )
+
+
+def _is_model(model: Any) -> bool:
+    return isinstance(getattr(model, "spec", None), ModelSpec)
+
+
+def _refuse_module_options(model: Any, options: ModelOptions) -> None:
+    """ConfigError for options that only an nn.Module has a use for."""
+    where = getattr(model, "device", None)
+    if options.device not in (None, "auto", where):
+        place = "is loaded" if where is None else f"is loaded on {where!r}"
+        raise ConfigError(f"device is {options.device!r} and the model {place}; choose its device where it is loaded")
+    if not options.use_kv_cache:
+        raise ConfigError("use_kv_cache is False for a model that keeps its own cache; leave it out")

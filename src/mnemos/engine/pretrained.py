@@ -6,56 +6,64 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mnemos.engine.options import TRANSFORMERS, LoadOptions
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, MnemosError, UnsupportedError
 
 if TYPE_CHECKING:
     from mnemos.contract import Model
     from mnemos.formats.checkpoint import Checkpoint
-    from mnemos.hub.cache import Progress
 
-TRANSFORMERS = "transformers"
+
+def load_parts(source: str | os.PathLike[str], options: LoadOptions) -> dict[str, Any]:
+    """What `InferenceEngine(**parts)` asks for, the draft's model included.
+
+    It returns before the weights are read, and the engine waits for them: meanwhile the engine can be imported.
+    """
+    model, tokenizer = load_pretrained(source, options)
+    parts = {"model": model, "tokenizer": tokenizer}
+    if options.draft is not None:
+        # Its context is its own: the engine uses no more of it than of the model's.
+        shared = replace(options, tokenizer=tokenizer, context_length=None, draft=None)
+        parts["draft_model"], _ = load_pretrained(options.draft, shared, is_draft=True)
+    return parts
 
 
 def load_pretrained(
-    source: str | os.PathLike[str],
-    *,
-    backend: str = "auto",
-    dtype: str = "auto",
-    kv_dtype: str = "auto",
-    context_length: int | None = None,
-    threads: int | None = None,
-    tokenizer: Any = None,
-    progress: Progress | None = None,
-    device: str | None = None,
-    use_kv_cache: bool = True,
-    trust_remote_code: bool = False,
+    source: str | os.PathLike[str], options: LoadOptions, *, is_draft: bool = False
 ) -> tuple[Model, Any]:
-    """(model, tokenizer) for `InferenceEngine.from_pretrained`; use_kv_cache is for what runs through transformers."""
+    """(model, tokenizer) of what a user calls a model.
+
+    ConfigError for options that the way in which the model runs has no use for; for a draft they are those of the model
+    beside it, and are left out.
+    """
     from mnemos.formats.checkpoint import open_checkpoint
     from mnemos.hub.sources import resolve
     from mnemos.models.load import is_built_in, load_model
 
-    check_count("threads", threads)
-    path = resolve(source) if progress is None else resolve(source, progress)
+    path = resolve(source) if options.progress is None else resolve(source, options.progress)
     checkpoint = open_checkpoint(path)
-    named = backend.partition(":")[0]
+    named, backend = options.backend.partition(":")[0], _placed_backend(options)
     if named == TRANSFORMERS or (named in ("auto", "torch") and not is_built_in(checkpoint)):
-        for name, value, default in (("kv_dtype", kv_dtype, "auto"), ("threads", threads, None)):
-            if value != default:
-                raise ConfigError(
-                    f"{name} is {value!r} for a model that runs through transformers; leave it out: its cache is like "
-                    "its weights, its threads are those of torch.set_num_threads"
-                )
-        where = backend.partition(":")[2] or device
-        return _load_foreign(checkpoint, where, dtype, context_length, tokenizer, use_kv_cache, trust_remote_code)
-    if backend == "auto" and device not in (None, "cpu"):
-        backend = f"torch:{device}"
+        if not is_draft:
+            _refuse(options, ("kv_dtype", "threads"), _NOT_TRANSFORMERS)
+        return _load_foreign(checkpoint, options, backend.partition(":")[2] or options.device or "auto")
+    if not is_draft:
+        _refuse(options, ("use_kv_cache",), "for a built-in model, which always uses its cache; leave it out")
+        if backend.partition(":")[0] in ("numpy", "torch"):
+            _refuse(options, ("threads",), f"for backend {backend!r}, whose threads its own library sets; leave it out")
     model = load_model(
-        checkpoint, backend=backend, dtype=dtype, kv_dtype=kv_dtype, context_length=context_length, threads=threads
+        checkpoint,
+        backend=backend,
+        dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
+        context_length=options.context_length,
+        threads=options.threads,
     )
     threading.Thread(target=_attempt, args=(model.finish,)).start()  # reads the weights while the caller goes on
+    tokenizer = read_tokenizer(options.tokenizer)
     if tokenizer is None:
         from mnemos.text.tokenizer import Tokenizer
 
@@ -64,37 +72,46 @@ def load_pretrained(
     return model, tokenizer
 
 
-def load_parts(
-    source: str | os.PathLike[str], *, draft: str | os.PathLike[str] | None = None, **options: Any
-) -> dict[str, Any]:
-    """What `InferenceEngine(**parts)` asks for, the draft's model included. `options` are those of `load_pretrained`.
+def read_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer that is given by the path of its file or folder; any other is given back as it is."""
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        return tokenizer
+    from mnemos.text.tokenizer import Tokenizer
 
-    It returns before the weights are read, and the engine waits for them: a good time to import that.
-    """
-    model, tokenizer = load_pretrained(source, **options)
-    parts = {"model": model, "tokenizer": tokenizer}
-    if draft is not None:
-        shared = {name: options[name] for name in ("backend", "dtype", "threads", "progress") if name in options}
-        parts["draft_model"], _ = load_pretrained(draft, tokenizer=tokenizer, **shared)
-    return parts
+    return Tokenizer.from_file(os.fspath(tokenizer))
 
 
-def check_count(name: str, value: object) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
+_NOT_TRANSFORMERS = (
+    "for a model that runs through transformers; leave it out: its cache is like its weights, its threads are those of "
+    "torch.set_num_threads"
+)
 
 
-def _load_foreign(
-    checkpoint: Checkpoint,
-    device: str | None,
-    dtype: str,
-    context_length: int | None,
-    tokenizer: Any,
-    use_kv_cache: bool,
-    trust_remote_code: bool,
-) -> tuple[Model, Any]:
+def _refuse(options: LoadOptions, names: tuple[str, ...], reason: str) -> None:
+    """ConfigError where one of the options is given that has no use here."""
+    unset = LoadOptions()
+    for name in names:
+        if getattr(options, name) != getattr(unset, name):
+            raise ConfigError(f"{name} is {getattr(options, name)!r} {reason}")
+
+
+def _placed_backend(options: LoadOptions) -> str:
+    """The backend with its device: `device` chooses PyTorch unless it is the CPU, where the native core is faster."""
+    name, _, placed = options.backend.partition(":")
+    device = options.device
+    if device is None or device == placed:
+        return options.backend
+    if placed or (name in ("native", "numpy") and device not in ("cpu", "auto")):
+        where = f"runs on {placed}" if placed else "runs on the CPU"
+        raise ConfigError(f"device is {device!r} and backend {options.backend!r}, which {where}; give one of them")
+    if name == "torch" or (name == "auto" and device != "cpu"):
+        return f"torch:{device}"
+    return options.backend
+
+
+def _load_foreign(checkpoint: Checkpoint, options: LoadOptions, device: str) -> tuple[Model, Any]:
     """A Hugging Face folder's model through transformers."""
-    from mnemos.models.load import WEIGHT_DTYPES, architecture_names
+    from mnemos.models.load import architecture_names
     from mnemos.models.registry import find_architecture
     from mnemos.text.foreign import adapt_tokenizer
     from mnemos.text.tokenizer import Tokenizer
@@ -103,8 +120,6 @@ def _load_foreign(
     if checkpoint.kind != "huggingface" or not checkpoint.path.is_dir():
         find_architecture(names, checkpoint.path)  # raises for what is not built in
         raise UnsupportedError(f"{checkpoint.path}: only a Hugging Face folder runs through transformers")
-    if dtype not in WEIGHT_DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(WEIGHT_DTYPES)}")
     try:
         from mnemos.models.foreign.pretrained import load_module, load_tokenizer
         from mnemos.ops.torch import usable_device
@@ -116,23 +131,24 @@ def _load_foreign(
     from mnemos.models.load import adapt
 
     folder = checkpoint.folder
+    tokenizer = read_tokenizer(options.tokenizer)
     if tokenizer is None:
         try:
             tokenizer = Tokenizer.from_checkpoint(checkpoint)
         except FormatError:  # a kind of tokenizer of its own
-            tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     tokenizer = adapt_tokenizer(tokenizer)
     checkpoint.close()  # transformers reads the files itself
     module = load_module(
         folder,
-        dtype=dtype,
-        device=str(usable_device(device or "auto")),
-        trust_remote_code=trust_remote_code,
+        dtype=options.dtype,
+        device=str(usable_device(device)),
+        trust_remote_code=options.trust_remote_code,
     )
     model = adapt(
         module,
-        use_kv_cache=use_kv_cache,
-        context_length=context_length,
+        use_kv_cache=options.use_kv_cache,
+        context_length=options.context_length,
         vocabulary_size=tokenizer.vocabulary_size,
     )
     return model, tokenizer

@@ -18,13 +18,12 @@ from mnemos.models.registry import find_architecture, is_known
 from mnemos.models.weights import Weights
 from mnemos.ops.backends import get_ops
 from mnemos.ops.protocol import Ops
+from mnemos.rules import DTYPE, KV_DTYPE
 
 if TYPE_CHECKING:
     from mnemos.models.foreign.encoder_decoder import EncoderDecoderModel
     from mnemos.models.foreign.model import ForeignModel
 
-WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 _COMPUTATION = "1"  # raised whenever an architecture computes something else than before
 
 
@@ -43,6 +42,11 @@ class LoadedModel:
         if self._cache is None:
             raise ConfigError("the model has no cache yet; call reserve(pages) first")
         return self._cache
+
+    @property
+    def device(self) -> str:
+        """Where it computes: "cpu", or a device of PyTorch's."""
+        return str(getattr(self.ops, "device", "cpu"))
 
     def finish(self) -> None:
         """Reads the weights now, where the backend has put that off until `reserve`; another thread may do it."""
@@ -105,10 +109,8 @@ def is_built_in(checkpoint: Checkpoint) -> bool:
 
 
 def _check_dtypes(dtype: str, kv_dtype: str) -> None:
-    if dtype not in WEIGHT_DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(WEIGHT_DTYPES)}")
-    if kv_dtype not in KV_DTYPES:
-        raise ConfigError(f"kv_dtype is {kv_dtype!r}; expected one of {', '.join(KV_DTYPES)}")
+    DTYPE.apply("dtype", dtype)
+    KV_DTYPE.apply("kv_dtype", kv_dtype)
 
 
 def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: str, kv_dtype: str) -> ModelSpec:

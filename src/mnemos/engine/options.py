@@ -1,0 +1,222 @@
+"""How a model is loaded and an engine runs it: each option once, with its rule, its default and what it does.
+
+The constructors, the command line and the tables of the documents are made from these classes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from mnemos.errors import ConfigError
+from mnemos.rules import COUNT, DTYPE, FLAG, KV_DTYPE, Rule, hint
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from mnemos.decoding.config import GenerationConfig
+    from mnemos.hub.cache import Progress
+
+TRANSFORMERS = "transformers"
+BACKENDS = ("auto", "native", "numpy", "torch", TRANSFORMERS)
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "npu")
+
+
+def _backend(value: Any) -> str | None:
+    name, colon, device = value.partition(":") if isinstance(value, str) else ("", "", "")
+    placed = name in ("torch", TRANSFORMERS) and _device(device) is not None
+    return value if name in BACKENDS and (placed or not colon) else None
+
+
+def _device(value: Any) -> str | None:
+    name = str(value) if type(value).__name__ == "device" else value  # a torch.device
+    return name if isinstance(name, str) and re.fullmatch(rf"({'|'.join(DEVICES)})(:\d+)?", name) else None
+
+
+def _config(value: Any) -> Any:
+    from mnemos.decoding.config import GenerationConfig  # the weights are read meanwhile
+
+    return value if isinstance(value, GenerationConfig) else None
+
+
+ANYTHING = Rule(lambda value: value, "anything")
+BACKEND = Rule(_backend, f"one of {', '.join(BACKENDS)}; torch and {TRANSFORMERS} may name a device, as torch:cuda")
+DEVICE = Rule(_device, f"one of {', '.join(DEVICES)}, also with a number, as cuda:1")
+PATH = Rule(lambda value: value if isinstance(value, (str, os.PathLike)) else None, "a name or a path")
+PROGRESS = Rule(lambda value: value if callable(value) else None, "a callable (stage, done, total)")
+CONFIG = Rule(_config, "a GenerationConfig")
+
+
+def row(rule: Rule, help: str, metavar: str | None = None) -> dict[str, Any]:
+    """What is said of an option: its rule, what it does, and what the command line calls its value.
+
+    Without `metavar` the option is for Python alone; an empty one is that of a flag.
+    """
+    return {"rule": rule, "help": help, "metavar": metavar}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Values that are checked when they are made: ConfigError for one outside its meaning and for an unknown name."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None or one.default is not None:
+                object.__setattr__(self, one.name, one.metadata["rule"].apply(one.name, value))
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The options' names, in the order of their declaration."""
+        return [one.name for one in fields(cls)]
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Self:
+        """The options of these names. ConfigError for a name that is none, with the nearest that is one."""
+        refuse_unknown(values, cls.names())
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """What concerns a model however it comes: from a file, or as a module in memory."""
+
+    context_length: int | None = field(
+        default=None, metadata=row(COUNT, "the most positions of a sequence; by default the model's own", "N")
+    )
+    device: str | None = field(
+        default=None, metadata=row(DEVICE, "cpu, or a device of PyTorch's such as cuda; auto: the best one", "NAME")
+    )
+    use_kv_cache: bool = field(
+        default=True, metadata=row(FLAG, "False runs a PyTorch module over the whole text for every token")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(ModelOptions):
+    """How `InferenceEngine.from_pretrained` loads a model."""
+
+    backend: str = field(
+        default="auto", metadata=row(BACKEND, "native (default), torch, transformers, or numpy, the reference", "NAME")
+    )
+    dtype: str = field(
+        default="auto",
+        metadata=row(
+            DTYPE, "auto: weights as they are stored; float32: expanded; bfloat16, float16: PyTorch's", "TYPE"
+        ),
+    )
+    kv_dtype: str = field(
+        default="auto",
+        metadata=row(KV_DTYPE, "of the key/value cache: auto, float32, float16, bfloat16 or int8", "TYPE"),
+    )
+    threads: int | None = field(
+        default=None, metadata=row(COUNT, "threads to compute with; by default one for each usable core", "N")
+    )
+    tokenizer: Any = field(
+        default=None,
+        metadata=row(ANYTHING, "a tokenizer, or the path of its file or folder, instead of the model's own", "PATH"),
+    )
+    draft: str | os.PathLike[str] | None = field(
+        default=None,
+        metadata=row(
+            PATH, "a small model with the same vocabulary, which guesses tokens for the large one to check", "MODEL"
+        ),
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=row(FLAG, "run Python code that a model's folder brings with it", "")
+    )
+    progress: Progress | None = field(
+        default=None, metadata=row(PROGRESS, "called as f(stage, done, total) while a model is fetched")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(ModelOptions):
+    """How an `InferenceEngine` runs its model."""
+
+    max_batch_tokens: int = field(
+        default=512,
+        metadata=row(COUNT, "rows of a step that holds part of a prompt; smaller: smoother streams, slower prompts"),
+    )
+    max_sequences: int = field(default=64, metadata=row(COUNT, "branches (a beam is one) that run at once"))
+    cache_tokens: int | None = field(
+        default=None,
+        metadata=row(
+            COUNT,
+            "positions that the key/value cache holds for all requests together; memory is taken as it is used. By "
+            "default room for two full contexts, at least 65,536, in a quarter of free memory",
+        ),
+    )
+    prefix_cache: bool = field(
+        default=True, metadata=row(FLAG, "keep what was evaluated, for requests that begin alike")
+    )
+    queue_size: int = field(
+        default=1024, metadata=row(COUNT, "requests that may wait; more are refused with CapacityError")
+    )
+    draft_model: Any = field(
+        default=None,
+        metadata=row(ANYTHING, "a small model or nn.Module over the same vocabulary, for speculative='draft'"),
+    )
+    generation_config: GenerationConfig | None = field(
+        default=None, metadata=row(CONFIG, "the config of requests that give none; their keywords replace its fields")
+    )
+
+
+class EngineKeywords(TypedDict, total=False):
+    """The options of `EngineOptions` that `InferenceEngine` takes by name only, for editors and type checkers."""
+
+    context_length: int | None
+    max_batch_tokens: int
+    max_sequences: int
+    cache_tokens: int | None
+    prefix_cache: bool
+    queue_size: int
+    draft_model: Any
+    generation_config: GenerationConfig | None
+
+
+class LoadKeywords(EngineKeywords, total=False):
+    """The options that `InferenceEngine.from_pretrained` takes, for editors and type checkers."""
+
+    device: str | None
+    use_kv_cache: bool
+    backend: str
+    dtype: str
+    kv_dtype: str
+    threads: int | None
+    tokenizer: Any
+    draft: str | os.PathLike[str] | None
+    trust_remote_code: bool
+    progress: Progress | None
+
+
+def split(keywords: Mapping[str, Any]) -> tuple[LoadOptions, dict[str, Any]]:
+    """(how to load a model, keywords for the engine that runs it), both checked; see `Options.read` for errors."""
+    refuse_unknown(keywords, [*LoadOptions.names(), *EngineOptions.names()])
+    loading = {name: value for name, value in keywords.items() if name in LoadOptions.names()}
+    running = {name: value for name, value in keywords.items() if name not in loading}
+    EngineOptions(**running)
+    if loading.get("draft") is not None and running.get("draft_model") is not None:
+        raise ConfigError(f"draft is {str(loading['draft'])!r} and there is a draft_model too; give one of them")
+    return LoadOptions(**loading), running
+
+
+def refuse_unknown(names: Mapping[str, Any], known: list[str]) -> None:
+    """ConfigError for the first name that is not known."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{name} is not an option of the engine; {hint(name, known, 'the options')}")
+
+
+def command_line(kind: type[Options]) -> list[Field[Any]]:
+    """The options that a command line has, in the order of their declaration."""
+    return [one for one in fields(kind) if one.metadata["metavar"] is not None]
+
+
+def table(kind: type[Options]) -> str:
+    """The options as a Markdown table: name, default, meaning."""
+    rows = [f"| `{one.name}` | `{one.default!r}` | {one.metadata['help']} |" for one in fields(kind)]
+    return "\n".join(["| option | default | meaning |", "| --- | --- | --- |", *rows])
