@@ -24,6 +24,7 @@ def config(*words: str) -> GenerationConfig:
 def test_every_field_but_functions_is_an_option_in_its_group() -> None:
     assert {field.name for field in FIELDS} - {field.name for field in OPTIONS} == {
         "logits_processors",
+        "prefix_allowed_tokens_fn",
         "stopping_criteria",
     }
     text = parser().format_help()
@@ -51,6 +52,8 @@ def test_without_options_everything_is_the_default() -> None:
         ("--suppress-tokens=", {"suppress_tokens": ()}),
         ("--logit-bias 5=-1.5 --logit-bias 6=2", {"logit_bias": {5: -1.5, 6: 2.0}}),
         ("--ignore-eos --deadline 2.5 --tenant me", {"ignore_eos": True, "deadline": 2.5, "tenant": "me"}),
+        ("--sequence-bias 5,7=-2 --sequence-bias 9=1", {"sequence_bias": {(5, 7): -2.0, (9,): 1.0}}),
+        ("--exponential-decay-length-penalty 100,1.05", {"exponential_decay_length_penalty": (100, 1.05)}),
         ("--json-schema true", {"json_schema": "true"}),
     ],
 )
@@ -61,7 +64,7 @@ def test_options_become_fields(words: str, fields: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [("--stop-token-ids 5,x", "no list of token ids"), ("--logit-bias 5:2", "no token id with an amount")],
+    [("--stop-token-ids 5,x", "no list of token ids"), ("--logit-bias 5:2", "no bias such as")],
 )
 def test_tokens_that_are_none_are_refused(words: str, message: str) -> None:
     with pytest.raises(argparse.ArgumentError, match=message):

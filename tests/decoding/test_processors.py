@@ -9,18 +9,34 @@ import numpy as np
 import pytest
 
 from mnemos.decoding.config import GenerationConfig
-from mnemos.decoding.cutoffs import Epsilon, Eta, MinP, Temperature, TopK, TopP, Typical, filters_of
+from mnemos.decoding.cutoffs import (
+    Epsilon,
+    Eta,
+    ExcludeTopChoices,
+    MinP,
+    Temperature,
+    TopK,
+    TopNSigma,
+    TopP,
+    Typical,
+    filters_of,
+)
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import (
+    Allowed,
+    AllowedByPrefix,
     BadWords,
     CountPenalty,
+    DecayingLength,
     LogitBias,
     MinLength,
     NoRepeatNgram,
     RepetitionPenalty,
+    SequenceBias,
     Setting,
     processors_of,
 )
+from mnemos.errors import RequestError
 
 RECORDED = json.loads((Path(__file__).parents[1] / "data" / "smollm2" / "processors.json").read_text())
 BAD_WORDS = RECORDED["meta"]["params"]["no_bad_words"]["bad_words_ids"]
@@ -94,6 +110,73 @@ def test_filters_are_hugging_faces(seed):
             expected = theirs(None, torch.tensor(row)[None]).numpy()[0]
             ours(History([]), row)
             np.testing.assert_allclose(row, expected, rtol=1e-6, err_msg=str(ours))
+
+
+def test_biases_and_decays_are_hugging_faces():
+    torch = pytest.importorskip("torch")
+    hf = pytest.importorskip("transformers.generation.logits_process")
+    logits = (np.random.default_rng(0).standard_normal(12) * 3).astype(np.float32)
+    prompt, tokens = [3, 4], [3, 4, 5, 6, 7]
+    bias = {(2,): 1.5, (6, 7, 1): -3.0, (7, 0): 2.0, (4, 0): 9.0, (8, 3, 4, 5, 6, 7, 9): 1.0}
+    pairs = [
+        (SequenceBias(bias), hf.SequenceBiasLogitsProcessor(bias)),
+        *(
+            (DecayingLength((1, 2), start, 1.2), hf.ExponentialDecayLengthPenalty((start, 1.2), [1, 2], len(prompt)))
+            for start in (0, 2, 3, 5)
+        ),
+        (
+            AllowedByPrefix(lambda batch, ids: [batch, *ids[-2:]]),
+            hf.PrefixConstrainedLogitsProcessor(lambda batch, ids: [batch, *ids[-2:].tolist()], 1),
+        ),
+    ]
+    for ours, theirs in pairs:
+        row = logits.copy()
+        expected = theirs(torch.tensor([tokens]), torch.tensor(logits)[None]).numpy()[0]
+        ours(History(tokens, len(prompt)), row)
+        np.testing.assert_allclose(row, expected, rtol=1e-6, err_msg=str(ours))
+
+
+def test_allowed_tokens_are_all_that_is_left():
+    logits = np.arange(5, dtype=np.float32)
+    Allowed([3, 1])(History([0]), logits)
+    np.testing.assert_array_equal(logits, np.float32([-np.inf, 1, -np.inf, 3, -np.inf]))
+    with pytest.raises(RequestError, match="prefix_allowed_tokens_fn .*failed: ZeroDivisionError"):
+        AllowedByPrefix(lambda batch, ids: 1 // 0)(History([0]), logits)
+    with pytest.raises(RequestError, match="allows the token ids 2 to 5; the vocabulary has ids from 0 to 4"):
+        AllowedByPrefix(lambda batch, ids: [2, 5])(History([0]), logits)
+
+
+def test_penalties_look_at_the_last_tokens_only():
+    history = History([1, 1, 2, 3, 3, 4], prompt_length=2)
+    logits = np.ones(6, np.float32)
+    RepetitionPenalty(2.0, last=3)(history, logits)
+    np.testing.assert_array_equal(logits, np.float32([1, 1, 1, 0.5, 0.5, 1]))
+    logits = np.zeros(6, np.float32)
+    CountPenalty(0.5, 0.25, last=5)(history, logits)
+    np.testing.assert_array_equal(logits, np.float32([0, 0, -0.75, -1, -0.75, 0]))
+
+
+def test_top_n_sigma_keeps_what_is_within_deviations_of_the_largest():
+    logits = np.array([4.0, 3.0, 0.0, -1.0, -np.inf], np.float32)
+    deviation = np.std([4.0, 3.0, 0.0, -1.0])
+    for n, kept in ((0.1, 1), (1.01 / deviation, 2), (4.01 / deviation, 3), (9, 4)):
+        row = logits.copy()
+        TopNSigma(n)(History([]), row)
+        assert np.isfinite(row).sum() == kept
+
+
+def test_top_choices_are_excluded_as_often_as_asked_for():
+    logits = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05])).astype(np.float32)
+    excluded = 0
+    for position in range(400):
+        row = logits.copy()
+        ExcludeTopChoices(0.25, 0.12)(History([0] * position, seed=7), row)
+        possible = np.isfinite(row).tolist()
+        assert possible in ([True] * 5, [False, False, True, True, True])
+        excluded += not possible[0]
+    assert 70 < excluded < 130
+    ExcludeTopChoices(1.0, 0.35)(History([]), row := logits.copy())  # one top choice alone stays
+    np.testing.assert_array_equal(row, logits)
 
 
 DECIMAL = (

@@ -1,7 +1,7 @@
 """How text is generated, on the command line: an option for every field of GenerationConfig, made from its row.
 
-Functions are the one kind of value that a command line cannot express: `logits_processors` and `stopping_criteria`
-have no option.
+Functions are the one kind of value that a command line cannot express: `logits_processors`,
+`prefix_allowed_tokens_fn` and `stopping_criteria` have no option.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
 
     values: dict[str, Any] = {field.name: getattr(arguments, field.name, None) for field in OPTIONS}
     if values["logit_bias"] is not None:
-        values["logit_bias"] = dict(values["logit_bias"])
+        values["logit_bias"] = {",".join(map(str, tokens)): amount for tokens, amount in values["logit_bias"]}
     draft, how = getattr(arguments, "draft", None), values["speculative"]
     if draft is not None:
         if how not in (None, "draft"):
@@ -73,7 +73,9 @@ def _how_to_parse(field: Field) -> dict[str, Any]:
         case "flag or name":
             return {"type": _flag_or_name, **named}
         case "mapping":
-            return {"type": _token_amount, "action": "append", **named}
+            return {"type": _bias, "action": "append", **named}
+        case "pair":
+            return {"type": _pair, **named}
         case "list" if rule.item is not None and rule.item.kind == "integer":
             return {"type": _token_ids, "action": "extend", **named}
         case "list" if rule.item is not None and rule.item.kind == "list":
@@ -95,9 +97,17 @@ def _token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids such as 5,7") from None
 
 
-def _token_amount(text: str) -> tuple[int, float]:
-    token, _, amount = text.partition("=")
+def _bias(text: str) -> tuple[list[int], float]:
+    tokens, _, amount = text.partition("=")
     try:
-        return int(token), float(amount)
+        return _token_ids(tokens), float(amount)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no bias such as 5=-1.5 or, of a sequence, 5,7=-1.5") from None
+
+
+def _pair(text: str) -> tuple[int, float]:
+    first, _, second = text.partition(",")
+    try:
+        return int(first), float(second)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no token id with an amount such as 5=-1.5") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair such as 100,1.05") from None

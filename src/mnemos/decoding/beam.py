@@ -125,7 +125,7 @@ class BeamSearch:
     def start(self, prompt: Sequence[int]) -> list[Branch]:
         branch = Branch(prompt)
         self._groups = [
-            _Group(self._settings, [_Beam(branch, History(prompt), np.float32(0))])
+            _Group(self._settings, [_Beam(branch, History(prompt, seed=self._settings.seed or 0), np.float32(0))])
             for _ in range(self._settings.groups)
         ]
         return [branch]

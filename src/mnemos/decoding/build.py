@@ -243,6 +243,7 @@ class _Builder:
                 prompt=length,
                 longest=length + self.most,
                 source=self.source,
+                breakers=self._breakers() if active(self.config, "dry_multiplier") else (),
             )
         )
 
@@ -310,6 +311,17 @@ class _Builder:
                         words.append(opened)
         return [word for number, word in enumerate(words) if word and word not in words[:number]]
 
+    def _breakers(self) -> list[int]:
+        """The last token of each text that ends a repetition; none without a tokenizer, unless texts were given."""
+        texts = self.config.dry_sequence_breakers
+        if self.tokenizer is None and not active(self.config, "dry_sequence_breakers"):
+            return []
+        tokenizer, found = self._needed_tokenizer("dry_sequence_breakers"), []
+        for text in texts:
+            with suppress(RequestError):  # a vocabulary that cannot write it has no such token
+                found += tokenizer.encode("a" + text, add_special=False, continues=True)[-1:]
+        return found
+
     def _needed_tokenizer(self, field: str) -> TokenizerLike:
         if self.tokenizer is None:
             raise RequestError(f"{field} needs a tokenizer, and this engine has none; give token ids instead")
@@ -325,6 +337,8 @@ class _Builder:
             "forced_eos_token_id": self.token_rules.forced_eos,
             "suppress_tokens": self.token_rules.suppressed,
             "begin_suppress_tokens": self.token_rules.suppressed_first,
+            "sequence_bias": [token for sequence in config.sequence_bias or () for token in sequence],
+            "allowed_token_ids": np.atleast_1d(config.allowed_token_ids or ()).astype(int).tolist(),
             "bad_words_ids": [token for sequence in config.bad_words_ids for token in sequence],
         }
         for name, tokens in ids.items():

@@ -14,6 +14,7 @@ from mnemos.decoding.fields import ALIASES, CONSTRAINTS, FIELDS, SAMPLING_ONLY, 
 from mnemos.errors import ConfigError
 
 LogitsProcessor = Callable[[Sequence[int], npt.NDArray[np.float32]], "npt.NDArray[np.float32] | None"]
+PrefixFunction = Callable[[int, npt.NDArray[np.int64]], Sequence[int]]
 StoppingCriterion = Callable[[Sequence[int]], bool]
 
 DEFAULT_NEW_TOKENS = 256
@@ -43,9 +44,9 @@ class GenerationConfig:
     contradiction. Nor are other libraries' defaults beside a named strategy: top_k 50 and top_p 0.9 where that does not
     sample, do_sample False where it does. With do_sample=False, whatever concerns sampling is ignored.
 
-    Logits are changed in Hugging Face's order: bias, repetition, presence and frequency penalties, n-grams, bad words,
-    lengths, forced and suppressed tokens, `logits_processors`, constraints, temperature, top_k, top_p, min_p,
-    typical_p, epsilon, eta.
+    Logits are changed in Hugging Face's order: biases, repetition, presence and frequency penalties, DRY, n-grams, bad
+    words, lengths, allowed, forced and suppressed tokens, `logits_processors`, constraints, temperature, top_n_sigma,
+    top_k, top_p, min_p, typical_p, epsilon, eta, XTC.
 
     None for any field means its default. The fields, each with what it may be and its default:
     """
@@ -54,6 +55,7 @@ class GenerationConfig:
     max_length: int | None = None
     min_new_tokens: int = 0
     min_length: int = 0
+    exponential_decay_length_penalty: Sequence[float] | None = None
     max_time: float | None = None
     overflow: str = "error"
     strategy: str | None = None
@@ -65,17 +67,28 @@ class GenerationConfig:
     typical_p: float | None = None
     epsilon_cutoff: float | None = None
     eta_cutoff: float | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float = 0.1
     seed: int | None = None
     repetition_penalty: float = 1.0
     encoder_repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    penalty_last_n: int | None = None
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_sequence_breakers: str | Sequence[str] = ("\n", ":", '"', "*")
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
     stop_when_repeating: bool = False
     bad_words: str | Sequence[str] = ()
     bad_words_ids: Sequence[Sequence[int]] = ()
     logit_bias: Mapping[int, float] | None = None
+    sequence_bias: Mapping[tuple[int, ...], float] | Sequence[Any] | None = None
+    allowed_token_ids: int | Sequence[int] | None = None
+    prefix_allowed_tokens_fn: PrefixFunction | None = None
     logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = ()
     suppress_tokens: Sequence[int] | None = None
     begin_suppress_tokens: Sequence[int] | None = None

@@ -1,7 +1,7 @@
 """Temperature and cut-offs: processors that leave out improbable tokens before one is drawn.
 
 They set what they remove to minus infinity and keep at least `keep` tokens. Results are those of Hugging Face's
-processors of the same name, and CUTOFFS is in its order.
+processors of the same name, and CUTOFFS is in its order; methods that it lacks stand where their authors have them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from mnemos.contract import Floats
 from mnemos.decoding.fields import active
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import Processor
-from mnemos.decoding.ranking import covering, nucleus
+from mnemos.decoding.ranking import covering, descending, nucleus
+from mnemos.decoding.seeds import uniform
 
 if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
 
 _REMOVED = np.float32(-np.inf)
+_XTC_DRAW = 1  # of a position's random numbers; number 0 chooses the token
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,38 @@ class MinP:
 
 
 @dataclass(frozen=True)
+class TopNSigma:
+    """Keeps logits within n standard deviations of the largest. Tang et al. 2024, arXiv:2411.07641."""
+
+    n: float
+    keep: int = 1
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        possible = logits[logits > _REMOVED]
+        _remove(logits, logits < possible.max() - np.float32(self.n) * possible.std(), self.keep)
+
+
+@dataclass(frozen=True)
+class ExcludeTopChoices:
+    """At random, removes every token of at least `threshold` but the least probable of them; the method XTC.
+
+    The random numbers are of the text's seed and the position, as all are; text-generation-webui, pull request 6335.
+    """
+
+    probability: float
+    threshold: float
+    keep: int = 1
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        if uniform(history.seed, len(history.tokens), _XTC_DRAW) >= self.probability:
+            return
+        probabilities = _softmax(logits)
+        top = np.flatnonzero(probabilities >= np.float32(self.threshold))
+        if len(top) > 1 and np.count_nonzero(logits > _REMOVED) - len(top) + 1 >= self.keep:
+            logits[top[descending(probabilities[top])[:-1]]] = _REMOVED
+
+
+@dataclass(frozen=True)
 class Typical:
     """Keeps tokens whose information is nearest the entropy, up to `mass`. Meister et al. 2022, arXiv:2202.00666."""
 
@@ -118,21 +152,23 @@ class Eta:
         _remove(logits, probabilities < np.float32(eta), self.keep)
 
 
-# The field, and what makes its processor of the field's value and `keep`.
+# The field whose value has an effect, and what then makes a processor of the config and `keep`.
 CUTOFFS: tuple[tuple[str, Callable[[Any, int], Processor]], ...] = (
-    ("temperature", lambda temperature, keep: Temperature(temperature)),
-    ("top_k", TopK),
-    ("top_p", TopP),
-    ("min_p", MinP),
-    ("typical_p", Typical),
-    ("epsilon_cutoff", Epsilon),
-    ("eta_cutoff", Eta),
+    ("temperature", lambda config, keep: Temperature(config.temperature)),
+    ("top_n_sigma", lambda config, keep: TopNSigma(config.top_n_sigma, keep)),
+    ("top_k", lambda config, keep: TopK(config.top_k, keep)),
+    ("top_p", lambda config, keep: TopP(config.top_p, keep)),
+    ("min_p", lambda config, keep: MinP(config.min_p, keep)),
+    ("typical_p", lambda config, keep: Typical(config.typical_p, keep)),
+    ("epsilon_cutoff", lambda config, keep: Epsilon(config.epsilon_cutoff, keep)),
+    ("eta_cutoff", lambda config, keep: Eta(config.eta_cutoff, keep)),
+    ("xtc_probability", lambda config, keep: ExcludeTopChoices(config.xtc_probability, config.xtc_threshold, keep)),
 )
 
 
 def filters_of(config: GenerationConfig, keep: int = 1) -> list[Processor]:
     """The temperature and the cut-offs that have an effect; `keep` is the fewest tokens that a cut-off leaves."""
-    return [make(getattr(config, field), keep) for field, make in CUTOFFS if active(config, field)]
+    return [make(config, keep) for field, make in CUTOFFS if active(config, field)]
 
 
 def _log_softmax(logits: Floats) -> Floats:

@@ -6,7 +6,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from mnemos.decoding.kinds import BIAS, EARLY_STOPPING, JSON_SCHEMA, TEMPERATURE, TOKEN, function
+from mnemos.decoding.kinds import (
+    BIAS,
+    DECAY,
+    EARLY_STOPPING,
+    JSON_SCHEMA,
+    SEQUENCE,
+    SEQUENCE_BIAS,
+    TEMPERATURE,
+    TOKEN,
+    function,
+)
 from mnemos.errors import ConfigError
 from mnemos.rules import FLAG, LARGEST_INT, Rule, filled, hint, one_of, real, several, text, whole
 
@@ -88,7 +98,7 @@ ONLY = {
 
 _TOKENS = several(TOKEN, 4096)
 _MANY_TOKENS = several(TOKEN, 1 << 20)
-_SEQUENCES = several(filled(several(TOKEN, 256, single=False)), 16384, single=False)
+_SEQUENCES = several(SEQUENCE, 16384, single=False)
 _LONG_TEXT = text(1 << 20)
 
 FIELDS: tuple[Field, ...] = (
@@ -110,6 +120,11 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "min_length", "length", whole(0),
         "Fewest tokens of prompt and generated text together.", default=0,
+    ),
+    Field(
+        "exponential_decay_length_penalty", "length", DECAY,
+        "A pair of N and a factor: after N tokens, the end of the text gets more probable by the factor each time.",
+        metavar="N,FACTOR",
     ),
     Field(
         "max_time", "length", real(0, 1e9, open_low=True),
@@ -163,6 +178,20 @@ FIELDS: tuple[Field, ...] = (
         neutral=(0.0,), only="sampling", metavar="P",
     ),
     Field(
+        "top_n_sigma", "sampling", real(0, 100),
+        "Leave out tokens whose logit is more than N standard deviations of all logits below the largest.",
+        neutral=(0.0,), only="sampling", means=((-1, None), (-1.0, None)),
+    ),
+    Field(
+        "xtc_probability", "sampling", real(0, 1),
+        "Exclude top choices: with this probability, of the tokens above xtc_threshold leave the least probable only.",
+        neutral=(0.0,), only="sampling", metavar="P",
+    ),
+    Field(
+        "xtc_threshold", "sampling", real(0, 0.5),
+        "The probability from which a token is a top choice.", default=0.1, metavar="P",
+    ),
+    Field(
         "seed", "sampling", whole(0, 2**64 - 1),
         "Same seed, same text, whatever else runs; without it, a fresh one. Each of n results has its own stream.",
         means=((-1, None),), elsewhere=("random_seed",),
@@ -183,6 +212,28 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "frequency_penalty", "repetition", real(-2, 2),
         "Subtracted from a token's logit for each time it was generated.", default=0.0,
+    ),
+    Field(
+        "penalty_last_n", "repetition", whole(1),
+        "Repetition, presence and frequency penalties look at the last N tokens only; by default at all.",
+        means=((-1, None),), elsewhere=("repeat_last_n",),
+    ),
+    Field(
+        "dry_multiplier", "repetition", real(0, 100),
+        "Don't repeat yourself: the strength of a penalty on tokens that would lengthen a repetition.",
+        default=0.0, neutral=(0.0,),
+    ),
+    Field(
+        "dry_base", "repetition", real(1, 100),
+        "What that penalty is multiplied by for each token of the repetition beyond dry_allowed_length.", default=1.75,
+    ),
+    Field(
+        "dry_allowed_length", "repetition", whole(1),
+        "The shortest repetition that is penalized, in tokens.", default=2,
+    ),
+    Field(
+        "dry_sequence_breakers", "repetition", several(text(64), 256),
+        "Texts across whose last token no repetition reaches.", default=("\n", ":", '"', "*"), metavar="TEXT",
     ),
     Field(
         "no_repeat_ngram_size", "repetition", whole(0),
@@ -206,7 +257,20 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "logit_bias", "tokens", BIAS,
-        "Amounts from -100 to 100 that are added to tokens' logits.", metavar="ID=X",
+        "Amounts from -100 to 100 that are added to tokens' logits.", neutral=({},), metavar="ID=X",
+    ),
+    Field(
+        "sequence_bias", "tokens", SEQUENCE_BIAS,
+        "Amounts that are added to the logit of a token sequence's last token where those before it have come.",
+        neutral=({},), metavar="ID,...=X",
+    ),
+    Field(
+        "allowed_token_ids", "tokens", filled(_MANY_TOKENS),
+        "Only these tokens may come.", metavar="ID,...",
+    ),
+    Field(
+        "prefix_allowed_tokens_fn", "tokens", function("(number of the text, token_ids) -> token ids"),
+        "A function f(0, token_ids) of all ids so far, an int64 array, which returns the tokens that may come next.",
     ),
     Field(
         "logits_processors", "tokens", several(function("(token_ids, logits)"), 64),

@@ -13,10 +13,11 @@ Indices = npt.NDArray[np.int64]
 class History:
     """A sequence that only grows. Its tables are made on first use, and then read new tokens only.
 
-    tokens is the prompt (prompt_length tokens) and what was generated since.
+    tokens is the prompt (prompt_length tokens) and what was generated since; seed that of the text's random numbers.
     """
 
-    def __init__(self, tokens: Sequence[int], prompt_length: int | None = None) -> None:
+    def __init__(self, tokens: Sequence[int], prompt_length: int | None = None, seed: int = 0) -> None:
+        self.seed = seed
         self.tokens = list(tokens)
         self.prompt_length = len(self.tokens) if prompt_length is None else prompt_length
         self._array = np.empty(0, np.int64)
@@ -32,7 +33,7 @@ class History:
         self.tokens.append(token)
 
     def fork(self) -> History:
-        copy = History(self.tokens, self.prompt_length)
+        copy = History(self.tokens, self.prompt_length, self.seed)
         copy._seen, copy._generated = self._seen.copy(), self._generated.copy()
         return copy
 
@@ -48,13 +49,16 @@ class History:
             self._read = length
         return self._array[:length]
 
-    def seen(self) -> Indices:
-        """The distinct tokens of prompt and generated text, in no particular order."""
-        return self._seen.update(self.tokens)[0]
+    def seen(self, last: int | None = None) -> Indices:
+        """The distinct tokens of prompt and generated text, or of its `last` tokens, in no particular order."""
+        return self._seen.update(self.tokens)[0] if last is None else np.unique(self.array()[-last:])
 
-    def counts(self) -> tuple[Indices, Indices]:
-        """The distinct generated tokens, and how often each occurs."""
-        return self._generated.update(self.tokens)
+    def counts(self, last: int | None = None) -> tuple[Indices, Indices]:
+        """The distinct generated tokens, or those among the `last` tokens, and how often each occurs."""
+        if last is None:
+            return self._generated.update(self.tokens)
+        ids, counts = np.unique(self.array()[max(self.prompt_length, len(self.tokens) - last) :], return_counts=True)
+        return ids, counts
 
 
 class _Counts:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mnemos.rules import Rule, real, whole
+from mnemos.rules import Rule, filled, real, several, whole
 
 
 def _bias(value: Any) -> dict[int, float] | None:
@@ -21,6 +21,28 @@ def _bias(value: Any) -> dict[int, float] | None:
             return None
         pairs[number] = strength
     return pairs
+
+
+def _sequence_bias(value: Any) -> dict[tuple[int, ...], float] | None:
+    """Of a mapping, or of pairs as JSON has them."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        return None
+    pairs: dict[tuple[int, ...], float] = {}
+    for item in value.items() if isinstance(value, Mapping) else value:
+        if not isinstance(item, (list, tuple)) or len(item) != 2 or len(pairs) > 65536:
+            return None
+        sequence, amount = SEQUENCE.check(item[0]), real(-1000, 1000).check(item[1])
+        if sequence is None or amount is None:
+            return None
+        pairs[sequence] = amount
+    return pairs
+
+
+def _decay(value: Any) -> tuple[int, float] | None:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None
+    start, factor = whole(0).check(value[0]), real(1e-3, 1e3).check(value[1])
+    return None if start is None or factor is None else (start, factor)
 
 
 def _temperature(value: Any) -> float | None:
@@ -51,6 +73,11 @@ def function(arguments: str) -> Rule:
 
 
 TOKEN = whole(0)
+SEQUENCE = filled(several(TOKEN, 256, single=False))
+SEQUENCE_BIAS = Rule(
+    _sequence_bias, "a mapping from token sequences to numbers from -1000 to 1000, or a list of such pairs", "mapping"
+)
+DECAY = Rule(_decay, "a pair of a whole number of tokens and a factor from 0.001 to 1000", "pair")
 TEMPERATURE = Rule(_temperature, "0 (always the most probable token) or a number from 1e-10 to 100", "number")
 EARLY_STOPPING = Rule(_early, 'True, False or "never"', "flag or name")
 BIAS = Rule(_bias, "a mapping from token ids to numbers from -100 to 100", "mapping")

@@ -6,7 +6,7 @@ Hugging Face's processors of the same name, and CHAIN is in its order. Penalties
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +37,32 @@ class LogitBias:
         logits[self._ids] += self._amounts
 
 
-@dataclass(frozen=True)
-class RepetitionPenalty:
-    """Divides positive and multiplies negative logits of tokens seen before. Keskar et al. 2019, arXiv:1909.05858."""
+class SequenceBias:
+    """Adds an amount to the logit of the last token of a sequence, where the text ends with those before it."""
 
-    penalty: float
+    def __init__(self, bias: Mapping[tuple[int, ...], float]) -> None:
+        self._bias = dict(bias)
 
     def __call__(self, history: History, logits: Floats) -> None:
-        _penalize(logits, history.seen(), self.penalty)
+        tokens = history.tokens
+        for sequence, amount in self._bias.items():
+            known = len(sequence) - 1
+            if known < len(tokens) and tuple(tokens[len(tokens) - known :]) == sequence[:-1]:
+                logits[sequence[-1]] += np.float32(amount)
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Divides positive and multiplies negative logits of tokens seen before, or among the `last` tokens.
+
+    Keskar et al. 2019, arXiv:1909.05858.
+    """
+
+    penalty: float
+    last: int | None = None
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        _penalize(logits, history.seen(self.last), self.penalty)
 
 
 class SourceReward:
@@ -60,13 +78,17 @@ class SourceReward:
 
 @dataclass(frozen=True)
 class CountPenalty:
-    """Subtracts `presence` once and `frequency` for each occurrence of a token in the generated text."""
+    """Subtracts `presence` once and `frequency` for each occurrence of a token in the generated text.
+
+    With `last`, only that many tokens of prompt and text count.
+    """
 
     presence: float
     frequency: float
+    last: int | None = None
 
     def __call__(self, history: History, logits: Floats) -> None:
-        ids, counts = history.counts()
+        ids, counts = history.counts(self.last)
         logits[ids] -= (self.presence + self.frequency * counts).astype(np.float32)
 
 
@@ -131,6 +153,50 @@ class MinLength:
             logits[self._stop_ids] = _REMOVED
 
 
+class Allowed:
+    """Bans all tokens but these."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._ids = np.array(tokens, np.int64)
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        kept = logits[self._ids]
+        logits[:] = _REMOVED
+        logits[self._ids] = kept
+
+
+@dataclass(frozen=True)
+class AllowedByPrefix:
+    """Bans all tokens but those that a user's function f(0, token_ids) returns; 0 stands for a batch's only text."""
+
+    function: Any
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        tokens = _call(self.function, "prefix_allowed_tokens_fn", 0, history.array().copy())
+        ids = np.unique(np.asarray(tokens, dtype=np.int64).reshape(-1))
+        if len(ids) and not 0 <= ids[0] <= ids[-1] < len(logits):
+            raise RequestError(
+                f"prefix_allowed_tokens_fn allows the token ids {ids[0]} to {ids[-1]}; "
+                f"the vocabulary has ids from 0 to {len(logits) - 1}"
+            )
+        Allowed(ids.tolist())(history, logits)
+
+
+@dataclass(frozen=True)
+class DecayingLength:
+    """After `start` generated tokens, raises the logits of tokens that end the text, more with each token."""
+
+    stop_ids: tuple[int, ...]
+    start: int
+    factor: float
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        beyond = history.generated - self.start
+        if beyond > 0:
+            ids = list(self.stop_ids)
+            logits[ids] += np.abs(logits[ids]) * np.float32(self.factor**beyond - 1)
+
+
 @dataclass(frozen=True)
 class ForcedTokens:
     """Leaves only `tokens`, with a logit of 0, where the text has `length` tokens, the prompt's included."""
@@ -163,15 +229,9 @@ class Custom:
     function: Any
 
     def __call__(self, history: History, logits: Floats) -> None:
-        name = getattr(self.function, "__name__", type(self.function).__name__)
-        try:
-            result = self.function(tuple(history.tokens), logits)
-            if result is not None:
-                logits[:] = np.asarray(result, dtype=np.float32).reshape(logits.shape)
-        except MnemosError:
-            raise
-        except Exception as error:
-            raise RequestError(f"logits processor {name} failed: {type(error).__name__}: {error}") from error
+        result = _call(self.function, "logits processor", tuple(history.tokens), logits)
+        if result is not None:
+            logits[:] = _call(lambda: np.asarray(result, dtype=np.float32).reshape(logits.shape), "logits processor")
 
 
 @dataclass(frozen=True)
@@ -185,6 +245,7 @@ class Setting:
     prompt     the prompt's length in tokens
     longest    the text's greatest length in tokens, prompt included
     source     what an encoder reads, or else the prompt
+    breakers   the tokens across which no repetition reaches
     """
 
     config: GenerationConfig
@@ -194,6 +255,7 @@ class Setting:
     prompt: int = 0
     longest: int = 0
     source: Sequence[int] = ()
+    breakers: Collection[int] = ()
 
 
 def processors_of(setting: Setting) -> list[Processor]:
@@ -212,8 +274,20 @@ def _for(field: str, make: Callable[[Setting, Any], Processor]) -> Maker:
 
 
 def _count_penalty(setting: Setting) -> Processor | None:
-    presence, frequency = setting.config.presence_penalty, setting.config.frequency_penalty
-    return CountPenalty(presence, frequency) if presence or frequency else None
+    config = setting.config
+    presence, frequency = config.presence_penalty, config.frequency_penalty
+    return CountPenalty(presence, frequency, config.penalty_last_n) if presence or frequency else None
+
+
+def _dry(setting: Setting, multiplier: float) -> Processor:
+    from mnemos.decoding.dry import DryPenalty  # few ask for it, and a start is faster without
+
+    config = setting.config
+    return DryPenalty(multiplier, config.dry_base, config.dry_allowed_length, setting.breakers, config.penalty_last_n)
+
+
+def _decay(setting: Setting, decay: tuple[int, float]) -> Processor:
+    return DecayingLength(tuple(sorted(setting.stop_ids)), *decay)
 
 
 def _bad_words(setting: Setting) -> Processor | None:
@@ -247,15 +321,20 @@ def _suppressed_first(setting: Setting) -> Processor | None:
 
 CHAIN: tuple[Maker, ...] = (
     _for("logit_bias", lambda setting, bias: LogitBias(bias)),
+    _for("sequence_bias", lambda setting, bias: SequenceBias(bias)),
     _for("encoder_repetition_penalty", lambda setting, reward: SourceReward(setting.source, reward)),
-    _for("repetition_penalty", lambda setting, penalty: RepetitionPenalty(penalty)),
+    _for("repetition_penalty", lambda setting, penalty: RepetitionPenalty(penalty, setting.config.penalty_last_n)),
     _count_penalty,
+    _for("dry_multiplier", _dry),
     _for("no_repeat_ngram_size", lambda setting, size: NoRepeatNgram(size)),
     _for("encoder_no_repeat_ngram_size", lambda setting, size: NoSourceNgram(setting.source, size)),
     _bad_words,
     _min_length,
+    _for("allowed_token_ids", lambda setting, tokens: Allowed(tokens)),
+    _for("prefix_allowed_tokens_fn", lambda setting, function: AllowedByPrefix(function)),
     _forced_first,
     _forced_last,
+    _for("exponential_decay_length_penalty", _decay),
     _suppressed,
     _suppressed_first,
 )
@@ -264,3 +343,14 @@ CHAIN: tuple[Maker, ...] = (
 def _penalize(logits: Floats, ids: npt.NDArray[np.int64], penalty: float) -> None:
     values, factor = logits[ids], np.float32(penalty)
     logits[ids] = np.where(values < 0, values * factor, values / factor)
+
+
+def _call(function: Any, role: str, *arguments: Any) -> Any:
+    """What a user's function returns; an error in it is the request's error."""
+    try:
+        return function(*arguments)
+    except MnemosError:
+        raise
+    except Exception as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise RequestError(f"{role} {name} failed: {type(error).__name__}: {error}") from error

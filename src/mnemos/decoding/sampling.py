@@ -102,7 +102,8 @@ class Sampling:
         text.branch.logits = self._logprobs is not None
 
     def _text(self, branch: Branch, number: int) -> _Text:
-        history, seed = History(branch.tokens), stream_seed(self._seed, number)
+        seed = stream_seed(self._seed, number)
+        history = History(branch.tokens, seed=seed)
         constraint = None if self._constraint is None else self._constraint.fork()
         drafter = None if self._drafter is None else self._drafter()
         return _Text(number, branch, history, seed, self._watch(), constraint, drafter)
