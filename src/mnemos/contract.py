@@ -132,7 +132,9 @@ class ModelSpec:
     """Facts about a model that requests are checked against, and what it promises, which the engine obeys.
 
     `window` is the number of positions that its attention reaches back, 0 without such a limit (or where only some
-    layers have one). `fingerprint` changes whenever the weights or the computation do; saved caches are bound to it.
+    layers have one). `position_limit` is the first position that it cannot take, where attention depends on distances
+    alone and positions may go on growing while no row sees more than the context; 0: they end with the context.
+    `fingerprint` changes whenever the weights or the computation do; saved caches are bound to it.
 
     The promises are about logits: batch invariance holds for a model as far as it makes them.
 
@@ -158,6 +160,7 @@ class ModelSpec:
     pad_token_id: int | None = None
     token_rules: TokenRules = TokenRules()
     window: int = 0
+    position_limit: int = 0
     parameters: int = 0
     fingerprint: str = ""
     chunks: bool = True

@@ -41,6 +41,7 @@ class ToyModel:
         context_length: int = 256,
         window: int = 0,
         fingerprint: str = "toy",
+        position_limit: int = 0,
         **promises: bool,
     ) -> None:
         layout = KVLayout(layers=1, kv_heads=1, head_dim=1, page_size=page_size)
@@ -52,6 +53,7 @@ class ToyModel:
             layout,
             eos_token_ids=(0,),
             window=window,
+            position_limit=position_limit,
             fingerprint=fingerprint,
             **promises,
         )
@@ -81,9 +83,8 @@ class ToyModel:
             for row in rows:
                 position = int(batch.positions[row])
                 first = max(0, position - self.spec.window + 1) if self.spec.window else 0
-                seen = []
-                for past in range(first, position + 1):
-                    seen.append(int(self.cache.tokens[held[past - past % size], past % size]))
+                past = [p for start in firsts for p in range(start, start + size) if first <= p <= position]
+                seen = [int(self.cache.tokens[held[p - p % size], p % size]) for p in past]
                 logits[row], hidden[row] = toy_row(seen, position)
         logits, hidden = logits[batch.logit_rows], hidden[batch.logit_rows]
         if batch.greedy:  # no logits: whoever reads them has no business in such a batch

@@ -44,15 +44,27 @@ def test_the_least_recently_used_leaf_goes_first_and_its_parent_after_it() -> No
     assert (len(tree), pool.free) == (0, 8)
 
 
-def test_a_page_in_use_and_what_leads_to_it_stay() -> None:
+def test_pages_in_use_stay() -> None:
     pool = PagePool(4)
     tree = PrefixTree(pool, SIZE)
     fill(pool, tree, None, [1, 1, 2, 2])
-    held = tree.match(None, [1, 1, 2, 2])[1:]
+    held = tree.match(None, [1, 1, 2, 2])
     pool.share(held)
     assert tree.evict(4) == 0
     pool.release(held)
     assert tree.evict(4) == 2
+
+
+def test_the_first_pages_of_a_text_are_free_for_others_when_it_has_left_them() -> None:
+    pool = PagePool(4)
+    tree = PrefixTree(pool, SIZE)
+    pages = [pool.allocate() for _ in range(4)]
+    tree.insert(None, [1, 1, 2, 2, 3, 3, 4, 4], pages)
+    pool.release(pages[:2])
+    assert tree.evict(1) == 1 and pool.free == 1
+    assert tree.evict(2) == 1 and pool.free == 2
+    assert tree.match(None, [1, 1, 2, 2, 3, 3, 4, 4]) == [] and len(tree) == 0
+    assert [pool.references[page] for page in pages[2:]] == [1, 1]
 
 
 def test_a_page_that_only_the_tree_holds_gives_way_to_the_same_one_in_use() -> None:

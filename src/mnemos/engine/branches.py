@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mnemos.decoding.strategy import Branch
 from mnemos.engine.request import Request
-from mnemos.engine.sequence import SINKS, Sequence
+from mnemos.engine.sequence import Sequence
+from mnemos.engine.sliding import SINKS, Sliding
 from mnemos.errors import ContextLengthError, RequestError
 from mnemos.memory.page_table import PageTables
 
@@ -17,6 +18,7 @@ class Branches:
     def __init__(self, tables: PageTables, context_length: int) -> None:
         self.tables = tables
         self.context_length = context_length
+        self.sliding = Sliding.of(context_length, tables.position_limit, tables.page_size)
 
     # What a request holds.
 
@@ -58,10 +60,12 @@ class Branches:
     def suspend(self, request: Request) -> None:
         """Gives everything back, to be recomputed later; branches will share again what they have in common."""
         for index, sequence in enumerate(request.sequences):
-            self.tables.release(sequence)
+            self._restart(sequence)
             sequence.parts = []
-            sequence.leader = _leader(sequence, request.sequences[:index]) if self.tables.rewinds else None
-        request.pending = sum(sequence.goal for sequence in request.sequences)
+            # One that slides shares no prefix: it has what follows a gap.
+            shares = self.tables.rewinds and sequence.goal <= self.context_length
+            sequence.leader = _leader(sequence, request.sequences[:index]) if shares else None
+        request.pending = sum(self._missing(sequence) for sequence in request.sequences)
         request.prefilling = True
 
     def settle(self, request: Request) -> None:
@@ -73,24 +77,27 @@ class Branches:
                 self.tables.leave_behind(sequence)
 
     def remember(self, request: Request) -> None:
-        """Puts the full pages of the request's sequences into the prefix tree; none of texts that dropped tokens.
+        """Puts the full pages of the request's sequences into the prefix tree; none of texts that left some behind.
 
         No other text continues what is left of those, and an endless one would fill the pool with it.
         """
         if self.tables.tree is not None:
             for sequence in request.sequences:
-                if not sequence.dropped:
+                if not (sequence.dropped or sequence.start):
                     self.tables.remember(sequence, request.salt, sequence.tokens(0, sequence.valid()))
 
     # What a step needs.
 
     def prepare(self, request: Request, sequence: Sequence) -> int:
-        """Shares what others have evaluated already; returns how many positions are left to evaluate, 0: not yet."""
+        """Shares what others have evaluated already; returns how many positions may be evaluated now, 0: not yet."""
         if request.prefilling or not sequence.done:
             if sequence.leader is not None and not self._follow(request, sequence):
                 return 0
-            self._reuse(request, sequence)
-        return sequence.goal - sequence.done
+            if not sequence.start:
+                self._reuse(request, sequence)
+        if sequence.goal <= self.context_length or sequence.done == sequence.goal:
+            return sequence.goal - sequence.done
+        return self._slide(sequence)
 
     def fits(self, request: Request, spare: int) -> bool:
         """True if the pages of the whole request are available, with `spare` ones left, and a state for each branch."""
@@ -101,7 +108,8 @@ class Branches:
         if not tables.paged:
             return True
         if branches:
-            needed = tables.count(max(sequence.goal for sequence in branches) + 1) + 2 * (len(branches) - 1)
+            longest = min(max(sequence.goal for sequence in branches) + 1, self.context_length)
+            needed = tables.count(longest) + 2 * (len(branches) - 1)
         else:
             needed = tables.count(len(request.prompt) + 1) + request.strategy.max_branches - 1
         lacking = needed + spare - available
@@ -142,18 +150,52 @@ class Branches:
         if sequence.dropped and length <= SINKS + sequence.dropped:
             tables.trim(sequence, SINKS)
             sequence.dropped = 0
-        if length - sequence.dropped > self.context_length:
+        # A new text is cut at once: to evaluate all of it would serve little.
+        if length - sequence.dropped > (self.sliding.limit if sequence.seen else self.context_length):
             if not request.sliding:
                 raise ContextLengthError(f"{length} tokens exceed the context of {self.context_length}")
-            sequence.slide(self.context_length)
-            tables.trim(sequence, 0)
+            sequence.begin_anew(self.context_length)
+            self._restart(sequence)
+        elif length > self.context_length and not request.sliding:
+            raise ContextLengthError(f"{length} tokens exceed the context of {self.context_length}")
         sequence.goal = length - sequence.dropped
         if not sequence.goal:
             raise RequestError("the strategy returned a branch without tokens; the first token is the prompt's")
         sequence.first = sequence.goal - min(max(branch.wanted, 1), sequence.goal)
         if sequence.done > sequence.first:  # rows are asked for again
             tables.trim(sequence, sequence.first)
-        return sequence.goal - sequence.done
+        if (
+            self.sliding.start(self.sliding.count(sequence.done)) < sequence.start
+        ):  # tokens before a slide are taken back
+            self._restart(sequence)
+        return self._missing(sequence)
+
+    def _missing(self, sequence: Sequence) -> int:
+        """How many rows a sequence is to be evaluated for, those of sinks included."""
+        if sequence.goal <= self.context_length:
+            return sequence.goal - sequence.done
+        rows = sequence.goal - sequence.done
+        if sequence.resume:
+            rows = sequence.goal - sequence.resume + sequence.start - sequence.done
+        sliding = self.sliding
+        return rows + (sliding.count(sequence.goal - 1) - sequence.start // sliding.step) * sliding.sinks
+
+    def _slide(self, sequence: Sequence) -> int:
+        """Slides where the next row asks for it; returns how many rows there are up to the next slide."""
+        sliding, slides = self.sliding, sequence.start // self.sliding.step
+        if not sequence.resume and sequence.done == sliding.begin(slides + 1):
+            slides += 1
+            sequence.start, sequence.sinks = sliding.start(slides), sliding.sinks
+            self.tables.leave(sequence, sequence.start)
+            sequence.resume, sequence.done = sequence.done, sequence.start - sliding.sinks
+        if sequence.resume:
+            return sequence.start - sequence.done
+        return min(sequence.goal, sliding.begin(slides + 1)) - sequence.done
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Gives everything back; the sequence is evaluated again from its first position on."""
+        self.tables.release(sequence)
+        sequence.start = sequence.resume = 0
 
     def _fork(self, branch: Branch, known: dict[Branch, Sequence]) -> Sequence:
         """A sequence for a new branch that shares the pages of the nearest ancestor that has any."""
@@ -166,7 +208,7 @@ class Branches:
             branch.evaluated = 0
             return sequence
         parent = known[ancestor]
-        sequence.dropped = parent.dropped
+        sequence.dropped, sequence.start, sequence.sinks = parent.dropped, parent.start, parent.sinks
         sequence.seen = branch.evaluated
         length = min(parent.done, sequence.position(branch.evaluated), _common(sequence, parent, parent.done))
         self.tables.share(parent, sequence, length)
@@ -177,9 +219,11 @@ class Branches:
         """Shares the positions in common with the leader, once that has evaluated them."""
         assert sequence.leader is not None
         leader, length = sequence.leader
-        if leader.done < length:
+        if leader.done < length and not leader.start:
             return False
         sequence.leader = None
+        if leader.start:  # it has slid, and left what they have in common
+            return True
         self.tables.share(leader, sequence, length)
         self.tables.trim(sequence, length)
         request.pending -= sequence.done

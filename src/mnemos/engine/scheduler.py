@@ -138,7 +138,7 @@ class Scheduler:
         for request, parts, complete in step.items:
             rows = 0
             for sequence, number, start, end in parts:
-                sequence.done += number
+                sequence.advance(number)
                 rows += number
                 if start < end:
                     sequence.take(logits[start:end], hidden[start:end], complete)

@@ -6,23 +6,25 @@ import numpy as np
 
 from mnemos.contract import Floats
 from mnemos.decoding.strategy import Branch, Rows
+from mnemos.engine.sliding import SINKS
 from mnemos.memory.page_table import PageTable
-
-SINKS = 4  # first tokens that endless generation always keeps; Xiao et al. 2023, arXiv:2309.17453
 
 
 class Sequence(PageTable):
-    """A branch in the cache. Lengths count cached positions: tokens, less those that endless generation has dropped.
+    """A branch in the cache. Lengths are positions: tokens, less those that an endless text dropped when it began anew.
 
     goal     positions that the cache shall hold before the strategy is asked again
     first    the first position whose row the strategy is to be given
-    dropped  tokens that were cut out after the first SINKS ones
+    dropped  tokens that were cut out after the first SINKS ones when the text began anew
+    start    the first position that an endless text has kept, after `sinks` positions with its first tokens; 0 before
+             it slides
+    resume   while the sinks are evaluated at their new positions: where the text goes on after them; else 0
     seen     the branch's length when it was last complete; if the branch's own count is lower, it was truncated
     leader   a sibling to share the first positions with, as soon as it has evaluated so many
     chosen   the tokens that the branch's draw chose of this step's rows
     """
 
-    __slots__ = ("branch", "chosen", "dropped", "first", "goal", "leader", "parts", "seen")
+    __slots__ = ("branch", "chosen", "dropped", "first", "goal", "leader", "parts", "resume", "seen", "sinks", "start")
 
     def __init__(self, branch: Branch) -> None:
         super().__init__()
@@ -30,6 +32,9 @@ class Sequence(PageTable):
         self.goal = len(branch.tokens)
         self.first = 0
         self.dropped = 0
+        self.start = 0
+        self.sinks = 0
+        self.resume = 0
         self.seen = 0
         self.leader: tuple[Sequence, int] | None = None
         self.parts: list[tuple[Floats, Floats]] = []
@@ -55,7 +60,20 @@ class Sequence(PageTable):
             return self.done
         return min(self.done, self.position(self.branch.evaluated))
 
-    def slide(self, context_length: int) -> None:
+    def next_tokens(self, rows: int) -> list[int]:
+        """The token ids at the next `rows` positions."""
+        if not self.resume:
+            return self.tokens(self.done, self.done + rows)
+        first = self.done - (self.start - self.sinks)
+        return self.branch.tokens[first : first + rows]
+
+    def advance(self, rows: int) -> None:
+        """The next `rows` positions are evaluated."""
+        self.done += rows
+        if self.resume and self.done == self.start:
+            self.done, self.resume = self.resume, 0
+
+    def begin_anew(self, context_length: int) -> None:
         """Drops tokens: keeps the first SINKS and as many of the newest as fill half the context."""
         self.dropped = len(self.branch.tokens) - max(context_length // 2, SINKS + 1)
 

@@ -79,12 +79,12 @@ class Step:
     def _add(self, sequence: Sequence, rows: int) -> Part:
         done = sequence.done
         row = len(self.token_ids)
-        self.token_ids += sequence.tokens(done, done + rows)
+        self.token_ids += sequence.next_tokens(rows)
         self.positions += range(done, done + rows)
         self.sequence_starts.append(row + rows)
         self._add_table(sequence)
         asked = len(self.logit_rows)
-        if done + rows > sequence.first:
+        if done + rows > sequence.first and not sequence.resume:
             self.logit_rows += range(row + max(0, sequence.first - done), row + rows)
         return sequence, rows, asked, len(self.logit_rows)
 

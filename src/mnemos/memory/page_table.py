@@ -46,6 +46,8 @@ class PageTables:
         self.paged = spec.layout.layers > 0
         self.page_size = spec.layout.page_size
         self.window = spec.window if self.paged else 0
+        gaps = self.paged and spec.chunks and not spec.states and not self.window  # pages may be left in the middle
+        self.position_limit = spec.position_limit if gaps else 0
         self.pool = PagePool(capacity.pages)
         self.states = StateSlots(cast(StatefulModel, model), capacity.states) if spec.states else None
         self.rewinds = spec.rewinds or not spec.states
@@ -144,7 +146,11 @@ class PageTables:
     def leave_behind(self, table: PageTable) -> None:
         """Gives back the pages that no later position can see, but one, as strategies take back a few tokens."""
         reached = (table.done - self.window + 1) // self.page_size
-        self._drop(table, 0, bisect_left(table.positions, (reached - 1) * self.page_size))
+        self.leave(table, (reached - 1) * self.page_size)
+
+    def leave(self, table: PageTable, start: int) -> None:
+        """Gives back the pages before position `start`."""
+        self._drop(table, 0, bisect_left(table.positions, start))
 
     def release(self, table: PageTable) -> None:
         """Gives everything back; the table is as new."""

@@ -101,10 +101,17 @@ class PrefixTree:
             self._recency.move_to_end(node)
 
     def evict(self, count: int) -> int:
-        """Frees up to `count` pages that only the tree holds; returns how many."""
+        """Frees up to `count` pages that only the tree holds; returns how many.
+
+        A sequence that gives back its first pages and keeps later ones must not keep the first ones from others: the
+        tree forgets the later ones, which stay with the sequence.
+        """
         victims = self._victims(count)
+        if len(victims) < count and self._forget_stranded():
+            victims = self._victims(count)
         for node in victims:
             self._remove(node)
+            self.evicted += 1
         return len(victims)
 
     def restrict(self, limit: int) -> None:
@@ -153,12 +160,28 @@ class PrefixTree:
                 doomed[node.parent] = doomed.get(node.parent, 0) + 1
         return victims
 
+    def _forget_stranded(self) -> int:
+        """Forgets pages in use that follow one which only the tree holds; returns how many."""
+        references = self.pool.references
+        stranded = [node for node in self._recency if references[node.page] > 1 and self._follows_unused(node)]
+        for node in stranded:  # children before their parents
+            if not node.children:
+                self._remove(node)
+        return len(stranded)
+
+    def _follows_unused(self, node: Node) -> bool:
+        parent = node.parent
+        while parent is not None and parent.parent is not None:
+            if self.pool.references[parent.page] == 1:
+                return True
+            parent = parent.parent
+        return False
+
     def _remove(self, node: Node) -> None:
         parent = node.parent
         assert parent is not None
         del parent.children[node.tokens]
         del self._recency[node]
         self.pool.uncache(node.page)
-        self.evicted += 1
         if parent.parent is None and not parent.children:
             del self._roots[parent.salt]

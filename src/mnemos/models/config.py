@@ -13,6 +13,7 @@ from mnemos.models.rope import Rope, context_in_use, read_rope
 # More is a damaged field, found before anything is made of that size.
 MOST_LAYERS = 100_000
 WIDEST_HEAD = 65_536
+FARTHEST_POSITION = 131_072  # rotary tables grow with positions, and their angles are float32
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -29,6 +30,11 @@ class DecoderConfig:
     context_length: int
     windows: tuple[int, ...]  # for each layer how many positions attention reaches back, 0 without a limit
     tie_word_embeddings: bool
+
+    @property
+    def position_limit(self) -> int:
+        """See ModelSpec: rotary embeddings make attention a matter of distances."""
+        return max(FARTHEST_POSITION, 2 * self.context_length)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,7 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
         hidden_size=config.hidden_size,
         layout=layout,
         window=0 if 0 in config.windows else max(config.windows),
+        position_limit=config.position_limit,
         parameters=sum(tensor.size for tensor in checkpoint.tensors.values()),
         fingerprint=_fingerprint(checkpoint, config, (backend, dtype, kv_dtype)),
         details=_details(checkpoint),

@@ -37,6 +37,11 @@ class GPT2Config(DecoderConfig):
     scale_attn_weights: bool
     scale_attn_by_inverse_layer_idx: bool
 
+    @property
+    def position_limit(self) -> int:
+        """The length of the table of learned positions."""
+        return self.context_length
+
     @classmethod
     def read(cls, fields: Fields) -> GPT2Config:
         fields = fields.renamed(**_NAMES_IN_CONFIG)
