@@ -287,7 +287,6 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
         };
         unroll<halves>([&](auto h) MNEMOS_INLINE {
           half(h);
-#pragma GCC unroll 1
           for (int v = h * 4; v < (h + 1) * (8 / halves); v += n) {
             typename S::Bytes codes[P][n];
             for (int p = 0; p < P; p++)

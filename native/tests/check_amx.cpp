@@ -14,10 +14,6 @@
 #include "tests/check_attention.h"
 #include "tests/check_products.h"
 
-namespace mnemos {
-extern const VectorKernels avx512bf16_vector_kernels, amx_vector_kernels;
-}
-
 using namespace mnemos;
 
 namespace {
@@ -205,9 +201,9 @@ int main() {
   check_instructions();
   check_bfloats();
   check_selection();
-  failures += check_attention(avx512bf16_vector_kernels);
+  failures += check_attention(vector_kernels(Isa::avx512_bf16));
   const int64_t before = amx_emulator::state.bfloat_products;
-  failures += check_attention(amx_vector_kernels);
+  failures += check_attention(vector_kernels(Isa::amx));
   if (emulated) expect(amx_emulator::state.bfloat_products > before, "no tile product ran in attention");
   failures += check_products(amx_kernels, avx512bf16_kernels);
   if (emulated) {

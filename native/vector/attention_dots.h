@@ -2,7 +2,7 @@
 // to bfloat16 too, sums are float32. Keys and values are used as they lie in the cache.
 #pragma once
 
-#include "vector/attention_impl.h"
+#include "vector/vector_kernels_impl.h"
 
 namespace mnemos {
 namespace {
@@ -328,14 +328,6 @@ inline void attend_block_by_dots(const AttentionTile &tile, const uint32_t *quer
   const Shares shares(tile, block, most, total);
   for_groups(tile, block, [&](auto rows, int64_t r, const BlockRange &range) {
     weigh_rows<decltype(rows)::value>(tile, range, r, rows_of_values, shares, next);
-  });
-}
-
-void attend_by_dots(const AttentionTile &tile, int64_t block_begin, int64_t block_end) {
-  if (!has_dots(*tile.cell)) return attend(tile, block_begin, block_end);
-  const uint32_t *queries = pair_queries(tile);
-  for_blocks(tile, block_begin, block_end, [&](const KeyBlock &block, const KeyBlock *next_block) {
-    attend_block_by_dots(tile, queries, block, next_block);
   });
 }
 

@@ -4,13 +4,23 @@ namespace mnemos {
 
 extern const VectorKernels scalar_vector_kernels;
 #if defined(__x86_64__)
-extern const VectorKernels avx2_vector_kernels, avx512_vector_kernels, avx512bf16_vector_kernels, amx_vector_kernels;
+extern const VectorKernels avx2_vector_kernels;
 #elif defined(__aarch64__)
 extern const VectorKernels neon_vector_kernels;
 #endif
 
+#if defined(__x86_64__)
+static VectorKernels avx512_with(decltype(VectorKernels::attend) attend) {
+  VectorKernels kernels = avx512_vector_kernels;
+  kernels.attend = attend;
+  return kernels;
+}
+#endif
+
 const VectorKernels &vector_kernels(Isa isa) {
 #if defined(__x86_64__)
+  static const VectorKernels avx512bf16_vector_kernels = avx512_with(attend_by_dots);
+  static const VectorKernels amx_vector_kernels = avx512_with(attend_in_tiles);
   if (isa == Isa::amx) return amx_vector_kernels;
   if (isa >= Isa::avx512_bf16) return avx512bf16_vector_kernels;
   if (isa >= Isa::avx512) return avx512_vector_kernels;

@@ -2,7 +2,6 @@
 
 namespace mnemos {
 
-extern const VectorKernels avx512_vector_kernels;
 const VectorKernels avx512_vector_kernels = table;
 
 }  // namespace mnemos

@@ -106,4 +106,11 @@ struct VectorKernels {
 
 const VectorKernels &vector_kernels(Isa isa);
 
+#if defined(__x86_64__)
+extern const VectorKernels avx512_vector_kernels;
+// As VectorKernels::attend, with the bfloat16 dot product and with AMX tiles.
+void attend_by_dots(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
+void attend_in_tiles(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
+#endif
+
 }  // namespace mnemos

@@ -251,11 +251,5 @@ constexpr VectorKernels table = {rms_norm, layer_norm, activation, gated_activat
                                  softcap, rope, softmax, store_key, store_value, attend, merge, attend_plain, largest_valid,
                                  sum_exp, exponentials, select_at_least};
 
-constexpr VectorKernels table_with(decltype(VectorKernels::attend) attend) {
-  VectorKernels kernels = table;
-  kernels.attend = attend;
-  return kernels;
-}
-
 }  // namespace
 }  // namespace mnemos
