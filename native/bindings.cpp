@@ -14,6 +14,7 @@
 #include <optional>
 
 #include "system/bounds.h"
+#include "system/trial.h"
 #include "system/error.h"
 #include "length_prefixed.h"
 #include "linear/product_kernels.h"
@@ -57,11 +58,22 @@ void translate(const std::exception_ptr &pointer, void *) {
 }
 
 // The kernels of the level in use; a level that has none of its own uses those of the next lower one.
-const Kernels &linear_kernels() {
-  for (int level = static_cast<int>(current_isa()); level >= 0; level--) {
+const Kernels &linear_kernels(Isa isa) {
+  for (int level = static_cast<int>(isa); level >= 0; level--) {
     if (const Kernels *kernels = find_kernels(isa_name(static_cast<Isa>(level)))) return *kernels;
   }
   throw unsupported_error("no kernels for matrix products run on this machine");
+}
+
+OperatorClass class_of(WeightType type, bool as_float32) {
+  return as_float32 || !layout_of(type).quantized() ? OperatorClass::floats : OperatorClass::quantized;
+}
+
+OperatorClass find_class(const std::string &name) {
+  for (int c = 0; c < operator_classes; c++) {
+    if (name == class_name(static_cast<OperatorClass>(c))) return static_cast<OperatorClass>(c);
+  }
+  throw config_error("operators '" + name + "' are unknown; there are quantized, floats and attention");
 }
 
 const char *form_name(Form form) {
@@ -81,6 +93,13 @@ double measure_multiply_rate(Pool &pool, const std::string &isa, const std::stri
     return multiply_rate(pool, *kernels, known, repeats);
   }
   throw unsupported_error(isa + " kernels multiply no inputs in " + form);
+}
+
+double measure_trial(const std::string &operators, const std::string &isa) {
+  const OperatorClass which = find_class(operators);
+  const Isa level = find_level(isa, "the instruction set");
+  return which == OperatorClass::attention ? time_attention(vector_kernels(level), keeps_bfloats(level))
+                                           : time_products(linear_kernels(level), which == OperatorClass::quantized);
 }
 
 using Order = Array<int64_t, nb::ndim<1>>;
@@ -105,7 +124,7 @@ std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int6
     if (wrong != end) throw config_error("a weight's order names row " + std::to_string(*wrong) + " of " + std::to_string(rows));
     rows = end - begin;
   }
-  return std::make_shared<Matrix>(weight, rows, columns, as_float32, linear_kernels());
+  return std::make_shared<Matrix>(weight, rows, columns, as_float32, linear_kernels(current_isa(class_of(weight, as_float32))));
 }
 
 // (matrix, data, order: as of `allocate_matrix`; whether the pages of the file with the data are given back) each.
@@ -246,7 +265,7 @@ const float *checked_row(const FloatRows &logits, size_t row) {
 template <typename Each>
 void for_rows(const FloatRows &logits, const Each &each) {
   nb::gil_scoped_release release_gil;
-  Sampler sampler(vector_kernels(current_isa()));
+  Sampler sampler(vector_kernels(current_isa(OperatorClass::attention)));
   for (size_t r = 0; r < logits.shape(0); r++) each(sampler, checked_row(logits, r), static_cast<int64_t>(logits.shape(1)), r);
 }
 
@@ -280,7 +299,7 @@ nb::object log_sum_exp_rows(FloatRows logits) {
 }
 
 nb::object top_tokens(Floats logits, int64_t count) {
-  Sampler sampler(vector_kernels(current_isa()));
+  Sampler sampler(vector_kernels(current_isa(OperatorClass::attention)));
   return owned_array(sampler.top(logits.data(), static_cast<int64_t>(logits.size()), count));
 }
 
@@ -325,7 +344,7 @@ void bind_relay(nb::module_ &m) {
     }
   }, "batch"_a, "heads"_a, "width"_a, "source"_a, "target"_a);
   m.def("rms_norm", [](uintptr_t x, uintptr_t weight, float epsilon, uintptr_t y, int64_t rows, int64_t width) {
-    vector_kernels(current_isa()).rms_norm(at_address(x), at_address(weight), epsilon, at_address(y), rows, width);
+    vector_kernels(current_isa(OperatorClass::attention)).rms_norm(at_address(x), at_address(weight), epsilon, at_address(y), rows, width);
   }, "x"_a, "weight"_a, "epsilon"_a, "y"_a, "rows"_a, "width"_a);
 }
 
@@ -407,9 +426,15 @@ NB_MODULE(_native, m) {
   nb::register_exception_translator(translate);
   nb::set_leak_warnings(false);  // the shared pools outlive the interpreter's bookkeeping
 
-  m.def("isa", [] { return std::string(isa_name(current_isa())); });
+  m.def("isa", [](const std::string &operators) { return std::string(isa_name(current_isa(find_class(operators)))); },
+        "operators"_a);
+  m.def("likely_isa", [](const std::string &operators) { return std::string(isa_name(likely_isa(find_class(operators)))); },
+        "operators"_a);
   m.def("available_isas", &available_isas);
-  m.def("select_isa", &select_isa, "name"_a);
+  m.def("select_isa", &select_isa, "levels"_a);
+  m.def("keeps_bfloats", [] { return keeps_bfloats(current_isa(OperatorClass::attention)); });
+  m.def("prefer_isas", &prefer_isas, "levels"_a);
+  m.def("trial_seconds", &measure_trial, "operators"_a, "isa"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("usable_cores", &usable_cores);
   m.def("available_memory", &available_memory);
 

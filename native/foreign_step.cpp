@@ -23,7 +23,7 @@ int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size
 }  // namespace
 
 Relay::Relay(std::shared_ptr<Pool> pool)
-    : pool_(std::move(pool)), kernels_(vector_kernels(current_isa())), scores_(static_cast<size_t>(pool_->threads())) {}
+    : pool_(std::move(pool)), kernels_(vector_kernels(current_isa(OperatorClass::attention))), scores_(static_cast<size_t>(pool_->threads())) {}
 
 Relay::~Relay() { pool_->interrupt(); }
 

@@ -16,7 +16,7 @@ std::string number(int64_t value) { return std::to_string(value); }
 }  // namespace
 
 Program::Program(std::shared_ptr<Pool> pool, std::shared_ptr<Cache> cache)
-    : pool_(std::move(pool)), cache_(std::move(cache)), kernels_(&vector_kernels(current_isa())) {}
+    : pool_(std::move(pool)), cache_(std::move(cache)), kernels_(&vector_kernels(current_isa(OperatorClass::attention))) {}
 
 const Value &Program::checked_value(int value) const {
   require(value >= 0 && value < static_cast<int>(graph_.values.size()), "value " + number(value) + " was never recorded");

@@ -1,7 +1,9 @@
 #include "system/cpu.h"
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
+#include <sstream>
 
 #include "system/error.h"
 #include "linear/compare.h"
@@ -95,6 +97,55 @@ std::vector<Isa> available_levels() {
   return levels;
 }
 
+constexpr int unset = -1;
+using Levels = std::array<int, operator_classes>;  // by class; unset where nothing is said
+
+Levels parse_levels(const std::string &text, const char *what) {
+  Levels levels;
+  levels.fill(unset);
+  if (text.empty()) return levels;
+  if (text.find('=') == std::string::npos) {
+    levels.fill(static_cast<int>(find_level(text, what)));
+    return levels;
+  }
+  std::istringstream parts(text);
+  for (std::string part; std::getline(parts, part, ',');) {
+    const size_t equals = part.find('=');
+    const std::string name = part.substr(0, equals);
+    std::string names;
+    bool found = false;
+    for (int c = 0; c < operator_classes; c++) {
+      names += (c > 0 ? ", " : "") + std::string(class_name(static_cast<OperatorClass>(c)));
+      if (name != class_name(static_cast<OperatorClass>(c)) || equals == std::string::npos) continue;
+      levels[static_cast<size_t>(c)] = static_cast<int>(find_level(part.substr(equals + 1), what));
+      found = true;
+    }
+    if (!found) {
+      throw unsupported_error(std::string(what) + " is '" + text + "'; '" + part +
+                              "' must be a level for one of these operators, as in attention=scalar: " + names);
+    }
+  }
+  return levels;
+}
+
+std::atomic<int> selected[operator_classes]{unset, unset, unset}, preferred[operator_classes]{unset, unset, unset};
+
+void store(std::atomic<int> (&into)[operator_classes], const Levels &levels) {
+  for (size_t c = 0; c < levels.size(); c++) into[c].store(levels[c]);
+}
+
+#if defined(__x86_64__)
+// Its bfloat16 dot products have half the rate of float32's multiply-adds; those of AMD's Zen 4 and 5 have twice that.
+bool has_slow_bfloat_dots() { return __builtin_cpu_is("intel"); }
+#endif
+
+}  // namespace
+
+const CpuFeatures &cpu_features() {
+  static const CpuFeatures features = detect();
+  return features;
+}
+
 Isa find_level(const std::string &name, const char *what) {
   std::string names;
   for (Isa level : available_levels()) {
@@ -105,33 +156,35 @@ Isa find_level(const std::string &name, const char *what) {
                           names);
 }
 
-Isa level_from_environment() {
-  const char *name = std::getenv("MNEMOS_ISA");
-  if (name != nullptr && *name != 0) return find_level(name, "MNEMOS_ISA");
+Isa current_isa(OperatorClass which) {
+  static const Levels environment = [] {
+    const char *text = std::getenv("MNEMOS_ISA");
+    return parse_levels(text == nullptr ? "" : text, "MNEMOS_ISA");
+  }();
+  const auto c = static_cast<size_t>(which);
+  for (const int level : {selected[c].load(std::memory_order_relaxed), environment[c], preferred[c].load(std::memory_order_relaxed)}) {
+    if (level != unset) return static_cast<Isa>(level);
+  }
+  return likely_isa(which);
+}
+
+void select_isa(const std::string &levels) { store(selected, parse_levels(levels, "the instruction set")); }
+void prefer_isas(const std::string &levels) { store(preferred, parse_levels(levels, "the preferred instruction set")); }
+
+Isa likely_isa(OperatorClass) {
+#if defined(__x86_64__)
+  if (cpu_features().avx512_bf16 && !cpu_features().amx && has_slow_bfloat_dots()) return Isa::avx512;
+#endif
   return available_levels().back();
 }
 
-constexpr int unset = -1;
-std::atomic<int> selected{unset};
-
-}  // namespace
-
-const CpuFeatures &cpu_features() {
-  static const CpuFeatures features = detect();
-  return features;
-}
-
-Isa current_isa() {
-  int level = selected.load(std::memory_order_relaxed);
-  if (level == unset) {
-    level = static_cast<int>(level_from_environment());
-    selected.store(level, std::memory_order_relaxed);
+const char *class_name(OperatorClass which) {
+  switch (which) {
+    case OperatorClass::quantized: return "quantized";
+    case OperatorClass::floats: return "floats";
+    case OperatorClass::attention: return "attention";
   }
-  return static_cast<Isa>(level);
-}
-
-void select_isa(const std::string &name) {
-  selected.store(name.empty() ? unset : static_cast<int>(find_level(name, "the instruction set")));
+  return "unknown";
 }
 
 const char *isa_name(Isa isa) {

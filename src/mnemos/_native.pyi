@@ -11,12 +11,32 @@ Ints = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
 Order = npt.NDArray[np.intp]
 
-def isa() -> str:
-    """The level of kernels in use. UnsupportedError if MNEMOS_ISA names one that this CPU does not have."""
+def isa(operators: str) -> str:
+    """The level in use for a class of operators: "quantized" and "floats" are products, "attention" is the rest.
 
-def available_isas() -> list[str]: ...
-def select_isa(name: str) -> None:
-    """Changes the level for what is made from now on; "" goes back to MNEMOS_ISA or the best."""
+    UnsupportedError if MNEMOS_ISA names a level that this CPU does not have.
+    """
+
+def likely_isa(operators: str) -> str:
+    """The level that is likely to be the best for such operators on this CPU."""
+
+def available_isas() -> list[str]:
+    """Those that this CPU can run, lowest first."""
+
+def select_isa(levels: str) -> None:
+    """Changes the levels for what is made from now on: one for all, or "attention=avx2,floats=amx".
+
+    Operators that are not named go back to what MNEMOS_ISA says, or else to the preferred level.
+    """
+
+def prefer_isas(levels: str) -> None:
+    """Such a text, for where neither `select_isa` nor MNEMOS_ISA says anything."""
+
+def keeps_bfloats() -> bool:
+    """Whether attention's level has bfloat16 dot products, so that keys and values are best kept in bfloat16."""
+
+def trial_seconds(operators: str, isa: str) -> float:
+    """What a thread takes for a little typical work of such operators with a level's kernels."""
 
 def usable_cores() -> int:
     """Cores of the affinity mask, cut down to the cgroup's CPU quota."""

@@ -70,3 +70,16 @@ def test_what_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_impossible_wishes_are_refused(smollm2: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(smollm2), *options]) == 2
     assert capsys.readouterr().err.startswith("mnemos: error: ")
+
+
+def test_the_machine_and_the_levels_that_it_uses(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads(inspect(["--machine", "--json"], capsys))
+    assert facts["cores"] >= 1 and set(facts["levels"]) == {"quantized", "floats", "attention"}
+    text = inspect(["--machine"], capsys)
+    assert all(f"{operators:<12}{level}" in text for operators, level in facts["levels"].items())
+
+
+@pytest.mark.parametrize("arguments", [[], ["model.gguf", "--machine"]])
+def test_a_model_or_the_machine(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", *arguments]) != 0
+    assert "a model or --machine" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnemos.cli.terminal import ProgressBar, human_bytes, human_count
+from mnemos.errors import ConfigError
 
 if TYPE_CHECKING:
     from mnemos.formats.checkpoint import Checkpoint
@@ -65,7 +66,10 @@ class OutsideReport:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a known name, hf:org/name[:file], a .gguf file or a folder")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a known name, hf:org/name[:file], a .gguf file or a folder"
+    )
+    parser.add_argument("--machine", action="store_true", help="say what this machine can do, and how it is used")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of context to give the memory for")
     parser.add_argument(
         "--kv-dtype", default="auto", metavar="TYPE", help="of the cache: float16 (auto), float32, int8"
@@ -73,10 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print all of it as a JSON object")
     parser.epilog = (
         "examples:\n  mnemos inspect smollm2-135m\n  mnemos inspect model.gguf --context 32768 --kv-dtype int8"
+        "\n  mnemos inspect --machine"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.machine == (arguments.model is not None):
+        raise ConfigError("mnemos inspect takes a model or --machine, one of them")
+    if arguments.machine:
+        return _inspect_machine(arguments.json)
     from mnemos.formats.checkpoint import open_checkpoint
     from mnemos.hub.sources import resolve
     from mnemos.models.load import is_built_in
@@ -90,6 +99,23 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     report = examine(checkpoint, arguments.context, arguments.kv_dtype)
     print(json.dumps(asdict(report), indent=2) if arguments.json else render(report))
+    return 0
+
+
+def _inspect_machine(as_json: bool) -> int:
+    from mnemos.machine.figures import examine as examine_machine
+    from mnemos.machine.levels import levels_in_use, settle_levels
+
+    machine, choice = examine_machine(0), settle_levels()
+    if as_json:
+        seconds = None if choice is None else choice.seconds
+        print(json.dumps({**asdict(machine), "levels": levels_in_use(), "seconds": seconds}, indent=2))
+        return 0
+    print(machine)
+    for operators, level in levels_in_use().items():
+        tried = {} if choice is None else choice.seconds[operators]
+        times = ", ".join(f"{name} {1e6 * seconds:.1f}" for name, seconds in tried.items())
+        print(f"{operators:<12}{level:<14}{f'of {times} (microseconds)' if times else ''}".rstrip())
     return 0
 
 

@@ -12,23 +12,13 @@ from pathlib import Path
 from typing import IO
 
 from mnemos.errors import DownloadError
+from mnemos.machine.home import home
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, bytes done, bytes in all); 0 bytes in all stands for unknown."""
 
 _LOCK_POLL_SECONDS = 0.1
 _ESCAPES = (("%", "%25"), ("/", "%2F"), (":", "%3A"))
-
-
-def home() -> Path:
-    """The folder that Mnemos keeps its files in: $MNEMOS_HOME, or `mnemos` in the platform's own cache folder."""
-    if chosen := os.environ.get("MNEMOS_HOME"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "mnemos"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mnemos"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnemos"
 
 
 def models_folder() -> Path:

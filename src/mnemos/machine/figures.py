@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from mnemos.errors import UnsupportedError
+from mnemos.machine.levels import cpu_name, describe_levels, levels_in_use
 from mnemos.native import require_core
 
 _REPEATS = 12
@@ -27,7 +26,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Machine:
-    """cores: how many this process may use; isa: what the native kernels use."""
+    """cores: how many this process may use; isa: what the native kernels use, by operators where these differ."""
 
     cpu: str
     cores: int
@@ -47,9 +46,10 @@ def examine(size: int) -> Machine:
 
     Of less, waking the threads would be most of what is measured.
     """
-    isa = instruction_set()
     bandwidth = read_bandwidth(max(size, 16 << 20))
-    return Machine(cpu_name(), usable_cores(), isa, Limits(bandwidth, multiply_rates(isa)))
+    return Machine(
+        cpu_name(), usable_cores(), instruction_set(), Limits(bandwidth, best_rates(levels_in_use().values()))
+    )
 
 
 def usable_cores() -> int:
@@ -57,25 +57,24 @@ def usable_cores() -> int:
     return int(require_core().usable_cores())
 
 
-def cpu_name() -> str:
-    """As the operating system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def instruction_set() -> str:
-    """The instruction set that the native kernels run with here."""
-    return str(require_core().isa())
+    """What the native kernels use here: a level, or one for each class of operators where these differ."""
+    return describe_levels(levels_in_use())
 
 
 def read_bandwidth(size: int) -> float:
     """Bytes per second that all usable cores together read in sequence from `size` bytes; the best of some runs."""
     native = require_core()
     return float(native.read_bandwidth(native.shared_pool(0), size, _REPEATS))
+
+
+def best_rates(levels: Iterable[str]) -> dict[str, float]:
+    """The best rates of some levels, by form."""
+    best: dict[str, float] = {}
+    for level in sorted(set(levels)):
+        for form, rate in multiply_rates(level).items():
+            best[form] = max(rate, best.get(form, 0.0))
+    return best
 
 
 def multiply_rates(isa: str) -> dict[str, float]:

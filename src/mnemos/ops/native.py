@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mnemos.contract import Batch, Floats, Ints, KVLayout, Output
 from mnemos.errors import ConfigError
 from mnemos.formats.tensor import Tensor
+from mnemos.machine.levels import settle_levels
 from mnemos.native import core as _native
 from mnemos.native import require_core
 from mnemos.ops.protocol import AttentionParams, Forward, RopeParams, Rows
@@ -90,8 +91,8 @@ class NativeOps:
         if threads is not None:
             COUNT.apply("threads", threads)
         self.as_float32 = dtype == "float32"
-        # Where there are bfloat16 dot products, attention runs at twice the speed on such a cache.
-        self.cache_dtype = "bfloat16" if _native.isa() in ("avx512_bf16", "amx") else "float16"
+        settle_levels()
+        self.cache_dtype = "bfloat16" if _native.keeps_bfloats() else "float16"
         self.pool = _native.shared_pool(threads or 0)
         self._unpacked: list[tuple[_native.Matrix, npt.NDArray[np.uint8], Rows | None, bool]] = []
         self._packing = Lock()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnemos.formats.tensor_types import TensorType
+from mnemos.machine.levels import settle_levels
 from mnemos.native import core as _native
 
 MOST_ROWS = 8
@@ -25,6 +26,7 @@ class NativeOperators:
 
     def __init__(self, threads: int) -> None:
         self._pool = _native.shared_pool(min(threads, _native.usable_cores()))
+        settle_levels()
         self._relay = _native.Relay(self._pool)
         self._unpacked: list[tuple[Any, Any, Any, bool]] = []
 
