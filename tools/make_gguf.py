@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--type", choices=[t.name for t in (*FLOATS, *SCALES)], default="Q4_0")
-    parser.add_argument("--layers", type=int, help="so many layers instead of the shape's own")
+    parser.add_argument("--layers", type=int, help="the number of layers, instead of the shape's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer-from", type=Path, metavar="FILE.gguf", help="copy this file's tokenizer")
     arguments = parser.parse_args()

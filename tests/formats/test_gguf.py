@@ -139,8 +139,8 @@ BAD = {
     "blocks": (SmallGGUF(infos=[info("a", (33, 2), 2, 0)]), "rows of 33 values; Q4_0 needs a multiple of 32"),
     "overflow": (SmallGGUF(infos=[info("a", (2**32, 2**32, 2**32, 2**32), 0, 0)]), "the whole file has"),
     "unaligned": (SmallGGUF(infos=[info("a", (2,), 0, 4)]), "offset 4, which is no multiple of the alignment 32"),
-    "offset": (SmallGGUF(infos=[info("a", (2,), 0, 2**63)]), "'a' lies at .* the file has"),
-    "cut off": (SmallGGUF(data=SmallGGUF().data[:-1]), "tensor 'b' lies at .* cut off"),
+    "offset": (SmallGGUF(infos=[info("a", (2,), 0, 2**63)]), "'a' is stored at .* the file has"),
+    "cut off": (SmallGGUF(data=SmallGGUF().data[:-1]), "tensor 'b' is stored at .* cut off"),
     "overlap": (SmallGGUF(infos=[info("b", (9,), 0, 0), info("a", (32, 2), 2, 32)]), "'b' overlaps tensor 'a'"),
     "same place": (SmallGGUF(infos=[info("b", (3,), 0, 0), info("a", (3,), 0, 0)]), "overlaps"),
 }

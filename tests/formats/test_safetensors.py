@@ -89,9 +89,9 @@ BAD = {
     "shape and bytes": (one(shape=(2,)), r"has shape \[2\], 8 bytes as F32, but data_offsets \[0, 4\]"),
     "offsets backwards": (one(offsets=(4, 0)), r"has data_offsets \[4, 0\]"),
     "offsets three": (one(offsets=(0, 4, 4)), "has data_offsets"),
-    "behind the end": (one(bytes(3)), "the header describes 4 bytes of tensors, the file holds 3"),
+    "after the end": (one(bytes(3)), "the header describes 4 bytes of tensors, the file holds 3"),
     "bytes left over": (one(bytes(5)), "the header describes 4 bytes of tensors, the file holds 5"),
-    "hole": (one(bytes(8), offsets=(4, 8)), "leaves a hole behind 0"),
+    "hole": (one(bytes(8), offsets=(4, 8)), "leaves a hole after 0"),
     "overlap": (safetensors({"a": entry(), "b": entry(offsets=(2, 6))}, bytes(6)), "'b' .* overlaps"),
     "same place": (safetensors({"a": entry(), "b": entry()}, bytes(4)), "overlaps"),
 }

@@ -37,7 +37,7 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where the files that belong to the model lie (tokenizer.json, ...)."""
+        """The folder of the files that belong to the model (tokenizer.json, ...)."""
         return self.path if os.path.isdir(self.path) else self.path.parent
 
     def close(self) -> None:

@@ -203,7 +203,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
     for name, (type_, shape, offset, size) in infos.items():
         begin = start + offset
         if begin + size > cursor.size:
-            problem = f"lies at {begin} to {begin + size}, but the file has {cursor.size} bytes"
+            problem = f"is stored at {begin} to {begin + size}, but the file has {cursor.size} bytes"
             raise cursor.error(f"tensor {excerpt(name)}", f"{problem}: it is cut off or corrupt")
         tensors[name] = Tensor(name, type_, shape, cursor.bytes[begin : begin + size])
 
@@ -236,7 +236,7 @@ def _read_info(cursor: _Cursor, field: str, alignment: int) -> tuple[TensorType,
         problem = f"has dimensions {sizes}, {size} bytes as {type_.name}"
         raise cursor.error(field, f"{problem}; the whole file has {cursor.size}")
     if offset % alignment:
-        raise cursor.error(field, f"lies at offset {offset}, which is no multiple of the alignment {alignment}")
+        raise cursor.error(field, f"is stored at offset {offset}, which is no multiple of the alignment {alignment}")
     return type_, tuple(reversed(sizes)), offset, size
 
 

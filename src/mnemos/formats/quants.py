@@ -1,6 +1,6 @@
 """Values of stored tensors: every storage type turned into float32, bit for bit as ggml defines it.
 
-Block layouts are those of ggml's ggml-common.h. A group of weights shares a scale; its integers lie packed in bytes,
+Block layouts are those of ggml's ggml-common.h. A group of weights shares a scale; its integers are packed in bytes,
 the bits above the fourth (of Q3_K above the second) apart. Products and sums are rounded to float32 in ggml's order.
 """
 
@@ -36,7 +36,7 @@ def dequantize(data: Bytes, type: TensorType) -> Floats:
     """The values of `data`, a flat uint8 array of whole blocks, as a new flat float32 array."""
     block, block_bytes = type.block
     if len(data) % block_bytes:
-        raise FormatError(f"{len(data)} bytes are no whole number of {type.name} blocks of {block_bytes} bytes")
+        raise FormatError(f"{len(data)} bytes are not a whole number of {type.name} blocks of {block_bytes} bytes")
     if type in _NUMBERS:
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
             return data.view(_NUMBERS[type]).astype(np.float32)

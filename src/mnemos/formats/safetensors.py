@@ -117,7 +117,7 @@ def _check_coverage(path: Path, spans: Mapping[str, tuple[int, int]], available:
     position = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != position:
-            problem = "overlaps the tensor before it" if begin < position else f"leaves a hole behind {position}"
+            problem = "overlaps the tensor before it" if begin < position else f"leaves a hole after {position}"
             raise FormatError(f"{path}: tensor {excerpt(name)} has data_offsets [{begin}, {end}], which {problem}")
         position = end
     if position != available:
@@ -126,7 +126,7 @@ def _check_coverage(path: Path, spans: Mapping[str, tuple[int, int]], available:
 
 
 def _check_shard_name(index: Path, name: str, file: Any) -> None:
-    """A shard lies in the index's own folder; nothing else is ever opened."""
+    """A shard is in the index's own folder; nothing else is ever opened."""
     plain = (
         isinstance(file, str) and file.isprintable() and PurePosixPath(file).name == file == PureWindowsPath(file).name
     )

@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for: bounded in size and depth, without duplicate keys."""
+"""JSON from untrusted files: bounded in size and depth, without duplicate keys."""
 
 from __future__ import annotations
 

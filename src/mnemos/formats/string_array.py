@@ -23,9 +23,9 @@ Offsets = npt.NDArray[np.int64]
 
 
 class StringArray(Sequence[str]):
-    """n strings as they lie in a file; indexing decodes one, `strings` all of them at once.
+    """n strings as a file stores them; indexing decodes one, `strings` all of them at once.
 
-    data      uint8, a view of the array's bytes in the file: each string behind its 8-byte length
+    data      uint8, a view of the array's bytes in the file: each string after its 8-byte length
     headers   int64 (n+1,): string i has its length at data[headers[i]] and its text up to headers[i + 1]
     label     file and key, for errors
     """
@@ -130,7 +130,7 @@ def locate_strings(label: str, data: Bytes, count: int) -> StringArray:
             next_position = steps[-1]
         position = next_position
     if position > len(data):
-        raise FormatError(f"{label}: string {count - 1} ends {position - len(data)} bytes behind the end of the file")
+        raise FormatError(f"{label}: string {count - 1} ends {position - len(data)} bytes after the end of the file")
     headers[count] = position
     return StringArray(label, data[:position], headers)
 
@@ -150,7 +150,7 @@ def _chain(window: Bytes) -> Offsets:
 
 
 def _walk(label: str, data: Bytes, position: int, count: int, index: int) -> list[int]:
-    """Positions of the next `count` lengths and of the byte behind the last string."""
+    """Positions of the next `count` lengths and of the byte after the last string."""
     positions, memory = [position], data.data
     for i in range(count):
         if position + _HEADER > len(data):

@@ -27,14 +27,17 @@ class Tensor:
 
     @property
     def columns(self) -> int:
+        """Elements of the last axis, 1 for a scalar."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def rows(self) -> int:
+        """How often the last axis is repeated."""
         return prod(self.shape[:-1])
 
     @property
     def size(self) -> int:
+        """Elements."""
         return prod(self.shape)
 
     @classmethod

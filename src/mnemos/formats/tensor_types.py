@@ -37,9 +37,11 @@ class TensorType(IntEnum):
 
     @property
     def is_quantized(self) -> bool:
+        """Whether elements share a scale, so that they have no value by themselves."""
         return self.block[0] > 1
 
     def row_bytes(self, columns: int) -> int:
+        """Bytes of a row of `columns` elements, a whole number of blocks."""
         elements, size = self.block
         return columns // elements * size
 

@@ -13,10 +13,10 @@ import numpy as np
 from mnemos.errors import FormatError, shown
 from mnemos.formats.tensor import Tensor
 
-LARGEST = 2**31 - 1  # positions, ids and sizes are 32-bit integers behind this point
+LARGEST = 2**31 - 1  # positions, ids and sizes are 32-bit integers after this point
 _MISSING: Any = object()
 
-# Hugging Face's name for a hyperparameter -> its GGUF key behind "{architecture}.".
+# Hugging Face's name for a hyperparameter -> its GGUF key after "{architecture}.".
 GGUF_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "embedding_length",
@@ -79,6 +79,7 @@ class Fields:
         return replace(self, values={**defaults, **self.values})
 
     def key(self, name: str) -> str:
+        """The file's own word for `name`."""
         return self.keys.get(name, name)
 
     def get(self, name: str, default: Any = None) -> Any:

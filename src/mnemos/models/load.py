@@ -39,6 +39,7 @@ class LoadedModel:
 
     @property
     def cache(self) -> Cache:
+        """The pages that `reserve` made room for."""
         if self._cache is None:
             raise ConfigError("the model has no cache yet; call reserve(pages) first")
         return self._cache
@@ -60,6 +61,7 @@ class LoadedModel:
         self._step = self.ops.compile(self.architecture.forward, self._cache)
 
     def forward(self, batch: Batch) -> Output:
+        """One step; the output's arrays are views that the next step overwrites."""
         if self._step is None:
             raise ConfigError("the model has no cache yet; call reserve(pages) first")
         return self._step(batch)

@@ -79,7 +79,7 @@ class NativeOps:
 
     threads: None for all cores that the process may use; backends with as many threads share one pool. dtype: "auto"
     multiplies weights in the form in which they are stored, with activations rounded to 8 bits by blocks of 32 (15 bits
-    for keys, values, logits and what lies behind the last attention) or to bfloat16; "float32" expands weights and
+    for keys, values, logits and what follows the last attention) or to bfloat16; "float32" expands weights and
     multiplies in float32.
     """
 
@@ -137,7 +137,7 @@ class NativeOps:
                 tokens = best[:, 0]
                 if (tokens >= 0).all():
                     return Output(np.empty((len(tokens), 0), dtype=np.float32), hidden, tokens)
-                # Some row has no most probable token: whoever chooses shall see why.
+                # Some row has no most probable token: whoever chooses has to see why.
             hidden, logits = _run(program, batch, [])
             return Output(logits=logits, hidden=hidden)
 

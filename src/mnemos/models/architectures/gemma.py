@@ -23,6 +23,7 @@ class GemmaConfig(GatedDecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> GemmaConfig:
+        """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
         if fields.get("hidden_activation") is not None:
             fields = fields.renamed(hidden_act="hidden_activation")
         return cls(

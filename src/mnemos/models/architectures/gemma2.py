@@ -37,6 +37,7 @@ class Gemma2Config(GatedDecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> Gemma2Config:
+        """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
         fields = fields.renamed(hidden_act="hidden_activation")
         if not fields.is_gguf:
             fields = fields.with_defaults(_DEFAULTS)

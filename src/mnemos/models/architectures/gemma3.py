@@ -45,6 +45,7 @@ class Gemma3Config(GatedDecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> Gemma3Config:
+        """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
         if fields.flag("use_bidirectional_attention", False):
             raise UnsupportedError(
                 f"{fields.path}: field 'use_bidirectional_attention' is true; only causal models are supported"

@@ -44,6 +44,7 @@ class GPT2Config(DecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> GPT2Config:
+        """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
         fields = fields.renamed(**_NAMES_IN_CONFIG)
         if fields.flag("add_cross_attention", False):
             raise UnsupportedError(

@@ -32,6 +32,7 @@ class GPTNeoXConfig(DecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> GPTNeoXConfig:
+        """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
         if fields.get("rotary_pct") is not None or fields.get("rotary_emb_base") is not None:
             fields = fields.renamed(**_NAMES_IN_CONFIG)
         shape = read_shape(fields, slides=lambda layer: False)

@@ -23,6 +23,7 @@ class MixtralConfig(GatedDecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> MixtralConfig:
+        """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
         theta = 1e4 if fields.is_gguf else 1e6
         return cls(
             **read_gated_decoder(fields, read_shape(fields), epsilon=1e-5, theta=theta),

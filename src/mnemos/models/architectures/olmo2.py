@@ -22,6 +22,7 @@ class Olmo2Config(GatedDecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> Olmo2Config:
+        """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
         return cls(
             **read_gated_decoder(fields, read_shape(fields), epsilon=1e-5),
             attention_bias=fields.flag("attention_bias", False),

@@ -20,6 +20,7 @@ class Phi3Config(GatedDecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> Phi3Config:
+        """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
         return cls(**read_gated_decoder(fields, read_shape(fields), epsilon=1e-5))
 
 

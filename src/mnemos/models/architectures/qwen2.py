@@ -20,6 +20,7 @@ class Qwen2Config(GatedDecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> Qwen2Config:
+        """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
         return cls(**read_gated_decoder(fields, read_qwen_shape(fields)))
 
 

@@ -23,6 +23,7 @@ class Qwen3Config(GatedDecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> Qwen3Config:
+        """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
         return cls(
             **read_gated_decoder(fields, read_qwen_shape(fields, head_dim=128)),
             attention_bias=fields.flag("attention_bias", False),

@@ -26,6 +26,7 @@ class Qwen3MoeConfig(GatedDecoderConfig):
 
     @classmethod
     def read(cls, fields: Fields) -> Qwen3MoeConfig:
+        """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
         if fields.get("num_local_experts") is None:
             fields = fields.renamed(num_local_experts="num_experts")
         shape = read_qwen_shape(fields)
