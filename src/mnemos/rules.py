@@ -118,10 +118,15 @@ DTYPE = one_of("auto", "float32", "bfloat16", "float16")  # of weights
 KV_DTYPE = one_of("auto", "float32", "float16", "bfloat16", "int8")  # of the key/value cache
 
 
-def hint(name: str, known: Iterable[str], what: str) -> str:
-    """Ends the sentence about an unknown name: the nearest of the known ones, or all of them, which are `what`."""
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like this one; None if none is."""
     import difflib
 
+    return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.7)), None)
+
+
+def hint(name: str, known: Iterable[str], what: str) -> str:
+    """Ends the sentence about an unknown name: the nearest of the known ones, or all of them, which are `what`."""
     listed = list(known)
-    near = difflib.get_close_matches(str(name), listed, n=1, cutoff=0.7)
-    return f"did you mean {near[0]}?" if near else f"{what} are {', '.join(listed)}"
+    near = nearest(name, listed)
+    return f"did you mean {near}?" if near else f"{what} are {', '.join(listed)}"

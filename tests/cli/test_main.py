@@ -74,7 +74,11 @@ def test_help_lists_all_commands_and_version_is_ours(capsys: pytest.CaptureFixtu
     ("argv", "words"),
     [
         ([], "required: COMMAND"),
-        (["generat"], "invalid choice: 'generat'"),
+        (["genrate"], "invalid choice: 'genrate'; did you mean generate?"),
+        (["xyz"], "invalid choice: 'xyz'; the choices are generate, chat,"),
+        (["generate", "m", "p", "--temperatur", "1"], "arguments: --temperatur 1; did you mean --temperature?"),
+        (["generate", "m", "p", "--kv-dtyp=int8"], "arguments: --kv-dtyp=int8; did you mean --kv-dtype?"),
+        (["chat", "m", "p"], "unrecognized arguments: p (see mnemos chat --help)"),
         (["pull"], "required: MODEL"),
         (["models", "--remov", "x"], "unrecognized arguments"),
         (["generate", "x", "--top-k", "many"], "invalid int value: 'many'"),

@@ -44,9 +44,28 @@ class Parser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         self._in_parts = True
         try:
-            return self.parse_known_intermixed_args(args, namespace)
+            found, unknown = self.parse_known_intermixed_args(args, namespace)
         finally:
             self._in_parts = False
+        if unknown:
+            self._refuse(unknown)
+        return found, unknown
+
+    def _refuse(self, unknown: Sequence[str]) -> None:
+        """Ends the program with the words that nobody knows, and the option that the first of them is most like."""
+        from mnemos.rules import nearest
+
+        words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        near = nearest(words[0], self._option_string_actions) if words else None
+        self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near}?" if near else ""))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            from mnemos.rules import hint
+
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}; {hint(value, action.choices, 'the choices')}"
+            )
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"mnemos: error: {message} (see {self.prog} --help)\n")
