@@ -285,3 +285,40 @@ class TestFailures:
 
         with pytest.raises(MnemosError, match="waits for the engine that runs it"):
             engine.generate(PROMPT, logits_processors=[reenter])
+
+
+class TestWhatTokenizersReturn:
+    """A mapping with input_ids and attention_mask, given as it is or as keywords."""
+
+    def test_lists(self, engine: InferenceEngine) -> None:
+        inputs = {"input_ids": [[0, *PROMPT], [1, *PROMPT]], "attention_mask": [[0] + [1] * 7, [1] * 8]}
+        wanted = [row + toy_greedy(row, 3) for row in (PROMPT, [1, *PROMPT])]
+        assert engine.generate(inputs, max_new_tokens=3) == wanted
+        assert engine.generate(**inputs, token_type_ids=[[0] * 8] * 2, max_new_tokens=3) == wanted
+        single = {"input_ids": PROMPT, "attention_mask": [1] * 7}
+        assert engine.generate(single, max_new_tokens=3) == wanted[0]
+        assert engine.complete(single, max_new_tokens=3).choices[0].token_ids == wanted[0][7:]
+
+    def test_arrays(self, engine: InferenceEngine) -> None:
+        inputs = {"input_ids": np.array([[0, *PROMPT]]), "attention_mask": np.array([[0] + [1] * 7])}
+        wanted = [PROMPT + toy_greedy(PROMPT, 3)]
+        assert engine.generate(inputs, max_new_tokens=3).tolist() == wanted
+        assert engine.generate(inputs, GenerationConfig(max_new_tokens=3)).tolist() == wanted
+
+    @pytest.mark.parametrize(
+        ("inputs", "message"),
+        [
+            ({"ids": [1]}, "the prompts are a mapping with 'ids'; it needs 'input_ids'"),
+            ({"input_ids": "text", "attention_mask": [1]}, "attention_mask goes with token ids"),
+            ({"input_ids": [[1], [2]], "attention_mask": [[1]]}, "attention_mask has 1 rows; the prompts are 2"),
+            ({"input_ids": [1, 2], "attention_mask": [1]}, "attention_mask has shape"),
+            ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "row 0 of the prompts is empty"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, engine: InferenceEngine, inputs: object, message: str) -> None:
+        with pytest.raises(RequestError, match=message):
+            engine.generate(inputs)
+
+    def test_prompts_and_input_ids_are_one_thing(self, engine: InferenceEngine) -> None:
+        with pytest.raises(RequestError, match="there are prompts and input_ids"):
+            engine.generate(PROMPT, input_ids=PROMPT)

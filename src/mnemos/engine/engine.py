@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 
-from mnemos.contract import ConditionedModel, ModelSpec, PagedModel
+from mnemos.contract import ConditionedModel, PagedModel
 from mnemos.decoding.forced import ForcedLogits, ForcedScore, Score
 from mnemos.engine.assembler import Assembler
 from mnemos.engine.completion import Completion, StreamedToken
 from mnemos.engine.handle import Channel, Lease, RequestHandle, run_all
 from mnemos.engine.options import EngineOptions, split
+from mnemos.engine.prepare import make_draft_model, take_model, with_ends
 from mnemos.engine.pretrained import load_parts
 from mnemos.engine.prompts import listed, read_prompts
 from mnemos.engine.request import Request, Timings
@@ -27,18 +28,28 @@ from mnemos.text.foreign import adapt_tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from mnemos.contract import Floats, Model
+    from mnemos.contract import Floats
     from mnemos.decoding.config import GenerationConfig
     from mnemos.decoding.strategy import Strategy
-    from mnemos.engine.draft_model import DraftModel
-    from mnemos.engine.options import EngineKeywords, LoadKeywords, ModelOptions
-    from mnemos.engine.scheduler import Limits
+    from mnemos.engine.options import EngineKeywords, LoadKeywords
     from mnemos.text.tokenizer import Tokenizer
 
+    Config = GenerationConfig | None
 
 DEFAULT_BATCHED_TOKENS = 128
 LENGTHS = {"max_new_tokens", "max_length", "max_tokens"}  # fields that say how long a text gets
 SMALLEST_SLIDING = 8  # positions of a context in which endless generation has room to move
+
+
+class Shaped(Protocol):
+    """An array or a tensor."""
+
+    @property
+    def shape(self) -> Any:
+        """Its sizes."""
+
+
+Array = TypeVar("Array", bound=Shaped)
 
 
 class InferenceEngine:
@@ -64,10 +75,8 @@ class InferenceEngine:
         from mnemos.engine.thread import EngineThread
 
         self.tokenizer: Tokenizer | None = adapt_tokenizer(tokenizer)
-        if _is_model(model):
-            _refuse_module_options(model, chosen)
-        self.model = _adapted(model, self.tokenizer, chosen)
-        spec = _with_ends(self.model.spec, self.tokenizer)
+        self.model = take_model(model, self.tokenizer, chosen)
+        spec = with_ends(self.model.spec, self.tokenizer)
         length = chosen.context_length or spec.context_length
         if length > spec.context_length:
             raise ConfigError(f"context_length is {length}; the model's own is {spec.context_length}")
@@ -77,8 +86,7 @@ class InferenceEngine:
         limits = Limits(length, chosen.max_batch_tokens, chosen.max_sequences)
         drafts = None
         if chosen.draft_model is not None:
-            draft = _adapted(chosen.draft_model, None, replace(chosen, context_length=length))
-            drafts = _draft_model(draft, self.spec, limits, chosen.cache_tokens)
+            drafts = make_draft_model(chosen, self.spec, limits)
         self._thread = EngineThread(self.model, capacity, limits, chosen.prefix_cache, chosen.queue_size, drafts)
         self._lease = Lease(self._thread)
 
@@ -98,20 +106,54 @@ class InferenceEngine:
 
     # Generation.
 
+    @overload
+    def generate(self, prompts: str, attention_mask: Any = ..., config: Config = ..., **overrides: Any) -> str: ...
+    @overload
     def generate(
-        self, prompts: Any, attention_mask: Any = None, config: GenerationConfig | None = None, **overrides: Any
+        self, prompts: list[str], attention_mask: Any = ..., config: Config = ..., **overrides: Any
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self, prompts: list[int], attention_mask: Any = ..., config: Config = ..., **overrides: Any
+    ) -> list[int]: ...
+    @overload
+    def generate(
+        self, prompts: list[list[int]], attention_mask: Any = ..., config: Config = ..., **overrides: Any
+    ) -> list[list[int]]: ...
+    @overload
+    def generate(self, prompts: Array, attention_mask: Any = ..., config: Config = ..., **overrides: Any) -> Array: ...
+    @overload
+    def generate(
+        self, prompts: Any = None, attention_mask: Any = ..., config: Config = ..., **overrides: Any
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompts: Any = None,
+        attention_mask: Any = None,
+        config: GenerationConfig | None = None,
+        *,
+        input_ids: Any = None,
+        **overrides: Any,
     ) -> Any:
         """Results in the form that the prompts come in.
 
         A text gives a text, a list of texts a list; token ids give token ids and an array or tensor (batch, time) such
         an array, both with the prompt included, arrays padded on the right with pad_token_id. With n results for a
-        prompt, lists hold a list for it and arrays have n rows. `overrides` replace fields of the config, which may
-        also stand in attention_mask's place. An encoder-decoder model's results hold the decoder's tokens only.
+        prompt, lists hold a list for it and arrays have n rows, which the types do not say. What a tokenizer of
+        transformers returns is taken too, as the prompts or as generate(**inputs). `overrides` replace fields of the
+        config, which may also stand in attention_mask's place. An encoder-decoder model's results hold the decoder's
+        tokens only.
         """
         from mnemos.decoding.config import GenerationConfig, make_config
 
         if isinstance(attention_mask, GenerationConfig):
             attention_mask, config = None, attention_mask
+        if input_ids is not None:
+            if prompts is not None:
+                raise RequestError("there are prompts and input_ids; give one of them")
+            prompts = input_ids
+            overrides.pop("token_type_ids", None)  # of models that read two texts
         wanted = read_prompts(prompts, attention_mask, self.tokenizer)
         config = make_config(config or self._default_config, **overrides)
         results = wanted.form(self._complete_all(wanted.token_ids, config), self._pad_id(config))
@@ -153,6 +195,15 @@ class InferenceEngine:
             reading.form_one(completion, self._pad_id(one))
             for reading, completion, one in zip(readings, completions, configs, strict=True)
         ]
+
+    @overload
+    def complete(self, prompts: str | list[int], config: Config = ..., **overrides: Any) -> Completion: ...
+    @overload
+    def complete(
+        self, prompts: list[str] | list[list[int]], config: Config = ..., **overrides: Any
+    ) -> list[Completion]: ...
+    @overload
+    def complete(self, prompts: Any, config: Config = ..., **overrides: Any) -> Any: ...
 
     def complete(self, prompts: Any, config: GenerationConfig | None = None, **overrides: Any) -> Any:
         """A `Completion` for one prompt (a text or token ids), a list of them for several."""
@@ -321,56 +372,3 @@ class InferenceEngine:
         """What fills up arrays: the config's pad token, else the model's, else its end-of-text token."""
         known = (config.pad_token_id, self.spec.pad_token_id, *self.spec.eos_token_ids[:1], 0)
         return next(token for token in known if token is not None)
-
-
-def _draft_model(model: Model, spec: ModelSpec, limits: Limits, cache_tokens: int | None) -> DraftModel:
-    """The draft model, ready to run beside the model with this `spec`, whose context is the most that it needs."""
-    from mnemos.engine.draft_model import DraftModel
-
-    if model.spec.vocabulary_size != spec.vocabulary_size:
-        raise ConfigError(
-            f"draft_model has a vocabulary of {model.spec.vocabulary_size} tokens and the model one of "
-            f"{spec.vocabulary_size}; drafts need the same"
-        )
-    if isinstance(model, ConditionedModel):
-        raise ConfigError(f"draft_model is a {model.spec.architecture}, which reads its prompt apart and cannot draft")
-    length = min(model.spec.context_length, spec.context_length)
-    capacity = reserve(model, replace(model.spec, context_length=length), cache_tokens, limits.sequences)
-    return DraftModel(model, capacity, replace(limits, context_length=length))
-
-
-def _with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
-    """Where the model does not say which tokens end a text, the tokenizer does."""
-    if spec.eos_token_ids:
-        return spec
-    ends = sorted(token for token in getattr(tokenizer, "eos_ids", ()) if token < spec.vocabulary_size)
-    return replace(spec, eos_token_ids=tuple(ends))
-
-
-def _adapted(model: Any, tokenizer: Tokenizer | None, options: ModelOptions) -> Model:
-    """The model itself, or what adapts an nn.Module."""
-    if _is_model(model):
-        return model  # type: ignore[no-any-return]
-    from mnemos.models.load import adapt
-
-    return adapt(
-        model,
-        device=options.device,
-        use_kv_cache=options.use_kv_cache,
-        context_length=options.context_length,
-        vocabulary_size=None if tokenizer is None else tokenizer.vocabulary_size,
-    )
-
-
-def _is_model(model: Any) -> bool:
-    return isinstance(getattr(model, "spec", None), ModelSpec)
-
-
-def _refuse_module_options(model: Any, options: ModelOptions) -> None:
-    """ConfigError for options that only an nn.Module has a use for."""
-    where = getattr(model, "device", None)
-    if options.device not in (None, "auto", where):
-        place = "is loaded" if where is None else f"is loaded on {where!r}"
-        raise ConfigError(f"device is {options.device!r} and the model {place}; choose its device where it is loaded")
-    if not options.use_kv_cache:
-        raise ConfigError("use_kv_cache is False for a model that keeps its own cache; leave it out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +43,19 @@ class Prompts:
 def read_prompts(prompts: Any, attention_mask: Any, tokenizer: Tokenizer | None) -> Prompts:
     """Understands what a user passes as prompts.
 
-    str or list of str; a list of token ids or of such lists; an integer array or tensor, (time,) or (batch, time), with
-    an attention mask of the same shape whose zeros mark padding. RequestError for anything else, and for no tokens.
+    str or list of str; a list of token ids or of such lists; an integer array or tensor, (time,) or (batch, time); or a
+    mapping with such ids as input_ids and perhaps their attention_mask, as tokenizers of transformers return. A mask
+    has the shape of the ids, and its zeros mark padding. RequestError for anything else, and for no tokens.
     """
-    if attention_mask is not None and not hasattr(prompts, "shape"):
-        raise RequestError(f"attention_mask goes with an array of token ids; the prompts are {_describe(prompts)}")
+    if isinstance(prompts, Mapping):
+        if "input_ids" not in prompts:
+            raise RequestError(f"the prompts are a mapping with {', '.join(map(repr, prompts))}; it needs 'input_ids'")
+        mask = prompts.get("attention_mask") if attention_mask is None else attention_mask
+        return read_prompts(prompts["input_ids"], mask, tokenizer)
     if hasattr(prompts, "shape"):
         return _read_array(prompts, attention_mask)
+    if attention_mask is not None:
+        return _read_masked(prompts, attention_mask)
     if isinstance(prompts, str):
         return Prompts([encode(prompts, tokenizer)], _texts, single=True)
     if not isinstance(prompts, (list, tuple)) or not prompts:
@@ -110,6 +116,18 @@ def _read_array(prompts: Any, attention_mask: Any) -> Prompts:
         if not row:
             raise RequestError(f"row {index} of the prompts is empty: its attention_mask has no 1")
     return Prompts(token_ids, _array_form(prompts, flat=array.ndim == 1), single=False)
+
+
+def _read_masked(prompts: Any, attention_mask: Any) -> Prompts:
+    """Lists of token ids with lists that are 0 where an id is padding."""
+    single = isinstance(prompts, (list, tuple)) and all(map(_is_id, prompts))
+    rows, masks = ([prompts], [attention_mask]) if single else (prompts, attention_mask)
+    if not isinstance(rows, (list, tuple)) or not rows or any(isinstance(row, str) for row in rows):
+        raise RequestError(f"attention_mask goes with token ids; the prompts are {_describe(prompts)}")
+    if len(masks) != len(rows):
+        raise RequestError(f"attention_mask has {len(masks)} rows; the prompts are {len(rows)}")
+    token_ids = [_read_array(_to_numpy(row, "a prompt"), mask).only for row, mask in zip(rows, masks, strict=True)]
+    return Prompts(token_ids, _ids, single)
 
 
 def _to_numpy(values: Any, name: str) -> npt.NDArray[Any]:

@@ -1,0 +1,73 @@
+"""A model that a user gives, made ready for an engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mnemos.contract import ConditionedModel, Model, ModelSpec
+from mnemos.errors import ConfigError
+from mnemos.memory.capacity import reserve
+
+if TYPE_CHECKING:
+    from mnemos.engine.draft_model import DraftModel
+    from mnemos.engine.options import EngineOptions, ModelOptions
+    from mnemos.engine.scheduler import Limits
+    from mnemos.text.tokenizer import Tokenizer
+
+
+def take_model(model: Any, tokenizer: Tokenizer | None, options: ModelOptions) -> Model:
+    """A `Model` as it is, an nn.Module adapted. ConfigError for options that only a module has a use for."""
+    if not _is_model(model):
+        return _adapt(model, tokenizer, options)
+    where = getattr(model, "device", None)
+    if options.device not in (None, "auto", where):
+        place = "is loaded" if where is None else f"is loaded on {where!r}"
+        raise ConfigError(f"device is {options.device!r} and the model {place}; choose its device where it is loaded")
+    if not options.use_kv_cache:
+        raise ConfigError("use_kv_cache is False for a model that keeps its own cache; leave it out")
+    return model  # type: ignore[no-any-return]
+
+
+def with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
+    """Where the model does not say which tokens end a text, the tokenizer does."""
+    if spec.eos_token_ids:
+        return spec
+    ends = sorted(token for token in getattr(tokenizer, "eos_ids", ()) if token < spec.vocabulary_size)
+    return replace(spec, eos_token_ids=tuple(ends))
+
+
+def make_draft_model(options: EngineOptions, spec: ModelSpec, limits: Limits) -> DraftModel:
+    """The options' draft model, beside a model with this `spec`, of whose context it needs no more."""
+    from mnemos.engine.draft_model import DraftModel
+
+    model = options.draft_model
+    if not _is_model(model):
+        model = _adapt(model, None, replace(options, context_length=spec.context_length))
+    own: ModelSpec = model.spec
+    if own.vocabulary_size != spec.vocabulary_size:
+        raise ConfigError(
+            f"draft_model has a vocabulary of {own.vocabulary_size} tokens and the model one of "
+            f"{spec.vocabulary_size}; drafts need the same"
+        )
+    if isinstance(model, ConditionedModel):
+        raise ConfigError(f"draft_model is a {own.architecture}, which reads its prompt apart and cannot draft")
+    length = min(own.context_length, spec.context_length)
+    capacity = reserve(model, replace(own, context_length=length), options.cache_tokens, limits.sequences)
+    return DraftModel(model, capacity, replace(limits, context_length=length))
+
+
+def _is_model(model: Any) -> bool:
+    return isinstance(getattr(model, "spec", None), ModelSpec)
+
+
+def _adapt(module: Any, tokenizer: Tokenizer | None, options: ModelOptions) -> Model:
+    from mnemos.models.load import adapt
+
+    return adapt(
+        module,
+        device=options.device,
+        use_kv_cache=options.use_kv_cache,
+        context_length=options.context_length,
+        vocabulary_size=None if tokenizer is None else tokenizer.vocabulary_size,
+    )
