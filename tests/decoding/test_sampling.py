@@ -167,3 +167,9 @@ def test_loops_and_time_end_a_text():
     assert len(loop.tokens) < 200
     late = generate(PROMPT, random_model(50), spec(50), max_time=1e-9)
     assert (late.finished[0].finish_reason, len(late.tokens)) == ("time", 1)
+
+
+def test_several_results_of_temperature_0_are_equal():
+    run = generate([1, 2], random_model(20), spec(20), temperature=0, n=2, max_new_tokens=6)
+    alone = generate([1, 2], random_model(20), spec(20), max_new_tokens=6)
+    assert [finished.tokens for finished in run.finished] == [alone.tokens, alone.tokens]

@@ -15,8 +15,7 @@ import numpy as np
 from mnemos.contract import ModelSpec, TokenRules
 from mnemos.decoding.choice import Chooser, Constraint, Cutoffs
 from mnemos.decoding.config import DEFAULT_CANDIDATES, DEFAULT_NEW_TOKENS, GenerationConfig
-from mnemos.decoding.cutoffs import CUTOFFS, filters_of
-from mnemos.decoding.fields import active
+from mnemos.decoding.fields import SAMPLING_ONLY, active
 from mnemos.decoding.processors import Processor, Setting, processors_of
 from mnemos.decoding.sampling import Drafter, Sampling
 from mnemos.decoding.seeds import fresh_seed
@@ -198,8 +197,11 @@ class _Builder:
             pad_id=self._pad_id(),
             stop_tokens=len(self.stop_ids),
         )
-        filters = filters_of(config, keep=len(self.stop_ids) + 1) if config.samples else []
-        processors = [*self._processors(), *filters]
+        processors = self._processors()
+        if config.samples:
+            from mnemos.decoding.cutoffs import filters_of
+
+            processors += filters_of(config, keep=len(self.stop_ids) + 1)
         rules = self._rules()
         decode = self._pieces if rules.strings else None
         return BeamSearch(settings, processors, TextEnds(rules, decode))
@@ -226,7 +228,9 @@ class _Builder:
         processors = self._processors()
         if not config.samples:
             return Chooser(processors)
-        if any(active(config, field) for field, _ in CUTOFFS if field not in _SAMPLERS_OWN):
+        if any(active(config, field) for field in SAMPLING_ONLY if field not in _SAMPLERS_OWN):
+            from mnemos.decoding.cutoffs import filters_of
+
             return Chooser(processors, filters_of(config), Cutoffs())
         temperature = 1.0 if config.temperature is None else config.temperature
         top_p = 1.0 if config.top_p is None else config.top_p

@@ -36,6 +36,11 @@ class Cutoffs:
     min_p: float = 0.0
 
     @cached_property
+    def share(self) -> float:
+        """What the native core is given as top_p; see `nucleus_share`."""
+        return nucleus_share(self.top_p) if self.top_p < 1 else 1.0
+
+    @cached_property
     def arrays(self) -> tuple[Floats, Ints, Doubles, Doubles]:
         """As the native core takes them, for one row."""
         return _arrays([self])
@@ -201,7 +206,7 @@ def _arrays(cutoffs: Sequence[Cutoffs]) -> tuple[Floats, Ints, Doubles, Doubles]
     return (
         np.array([one.temperature for one in cutoffs], np.float32),
         np.array([one.top_k for one in cutoffs], np.int32),
-        np.array([nucleus_share(one.top_p) if one.top_p < 1 else 1.0 for one in cutoffs]),
+        np.array([one.share for one in cutoffs]),
         np.array([one.min_p for one in cutoffs]),
     )
 

@@ -27,7 +27,7 @@ _REMOVED = np.float32(-np.inf)
 _XTC_DRAW = 1  # of a position's random numbers; number 0 chooses the token
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Temperature:
     """Divides logits by the temperature."""
 
@@ -37,7 +37,7 @@ class Temperature:
         logits /= np.float32(self.temperature)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TopK:
     """Keeps the k largest logits, and those equal to the smallest of them. Fan et al. 2018, arXiv:1805.04833."""
 
@@ -48,7 +48,7 @@ class TopK:
         logits[logits < _nth_largest(logits, max(self.top_k, self.keep))] = _REMOVED
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TopP:
     """Keeps the fewest most probable tokens that together reach top_p. Holtzman et al. 2019, arXiv:1904.09751."""
 
@@ -63,7 +63,7 @@ class TopP:
         logits[kept] = values
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class MinP:
     """Keeps tokens at least min_p times as probable as the most probable. Nguyen et al. 2024, arXiv:2407.01082."""
 
@@ -75,7 +75,7 @@ class MinP:
         _remove(logits, probabilities < np.float32(self.min_p) * probabilities.max(), self.keep)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TopNSigma:
     """Keeps logits within n standard deviations of the largest. Tang et al. 2024, arXiv:2411.07641."""
 
@@ -87,7 +87,7 @@ class TopNSigma:
         _remove(logits, logits < possible.max() - np.float32(self.n) * possible.std(), self.keep)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ExcludeTopChoices:
     """At random, removes every token of at least `threshold` but the least probable of them; the method XTC.
 
@@ -107,7 +107,7 @@ class ExcludeTopChoices:
             logits[top[descending(probabilities[top])[:-1]]] = _REMOVED
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Typical:
     """Keeps tokens whose information is nearest the entropy, up to `mass`. Meister et al. 2022, arXiv:2202.00666."""
 
@@ -126,7 +126,7 @@ class Typical:
         logits[possible[removed]] = _REMOVED
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Epsilon:
     """Removes tokens less probable than epsilon. Hewitt et al. 2022, arXiv:2210.15191."""
 
@@ -137,7 +137,7 @@ class Epsilon:
         _remove(logits, _softmax(logits) < np.float32(self.epsilon), self.keep)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Eta:
     """Removes tokens less probable than min(epsilon, sqrt(epsilon) * exp(-entropy)). Hewitt et al. 2022."""
 

@@ -2,6 +2,7 @@
 
 A processor takes the sequence so far and a float32 row (vocabulary,), which it changes in place. Results are those of
 Hugging Face's processors of the same name, and CHAIN is in its order. Penalties touch only the tokens that were seen.
+The classes are data without comparisons, whose making would cost a start of the program some milliseconds.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class SequenceBias:
                 logits[sequence[-1]] += np.float32(amount)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RepetitionPenalty:
     """Divides positive and multiplies negative logits of tokens seen before, or among the `last` tokens.
 
@@ -76,7 +77,7 @@ class SourceReward:
         _penalize(logits, self._ids, 1 / self._reward)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CountPenalty:
     """Subtracts `presence` once and `frequency` for each occurrence of a token in the generated text.
 
@@ -92,7 +93,7 @@ class CountPenalty:
         logits[ids] -= (self.presence + self.frequency * counts).astype(np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class NoRepeatNgram:
     """Bans every token that would repeat an n-gram of prompt and generated text."""
 
@@ -165,7 +166,7 @@ class Allowed:
         logits[self._ids] = kept
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AllowedByPrefix:
     """Bans all tokens but those that a user's function f(0, token_ids) returns; 0 stands for a batch's only text."""
 
@@ -182,7 +183,7 @@ class AllowedByPrefix:
         Allowed(ids.tolist())(history, logits)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DecayingLength:
     """After `start` generated tokens, raises the logits of tokens that end the text, more with each token."""
 
@@ -197,7 +198,7 @@ class DecayingLength:
             logits[ids] += np.abs(logits[ids]) * np.float32(self.factor**beyond - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ForcedTokens:
     """Leaves only `tokens`, with a logit of 0, where the text has `length` tokens, the prompt's included."""
 
@@ -210,7 +211,7 @@ class ForcedTokens:
             logits[list(self.tokens)] = 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Suppressed:
     """Bans `tokens`: everywhere, or only as the token number `generated` of the generated text."""
 
@@ -222,7 +223,7 @@ class Suppressed:
             logits[list(self.tokens)] = _REMOVED
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Custom:
     """A user's function f(token_ids, logits); an error in it is the request's error."""
 
