@@ -14,6 +14,7 @@ from mnemos.decoding.cutoffs import (
     Eta,
     ExcludeTopChoices,
     MinP,
+    Mirostat,
     Temperature,
     TopK,
     TopNSigma,
@@ -177,6 +178,24 @@ def test_top_choices_are_excluded_as_often_as_asked_for():
     assert 70 < excluded < 130
     ExcludeTopChoices(1.0, 0.35)(History([]), row := logits.copy())  # one top choice alone stays
     np.testing.assert_array_equal(row, logits)
+
+
+def test_mirostat_follows_the_surprise_of_the_text():
+    """As llama.cpp has it: cut, normalised anew, drawn, and the bound moved by what the draw was above the aim."""
+    random, tau, eta = np.random.default_rng(0), 1.5, 0.3
+    history, bound, mirostat = History([0, 1]), 2 * tau, Mirostat(tau, eta)
+    kept_counts = set()
+    for _ in range(30):
+        logits = (random.standard_normal(50) * 2).astype(np.float32)
+        probabilities = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+        kept = (-np.log2(probabilities) <= bound) | (probabilities == probabilities.max())
+        mirostat(history, logits)
+        assert np.isfinite(logits).tolist() == kept.tolist()
+        kept_counts.add(int(kept.sum()))
+        token = int(random.choice(np.flatnonzero(kept)))
+        bound -= eta * (-np.log2(probabilities[token] / probabilities[kept].sum()) - tau)
+        history.append(token)
+    assert len(kept_counts) > 5
 
 
 DECIMAL = (

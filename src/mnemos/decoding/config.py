@@ -46,7 +46,7 @@ class GenerationConfig:
 
     Logits are changed in Hugging Face's order: biases, repetition, presence and frequency penalties, DRY, n-grams, bad
     words, lengths, allowed, forced and suppressed tokens, `logits_processors`, constraints, temperature, top_n_sigma,
-    top_k, top_p, min_p, typical_p, epsilon, eta, XTC.
+    top_k, top_p, min_p, typical_p, epsilon, eta, XTC, mirostat.
 
     None for any field means its default. The fields, each with what it may be and its default:
     """
@@ -70,6 +70,9 @@ class GenerationConfig:
     top_n_sigma: float | None = None
     xtc_probability: float | None = None
     xtc_threshold: float = 0.1
+    mirostat: int | None = None
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
     seed: int | None = None
     repetition_penalty: float = 1.0
     encoder_repetition_penalty: float = 1.0

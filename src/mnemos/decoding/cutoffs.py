@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import log
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from mnemos.contract import Floats
 from mnemos.decoding.fields import active
-from mnemos.decoding.history import History
+from mnemos.decoding.history import History, Surprises
 from mnemos.decoding.processors import Processor
 from mnemos.decoding.ranking import covering, descending, nucleus
 from mnemos.decoding.seeds import uniform
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
 
 _REMOVED = np.float32(-np.inf)
+_BIT = log(2)  # in nats
 _XTC_DRAW = 1  # of a position's random numbers; number 0 chooses the token
 
 
@@ -152,6 +154,28 @@ class Eta:
         _remove(logits, probabilities < np.float32(eta), self.keep)
 
 
+@dataclass(eq=False)
+class Mirostat:
+    """Leaves out tokens above a surprise that follows the text's own, so that it stays near `tau`; mirostat 2.
+
+    Basu et al. 2020, arXiv:2007.14966. The bound starts at 2 tau; after each token it falls by eta times what the
+    token's surprise among those that were left was above tau.
+    """
+
+    tau: float
+    eta: float
+    keep: int = 1
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        bound, known = 2 * self.tau, history.surprises
+        if known is not None:
+            bound = known.bound
+            for token in history.tokens[known.place :]:
+                bound -= self.eta * (float(known.bits[token]) - self.tau)
+        _remove(logits, _log_softmax(logits) < np.float32(-bound * _BIT), self.keep)
+        history.surprises = Surprises(bound, len(history.tokens), -_log_softmax(logits) / np.float32(_BIT))
+
+
 # The field whose value has an effect, and what then makes a processor of the config and `keep`.
 CUTOFFS: tuple[tuple[str, Callable[[Any, int], Processor]], ...] = (
     ("temperature", lambda config, keep: Temperature(config.temperature)),
@@ -163,6 +187,7 @@ CUTOFFS: tuple[tuple[str, Callable[[Any, int], Processor]], ...] = (
     ("epsilon_cutoff", lambda config, keep: Epsilon(config.epsilon_cutoff, keep)),
     ("eta_cutoff", lambda config, keep: Eta(config.eta_cutoff, keep)),
     ("xtc_probability", lambda config, keep: ExcludeTopChoices(config.xtc_probability, config.xtc_threshold, keep)),
+    ("mirostat", lambda config, keep: Mirostat(config.mirostat_tau, config.mirostat_eta, keep)),
 )
 
 

@@ -11,6 +11,7 @@ from mnemos.decoding.kinds import (
     DECAY,
     EARLY_STOPPING,
     JSON_SCHEMA,
+    MIROSTAT,
     SEQUENCE,
     SEQUENCE_BIAS,
     TEMPERATURE,
@@ -190,6 +191,19 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "xtc_threshold", "sampling", real(0, 0.5),
         "The probability from which a token is a top choice.", default=0.1, metavar="P",
+    ),
+    Field(
+        "mirostat", "sampling", MIROSTAT,
+        "With 2, mirostat 2, which adapts the cut-off so that the text is about as surprising as mirostat_tau says.",
+        neutral=(0,), only="sampling",
+    ),
+    Field(
+        "mirostat_tau", "sampling", real(0, 100),
+        "The surprise of a token that mirostat aims at, in bits.", default=5.0,
+    ),
+    Field(
+        "mirostat_eta", "sampling", real(0, 1),
+        "How fast mirostat learns.", default=0.1,
     ),
     Field(
         "seed", "sampling", whole(0, 2**64 - 1),

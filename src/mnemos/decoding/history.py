@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from mnemos.contract import Floats
+
 Indices = npt.NDArray[np.int64]
+
+
+class Surprises(NamedTuple):
+    """What mirostat knows of a text: `bits` (vocabulary,) float32 was each token's surprise at `place`."""
+
+    bound: float
+    place: int
+    bits: Floats
 
 
 class History:
@@ -20,6 +31,7 @@ class History:
         self.seed = seed
         self.tokens = list(tokens)
         self.prompt_length = len(self.tokens) if prompt_length is None else prompt_length
+        self.surprises: Surprises | None = None
         self._array = np.empty(0, np.int64)
         self._read = 0
         self._seen = _Counts()
@@ -34,6 +46,7 @@ class History:
 
     def fork(self) -> History:
         copy = History(self.tokens, self.prompt_length, self.seed)
+        copy.surprises = self.surprises
         copy._seen, copy._generated = self._seen.copy(), self._generated.copy()
         return copy
 
