@@ -86,3 +86,17 @@ def test_a_prompt_that_the_encoder_refuses_ends_its_request_alone() -> None:
         assert [handle.result().token_ids for handle in good] == wanted
         with pytest.raises(ModelError, match="raised IndexError"):
             bad.result()
+
+
+def test_a_hugging_face_module_with_a_state_of_its_own_is_cached() -> None:
+    """RWKV's, which mixes the rows of a batch that continues: each text is run by itself."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, intermediate_size=64,
+        context_length=64, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    module = transformers.RwkvForCausalLM(config).eval()
+    with quiet(module) as engine, quiet(module, use_kv_cache=False) as plain:
+        assert engine.model.calls.abilities.cache is not None
+        assert engine.generate(PROMPTS, max_new_tokens=NEW) == plain.generate(PROMPTS, max_new_tokens=NEW)

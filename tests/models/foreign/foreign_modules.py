@@ -269,3 +269,10 @@ class Mixing(Plain):
     def forward(self, ids: Tensor) -> Tensor:
         logits = super().forward(ids)
         return logits - logits.amax(dim=(0, 2), keepdim=True)
+
+
+class MixesStates(WritesItsState):
+    """Right for one sequence; rows that continue a state get the mean of all."""
+
+    def forward(self, tokens: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return super().forward(tokens, None if state is None else state.mean(0, keepdim=True).expand_as(state).clone())

@@ -250,4 +250,6 @@ def test_modules_that_cannot_take_several_sequences_say_so() -> None:
         assert not adapt(modules.Alone()).spec.batches
     with pytest.warns(UserWarning, match="Mixing.*influence each other's logits, by up to .*; each is run by itself"):
         assert not adapt(modules.Mixing(), use_kv_cache=False).spec.batches
+    mixing = adapt(modules.MixesStates())
+    assert mixing.calls.abilities.batches and mixing.calls.able.rewinds is mixing.spec.batches is False
     assert adapt(modules.PastArgument()).spec.batches

@@ -69,7 +69,7 @@ def adapt(
         layout=NO_PAGES,
         states=True,
         chunks=cache is not None and cache.chunks,  # without a cache, too, a prompt is better run once
-        batches=abilities.batches,
+        batches=abilities.batches if cache is None else cache.batches,
         rewinds=cache is None or cache.rewinds,
         **special_tokens(inner, abilities.vocabulary),
         parameters=sum(p.numel() for p in module.parameters()),

@@ -27,6 +27,7 @@ from mnemos.models.foreign.growing_cache import Buffer, make_room
 from mnemos.models.foreign.signature import describe
 
 PROBE_LENGTH = 6
+HUGGING_FACE_NAMES = ("past_key_values", "cache")  # of arguments that take transformers' Cache objects
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class CacheAbilities:
     """What a module was found to be able to do with its cache.
 
     style, axes   how the cache is handled, and where its tensors have batch and time
+    batches       rows of one call do not influence each other
     chunks        it is continued with several tokens at once
     gaps          the module obeys a mask, so that caches of different lengths can share a call
     grows         it takes tensors that have room to grow, and appends to them
@@ -42,6 +44,7 @@ class CacheAbilities:
 
     style: CacheStyle
     axes: list[Axes]
+    batches: bool
     chunks: bool
     gaps: bool
     grows: bool
@@ -69,9 +72,11 @@ class CacheProbe:
         names, fixed = self.caller.signature, any(one.time is None for one in axes)
         keeps_positions = not all(one.time is None for one in axes)
         counts = isinstance(style, NestedStyle) and style.counts
+        batches = batches and self._rows_agree(style)
         return CacheAbilities(
             style,
             axes,
+            batches,
             chunks=self._takes_chunks(style),
             gaps=batches and not (fixed or last_only) and self._gaps_agree(style, axes),
             grows=batches and not fixed and self._grows(style, axes),
@@ -103,7 +108,7 @@ class CacheProbe:
             return [style]
         if caller.signature.past is None:
             return []
-        if hasattr(caller.inner, "generation_config"):
+        if hasattr(caller.inner, "generation_config") and caller.signature.past in HUGGING_FACE_NAMES:
             return [HuggingFaceStyle()]
         try:
             returned = caller(self.ids[:1, :3], use_cache=True, positions=self._positions(0, 3)).past
@@ -153,6 +158,16 @@ class CacheProbe:
                 stacklevel=5,
             )
         return apart <= self.tolerance
+
+    def _rows_agree(self, style: CacheStyle) -> bool:
+        """Whether two rows that continue a cache get the logits of a call without one, whose rows are independent."""
+        whole = self.caller(self.ids[:, :4], positions=self._positions(0, 4).expand(2, 4)).logits
+        try:
+            _, past = self.step(style, self.ids[:, :3], style.empty(), 0)
+            logits, _ = self.step(style, self.ids[:, 3:4], style.build(style.leaves(past), 3), 3)
+        except ModelError:
+            return False
+        return logits.shape[::2] == whole.shape[::2] and difference(logits[:, -1], whole[:, -1]) <= self.tolerance
 
     def _takes_chunks(self, style: CacheStyle) -> bool:
         try:

@@ -100,7 +100,10 @@ class HuggingFaceStyle:
 
     def leaves(self, past: Any) -> list[Tensor]:
         if hasattr(past, "layers"):
-            return [tensor for layer in past.layers for tensor in (layer.keys, layer.values)]
+            found = [tensor for layer in past.layers for tensor in (layer.keys, layer.values)]
+            if not all(isinstance(tensor, Tensor) for tensor in found):
+                raise ModelError("some of its layers keep no keys and values in transformers' DynamicCache")
+            return found
         if not hasattr(past, "key_cache"):
             raise ModelError(f"it returned a {type(past).__name__} for transformers' DynamicCache")
         return [tensor for pair in zip(past.key_cache, past.value_cache, strict=True) for tensor in pair]
