@@ -198,7 +198,7 @@ class StatefulModel(Model, Protocol):
 
     A sequence has one slot from its first token to its end; `Batch.states` names it. The engine forks a sequence by
     `copy_states` before either side writes, and clears the slots of sequences that end, are preempted or begin anew.
-    A batch's first position in a sequence is the number of tokens that its state must hold: exactly so many, or more
+    A batch's first position in a sequence is the number of tokens that its state must hold: exactly that many, or more
     where the model `rewinds`; at position 0 it begins anew, and keeps what `ConditionedModel.begin` put there.
     """
 

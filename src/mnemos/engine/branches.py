@@ -121,7 +121,7 @@ class Branches:
     # Inner workings.
 
     def _goes_on(self, request: Request, sequence: Sequence, branch: Branch) -> bool:
-        """Aims at the newest tokens of a request's only branch; False where more than that is to be done.
+        """Aims at the newest tokens of a request's only branch; False where there is more to do.
 
         The short way to what `_aim` does too, which most rows of most steps take.
         """

@@ -1,4 +1,4 @@
-"""Speculation with a small model: it writes ahead, in ragged batches of its own, what the large one verifies."""
+"""Speculation with a small model: it writes ahead, in its own ragged batches, what the large one verifies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mnemos.memory.capacity import Capacity
 
 
 class DraftModel:
-    """The draft model, with a scheduler and cache pages of its own.
+    """The draft model, with its own scheduler and cache pages.
 
     It holds a copy of every branch whose strategy asks for drafts. A copy is brought up to its original, by chunks
     where that is a whole prompt, and then writes ahead together with all others that are there; an original whose copy

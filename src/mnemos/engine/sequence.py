@@ -13,14 +13,14 @@ from mnemos.memory.page_table import PageTable
 class Sequence(PageTable):
     """A branch in the cache. Lengths are positions: tokens, less those that an endless text dropped when it began anew.
 
-    goal     positions that the cache shall hold before the strategy is asked again
-    first    the first position whose row the strategy is to be given
+    goal     positions that the cache must hold before the strategy is asked again
+    first    the first position whose row the strategy gets
     dropped  tokens that were cut out after the first SINKS ones when the text began anew
     start    the first position that an endless text has kept, after `sinks` positions with its first tokens; 0 before
              it slides
     resume   while the sinks are evaluated at their new positions: where the text goes on after them; else 0
     seen     the branch's length when it was last complete; if the branch's own count is lower, it was truncated
-    leader   a sibling to share the first positions with, as soon as it has evaluated so many
+    leader   a sibling to share the first positions with, as soon as it has evaluated that many
     chosen   the tokens that the branch's draw chose of this step's rows
     """
 

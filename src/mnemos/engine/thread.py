@@ -48,7 +48,7 @@ class EngineThread:
         self._process = 0  # the one that the thread is in
         self._closed = False
         self._stopping = False
-        self._entering = 0  # requests in the inbox, beside its other calls; under the lock
+        self._entering = 0  # requests in the inbox, among other calls; under the lock
 
     # From any thread.
 
@@ -111,7 +111,7 @@ class EngineThread:
         return self.core.draft_model is not None
 
     def check_length(self, prompt: int) -> None:
-        """CapacityError for a prompt of so many tokens that could not run even with all pages for itself."""
+        """CapacityError for a prompt of this length if it could not run even with all pages for itself."""
         scheduler = self.core.scheduler
         scheduler.tables.check_length(prompt, scheduler.limits.context_length)
 
@@ -197,7 +197,7 @@ class EngineThread:
                 while not inbox.empty():
                     inbox.get()()
                 core.step()
-            except Exception as error:  # a defect of the engine itself: nobody shall wait forever for it
+            except Exception as error:  # a defect of the engine itself: nobody may wait for it forever
                 log_exception("a step failed; all requests end")
                 self._fail_all(error)
 

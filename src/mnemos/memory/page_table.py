@@ -161,7 +161,7 @@ class PageTables:
     # What there is.
 
     def count(self, positions: int) -> int:
-        """The number of pages that hold so many positions."""
+        """The number of pages that hold that many positions."""
         return -(-positions // self.page_size) if self.paged else 0
 
     @property
@@ -176,7 +176,7 @@ class PageTables:
         return sum(self.pool.is_shared(page) for page in self.tree.match(salt, tokens))
 
     def check_length(self, prompt: int, context_length: int) -> None:
-        """CapacityError for a prompt of so many tokens that could not run even with all pages for itself."""
+        """CapacityError for a prompt of this length if it could not run even with all pages for itself."""
         needed = self.count(min(prompt + 1, context_length))
         if needed > self.pool.total:
             raise CapacityError(

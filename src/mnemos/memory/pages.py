@@ -8,7 +8,7 @@ from collections.abc import Iterable
 class PagePool:
     """Page ids 0 to total - 1, each free or held a number of times. Pure bookkeeping: it moves no memory.
 
-    Pages that the prefix tree holds are `cached`; one that nobody else holds can be had back by eviction and is counted
+    Pages that the prefix tree holds are `cached`; one that nobody else holds can be freed by eviction and is counted
     as reclaimable. Low ids are given out first, so that a cache which commits memory lazily stays small.
     """
 

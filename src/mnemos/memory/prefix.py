@@ -37,7 +37,7 @@ class PrefixTree:
         self.evicted = 0  # pages, since the start
         self.limit: int | None = None  # the most pages to remember, beside those in use
         self._roots: dict[str | None, Node] = {}
-        # Least recently used first. A touched path is moved to the end leaf first, so that a node always stands behind
+        # Least recently used first. A touched path is moved to the end leaf first, so that a node always comes after
         # its descendants and the first nodes are leaves.
         self._recency: OrderedDict[Node, None] = OrderedDict()
 
