@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
 from mnemos.contract import Model, Output
 from mnemos.decoding.strategy import Branch
+from mnemos.engine.admission import Admission, less_entitled
 from mnemos.engine.branches import Branches
 from mnemos.engine.prefill_budget import PrefillBudget
 from mnemos.engine.queue import WaitingQueue
@@ -55,6 +55,7 @@ class Scheduler:
         self.chunks = model.spec.chunks
         self.tables = PageTables(model, capacity, prefix_cache)
         self.branches = Branches(self.tables, limits.context_length)
+        self.admission = Admission(self.branches, limits.sequences)
         self.queue = WaitingQueue()
         self.running: list[Request] = []
         self.budget = PrefillBudget(limits.batch_tokens)
@@ -63,10 +64,6 @@ class Scheduler:
         self._on_start = on_start
         self._begin = begin
         self._admissions = count(1)
-        self._refused: tuple[Request | None, tuple[int, int]] = (
-            None,
-            (0, 0),
-        )  # who did not fit, with what was available
 
     @property
     def has_work(self) -> bool:
@@ -103,18 +100,9 @@ class Scheduler:
     def schedule(self, now: float) -> Step | None:
         """The next step's rows, None if there is nothing to evaluate."""
         if len(self.queue):
-            for request in self.queue.expired(now):
-                waited = now - request.timings.submitted
-                self._fail(request, CapacityError(f"request waited {waited:.3f} s in the queue, beyond its deadline"))
+            self._expire(now)
             self._make_way()
-        step = Step()
-        decode_rows, prompts = 0, len(self.queue)
-        for request in self.running:
-            if request.prefilling:
-                prompts += 1
-            else:
-                decode_rows += request.pending
-        chunk = self.budget.chunk(decode_rows, prompts) if prompts else 0
+        step, chunk = Step(), self._chunk()
         index = 0
         while index < len(self.running):
             request = self.running[index]
@@ -124,7 +112,7 @@ class Scheduler:
             rows = self._plan(step, request, chunk)
             chunk -= rows if request.prefilling else 0
             index += request.state is State.RUNNING
-        while chunk > 0 and (candidate := self.queue.peek()) is not None and self._fits(candidate):
+        while chunk > 0 and (candidate := self.queue.peek()) and self.admission.fits(candidate, self.running):
             self._admit(candidate, now)
             if candidate.state is State.RUNNING:
                 chunk -= self._plan(step, candidate, chunk, newcomer=True)
@@ -149,6 +137,22 @@ class Scheduler:
             if complete:
                 ready.append(request)
         return ready
+
+    def _expire(self, now: float) -> None:
+        """Fails the requests that have not started by their deadline."""
+        for request in self.queue.expired(now):
+            waited = now - request.timings.submitted
+            self._fail(request, CapacityError(f"request waited {waited:.3f} s in the queue, beyond its deadline"))
+
+    def _chunk(self) -> int:
+        """The most rows of prompts that this step may hold."""
+        decode_rows, prompts = 0, len(self.queue)
+        for request in self.running:
+            if request.prefilling:
+                prompts += 1
+            else:
+                decode_rows += request.pending
+        return self.budget.chunk(decode_rows, prompts) if prompts else 0
 
     def _plan_one(self, step: Step, request: Request) -> bool:
         """Puts the next row of a request into the step that decodes one text; False where that is not all.
@@ -208,20 +212,6 @@ class Scheduler:
 
     # Who runs.
 
-    def _fits(self, request: Request) -> bool:
-        """True if the request can be admitted now: branches and pages, with a page to spare for each that runs."""
-        if not self.running:
-            return True
-        branches = sum(other.strategy.max_branches for other in self.running)
-        if branches + request.strategy.max_branches > self.limits.sequences:
-            return False
-        available = self.tables.available
-        if self._refused == (request, available):
-            return False
-        fits = self.branches.fits(request, len(self.running))
-        self._refused = (None, (0, 0)) if fits else (request, available)
-        return fits
-
     def _admit(self, request: Request, now: float) -> None:
         self.queue.remove(request)
         request.state = State.RUNNING
@@ -239,21 +229,11 @@ class Scheduler:
 
     def _make_way(self) -> None:
         """Preempts for the next waiting request, if that is more urgent or its tenant has nothing running."""
-        while (candidate := self.queue.peek()) is not None and not self._fits(candidate):
-            victim = self._less_entitled(candidate)
+        while (candidate := self.queue.peek()) is not None and not self.admission.fits(candidate, self.running):
+            victim = less_entitled(candidate, self.running)
             if victim is None:
                 return
             self._preempt(victim)
-
-    def _less_entitled(self, candidate: Request) -> Request | None:
-        last = self.running[-1]
-        if last.priority > candidate.priority:
-            return last
-        running = Counter(request.tenant for request in self.running)
-        if candidate.tenant in running:
-            return None
-        peers = (request for request in reversed(self.running) if request.priority == candidate.priority)
-        return next((request for request in peers if running[request.tenant] > 1), None)
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
