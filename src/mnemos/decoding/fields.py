@@ -82,11 +82,12 @@ class Field(NamedTuple):
 
     def normal(self, value: Any) -> Any:
         """The value in its normal form, None being the default. Raises ConfigError for one that is not allowed."""
+        if value is None or value is self.default:
+            return self.default
         for given, meant in self.means:
-            if value is given or (type(value) is type(given) and value == given):
-                value = meant
-                break
-        return self.default if value is None else self.rule.apply(self.name, value)
+            if type(value) is type(given) and value == given:
+                return self.default if meant is None else meant
+        return self.rule.apply(self.name, value)
 
 
 # Why a field with `only` is refused in another decoding.

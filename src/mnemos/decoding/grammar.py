@@ -150,7 +150,7 @@ class GrammarConstraint:
 
 
 class _Tokens:
-    """A vocabulary as llguidance takes it. Without tokens that end a text, one behind the vocabulary stands in."""
+    """A vocabulary as llguidance takes it. Without tokens that end a text, an id after its last one stands in."""
 
     bos_token_id = None
 

@@ -41,7 +41,7 @@ class _Text:
 
     @property
     def drafts(self) -> list[int]:
-        """What was guessed, by the strategy or the engine's draft model, behind the chosen tokens."""
+        """What was guessed, by the strategy or the engine's draft model, after the chosen tokens."""
         return self.branch.tokens[len(self.history.tokens) :]
 
     def finished(self, sequence: int, emitted: list[Emitted]) -> FinishedSequence:

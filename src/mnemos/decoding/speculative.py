@@ -84,7 +84,7 @@ class DraftModel:
 
 
 def _last_match(tokens: Indices) -> int | None:
-    """The index behind the latest of the longest earlier occurrences of the text's end; None without one."""
+    """The index after the latest of the longest earlier occurrences of the text's end; None without one."""
     count = len(tokens)
     if count <= _SHORTEST_MATCH:
         return None

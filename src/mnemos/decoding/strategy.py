@@ -24,7 +24,7 @@ class Branch:
     tokens     all token ids; append to ask for the evaluation of more
     evaluated  how many of them are in the cache; only the engine raises it, `truncate` lowers it
     wanted     how many of the newest rows' logits the strategy is to be given (1, or drafts + 1 when verifying)
-    drafts     how many tokens the engine's draft model may guess behind the last one; it appends those that it has to
+    drafts     how many tokens the engine's draft model may guess after the last one; it appends its guesses to
                `tokens` and raises `wanted` by their number
     draw       set where a row, a seed and the token's place decide alone: the engine then chooses the tokens of all
                such branches together and hands them over in `Rows.tokens`
@@ -48,7 +48,7 @@ class Branch:
         return Branch(self.tokens, parent=self)
 
     def truncate(self, length: int) -> None:
-        """Forgets all tokens behind `length`, evaluated or not."""
+        """Forgets all tokens after `length`, evaluated or not."""
         del self.tokens[length:]
         self.evaluated = min(self.evaluated, length)
 
