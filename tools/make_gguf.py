@@ -165,7 +165,7 @@ def tensors(shape: Shape, type_: TensorType) -> Iterator[tuple[str, TensorType, 
 
 
 def fitting(type_: TensorType, columns: int) -> TensorType:
-    """`type_`, or what llama.cpp falls back to for rows that are no whole number of its blocks."""
+    """`type_`, or what llama.cpp falls back to for rows that are not a whole number of its blocks."""
     if columns % type_.block[0]:
         type_ = FALLBACKS.get(type_, TensorType.F16)
     return TensorType.F16 if columns % type_.block[0] else type_

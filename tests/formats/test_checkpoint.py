@@ -95,11 +95,11 @@ def test_pickles_are_never_run(tmp_path, name):
     ("config", "message"),
     [
         (None, "config.json: does not exist"),
-        ("", "config.json: is no valid JSON"),
+        ("", "config.json: is not valid JSON"),
         ("[1]", r"config.json: holds \[1\]; a JSON object is needed"),
         ("[" * 1_000_000, "config.json: is nested too deeply"),
         ('{"a":' * 300 + "1" + "}" * 300, "config.json: is nested too deeply"),
-        ('{"a": 1' + "0" * 10_000 + "}", "config.json: is no valid JSON"),
+        ('{"a": 1' + "0" * 10_000 + "}", "config.json: is not valid JSON"),
         ('{"a": 1, "a": 2}', "key 'a' appears twice"),
     ],
 )

@@ -47,7 +47,7 @@ def open_safetensors(path: str | Path) -> dict[str, Tensor]:
     length = int.from_bytes(content[:_PREFIX], "little")
     if length > min(len(content) - _PREFIX, MAX_BYTES):
         limit = f"the file has {len(content)} bytes and {MAX_BYTES} are allowed"
-        raise FormatError(f"{path}: header length is {length}, but {limit}: no safetensors file, or cut off")
+        raise FormatError(f"{path}: header length is {length}, but {limit}: not a safetensors file, or cut off")
     start = _PREFIX + length
     header = parse_json_object(content[_PREFIX:start], f"{path}: header")
     _check_notes(path, header.pop("__metadata__", {}))

@@ -33,7 +33,7 @@ def parse_json_object(text: bytes, label: str) -> dict[str, Any]:
     except RecursionError as error:
         raise FormatError(f"{label}: is nested too deeply; {MAX_DEPTH} levels are allowed") from error
     except (ValueError, FormatError) as error:
-        raise FormatError(f"{label}: is no valid JSON: {error}") from error
+        raise FormatError(f"{label}: is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{label}: holds {excerpt(value)}; a JSON object is needed")
     _check_depth(value, label)

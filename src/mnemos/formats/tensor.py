@@ -51,7 +51,7 @@ class Tensor:
         return dequantize(self.data, self.type).reshape(self.shape)
 
     def row_matrix(self) -> npt.NDArray[np.uint8]:
-        """The bytes as (rows, bytes a row), a view."""
+        """The bytes as (rows, bytes per row), a view."""
         return self.data.reshape(self.rows, self.type.row_bytes(self.columns))
 
     def take_rows(self, index: npt.NDArray[np.intp]) -> Tensor:

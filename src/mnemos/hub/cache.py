@@ -1,4 +1,4 @@
-"""The models folder: where it is, who may write to it, and how a model gets in whole or not at all."""
+"""The models folder: where it is, who may write to it, and how a model is stored whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mnemos.errors import DownloadError
 from mnemos.machine.home import home
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, bytes done, bytes in all); 0 bytes in all stands for unknown."""
+"""Called as progress(stage, bytes done, total bytes); a total of 0 means unknown."""
 
 _LOCK_POLL_SECONDS = 0.1
 _ESCAPES = (("%", "%25"), ("/", "%2F"), (":", "%3A"))
@@ -70,7 +70,7 @@ def remove(name: str) -> int:
 def staging(folder: Path, needed: int) -> Iterator[Path]:
     """An empty folder to build a model in; it moves to `folder` when the block succeeds, else it vanishes.
 
-    The caller holds `lock(folder)`, so what lies in the staging place belongs to a process that died, and goes.
+    The caller holds `lock(folder)`, so what is in the staging place was left by a process that died, and is removed.
     `needed` is the room in bytes that the work takes; DownloadError when the disk has less.
     """
     work = _staging_path(folder)

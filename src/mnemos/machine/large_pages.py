@@ -1,4 +1,4 @@
-"""Large pages for memory that PyTorch allocates, which asks for none: a step that reads all of it reads faster."""
+"""Large pages for memory that PyTorch allocates without asking for them: a step that reads all of it reads faster."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _MAPS = Path("/proc/self/maps")
 _LARGE = 2 << 20
 _MADV_COLLAPSE = 25  # Linux 6.1; older ones refuse it
 
-Region = tuple[int, int]  # addresses of the first byte and behind the last one
+Region = tuple[int, int]  # addresses of the first byte and after the last one
 
 
 @contextmanager
 def in_large_pages() -> Iterator[None]:
-    """Puts what is allocated meanwhile, and still there at the end, into large pages where the system can do that.
+    """Puts what is allocated inside the block, and is still there at its end, into large pages where the system can.
 
     That takes seconds for a gigabyte, so a thread does it afterwards, while the memory is used or even given back.
     """

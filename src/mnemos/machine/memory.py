@@ -18,7 +18,7 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def address_space() -> int:
-    """Bytes that the process may map altogether, 0 without a limit."""
+    """Bytes that the process may map in total, 0 without a limit."""
     if resource is None:
         return 0
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]

@@ -1,4 +1,4 @@
-"""Chat templates: a conversation to the one text that a model was trained on."""
+"""Chat templates: from a conversation to the exact text that a model was trained on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BASE_UNITS = 2_000_000
 _UNITS_PER_INPUT = 100  # how often an honest template may handle each part of its input
 
 
-_PROBE = "qzqprobe"  # what a template is tried with: no template and no conversation holds it
+_PROBE = "qzqprobe"  # probes a template: a text that no template and no conversation contains
 
 
 class _Raised(Exception):
@@ -148,7 +148,7 @@ def _call_probe(arguments: object) -> list[Message]:
 
 
 def _size(values: Any) -> int:
-    """About how many operations it takes to touch every part of the values once."""
+    """Roughly how many operations it takes to touch every part of the values once."""
     units, pending, seen = 0, [values], 0
     while pending and seen < _BASE_UNITS:
         item = pending.pop()
@@ -178,7 +178,7 @@ def _raise_exception(message: object) -> NoReturn:
 
 
 def _strftime_now(pattern: str) -> str:
-    if len(pattern) > 256 or re.search(r"\d{3}", pattern):  # the C library pads as far as it is told
+    if len(pattern) > 256 or re.search(r"\d{3}", pattern):  # the C library pads to any width
         raise BudgetError(f"strftime_now has the format {pattern[:80]!r}")
     return datetime.now().strftime(pattern)
 

@@ -1,8 +1,8 @@
 """Conversations as programs send them, in the form that chat templates are written for.
 
-Clients leave `content` out or null, send it as parts, call the reasoning by several names and give a tool call's
-arguments as JSON text. Templates are tried with plain text and with arguments as objects. What follows brings the one
-into the form of the other; what a template can take as it is stays as it is.
+Clients leave `content` out or set it to null, send it in parts, use several names for reasoning, and pass a tool call's
+arguments as JSON text, while template authors test with plain text and with arguments as objects. This module converts
+the one into the other; whatever a template accepts as it is stays unchanged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_messages(messages: Any) -> list[Message]:
 
 
 class Habits(Protocol):
-    """What a chat template can take; found by trying it when a conversation needs to know."""
+    """What a chat template accepts, found by trying it when a conversation depends on it."""
 
     source: str  # Jinja text
 
@@ -49,12 +49,13 @@ class Habits(Protocol):
 
 
 def prepare_messages(messages: Sequence[Message], template: Habits) -> list[dict[str, Any]]:
-    """Messages in the form that a chat template expects; what is no message stays as it is.
+    """Messages in the form that a chat template expects; what is not a message stays as it is.
 
     Content that is null becomes the empty text; parts are joined to one text, a line each, unless the template takes
     parts. Reasoning is given under each name that the template asks for. A tool call's arguments are an object or JSON
-    text, as the template takes them. "developer" is "system" and "function" is "tool", unless the template knows them.
-    RequestError for parts that are not text and calls that are no calls.
+    text, whichever the template accepts. "developer" is "system" and "function" is "tool", unless the template knows
+    them.
+    RequestError for parts that are not text and for malformed calls.
     """
     return [_prepare(message, index, template) for index, message in enumerate(messages)]
 
@@ -74,7 +75,7 @@ def _prepare(message: Message, index: int, template: Habits) -> dict[str, Any]:
 
 
 def mark_end(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with END_MARK after the last one's content, where a continued answer goes on."""
+    """The messages with END_MARK after the last one's content, where the continuation starts."""
     if not messages:
         raise RequestError("messages is empty; continue_final_message needs a message to continue")
     content = messages[-1].get("content", "")
@@ -110,7 +111,7 @@ def mark_control_texts(messages: list[dict[str, Any]], names: Iterable[str]) -> 
 
 
 def refuse_lost_messages(messages: list[dict[str, Any]], text: str, label: str) -> None:
-    """RequestError for a message of an unusual role that the template passed over in silence."""
+    """RequestError for a message with an unusual role that the template silently left out."""
     for index, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or role in ROLES or not isinstance(content, str) or not content.strip():
@@ -173,7 +174,7 @@ def _tool_calls(calls: Any, label: str, template: Habits) -> list[Any]:
 
 
 def _with_arguments(function: Mapping[str, Any], template: Habits) -> dict[str, Any]:
-    """A function's call with its arguments as the template takes them; text that is no JSON object stays as it is."""
+    """A function call with its arguments in the form the template accepts; text that is not a JSON object is kept."""
     arguments = function.get("arguments")
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}

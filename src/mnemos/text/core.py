@@ -1,4 +1,4 @@
-"""What every tokenizer comes down to, whichever file it was read from."""
+"""What every tokenizer is reduced to, whatever file it was read from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ END_NAMES = (
 
 
 _NO_TOKEN = (-1, 2**32 - 1)
-ANCHOR = "\x02"  # a text to go on from: a byte that no token holds together with others
+ANCHOR = "\x02"  # a text to continue: a byte that no token combines with others
 
 
 class Spelling(Protocol):
@@ -33,7 +33,7 @@ class Spelling(Protocol):
 
 
 class ByteLevelSpelling:
-    """GPT-2's alphabet: each of 256 printable characters stands for a byte."""
+    """GPT-2's alphabet: each of 256 printable characters represents a byte."""
 
     def __init__(self) -> None:
         self._bytes = {character: bytes((byte,)) for byte, character in enumerate(byte_characters())}
@@ -46,7 +46,7 @@ class ByteLevelSpelling:
 
 
 class SentencePieceSpelling:
-    """U+2581 stands for a space and, with byte_fallback, <0x0A> for a byte that is no character by itself."""
+    """U+2581 is a space and, with byte_fallback, <0x0A> a byte that is not a character on its own."""
 
     def __init__(self, byte_fallback: bool = True) -> None:
         self._byte_fallback = byte_fallback
@@ -67,10 +67,10 @@ class WordSpelling:
 class TokenizerCore:
     """A tokenizer ready for work.
 
-    texts          each id's text as the vocabulary spells it; an id that stands for nothing has ""
+    texts          each id's text as the vocabulary spells it; an unused id has ""
     spelling       how texts of ordinary tokens spell bytes
     literal_ids    ids whose text stands for itself: special tokens and those that a user added
-    silent_ids     ids that decode to nothing at all (unused places of the vocabulary)
+    silent_ids     ids that decode to nothing at all (unused slots of the vocabulary)
     special_ids    ids that are not text: left out of decoded text unless asked for
     strips_space   decoded text loses one leading space, because encoding puts one there
     encoder        recognises every special token that is written in a text
@@ -102,7 +102,7 @@ class TokenizerCore:
             size = len(self.texts)
             raise RequestError(f"token id {token_id} is outside of the vocabulary of {size} tokens ({self.label})")
         if token_id >= len(self.texts) or token_id in self.silent_ids:
-            return b""  # the first: models may have more rows than the tokenizer has tokens
+            return b""  # the first: a model may have more rows than the tokenizer has tokens
         text = self.texts[token_id]
         return text.encode() if token_id in self.literal_ids else self.spelling.token_bytes(text)
 
@@ -110,7 +110,7 @@ class TokenizerCore:
         encoder = self.encoder if parse_special else self.plain_encoder
         try:
             ids: list[int] = encoder.encode(text, add_special_tokens=add_special and self.prefix_ids is None).ids
-        except BaseException as error:  # the library's panics are no Exception
+        except BaseException as error:  # the library's panics are not of type Exception
             if not isinstance(error, Exception) and not _is_panic(error):
                 raise
             problem = f"this tokenizer cannot encode {text[:60]!r}: {str(error)[:400]}"
@@ -123,7 +123,7 @@ class TokenizerCore:
         """Ids of a text in which the control tokens' `names` mean those tokens, unless they have a `mark` inside."""
         pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if len(name) > 1)
         ids: list[int] = []
-        clean = ""  # what goes through the encoder as it is, since it ends or begins with control tokens
+        clean = ""  # text for the encoder as it is, bounded by control tokens
         for piece in re.split(f"({pattern})", text):
             if mark not in piece:
                 clean += piece
@@ -131,7 +131,7 @@ class TokenizerCore:
             before = self.encode(clean, False, True)
             plain = piece.replace(mark, "")
             if clean and self.encode(clean + " x", False, True) == self.encode(clean + "x", False, True):
-                plain = plain.lstrip()  # the token before takes the white space after it
+                plain = plain.lstrip()  # the token before swallows white space that follows it
             restarts = not clean or self.encode(clean + "x", False, True)[len(before) :] == self.encode(
                 "x", False, False
             )
@@ -141,7 +141,7 @@ class TokenizerCore:
         return ids + self.encode(clean, False, True)
 
     def encode_inside(self, text: str, parse_special: bool) -> list[int]:
-        """Ids of a text that goes on from other text: without the space that some tokenizers put before a text."""
+        """Ids of a text that continues other text: without the space that some tokenizers prepend."""
         if not self.strips_space:
             return self.encode(text, False, parse_special)
         anchor = self.encode(ANCHOR, False, parse_special)
@@ -150,7 +150,7 @@ class TokenizerCore:
 
 
 def byte_characters() -> list[str]:
-    """GPT-2's alphabet, a character for each byte: printable Latin-1 is itself, the rest starts at U+0100."""
+    """GPT-2's alphabet, one character per byte: printable Latin-1 maps to itself, the rest starts at U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     characters, following = [], 0x100
     for byte in range(256):
@@ -160,7 +160,7 @@ def byte_characters() -> list[str]:
 
 
 def parse_byte_token(text: str) -> int | None:
-    """The byte that a token such as <0x0A> stands for; None if it is no such token."""
+    """The byte that a token such as <0x0A> represents; None for any other token."""
     if len(text) != 6 or not text.startswith("<0x") or text[5] != ">":
         return None
     try:
@@ -193,7 +193,7 @@ def share_model(
 
 @contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """Turns what the Rust library raises over bad input, panics included, into a FormatError beginning with `what`."""
+    """Turns what the Rust library raises on bad input, panics included, into a FormatError that begins with `what`."""
     try:
         yield
     except Exception as error:
@@ -205,14 +205,14 @@ def library_errors(what: str) -> Iterator[None]:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether the Rust library gave up, such as over a regular expression that takes too long on a text."""
+    """Whether the Rust library panicked, for example because a regular expression took too long on a text."""
     return type(error).__name__ == "PanicException"  # which no module exports
 
 
 def read_id(label: str, field: str, value: Any, size: int) -> int | None:
     """`value` as a token id; None, with a warning, if the vocabulary has no such token.
 
-    -1, also as 32 unsigned bits, is how files say that there is none. FormatError for what is no integer.
+    -1, also as 32 unsigned bits, is how files say that there is none. FormatError for anything but an integer.
     """
     if type(value) is not int:
         raise FormatError(f"{label}: {field} is {str(value)[:80]!r}; it must be a token id")

@@ -1,4 +1,4 @@
-"""Tokenizers of other libraries (transformers, tokenizers, one's own), used as the engine uses its own."""
+"""Tokenizers of other libraries (transformers, tokenizers) or of the user's own, behind the engine's interface."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from mnemos.errors import ConfigError, RequestError, UnsupportedError
 
-_ANCHORS = ("\x02", "\n", ":")  # texts to go on from that hardly any token holds together with what follows
-_HALF = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for a character whose last bytes are still to come
+_ANCHORS = ("\x02", "\n", ":")  # texts to continue, which hardly any token combines with what follows
+_HALF = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for a character whose last bytes are still missing
 
 
 def adapt_tokenizer(tokenizer: Any) -> Any:
     """`tokenizer` if it has the interface of `mnemos.Tokenizer`, else a wrapper around it.
 
-    A foreign one has encode(text) -> ids, or is called and answers with input_ids, and has decode(ids) -> text. With
-    keywords add_special_tokens and skip_special_tokens they are used. ConfigError for anything else.
+    A foreign one has encode(text) -> ids, or is called and returns input_ids, and has decode(ids) -> text. The keywords
+    add_special_tokens and skip_special_tokens are used if there are any. ConfigError for anything else.
     """
     if tokenizer is None or all(hasattr(tokenizer, name) for name in ("encode", "decoder", "vocabulary_size")):
         return tokenizer
@@ -29,7 +29,7 @@ def adapt_tokenizer(tokenizer: Any) -> Any:
 
 
 class ForeignTokenizer:
-    """A tokenizer with encode and decode behind the interface of `mnemos.Tokenizer`, as far as the engine needs it."""
+    """A tokenizer with encode and decode, with the part of `mnemos.Tokenizer`'s interface that the engine needs."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -37,7 +37,7 @@ class ForeignTokenizer:
         self._takes_add_special = _takes(self._encode, "add_special_tokens")
         self._takes_skip_special = _takes(inner.decode, "skip_special_tokens")
         self._tidies = hasattr(inner, "clean_up_tokenization_spaces")  # " ." to ".": not reversible piece by piece
-        # Behind another token, a text keeps the leading space that decoding by itself may strip.
+        # After another token, a text keeps the leading space that decoding it alone may strip.
         self._anchor = self._find_anchor() if self._takes_skip_special else []
 
     def _find_anchor(self) -> list[int]:
@@ -49,9 +49,9 @@ class ForeignTokenizer:
     def encode(
         self, text: str, add_special: bool = True, parse_special: bool = True, continues: bool = False
     ) -> list[int]:
-        """Token ids of a text; `continues`: it goes on from other text, so that no space is put before it.
+        """Token ids of a text; `continues`: it continues other text, so no space is prepended.
 
-        Names of special tokens mean what the tokenizer takes them for. RequestError: the tokenizer refuses the text.
+        Names of special tokens mean whatever the tokenizer makes of them. RequestError: the tokenizer refuses the text.
         """
         if continues:
             for anchor in _ANCHORS:
@@ -71,10 +71,10 @@ class ForeignTokenizer:
         return [int(token) for token in ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
-        """The text of token ids; `continues`: they go on from other text, so that a leading space stays.
+        """The text of token ids; `continues`: they continue other text, so a leading space is kept.
 
-        Ids that only the model has, as where its vocabulary is rounded up, have no text. RequestError: the tokenizer
-        refuses ids of its own.
+        Ids that only the model has, where its vocabulary is padded, have no text. RequestError: the tokenizer refuses
+        ids of its own.
         """
         ids = [int(token) for token in ids]
         if not continues or not self._anchor:
@@ -83,7 +83,7 @@ class ForeignTokenizer:
         return self._decode([*self._anchor, *ids], skip_special)[len(before) :]
 
     def decoder(self, skip_special: bool = True, continues: bool = False) -> ForeignDecoder:
-        """A decoder for a stream of ids; what it yields adds up to what `decode` gives."""
+        """A decoder for a stream of ids; its pieces add up to the result of `decode`."""
         return ForeignDecoder(self, skip_special, self._anchor if continues else [])
 
     def _decode(self, ids: list[int], skip_special: bool) -> str:
@@ -185,6 +185,6 @@ def _takes(function: Any, keyword: str) -> bool:
     """Whether a callable has a parameter of that name, or takes any."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of a compiled library without a signature
+    except (TypeError, ValueError):  # a compiled library's, without a signature
         return False
     return any(p.name == keyword or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

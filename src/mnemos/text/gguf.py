@@ -50,7 +50,7 @@ def build_core(metadata: Mapping[str, Any], label: str) -> TokenizerCore:
 
 
 def can_build_for_text(metadata: Mapping[str, Any]) -> bool:
-    """Whether `build_core_for` knows the kind: byte-pair merges, as they lie in a file."""
+    """Whether `build_core_for` knows the kind: byte-pair merges, as they are stored in a file."""
     arrays = (metadata.get(PREFIX + "tokens"), metadata.get(PREFIX + "merges"))
     if metadata.get(PREFIX + "model") == "llama" or not all(isinstance(array, StringArray) for array in arrays):
         return False
@@ -58,7 +58,7 @@ def can_build_for_text(metadata: Mapping[str, Any]) -> bool:
 
 
 def build_core_for(text: str, metadata: Mapping[str, Any], label: str) -> TokenizerCore:
-    """As `build_core`, but the tokenizer need encode nothing but `text`, for which few tokens and merges matter.
+    """Like `build_core`, but the tokenizer need only encode `text`, for which few tokens and merges matter.
 
     A merge of pieces of the text gives a piece of the text. So whatever byte-pair encoding looks up occurs in the text
     as tokens spell it, and special tokens in the text itself; everything else can be left out, and the ids are those of
@@ -107,7 +107,7 @@ def _bpe_core(vocabulary: Vocabulary, pre: PreTokenizer) -> TokenizerCore:
 def split_merges(merges: Sequence[str], label: str) -> list[tuple[str, str]]:
     """The two halves of each merge, which a space divides."""
     halves: list[Any] = [tuple(merge.split(" ")) for merge in merges]
-    if set(map(len, halves)) == {2}:  # all but exotic files; the careful way takes three times as long
+    if set(map(len, halves)) == {2}:  # all but exotic files; the careful way takes three times longer
         return halves
     pairs = []
     for index, merge in enumerate(merges):
@@ -230,7 +230,7 @@ def _surrounding(vocabulary: Vocabulary, flag: str, default: bool, key: str, tok
 
 
 def _written(text: str, special: bool, vocabulary: Vocabulary) -> AddedToken:
-    """A token as it is found in raw text. Phi-3's swallow the spaces behind them, which no key of the file says."""
+    """A token as it is found in raw text. Phi-3's swallow the spaces after them, which no key of the file says."""
     from tokenizers import AddedToken
 
     name = str(vocabulary.metadata.get("general.name", "")).lower()

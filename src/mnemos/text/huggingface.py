@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
-_SPARSEST = 16  # ids may be this many times as many as tokens; beyond that a file only wants our memory
+_SPARSEST = 16  # ids may be this many times as many as tokens; a file beyond that is only after our memory
 _SMALLEST = 1 << 16
 MAX_ADDED = 1 << 16
 _DECODERS = "ByteLevel, Metaspace, a Sequence of Replace, ByteFallback, Fuse and Strip, or none"

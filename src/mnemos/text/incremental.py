@@ -12,7 +12,7 @@ class IncrementalDecoder:
     """Turns token ids into text one by one. Bytes that end inside a UTF-8 character wait for the rest of it;
     bytes that cannot become a character are U+FFFD.
 
-    continues: the text goes on from other text, so a leading space belongs to it and stays.
+    continues: the text continues other text, so a leading space belongs to it and is kept.
     """
 
     def __init__(self, core: TokenizerCore, skip_special: bool = True, continues: bool = False) -> None:
@@ -32,7 +32,7 @@ class IncrementalDecoder:
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
-        """What was still waiting: U+FFFD if that is half a character."""
+        """What was still held back: U+FFFD if that is half a character."""
         return self._utf8.decode(b"", final=True)
 
 

@@ -42,7 +42,7 @@ _CJK = r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
 
 def _words(numbers: str = r"\p{N}{1,3}", newlines: str = r"\s*[\r\n]+", spaces: str = _SPACES) -> str:
-    """The family that began with cl100k: contractions, letters behind one mark, numbers, marks, line ends, spaces."""
+    """The family that began with cl100k: contractions, letters after one mark, numbers, marks, line ends, spaces."""
     return rf"{_CONTRACTION}|{_LEAD}\p{{L}}+|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{newlines}|{spaces}"
 
 

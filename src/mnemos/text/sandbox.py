@@ -1,11 +1,11 @@
-"""A jinja2 environment in which a template cannot run for ever or fill the memory.
+"""A jinja2 environment in which a template cannot run forever or fill the memory.
 
-Jinja's own sandbox keeps a template from code and files, but not from work: loops nest, strings multiply, lists that
-hold one list twice double with every level. Here everything that a template can do is paid for from a budget, before or
-right after a step that cannot itself be large: loops by the item, calls, operators, comparisons, literals, output. The
-price is what a step makes or reads: asking for a list's length costs the same whatever it holds, and a text that grows
-pays for what is added to it. What cannot be priced (most padding methods and filters) is left out; the lists below hold
-what chat templates use.
+Jinja's own sandbox keeps a template from code and files, but not from work: loops nest, strings multiply, and lists
+that contain one list twice double with every level. Here everything that a template can do is paid for from a budget,
+before or right after a step that cannot itself be large: loops by the item, calls, operators, comparisons, literals,
+output. The price is what a step makes or reads: asking for a list's length costs the same whatever it holds, and a
+text that grows pays for what is added to it. What cannot be priced (most padding methods and filters) is left out; the
+lists below hold what chat templates use.
 """
 
 from __future__ import annotations
@@ -94,19 +94,19 @@ class Budget:
         self.charge(characters // _UNIT + 1)
 
     def charge_growth(self, lengths: list[int]) -> None:
-        """Pays for a text made of parts that long: for all but the longest, which is copied and not read."""
+        """Pays for a text made of parts of these lengths: for all but the longest, which is copied and not read."""
         self._until_clock -= sum(lengths) // _COPIED_AT_ONCE
         self.charge_text(sum(lengths) - max(lengths, default=0))
 
     def charge_outside(self, value: Any) -> None:
-        """Pays for handling a value without what it holds."""
+        """Pays for handling a value without its contents."""
         if isinstance(value, (str, bytes)):
             self.charge_text(len(value))
         else:
             self.charge(1 + (len(value) if isinstance(value, (dict, list, tuple)) else 0))
 
     def charge_value(self, value: Any) -> int:
-        """Pays for handling `value` once with all that it holds, counted as often as it is written out; how much."""
+        """Pays for handling `value` with its contents, counted as often as they are written out; returns the price."""
         before = self._left
         self._charge_parts([value])
         return before - self._left
@@ -163,7 +163,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif not isinstance(__obj, Macro):
             self.budget.charge_value(args)
         result = super().call(__context, __obj, *args, **kwargs)
-        if kind is dict:  # what it holds, as it is
+        if kind is dict:  # its contents, as they are
             self.budget.charge_outside(None if __obj.__name__ == "get" else owner)
         else:
             self.budget.charge_value(result)
@@ -214,7 +214,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(texts)
 
     def sliced(self, value: Any) -> Any:
-        """Pays for a slice: a copy of what the list or text holds, not of what that holds in turn."""
+        """Pays for a slice: a copy of the list or text, not of what its items contain."""
         self.budget.charge_outside(value)
         return value
 
@@ -362,7 +362,7 @@ def _call(method: str, *args: Any) -> nodes.Call:
 
 
 class GenerationTag(Extension):
-    """`{% generation %}`: marks what the model wrote, for training; here it is only a scope."""
+    """`{% generation %}`: marks what the model wrote, for training; here it is just a scope."""
 
     tags = {"generation"}  # noqa: RUF012, as the base class has it
 

@@ -80,7 +80,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
     }
     for name, (number, default) in _DEFAULT_IDS.items():
         token = trainer.get(number, default)
-        # -1, as 64 bits, stands for none, and is not the same as saying nothing.
+        # -1, as 64 bits, means that there is none, which differs from not saying.
         metadata[f"{PREFIX}{name}_token_id"] = token if isinstance(token, int) and 0 <= token < 2**31 else -1
     return metadata
 
@@ -100,7 +100,7 @@ def _check_kind(file: Path, trainer: Mapping[int, Any], normalizer: Mapping[int,
 
 
 def _add_tokens(file: Path, metadata: dict[str, Any], settings: Settings) -> None:
-    """Tokens after the vocabulary, or others than it says, as the files beside it have them."""
+    """Tokens that the files beside it add after the vocabulary, or redefine."""
     origin = file.parent / "tokenizer_config.json"
     added = settings.tokenizer.get("added_tokens_decoder", {})
     if not isinstance(added, dict) or len(added) > MAX_ADDED:
@@ -135,7 +135,7 @@ def _add_tokens(file: Path, metadata: dict[str, Any], settings: Settings) -> Non
 
 
 def _set_roles(metadata: dict[str, Any], settings: Settings) -> None:
-    """The files beside the model say by their texts which tokens play a role; they count before the model's own."""
+    """The files beside the model name the tokens that play a role by their texts; they win over the model's own ids."""
     tokens = metadata[PREFIX + "tokens"]
     for role, key in _ROLE_KEYS.items():
         text = settings.special_text(role)
@@ -182,7 +182,7 @@ def _varint(message: bytes, position: int, label: str) -> tuple[int, int]:
 
 def _not_a_model(label: str, problem: str) -> FormatError:
     return FormatError(
-        f"{label}: {problem}: no SentencePiece model, or cut off; a model with another tokenizer needs a tokenizer.json"
+        f"{label}: {problem}: not a SentencePiece model, or cut off; other tokenizers need a tokenizer.json"
     )
 
 

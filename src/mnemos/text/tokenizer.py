@@ -30,8 +30,8 @@ class Tokenizer:
     """Text to token ids and back.
 
     Made by `from_gguf`, `from_file` or `from_checkpoint`, which only look at the file; the tokenizer is built by
-    `prepare()` or when it is needed, once, whichever thread comes first. Where `build_for` can do with less, it is not
-    needed for the first short texts. Safe to use from many threads.
+    `prepare()` or when it is needed, once, by whichever thread comes first. Where `build_for` gets by with less, it is
+    not needed for the first short texts. Safe to use from many threads.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Tokenizer:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Tokenizer:
-        """The tokenizer that lies in, or beside, an open checkpoint."""
+        """The tokenizer inside, or beside, an open checkpoint."""
         path = Path(checkpoint.path)
         if checkpoint.kind == "gguf":
             return cls.from_metadata(checkpoint.metadata, str(path))
@@ -104,7 +104,7 @@ class Tokenizer:
         return self
 
     def warm_up(self) -> None:
-        """Does what the first use would do, so that a thread can do it while weights load."""
+        """Does the work of the first use ahead of time, so that a thread can do it while weights load."""
         _ = self._core
 
     @property
@@ -139,8 +139,8 @@ class Tokenizer:
 
         add_special: with the bos and eos tokens around it that the model expects.
         parse_special: the names of special tokens in the text mean those tokens; False for text that others wrote.
-        continues: the text goes on from other text: nothing is put around it, not even the space with which
-        SentencePiece tokenizers begin.
+        continues: the text continues other text: nothing is put around it, not even the space that SentencePiece
+        tokenizers prepend.
         """
         if not isinstance(text, str):
             raise RequestError(f"the text to encode is of type {type(text).__name__}; it must be a str")
@@ -158,7 +158,7 @@ class Tokenizer:
         return decode_tokens(self._core, list(ids), skip_special, continues)
 
     def decoder(self, skip_special: bool = True, continues: bool = False) -> IncrementalDecoder:
-        """A decoder for a stream of ids; what it yields adds up to what `decode` gives."""
+        """A decoder for a stream of ids; its pieces add up to the result of `decode`."""
         return IncrementalDecoder(self._core, skip_special, continues)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -301,4 +301,4 @@ def _check_surrogates(text: str) -> None:
     except UnicodeEncodeError as error:
         character = f"U+{ord(text[error.start]):04X}"
         problem = f"has the lone surrogate {character} at {error.start}"
-        raise RequestError(f"the text {problem}; it must be Unicode text without surrogates") from error
+        raise RequestError(f"the text {problem}; expected Unicode text without surrogates") from error

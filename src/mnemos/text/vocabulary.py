@@ -86,7 +86,7 @@ class Vocabulary:
 def read_vocabulary(metadata: Mapping[str, Any], label: str, within: str | None = None) -> Vocabulary:
     """Reads and checks the vocabulary; `label` is the file, for errors.
 
-    within: the text in which all tokens occur that will be looked up, but for those that have a meaning by their names.
+    within: the text in which all tokens occur that will be looked up, except for those with a meaning by name.
     The metadata's strings must be StringArrays then; a vocabulary with empty ones is read as a whole all the same.
     """
     if within is not None:
@@ -157,7 +157,7 @@ def mark_special_tokens(vocabulary: Vocabulary, eos_id: int | None) -> tuple[Tok
     types, ids = vocabulary.types.copy(), vocabulary.ids
     ends = {ids[name] for name in END_NAMES if name in ids}
     if "</s>" in ids and types[ids["</s>"]] == TokenType.NORMAL:
-        ends.discard(ids["</s>"])  # in a vocabulary that does not mark it, it is a tag of HTML
+        ends.discard(ids["</s>"])  # in a vocabulary that does not mark it, it is an HTML tag
     for key, names in _FILL_ENDS:
         found = vocabulary.special_id(key, next((ids[name] for name in names if name in ids), None))
         if found is not None:
@@ -167,7 +167,7 @@ def mark_special_tokens(vocabulary: Vocabulary, eos_id: int | None) -> tuple[Tok
     stated = (eos_id, vocabulary.special_id("eot_token_id"), vocabulary.special_id("eom_token_id"))
     ends.update(token for token in stated if token is not None)
 
-    # In these formats such a token ends only a part of the answer.
+    # In these formats that token ends only part of the answer.
     named = {vocabulary.texts[token] for token in ends}
     if "<|end|>" in named and named & {"<|call|>", "<|calls|>"} and named & {"<|return|>", "<|flush|>"}:
         ends.discard(ids["<|end|>"])
