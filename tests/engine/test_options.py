@@ -126,3 +126,16 @@ def test_requests_without_a_config_get_the_engines() -> None:
         assert [token.token_id for token in engine.stream(PROMPT)] == wanted[len(PROMPT) :]
         assert engine.generate(PROMPT, max_new_tokens=2) == wanted[:-2]
         assert engine.generate(PROMPT, GenerationConfig(max_new_tokens=1)) == wanted[:-3]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"strategy": "greedy"}, {"temperature": 0}, {"do_sample": False}, {"penalty_alpha": 0.0, "do_sample": False}],
+)
+def test_the_engines_config_gives_way_to_another_kind_of_decoding(asked: dict[str, Any]) -> None:
+    default = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=4)
+    with InferenceEngine(ToyModel(), cache_tokens=4000, generation_config=default) as engine:
+        assert engine.generate(PROMPT, **asked) == PROMPT + toy_greedy(PROMPT, 4)
+        assert len(engine.generate(PROMPT, num_beams=2, seed=1)) == len(PROMPT) + 4
+        with pytest.raises(ConfigError, match="temperature"):
+            engine.generate(PROMPT, strategy="greedy", temperature=0.5)

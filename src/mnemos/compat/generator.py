@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mnemos.decoding.config import GenerationConfig, with_defaults
 from mnemos.engine.engine import InferenceEngine
 from mnemos.text.tokenizer import Tokenizer
 
@@ -45,15 +46,20 @@ class Generator:
         **overrides: Any,
     ) -> list[str]:
         """As `generate`, for many prompts, at most `batch_size` at once."""
-        sampling = {"temperature": temperature, "top_p": top_p, **overrides}
+        config = _config(temperature, top_p, overrides)
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
-        rows = self.engine.generate_batched(ids, max_new_tokens, batch_size, **sampling)
+        rows = self.engine.generate_batched(ids, max_new_tokens, batch_size, config)
         return [self.tokenizer.decode(row) for row in rows]
 
     def generate_stream(
         self, prompt: str, max_new_tokens: int = 50, temperature: float = 0.7, top_p: float = 0.9, **overrides: Any
     ) -> Iterator[int]:
         """The new tokens' ids as they come; `engine.stream` gives their texts too."""
-        sampling = {"temperature": temperature, "top_p": top_p, **overrides}
-        stream = self.engine.stream(prompt, max_new_tokens=max_new_tokens, **sampling)
+        config = _config(temperature, top_p, overrides)
+        stream = self.engine.stream(prompt, config, max_new_tokens=max_new_tokens)
         return (token.token_id for token in stream if token.token_id is not None)
+
+
+def _config(temperature: float, top_p: float, overrides: Mapping[str, Any]) -> GenerationConfig:
+    """Sampling, unless the caller asks for another kind of decoding."""
+    return with_defaults(GenerationConfig(temperature=temperature, top_p=top_p), **overrides)

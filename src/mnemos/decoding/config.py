@@ -228,3 +228,16 @@ def make_config(config: GenerationConfig | None = None, **overrides: Any) -> Gen
     if not isinstance(config, GenerationConfig):
         raise ConfigError(f"config is of type {type(config).__name__}; give a GenerationConfig")
     return config.with_overrides(**overrides) if overrides else config
+
+
+def with_defaults(defaults: GenerationConfig, **given: Any) -> GenerationConfig:
+    """`defaults` with what is given in their place.
+
+    Where that contradicts their kind of decoding (strategy="greedy" beside a default temperature, say), what they say
+    of sampling and search gives way. ConfigError for what is wrong in itself.
+    """
+    try:
+        return make_config(defaults, **given)
+    except ConfigError:
+        plain = {field.name: field.default for field in FIELDS if field.group in ("sampling", "search")}
+        return defaults.with_overrides(**{**plain, "strategy": None, "do_sample": None}).with_overrides(**given)
