@@ -52,6 +52,16 @@ inline void relax() {
 #endif
 }
 
+// Most waits are over before it is worth looking at the clock.
+template <typename Done>
+bool soon(const Done &done) {
+  for (int i = 0; i < 16; i++) {
+    if (done()) return true;
+    relax();
+  }
+  return false;
+}
+
 // Spins until done() or until it is time to sleep, by the clock: a pause takes 40 cycles on one processor and 140 on
 // another. After some microseconds it lets other threads of the core go first.
 template <typename Done>
@@ -84,8 +94,8 @@ int64_t Barrier::wait(int threads, const Complete &complete) {
   const uint32_t generation = generation_.load();
   if (arrived_.fetch_add(1) == threads - 1) {
     arrived_.store(0);
-    complete_ = Clock::now();
     complete();
+    if (sleepers_.load() > 0) complete_ = Clock::now();
     generation_.store(generation + 1);
     if (sleepers_.load() > 0) {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -94,15 +104,19 @@ int64_t Barrier::wait(int threads, const Complete &complete) {
     return 0;
   }
   const auto passed = [&] { return generation_.load() != generation; };
+  if (soon(passed)) return 0;
   const auto start = Clock::now();
-  if (!spin_until(passed, start, spin_inside_region)) {
+  auto end = start;
+  if (spin_until(passed, start, spin_inside_region)) {
+    end = Clock::now();
+  } else {
     std::unique_lock<std::mutex> lock(mutex_);
     sleepers_.fetch_add(1);
     wake_.wait(lock, passed);
     sleepers_.fetch_sub(1);
+    end = std::max(complete_, start + spin_inside_region);  // of another time if the last one came just now
   }
-  const auto waited = complete_ - start;  // not changed before this thread comes again
-  return waited > polite_after ? nanoseconds(waited).count() : 0;
+  return end - start > polite_after ? nanoseconds(end - start).count() : 0;
 }
 
 void Team::record(Clock::time_point now, nanoseconds took, nanoseconds waited, nanoseconds lost) {
@@ -194,9 +208,10 @@ struct Pool::Crew {
   // False if the thread is to leave.
   bool meet(int index) {
     const int64_t time = barrier.wait(team, [this] {
-      const auto took = nanoseconds(Clock::now() - begin).count(), all = waited.load(std::memory_order_relaxed);
-      const auto each = all / (team - 1);
-      if (each > nanoseconds(most_waiting).count() && static_cast<double>(each) > waiting_share * static_cast<double>(took)) team--;
+      const int64_t each = waited.load(std::memory_order_relaxed) / (team - 1);
+      if (each < nanoseconds(most_waiting).count()) return;
+      const auto took = static_cast<double>(nanoseconds(Clock::now() - begin).count());
+      if (static_cast<double>(each) > waiting_share * took) team--;
     });
     if (time > 0) {
       waited.fetch_add(time, std::memory_order_relaxed);
