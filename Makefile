@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip
 PIP_INSTALL := $(PIP) install -qq --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src/mnemos native -type f ! -name '*.so' ! -name '*.pyc' 2>/dev/null)
 
-.PHONY: help demo test quick lint pytest bench native sanitize test-neon clean
+.PHONY: help demo test quick lint pytest bench native native-tools native-tests sanitize test-neon wheel clean
 
 help:
 	@echo 'make demo    build Mnemos, fetch a small model once and let it answer a question'
@@ -14,6 +14,8 @@ help:
 	@echo 'make quick   ruff, mypy and the tests that need no PyTorch: before each commit'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make native  rebuild the native core in place, for work on it'
+	@echo 'make native-tests  build the checks of the native core that run outside Python'
+	@echo 'make wheel   build a wheel into dist/'
 	@echo 'make sanitize   run the native tests under AddressSanitizer and UBSan'
 	@echo 'make test-neon  run the Arm kernels under qemu-user (Debian: g++-aarch64-linux-gnu, qemu-user)'
 	@echo 'make bench   measure this machine with the small model'
@@ -31,7 +33,7 @@ lint: $(VENV)/.done-dev
 quick: lint
 	@echo '== pytest, without PyTorch' && $(BIN)/python -m pytest -n auto --without-torch -m 'not slow'
 
-pytest: $(VENV)/.done-dev
+pytest: $(VENV)/.done-dev native-tests
 	@echo '== pytest' && $(BIN)/python -m pytest
 
 bench: $(VENV)/.done-install
@@ -41,17 +43,31 @@ bench: $(VENV)/.done-install
 NATIVE_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(shell command -v $(PYTHON)))
 NATIVE_FLAGS ?=
 NATIVE_BUILD ?= build/native
-native:
-	@$(NATIVE_PYTHON) -m cmake --version >/dev/null 2>&1 || command -v cmake >/dev/null || $(NATIVE_PYTHON) -m pip install -qq cmake ninja nanobind
-	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake -S . -B $(NATIVE_BUILD) -G Ninja -DPython_EXECUTABLE="$(NATIVE_PYTHON)" $(NATIVE_FLAGS) >/dev/null
-	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake --build $(NATIVE_BUILD)
+NATIVE_CMAKE = PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake
+native: native-tools
+	@$(NATIVE_CMAKE) -S . -B $(NATIVE_BUILD) -G Ninja -DPython_EXECUTABLE="$(NATIVE_PYTHON)" $(NATIVE_FLAGS) >/dev/null
+	@$(NATIVE_CMAKE) --build $(NATIVE_BUILD)
 	@cd $(NATIVE_BUILD)/native && for file in _native*.so; do cp $$file $(CURDIR)/src/mnemos/.$$file.new && mv $(CURDIR)/src/mnemos/.$$file.new $(CURDIR)/src/mnemos/$$file; done
+
+# CMake, Ninja and nanobind, where they are not there.
+native-tools:
+	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" && command -v cmake >/dev/null && command -v ninja >/dev/null \
+		&& $(NATIVE_PYTHON) -c 'import nanobind' 2>/dev/null || $(NATIVE_PYTHON) -m pip install -qq cmake ninja nanobind
+
+# The programs of native/tests; tests/ops/test_tiles.py runs the one that is built here.
+native-tests: native-tools
+	@echo '== building the checks of the native core (a minute or two the first time)'
+	@$(NATIVE_CMAKE) -S . -B build/tests -G Ninja -DMNEMOS_TESTS=ON >/dev/null
+	@$(NATIVE_CMAKE) --build build/tests
+
+wheel: $(VENV)/.done-venv
+	@$(PIP) wheel -q --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # The operators' tests under AddressSanitizer and UBSan, with a build of their own that nothing else uses.
 SANITIZED := build/sanitize
-sanitize:
-	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE="$(NATIVE_PYTHON)" -DMNEMOS_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug >/dev/null
-	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" cmake --build $(SANITIZED)
+sanitize: native-tools
+	@$(NATIVE_CMAKE) -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE="$(NATIVE_PYTHON)" -DMNEMOS_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug >/dev/null
+	@$(NATIVE_CMAKE) --build $(SANITIZED)
 	@rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package && cp -r src/mnemos $(SANITIZED)/package/
 	@rm -f $(SANITIZED)/package/mnemos/_native*.so && cp $(SANITIZED)/native/_native*.so $(SANITIZED)/package/mnemos/
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
