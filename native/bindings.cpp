@@ -58,9 +58,9 @@ void translate(const std::exception_ptr &pointer, void *) {
 }
 
 // The kernels of the level in use; a level that has none of its own uses those of the next lower one.
-const Kernels &linear_kernels(Isa isa) {
+const ProductKernels &linear_kernels(Isa isa) {
   for (int level = static_cast<int>(isa); level >= 0; level--) {
-    if (const Kernels *kernels = find_kernels(isa_name(static_cast<Isa>(level)))) return *kernels;
+    if (const ProductKernels *kernels = find_kernels(isa_name(static_cast<Isa>(level)))) return *kernels;
   }
   throw unsupported_error("no kernels for matrix products run on this machine");
 }
@@ -85,7 +85,7 @@ const char *form_name(Form form) {
 }
 
 double measure_multiply_rate(Pool &pool, const std::string &isa, const std::string &form, int repeats) {
-  const Kernels *kernels = find_kernels(isa.c_str());
+  const ProductKernels *kernels = find_kernels(isa.c_str());
   if (kernels == nullptr) throw unsupported_error("there are no " + isa + " kernels for matrix products on this machine");
   for (Form known : {Form::f32, Form::bf16, Form::int8}) {
     if (form != form_name(known)) continue;
@@ -205,9 +205,9 @@ InputView input_view(nb::handle object) {
 }
 
 nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages, Ints page_positions,
-                     Ints page_starts, Ints logit_rows, nb::list inputs, bool best) {
+                     Ints page_starts, Ints logit_rows, nb::list inputs, bool argmax) {
   BatchView batch;
-  batch.best = best;
+  batch.argmax = argmax;
   batch.tokens = static_cast<int64_t>(positions.size());
   batch.chosen = static_cast<int64_t>(logit_rows.size());
   batch.sequences = static_cast<int64_t>(sequence_starts.size()) - 1;
@@ -311,19 +311,19 @@ PlainAttention::Heads heads_at(const HeadsAt &heads) {
 }
 
 void bind_relay(nb::module_ &m) {
-  nb::class_<Relay>(m, "Relay")
+  nb::class_<ForeignStep>(m, "ForeignStep")
       .def(nb::init<std::shared_ptr<Pool>>(), "pool"_a)
-      .def("add", [](Relay &relay, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
-        return relay.add(matrix, copy_vector(bias));
+      .def("add", [](ForeignStep &step, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
+        return step.add(matrix, copy_vector(bias));
       }, "matrix"_a, "bias"_a.none())
-      .def("replace", [](Relay &relay, int number, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
-        relay.replace(number, matrix, copy_vector(bias));
+      .def("replace", [](ForeignStep &step, int number, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
+        step.replace(number, matrix, copy_vector(bias));
       }, "number"_a, "matrix"_a, "bias"_a.none())
-      .def("multiply", [](Relay &relay, int number, uintptr_t x, int64_t rows, uintptr_t y) {
+      .def("multiply", [](ForeignStep &step, int number, uintptr_t x, int64_t rows, uintptr_t y) {
         nb::gil_scoped_release release_gil;
-        relay.multiply(number, at_address(x), rows, at_address(y));
+        step.multiply(number, at_address(x), rows, at_address(y));
       }, "number"_a, "x"_a, "rows"_a, "y"_a)
-      .def("attend", [](Relay &relay, const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> &sizes, const HeadsAt &q,
+      .def("attend", [](ForeignStep &step, const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> &sizes, const HeadsAt &q,
                         const HeadsAt &k, const HeadsAt &v, float scale, uintptr_t y) {
         PlainAttention a{};
         std::tie(a.batch, a.heads, a.kv_heads, a.count, a.head_dim) = sizes;
@@ -331,7 +331,7 @@ void bind_relay(nb::module_ &m) {
         a.scale = scale;
         a.y = at_address(y);
         nb::gil_scoped_release release_gil;
-        relay.attend(a);
+        step.attend(a);
       }, "sizes"_a, "q"_a, "k"_a, "v"_a, "scale"_a, "y"_a);
   m.def("copy_heads", [](int64_t batch, int64_t heads, int64_t width, const HeadsAt &from, const HeadsAt &to) {
     const PlainAttention::Heads source = heads_at(from);
@@ -412,8 +412,8 @@ void bind_program(nb::module_ &m) {
       .def("width", &Program::width, "value"_a)
       .def("finish", &Program::finish, "outputs"_a)
       .def("run", &run_program, "token_ids"_a, "positions"_a, "sequence_starts"_a, "pages"_a, "page_positions"_a,
-           "page_starts"_a, "logit_rows"_a, "inputs"_a, "best"_a = false)
-      .def_prop_ro("finds_best", &Program::finds_best)
+           "page_starts"_a, "logit_rows"_a, "inputs"_a, "argmax"_a = false)
+      .def_prop_ro("finds_argmax", &Program::finds_argmax)
       .def("poison", &Program::poison, "on"_a)
       .def("workspace_bytes", &Program::workspace_bytes, "tokens"_a, "chosen"_a)
       .def_prop_ro("tasks", &Program::tasks)

@@ -22,12 +22,12 @@ int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size
 
 }  // namespace
 
-Relay::Relay(std::shared_ptr<Pool> pool)
+ForeignStep::ForeignStep(std::shared_ptr<Pool> pool)
     : pool_(std::move(pool)), kernels_(vector_kernels(current_isa(OperatorClass::attention))), scores_(static_cast<size_t>(pool_->threads())) {}
 
-Relay::~Relay() { pool_->interrupt(); }
+ForeignStep::~ForeignStep() { pool_->interrupt(); }
 
-Relay::Link Relay::checked(MatrixPointer matrix, VectorPointer bias) const {
+ForeignStep::Link ForeignStep::checked(MatrixPointer matrix, VectorPointer bias) const {
   if (matrix->form != Form::f32) throw config_error("a product outside a program needs weights that are multiplied in float32");
   if (bias && static_cast<int64_t>(bias->size()) != matrix->rows) {
     throw config_error("a bias has " + std::to_string(bias->size()) + " values; its matrix has " + std::to_string(matrix->rows) +
@@ -36,12 +36,12 @@ Relay::Link Relay::checked(MatrixPointer matrix, VectorPointer bias) const {
   return {std::move(matrix), std::move(bias), -1, std::vector<int64_t>(static_cast<size_t>(pool_->threads()))};
 }
 
-Relay::Link &Relay::link(int number) {
+ForeignStep::Link &ForeignStep::link(int number) {
   if (number < 0 || static_cast<size_t>(number) >= links_.size()) throw config_error("there is no product " + std::to_string(number));
   return links_[static_cast<size_t>(number)];
 }
 
-int Relay::add(MatrixPointer matrix, VectorPointer bias) {
+int ForeignStep::add(MatrixPointer matrix, VectorPointer bias) {
   std::lock_guard<std::mutex> lock(mutex_);
   pool_->interrupt();
   links_.push_back(checked(std::move(matrix), std::move(bias)));
@@ -49,7 +49,7 @@ int Relay::add(MatrixPointer matrix, VectorPointer bias) {
   return static_cast<int>(links_.size()) - 1;
 }
 
-void Relay::replace(int number, MatrixPointer matrix, VectorPointer bias) {
+void ForeignStep::replace(int number, MatrixPointer matrix, VectorPointer bias) {
   std::lock_guard<std::mutex> lock(mutex_);
   pool_->interrupt();
   Link &place = link(number);
@@ -58,7 +58,7 @@ void Relay::replace(int number, MatrixPointer matrix, VectorPointer bias) {
   bytes_ += static_cast<int64_t>(place.matrix->bytes()) - old;
 }
 
-void Relay::multiply(int number, const float *x, int64_t rows, float *y) {
+void ForeignStep::multiply(int number, const float *x, int64_t rows, float *y) {
   std::lock_guard<std::mutex> lock(mutex_);
   Link &own = link(number);
   const Matrix &matrix = *own.matrix;
@@ -84,7 +84,7 @@ void Relay::multiply(int number, const float *x, int64_t rows, float *y) {
   fetch_ahead();
 }
 
-void Relay::attend(const PlainAttention &a) {
+void ForeignStep::attend(const PlainAttention &a) {
   if (a.batch < 0 || a.count < 1 || a.head_dim < 1 || a.kv_heads < 1 || a.heads % a.kv_heads != 0) {
     throw config_error("attention of " + std::to_string(a.heads) + " heads over " + std::to_string(a.kv_heads) + " with " +
                        std::to_string(a.count) + " keys of " + std::to_string(a.head_dim) + " values does not fit together");
@@ -109,7 +109,7 @@ void Relay::attend(const PlainAttention &a) {
 }
 
 // Every thread has a run of neighbouring items; who is done early helps the others.
-void Relay::share(int64_t items, const std::function<void(int64_t item, int thread)> &body) {
+void ForeignStep::share(int64_t items, const std::function<void(int64_t item, int thread)> &body) {
   struct alignas(64) Counter {
     std::atomic<int64_t> taken{0};
   };
@@ -125,7 +125,7 @@ void Relay::share(int64_t items, const std::function<void(int64_t item, int thre
   });
 }
 
-void Relay::fetch_ahead() {
+void ForeignStep::fetch_ahead() {
   if (last_ < 0) return;
   pool_->run_behind([this](int thread) {
     int64_t left = ahead_bytes;
@@ -137,7 +137,7 @@ void Relay::fetch_ahead() {
 }
 
 // Reads what the thread will multiply by, until `left` is used up. False if the thread is needed for something else.
-bool Relay::fetch(Link &link, int thread, int64_t *left) const {
+bool ForeignStep::fetch(Link &link, int thread, int64_t *left) const {
   const int64_t bytes = static_cast<int64_t>(link.matrix->bytes()), threads = pool_->threads();
   const int64_t begin = bytes * thread / threads / 64 * 64, own = bytes * (thread + 1) / threads / 64 * 64 - begin;
   int64_t &fetched = link.fetched[static_cast<size_t>(thread)];

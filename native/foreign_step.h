@@ -29,12 +29,12 @@ struct PlainAttention {
   float *y;  // (batch, heads, head_dim), contiguous
 };
 
-class Relay {
+class ForeignStep {
  public:
-  explicit Relay(std::shared_ptr<Pool> pool);
-  ~Relay();
-  Relay(const Relay &) = delete;
-  Relay &operator=(const Relay &) = delete;
+  explicit ForeignStep(std::shared_ptr<Pool> pool);
+  ~ForeignStep();
+  ForeignStep(const ForeignStep &) = delete;
+  ForeignStep &operator=(const ForeignStep &) = delete;
 
   // A product y = x W^T + bias; returns its number. Throws Error (config) if the matrix is not multiplied in float32, or
   // the bias does not fit.

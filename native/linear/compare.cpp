@@ -43,7 +43,7 @@ void fill(Matrix &matrix, Numbers numbers, Random random) {
 }
 
 // Rows are multiplied by so many at once.
-std::vector<float> product(const Kernels &kernels, const ProductShape &shape, Numbers numbers, int64_t together) {
+std::vector<float> product(const ProductKernels &kernels, const ProductShape &shape, Numbers numbers, int64_t together) {
   Random random{uint32_t(shape.type) * 977 + uint32_t(shape.tokens)};
   Matrix matrix(shape.type, shape.rows, shape.columns, false, kernels);
   place({&matrix});
@@ -71,16 +71,16 @@ bool same_bits(const std::vector<float> &a, const std::vector<float> &b) {
 
 }  // namespace
 
-bool same_products(const Kernels &one, const Kernels &other, const ProductShape &shape) {
+bool same_products(const ProductKernels &one, const ProductKernels &other, const ProductShape &shape) {
   const Numbers numbers = shape.type == WeightType::bf16 ? Numbers::whole : Numbers::any;
   return same_bits(product(one, shape, numbers, shape.tokens), product(other, shape, numbers, shape.tokens));
 }
 
-bool same_alone(const Kernels &kernels, const ProductShape &shape) {
+bool same_alone(const ProductKernels &kernels, const ProductShape &shape) {
   return same_bits(product(kernels, shape, Numbers::any, shape.tokens), product(kernels, shape, Numbers::any, 1));
 }
 
-bool same_products(const Kernels &one, const Kernels &other) {
+bool same_products(const ProductKernels &one, const ProductKernels &other) {
   for (WeightType type : {WeightType::q4_1, WeightType::q8_0, WeightType::q2_k, WeightType::q6_k})
     for (bool precise : {false, true})
       if (!same_products(one, other, {type, precise, 40, 256, 21, precise})) return false;

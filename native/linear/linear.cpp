@@ -56,7 +56,7 @@ std::shared_ptr<uint8_t> allocate(size_t bytes) {
 
 int64_t padded_columns(int64_t columns) { return (columns + 31) / 32 * 32; }
 
-Form form_of(const Layout &layout, const Kernels &kernels) {
+Form form_of(const Layout &layout, const ProductKernels &kernels) {
   if (layout.quantized()) return Form::int8;
   return layout.type == WeightType::bf16 ? kernels.bf16_form : Form::f32;
 }
@@ -75,7 +75,7 @@ size_t panel_bytes_of(const Layout &layout, int64_t columns) {
   return size_t((columns + 1) / 2) * 64;
 }
 
-Matrix::Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const Kernels &kernels)
+Matrix::Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const ProductKernels &kernels)
     : type(type),
       rows(rows),
       columns(columns),
@@ -103,7 +103,7 @@ size_t input_bytes(Form form, int64_t rows, int64_t columns) {
   return cells / 32 * (form == Form::int15 ? sizeof(QuantBlock<2>) : sizeof(QuantBlock<1>));
 }
 
-Input bind_input(const Kernels &kernels, Form form, int64_t rows, int64_t columns, void *workspace) {
+Input bind_input(const ProductKernels &kernels, Form form, int64_t rows, int64_t columns, void *workspace) {
   Input input{};
   input.form = form;
   input.rows = rows;
@@ -153,7 +153,7 @@ void weight_lengths(const Matrix &matrix, int64_t panel_begin, int64_t panel_end
   matrix.kernels.weight_lengths(matrix, panel_begin, panel_end, lengths);
 }
 
-int64_t multiply_registers(const Kernels &kernels, Form form, int64_t rounds) {
+int64_t multiply_registers(const ProductKernels &kernels, Form form, int64_t rounds) {
   return kernels.multiply_registers(form, rounds);
 }
 

@@ -27,12 +27,12 @@ int64_t block_columns(WeightType type);
 int64_t row_bytes(WeightType type, int64_t columns);
 
 // The kernels of one instruction set: "scalar", "avx2", "avxvnni", "avx512", "avx512_bf16", "amx"; "neon", "neon_i8mm".
-struct Kernels;
-const char *name_of(const Kernels &kernels);
+struct ProductKernels;
+const char *name_of(const ProductKernels &kernels);
 // Those that this machine can run, slowest first; "scalar" is always there.
-std::vector<const Kernels *> runnable_kernels();
+std::vector<const ProductKernels *> runnable_kernels();
 // Null if the name is unknown or the machine cannot run it.
-const Kernels *find_kernels(const char *name);
+const ProductKernels *find_kernels(const char *name);
 
 // What a product wants its input to be: float32; bfloat16; int8 in blocks of 32 columns, each with a float32 scale; or
 // the same with 15 bits, 128 times as fine, as two int8 parts. Quantized matrices can be multiplied by both of these.
@@ -46,13 +46,13 @@ class Matrix {
   public:
     // The bytes are undefined until `pack_panels` has run over all panels. `columns` must be a multiple of block_columns(type).
     // With `as_float32` the weights are expanded and multiplied in float32. A matrix has no bytes before `place`.
-    Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const Kernels &kernels);
+    Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const ProductKernels &kernels);
     Matrix(const Matrix &) = delete;
     Matrix &operator=(const Matrix &) = delete;
 
     const WeightType type;
     const int64_t rows, columns;
-    const Kernels &kernels;
+    const ProductKernels &kernels;
     const Layout &layout;
     const Form form;  // what its products want, at least
     // With `precise`, the finest form that its products can take.
@@ -147,7 +147,7 @@ struct Input {
     Form form;
     int64_t rows, columns;
     int64_t padded;        // columns, rounded up to what the form stores (a multiple of 32)
-    const Kernels *kernels;
+    const ProductKernels *kernels;
     float *values;         // f32: (rows, padded), zeros past `columns`
     uint16_t *halves;      // bf16: (rows, padded), zeros past `columns`
     uint8_t *blocks;       // int8, int15: (rows, padded / 32) of QuantBlock<1>, QuantBlock<2>
@@ -157,7 +157,7 @@ struct Input {
 
 // Bytes of workspace for `rows` rows; alignment 64.
 size_t input_bytes(Form form, int64_t rows, int64_t columns);
-Input bind_input(const Kernels &kernels, Form form, int64_t rows, int64_t columns, void *workspace);
+Input bind_input(const ProductKernels &kernels, Form form, int64_t rows, int64_t columns, void *workspace);
 // Fills rows row_begin to row_end from x (row t at x + t * x_stride). Rows are independent of each other.
 void prepare_rows(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end);
 // The same for some columns of these rows, which begin and end at multiples of 32; or end with the last column.
@@ -175,6 +175,6 @@ void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64
 
 // Multiplies what lies in registers and in the level-1 cache, as products with inputs of this form do (int15: as int8), `rounds`
 // times a tile of them. Returns how many multiply-adds that were.
-int64_t multiply_registers(const Kernels &kernels, Form form, int64_t rounds);
+int64_t multiply_registers(const ProductKernels &kernels, Form form, int64_t rounds);
 
 }  // namespace mnemos

@@ -208,6 +208,6 @@ int64_t multiply_in_tiles(Form form, int64_t rounds) {
 
 }  // namespace
 
-const Kernels amx_kernels{"amx", Form::bf16, prepare_all<Avx512Bf16>, multiply_amx, lengths_all<Avx512>, multiply_in_tiles};
+const ProductKernels amx_kernels{"amx", Form::bf16, prepare_all<Avx512Bf16>, multiply_amx, lengths_all<Avx512>, multiply_in_tiles};
 
 }  // namespace mnemos

@@ -3,6 +3,6 @@
 
 namespace mnemos {
 
-const Kernels avx2_kernels = kernels_of<Avx2>("avx2");
+const ProductKernels avx2_kernels = kernels_of<Avx2>("avx2");
 
 }  // namespace mnemos

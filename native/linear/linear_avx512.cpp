@@ -3,6 +3,6 @@
 
 namespace mnemos {
 
-const Kernels avx512_kernels = kernels_of<Avx512>("avx512");
+const ProductKernels avx512_kernels = kernels_of<Avx512>("avx512");
 
 }  // namespace mnemos

@@ -3,6 +3,6 @@
 
 namespace mnemos {
 
-const Kernels avx512bf16_kernels = kernels_of<Avx512Bf16>("avx512_bf16");
+const ProductKernels avx512bf16_kernels = kernels_of<Avx512Bf16>("avx512_bf16");
 
 }  // namespace mnemos

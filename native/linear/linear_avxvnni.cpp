@@ -3,6 +3,6 @@
 
 namespace mnemos {
 
-const Kernels avxvnni_kernels = kernels_of<AvxVnni>("avxvnni");
+const ProductKernels avxvnni_kernels = kernels_of<AvxVnni>("avxvnni");
 
 }  // namespace mnemos

@@ -3,6 +3,6 @@
 
 namespace mnemos {
 
-const Kernels neon_kernels = kernels_of<Neon>("neon");
+const ProductKernels neon_kernels = kernels_of<Neon>("neon");
 
 }  // namespace mnemos

@@ -134,6 +134,6 @@ int64_t multiply_in_pairs(Form form, int64_t rounds) {
 
 }  // namespace
 
-const Kernels neoni8mm_kernels{"neon_i8mm", Form::f32, prepare_all<Neon>, multiply_i8mm, lengths_all<Neon>, multiply_in_pairs};
+const ProductKernels neoni8mm_kernels{"neon_i8mm", Form::f32, prepare_all<Neon>, multiply_i8mm, lengths_all<Neon>, multiply_in_pairs};
 
 }  // namespace mnemos

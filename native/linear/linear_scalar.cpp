@@ -147,6 +147,6 @@ struct Scalar {
 
 }  // namespace
 
-const Kernels scalar_kernels = kernels_of<Scalar>("scalar");
+const ProductKernels scalar_kernels = kernels_of<Scalar>("scalar");
 
 }  // namespace mnemos

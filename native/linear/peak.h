@@ -30,7 +30,7 @@ inline void multiply_tiles(int64_t rounds, Sum start, Load load, Broadcast broad
   });
 }
 
-// As Kernels::multiply_registers.
+// As ProductKernels::multiply_registers.
 template <class S>
 int64_t multiply_registers(Form form, int64_t rounds) {
   constexpr int P = S::tile_panels, R = S::tile_rows, lanes = panel_rows;

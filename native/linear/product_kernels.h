@@ -5,7 +5,7 @@
 
 namespace mnemos {
 
-struct Kernels {
+struct ProductKernels {
   const char *name;
   Form bf16_form;       // what a bfloat16 matrix wants: bf16 where there is a bfloat16 dot product, else f32
   void (*prepare)(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end,
@@ -16,11 +16,11 @@ struct Kernels {
   int64_t (*multiply_registers)(Form form, int64_t rounds);
 };
 
-extern const Kernels scalar_kernels;
+extern const ProductKernels scalar_kernels;
 #if defined(__x86_64__)
-extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels, avx512bf16_kernels, amx_kernels;
+extern const ProductKernels avx2_kernels, avxvnni_kernels, avx512_kernels, avx512bf16_kernels, amx_kernels;
 #elif defined(__aarch64__)
-extern const Kernels neon_kernels, neoni8mm_kernels;
+extern const ProductKernels neon_kernels, neoni8mm_kernels;
 #endif
 
 }  // namespace mnemos

@@ -6,8 +6,8 @@
 
 namespace mnemos {
 
-std::vector<const Kernels *> runnable_kernels() {
-  std::vector<const Kernels *> kernels{&scalar_kernels};
+std::vector<const ProductKernels *> runnable_kernels() {
+  std::vector<const ProductKernels *> kernels{&scalar_kernels};
   const CpuFeatures &cpu = cpu_features();
 #if defined(__aarch64__)
   if (cpu.neon_dotprod) kernels.push_back(&neon_kernels);
@@ -24,10 +24,10 @@ std::vector<const Kernels *> runnable_kernels() {
   return kernels;
 }
 
-const char *name_of(const Kernels &kernels) { return kernels.name; }
+const char *name_of(const ProductKernels &kernels) { return kernels.name; }
 
-const Kernels *find_kernels(const char *name) {
-  for (const Kernels *kernels : runnable_kernels())
+const ProductKernels *find_kernels(const char *name) {
+  for (const ProductKernels *kernels : runnable_kernels())
     if (strcmp(kernels->name, name) == 0) return kernels;
   return nullptr;
 }

@@ -34,16 +34,16 @@ Input bound(const Step &step, const Matrix &matrix, Form form, int buffer, Rows 
 // For each row a number that, times the length of an output's weights, is no less than what its logit can change by.
 class MarginTask : public Task {
  public:
-  MarginTask(const Best &best, int margins, int found) : best_(best), margins_(margins), found_(found) {
-    reads = {best.fine, best.coarse};
+  MarginTask(const Argmax &argmax, int margins, int found) : argmax_(argmax), margins_(margins), found_(found) {
+    reads = {argmax.fine, argmax.coarse};
     writes = {margins, found};
   }
-  bool active(const Step &step) const override { return step.batch.best; }
-  int64_t items(const Step &step) const override { return step.rows(best_.rows); }
+  bool active(const Step &step) const override { return step.batch.argmax; }
+  int64_t items(const Step &step) const override { return step.rows(argmax_.rows); }
 
   void run(const Step &step, int64_t row, int thread) const override {
-    const Input fine = bound(step, *best_.matrix, Form::int15, best_.fine, best_.rows, thread);
-    const Input coarse = bound(step, *best_.matrix, Form::int8, best_.coarse, best_.rows, thread);
+    const Input fine = bound(step, *argmax_.matrix, Form::int15, argmax_.fine, argmax_.rows, thread);
+    const Input coarse = bound(step, *argmax_.matrix, Form::int8, argmax_.coarse, argmax_.rows, thread);
     const int64_t blocks = fine.padded / 32;
     const auto *x = reinterpret_cast<const QuantBlock<2> *>(fine.blocks) + row * blocks;
     const auto *rough = reinterpret_cast<const QuantBlock<1> *>(coarse.blocks) + row * blocks;
@@ -62,44 +62,44 @@ class MarginTask : public Task {
     const double rounding = std::ldexp(static_cast<double>(blocks + 8), -21);
     step.data(margins_, thread)[row] = static_cast<float>((std::sqrt(error) + rounding * std::sqrt(squares)) * 1.001);
     for (int owner = 0; owner < step.threads; owner++) {
-      found_by(step, found_, thread, owner, best_.rows)[row] = {-INFINITY, -INFINITY, none, 0};
+      found_by(step, found_, thread, owner, argmax_.rows)[row] = {-INFINITY, -INFINITY, none, 0};
     }
   }
 
  private:
-  const Best best_;
+  const Argmax argmax_;
   const int margins_, found_;
 };
 
-class BestTask : public Task {
+class ArgmaxTask : public Task {
  public:
-  BestTask(const Best &best, int margins, int found)
-      : best_(best), margins_(margins), found_(found), matrix_(*best.matrix),
+  ArgmaxTask(const Argmax &argmax, int margins, int found)
+      : argmax_(argmax), margins_(margins), found_(found), matrix_(*argmax.matrix),
         lengths_(std::make_unique<std::atomic<float>[]>(static_cast<size_t>(matrix_.panels() * panel_rows))) {
-    reads = {best.fine, best.coarse, margins};
+    reads = {argmax.fine, argmax.coarse, margins};
     writes = {found};
     for (int64_t i = 0; i < matrix_.panels() * panel_rows; i++) lengths_[static_cast<size_t>(i)].store(-1, std::memory_order_relaxed);
   }
-  bool active(const Step &step) const override { return step.batch.best; }
+  bool active(const Step &step) const override { return step.batch.argmax; }
   int64_t items(const Step &step) const override { return row_tiles(step) * groups(); }
   int64_t scratch_bytes(const BatchView &, int) const override {
     return (most_rows * outputs + panel_rows) * static_cast<int64_t>(sizeof(float));
   }
 
   void run(const Step &step, int64_t item, int thread) const override {
-    const int64_t rows = step.rows(best_.rows), tiles = row_tiles(step), tile = item / groups();
+    const int64_t rows = step.rows(argmax_.rows), tiles = row_tiles(step), tile = item / groups();
     const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
     const int64_t panel = item % groups() * most_panels, panel_end = std::min(panel + most_panels, matrix_.panels());
     const int64_t first = panel * panel_rows, count = std::min(panel_end * panel_rows, matrix_.rows) - first;
     float *rough = step.thread_scratch(thread), *fine = rough + most_rows * outputs;
-    const Input coarse_input = bound(step, matrix_, Form::int8, best_.coarse, best_.rows, thread);
-    const Input fine_input = bound(step, matrix_, Form::int15, best_.fine, best_.rows, thread);
+    const Input coarse_input = bound(step, matrix_, Form::int8, argmax_.coarse, argmax_.rows, thread);
+    const Input fine_input = bound(step, matrix_, Form::int15, argmax_.fine, argmax_.rows, thread);
     multiply(matrix_, coarse_input, begin, end, panel, panel_end, rough - begin * outputs - first, outputs, nullptr, 0);
     float lengths[outputs];
     find_lengths(panel, panel_end, lengths);
     const float longest = *std::max_element(lengths, lengths + count);
     const float *margins = step.data(margins_, thread);
-    Found *found = found_by(step, found_, thread, thread, best_.rows);
+    Found *found = found_by(step, found_, thread, thread, argmax_.rows);
     for (int64_t r = begin; r < end; r++) {
       const float *row = rough + (r - begin) * outputs, margin = margins[r];
       const float most = step.kernels->largest(row, count);
@@ -115,7 +115,7 @@ class BestTask : public Task {
 
  private:
   int64_t groups() const { return (matrix_.panels() + most_panels - 1) / most_panels; }
-  int64_t row_tiles(const Step &step) const { return (step.rows(best_.rows) + most_rows - 1) / most_rows; }
+  int64_t row_tiles(const Step &step) const { return (step.rows(argmax_.rows) + most_rows - 1) / most_rows; }
 
   // The lengths of these panels' rows of weights; computed by whoever needs them first, as often as it then happens.
   void find_lengths(int64_t panel, int64_t panel_end, float *lengths) const {
@@ -148,7 +148,7 @@ class BestTask : public Task {
     found->floor = std::max(found->floor, found->value);
   }
 
-  const Best best_;
+  const Argmax argmax_;
   const int margins_, found_;
   const Matrix &matrix_;
   const std::unique_ptr<std::atomic<float>[]> lengths_;
@@ -161,7 +161,7 @@ class PickTask : public Task {
     reads = {found};
     writes = {tokens};
   }
-  bool active(const Step &step) const override { return step.batch.best; }
+  bool active(const Step &step) const override { return step.batch.argmax; }
   int64_t items(const Step &step) const override { return step.rows(rows_) > 0 ? 1 : 0; }
 
   void run(const Step &step, int64_t, int thread) const override {
@@ -184,13 +184,13 @@ class PickTask : public Task {
 
 }  // namespace
 
-int64_t best_state_floats(int threads) { return threads * found_floats; }
+int64_t argmax_state_floats(int threads) { return threads * found_floats; }
 
-std::vector<std::unique_ptr<Task>> make_best(const Best &best, int margins, int found, int tokens) {
+std::vector<std::unique_ptr<Task>> make_argmax(const Argmax &argmax, int margins, int found, int tokens) {
   std::vector<std::unique_ptr<Task>> tasks;
-  tasks.push_back(std::make_unique<MarginTask>(best, margins, found));
-  tasks.push_back(std::make_unique<BestTask>(best, margins, found));
-  tasks.push_back(std::make_unique<PickTask>(best.rows, found, tokens));
+  tasks.push_back(std::make_unique<MarginTask>(argmax, margins, found));
+  tasks.push_back(std::make_unique<ArgmaxTask>(argmax, margins, found));
+  tasks.push_back(std::make_unique<PickTask>(argmax.rows, found, tokens));
   return tasks;
 }
 

@@ -60,7 +60,7 @@ struct Schedule {
   std::vector<BufferSpec> buffers;
   std::vector<int> input_buffers;   // of the graph's input operators, in order
   std::vector<int> output_buffers;  // of the graph's outputs
-  int best_buffer = -1;             // of the numbers of the rows' largest values of the last output, if tasks for that are there
+  int argmax_buffer = -1;             // of the numbers of the rows' largest values of the last output, if tasks for that are there
   std::vector<Attention> attentions;  // one for each tile set
 };
 

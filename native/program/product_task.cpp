@@ -21,8 +21,8 @@ int64_t tiles_of(int64_t count, int64_t size) { return (count + size - 1) / size
 
 class ProductTask : public Task {
  public:
-  ProductTask(std::vector<Product> products, int input, PreparedForm form, Rows rows, bool unless_best)
-      : products_(std::move(products)), input_(input), form_(form), rows_(rows), unless_best_(unless_best) {
+  ProductTask(std::vector<Product> products, int input, PreparedForm form, Rows rows, bool unless_argmax)
+      : products_(std::move(products)), input_(input), form_(form), rows_(rows), unless_argmax_(unless_argmax) {
     reads = {input};
     for (const Product &product : products_) {
       if (product.residual >= 0) {
@@ -37,7 +37,7 @@ class ProductTask : public Task {
     }
   }
 
-  bool active(const Step &step) const override { return !(unless_best_ && step.batch.best); }
+  bool active(const Step &step) const override { return !(unless_argmax_ && step.batch.argmax); }
   void plan(const Step &step) override {
     if (step.rows(rows_) == planned_rows_ && step.threads == planned_threads_) return;
     cut_ = cut_for(step), planned_rows_ = step.rows(rows_), planned_threads_ = step.threads;
@@ -157,7 +157,7 @@ class ProductTask : public Task {
   const int input_;
   const PreparedForm form_;
   const Rows rows_;
-  const bool unless_best_;
+  const bool unless_argmax_;
   bool pairs_only_ = false;  // pairs of panels are whole blocks of a form
   int64_t panel_tiles_[most_panels + 1] = {};  // of all products, by panels of an item
   int64_t planned_rows_ = -1;                  // the step's rows and threads for which the work is cut
@@ -168,8 +168,8 @@ class ProductTask : public Task {
 }  // namespace
 
 std::unique_ptr<Task> make_products(std::vector<Product> products, int input, PreparedForm form, Rows rows,
-                                    bool unless_best) {
-  return std::make_unique<ProductTask>(std::move(products), input, form, rows, unless_best);
+                                    bool unless_argmax) {
+  return std::make_unique<ProductTask>(std::move(products), input, form, rows, unless_argmax);
 }
 
 }  // namespace mnemos

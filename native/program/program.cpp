@@ -56,7 +56,7 @@ void Program::assign_slots() {
   }
   for (int b : schedule_.input_buffers) first[static_cast<size_t>(b)] = -1;
   for (int b : schedule_.output_buffers) last[static_cast<size_t>(b)] = count;
-  if (finds_best()) last[static_cast<size_t>(schedule_.best_buffer)] = count;
+  if (finds_argmax()) last[static_cast<size_t>(schedule_.argmax_buffer)] = count;
   std::vector<int> order(buffers.size());
   for (size_t b = 0; b < buffers.size(); b++) order[b] = static_cast<int>(b);
   std::stable_sort(order.begin(), order.end(),
@@ -187,7 +187,7 @@ int64_t Program::workspace_bytes(int64_t tokens, int64_t chosen) const {
 
 std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<InputView> &inputs) {
   if (!finished_) throw config_error("the program is still being recorded");
-  if (batch.best && !finds_best()) throw config_error("the program cannot find the best of its last output alone");
+  if (batch.argmax && !finds_argmax()) throw config_error("the program cannot find the best of its last output alone");
   check_batch(batch);
   check_inputs(batch, inputs);
   std::lock_guard<std::mutex> lock(mutex_);
@@ -225,8 +225,8 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
     outputs.push_back({pieces_[static_cast<size_t>(schedule_.output_buffers[i])].data, step.rows(value.rows), value.width,
                        value.type, workspace_});
   }
-  if (batch.best) {
-    const uint8_t *best = pieces_[static_cast<size_t>(schedule_.best_buffer)].data;
+  if (batch.argmax) {
+    const uint8_t *best = pieces_[static_cast<size_t>(schedule_.argmax_buffer)].data;
     outputs.back() = {best, outputs.back().rows, 1, ValueType::int32, workspace_};
   }
   return outputs;

@@ -55,13 +55,13 @@ class Program {
   void finish(std::vector<int> outputs);
 
   // Runs one step. The batch and the inputs are checked first: throws Error (request, config) before anything is changed.
-  // The views are overwritten by the next step. With `batch.best`, which needs finds_best(), there is in place of the last
+  // The views are overwritten by the next step. With `batch.argmax`, which needs finds_argmax(), there is in place of the last
   // output (rows, 1) the number of each row's largest value, of equal ones the lowest, or -1 where none is above minus
   // infinity or one is not a number below infinity.
   std::vector<OutputView> run(const BatchView &batch, const std::vector<InputView> &inputs);
 
   // Whether the largest values of the last output can be found without all others.
-  bool finds_best() const { return schedule_.best_buffer >= 0; }
+  bool finds_argmax() const { return schedule_.argmax_buffer >= 0; }
 
   // Fills the workspace with NaN before each step, so that a read of what was not written shows.
   void poison(bool on) { poison_ = on; }

@@ -227,12 +227,12 @@ class Scheduler {
     if (form_of(i).form == Form::int15 && has_weight_lengths(*op(i).matrix)) head_ = i;
   }
 
-  void schedule_best(int i, int fine) {
+  void schedule_argmax(int i, int fine) {
     const Rows rows = value(op(i).outputs[0]).rows;
     const int coarse = prepared(op(i).inputs[0], coarse_form(i));
-    const int margins = float_buffer(rows, 1), found = float_buffer(rows, best_state_floats(threads_));
-    schedule_.best_buffer = float_buffer(rows, 1);
-    for (auto &task : make_best({op(i).matrix, fine, coarse, rows}, margins, found, schedule_.best_buffer)) add(std::move(task));
+    const int margins = float_buffer(rows, 1), found = float_buffer(rows, argmax_state_floats(threads_));
+    schedule_.argmax_buffer = float_buffer(rows, 1);
+    for (auto &task : make_argmax({op(i).matrix, fine, coarse, rows}, margins, found, schedule_.argmax_buffer)) add(std::move(task));
   }
 
   // The buffer with `x` in that form; made by a task of its own, once for all products, whatever forms they want.
@@ -282,7 +282,7 @@ class Scheduler {
     const int input = prepared(x, form);
     if (i == head_) {
       add(make_products({make_product(i)}, input, form, value(x).rows, true));
-      return schedule_best(i, input);
+      return schedule_argmax(i, input);
     }
     std::vector<Product> products{make_product(i)};
     for (int j = i + 1; j < static_cast<int>(graph_.operators.size()); j++) {

@@ -20,7 +20,7 @@ struct BatchView {
   int64_t tokens = 0, chosen = 0, sequences = 0, table_pages = 0;
   const int32_t *token_ids = nullptr, *positions = nullptr, *sequence_starts = nullptr;
   const int32_t *pages = nullptr, *page_positions = nullptr, *page_starts = nullptr, *logit_rows = nullptr;
-  bool best = false;  // nothing but the number of the largest logit is wanted of each row; see Program::finds_best
+  bool argmax = false;  // nothing but the number of the largest logit is wanted of each row; see Program::finds_argmax
 };
 
 // A piece of the workspace. With `copies` every thread has its own, filled by itself.

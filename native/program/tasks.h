@@ -41,7 +41,7 @@ std::unique_ptr<Task> make_norm(Norm norm, int x, int y, int64_t width, Rows row
 // The form in which one or several products want the same rows.
 struct PreparedForm {
   Form form;
-  const Kernels *kernels;
+  const ProductKernels *kernels;
   int64_t columns;
   bool operator==(const PreparedForm &o) const {
     return form == o.form && kernels == o.kernels && columns == o.columns;
@@ -69,20 +69,20 @@ struct Product {
   int residual = -1;             // buffer that is added to; not with a form of y
   Target y;
 };
-// unless_best: not where only the best of the results are wanted.
+// unless_argmax: not where only the best of the results are wanted.
 std::unique_ptr<Task> make_products(std::vector<Product> products, int input, PreparedForm form, Rows rows,
-                                    bool unless_best = false);
+                                    bool unless_argmax = false);
 
 // Finds the largest of a matrix's products with each row, without computing all of them.
-struct Best {
+struct Argmax {
   MatrixPointer matrix;  // one that has weight lengths
   int fine, coarse;      // buffers with the rows as int15 and as int8
   Rows rows;
 };
-// margins: a float a row; found: best_state_floats a row; tokens: the number of each row's largest product, of equal ones the
+// margins: a float a row; found: argmax_state_floats a row; tokens: the number of each row's largest product, of equal ones the
 // lowest, or -1 if none is above minus infinity, or some one is not a number below infinity.
-std::vector<std::unique_ptr<Task>> make_best(const Best &best, int margins, int found, int tokens);
-int64_t best_state_floats(int threads);
+std::vector<std::unique_ptr<Task>> make_argmax(const Argmax &argmax, int margins, int found, int tokens);
+int64_t argmax_state_floats(int threads);
 
 // Cosines and sines by position, computed once and extended as positions grow (between steps, by one thread).
 class RopeTable {

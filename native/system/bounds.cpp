@@ -40,7 +40,7 @@ double read_bandwidth(Pool &pool, int64_t bytes, int repeats) {
   return total.load() == static_cast<uint64_t>(repeats) * count ? best : 0;
 }
 
-double multiply_rate(Pool &pool, const Kernels &kernels, Form form, int repeats) {
+double multiply_rate(Pool &pool, const ProductKernels &kernels, Form form, int repeats) {
   constexpr int64_t rounds = 200'000;  // about a millisecond
   std::atomic<int64_t> products{0};
   double best = 0;

@@ -13,6 +13,6 @@ double read_bandwidth(Pool &pool, int64_t bytes, int repeats);
 
 // Multiply-adds a second that all threads of the pool reach together with products of this form, if these wait for nothing: the
 // best of `repeats` times.
-double multiply_rate(Pool &pool, const Kernels &kernels, Form form, int repeats);
+double multiply_rate(Pool &pool, const ProductKernels &kernels, Form form, int repeats);
 
 }  // namespace mnemos

@@ -57,7 +57,7 @@ std::vector<uint8_t> weight_bytes(WeightType type, int64_t rows, int64_t columns
   return bytes;
 }
 
-double time_product(const Kernels &kernels, WeightType type, int64_t rows) {
+double time_product(const ProductKernels &kernels, WeightType type, int64_t rows) {
   constexpr int64_t outputs = 256, columns = 512;
   Matrix matrix(type, outputs, columns, false, kernels);
   place({&matrix});
@@ -105,7 +105,7 @@ double time_rows(const VectorKernels &kernels, const Cache &cache, int64_t posit
 
 }  // namespace
 
-double time_products(const Kernels &kernels, bool quantized) {
+double time_products(const ProductKernels &kernels, bool quantized) {
   const DenormalsAreZero denormals;
   // Without minima, with them, with two scales a block.
   static const std::vector<WeightType> quantized_types{WeightType::q8_0, WeightType::q4_k, WeightType::q6_k};

@@ -8,7 +8,7 @@ namespace mnemos {
 
 // Seconds of one thread with what fits into its caches: the geometric mean of products of one row and of many with some
 // storage types, quantized ones or floats. The median of a few runs each.
-double time_products(const Kernels &kernels, bool quantized);
+double time_products(const ProductKernels &kernels, bool quantized);
 
 // The same for attention of one token and of many after a few hundred positions, over a cache in bfloat16 or in float16.
 double time_attention(const VectorKernels &kernels, bool bfloats);

@@ -176,13 +176,13 @@ void multiply_wrongly(const Matrix &matrix, const Input &input, int64_t row_begi
 // Few rows of bfloat16 weights have another order of sums than many.
 void multiply_rows_otherwise(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                              int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
-  const Kernels &kernels = row_end - row_begin < 8 ? avx512bf16_kernels : amx_kernels;
+  const ProductKernels &kernels = row_end - row_begin < 8 ? avx512bf16_kernels : amx_kernels;
   kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts, start_stride);
 }
 
 void check_selection() {
   expect(same_products(amx_kernels, avx512bf16_kernels), "the check at start refuses right kernels");
-  Kernels wrong = amx_kernels;
+  ProductKernels wrong = amx_kernels;
   wrong.multiply = multiply_wrongly;
   expect(!same_products(wrong, avx512bf16_kernels), "the check at start lets a wrong bit pass");
   wrong.multiply = multiply_rows_otherwise;

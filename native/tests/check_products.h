@@ -8,7 +8,7 @@
 namespace mnemos {
 
 // How many products differ.
-inline int check_products(const Kernels &one, const Kernels &other) {
+inline int check_products(const ProductKernels &one, const ProductKernels &other) {
   int64_t count = 0;
   int failures = 0;
   for (int32_t number = 0; number < 64; number++)

@@ -36,7 +36,7 @@ struct AlignedDelete {
 };
 
 void check(WeightType type, bool as_float32, bool precise, int64_t rows, int64_t columns, int64_t tokens,
-           const Kernels &kernels) {
+           const ProductKernels &kernels) {
   Random random{uint32_t(type) + 1};
   std::vector<uint8_t> raw(size_t(row_bytes(type, columns) * rows));
   for (uint8_t &byte : raw) byte = uint8_t((random.next() >> 16) % 0x34);  // floats below 0.25
@@ -66,11 +66,11 @@ void check(WeightType type, bool as_float32, bool precise, int64_t rows, int64_t
 }  // namespace
 
 int main(int count, char **arguments) {
-  const Kernels *kernels = count >= 2 ? find_kernels(arguments[1]) : nullptr;
-  const Kernels *others = count == 3 ? find_kernels(arguments[2]) : nullptr;
+  const ProductKernels *kernels = count >= 2 ? find_kernels(arguments[1]) : nullptr;
+  const ProductKernels *others = count == 3 ? find_kernels(arguments[2]) : nullptr;
   if (kernels == nullptr || (count > 2 && others == nullptr)) {
     fprintf(stderr, "usage: hash_products KERNELS [OTHERS]; this machine can run:");
-    for (const Kernels *one : runnable_kernels()) fprintf(stderr, " %s", name_of(*one));
+    for (const ProductKernels *one : runnable_kernels()) fprintf(stderr, " %s", name_of(*one));
     fprintf(stderr, "\n");
     return 2;
   }

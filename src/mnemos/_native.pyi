@@ -142,16 +142,16 @@ class Program:
         page_starts: Ints,
         logit_rows: Ints,
         inputs: list[npt.NDArray[Any]],
-        best: bool = False,
+        argmax: bool = False,
     ) -> list[npt.NDArray[Any]]:
         """One step on a checked batch; the results are views that the next step overwrites.
 
-        best: in place of the last output (rows, 1) int32, the number of each row's largest value, of equal ones the
+        argmax: in place of the last output (rows, 1) int32, the number of each row's largest value, of equal ones the
         lowest, or -1 where none is above minus infinity or some one is not a number below infinity.
         """
 
     @property
-    def finds_best(self) -> bool: ...
+    def finds_argmax(self) -> bool: ...
     def poison(self, on: bool) -> None:
         """Fills the workspace with NaN before each step, to find reads of what was not written."""
 
@@ -164,7 +164,7 @@ class Program:
     def barriers(self) -> int:
         """Meetings of all threads in a step of one token."""
 
-class Relay:
+class ForeignStep:
     """Operators of a pass that somebody else runs, one call each. Addresses are those of float32 values in memory.
 
     Between two products the pool's other threads read what the next one will need, by the order of the last pass.
@@ -194,7 +194,7 @@ class Relay:
         """
 
 def copy_heads(batch: int, heads: int, width: int, source: tuple[int, int, int], target: tuple[int, int, int]) -> None:
-    """Copies (batch, heads, width) values between memory given as in Relay.attend."""
+    """Copies (batch, heads, width) values between memory given as in ForeignStep.attend."""
 
 def rms_norm(x: int, weight: int, epsilon: float, y: int, rows: int, width: int) -> None:
     """y = x / rms(x) * weight for contiguous rows at these addresses."""

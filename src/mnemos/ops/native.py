@@ -23,7 +23,7 @@ from mnemos.rules import COUNT
 require_core()  # whoever imports this wants it
 NATIVE_DTYPES = ("auto", "float32")
 # Rows from which on it is faster to find the most probable tokens without all logits; fewer wait for memory anyway.
-BEST_ALONE_FROM = 8
+ARGMAX_ALONE_FROM = 8
 _NO_INTS = np.zeros(0, dtype=np.int32)
 _STARTS = np.zeros(1, dtype=np.int32)
 
@@ -132,9 +132,9 @@ class NativeOps:
         self.finish()
 
         def step(batch: Batch) -> Output:
-            if batch.greedy and program.finds_best and len(batch.logit_rows) >= BEST_ALONE_FROM:
-                hidden, best = _run(program, batch, [], best=True)
-                tokens = best[:, 0]
+            if batch.greedy and program.finds_argmax and len(batch.logit_rows) >= ARGMAX_ALONE_FROM:
+                hidden, numbers = _run(program, batch, [], argmax=True)
+                tokens = numbers[:, 0]
                 if (tokens >= 0).all():
                     return Output(np.empty((len(tokens), 0), dtype=np.float32), hidden, tokens)
                 # Some row has no most probable token: whoever chooses has to see why.
@@ -254,7 +254,7 @@ class NativeOps:
 
 
 def _run(
-    program: _native.Program, batch: Batch, inputs: list[npt.NDArray[Any]], best: bool = False
+    program: _native.Program, batch: Batch, inputs: list[npt.NDArray[Any]], argmax: bool = False
 ) -> list[npt.NDArray[Any]]:
     return program.run(
         batch.token_ids,
@@ -265,7 +265,7 @@ def _run(
         batch.page_starts,
         batch.logit_rows,
         inputs,
-        best,
+        argmax,
     )
 
 

@@ -27,7 +27,7 @@ class NativeOperators:
     def __init__(self, threads: int) -> None:
         self._pool = _native.shared_pool(min(threads, _native.usable_cores()))
         settle_levels()
-        self._relay = _native.Relay(self._pool)
+        self._step = _native.ForeignStep(self._pool)
         self._unpacked: list[tuple[Any, Any, Any, bool]] = []
 
     @staticmethod
@@ -46,10 +46,10 @@ class NativeOperators:
         self._unpacked.append((matrix, stored, None, False))
         offset = None if bias is None else bias.detach().contiguous().numpy()
         if number is None:
-            number = self._relay.add(matrix, offset)
+            number = self._step.add(matrix, offset)
         else:
-            self._relay.replace(number, matrix, offset)
-        own, multiply, empty_like = number, self._relay.multiply, torch.empty_like
+            self._step.replace(number, matrix, offset)
+        own, multiply, empty_like = number, self._step.multiply, torch.empty_like
         # The shape of the last input, and what a result for it looks like: empty_like is faster than empty.
         last: tuple[torch.Size | None, Tensor] = (None, torch.empty(0))
 
@@ -107,7 +107,7 @@ class NativeOperators:
         if not fits:
             return None
         y = query.new_empty((batch, heads, 1, head_dim))
-        self._relay.attend(
+        self._step.attend(
             (batch, heads, kv_heads, count, head_dim),
             (query.data_ptr(), steps[0], steps[1]),
             (key.data_ptr(), key_steps[0], key_steps[1]),

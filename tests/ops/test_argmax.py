@@ -30,9 +30,9 @@ class Head:
         x = self.program.rows(self.program.input(weight.columns, integers=False))
         self.program.finish([x, self.program.linear(x, self.matrix, bias)])
 
-    def run(self, x: np.ndarray, best: bool) -> np.ndarray:
+    def run(self, x: np.ndarray, argmax: bool) -> np.ndarray:
         rows = np.arange(len(x), dtype=np.int32)
-        results = self.program.run(rows, rows, STARTS, NO_PAGES, NO_PAGES, STARTS, rows, [x], best)
+        results = self.program.run(rows, rows, STARTS, NO_PAGES, NO_PAGES, STARTS, rows, [x], argmax)
         return results[1].copy()
 
 
@@ -49,10 +49,10 @@ def test_found_alone_as_among_all(isa: str, kind: TensorType) -> None:
     columns = 576 if kind.block[0] == 32 else 1536
     for rows, vocabulary in ((1, 100), (9, 1000), (300, 77)):
         head = Head(random_weight(kind, vocabulary, columns))
-        assert head.program.finds_best
+        assert head.program.finds_argmax
         x = states(max(rows, 2), columns)[:rows]
-        logits = head.run(x, best=False)
-        np.testing.assert_array_equal(head.run(x, best=True)[:, 0], logits.argmax(axis=1))
+        logits = head.run(x, argmax=False)
+        np.testing.assert_array_equal(head.run(x, argmax=True)[:, 0], logits.argmax(axis=1))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -66,8 +66,8 @@ def test_of_equal_logits_the_first(isa: str, threads: int) -> None:
     weight = Tensor("weight", Kind.Q8_0, (len(data), columns), data.reshape(-1))
     head = Head(weight, threads=min(threads, _native.usable_cores()))
     x = states(40, columns)
-    logits = head.run(x, best=False)
-    np.testing.assert_array_equal(head.run(x, best=True)[:, 0], logits.argmax(axis=1))
+    logits = head.run(x, argmax=False)
+    np.testing.assert_array_equal(head.run(x, argmax=True)[:, 0], logits.argmax(axis=1))
 
 
 def test_rows_without_a_most_probable_token_say_so(isa: str) -> None:
@@ -77,9 +77,9 @@ def test_rows_without_a_most_probable_token_say_so(isa: str) -> None:
     x = states(20, 64)
     x[3, 7] = np.nan
     x[5, 9] = np.inf
-    found = Head(weight).run(x, best=True)[:, 0]
+    found = Head(weight).run(x, argmax=True)[:, 0]
     assert (found[[3, 5]] == -1).all() and (np.delete(found, [3, 5]) >= 0).all()
-    assert (Head(Tensor("weight", Kind.Q8_0, (200, 64), broken.reshape(-1))).run(x, best=True) == -1).all()
+    assert (Head(Tensor("weight", Kind.Q8_0, (200, 64), broken.reshape(-1))).run(x, argmax=True) == -1).all()
 
 
 def test_only_where_there_are_bounds(isa: str) -> None:
@@ -89,6 +89,6 @@ def test_only_where_there_are_bounds(isa: str) -> None:
         Head(random_weight(Kind.Q4_1, 64, 64)),
         Head(random_weight(Kind.F16, 64, 64)),
     ):
-        assert not head.program.finds_best
+        assert not head.program.finds_argmax
         with pytest.raises(ConfigError, match="best of its last output"):
-            head.run(states(2, 64), best=True)
+            head.run(states(2, 64), argmax=True)
