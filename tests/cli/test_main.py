@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,13 @@ def test_signals_do_not_leave_their_mark_on_threads() -> None:
     thread.join()
     assert codes == [0]
     assert main_module.TERMINATED == 143
+
+
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(arguments: object) -> int:
+        warnings.warn("the file says\nsomething odd", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("mnemos.cli.models.run", run)
+    assert main(["models"]) == 0
+    assert capsys.readouterr().err == "mnemos: warning: the file says something odd\n"

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -89,7 +90,9 @@ def _run(words: list[str]) -> int:
     arguments = _parser(words).parse_args(words)
     _prepare_streams()
     try:
-        code: int = arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -103,6 +106,10 @@ def _run(words: list[str]) -> int:
             raise
         print(f"mnemos: error: {_one_line(error)}", file=sys.stderr)
         return USAGE if isinstance(error, ConfigError) else FAILURE
+
+
+def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    print(f"mnemos: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def _parser(words: Sequence[str]) -> Parser:

@@ -172,7 +172,7 @@ class TorchOps:
         return F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        groups = x.float().unflatten(-1, (-1, len(weight)))
+        groups = x.float().view(*x.shape[:-1], -1, len(weight))
         normal = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + epsilon)
         return (normal * weight).to(x.dtype).view(x.shape)
 
@@ -184,7 +184,7 @@ class TorchOps:
         frequencies = torch.from_numpy(params.frequencies).to(x.device)
         angles = positions.to(torch.float32)[:, None, None] * frequencies
         cos, sin = angles.cos() * params.magnitude, angles.sin() * params.magnitude
-        heads = x.unflatten(-1, (-1, params.head_dim)).float()
+        heads = x.view(*x.shape[:-1], -1, params.head_dim).float()
         first, second, rest = (heads[..., a:b] for a, b in ((0, half), (half, 2 * half), (2 * half, None)))
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
         return rotated.to(x.dtype).view(x.shape)
