@@ -134,7 +134,7 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(fields):
     "fields", [{"json_schema": {"$ref": "#"}}, {"grammar": "start: start"}, {"regex": r"[^\s\S]"}], ids=str
 )
 def test_what_no_text_follows_is_said_to_be_so(fields):
-    with pytest.raises(ConfigError, match="no text follows it, or only by rules that never come to an end"):
+    with pytest.raises(ConfigError, match="no text follows it, or only by rules that never terminate"):
         constrained(**fields)
 
 

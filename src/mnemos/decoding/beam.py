@@ -24,11 +24,11 @@ from mnemos.errors import RequestError
 
 @dataclass(frozen=True)
 class BeamSettings:
-    """beams in all, in `groups` groups; `results` texts of at most `most` tokens are returned.
+    """`beams` in total, in `groups` groups; returns `results` texts of at most `most` tokens.
 
     seed         None for a deterministic search
     logprobs     the number of most probable tokens to report, None for no log probabilities
-    pad_id       the token that a finished group counts as choosing, for the diversity of later groups
+    pad_id       the token that a finished group is taken to choose when later groups are penalised for diversity
     stop_tokens  how many tokens end a text
     """
 
@@ -75,7 +75,7 @@ class _Hypothesis:
 
 @dataclass
 class _Group:
-    """The beams that compete with each other, and the best finished texts among theirs."""
+    """Beams that compete with one another, and the best texts that they have finished."""
 
     settings: BeamSettings
     beams: list[_Beam]
@@ -83,7 +83,7 @@ class _Group:
     done: bool = False
 
     def add(self, hypothesis: _Hypothesis) -> None:
-        """Keeps it if it is among the best group_size; of equals the one found first."""
+        """Keeps it if it is among the best group_size; of equal ones the first found wins."""
         self.hypotheses.append(hypothesis)
         if len(self.hypotheses) > self.settings.group_size:
             worst = min(h.score for h in self.hypotheses[:-1])
@@ -93,7 +93,7 @@ class _Group:
                 self.hypotheses.pop()
 
     def is_settled(self, best: float, generated: int) -> bool:
-        """True if no text under way, the best of them with the sum `best`, can still become better than those found."""
+        """True if no unfinished text, of which the best has the sum `best`, can still beat the finished ones."""
         settings = self.settings
         if len(self.hypotheses) < settings.group_size:
             return False
@@ -105,7 +105,7 @@ class _Group:
 
 
 class BeamSearch:
-    """The strategy of all beam searches. Everything is returned at the end."""
+    """The strategy for every kind of beam search. All results are returned at the end."""
 
     needs_all_prompt_rows = False
 
@@ -149,7 +149,7 @@ class BeamSearch:
         return Advance([beam.branch for group in self._groups if not group.done for beam in group.beams])
 
     def _select(self, group: _Group, rows: Mapping[Branch, Rows], chosen: list[int]) -> list[_Candidate]:
-        """The candidates that go on; those that are an end become hypotheses, if they are among the best group_size."""
+        """The candidates that continue; those that end become hypotheses if among the best group_size."""
         size = self._settings.group_size
         kept: list[_Candidate] = []
         candidates = self._candidates(group, rows, chosen)
@@ -164,13 +164,13 @@ class BeamSearch:
                 group.add(self._hypothesis(candidate, rows[parent.branch].logits[-1], *end))
             if len(kept) == size:
                 break
-        # As Hugging Face does it: among groups, a text that has just ended counts as one under way.
+        # As in Hugging Face: with several groups, a text that has just ended still counts as unfinished.
         leading = candidates if self._settings.groups > 1 else kept
         group.done = not kept or group.is_settled(float(leading[0].score), self._generated)
         return kept
 
     def _candidates(self, group: _Group, rows: Mapping[Branch, Rows], chosen: list[int]) -> list[_Candidate]:
-        """The best continuations of the group's beams, best first: enough that group_size of them are no ends."""
+        """The best continuations of the group's beams, best first: enough of them that group_size do not end a text."""
         count = max(2, 1 + self._settings.stop_tokens) * self._settings.group_size
         found = []
         for number, beam in enumerate(group.beams):
@@ -200,13 +200,13 @@ class BeamSearch:
         return np.asarray(shifted + beam.score, dtype=np.float32)
 
     def _noisy(self, scores: Floats, beam: _Beam, number: int) -> Floats:
-        """Scores with Gumbel noise, whose largest are a sample without replacement; noise depends on seed and place."""
+        """Scores with Gumbel noise, a function of seed and position: the largest are a sample without replacement."""
         key = np.array([self._settings.seed, len(beam.history.tokens) << 16 | number], np.uint64)
         uniform = np.random.Generator(np.random.Philox(key=key)).random(len(scores))
         return np.asarray(scores - np.log(-np.log(uniform + 1e-300)), dtype=np.float32)
 
     def _grow(self, extended: list[tuple[_Group, list[_Candidate]]], rows: Mapping[Branch, Rows]) -> None:
-        """Makes the next beams. A branch goes on with the first of its continuations; forks of it carry the others."""
+        """Makes the next beams. A branch takes the first of its continuations; forks of it take the others."""
         continued: set[Branch] = set()
         for group, kept in extended:
             group.beams = []
@@ -216,7 +216,7 @@ class BeamSearch:
                 continued.add(parent)
                 group.beams.append(self._next_beam(candidate, branch, rows[parent].logits[-1]))
         for group, _ in extended:
-            for beam in group.beams:  # only now, when every fork is made
+            for beam in group.beams:  # only now that every fork exists
                 beam.branch.tokens.append(beam.history.tokens[-1])
 
     def _next_beam(self, candidate: _Candidate, branch: Branch, row: Floats) -> _Beam:

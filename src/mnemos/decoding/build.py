@@ -27,12 +27,12 @@ if TYPE_CHECKING:  # a process that only samples starts faster without the other
     from mnemos.decoding.beam import BeamSearch
     from mnemos.decoding.contrastive import ContrastiveSearch
 
-_OPENERS = "\n\t([{<\"'`*_-/\u201c\u2018\u00ab"  # what a word may follow without a space
-_SAMPLERS_OWN = ("temperature", "top_k", "top_p", "min_p")  # what `choice.sample` does by itself
+_OPENERS = "\n\t([{<\"'`*_-/\u201c\u2018\u00ab"  # a word may follow these without a space
+_SAMPLERS_OWN = ("temperature", "top_k", "top_p", "min_p")  # `choice.sample` applies these itself
 
 
 class TokenizerLike(Protocol):
-    """What strategies need of a tokenizer."""
+    """The part of a tokenizer that strategies use."""
 
     @property
     def vocabulary_size(self) -> int: ...
@@ -110,8 +110,8 @@ def make_strategy(
     spec: ModelSpec,
     source: Sequence[int] | None = None,
 ) -> Strategy:
-    """The strategy that runs one request. `prompt_ids` are as `fit_prompt` returned them; `source` is what an encoder
-    read instead, if the model has one.
+    """The strategy that runs one request. `prompt_ids` are as `fit_prompt` returned them; `source` is the encoder's
+    input, if the model has an encoder.
 
     Without a tokenizer, stop strings, bad words and constraints are refused. Raises RequestError or ContextLengthError
     for a request that this model cannot run.
@@ -252,7 +252,7 @@ class _Builder:
         )
 
     def _token_rules(self) -> TokenRules:
-        """The model's own, with what the config says in their place."""
+        """The model's own rules, overridden by the config's."""
         config, own = self.config, self.spec.token_rules
         said = {
             "forced_bos": config.forced_bos_token_id,
@@ -281,7 +281,7 @@ class _Builder:
         return StopWatch(rules, tokenizer.decoder(continues=True), self._name_of_special)
 
     def _name_of_special(self, token: int) -> str:
-        """A special token's name, which the text does not show but a stop string may be; "" for any other token."""
+        """A special token's name, which is not shown but may be in a stop string; "" for any other token."""
         tokenizer = self._needed_tokenizer("stop")
         if token not in tokenizer.special_ids:
             return ""
@@ -301,7 +301,7 @@ class _Builder:
         return frozenset(ending) | frozenset(np.atleast_1d(self.config.stop_token_ids).astype(int).tolist())
 
     def _bad_words(self) -> list[list[int]]:
-        """The banned token sequences; a word is banned at the start of a text, after a space and after an opener."""
+        """The banned token sequences: each word at the start of a text, after a space and after an opener."""
         words = [list(sequence) for sequence in self.config.bad_words_ids or self.token_rules.bad_words]
         for word in self.config.bad_words:
             tokenizer, spaced = self._needed_tokenizer("bad_words"), " " + word.lstrip()
@@ -309,20 +309,20 @@ class _Builder:
             own = tokenizer.encode(word, continues=True)
             words += [own, tokenizer.encode(spaced, continues=True)]
             for opener in _OPENERS:
-                with suppress(RequestError):  # the tokenizer does not have it
+                with suppress(RequestError):  # the tokenizer cannot write it
                     opened = tokenizer.encode(opener + word, continues=True)
-                    if opened[-len(own) :] != own:  # a token holds parts of both
+                    if opened[-len(own) :] != own:  # a token spans both
                         words.append(opened)
         return [word for number, word in enumerate(words) if word and word not in words[:number]]
 
     def _breakers(self) -> list[int]:
-        """The last token of each text that ends a repetition; none without a tokenizer, unless texts were given."""
+        """The last token of each text that breaks a repetition; none without a tokenizer, unless texts were given."""
         texts = self.config.dry_sequence_breakers
         if self.tokenizer is None and not active(self.config, "dry_sequence_breakers"):
             return []
         tokenizer, found = self._needed_tokenizer("dry_sequence_breakers"), []
         for text in texts:
-            with suppress(RequestError):  # a vocabulary that cannot write it has no such token
+            with suppress(RequestError):  # a vocabulary that cannot spell it has no such token
                 found += tokenizer.encode("a" + text, add_special=False, continues=True)[-1:]
         return found
 

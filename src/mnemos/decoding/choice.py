@@ -1,6 +1,6 @@
 """From rows of logits to tokens: the most probable ones, or draws with counter-based random numbers.
 
-The functions that end in _numpy are the reference; the others take the native core where it is built.
+Functions whose names end in _numpy are the reference; the others use the native core where it is built.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FIRST_CANDIDATES = 256
 
 @dataclass(frozen=True)
 class Cutoffs:
-    """The common parameters of sampling; top_k 0, top_p 1 and min_p 0 cut nothing off."""
+    """The common sampling parameters; top_k 0, top_p 1 and min_p 0 have no effect."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -37,12 +37,12 @@ class Cutoffs:
 
     @cached_property
     def share(self) -> float:
-        """What the native core is given as top_p; see `nucleus_share`."""
+        """The native core's top_p; see `nucleus_share`."""
         return nucleus_share(self.top_p) if self.top_p < 1 else 1.0
 
     @cached_property
     def arrays(self) -> tuple[Floats, Ints, Doubles, Doubles]:
-        """As the native core takes them, for one row."""
+        """The same as arrays for one row, the form that the native core expects."""
         return _arrays([self])
 
 
@@ -77,18 +77,18 @@ class Constraint(Protocol):
         """Moves on by a token that was chosen."""
 
     def fork(self) -> Constraint:
-        """The same state for another text that goes on from here."""
+        """A copy of the state for another text that continues from here."""
 
     @property
     def complete(self) -> bool:
-        """True if nothing more may follow."""
+        """True if nothing may follow."""
 
 
 @dataclass(frozen=True)
 class Chooser:
     """How a text's rows of logits become tokens. Without `cutoffs` the most probable one is chosen.
 
-    `filters` are the cut-offs that the sampler does not know by itself, temperature then included.
+    `filters` are the cut-offs that the sampler does not implement itself; they then include the temperature.
     """
 
     processors: Sequence[Processor] = ()
@@ -96,7 +96,7 @@ class Chooser:
     cutoffs: Cutoffs | None = None
 
     def draw(self, seed: int) -> Draw | None:
-        """The choice where it depends on nothing but the row, the seed and the place; None where on more."""
+        """The choice if it depends on nothing but the row, the seed and the position; None if on more."""
         if self.processors or self.filters:
             return None
         return GREEDY if self.cutoffs is None else Draw(self.cutoffs, seed)
@@ -123,7 +123,7 @@ def draw_rows(logits: Floats, wishes: Sequence[Wish]) -> list[list[int] | None]:
     """The tokens of each wish's rows, the same as those of `greedy` or `sample` row by row.
 
     logits (rows, vocabulary) float32; wishes in ascending order of their rows. None where some row has no possible
-    token: the strategy then chooses by itself, so that the error ends its request alone.
+    token: the strategy then makes the choice itself, so that the error ends its request alone.
     """
     if len(wishes) == 1:
         return [_draw_run(logits[wishes[0].start : wishes[0].stop], wishes)]
@@ -145,7 +145,7 @@ def draw_rows(logits: Floats, wishes: Sequence[Wish]) -> list[list[int] | None]:
 
 
 def _run_of(wishes: Sequence[Wish], first: int) -> int:
-    """The end of the wishes from `first` on that are side by side and of the same kind."""
+    """The end of the run of wishes, starting at `first`, that are adjacent and of the same kind."""
     greedy, stop, index = wishes[first].draw.cutoffs is None, wishes[first].stop, first + 1
     while index < len(wishes):
         wish = wishes[index]
@@ -171,12 +171,12 @@ def _draw_run(rows: Floats, run: Sequence[Wish]) -> list[int] | None:
 
 
 def greedy(logits: Floats) -> int:
-    """The most probable token, of equal ones the lowest id. Raises RequestError if none is possible."""
+    """The most probable token, the lowest id on ties. Raises RequestError if none is possible."""
     return _greedy_rows(logits[None])[0]
 
 
 def _greedy_rows(rows: Floats) -> list[int]:
-    """By NumPy, which reads the rows once and vectorises that."""
+    """Uses NumPy, which reads the rows once, vectorised."""
     tokens: list[int] = rows.argmax(axis=1).tolist()
     for row, token in enumerate(tokens):
         if not isfinite(rows[row, token]):
@@ -185,9 +185,9 @@ def _greedy_rows(rows: Floats) -> list[int]:
 
 
 def sample(logits: Floats, cutoffs: Cutoffs, random: float) -> int:
-    """The token at `random` (0 to 1) of the cumulative distribution over tokens in descending probability.
+    """The token at `random` (0 to 1) in the cumulative distribution over tokens in descending probability.
 
-    Of equally probable tokens the lower id comes first. The distribution is softmax(logits / temperature) cut off by
+    Of equally probable tokens the lower id comes first. The distribution is softmax(logits / temperature), cut off by
     top_k, top_p and min_p in this order. Only as many candidates are sorted as the draw needs. Raises RequestError if
     no token is possible.
     """
@@ -238,9 +238,9 @@ def _sum(weights: Floats) -> float:
 
 
 def _head(weights: Floats, reach: float) -> tuple[npt.NDArray[np.intp], Doubles]:
-    """The most probable tokens, enough that their weights sum to more than `reach`, and the cumulative weights.
+    """The fewest most probable tokens whose weights sum to more than `reach`, and the cumulative weights.
 
-    Where rounding keeps the sum below that, all tokens with a weight above 0.
+    All tokens with a weight above 0 where rounding keeps the sum below that.
     """
     ids, cumulative = covering(weights, weights, reach, _FIRST_CANDIDATES)
     possible = int(np.count_nonzero(weights[ids]))
@@ -255,7 +255,7 @@ def _weights(logits: Floats, peak: np.float32, temperature: float) -> Floats:
 
 
 def log_sum_exp(logits: Floats) -> float:
-    """The logarithm of the sum of exp(logits), by which a logit becomes a log probability."""
+    """The logarithm of the sum of exp(logits); a logit minus this is a log probability."""
     return log_sum_exp_numpy(logits) if native.core is None else float(native.core.log_sum_exp(logits[None])[0])
 
 
@@ -275,7 +275,7 @@ def top_tokens(logits: Floats, count: int) -> list[int]:
 
 
 def no_choice(logits: Floats) -> RequestError:
-    """The error of a row from which nothing can be chosen."""
+    """The error for a row from which no token can be chosen."""
     bad = np.flatnonzero(~(logits < np.inf))
     if not len(bad):
         return RequestError(

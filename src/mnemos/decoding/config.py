@@ -1,4 +1,4 @@
-"""How a text is to be generated: one dataclass, checked when it is made."""
+"""How a text is generated: one dataclass, validated when it is created."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ StoppingCriterion = Callable[[Sequence[int]], bool]
 DEFAULT_NEW_TOKENS = 256
 DEFAULT_BEAMS = 4
 DEFAULT_CANDIDATES = 4
-# What the strategies that are named after one parameter use when it is not given.
+# Defaults for the strategies that are named after one parameter.
 NAMED_DEFAULTS: dict[str, dict[str, float | int]] = {
     "top_k": {"top_k": 50},
     "top_p": {"top_p": 0.9},
@@ -34,21 +34,21 @@ NAMED_DEFAULTS: dict[str, dict[str, float | int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How a text is generated, in names that users of Hugging Face, OpenAI and vLLM know.
+    """How a text is generated, with the names that users of Hugging Face, OpenAI and vLLM know.
 
-    Without a parameter of sampling or search, decoding is greedy. `do_sample`, a temperature above 0, or a top_k,
-    top_p, min_p, typical_p or cut-off that has an effect makes it sampling; `num_beams` makes it beam search
-    (deterministic unless do_sample=True); `penalty_alpha` makes it contrastive search. `strategy` says it outright.
-    A value outside its meaning, or a pair that contradicts itself, is a `ConfigError` that gives the field, the
-    value and the rule. Where a field has no use, the value that changes nothing (top_p 1.0, num_beams 1, ...) is no
-    contradiction. Nor are other libraries' defaults beside a named strategy: top_k 50 and top_p 0.9 where that does not
-    sample, do_sample False where it does. With do_sample=False, whatever concerns sampling is ignored.
+    Without a sampling or search parameter, decoding is greedy. `do_sample`, a temperature above 0, or a top_k, top_p,
+    min_p, typical_p or other cut-off that has an effect turns on sampling; `num_beams` turns on beam search
+    (deterministic unless do_sample=True); `penalty_alpha` turns on contrastive search. `strategy` names one explicitly.
+    A value that is not allowed, or a pair of values that contradict each other, raises a `ConfigError` with the field,
+    the value and the rule. A field that has no use in a decoding may hold a value that changes nothing (top_p 1.0,
+    num_beams 1, ...), and beside a named strategy also other libraries' defaults: top_k 50 and top_p 0.9 where it does
+    not sample, do_sample False where it does. With do_sample=False, all sampling parameters are ignored.
 
     Logits are changed in Hugging Face's order: biases, repetition, presence and frequency penalties, DRY, n-grams, bad
     words, lengths, allowed, forced and suppressed tokens, `logits_processors`, constraints, temperature, top_n_sigma,
     top_k, top_p, min_p, typical_p, epsilon, eta, XTC, mirostat.
 
-    None for any field means its default. The fields, each with what it may be and its default:
+    None for any field means its default. The fields, each with its allowed values and default:
     """
 
     max_new_tokens: int | None = None
@@ -153,7 +153,7 @@ class GenerationConfig:
         object.__setattr__(self, alias, getattr(self, name))
 
     def with_overrides(self, **changes: Any) -> GenerationConfig:
-        """A new config in which `changes` replace this one's values; checked like any other."""
+        """A new config in which `changes` replace this one's values; validated like any other."""
         refuse_unknown(changes)
         current = {field.name: getattr(self, field.name) for field in fields(self)}
         for alias, name in ALIASES.items():
@@ -195,22 +195,22 @@ class GenerationConfig:
 
     @property
     def groups(self) -> int:
-        """The number of groups that the beams are in."""
+        """The number of groups that the beams are divided into."""
         return self.num_beam_groups or 1
 
     @property
     def constraint(self) -> str | None:
-        """The field that constrains the text, if there is one."""
+        """The name of the field that constrains the text, if one does."""
         return next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
 
     @property
     def eos_ids(self) -> tuple[int, ...] | None:
-        """The end-of-text tokens that replace the model's own, None to keep those."""
+        """The end-of-text tokens that replace the model's own; None keeps the model's."""
         return None if self.eos_token_id is None else tuple(np.atleast_1d(self.eos_token_id).tolist())
 
 
 def _described() -> str:
-    """The fields, for the docstring, where an editor or help() shows them."""
+    """The fields, for the docstring that an editor or help() shows."""
     lines = []
     for field in FIELDS:
         default = "" if field.default is None else f"; by default {field.default!r}"
@@ -222,7 +222,7 @@ GenerationConfig.__doc__ = f"{GenerationConfig.__doc__}\n{_described()}\n"
 
 
 def make_config(config: GenerationConfig | None = None, **overrides: Any) -> GenerationConfig:
-    """`config`, or the default one, with some fields replaced. ConfigError for a value outside its meaning."""
+    """`config`, or the default one, with some fields replaced. Raises ConfigError for a value that is not allowed."""
     if config is None:
         return GenerationConfig(**overrides)
     if not isinstance(config, GenerationConfig):

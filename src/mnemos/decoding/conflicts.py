@@ -14,7 +14,7 @@ _ONLY = {only: tuple(field.name for field in FIELDS if field.only == only) for o
 
 
 class Config(Protocol):
-    """What the table reads of a config, beside the fields that a row of FIELDS restricts to one decoding."""
+    """The part of a config that the table reads, apart from fields that FIELDS restricts to one decoding."""
 
     @property
     def mode(self) -> str: ...
@@ -63,16 +63,16 @@ class Conflict:
 
 
 def _ignored(config: Config, name: str) -> bool:
-    """True if nothing needs a field of sampling, and that it holds something is no mistake."""
+    """True if a sampling field is not needed, and setting it is not a mistake."""
     if config.do_sample is False or (config.mode == "greedy" and config.temperature == 0):
-        return True  # said outright: the most probable token, whatever is cut off
+        return True  # explicit: the most probable token, whatever is cut off
     if name == "top_k" and config.mode == "contrastive":
         return True
     return config.strategy is not None and getattr(config, name) in HABITUAL.get(name, ())
 
 
 def _misplaced(config: Config, only: str) -> list[str]:
-    """The fields that have an effect in the decoding `only` and were given in another."""
+    """The fields that only have an effect in the decoding `only` but were given in another."""
     fits = {
         "sampling": config.samples,
         "beam": config.mode == "beam",
@@ -96,7 +96,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         "it must be above 0 for beams that are drawn at random",
     ),
     Conflict(
-        # False is what configs hold that say nothing of it: a strategy that is named samples all the same.
+        # Configs that do not mention it hold False: a strategy that is named samples all the same.
         lambda c: _if(
             c.strategy is not None and c.do_sample is True and not c.samples and not _ignored(c, "do_sample"),
             "do_sample",
@@ -135,7 +135,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         "a deterministic strategy has one result: sample, or set num_beams",
     ),
     Conflict(
-        lambda c: _if(c.best_of is not None and c.mode != "sampling", "best_of"), "it only has a meaning when sampling"
+        lambda c: _if(c.best_of is not None and c.mode != "sampling", "best_of"), "it only has an effect when sampling"
     ),
     Conflict(
         lambda c: _if(c.best_of is not None and c.best_of < c.num_return_sequences, "best_of"),
@@ -162,13 +162,13 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         lambda c: _if(c.mode in ("beam", "contrastive") and c.overflow == "sliding", "overflow"),
-        "an endless text goes with greedy decoding and sampling",
+        "an endless text needs greedy decoding or sampling",
     ),
 )
 
 
 def check_conflicts(config: Config) -> None:
-    """Raises ConfigError for the first contradiction of the table."""
+    """Raises ConfigError for the first row of the table that applies."""
     for conflict in CONFLICTS:
         for field in conflict.fields(config):
             raise ConfigError(

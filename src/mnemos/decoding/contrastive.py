@@ -25,7 +25,7 @@ class _Candidate:
 
 
 class ContrastiveSearch:
-    """The strategy of contrastive search.
+    """The strategy for contrastive search.
 
     Each step evaluates the top_k most probable next tokens as forks of the text, and keeps the one with the largest
     (1 - alpha) * probability - alpha * (largest cosine similarity of its hidden state to those of all earlier tokens).
@@ -72,7 +72,7 @@ class ContrastiveSearch:
         return Advance(self._propose(chosen.branch, rows[chosen.branch].logits[-1]), [emitted])
 
     def _propose(self, branch: Branch, logits: Floats) -> list[Branch]:
-        """Forks `branch` for each of the next tokens that `logits` find most probable; the first keeps the branch."""
+        """Forks `branch` for each of the most probable next tokens; the first keeps the branch itself."""
         self._row = logits.copy()
         row = logits.copy()
         for processor in self._processors:
@@ -116,6 +116,6 @@ class ContrastiveSearch:
 
 
 def _normalised(hidden: Floats) -> Floats:
-    """Each row divided by its length; a row of zeros stays one."""
+    """Each row divided by its length; a row of zeros stays zero."""
     lengths = np.linalg.norm(hidden, axis=1, keepdims=True)
     return np.asarray(hidden / np.where(lengths > 0, lengths, 1), dtype=np.float32)

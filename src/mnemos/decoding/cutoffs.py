@@ -1,7 +1,7 @@
 """Temperature and cut-offs: processors that leave out improbable tokens before one is drawn.
 
-They set what they remove to minus infinity and keep at least `keep` tokens. Results are those of Hugging Face's
-processors of the same name, and CUTOFFS is in its order; methods that it lacks stand where their authors have them.
+They set the logits that they remove to minus infinity and keep at least `keep` tokens. Results match Hugging Face's
+processors of the same name, and CUTOFFS has their order; methods that it lacks are where their authors put them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _REMOVED = np.float32(-np.inf)
 _BIT = log(2)  # in nats
-_XTC_DRAW = 1  # of a position's random numbers; number 0 chooses the token
+_XTC_DRAW = 1  # which of a position's random numbers; number 0 chooses the token
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class TopK:
 
 @dataclass(eq=False)
 class TopP:
-    """Keeps the fewest most probable tokens that together reach top_p. Holtzman et al. 2019, arXiv:1904.09751."""
+    """Keeps the fewest most probable tokens with a total of top_p. Holtzman et al. 2019, arXiv:1904.09751."""
 
     top_p: float
     keep: int = 1
@@ -91,9 +91,9 @@ class TopNSigma:
 
 @dataclass(eq=False)
 class ExcludeTopChoices:
-    """At random, removes every token of at least `threshold` but the least probable of them; the method XTC.
+    """At random, removes all tokens with a probability of at least `threshold` except the least probable: XTC.
 
-    The random numbers are of the text's seed and the position, as all are; text-generation-webui, pull request 6335.
+    The random number depends on the text's seed and the position. From text-generation-webui, pull request 6335.
     """
 
     probability: float
@@ -111,7 +111,7 @@ class ExcludeTopChoices:
 
 @dataclass(eq=False)
 class Typical:
-    """Keeps tokens whose information is nearest the entropy, up to `mass`. Meister et al. 2022, arXiv:2202.00666."""
+    """Keeps tokens whose information is nearest to the entropy, up to `mass`. Meister et al. 2022, arXiv:2202.00666."""
 
     mass: float
     keep: int = 1
@@ -156,10 +156,10 @@ class Eta:
 
 @dataclass(eq=False)
 class Mirostat:
-    """Leaves out tokens above a surprise that follows the text's own, so that it stays near `tau`; mirostat 2.
+    """Removes tokens above a bound on surprise that adapts so that the text stays near `tau` bits; mirostat 2.
 
-    Basu et al. 2020, arXiv:2007.14966. The bound starts at 2 tau; after each token it falls by eta times what the
-    token's surprise among those that were left was above tau.
+    Basu et al. 2020, arXiv:2007.14966. The bound starts at 2 tau; after each token it falls by eta times the amount by
+    which the token's surprise, among the tokens that were left, exceeded tau.
     """
 
     tau: float
@@ -176,7 +176,7 @@ class Mirostat:
         history.surprises = Surprises(bound, len(history.tokens), -_log_softmax(logits) / np.float32(_BIT))
 
 
-# The field whose value has an effect, and what then makes a processor of the config and `keep`.
+# The field that turns a cut-off on, and the function that makes its processor from the config and `keep`.
 CUTOFFS: tuple[tuple[str, Callable[[Any, int], Processor]], ...] = (
     ("temperature", lambda config, keep: Temperature(config.temperature)),
     ("top_n_sigma", lambda config, keep: TopNSigma(config.top_n_sigma, keep)),

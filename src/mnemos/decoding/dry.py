@@ -12,14 +12,14 @@ import numpy as np
 from mnemos.contract import Floats
 from mnemos.decoding.history import History
 
-_LONGEST = 128  # tokens of a repetition; the penalty of a longer one is no larger
+_LONGEST = 128  # tokens of a repetition; a longer one is penalised no more
 
 
 class DryPenalty:
     """Subtracts multiplier * base ** (length - allowed) from the logit of each token that would lengthen a repetition.
 
-    `length` is that of the longest end of the text which occurred before and was followed by the token, at least
-    `allowed` tokens. No repetition reaches across a breaker. With `last`, only that many tokens are looked at.
+    `length` is that of the longest suffix of the text which occurred before and was followed by the token, at least
+    `allowed` tokens. No repetition extends across a breaker. With `last`, only the last `last` tokens are considered.
     """
 
     def __init__(

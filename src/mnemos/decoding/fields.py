@@ -21,7 +21,7 @@ from mnemos.decoding.kinds import (
 from mnemos.errors import ConfigError
 from mnemos.rules import FLAG, LARGEST_INT, Rule, filled, hint, one_of, real, several, text, whole
 
-# The kinds of decoding: the strategies that one may name, and the mode in which each decodes.
+# The strategies that a config may name, and the decoding mode of each.
 STRATEGIES = {
     "greedy": "greedy",
     "sampling": "sampling",
@@ -39,14 +39,14 @@ STRATEGIES = {
 # The groups of fields in the order in which help and documents show them, with their titles.
 GROUPS = {
     "length": "length",
-    "sampling": "sampling (without any of these the most probable token is taken)",
+    "sampling": "sampling (without any of these, the most probable token is chosen)",
     "repetition": "repetition",
-    "tokens": "tokens that must or must not come",
+    "tokens": "tokens that must or must not appear",
     "stopping": "stopping",
     "search": "search",
     "constraints": "constraints",
     "results": "results",
-    "speed": "speed (changes the time only)",
+    "speed": "speed (affects only the time)",
     "scheduling": "scheduling",
 }
 
@@ -54,17 +54,17 @@ GROUPS = {
 class Field(NamedTuple):
     """One field.
 
-    rule       what it may hold
-    help       what it does, in a line
-    default    None where leaving it out has no one value
+    rule       the values that are allowed
+    help       what it does, in one line
+    default    None where leaving it out has no single value
     neutral    values that change nothing, and so contradict nothing: clients send them out of habit
     habitual   other libraries' defaults: beside a `strategy` that does not sample, such a value came along with the
-               rest of a config and is ignored; elsewhere it is a wish
-    only       the decoding in which it has a meaning, a key of ONLY; "" for every one
-    means      (value, field's value) pairs: what other libraries' special values stand for; None is the default
-    alias      a second name that GenerationConfig takes
-    elsewhere  what other libraries call it; an unknown field of such a name gets this one as its hint
-    metavar    how help calls its value, where that is not plain from the rule
+               rest of a config and is ignored; elsewhere it is meant
+    only       the decoding in which it has an effect, a key of ONLY; "" for every one
+    means      (value, field's value) pairs: the meanings of other libraries' special values; None is the default
+    alias      a second name that GenerationConfig accepts
+    elsewhere  its names in other libraries; an unknown field of such a name gets this one as its hint
+    metavar    the name of its value in help texts, where that is not obvious from the rule
     """
 
     name: str
@@ -81,7 +81,7 @@ class Field(NamedTuple):
     metavar: str = ""
 
     def normal(self, value: Any) -> Any:
-        """The value in its normal form, None being the default. Raises ConfigError for one that is not allowed."""
+        """The value in its normal form, None being the default. Raises ConfigError if it is not allowed."""
         if value is None or value is self.default:
             return self.default
         for given, meant in self.means:
@@ -92,10 +92,10 @@ class Field(NamedTuple):
 
 # Why a field with `only` is refused in another decoding.
 ONLY = {
-    "sampling": "it only has a meaning when sampling: set do_sample=True, or leave it out",
-    "beam": "only beam search has it: set num_beams",
-    "contrastive": "only contrastive search has it",
-    "one text": "it goes with greedy decoding and sampling",
+    "sampling": "it only has an effect when sampling: set do_sample=True, or leave it out",
+    "beam": "only beam search uses it: set num_beams",
+    "contrastive": "only contrastive search uses it",
+    "one text": "only greedy decoding and sampling use it",
 }
 
 _TOKENS = several(TOKEN, 4096)
@@ -107,25 +107,25 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "max_new_tokens", "length",
         replace(whole(1), meaning="a whole number of at least 1 (score() and logits() evaluate a prompt alone)"),
-        "Most tokens to generate; without it and max_length, 256.",
+        "Maximum number of tokens to generate; 256 if neither this nor max_length is given.",
         alias="max_tokens", elsewhere=("max_completion_tokens", "num_predict", "n_predict", "max_gen_len"),
     ),
     Field(
         "max_length", "length", whole(1),
-        "Most tokens of prompt and generated text together; whichever limit is reached first ends the text.",
+        "Maximum number of tokens of prompt and generated text; the limit reached first ends the text.",
     ),
     Field(
         "min_new_tokens", "length", whole(0),
-        "Fewest tokens to generate: until then stop tokens are banned and stop strings ignored.",
+        "Minimum number of tokens to generate: until then, stop tokens are banned and stop strings ignored.",
         default=0, elsewhere=("min_tokens",),
     ),
     Field(
         "min_length", "length", whole(0),
-        "Fewest tokens of prompt and generated text together.", default=0,
+        "Minimum number of tokens of prompt and generated text.", default=0,
     ),
     Field(
         "exponential_decay_length_penalty", "length", DECAY,
-        "A pair of N and a factor: after N tokens, the end of the text gets more probable by the factor each time.",
+        "A pair of N and a factor: after N tokens, each further one makes the end of the text more probable by it.",
         metavar="N,FACTOR",
     ),
     Field(
@@ -134,20 +134,20 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "overflow", "length", one_of("error", "truncate_left", "sliding"),
-        "A prompt that is too long: error, truncate_left (cut its beginning), or sliding (an endless text).",
+        "For a prompt that is too long: error, truncate_left (cut its beginning), or sliding (an endless text).",
         default="error", elsewhere=("truncation", "truncate", "truncate_prompt_tokens"), metavar="HOW",
     ),
     Field(
         "strategy", "sampling", one_of(*STRATEGIES),
-        f"Name the decoding outright: {', '.join(STRATEGIES)}.", metavar="NAME",
+        f"Choose the strategy explicitly: {', '.join(STRATEGIES)}.", metavar="NAME",
     ),
     Field(
         "do_sample", "sampling", FLAG,
-        "Draw tokens at random; False takes the most probable one whatever else is given.",
+        "Draw tokens at random; False chooses the most probable one whatever else is given.",
     ),
     Field(
         "temperature", "sampling", TEMPERATURE,
-        "Below 1 is more sober, above 1 more random; 0 is greedy.",
+        "Below 1 is more predictable, above 1 more random; 0 is greedy.",
         neutral=(0.0, 1.0), only="sampling", elsewhere=("temp",), metavar="T",
     ),
     Field(
@@ -157,7 +157,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "top_p", "sampling", real(0, 1),
-        "Choose among the fewest most probable tokens that together have probability P, at least one.",
+        "Choose among the smallest set of most probable tokens whose probabilities sum to P, at least one.",
         neutral=(1.0,), habitual=(0.9,), only="sampling", elsewhere=("nucleus_p",), metavar="P",
     ),
     Field(
@@ -167,7 +167,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "typical_p", "sampling", real(0, 1, open_low=True),
-        "Locally typical sampling: keep tokens of about average information, up to probability P.",
+        "Locally typical sampling: keep tokens of near-average information, up to probability P in total.",
         neutral=(1.0,), only="sampling", elsewhere=("typical",), metavar="P",
     ),
     Field(
@@ -186,7 +186,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "xtc_probability", "sampling", real(0, 1),
-        "Exclude top choices: with this probability, of the tokens above xtc_threshold leave the least probable only.",
+        "Exclude top choices: with this probability, keep only the least probable of the tokens above xtc_threshold.",
         neutral=(0.0,), only="sampling", metavar="P",
     ),
     Field(
@@ -195,42 +195,42 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "mirostat", "sampling", MIROSTAT,
-        "With 2, mirostat 2, which adapts the cut-off so that the text is about as surprising as mirostat_tau says.",
+        "The value 2 turns on mirostat 2, which adapts the cut-off to keep the text's surprise near mirostat_tau.",
         neutral=(0,), only="sampling",
     ),
     Field(
         "mirostat_tau", "sampling", real(0, 100),
-        "The surprise of a token that mirostat aims at, in bits.", default=5.0,
+        "The surprise per token that mirostat aims for, in bits.", default=5.0,
     ),
     Field(
         "mirostat_eta", "sampling", real(0, 1),
-        "How fast mirostat learns.", default=0.1,
+        "Mirostat's learning rate.", default=0.1,
     ),
     Field(
         "seed", "sampling", whole(0, 2**64 - 1),
-        "Same seed, same text, whatever else runs; without it, a fresh one. Each of n results has its own stream.",
+        "The same seed gives the same text, whatever else runs; random by default. Each result has its own stream.",
         means=((-1, None),), elsewhere=("random_seed",),
     ),
     Field(
         "repetition_penalty", "repetition", real(0.01, 100),
-        "Above 1 makes tokens that occurred in prompt or text less probable.",
+        "Above 1 makes tokens that occur in the prompt or the text less probable.",
         default=1.0, elsewhere=("repeat_penalty",),
     ),
     Field(
         "encoder_repetition_penalty", "repetition", real(0.01, 100),
-        "Above 1 makes tokens of the source (what an encoder reads, or else the prompt) more probable.", default=1.0,
+        "Above 1 makes tokens of the source (the encoder's input, or else the prompt) more probable.", default=1.0,
     ),
     Field(
         "presence_penalty", "repetition", real(-2, 2),
-        "Subtracted once from the logit of each token that was generated.", default=0.0,
+        "Subtracted once from the logit of each token that has been generated.", default=0.0,
     ),
     Field(
         "frequency_penalty", "repetition", real(-2, 2),
-        "Subtracted from a token's logit for each time it was generated.", default=0.0,
+        "Subtracted from a token's logit for each time it has been generated.", default=0.0,
     ),
     Field(
         "penalty_last_n", "repetition", whole(1),
-        "Repetition, presence and frequency penalties look at the last N tokens only; by default at all.",
+        "Repetition, presence and frequency penalties consider the last N tokens only; by default all.",
         means=((-1, None),), elsewhere=("repeat_last_n",),
     ),
     Field(
@@ -240,7 +240,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "dry_base", "repetition", real(1, 100),
-        "What that penalty is multiplied by for each token of the repetition beyond dry_allowed_length.", default=1.75,
+        "The factor by which that penalty grows per token of a repetition beyond dry_allowed_length.", default=1.75,
     ),
     Field(
         "dry_allowed_length", "repetition", whole(1),
@@ -248,19 +248,19 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "dry_sequence_breakers", "repetition", several(text(64), 256),
-        "Texts across whose last token no repetition reaches.", default=("\n", ":", '"', "*"), metavar="TEXT",
+        "Texts that break a repetition.", default=("\n", ":", '"', "*"), metavar="TEXT",
     ),
     Field(
         "no_repeat_ngram_size", "repetition", whole(0),
-        "No N tokens in a row occur twice in prompt and text.", default=0,
+        "No N consecutive tokens occur twice in prompt and text.", default=0,
     ),
     Field(
         "encoder_no_repeat_ngram_size", "repetition", whole(0),
-        "No N tokens in a row are copied from the source.", default=0,
+        "No N consecutive tokens are copied from the source.", default=0,
     ),
     Field(
         "stop_when_repeating", "repetition", FLAG,
-        "End a text that repeats one block over and over.", default=False,
+        "End a text that repeats the same block over and over.", default=False,
     ),
     Field(
         "bad_words", "tokens", several(text(1024), 16384),
@@ -272,16 +272,16 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "logit_bias", "tokens", BIAS,
-        "Amounts from -100 to 100 that are added to tokens' logits.", neutral=({},), metavar="ID=X",
+        "Amounts from -100 to 100 added to the logits of tokens.", neutral=({},), metavar="ID=X",
     ),
     Field(
         "sequence_bias", "tokens", SEQUENCE_BIAS,
-        "Amounts that are added to the logit of a token sequence's last token where those before it have come.",
+        "Amounts added to the logit of a sequence's last token when the text ends with the tokens before it.",
         neutral=({},), metavar="ID,...=X",
     ),
     Field(
         "allowed_token_ids", "tokens", filled(_MANY_TOKENS),
-        "Only these tokens may come.", metavar="ID,...",
+        "Only these tokens may appear.", metavar="ID,...",
     ),
     Field(
         "prefix_allowed_tokens_fn", "tokens", function("(number of the text, token_ids) -> token ids"),
@@ -295,21 +295,21 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "suppress_tokens", "tokens", _MANY_TOKENS,
-        "Tokens that never come; by default the model's own, none with an empty list.", metavar="ID,...",
+        "Tokens that never appear; by default the model's own, none with an empty list.", metavar="ID,...",
     ),
     Field(
         "begin_suppress_tokens", "tokens", _MANY_TOKENS,
-        "Tokens that do not come first; by default the model's own, none with an empty list.", metavar="ID,...",
+        "Tokens that may not come first; by default the model's own, none with an empty list.", metavar="ID,...",
     ),
     Field(
         "forced_bos_token_id", "tokens", several(TOKEN, 1),
-        "The first token after the one that a decoder starts with, such as the language to translate into; by default "
+        "The token that follows the decoder's start token, such as the language to translate into; by default "
         "the model's own.",
         metavar="ID",
     ),
     Field(
         "forced_eos_token_id", "tokens", _TOKENS,
-        "The last token of a text that reaches its greatest length; by default the model's own.", metavar="ID,...",
+        "The last token of a text that reaches its maximum length; by default the model's own.", metavar="ID,...",
     ),
     Field(
         "stop", "stopping", several(text(4096), 256),
@@ -322,24 +322,24 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "eos_token_id", "stopping", _TOKENS,
-        "The end-of-text tokens, in place of the model's own.", metavar="ID,...",
+        "The end-of-text tokens, instead of the model's own.", metavar="ID,...",
     ),
-    Field("ignore_eos", "stopping", FLAG, "Go on after the model's end of text.", default=False),
+    Field("ignore_eos", "stopping", FLAG, "Continue after the model's end-of-text token.", default=False),
     Field(
         "stopping_criteria", "stopping", several(function("(token_ids) -> bool"), 64),
         "Functions f(token_ids) of all ids so far; the text ends when one returns True.", default=(),
     ),
     Field(
         "pad_token_id", "stopping", TOKEN,
-        "What fills up shorter rows of a batch's array; by default the model's own.", metavar="ID",
+        "The token that pads shorter rows of a batch's array; by default the model's own.", metavar="ID",
     ),
     Field(
         "bos_token_id", "stopping", TOKEN,
-        "Taken for other libraries' sake: the tokenizer begins a text as its own file says.", metavar="ID",
+        "Accepted for compatibility: the tokenizer begins a text as its own file specifies.", metavar="ID",
     ),
     Field(
         "num_beams", "search", whole(1, 256),
-        "Beam search with N beams.", neutral=(1,), elsewhere=("beam_width", "beam_size"),
+        "Use beam search with N beams.", neutral=(1,), elsewhere=("beam_width", "beam_size"),
     ),
     Field(
         "num_beam_groups", "search", whole(1, 256),
@@ -347,7 +347,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "diversity_penalty", "search", real(0, 1e6),
-        "Subtracted from a token's score for each beam of an earlier group that chose it.", neutral=(0.0,), only="beam",
+        "Subtracted from a token's score per beam of an earlier group that chose it.", neutral=(0.0,), only="beam",
     ),
     Field(
         "length_penalty", "search", real(-100, 100),
@@ -361,12 +361,12 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "penalty_alpha", "search", real(0, 1),
-        "Contrastive search, with this weight against tokens that repeat what is there.",
+        "Use contrastive search, with this weight of the penalty on tokens that resemble the text so far.",
         neutral=(0.0,), only="contrastive", metavar="A",
     ),
     Field(
         "json_schema", "constraints", JSON_SCHEMA,
-        "The text is JSON of this schema; true is any JSON.",
+        "The text is JSON that fits this schema; true allows any JSON.",
         only="one text", elsewhere=("response_format", "guided_json", "format"), metavar="JSON",
     ),
     Field(
@@ -388,7 +388,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "best_of", "results", whole(1, 1024),
-        "Sample N texts and return the num_return_sequences with the highest mean log probability.",
+        "Sample N texts and return the num_return_sequences of them with the highest mean log probability.",
     ),
     Field(
         "logprobs", "results", whole(0, 100),
@@ -398,12 +398,12 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "speculative", "speed", one_of("prompt_lookup", "draft"),
-        "Guess tokens and check several in one step: prompt_lookup from the text itself, draft by a draft model.",
+        "Guess several tokens and verify them in one step: prompt_lookup from the text itself, draft by a draft model.",
         only="one text", metavar="HOW",
     ),
     Field(
         "draft_tokens", "speed", whole(1, 64),
-        "Most tokens to guess at once; by default 10.",
+        "Maximum number of tokens to guess at once; 10 by default.",
         elsewhere=("num_assistant_tokens", "num_speculative_tokens", "prompt_lookup_num_tokens"),
     ),
     Field(
@@ -412,16 +412,16 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "tenant", "scheduling", text(1024),
-        "Whose request it is: tenants take turns.", default="default", elsewhere=("user",), metavar="NAME",
+        "The request's tenant: tenants take turns.", default="default", elsewhere=("user",), metavar="NAME",
     ),
     Field(
         "deadline", "scheduling", real(0, 1e9, open_low=True),
-        "The longest wait in the queue, in seconds; after that the request fails.",
+        "The longest time to wait in the queue, in seconds; after that, the request fails.",
         elsewhere=("timeout",), metavar="S",
     ),
     Field(
         "cache_salt", "scheduling", text(1024),
-        "Cached prefixes are shared with requests of the same salt only.", metavar="TEXT",
+        "Cached prefixes are shared only between requests with the same salt.", metavar="TEXT",
     ),
 )  # fmt: skip
 
@@ -432,10 +432,10 @@ HABITUAL = {field.name: field.habitual for field in FIELDS if field.habitual}
 CONSTRAINTS = tuple(field.name for field in FIELDS if field.group == "constraints")
 SAMPLING_ONLY = tuple(field.name for field in FIELDS if field.only == "sampling")
 
-# Options of other libraries that no field stands for, and what to do instead.
+# Options of other libraries without an equivalent field, and what to do instead.
 _INSTEAD = {
     "use_cache": "keys and values are always cached; leave it out",
-    "return_dict_in_generate": "complete() returns an object with all there is to know; leave it out",
+    "return_dict_in_generate": "complete() returns an object with all details; leave it out",
     "output_scores": "logprobs gives log probabilities, logits() the logits; leave it out",
     "output_logits": "logprobs gives log probabilities, logits() the logits; leave it out",
     "renormalize_logits": "log probabilities are always those of the model's own distribution; leave it out",
@@ -443,19 +443,19 @@ _INSTEAD = {
     "stream": "call stream() instead",
     "prompt_logprobs": "call score() for the log probabilities of a prompt",
     "skip_special_tokens": "texts leave special tokens out, token ids hold them",
-    "guidance_scale": "there is no guidance by a negative prompt",
-    "watermarking_config": "there is no watermark",
+    "guidance_scale": "guidance by a negative prompt is not supported",
+    "watermarking_config": "watermarks are not supported",
 }
 
 
 def active(config: object, name: str) -> bool:
-    """True if the config's field was given a value that has an effect."""
+    """True if the config's field has a value that has an effect."""
     value = getattr(config, name)
     return value not in INACTIVE[name]
 
 
 def refuse_unknown(names: Iterable[str]) -> None:
-    """ConfigError for the first name that is no field, with a hint."""
+    """Raises ConfigError, with a hint, for the first name that is not a field."""
     for name in names:
         if name not in RULES and name not in ALIASES:
             raise ConfigError(f"{name} is not a field of GenerationConfig; {_hint(str(name))}")

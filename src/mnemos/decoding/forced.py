@@ -1,4 +1,4 @@
-"""Teacher-forced evaluation of given tokens, as strategies beside all others: logits and log likelihoods."""
+"""Teacher-forced evaluation of given tokens, as strategies like any other: logits and log likelihoods."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ CHUNK = 128  # rows of logits that are held at once
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """logprobs (tokens - 1,) float64: natural log likelihood of each token but the first, given all before it."""
+    """logprobs (tokens - 1,) float64: natural log likelihood of each token but the first, given those before it."""
 
     token_ids: list[int]
     logprobs: npt.NDArray[np.float64]
 
     @property
     def mean_nll(self) -> float:
-        """Mean negative log likelihood of a token, in nats."""
+        """Mean negative log likelihood per token, in nats."""
         return float(-self.logprobs.mean())
 
     @property
@@ -32,7 +32,7 @@ class Score:
 
 
 class TeacherForced:
-    """Evaluates the prompt and nothing else, CHUNK rows at a time."""
+    """Evaluates the prompt without generating anything, CHUNK rows at a time."""
 
     needs_all_prompt_rows = False
     max_branches = 1
@@ -41,7 +41,7 @@ class TeacherForced:
         self.tokens: list[int] = []
 
     def take(self, start: int, logits: Floats) -> None:
-        """Is given the logits of the tokens from `start` on, a view that is overwritten by the next step."""
+        """Receives the logits of the tokens from `start` on, a view that the next step overwrites."""
         raise NotImplementedError
 
     def start(self, prompt: Sequence[int]) -> list[Branch]:
@@ -63,7 +63,7 @@ class TeacherForced:
 
 
 class ForcedLogits(TeacherForced):
-    """logits (time, vocabulary) float32."""
+    """Collects `logits`, (time, vocabulary) float32."""
 
     def __init__(self, vocabulary_size: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class ForcedLogits(TeacherForced):
 
 
 class ForcedScore(TeacherForced):
-    """The log likelihood of each token but the first."""
+    """Computes the log likelihood of each token but the first."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""Texts that follow a JSON schema, a regular expression, a list of choices or a grammar, by way of llguidance.
+"""Texts that follow a JSON schema, a regular expression, a list of choices or a grammar, enforced by llguidance.
 
-A JSON schema's keywords that cannot be enforced (`uniqueItems`, `not`, `if`, patterns that look ahead, ...) are named
-in a warning and the others hold. An unknown `format` says nothing of the text, as JSON Schema has it. Between two
-tokens of JSON there are at most MOST_WHITE_SPACE characters of white space, so that a model cannot go on with that.
+Keywords of a JSON schema that cannot be enforced (`uniqueItems`, `not`, `if`, patterns with look-ahead, ...) are named
+in a warning, and the rest is enforced. An unknown `format` does not restrict the text, as JSON Schema says. Between
+two JSON tokens there are at most MOST_WHITE_SPACE characters of white space, so that a model cannot add it endlessly.
 
-After each token the set of tokens that may come next is computed in a thread of its own, while the model evaluates the
-token. Where a state cannot be computed within llguidance's limits of time and memory the request ends with an error; it
-never goes on without the constraint.
+After each token, the set of allowed next tokens is computed in a separate thread while the model evaluates the token.
+Where a state cannot be computed within llguidance's limits of time and memory, the request ends with an error; it never
+continues without the constraint.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 MOST_WHITE_SPACE = 16
 _LONGEST_REASON = 300
 _SPECIAL = frozenset("\\.+*?()|[]{}^$#&-~/")
-_CLEARER = {"NoExtensionBias": "no text follows it, or only by rules that never come to an end"}
+_CLEARER = {"NoExtensionBias": "no text follows it, or only by rules that never terminate"}
 
 
 class Vocabulary(Protocol):
-    """What grammars need of a tokenizer."""
+    """The part of a tokenizer that grammars use."""
 
     @property
     def vocabulary_size(self) -> int: ...
@@ -61,16 +61,16 @@ class GrammarCompiler:
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="mnemos-grammar")
 
     def constraint(self, config: GenerationConfig) -> GrammarConstraint:
-        """The constraint that the config asks for. Raises ConfigError with the reason where it cannot be followed."""
+        """The constraint that the config asks for. Raises ConfigError with the reason if it cannot be enforced."""
         field = config.constraint or ""
         try:
             matcher = self._match(self._grammar(field, getattr(config, field)))
             first: Future[bytes] = Future()
-            first.set_result(matcher.compute_bitmask())  # here, as it may take seconds: other texts need the workers
+            first.set_result(matcher.compute_bitmask())  # here, as it may take seconds and other texts need workers
             constraint = GrammarConstraint(matcher, self._workers, first)
             constraint.check()
         except (ValueError, RequestError) as error:
-            raise ConfigError(f"{field} cannot be followed: {error}") from error
+            raise ConfigError(f"{field} cannot be enforced: {error}") from error
         return constraint
 
     def _grammar(self, field: str, value: Any) -> Any:
@@ -80,7 +80,7 @@ class GrammarCompiler:
             case "regex":
                 return self._matcher.grammar_from_regex(value)
             case "choice":
-                # One expression, not one rule for each choice, of which a few thousand are too many.
+                # One expression rather than one rule per choice: a few thousand rules are too many.
                 return self._matcher.grammar_from_regex("|".join(map(_literally, value)))
             case _:
                 return self._matcher.grammar_from_lark(value)
@@ -89,7 +89,7 @@ class GrammarCompiler:
         return self._matcher(self._tokenizer, grammar, log_level=0)
 
     def _json_grammar(self, schema: Any) -> Any:
-        """A schema's grammar without what cannot be enforced, which is named in a warning."""
+        """The grammar of a schema's enforceable part; a warning names the rest."""
         patterns: list[str] = []
         grammar = self._compile_json(_without_patterns(schema, self._refuses_pattern, patterns))
         missing = [f"pattern {pattern!r}" for pattern in patterns]
@@ -97,7 +97,7 @@ class GrammarCompiler:
             if not remark.startswith("Unknown format"):
                 missing.append(remark.removeprefix("Unimplemented keys: ").strip("[]").replace('"', ""))
         if missing:
-            warnings.warn(f"json_schema: not enforced: {'; '.join(missing)}; the rest holds", stacklevel=2)
+            warnings.warn(f"json_schema: not enforced: {'; '.join(missing)}; the rest is enforced", stacklevel=2)
         return grammar
 
     def _compile_json(self, schema: Any) -> Any:
@@ -110,7 +110,7 @@ class GrammarCompiler:
 
 
 class GrammarConstraint:
-    """Where a text stands in its grammar, and the tokens that may come next; see `sampling.Constraint`."""
+    """A text's state in its grammar, and the tokens that may come next; see `choice.Constraint`."""
 
     def __init__(self, matcher: Any, workers: ThreadPoolExecutor, mask: Future[bytes]) -> None:
         self._matcher = matcher
@@ -119,7 +119,7 @@ class GrammarConstraint:
         self.complete = bool(matcher.is_stopped())
 
     def check(self) -> None:
-        """Raises RequestError if there is no way to begin."""
+        """Raises RequestError if no first token is possible."""
         self._mask.result()
         self._refuse_error()
 
@@ -134,7 +134,7 @@ class GrammarConstraint:
         self._mask.result()
         self._matcher.consume_token(token)
         self._refuse_error()
-        self.complete = bool(self._matcher.is_stopped())  # not to be asked while a worker has the matcher
+        self.complete = bool(self._matcher.is_stopped())  # must not be called while a worker has the matcher
         if not self.complete:
             self._mask = self._workers.submit(self._matcher.compute_bitmask)
 
@@ -150,7 +150,7 @@ class GrammarConstraint:
 
 
 class _Tokens:
-    """A vocabulary as llguidance takes it. Without tokens that end a text, an id after its last one stands in."""
+    """A vocabulary in llguidance's form. Without end-of-text tokens, an id after the last one takes their place."""
 
     bos_token_id = None
 
@@ -167,11 +167,11 @@ class _Tokens:
         self.special_token_ids = sorted({*special, *self.end_ids})
 
     def __call__(self, text: bytes) -> list[int]:
-        """The tokens of a text that the grammar forces."""
+        """The tokens of a text that is forced by the grammar."""
         return self._vocabulary.encode(text.decode(), add_special=False, parse_special=False, continues=True)
 
 
-# Making a compiler reads the whole vocabulary, so it is kept as long as the tokenizer that it belongs to.
+# Creating a compiler reads the whole vocabulary, so it is kept for as long as its tokenizer lives.
 _compilers: WeakKeyDictionary[Any, dict[tuple[int, ...], GrammarCompiler]] = WeakKeyDictionary()
 _lock = Lock()
 
@@ -186,7 +186,7 @@ def compiler_of(vocabulary: Vocabulary, end_ids: Iterable[int]) -> GrammarCompil
 
 
 def _without_patterns(schema: Any, refuses: Callable[[str], bool], found: list[str]) -> Any:
-    """The schema without the patterns that are refused; they are added to `found`."""
+    """The schema without the refused patterns, which are added to `found`."""
     if isinstance(schema, list):
         return [_without_patterns(item, refuses, found) for item in schema]
     if not isinstance(schema, dict):
@@ -203,7 +203,7 @@ def _without_patterns(schema: Any, refuses: Callable[[str], bool], found: list[s
 
 
 def _literally(text: str) -> str:
-    """A regular expression that only `text` matches, in the syntax of Rust's."""
+    """A regular expression, in Rust's syntax, that matches only `text`."""
     return "".join(f"\\{character}" if character in _SPECIAL else character for character in text)
 
 

@@ -14,7 +14,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class Surprises(NamedTuple):
-    """What mirostat knows of a text: `bits` (vocabulary,) float32 was each token's surprise at `place`."""
+    """Mirostat's state for a text: `bits` (vocabulary,) float32 is each token's surprise at `place`."""
 
     bound: float
     place: int
@@ -22,9 +22,9 @@ class Surprises(NamedTuple):
 
 
 class History:
-    """A sequence that only grows. Its tables are made on first use, and then read new tokens only.
+    """A sequence that only grows. Its tables are built on first use and then updated with new tokens only.
 
-    tokens is the prompt (prompt_length tokens) and what was generated since; seed that of the text's random numbers.
+    tokens: the prompt (prompt_length tokens) and the generated ones; seed: that of the text's random numbers.
     """
 
     def __init__(self, tokens: Sequence[int], prompt_length: int | None = None, seed: int = 0) -> None:
@@ -51,7 +51,7 @@ class History:
         return copy
 
     def array(self) -> Indices:
-        """All tokens as int64, a view that the next `append` may outdate."""
+        """All tokens as int64, a view that the next `append` may invalidate."""
         length = len(self.tokens)
         if length > len(self._array):
             grown = np.empty(2 * length, np.int64)
@@ -67,7 +67,7 @@ class History:
         return self._seen.update(self.tokens)[0] if last is None else np.unique(self.array()[-last:])
 
     def counts(self, last: int | None = None) -> tuple[Indices, Indices]:
-        """The distinct generated tokens, or those among the `last` tokens, and how often each occurs."""
+        """The distinct generated tokens, or those among the `last` tokens, and the count of each."""
         if last is None:
             return self._generated.update(self.tokens)
         ids, counts = np.unique(self.array()[max(self.prompt_length, len(self.tokens) - last) :], return_counts=True)

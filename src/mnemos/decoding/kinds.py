@@ -1,4 +1,4 @@
-"""Kinds of values that only a text's parameters have, beside those of `mnemos.rules`."""
+"""Rules for values that only generation parameters have, in addition to those of `mnemos.rules`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _bias(value: Any) -> dict[int, float] | None:
 
 
 def _sequence_bias(value: Any) -> dict[tuple[int, ...], float] | None:
-    """Of a mapping, or of pairs as JSON has them."""
+    """Reads a mapping, or a list of pairs, as JSON needs."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         return None
     pairs: dict[tuple[int, ...], float] = {}
@@ -68,7 +68,7 @@ def _schema(value: Any) -> Any:
 
 
 def function(arguments: str) -> Rule:
-    """A function of these arguments."""
+    """A function with these arguments."""
     return Rule(_callable, f"a callable {arguments}", "callable")
 
 

@@ -1,8 +1,9 @@
 """Functions that change a row of logits before a token is chosen: penalties and bans.
 
-A processor takes the sequence so far and a float32 row (vocabulary,), which it changes in place. Results are those of
-Hugging Face's processors of the same name, and CHAIN is in its order. Penalties touch only the tokens that were seen.
-The classes are data without comparisons, whose making would cost a start of the program some milliseconds.
+A processor takes the sequence so far and a float32 row (vocabulary,), which it changes in place. Results match Hugging
+Face's processors of the same name, and CHAIN has their order. Penalties touch only tokens that have occurred.
+The classes are dataclasses without comparison methods, since generating those would delay the program's start by some
+milliseconds.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class LogitBias:
 
 
 class SequenceBias:
-    """Adds an amount to the logit of the last token of a sequence, where the text ends with those before it."""
+    """Adds an amount to the logit of a sequence's last token where the text ends with the tokens before it."""
 
     def __init__(self, bias: Mapping[tuple[int, ...], float]) -> None:
         self._bias = dict(bias)
@@ -54,7 +55,7 @@ class SequenceBias:
 
 @dataclass(eq=False)
 class RepetitionPenalty:
-    """Divides positive and multiplies negative logits of tokens seen before, or among the `last` tokens.
+    """Divides positive and multiplies negative logits of tokens that have occurred, or among the `last` tokens.
 
     Keskar et al. 2019, arXiv:1909.05858.
     """
@@ -67,7 +68,7 @@ class RepetitionPenalty:
 
 
 class SourceReward:
-    """Multiplies positive and divides negative logits of the tokens of the source, what is to be translated, say."""
+    """Multiplies positive and divides negative logits of tokens in the source, such as a text to translate."""
 
     def __init__(self, source: Sequence[int], reward: float) -> None:
         self._ids = np.unique(np.asarray(source, np.int64))
@@ -79,9 +80,9 @@ class SourceReward:
 
 @dataclass(eq=False)
 class CountPenalty:
-    """Subtracts `presence` once and `frequency` for each occurrence of a token in the generated text.
+    """Subtracts `presence` once, and `frequency` for each occurrence, from tokens of the generated text.
 
-    With `last`, only that many tokens of prompt and text count.
+    With `last`, only the last that many tokens of prompt and text count.
     """
 
     presence: float
@@ -125,7 +126,7 @@ class NoSourceNgram:
 
 
 class BadWords:
-    """Bans token sequences: the last token of each, where the text ends with those before it."""
+    """Bans token sequences: the last token of each where the text ends with the tokens before it."""
 
     def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
         distinct = {tuple(sequence) for sequence in sequences}
@@ -155,7 +156,7 @@ class MinLength:
 
 
 class Allowed:
-    """Bans all tokens but these."""
+    """Bans all other tokens."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._ids = np.array(tokens, np.int64)
@@ -168,7 +169,7 @@ class Allowed:
 
 @dataclass(eq=False)
 class AllowedByPrefix:
-    """Bans all tokens but those that a user's function f(0, token_ids) returns; 0 stands for a batch's only text."""
+    """Bans all tokens but those that a user's function f(0, token_ids) returns; 0 is the only text's index."""
 
     function: Any
 
@@ -200,7 +201,7 @@ class DecayingLength:
 
 @dataclass(eq=False)
 class ForcedTokens:
-    """Leaves only `tokens`, with a logit of 0, where the text has `length` tokens, the prompt's included."""
+    """Allows only `tokens`, with a logit of 0, where the text has `length` tokens, prompt included."""
 
     tokens: tuple[int, ...]
     length: int
@@ -213,7 +214,7 @@ class ForcedTokens:
 
 @dataclass(eq=False)
 class Suppressed:
-    """Bans `tokens`: everywhere, or only as the token number `generated` of the generated text."""
+    """Bans `tokens`: everywhere, or only as token number `generated` of the generated text."""
 
     tokens: tuple[int, ...]
     generated: int | None = None
@@ -225,7 +226,7 @@ class Suppressed:
 
 @dataclass(eq=False)
 class Custom:
-    """A user's function f(token_ids, logits); an error in it is the request's error."""
+    """A user's function f(token_ids, logits); an error in it becomes the request's error."""
 
     function: Any
 
@@ -237,7 +238,7 @@ class Custom:
 
 @dataclass(frozen=True)
 class Setting:
-    """What processors are made from.
+    """The input from which processors are made.
 
     config     the request's
     stop_ids   the tokens that end the text
@@ -245,8 +246,8 @@ class Setting:
     rules      the forced and suppressed tokens
     prompt     the prompt's length in tokens
     longest    the text's greatest length in tokens, prompt included
-    source     what an encoder reads, or else the prompt
-    breakers   the tokens across which no repetition reaches
+    source     the encoder's input, or else the prompt
+    breakers   the tokens that break a repetition
     """
 
     config: GenerationConfig
@@ -260,7 +261,7 @@ class Setting:
 
 
 def processors_of(setting: Setting) -> list[Processor]:
-    """What the config asks for before temperature and cut-offs, in the order of CHAIN."""
+    """The processors that the config asks for, before temperature and cut-offs, in the order of CHAIN."""
     made = [processor for make in CHAIN if (processor := make(setting)) is not None]
     functions: Any = setting.config.logits_processors
     return [*made, *(Custom(function) for function in functions)]
@@ -270,7 +271,7 @@ Maker = Callable[[Setting], "Processor | None"]
 
 
 def _for(field: str, make: Callable[[Setting, Any], Processor]) -> Maker:
-    """Makes a processor from a field's value where that has an effect."""
+    """Makes a processor from a field's value if that has an effect."""
     return lambda setting: make(setting, getattr(setting.config, field)) if active(setting.config, field) else None
 
 
@@ -281,7 +282,7 @@ def _count_penalty(setting: Setting) -> Processor | None:
 
 
 def _dry(setting: Setting, multiplier: float) -> Processor:
-    from mnemos.decoding.dry import DryPenalty  # few ask for it, and a start is faster without
+    from mnemos.decoding.dry import DryPenalty  # seldom used, and the start is faster without it
 
     config = setting.config
     return DryPenalty(multiplier, config.dry_base, config.dry_allowed_length, setting.breakers, config.penalty_last_n)
@@ -347,7 +348,7 @@ def _penalize(logits: Floats, ids: npt.NDArray[np.int64], penalty: float) -> Non
 
 
 def _call(function: Any, role: str, *arguments: Any) -> Any:
-    """What a user's function returns; an error in it is the request's error."""
+    """The result of a user's function; an error in it becomes the request's error."""
     try:
         return function(*arguments)
     except MnemosError:

@@ -1,4 +1,4 @@
-"""The order of a row's values, largest first, as far as it is needed."""
+"""Partial sorting of a row's values, largest first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FIRST_CANDIDATES = 256
 
 
 def largest(values: Floats, size: int) -> Indices:
-    """The indices of the `size` largest values, descending, equal ones by ascending index."""
+    """The indices of the `size` largest values, in descending order, ties by ascending index."""
     if size < len(values):
         smallest = np.partition(values, len(values) - size)[len(values) - size]
         above = np.flatnonzero(values > smallest)
@@ -25,7 +25,7 @@ def largest(values: Floats, size: int) -> Indices:
 def covering(keys: Floats, weights: Floats, reach: float, first: int) -> tuple[Indices, npt.NDArray[np.float64]]:
     """Indices in descending order of their keys, until their weights sum to more than `reach`, and the running sums.
 
-    `first` is how many are tried first. All are returned where the sum never gets there.
+    `first` is how many are tried first. All are returned if the sum never exceeds `reach`.
     """
     size = first
     while True:
@@ -37,9 +37,9 @@ def covering(keys: Floats, weights: Floats, reach: float, first: int) -> tuple[I
 
 
 def nucleus(weights: Floats, top_p: float, keep: int = 1) -> tuple[Indices, npt.NDArray[np.float64]]:
-    """The fewest most probable tokens that reach `top_p` of the weights' sum, at least `keep`, and the running sums.
+    """The fewest most probable tokens with `top_p` of the weights' sum, at least `keep`, and the running sums.
 
-    Tokens come in descending order, equal ones by ascending index, none that has no weight. Holtzman et al. 2019,
+    Tokens are in descending order, ties by ascending index, without those of weight 0. Holtzman et al. 2019,
     arXiv:1904.09751.
     """
     reach = nucleus_share(top_p) * float(weights.sum(dtype=np.float64))
@@ -50,19 +50,19 @@ def nucleus(weights: Floats, top_p: float, keep: int = 1) -> tuple[Indices, npt.
 
 
 def nucleus_share(top_p: float) -> float:
-    """The share of the sum that a nucleus has to reach, so that it ends where Hugging Face's does.
+    """The share of the sum that a nucleus has to reach to end where Hugging Face's does.
 
-    There a token is left out if it and all less probable ones have at most 1 - top_p, compared as float32: where sums
-    are equal in decimals (0.5 + 0.3 and top_p 0.8), rounding in float64 is not to decide.
+    There a token is left out if it and all less probable ones sum to at most 1 - top_p, compared in float32. Where sums
+    are equal in decimal (0.5 + 0.3 and top_p 0.8), rounding in float64 must not decide.
     """
     rest = np.float32(1 - top_p)
     return 1 - (float(rest) + float(np.nextafter(rest, np.float32(2)))) / 2
 
 
 def descending(values: Floats) -> Indices:
-    """The order of the largest value first, equal ones as they come; much faster than NumPy's own stable argsort.
+    """The stable order of descending values; much faster than NumPy's own stable argsort.
 
-    Value and index are packed into one integer each, for which sorting is vectorised.
+    Each value and its index are packed into one integer, because sorting integers is vectorised.
     """
     bits = (0.0 - values).view(np.uint32)  # 0.0 - value is never minus zero, which would differ in its bits
     ascending = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)

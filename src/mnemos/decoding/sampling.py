@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling: one token after the other, for one or several results, with or without drafts."""
+"""Greedy decoding and sampling: token by token, for one or several results, with or without drafts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence,
 
 
 class Drafter(Protocol):
-    """Guesses how a text goes on."""
+    """Guesses how a text continues."""
 
     def draft(self, history: History, limit: int) -> list[int] | int:
-        """At most `limit` guessed tokens, or how many the engine's draft model is to guess."""
+        """At most `limit` guessed tokens, or the number that the engine's draft model should guess."""
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """How many of the last draft's tokens turned out right."""
+        """Is told how many of the last draft's tokens turned out right."""
 
 
 @dataclass(eq=False)
@@ -41,24 +41,24 @@ class _Text:
 
     @property
     def drafts(self) -> list[int]:
-        """What was guessed, by the strategy or the engine's draft model, after the chosen tokens."""
+        """The guesses, the strategy's or the engine's draft model's, after the chosen tokens."""
         return self.branch.tokens[len(self.history.tokens) :]
 
     def finished(self, sequence: int, emitted: list[Emitted]) -> FinishedSequence:
-        """The text as a result; only where it has ended."""
+        """The text as a result; only for a text that has ended."""
         assert self.end is not None
         return self.watch.finished(self.end, self.history, sequence, emitted)
 
 
 class Sampling:
-    """The strategy of greedy decoding and of sampling.
+    """The strategy for greedy decoding and sampling.
 
     results     how many texts are returned; they share the prompt's pages
-    samples     how many are made (best_of); where that is more, the best by mean log probability come at the end
+    samples     how many are generated (best_of); if more, the best by mean log probability are returned at the end
     logprobs    the number of most probable tokens to report, None for no log probabilities
-    most        the most tokens that a text will have, so that drafts do not go beyond
-    drafter     makes the guesser of one text, None without speculation. A draft is accepted where it is the token that
-                is chosen anyway: random numbers depend on the position alone, so the text does not depend on drafts.
+    most        the maximum length of a text in tokens, which drafts do not exceed
+    drafter     makes the guesser for one text, None without speculation. A draft is accepted where it equals the token
+                that is chosen anyway: random numbers depend on the position alone, so drafts never change the text.
     """
 
     needs_all_prompt_rows = False
@@ -113,7 +113,7 @@ class Sampling:
         if self._samples == 1 and self._drafter is None:
             return self._advance_alone(live[0], rows[live[0].branch])
         given = [rows[text.branch] for text in live]
-        if len(live) > 1 and live[1].branch is live[0].branch:  # at the first step, all grow from the prompt's branch
+        if len(live) > 1 and live[1].branch is live[0].branch:  # at the first step, all share the prompt's branch
             for text in live[1:]:
                 text.branch = text.branch.fork()
             for text in live:
@@ -139,7 +139,7 @@ class Sampling:
         return advance
 
     def _advance_alone(self, text: _Text, rows: Rows) -> Advance:
-        """As `advance`, for one text without drafts, which is what most steps are made of."""
+        """Like `advance`, for one text without drafts: the case of most steps."""
         token = self._choose(text, rows, len(rows.logits) - 1)
         if text.end is not None:
             return Advance([], text.emitted[-1:], [text.finished(text.sequence, [])])

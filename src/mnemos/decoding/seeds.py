@@ -10,9 +10,9 @@ _MASK = 0xFFFFFFFF
 
 
 def uniform(seed: int, position: int, draw: int = 0) -> float:
-    """A number from 0 to below 1, of 53 random bits: a function of its arguments alone.
+    """A number of 53 random bits in [0, 1): a function of its arguments alone.
 
-    position is the index in the sequence of the token to be drawn, draw numbers several draws for one position.
+    position is the index of the token to draw; draw distinguishes several draws for one position.
     """
     if native.core is None:
         return uniform_python(seed, position, draw)
@@ -26,7 +26,7 @@ def uniform_python(seed: int, position: int, draw: int = 0) -> float:
 
 
 def philox(key: int, counter: int) -> tuple[int, int, int, int]:
-    """Philox4x32-10: four random 32-bit words of a 64-bit key and a 128-bit counter. Salmon et al. 2011."""
+    """Philox4x32-10: four random 32-bit words from a 64-bit key and a 128-bit counter. Salmon et al. 2011."""
     low, high = key & _MASK, key >> 32 & _MASK
     a, b, c, d = (counter >> shift & _MASK for shift in (0, 32, 64, 96))
     for _ in range(10):
@@ -37,12 +37,12 @@ def philox(key: int, counter: int) -> tuple[int, int, int, int]:
 
 
 def fresh_seed() -> int:
-    """A seed of 64 bits from the operating system."""
+    """A 64-bit seed from the operating system."""
     return int.from_bytes(os.urandom(8), "little")
 
 
 def stream_seed(seed: int, stream: int) -> int:
-    """The seed of a request's result number `stream`; the first result's is the request's own."""
+    """The seed of a request's result number `stream`; the first result uses the request's own."""
     if stream == 0:
         return seed
     first, second, _, _ = philox(seed, stream << 96)

@@ -1,8 +1,8 @@
-"""Guesses of how a text goes on, several tokens verified in one step. They change a text's time, never the text.
+"""Guesses of the next tokens, several of which are verified in one step. They change the time, never the text.
 
-A draft token is accepted where it equals the token that is chosen at its place anyway. Greedy decoding then is exact
-bit by bit; so is sampling, because its random numbers depend on seed and position only: the text is the same as without
-drafts, and so is its distribution. Guesses come from the text itself, or from a small model that the engine runs.
+A draft token is accepted where it equals the token that is chosen there anyway. Greedy decoding is then exact bit by
+bit; so is sampling, because its random numbers depend on seed and position only: the text, and so its distribution, is
+the same as without drafts. Guesses come from the text itself, or from a small model that the engine runs.
 Sources: Leviathan et al. 2022, arXiv:2211.17192; prompt lookup: Saxena 2023.
 """
 
@@ -20,10 +20,10 @@ _LONGEST_MATCH = 16
 
 
 class DraftLength:
-    """Decides how many tokens are worth drafting, from how drafts fared so far.
+    """Decides how many tokens are worth drafting, from the success of earlier drafts.
 
-    With the probability p that a draft token is right, the k-th one helps with p**k. It is worth its place in the batch
-    while that exceeds `cost`, the time of one more row as a share of a step's. Where nothing is worth drafting any more
+    If a draft token is right with probability p, the k-th one helps with probability p**k. It is worth its place in the
+    batch while that exceeds `cost`, the time of one more row as a share of a step's. Once nothing is worth drafting,
     the estimate recovers slowly, so that a single token is tried from time to time.
     """
 
@@ -49,7 +49,7 @@ class DraftLength:
 
 
 class PromptLookup:
-    """Drafts what followed the latest tokens where they occurred before; the longest such match counts."""
+    """Drafts the tokens that followed an earlier occurrence of the latest tokens; the longest match counts."""
 
     def __init__(self, most: int) -> None:
         self._length = DraftLength(most)
@@ -62,7 +62,7 @@ class PromptLookup:
         place = _last_match(tokens)
         if place is None:
             return []
-        period = len(tokens) - place  # beyond the text's end, the draft goes on repeating itself
+        period = len(tokens) - place  # beyond the text's end, the draft repeats itself
         return [int(tokens[place + i % period]) for i in range(size)]
 
     def learn(self, drafted: int, accepted: int) -> None:
@@ -70,7 +70,7 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Leaves the guesses to the engine's draft model, and says how many are worth its time."""
+    """Leaves the guesses to the engine's draft model, and decides how many are worth its time."""
 
     def __init__(self, most: int) -> None:
         self._length = DraftLength(most, cost=0.4)  # a row of the batch and a step of the draft model

@@ -24,11 +24,11 @@ class DecoderLike(Protocol):
 
 
 class StopStrings:
-    """Lets text through up to the first stop string, and never a part of one.
+    """Passes text on up to the first stop string, and never a part of one.
 
-    Text that may be the beginning of a stop string is held back until what follows decides. Of several stop strings the
-    one that is complete first counts, whatever pieces the text came in. Names of special tokens are not shown, but a
-    stop string may be such a name or hold one.
+    Text that may be the beginning of a stop string is held back until the following text decides. Of several stop
+    strings, the first to be complete counts, however the text was split into pieces. Names of special tokens are not
+    shown, but a stop string may be, or contain, such a name.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ class StopStrings:
         self.matched: str | None = None
 
     def push(self, piece: str, shown: bool = True) -> str:
-        """The text that is certain now. After a match `matched` is set and nothing more comes."""
+        """The text that is now certain. After a match, `matched` is set and nothing more is passed on."""
         self._take(piece, shown)
         text = self._held
         ends = [(start + len(stop), start, stop) for stop in self._strings if (start := text.find(stop)) >= 0]
@@ -51,12 +51,12 @@ class StopStrings:
         return certain
 
     def pass_through(self, piece: str, shown: bool = True) -> str:
-        """As `push`, but nothing in the text so far can be part of a match."""
+        """Like `push`, but nothing in the text so far can be part of a match."""
         self._take(piece, shown)
         return self._release(len(self._held))
 
     def finish(self) -> str:
-        """What was held back and turned out not to be a stop string."""
+        """The text that was held back but turned out not to be a stop string."""
         return self.pass_through("")
 
     def _take(self, piece: str, shown: bool) -> None:
@@ -64,14 +64,14 @@ class StopStrings:
         self._shown += [shown] * len(piece)
 
     def _release(self, count: int) -> str:
-        """What is shown of the first `count` characters, which are held no longer."""
+        """The shown part of the first `count` characters, which are no longer held."""
         text = "".join(compress(self._held[:count], self._shown))
         self._held = self._held[count:]
         del self._shown[:count]
         return text
 
     def _certain(self, text: str) -> int:
-        """Where the longest end of the text begins that begins a stop string."""
+        """Where the longest suffix of the text that is a prefix of a stop string begins."""
         for start in range(max(len(text) - self._longest + 1, 0), len(text)):
             if any(stop.startswith(text[start:]) for stop in self._strings):
                 return start
@@ -79,20 +79,20 @@ class StopStrings:
 
 
 class RepetitionDetector:
-    """Notices that the last tokens are one block over and over.
+    """Notices when the last tokens repeat one block over and over.
 
-    A loop is a block of up to `longest_block` tokens that filled the last `repeats` blocks and at least `span` tokens.
+    A loop is a block of up to `longest_block` tokens, repeated `repeats` times and over at least `span` tokens.
     """
 
     def __init__(self, longest_block: int = 128, repeats: int = 4, span: int = 64) -> None:
         periods = np.arange(1, longest_block + 1)
-        # A block of p tokens has filled s tokens when the newest s - p of them equal those p places earlier.
+        # A block of p tokens fills s tokens when the newest s - p of them equal those p positions earlier.
         self._enough = np.maximum(periods * repeats, span) - periods
         self._equal = np.zeros(longest_block, np.int64)
         self._recent = np.full(longest_block, -1, np.int64)  # newest first
 
     def push(self, token: int) -> bool:
-        """True if the text has become a loop."""
+        """True if the text has become a loop after this token."""
         self._equal = np.where(self._recent == token, self._equal + 1, 0)
         self._recent = np.roll(self._recent, 1)
         self._recent[0] = token
@@ -110,7 +110,7 @@ class End:
 
 @dataclass(frozen=True)
 class StopRules:
-    """What ends the texts of one request. Lengths are in generated tokens; `deadline` is on the clock of `clock`."""
+    """What ends the texts of one request. Lengths are in generated tokens; `deadline` is a time of `clock`."""
 
     stop_ids: frozenset[int]
     least: int
@@ -123,7 +123,7 @@ class StopRules:
 
 
 class StopWatch:
-    """Follows one text and says when it ends, and what of it is certain."""
+    """Follows one text and decides when it ends and how much of it is certain."""
 
     def __init__(
         self,
@@ -131,9 +131,9 @@ class StopWatch:
         decoder: DecoderLike | None,
         name_of_special: Callable[[int], str] = lambda token: "",
     ) -> None:
-        """`decoder` must be given where the rules have stop strings, and only there; it leaves special tokens out.
+        """`decoder` is needed if, and only if, the rules have stop strings; it leaves special tokens out.
 
-        name_of_special: what a special token is called, "" for other tokens.
+        name_of_special: a special token's name, "" for other tokens.
         """
         self._rules = rules
         self._name_of_special = name_of_special
@@ -149,7 +149,7 @@ class StopWatch:
         return None if self._decoder is None else "".join(self._text)
 
     def push(self, token: int, tokens: Sequence[int]) -> tuple[str | None, End | None]:
-        """What text `token`, the last of `tokens`, made certain (None: the token's own), and whether it is the end."""
+        """Text that `token`, the last of `tokens`, made certain (None: the token's own), and the end if it has come."""
         self._generated += 1
         if token in self._rules.stop_ids:
             return "", End("stop", token, is_text=False)
@@ -161,7 +161,7 @@ class StopWatch:
     def finished(
         self, end: End, history: History, sequence: int = 0, emitted: Sequence[Emitted] = ()
     ) -> FinishedSequence:
-        """The text that ended so, with what was held back unless a stop string ended it; to be called once."""
+        """The ended text, with what was held back unless a stop string ended it; call it only once."""
         if self._decoder is not None and self._strings.matched is None:
             self._text.append(self._strings.push(self._decoder.finish()))
             self._text.append(self._strings.finish())
@@ -201,15 +201,15 @@ class StopWatch:
 
 
 class TextEnds:
-    """Says of whole texts whether their last token ends them, for searches that keep many texts at once."""
+    """Tells whether the last token of a whole text ends it, for searches that keep many texts at once."""
 
     def __init__(self, rules: StopRules, decode: Callable[[Sequence[int]], Iterable[tuple[str, bool]]] | None) -> None:
-        """`decode` must be given where the rules have stop strings: pieces of text, and whether each is shown."""
+        """`decode` is needed if the rules have stop strings: it gives pieces of text and whether each is shown."""
         self._rules = rules
         self._decode = decode
 
     def of(self, tokens: Sequence[int], prompt_length: int) -> tuple[End, str | None] | None:
-        """The end, if it is one, and the text where a stop string cuts it. `tokens` begin with the prompt."""
+        """The end, if it is one, and the text up to the stop string if one matched. `tokens` begin with the prompt."""
         rules, generated = self._rules, len(tokens) - prompt_length
         if tokens[-1] in rules.stop_ids:
             return End("stop", tokens[-1], is_text=False), None

@@ -1,9 +1,9 @@
 """The contract between a decoding strategy and the engine.
 
 A strategy drives one request through branches. A branch is a token sequence whose keys and values the engine keeps
-in pages; forked branches share them. At each step the engine evaluates the tokens that the branches have not evaluated
-yet, as rows of one ragged batch together with all other requests, and hands every strategy the rows that it wants. A
-strategy never calls the model.
+in pages; forked branches share them. At each step, the engine evaluates the tokens of all branches that have not been
+evaluated yet, as rows of one ragged batch together with all other requests, and hands every strategy the rows it wants.
+A strategy never calls the model.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class Branch:
-    """A token sequence under construction: the prompt and what was generated so far.
+    """A token sequence under construction: the prompt and the tokens generated so far.
 
     tokens     all token ids; append to ask for the evaluation of more
     evaluated  how many of them are in the cache; only the engine raises it, `truncate` lowers it
-    wanted     how many of the newest rows' logits the strategy is to be given (1, or drafts + 1 when verifying)
+    wanted     how many of the newest rows the strategy receives (1, or drafts + 1 when verifying)
     drafts     how many tokens the engine's draft model may guess after the last one; it appends its guesses to
                `tokens` and raises `wanted` by their number
-    draw       set where a row, a seed and the token's place decide alone: the engine then chooses the tokens of all
-               such branches together and hands them over in `Rows.tokens`
+    draw       set where the choice depends on the row, a seed and the token's position alone: the engine then chooses
+               the tokens of all such branches together and hands them over in `Rows.tokens`
     logits     whether the strategy reads logits although it has a draw; if not, `Rows.logits` may have no columns
     parent     the branch that this one was forked from, until the engine has shared its pages
     """
@@ -48,17 +48,17 @@ class Branch:
         return Branch(self.tokens, parent=self)
 
     def truncate(self, length: int) -> None:
-        """Forgets all tokens after `length`, evaluated or not."""
+        """Drops all tokens after the first `length`, evaluated or not."""
         del self.tokens[length:]
         self.evaluated = min(self.evaluated, length)
 
 
 class Rows(NamedTuple):
-    """What the model said about a branch's newest `wanted` tokens: float32 views, to be copied if kept.
+    """The model's output for a branch's newest `wanted` tokens: float32 views, to be copied if kept.
 
     logits (wanted, vocabulary); hidden (wanted, hidden size): the last hidden states. At the first step of a strategy
     with `needs_all_prompt_rows`, hidden has a row for every prompt token, in order; logits may hold the last row only.
-    tokens: what the branch's `draw` chose of each row of the logits; None where the strategy has to choose.
+    tokens: the choice of the branch's `draw` for each row of logits; None where the strategy has to choose.
     """
 
     logits: Floats
@@ -67,13 +67,13 @@ class Rows(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """A token that is certain to be part of the result, ready to be streamed.
+    """A token that is final and can be streamed.
 
-    token_id, sequence   the token, and which of the request's results it continues (0 unless n > 1)
+    token_id, sequence   the token, and the number of the result it continues (0 unless n > 1)
     logprob              log probability under the model's own distribution, before any processor; None unless asked for
     top_logprobs         the most probable (token id, log probability) pairs, as many as asked for
-    text                 None: the text is what the tokenizer makes of the token. A string: stream exactly this instead;
-                         the strategy sets it where stop strings hold text back ("" for now) or a stop token has no text
+    text                 None: the text is the tokenizer's for the token. A string: stream exactly this instead; the
+                         strategy sets it where stop strings hold text back ("" for now) or a stop token has no text
     """
 
     token_id: int
@@ -90,11 +90,11 @@ class FinishedSequence:
     tokens         all generated tokens, the end-of-text or stop token included
     finish_reason  stop, length, repetition, time or error
     emitted        the tokens that were not streamed step by step (beams, best_of): all of them, or none
-    score          of beam search, else None
+    score          beam search's score, else None
     sequence       its number among the request's results
-    text_tokens    how many leading tokens make up its text (None: all); a token that only ended it does not count
-    text           its whole text where stop strings were given (it ends before the one that matched), else None:
-                   decode tokens[:text_tokens]. A stream's last piece is what of it was not streamed yet
+    text_tokens    the number of leading tokens that form its text (None: all), without a token that only ended it
+    text           its whole text if stop strings were given (it ends before the one that matched), else None:
+                   decode tokens[:text_tokens]. A stream's last piece is the part not streamed yet
     stopped_by     the stop string or stop token id that ended it, else None
     """
 
@@ -110,7 +110,7 @@ class FinishedSequence:
 
 @dataclass(slots=True)
 class Advance:
-    """A strategy's answer to a step: the branches to go on with (none: the request is done) and what became certain.
+    """A strategy's answer to a step: the branches to continue (none: the request is done) and the new final tokens.
 
     A branch that is not in `branches` gives its pages back. `drafted` tokens of speculation were verified in this step,
     and `accepted` of them were right.
@@ -127,10 +127,10 @@ class Strategy(Protocol):
     """One request's way of turning logits into tokens. It holds all its state; the engine calls it from one thread."""
 
     needs_all_prompt_rows: bool  # contrastive search keeps the hidden state of every prompt token
-    max_branches: int  # the most branches it will ever have at once, so that pages can be planned for
+    max_branches: int  # the most branches it will ever have at once, for planning pages
 
     def start(self, prompt: Sequence[int]) -> list[Branch]: ...
 
     def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
-        """Called when every branch returned last has been evaluated to its end."""
+        """Called when every branch returned last has been evaluated completely."""
         ...
