@@ -26,6 +26,22 @@ def test_generate(counter: Any, hugging_face: Any, numbers: Any) -> None:
     assert numbers(generate(counter, hugging_face, "4 6 8", do_sample=False)) == list(range(10, 40, 2))
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"temperature": 0},
+        {"num_beams": 4},
+        {"penalty_alpha": 0.2},
+        {"strategy": "greedy"},
+        {"top_p": None, "top_k": 1},
+        {"temperature": None, "top_k": 1},
+    ],
+    ids=str,
+)
+def test_defaults_give_way(counter: Any, hugging_face: Any, numbers: Any, asked: dict[str, Any]) -> None:
+    assert numbers(generate(counter, hugging_face, "4 6 8", **asked)) == list(range(10, 40, 2))
+
+
 def test_generate_batch(counter: Any, hugging_face: Any, numbers: Any) -> None:
     outputs = generate_batch(
         counter, hugging_face, prompts=["0 3 6", "20 21 22", "1 3"], max_new_tokens=256, temperature=0.1, device="cpu"

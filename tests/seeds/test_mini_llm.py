@@ -29,6 +29,24 @@ def test_basic_generation(generator: Generator, numbers: Any) -> None:
     assert numbers(generator.generate("2 5 8", temperature=0)) == list(range(2, 40, 3))
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_beams": 4},
+        {"do_sample": False},
+        {"penalty_alpha": 0.2},
+        {"strategy": "greedy"},
+        {"strategy": "beam_search"},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.1},
+        {"top_k": 1},
+    ],
+    ids=str,
+)
+def test_other_strategies_in_place_of_the_defaults(generator: Generator, numbers: Any, asked: dict[str, Any]) -> None:
+    assert numbers(generator.generate("2 5 8", **asked)) == list(range(2, 40, 3))
+    assert list(generator.generate_stream("2 5 8", **asked)) == count(11, 3)
+
+
 def test_stream(generator: Generator) -> None:
     tokens = list(generator.generate_stream("20 22 24", temperature=0))
     assert tokens == count(26, 2)

@@ -71,3 +71,11 @@ def test_settings(checkpoint: Path, numbers: Any) -> None:
 def test_from_pretrained_is_the_same(checkpoint: Path, numbers: Any) -> None:
     with OptimizedInferenceEngine.from_pretrained(checkpoint, cache_size=3, backend="numpy") as engine:
         assert numbers(engine.generate_response("30 32 34")) == [36, 38]
+
+
+def test_without_a_cache_of_prefixes(checkpoint: Path, numbers: Any) -> None:
+    with OptimizedInferenceEngine(checkpoint, prefix_cache=False) as engine:
+        text = " ".join(map(str, range(38)))  # more than a page
+        assert numbers(engine.generate_response(text)) == numbers(engine.generate_response(text)) == [38, 39]
+        cache = engine.memory_cache
+        assert (cache.hit_rate, len(cache.episodic_cache), cache.memory_usage_mb) == (0, 0, 0)

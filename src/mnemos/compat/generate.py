@@ -1,4 +1,4 @@
-"""Generation with a model of one's own in one call, without keeping an engine."""
+"""Generation with your own model in one call, without keeping an engine."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ def generate(
     tokenizer: Any,
     prompt: str,
     max_new_tokens: int | None = None,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    top_k: int = 50,
+    temperature: float | None = 0.7,
+    top_p: float | None = 0.9,
+    top_k: int | None = 50,
     do_sample: bool = True,
     device: str | None = None,
     **overrides: Any,
 ) -> str:
     """The text that continues `prompt`.
 
-    model, tokenizer, device: as of `InferenceEngine`. max_new_tokens: 256 if not given, or what the context has room
-    for. With do_sample=False decoding is greedy, and temperature, top_p
-    and top_k have no effect. `overrides` are further fields of `GenerationConfig`. Whoever generates often makes an
-    `InferenceEngine` once, which saves trying the model out each time.
+    model, tokenizer, device: see `InferenceEngine`. max_new_tokens: 256 if not given, or what the context has room
+    for. With do_sample=False decoding is greedy, and temperature, top_p and top_k have no effect; nor have they where
+    temperature is 0 or `overrides`, further fields of `GenerationConfig`, ask for beams or contrastive search.
+    For more than one call, make an `InferenceEngine` once: the model need not be tried out each time.
     """
     return generate_batch(
         model,
@@ -44,18 +44,23 @@ def generate_batch(
     tokenizer: Any,
     prompts: Sequence[str],
     max_new_tokens: int | None = None,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    top_k: int = 50,
+    temperature: float | None = 0.7,
+    top_p: float | None = 0.9,
+    top_k: int | None = 50,
     do_sample: bool = True,
     device: str | None = None,
     **overrides: Any,
 ) -> list[str]:
-    """The texts that continue `prompts`, in their order, evaluated together; parameters as of `generate`."""
+    """The texts that continue `prompts`, in their order, evaluated together; for the parameters see `generate`."""
+    from mnemos.decoding.config import GenerationConfig, with_defaults
     from mnemos.engine.engine import InferenceEngine
     from mnemos.engine.prompts import listed
 
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
+    defaults = GenerationConfig()
+    if do_sample:
+        warmth = 1.0 if temperature is None else temperature
+        defaults = GenerationConfig(temperature=warmth, top_p=top_p, top_k=top_k)
+    config = with_defaults(defaults, max_new_tokens=max_new_tokens, **overrides)
     with InferenceEngine(model, tokenizer, device) as engine:
-        texts: list[str] = engine.generate(listed(prompts), max_new_tokens=max_new_tokens, **{**sampling, **overrides})
+        texts: list[str] = engine.generate(listed(prompts), config=config)
         return texts

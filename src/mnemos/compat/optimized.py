@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mnemos.compat.cache_manager import CacheManager
@@ -11,6 +12,7 @@ from mnemos.decoding.config import GenerationConfig
 from mnemos.engine.engine import LENGTHS, InferenceEngine
 from mnemos.engine.options import split
 from mnemos.engine.pretrained import load_parts
+from mnemos.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,7 +26,8 @@ class OptimizedInferenceEngine(InferenceEngine):
     """An `InferenceEngine` over a model file, which answers texts with texts.
 
     model_path   see `InferenceEngine.from_pretrained`, whose options it takes too
-    cache_size   how many pages of the prefix cache are kept for later requests
+    cache_size   how many pages of the prefix cache are kept for later requests; of no use with prefix_cache=False, nor
+                 for a model whose prefixes cannot be shared
     config       defaults of its requests: fields of `GenerationConfig`, beam_size for num_beams, cache_size, and
                  batch_size, the number of sequences that run at once
     """
@@ -45,7 +48,9 @@ class OptimizedInferenceEngine(InferenceEngine):
         options.setdefault("generation_config", GenerationConfig(**fields))
         loading, running = split(options)
         super().__init__(**load_parts(model_path, loading), **running)
-        CacheManager(self, max_entries=cache_size)
+        if running.get("prefix_cache", True):
+            with suppress(UnsupportedError):  # a model that remembers no pages needs no limit
+                CacheManager(self, max_entries=cache_size)
 
     @classmethod
     def from_pretrained(
