@@ -13,15 +13,15 @@
 #include <cstring>
 #include <optional>
 
-#include "system/bounds.h"
-#include "system/trial.h"
-#include "system/error.h"
+#include "foreign_step.h"
 #include "length_prefixed.h"
 #include "linear/product_kernels.h"
-#include "system/mapping.h"
 #include "program/program.h"
-#include "foreign_step.h"
 #include "sampler.h"
+#include "system/bounds.h"
+#include "system/error.h"
+#include "system/mapping.h"
+#include "system/trial.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -86,7 +86,8 @@ const char *form_name(Form form) {
 
 double measure_multiply_rate(Pool &pool, const std::string &isa, const std::string &form, int repeats) {
   const ProductKernels *kernels = find_kernels(isa.c_str());
-  if (kernels == nullptr) throw unsupported_error("there are no " + isa + " kernels for matrix products on this machine");
+  if (kernels == nullptr)
+    throw unsupported_error("there are no " + isa + " kernels for matrix products on this machine");
   for (Form known : {Form::f32, Form::bf16, Form::int8}) {
     if (form != form_name(known)) continue;
     if (known == Form::bf16 && kernels->bf16_form != known) break;
@@ -105,12 +106,14 @@ double measure_trial(const std::string &operators, const std::string &isa) {
 using Order = Array<int64_t, nb::ndim<1>>;
 
 // A matrix that has no bytes until `pack_matrices` has run; with `order` it has these of the rows, in this order.
-std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32, std::optional<Order> order) {
-  if (!is_weight_type(type)) throw unsupported_error("a weight of storage type " + std::to_string(type) + " cannot be multiplied");
+std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32,
+                                        std::optional<Order> order) {
+  if (!is_weight_type(type))
+    throw unsupported_error("a weight of storage type " + std::to_string(type) + " cannot be multiplied");
   const WeightType weight = static_cast<WeightType>(type);
   if (rows < 1 || columns < 1 || columns % block_columns(weight) != 0) {
-    throw config_error("a weight of " + std::to_string(rows) + " x " + std::to_string(columns) + " values is no whole number of blocks of " +
-                       std::to_string(block_columns(weight)));
+    throw config_error("a weight of " + std::to_string(rows) + " x " + std::to_string(columns) +
+                       " values is no whole number of blocks of " + std::to_string(block_columns(weight)));
   }
   int64_t bytes = 0;
   if (__builtin_mul_overflow(row_bytes(weight, columns), rows, &bytes) || bytes != static_cast<int64_t>(data.size())) {
@@ -121,10 +124,12 @@ std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int6
     const int64_t *begin = order->data(), *end = begin + order->size();
     const auto wrong = std::find_if(begin, end, [&](int64_t row) { return row < 0 || row >= rows; });
     if (begin == end) throw config_error("a weight's order names no rows");
-    if (wrong != end) throw config_error("a weight's order names row " + std::to_string(*wrong) + " of " + std::to_string(rows));
+    if (wrong != end)
+      throw config_error("a weight's order names row " + std::to_string(*wrong) + " of " + std::to_string(rows));
     rows = end - begin;
   }
-  return std::make_shared<Matrix>(weight, rows, columns, as_float32, linear_kernels(current_isa(class_of(weight, as_float32))));
+  return std::make_shared<Matrix>(weight, rows, columns, as_float32,
+                                  linear_kernels(current_isa(class_of(weight, as_float32))));
 }
 
 // (matrix, data, order: as of `allocate_matrix`; whether the pages of the file with the data are given back) each.
@@ -195,7 +200,8 @@ nb::object as_array(const OutputView &output) {
 InputView input_view(nb::handle object) {
   FloatRows floats;
   if (nb::try_cast(object, floats, false)) {
-    return {floats.data(), static_cast<int64_t>(floats.shape(0)), static_cast<int64_t>(floats.shape(1)), ValueType::float32};
+    return {floats.data(), static_cast<int64_t>(floats.shape(0)), static_cast<int64_t>(floats.shape(1)),
+            ValueType::float32};
   }
   Array<int32_t, nb::ndim<2>> ints;
   if (nb::try_cast(object, ints, false)) {
@@ -204,21 +210,22 @@ InputView input_view(nb::handle object) {
   throw config_error("a program's inputs must be float32 or int32 arrays of two axes, contiguous in memory");
 }
 
-nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages, Ints page_positions,
-                     Ints page_starts, Ints logit_rows, nb::list inputs, bool argmax) {
+nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages,
+                     Ints page_positions, Ints page_starts, Ints logit_rows, nb::list inputs, bool argmax) {
   BatchView batch;
   batch.argmax = argmax;
   batch.tokens = static_cast<int64_t>(positions.size());
   batch.chosen = static_cast<int64_t>(logit_rows.size());
   batch.sequences = static_cast<int64_t>(sequence_starts.size()) - 1;
   if (token_ids.size() != positions.size() || batch.sequences < 0 || page_starts.size() != sequence_starts.size()) {
-    throw request_error("a batch needs as many token_ids as positions and as many page_starts as sequence_starts; it has " +
-                        std::to_string(token_ids.size()) + ", " + std::to_string(positions.size()) + ", " +
-                        std::to_string(page_starts.size()) + " and " + std::to_string(sequence_starts.size()));
+    throw request_error(
+        "a batch needs as many token_ids as positions and as many page_starts as sequence_starts; it has " +
+        std::to_string(token_ids.size()) + ", " + std::to_string(positions.size()) + ", " +
+        std::to_string(page_starts.size()) + " and " + std::to_string(sequence_starts.size()));
   }
   if (page_positions.size() != pages.size()) {
-    throw request_error("a batch needs as many page_positions as pages; it has " + std::to_string(page_positions.size()) + " and " +
-                        std::to_string(pages.size()));
+    throw request_error("a batch needs as many page_positions as pages; it has " +
+                        std::to_string(page_positions.size()) + " and " + std::to_string(pages.size()));
   }
   batch.table_pages = static_cast<int64_t>(pages.size());
   batch.token_ids = token_ids.data();
@@ -266,17 +273,20 @@ template <typename Each>
 void for_rows(const FloatRows &logits, const Each &each) {
   nb::gil_scoped_release release_gil;
   Sampler sampler(vector_kernels(current_isa(OperatorClass::attention)));
-  for (size_t r = 0; r < logits.shape(0); r++) each(sampler, checked_row(logits, r), static_cast<int64_t>(logits.shape(1)), r);
+  for (size_t r = 0; r < logits.shape(0); r++)
+    each(sampler, checked_row(logits, r), static_cast<int64_t>(logits.shape(1)), r);
 }
 
 nb::object sample_rows(FloatRows logits, Floats temperature, Ints top_k, Doubles top_p, Doubles min_p, Doubles random) {
   const size_t rows = logits.shape(0);
-  if (temperature.size() != rows || top_k.size() != rows || top_p.size() != rows || min_p.size() != rows || random.size() != rows) {
+  if (temperature.size() != rows || top_k.size() != rows || top_p.size() != rows || min_p.size() != rows ||
+      random.size() != rows) {
     throw config_error("sampling needs one temperature, top_k, top_p, min_p and random number for each of the " +
                        std::to_string(rows) + " rows");
   }
   for (size_t r = 0; r < rows; r++) {
-    if (!(temperature.data()[r] > 0)) throw config_error("temperature is " + std::to_string(temperature.data()[r]) + "; it must be above 0");
+    if (!(temperature.data()[r] > 0))
+      throw config_error("temperature is " + std::to_string(temperature.data()[r]) + "; it must be above 0");
   }
   std::vector<int32_t> tokens(rows);
   for_rows(logits, [&](Sampler &sampler, const float *row, int64_t n, size_t r) {
@@ -288,13 +298,15 @@ nb::object sample_rows(FloatRows logits, Floats temperature, Ints top_k, Doubles
 
 nb::object greedy_rows(FloatRows logits) {
   std::vector<int32_t> tokens(logits.shape(0));
-  for_rows(logits, [&](Sampler &sampler, const float *row, int64_t n, size_t r) { tokens[r] = sampler.greedy(row, n); });
+  for_rows(logits,
+           [&](Sampler &sampler, const float *row, int64_t n, size_t r) { tokens[r] = sampler.greedy(row, n); });
   return owned_array(std::move(tokens));
 }
 
 nb::object log_sum_exp_rows(FloatRows logits) {
   std::vector<double> sums(logits.shape(0));
-  for_rows(logits, [&](Sampler &sampler, const float *row, int64_t n, size_t r) { sums[r] = sampler.log_sum_exp(row, n); });
+  for_rows(logits,
+           [&](Sampler &sampler, const float *row, int64_t n, size_t r) { sums[r] = sampler.log_sum_exp(row, n); });
   return owned_array(std::move(sums));
 }
 
@@ -313,102 +325,165 @@ PlainAttention::Heads heads_at(const HeadsAt &heads) {
 void bind_relay(nb::module_ &m) {
   nb::class_<ForeignStep>(m, "ForeignStep")
       .def(nb::init<std::shared_ptr<Pool>>(), "pool"_a)
-      .def("add", [](ForeignStep &step, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
-        return step.add(matrix, copy_vector(bias));
-      }, "matrix"_a, "bias"_a.none())
-      .def("replace", [](ForeignStep &step, int number, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
-        step.replace(number, matrix, copy_vector(bias));
-      }, "number"_a, "matrix"_a, "bias"_a.none())
-      .def("multiply", [](ForeignStep &step, int number, uintptr_t x, int64_t rows, uintptr_t y) {
-        nb::gil_scoped_release release_gil;
-        step.multiply(number, at_address(x), rows, at_address(y));
-      }, "number"_a, "x"_a, "rows"_a, "y"_a)
-      .def("attend", [](ForeignStep &step, const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> &sizes, const HeadsAt &q,
-                        const HeadsAt &k, const HeadsAt &v, float scale, uintptr_t y) {
-        PlainAttention a{};
-        std::tie(a.batch, a.heads, a.kv_heads, a.count, a.head_dim) = sizes;
-        a.queries = heads_at(q), a.keys = heads_at(k), a.values = heads_at(v);
-        a.scale = scale;
-        a.y = at_address(y);
-        nb::gil_scoped_release release_gil;
-        step.attend(a);
-      }, "sizes"_a, "q"_a, "k"_a, "v"_a, "scale"_a, "y"_a);
-  m.def("copy_heads", [](int64_t batch, int64_t heads, int64_t width, const HeadsAt &from, const HeadsAt &to) {
-    const PlainAttention::Heads source = heads_at(from);
-    float *target = at_address(std::get<0>(to));
-    for (int64_t b = 0; b < batch; b++) {
-      for (int64_t h = 0; h < heads; h++) {
-        float *y = target + b * std::get<1>(to) + h * std::get<2>(to);
-        std::memcpy(y, source.head(b, h), static_cast<size_t>(width) * sizeof(float));
-      }
-    }
-  }, "batch"_a, "heads"_a, "width"_a, "source"_a, "target"_a);
-  m.def("rms_norm", [](uintptr_t x, uintptr_t weight, float epsilon, uintptr_t y, int64_t rows, int64_t width) {
-    vector_kernels(current_isa(OperatorClass::attention)).rms_norm(at_address(x), at_address(weight), epsilon, at_address(y), rows, width);
-  }, "x"_a, "weight"_a, "epsilon"_a, "y"_a, "rows"_a, "width"_a);
+      .def(
+          "add",
+          [](ForeignStep &step, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
+            return step.add(matrix, copy_vector(bias));
+          },
+          "matrix"_a, "bias"_a.none())
+      .def(
+          "replace",
+          [](ForeignStep &step, int number, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
+            step.replace(number, matrix, copy_vector(bias));
+          },
+          "number"_a, "matrix"_a, "bias"_a.none())
+      .def(
+          "multiply",
+          [](ForeignStep &step, int number, uintptr_t x, int64_t rows, uintptr_t y) {
+            nb::gil_scoped_release release_gil;
+            step.multiply(number, at_address(x), rows, at_address(y));
+          },
+          "number"_a, "x"_a, "rows"_a, "y"_a)
+      .def(
+          "attend",
+          [](ForeignStep &step, const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> &sizes, const HeadsAt &q,
+             const HeadsAt &k, const HeadsAt &v, float scale, uintptr_t y) {
+            PlainAttention a{};
+            std::tie(a.batch, a.heads, a.kv_heads, a.count, a.head_dim) = sizes;
+            a.queries = heads_at(q), a.keys = heads_at(k), a.values = heads_at(v);
+            a.scale = scale;
+            a.y = at_address(y);
+            nb::gil_scoped_release release_gil;
+            step.attend(a);
+          },
+          "sizes"_a, "q"_a, "k"_a, "v"_a, "scale"_a, "y"_a);
+  m.def(
+      "copy_heads",
+      [](int64_t batch, int64_t heads, int64_t width, const HeadsAt &from, const HeadsAt &to) {
+        const PlainAttention::Heads source = heads_at(from);
+        float *target = at_address(std::get<0>(to));
+        for (int64_t b = 0; b < batch; b++) {
+          for (int64_t h = 0; h < heads; h++) {
+            float *y = target + b * std::get<1>(to) + h * std::get<2>(to);
+            std::memcpy(y, source.head(b, h), static_cast<size_t>(width) * sizeof(float));
+          }
+        }
+      },
+      "batch"_a, "heads"_a, "width"_a, "source"_a, "target"_a);
+  m.def(
+      "rms_norm",
+      [](uintptr_t x, uintptr_t weight, float epsilon, uintptr_t y, int64_t rows, int64_t width) {
+        vector_kernels(current_isa(OperatorClass::attention))
+            .rms_norm(at_address(x), at_address(weight), epsilon, at_address(y), rows, width);
+      },
+      "x"_a, "weight"_a, "epsilon"_a, "y"_a, "rows"_a, "width"_a);
 }
 
 void bind_program(nb::module_ &m) {
   using ProgramClass = nb::class_<Program>;
   ProgramClass(m, "Program")
       .def(nb::init<std::shared_ptr<Pool>, std::shared_ptr<Cache>>(), "pool"_a, "cache"_a.none())
-      .def("input", [](Program &p, int64_t width, bool integers) { return p.input(width, integers ? ValueType::int32 : ValueType::float32); },
-           "width"_a, "integers"_a)
-      .def("embed", [](Program &p, std::shared_ptr<Matrix> matrix, bool by_position) {
-        return p.embed(matrix, by_position ? Index::positions : Index::token_ids);
-      }, "matrix"_a, "by_position"_a)
+      .def(
+          "input",
+          [](Program &p, int64_t width, bool integers) {
+            return p.input(width, integers ? ValueType::int32 : ValueType::float32);
+          },
+          "width"_a, "integers"_a)
+      .def(
+          "embed",
+          [](Program &p, std::shared_ptr<Matrix> matrix, bool by_position) {
+            return p.embed(matrix, by_position ? Index::positions : Index::token_ids);
+          },
+          "matrix"_a, "by_position"_a)
       .def("rows", &Program::choose_rows, "x"_a)
-      .def("linear", [](Program &p, int x, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
-        return p.linear(x, matrix, copy_vector(bias));
-      }, "x"_a, "matrix"_a, "bias"_a.none())
-      .def("rms_norm", [](Program &p, int x, Floats weight, float epsilon) {
-        return p.norm(x, make_norm_params(Norm::rms, weight, std::nullopt, epsilon));
-      }, "x"_a, "weight"_a, "epsilon"_a)
-      .def("layer_norm", [](Program &p, int x, Floats weight, std::optional<Floats> bias, float epsilon) {
-        return p.norm(x, make_norm_params(Norm::layer, weight, bias, epsilon));
-      }, "x"_a, "weight"_a, "bias"_a.none(), "epsilon"_a)
-      .def("rope", [](Program &p, int x, Floats frequencies, int64_t head_dim, float magnitude) {
-        return p.rope(x, {frequencies.data(), frequencies.data() + frequencies.size()}, head_dim, magnitude);
-      }, "x"_a, "frequencies"_a, "head_dim"_a, "magnitude"_a)
-      .def("attention", [](Program &p, int q, int k, int v, int64_t layer, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                           float scale, int64_t window, float softcap) {
-        Attention attention{};
-        attention.layer = layer;
-        attention.heads = heads;
-        attention.kv_heads = kv_heads;
-        attention.head_dim = head_dim;
-        attention.scale = scale;
-        attention.window = window;
-        attention.softcap = softcap;
-        return p.attention(q, k, v, attention);
-      }, "q"_a, "k"_a, "v"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "softcap"_a)
-      .def("activation", [](Program &p, int x, const std::string &kind) {
-        return p.elementwise({ElementwiseKind::activation, 0, activation_kind(kind)}, x, -1);
-      }, "x"_a, "kind"_a)
-      .def("gated_activation", [](Program &p, int gate, int up, const std::string &kind) {
-        return p.elementwise({ElementwiseKind::gated_activation, 0, activation_kind(kind)}, gate, up);
-      }, "gate"_a, "up"_a, "kind"_a)
-      .def("add", [](Program &p, int x, int y) { return p.elementwise({ElementwiseKind::add, 0, ActivationKind::silu}, x, y); },
-           "x"_a, "y"_a)
-      .def("scale", [](Program &p, int x, float factor) {
-        return p.elementwise({ElementwiseKind::scale, factor, ActivationKind::silu}, x, -1);
-      }, "x"_a, "factor"_a)
-      .def("softcap", [](Program &p, int x, float cap) {
-        return p.elementwise({ElementwiseKind::softcap, cap, ActivationKind::silu}, x, -1);
-      }, "x"_a, "cap"_a)
-      .def("route", [](Program &p, int x, std::shared_ptr<Matrix> router, int64_t top_k, bool normalise) {
-        return p.route(x, router, top_k, normalise);
-      }, "x"_a, "router"_a, "top_k"_a, "normalise"_a)
-      .def("experts", [](Program &p, int x, int ids, int weights, const std::vector<std::shared_ptr<Matrix>> &gate,
-                         const std::vector<std::shared_ptr<Matrix>> &up, const std::vector<std::shared_ptr<Matrix>> &down,
-                         const std::string &kind) {
-        Experts experts{};
-        experts.gate.assign(gate.begin(), gate.end());
-        experts.up.assign(up.begin(), up.end());
-        experts.down.assign(down.begin(), down.end());
-        experts.activation = activation_kind(kind);
-        return p.experts(x, ids, weights, std::move(experts));
-      }, "x"_a, "ids"_a, "weights"_a, "gate"_a, "up"_a, "down"_a, "kind"_a)
+      .def(
+          "linear",
+          [](Program &p, int x, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
+            return p.linear(x, matrix, copy_vector(bias));
+          },
+          "x"_a, "matrix"_a, "bias"_a.none())
+      .def(
+          "rms_norm",
+          [](Program &p, int x, Floats weight, float epsilon) {
+            return p.norm(x, make_norm_params(Norm::rms, weight, std::nullopt, epsilon));
+          },
+          "x"_a, "weight"_a, "epsilon"_a)
+      .def(
+          "layer_norm",
+          [](Program &p, int x, Floats weight, std::optional<Floats> bias, float epsilon) {
+            return p.norm(x, make_norm_params(Norm::layer, weight, bias, epsilon));
+          },
+          "x"_a, "weight"_a, "bias"_a.none(), "epsilon"_a)
+      .def(
+          "rope",
+          [](Program &p, int x, Floats frequencies, int64_t head_dim, float magnitude) {
+            return p.rope(x, {frequencies.data(), frequencies.data() + frequencies.size()}, head_dim, magnitude);
+          },
+          "x"_a, "frequencies"_a, "head_dim"_a, "magnitude"_a)
+      .def(
+          "attention",
+          [](Program &p, int q, int k, int v, int64_t layer, int64_t heads, int64_t kv_heads, int64_t head_dim,
+             float scale, int64_t window, float softcap) {
+            Attention attention{};
+            attention.layer = layer;
+            attention.heads = heads;
+            attention.kv_heads = kv_heads;
+            attention.head_dim = head_dim;
+            attention.scale = scale;
+            attention.window = window;
+            attention.softcap = softcap;
+            return p.attention(q, k, v, attention);
+          },
+          "q"_a, "k"_a, "v"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "softcap"_a)
+      .def(
+          "activation",
+          [](Program &p, int x, const std::string &kind) {
+            return p.elementwise({ElementwiseKind::activation, 0, activation_kind(kind)}, x, -1);
+          },
+          "x"_a, "kind"_a)
+      .def(
+          "gated_activation",
+          [](Program &p, int gate, int up, const std::string &kind) {
+            return p.elementwise({ElementwiseKind::gated_activation, 0, activation_kind(kind)}, gate, up);
+          },
+          "gate"_a, "up"_a, "kind"_a)
+      .def(
+          "add",
+          [](Program &p, int x, int y) {
+            return p.elementwise({ElementwiseKind::add, 0, ActivationKind::silu}, x, y);
+          },
+          "x"_a, "y"_a)
+      .def(
+          "scale",
+          [](Program &p, int x, float factor) {
+            return p.elementwise({ElementwiseKind::scale, factor, ActivationKind::silu}, x, -1);
+          },
+          "x"_a, "factor"_a)
+      .def(
+          "softcap",
+          [](Program &p, int x, float cap) {
+            return p.elementwise({ElementwiseKind::softcap, cap, ActivationKind::silu}, x, -1);
+          },
+          "x"_a, "cap"_a)
+      .def(
+          "route",
+          [](Program &p, int x, std::shared_ptr<Matrix> router, int64_t top_k, bool normalise) {
+            return p.route(x, router, top_k, normalise);
+          },
+          "x"_a, "router"_a, "top_k"_a, "normalise"_a)
+      .def(
+          "experts",
+          [](Program &p, int x, int ids, int weights, const std::vector<std::shared_ptr<Matrix>> &gate,
+             const std::vector<std::shared_ptr<Matrix>> &up, const std::vector<std::shared_ptr<Matrix>> &down,
+             const std::string &kind) {
+            Experts experts{};
+            experts.gate.assign(gate.begin(), gate.end());
+            experts.up.assign(up.begin(), up.end());
+            experts.down.assign(down.begin(), down.end());
+            experts.activation = activation_kind(kind);
+            return p.experts(x, ids, weights, std::move(experts));
+          },
+          "x"_a, "ids"_a, "weights"_a, "gate"_a, "up"_a, "down"_a, "kind"_a)
       .def("width", &Program::width, "value"_a)
       .def("finish", &Program::finish, "outputs"_a)
       .def("run", &run_program, "token_ids"_a, "positions"_a, "sequence_starts"_a, "pages"_a, "page_positions"_a,
@@ -426,10 +501,13 @@ NB_MODULE(_native, m) {
   nb::register_exception_translator(translate);
   nb::set_leak_warnings(false);  // the shared pools outlive the interpreter's bookkeeping
 
-  m.def("isa", [](const std::string &operators) { return std::string(isa_name(current_isa(find_class(operators)))); },
-        "operators"_a);
-  m.def("likely_isa", [](const std::string &operators) { return std::string(isa_name(likely_isa(find_class(operators)))); },
-        "operators"_a);
+  m.def(
+      "isa", [](const std::string &operators) { return std::string(isa_name(current_isa(find_class(operators)))); },
+      "operators"_a);
+  m.def(
+      "likely_isa",
+      [](const std::string &operators) { return std::string(isa_name(likely_isa(find_class(operators)))); },
+      "operators"_a);
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa, "levels"_a);
   m.def("keeps_bfloats", [] { return keeps_bfloats(current_isa(OperatorClass::attention)); });
@@ -450,33 +528,38 @@ NB_MODULE(_native, m) {
       .def_prop_ro("bytes", &Matrix::bytes)
       .def_prop_ro("form", [](const Matrix &matrix) { return form_name(matrix.form); });
   m.def("make_matrix", &make_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a, "release"_a, "pool"_a);
-  m.def("allocate_matrix", &allocate_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a, "order"_a.none());
+  m.def("allocate_matrix", &allocate_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a,
+        "order"_a.none());
   m.def("pack_matrices", &pack_matrices, "matrices"_a, "pool"_a);
 
   nb::class_<Cache>(m, "Cache")
-      .def("__init__",
-           [](Cache *cache, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size, const std::string &dtype,
-              int64_t pages) { new (cache) Cache(layers, kv_heads, head_dim, page_size, cache_type(dtype), pages); },
-           "layers"_a, "kv_heads"_a, "head_dim"_a, "page_size"_a, "dtype"_a, "pages"_a)
+      .def(
+          "__init__",
+          [](Cache *cache, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size,
+             const std::string &dtype,
+             int64_t pages) { new (cache) Cache(layers, kv_heads, head_dim, page_size, cache_type(dtype), pages); },
+          "layers"_a, "kv_heads"_a, "head_dim"_a, "page_size"_a, "dtype"_a, "pages"_a)
       .def_ro("pages", &Cache::pages)
       .def_prop_ro("page_bytes", &Cache::page_bytes)
       .def("copy", &Cache::copy, "source"_a, "target"_a)
-      .def("read",
-           [](const Cache &cache, int64_t page) {
-             const uint8_t *data = cache.page(page);
-             return owned_array(std::vector<uint8_t>(data, data + cache.page_bytes()));
-           },
-           "page"_a)
-      .def("write",
-           [](Cache &cache, int64_t page, Bytes content) {
-             uint8_t *data = cache.page(page);
-             if (static_cast<int64_t>(content.size()) != cache.page_bytes()) {
-               throw config_error("a page's content has " + std::to_string(content.size()) + " bytes; this cache's pages have " +
-                                  std::to_string(cache.page_bytes()));
-             }
-             std::memcpy(data, content.data(), content.size());
-           },
-           "page"_a, "content"_a);
+      .def(
+          "read",
+          [](const Cache &cache, int64_t page) {
+            const uint8_t *data = cache.page(page);
+            return owned_array(std::vector<uint8_t>(data, data + cache.page_bytes()));
+          },
+          "page"_a)
+      .def(
+          "write",
+          [](Cache &cache, int64_t page, Bytes content) {
+            uint8_t *data = cache.page(page);
+            if (static_cast<int64_t>(content.size()) != cache.page_bytes()) {
+              throw config_error("a page's content has " + std::to_string(content.size()) +
+                                 " bytes; this cache's pages have " + std::to_string(cache.page_bytes()));
+            }
+            std::memcpy(data, content.data(), content.size());
+          },
+          "page"_a, "content"_a);
 
   bind_program(m);
   bind_relay(m);
@@ -486,12 +569,14 @@ NB_MODULE(_native, m) {
   m.def("greedy", &greedy_rows, "logits"_a);
   m.def("log_sum_exp", &log_sum_exp_rows, "logits"_a);
   m.def("top_tokens", &top_tokens, "logits"_a, "count"_a);
-  m.def("find_strings",
-        [](Bytes buffer, uint64_t count, const std::string &text, bool halves) {
-          const auto found = find_strings({reinterpret_cast<const char *>(buffer.data()), buffer.size()}, count, text, halves);
-          return owned_array(found);
-        },
-        "buffer"_a, "count"_a, "text"_a, "halves"_a);
+  m.def(
+      "find_strings",
+      [](Bytes buffer, uint64_t count, const std::string &text, bool halves) {
+        const auto found =
+            find_strings({reinterpret_cast<const char *>(buffer.data()), buffer.size()}, count, text, halves);
+        return owned_array(found);
+      },
+      "buffer"_a, "count"_a, "text"_a, "halves"_a);
 }
 
 }  // namespace mnemos

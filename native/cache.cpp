@@ -57,10 +57,8 @@ CacheType cache_type(const std::string &name) {
 }
 
 Cache::Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size, CacheType type, int64_t pages)
-    : layers(checked("number of layers", layers)),
-      kv_heads(checked("kv_heads", kv_heads)),
-      pages(checked("number of pages", pages)),
-      cell_(make_cell(type, page_size, head_dim)),
+    : layers(checked("number of layers", layers)), kv_heads(checked("kv_heads", kv_heads)),
+      pages(checked("number of pages", pages)), cell_(make_cell(type, page_size, head_dim)),
       page_bytes_(layers * kv_heads * cell_.bytes),
       data_(map_memory(static_cast<size_t>(mapping_bytes(page_bytes_, pages)), "the key/value cache")) {
   prefer_large_pages(data_, static_cast<size_t>(mapping_bytes(page_bytes_, pages)));

@@ -23,21 +23,24 @@ int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size
 }  // namespace
 
 ForeignStep::ForeignStep(std::shared_ptr<Pool> pool)
-    : pool_(std::move(pool)), kernels_(vector_kernels(current_isa(OperatorClass::attention))), scores_(static_cast<size_t>(pool_->threads())) {}
+    : pool_(std::move(pool)), kernels_(vector_kernels(current_isa(OperatorClass::attention))),
+      scores_(static_cast<size_t>(pool_->threads())) {}
 
 ForeignStep::~ForeignStep() { pool_->interrupt(); }
 
 ForeignStep::Link ForeignStep::checked(MatrixPointer matrix, VectorPointer bias) const {
-  if (matrix->form != Form::f32) throw config_error("a product outside a program needs weights that are multiplied in float32");
+  if (matrix->form != Form::f32)
+    throw config_error("a product outside a program needs weights that are multiplied in float32");
   if (bias && static_cast<int64_t>(bias->size()) != matrix->rows) {
-    throw config_error("a bias has " + std::to_string(bias->size()) + " values; its matrix has " + std::to_string(matrix->rows) +
-                       " rows");
+    throw config_error("a bias has " + std::to_string(bias->size()) + " values; its matrix has " +
+                       std::to_string(matrix->rows) + " rows");
   }
   return {std::move(matrix), std::move(bias), -1, std::vector<int64_t>(static_cast<size_t>(pool_->threads()))};
 }
 
 ForeignStep::Link &ForeignStep::link(int number) {
-  if (number < 0 || static_cast<size_t>(number) >= links_.size()) throw config_error("there is no product " + std::to_string(number));
+  if (number < 0 || static_cast<size_t>(number) >= links_.size())
+    throw config_error("there is no product " + std::to_string(number));
   return links_[static_cast<size_t>(number)];
 }
 
@@ -62,7 +65,8 @@ void ForeignStep::multiply(int number, const float *x, int64_t rows, float *y) {
   std::lock_guard<std::mutex> lock(mutex_);
   Link &own = link(number);
   const Matrix &matrix = *own.matrix;
-  Input input = bind_input(matrix.kernels, Form::f32, rows, matrix.columns, const_cast<float *>(x));  // which is only read
+  Input input =
+      bind_input(matrix.kernels, Form::f32, rows, matrix.columns, const_cast<float *>(x));  // which is only read
   if (input.padded != matrix.columns) {
     padded_.resize(static_cast<size_t>(rows * input.padded));
     input.values = padded_.data();
@@ -80,14 +84,16 @@ void ForeignStep::multiply(int number, const float *x, int64_t rows, float *y) {
   if (last_ >= 0) link(last_).next = number;
   last_ = number;
   const int64_t size = panels >= 32 * pool_->threads() ? 4 : 2;  // panels of an item
-  share(parts_of(panels, size), [&](int64_t item, int) { multiply_panels(item * size, std::min(panels, (item + 1) * size)); });
+  share(parts_of(panels, size),
+        [&](int64_t item, int) { multiply_panels(item * size, std::min(panels, (item + 1) * size)); });
   fetch_ahead();
 }
 
 void ForeignStep::attend(const PlainAttention &a) {
   if (a.batch < 0 || a.count < 1 || a.head_dim < 1 || a.kv_heads < 1 || a.heads % a.kv_heads != 0) {
-    throw config_error("attention of " + std::to_string(a.heads) + " heads over " + std::to_string(a.kv_heads) + " with " +
-                       std::to_string(a.count) + " keys of " + std::to_string(a.head_dim) + " values does not fit together");
+    throw config_error("attention of " + std::to_string(a.heads) + " heads over " + std::to_string(a.kv_heads) +
+                       " with " + std::to_string(a.count) + " keys of " + std::to_string(a.head_dim) +
+                       " values does not fit together");
   }
   std::lock_guard<std::mutex> lock(mutex_);
   // Neighbouring heads of the same keys find them in the caches.
@@ -142,7 +148,7 @@ bool ForeignStep::fetch(Link &link, int thread, int64_t *left) const {
   const int64_t begin = bytes * thread / threads / 64 * 64, own = bytes * (thread + 1) / threads / 64 * 64 - begin;
   int64_t &fetched = link.fetched[static_cast<size_t>(thread)];
   *left -= std::min(fetched, own);
-  for (const uint8_t *part = link.matrix->panel(0) + begin; fetched < own && *left > 0;) {
+  for (const uint8_t *part = link.matrix->panel(0) + begin; fetched<own && * left> 0;) {
     if (pool_->wanted()) return false;
     const int64_t end = std::min(fetched + piece_bytes, own);
     *left -= end - fetched;

@@ -1,4 +1,5 @@
-// Operators of a forward pass that someone else runs, one call each: products with few rows, attention of single queries.
+// Operators of a forward pass that someone else runs, one call each: products with few rows, attention of single
+// queries.
 //
 // Between two calls the caller works on one core, and the others have nothing to do but to read what the next products
 // will need into their caches: passes go the same way again and again, so the order of the last one tells what comes.
@@ -9,14 +10,15 @@
 #include <mutex>
 #include <vector>
 
-#include "vector/vector_kernels.h"
-#include "system/pool.h"
 #include "program/tasks.h"
+#include "system/pool.h"
+#include "vector/vector_kernels.h"
 
 namespace mnemos {
 
-// Attention of one query each, (batch, heads, head_dim), over `count` keys and values, (batch, kv_heads, count, head_dim),
-// of which those of a head lie side by side. Neighbouring heads share keys: `heads` is a multiple of `kv_heads`.
+// Attention of one query each, (batch, heads, head_dim), over `count` keys and values, (batch, kv_heads, count,
+// head_dim), of which those of a head lie side by side. Neighbouring heads share keys: `heads` is a multiple of
+// `kv_heads`.
 struct PlainAttention {
   struct Heads {
     const float *data;
@@ -36,8 +38,8 @@ class ForeignStep {
   ForeignStep(const ForeignStep &) = delete;
   ForeignStep &operator=(const ForeignStep &) = delete;
 
-  // A product y = x W^T + bias; returns its number. Throws Error (config) if the matrix is not multiplied in float32, or
-  // the bias does not fit.
+  // A product y = x W^T + bias; returns its number. Throws Error (config) if the matrix is not multiplied in float32,
+  // or the bias does not fit.
   int add(MatrixPointer matrix, VectorPointer bias);
   // Puts another one in its place.
   void replace(int number, MatrixPointer matrix, VectorPointer bias);
@@ -50,7 +52,7 @@ class ForeignStep {
   struct Link {
     MatrixPointer matrix;
     VectorPointer bias;
-    int next = -1;                 // what was multiplied by after it the last time
+    int next = -1;  // what was multiplied by after it the last time
     std::vector<int64_t> fetched;  // by thread: bytes of its part that it has read ahead since the last product
   };
 

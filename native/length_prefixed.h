@@ -32,8 +32,8 @@ class Occurrences {
 };
 
 // The indices of those of `count` strings that occur in `text`. With `halves` a string is two with a space between, and
-// they occur if they do without it; one that has no space behind its first byte is taken to occur, for the caller to see.
-// Throws Error (format) if the strings reach beyond the buffer.
+// they occur if they do without it; one that has no space behind its first byte is taken to occur, for the caller to
+// see. Throws Error (format) if the strings reach beyond the buffer.
 inline std::vector<int32_t> find_strings(std::string_view buffer, uint64_t count, std::string_view text, bool halves) {
   const Occurrences occurrences(text);
   std::vector<int32_t> found;
@@ -44,8 +44,8 @@ inline std::vector<int32_t> find_strings(std::string_view buffer, uint64_t count
     const bool has_length = buffer.size() - offset >= sizeof length;
     if (has_length) std::memcpy(&length, buffer.data() + offset, sizeof length);
     if (!has_length || length > buffer.size() - offset - sizeof length) {
-      throw format_error("string " + std::to_string(i) + " of " + std::to_string(count) + " at offset " + std::to_string(offset) +
-                         " reaches beyond the end at " + std::to_string(buffer.size()));
+      throw format_error("string " + std::to_string(i) + " of " + std::to_string(count) + " at offset " +
+                         std::to_string(offset) + " reaches beyond the end at " + std::to_string(buffer.size()));
     }
     std::string_view s = buffer.substr(offset + sizeof length, length);
     offset += sizeof length + length;

@@ -12,8 +12,8 @@ namespace mnemos {
 namespace {
 
 constexpr int64_t block = 64;
-constexpr int64_t few = 256;      // candidates that are sorted before anything else is tried
-constexpr int64_t small = 1024;   // a vocabulary that is simply sorted
+constexpr int64_t few = 256;  // candidates that are sorted before anything else is tried
+constexpr int64_t small = 1024;  // a vocabulary that is simply sorted
 constexpr int64_t bin_count = 2048;
 
 // A number that grows as x does; the same for 0 and -0.
@@ -196,7 +196,8 @@ Sampler::Place Sampler::find(const float *logits, int64_t n, double goal, bool o
   }
   // Beyond `small` all are equal, and in the order of their ids.
   if (static_cast<int64_t>(candidates_.size()) <= small) {
-    std::sort(candidates_.begin(), candidates_.end(), [logits](int32_t a, int32_t b) { return comes_before(logits, a, b); });
+    std::sort(candidates_.begin(), candidates_.end(),
+              [logits](int32_t a, int32_t b) { return comes_before(logits, a, b); });
   }
   for (int32_t id : candidates_) {
     sum += static_cast<double>(weights_[static_cast<size_t>(id)]);
@@ -208,7 +209,8 @@ Sampler::Place Sampler::find(const float *logits, int64_t n, double goal, bool o
 double Sampler::log_sum_exp(const float *logits, int64_t n) {
   const float peak = kernels_.largest(logits, n);
   if (peak == -INFINITY) return static_cast<double>(peak);
-  if (!std::isfinite(peak)) return std::any_of(logits, logits + n, [](float x) { return std::isnan(x); }) ? NAN : INFINITY;
+  if (!std::isfinite(peak))
+    return std::any_of(logits, logits + n, [](float x) { return std::isnan(x); }) ? NAN : INFINITY;
   return static_cast<double>(peak) + std::log(kernels_.sum_exp(logits, peak, 1.0f, n));
 }
 

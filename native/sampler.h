@@ -9,8 +9,8 @@
 
 namespace mnemos {
 
-// Philox4x32-10 (Salmon et al. 2011): 53 random bits as a number from 0 to below 1. `position` is the lower and `draw` the
-// upper half of the counter, so the number depends on nothing else.
+// Philox4x32-10 (Salmon et al. 2011): 53 random bits as a number from 0 to below 1. `position` is the lower and `draw`
+// the upper half of the counter, so the number depends on nothing else.
 double uniform(uint64_t seed, uint64_t position, uint64_t draw);
 
 // What is cut off, in this order: top_k (0: nothing), top_p (1: nothing), min_p (0: nothing).
@@ -26,8 +26,8 @@ class Sampler {
   explicit Sampler(const VectorKernels &kernels) : kernels_(kernels) {}
 
   // The token at `random` of the cumulative distribution over tokens in descending probability, equal ones by
-  // ascending id. Tokens as probable as the last of the top_k stay. Throws Error (request) if a logit is not a number or
-  // plus infinity, or all are minus infinity.
+  // ascending id. Tokens as probable as the last of the top_k stay. Throws Error (request) if a logit is not a number
+  // or plus infinity, or all are minus infinity.
   int32_t sample(const float *logits, int64_t n, const Cutoffs &cutoffs, double random);
   // The lowest id of the largest logit; throws as `sample` does.
   int32_t greedy(const float *logits, int64_t n);
@@ -43,7 +43,8 @@ class Sampler {
   };
 
   float finite_peak(const float *logits, int64_t n);
-  // Puts at least the `count` largest logits' ids into candidates_, sorted; all that are as large as the last are there.
+  // Puts at least the `count` largest logits' ids into candidates_, sorted; all that are as large as the last are
+  // there.
   void collect(const float *logits, int64_t n, int64_t count);
   // `sample` by sorting the `count` most probable tokens; nothing if that many do not decide it.
   std::optional<int32_t> sample_among(const float *logits, int64_t n, const Cutoffs &cutoffs, double random, float peak,

@@ -1,16 +1,19 @@
 // Products with bfloat16 weights on AMX tiles.
 //
-// A tile product (TDPBF16PS) takes 32 columns. Its second operand is 16 pairs of columns of a panel as they lie there, its
-// first one rows of activations as they lie. For each output it sums the products of even and of odd columns apart, from
-// zero, and adds the sum of both to the total (Intel's Software Developer's Manual). The bfloat16 dot product of AVX-512 adds
-// each product to the total in turn, so a single row goes through tiles as well: its bits are those it has among many.
+// A tile product (TDPBF16PS) takes 32 columns. Its second operand is 16 pairs of columns of a panel as they lie there,
+// its first one rows of activations as they lie. For each output it sums the products of even and of odd columns apart,
+// from zero, and adds the sum of both to the total (Intel's Software Developer's Manual). The bfloat16 dot product of
+// AVX-512 adds each product to the total in turn, so a single row goes through tiles as well: its bits are those it has
+// among many.
 //
-// Cycles on Sapphire Rapids, from the figures of Intel's optimization manual (a product can begin every 16 and ends after 52,
-// a tile is loaded in 8 and stored in 16, ldtilecfg takes 204); not measured:
-//   32 rows by two panels   4 products 64, 4 tiles loaded 32 beside them: 512 multiply-adds a cycle, 16 times what AVX-512
+// Cycles on Sapphire Rapids, from the figures of Intel's optimization manual (a product can begin every 16 and ends
+// after 52, a tile is loaded in 8 and stored in 16, ldtilecfg takes 204); not measured:
+//   32 rows by two panels   4 products 64, 4 tiles loaded 32 beside them: 512 multiply-adds a cycle, 16 times what
+//   AVX-512
 //                           reaches in float32. A chunk of columns is 8 of these; its sums are loaded and stored in 96
 //                           beside its 512.
-//   up to 16 rows           2 products that wait for those before them 52, 3 tiles loaded and 32 lines fetched 40: 2 KB of
+//   up to 16 rows           2 products that wait for those before them 52, 3 tiles loaded and 32 lines fetched 40: 2 KB
+//   of
 //                           weights in 52, about 40 bytes a cycle, where a core reads 5 to 8 from memory.
 #pragma once
 
@@ -60,13 +63,14 @@ template <int P>
 struct BfloatPanels {
   const uint8_t *weights[P];
   alignas(64) uint8_t last[P][bfloat_bytes];  // what is left of the columns, then zeros
-  int64_t panel, outputs;                     // of the last panel
+  int64_t panel, outputs;  // of the last panel
   int64_t row_begin, row_end, tile_rows;
 };
 
 // Adds 32 columns of T tiles of rows to their sums.
 template <int T, int P>
-inline __attribute__((always_inline)) void add_bfloats(const uint8_t *const *weights, const uint16_t *const *x, int64_t row_bytes) {
+inline __attribute__((always_inline)) void add_bfloats(const uint8_t *const *weights, const uint16_t *const *x,
+                                                       int64_t row_bytes) {
   unroll<P>([&](auto p) { AmxTiles::load<bfloat_weights + p>(weights[p], 64); });
   unroll<T>([&](auto t) {
     AmxTiles::load<bfloat_inputs + t>(x[t], row_bytes);
@@ -74,11 +78,12 @@ inline __attribute__((always_inline)) void add_bfloats(const uint8_t *const *wei
   });
 }
 
-// T tiles of rows, the first of which is number `tile`, by tile products begin to end. The call's last tile of rows overlaps
-// the one before rather than have fewer rows, which would need other shapes; rows that it has twice are not stored.
+// T tiles of rows, the first of which is number `tile`, by tile products begin to end. The call's last tile of rows
+// overlaps the one before rather than have fewer rows, which would need other shapes; rows that it has twice are not
+// stored.
 template <int T, int P>
-void multiply_bfloat_tiles(const BfloatPanels<P> &panels, const Matrix &matrix, const Input &input, int64_t tile, int64_t begin,
-                           int64_t end, const Results &results) {
+void multiply_bfloat_tiles(const BfloatPanels<P> &panels, const Matrix &matrix, const Input &input, int64_t tile,
+                           int64_t begin, int64_t end, const Results &results) {
   const bool first = begin == 0;
   const float *starts = first ? results.starts : results.y;
   const int64_t start_stride = first ? results.start_stride : results.stride, whole = matrix.columns / bfloat_columns;
@@ -148,8 +153,8 @@ void multiply_bfloat_panels(const Matrix &matrix, const Input &input, int64_t ro
 }
 
 // As multiply() in linear.h, for a bfloat16 matrix.
-inline void multiply_bfloats(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                             int64_t panel_end, const Results &results) {
+inline void multiply_bfloats(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end,
+                             int64_t panel_begin, int64_t panel_end, const Results &results) {
   if (row_begin == row_end) return;  // there are no tiles without rows
   BfloatShapes shapes(smaller(row_end - row_begin, bfloat_rows));
   for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {

@@ -164,7 +164,8 @@ struct Avx2 {
     __m256i values[4];
     for (int i = 0; i < 4; i++)
       values[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i * 8), _mm256_set1_ps(inverse)));
-    for (int half = 0; half < 2; half++) counts[half] = sum_lanes(_mm256_add_epi32(values[2 * half], values[2 * half + 1]));
+    for (int half = 0; half < 2; half++)
+      counts[half] = sum_lanes(_mm256_add_epi32(values[2 * half], values[2 * half + 1]));
     if constexpr (Parts == 2) {
       __m256i first[4];
       for (int i = 0; i < 4; i++) {

@@ -29,8 +29,8 @@ struct Avx512 {
 
   static Bytes load(const uint8_t *p) { return _mm512_loadu_si512(p); }
   static void store(uint8_t *p, Bytes a) { _mm512_storeu_si512(p, a); }
-  // Left alone, GCC reads codes from memory again for each row and for each group of rows, or keeps so many of them that it
-  // spills the totals.
+  // Left alone, GCC reads codes from memory again for each row and for each group of rows, or keeps so many of them
+  // that it spills the totals.
   static Bytes in_register(Bytes a) {
     __asm__ volatile("" : "+v"(a));
     return a;
@@ -112,7 +112,8 @@ struct Avx512 {
   }
   // With `Powers`, blocks get two powers of two, and sums in bfloat16.
   template <int Parts, bool Powers>
-  static void quantize_together(const float *const *x, const Scales &scales, QuantBlock<Parts> *const *blocks, int count) {
+  static void quantize_together(const float *const *x, const Scales &scales, QuantBlock<Parts> *const *blocks,
+                                int count) {
     for (int i = 0; i < count; i += 2)
       quantize_pair<Parts, Powers>(x + i, scales.inverses + i, scales.powers[i / 2 % 2] + i / 4 * 4, blocks + i);
   }
@@ -133,23 +134,27 @@ struct Avx512 {
     const __mmask16 above = _mm512_cmp_ps_mask(_mm512_sub_ps(high, down), _mm512_add_ps(low, up), _CMP_LT_OQ);
     first = _mm512_mask_mov_ps(one, plain, _mm512_mask_mov_ps(low, above, high));
     second = _mm512_mask_mov_ps(one, plain, _mm512_mask_xor_ps(up, above, down, _mm512_set1_ps(-0.0f)));
-    const __m512 inverse = _mm512_maskz_div_ps(plain & static_cast<__mmask16>(~immense), one, _mm512_add_ps(first, second));
+    const __m512 inverse =
+        _mm512_maskz_div_ps(plain & static_cast<__mmask16>(~immense), one, _mm512_add_ps(first, second));
     first = _mm512_mask_mov_ps(first, immense, _mm512_set1_ps(-infinity));
     second = _mm512_mask_mov_ps(second, immense, _mm512_set1_ps(infinity));
     return inverse;
   }
 
-  // The largest magnitude of each of four blocks. Magnitudes lie in the order of their bits, what is not a number above all.
+  // The largest magnitude of each of four blocks. Magnitudes lie in the order of their bits, what is not a number above
+  // all.
   static __m128 largest_of_four(const float *const *x) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512 most[4];
     for (int i = 0; i < 4; i++) {
       const __m512i low = _mm512_loadu_si512(x[i]), high = _mm512_loadu_si512(x[i] + 16);
-      most[i] = larger(_mm512_castsi512_ps(_mm512_and_si512(low, magnitude)), _mm512_castsi512_ps(_mm512_and_si512(high, magnitude)));
+      most[i] = larger(_mm512_castsi512_ps(_mm512_and_si512(low, magnitude)),
+                       _mm512_castsi512_ps(_mm512_and_si512(high, magnitude)));
     }
     const __m512 a = larger(_mm512_unpacklo_ps(most[0], most[1]), _mm512_unpackhi_ps(most[0], most[1]));
     const __m512 b = larger(_mm512_unpacklo_ps(most[2], most[3]), _mm512_unpackhi_ps(most[2], most[3]));
-    const __m512i all = _mm512_castps_si512(larger(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee)));  // lane i % 4: block i
+    const __m512i all = _mm512_castps_si512(
+        larger(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee)));  // lane i % 4: block i
     const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_extracti32x8_epi32(all, 1));
     return _mm_castsi128_ps(_mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
   }
@@ -181,7 +186,8 @@ struct Avx512 {
     const __m128 pairs = _mm_load_ps(powers), scales = _mm_add_ps(pairs, _mm_shuffle_ps(pairs, pairs, 0xb1));
     const __m128 products = _mm_mul_ps(scales, _mm_cvtepi32_ps(totals));
     const __m128 terms = Powers ? pairs : _mm_blend_ps(scales, _mm_setzero_ps(), 0xa);
-    static_assert(offsetof(QuantBlock<Parts>, sums) == Parts * 32 + 16, "terms, first count and start follow the parts");
+    static_assert(offsetof(QuantBlock<Parts>, sums) == Parts * 32 + 16,
+                  "terms, first count and start follow the parts");
     store_rest(blocks[0], _mm_shuffle_ps(terms, _mm_castsi128_ps(starts), 0x44));
     store_rest(blocks[1], _mm_shuffle_ps(terms, _mm_castsi128_ps(starts), 0xee));
     if constexpr (!Powers) {

@@ -20,8 +20,8 @@ struct AlignedDelete {
 // What weights and activations are. Sums of small whole numbers are exact, in whatever order.
 enum class Numbers { any, whole };
 
-// Any bytes are codes and subscales; the float16 scales at the end of a record are small numbers of both signs. Weights in
-// bfloat16 are such numbers too, or whole ones.
+// Any bytes are codes and subscales; the float16 scales at the end of a record are small numbers of both signs. Weights
+// in bfloat16 are such numbers too, or whole ones.
 void fill(Matrix &matrix, Numbers numbers, Random random) {
   const Layout &layout = matrix.layout;
   if (!layout.quantized()) {
@@ -43,12 +43,14 @@ void fill(Matrix &matrix, Numbers numbers, Random random) {
 }
 
 // Rows are multiplied by so many at once.
-std::vector<float> product(const ProductKernels &kernels, const ProductShape &shape, Numbers numbers, int64_t together) {
+std::vector<float> product(const ProductKernels &kernels, const ProductShape &shape, Numbers numbers,
+                           int64_t together) {
   Random random{uint32_t(shape.type) * 977 + uint32_t(shape.tokens)};
   Matrix matrix(shape.type, shape.rows, shape.columns, false, kernels);
   place({&matrix});
   fill(matrix, numbers, random);
-  std::vector<float> x(size_t(shape.tokens * shape.columns)), y(size_t(shape.tokens * shape.rows)), bias(size_t(shape.rows));
+  std::vector<float> x(size_t(shape.tokens * shape.columns)), y(size_t(shape.tokens * shape.rows)),
+      bias(size_t(shape.rows));
   for (float &value : x) {
     const int32_t number = int32_t(random.next()) - (1 << 23);
     value = numbers == Numbers::whole ? float(number >> 16) : float(number) / float(1 << 22);
@@ -60,8 +62,8 @@ std::vector<float> product(const ProductKernels &kernels, const ProductShape &sh
   const Input input = bind_input(kernels, form, shape.tokens, shape.columns, workspace.get());
   prepare_rows(input, x.data(), shape.columns, 0, shape.tokens);
   for (int64_t row = 0; row < shape.tokens; row += together)
-    multiply(matrix, input, row, row + together < shape.tokens ? row + together : shape.tokens, 0, matrix.panels(), y.data(),
-             shape.rows, shape.bias ? bias.data() : nullptr, 0);
+    multiply(matrix, input, row, row + together < shape.tokens ? row + together : shape.tokens, 0, matrix.panels(),
+             y.data(), shape.rows, shape.bias ? bias.data() : nullptr, 0);
   return y;
 }
 

@@ -32,12 +32,12 @@ namespace mnemos {
 enum class Scales : uint8_t { none, half, half_min, sub32, sub32_min, sub16, sub16_min };
 
 struct Layout {
-  WeightType type;      // f32, f16 or bf16 for the float layouts
-  int base, high;       // bits of a code in the base plane and in the high one
+  WeightType type;  // f32, f16 or bf16 for the float layouts
+  int base, high;  // bits of a code in the base plane and in the high one
   Scales scales;
-  int offset;           // subtracted from the code (after the table)
-  bool table;           // codes are indices of iq4_values
-  int group;            // blocks of 32 columns in a record
+  int offset;  // subtracted from the code (after the table)
+  bool table;  // codes are indices of iq4_values
+  int group;  // blocks of 32 columns in a record
 
   constexpr int bits() const { return table ? 8 : base + high; }
   constexpr int code_bytes() const { return 64 * (base + high); }
@@ -45,8 +45,8 @@ struct Layout {
   constexpr bool minimum() const {
     return scales == Scales::half_min || scales == Scales::sub32_min || scales == Scales::sub16_min;
   }
-  // What kernels that round minima to bfloat16 subtract from a code: where a code has a minimum, half of the codes' range,
-  // so that what then remains of the minimum is small. (Not for `halves`.)
+  // What kernels that round minima to bfloat16 subtract from a code: where a code has a minimum, half of the codes'
+  // range, so that what then remains of the minimum is small. (Not for `halves`.)
   constexpr int centre() const { return minimum() && !halves() ? 1 << (bits() - 1) : offset; }
   constexpr int subscales() const { return group == 1 ? 0 : halves() ? 16 : 8; }  // of a record
   constexpr int scale_bytes() const { return (subscales() * 16 + 32) * (minimum() ? 2 : 1); }
@@ -92,8 +92,8 @@ static inline uint32_t to_bits(float value) {
 
 static inline float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7fff;
-  if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude << 13));   // infinity, NaN
-  if (magnitude < 0x0400) {                                                           // zero, subnormal
+  if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude << 13));  // infinity, NaN
+  if (magnitude < 0x0400) {  // zero, subnormal
     const float value = float(magnitude) * 0x1p-24f;
     return sign ? -value : value;
   }

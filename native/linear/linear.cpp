@@ -76,13 +76,8 @@ size_t panel_bytes_of(const Layout &layout, int64_t columns) {
 }
 
 Matrix::Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const ProductKernels &kernels)
-    : type(type),
-      rows(rows),
-      columns(columns),
-      kernels(kernels),
-      layout(as_float32 ? layouts::f32 : layout_of(type)),
-      form(form_of(layout, kernels)),
-      panel_bytes_(panel_bytes_of(layout, columns)) {}
+    : type(type), rows(rows), columns(columns), kernels(kernels), layout(as_float32 ? layouts::f32 : layout_of(type)),
+      form(form_of(layout, kernels)), panel_bytes_(panel_bytes_of(layout, columns)) {}
 
 void place(const std::vector<Matrix *> &matrices) {
   size_t total = 0;
@@ -132,7 +127,7 @@ void prepare_columns(const Input &input, const float *x, int64_t x_stride, int64
 
 void fetch_columns(const Input &input, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
   const auto bytes = [&](int64_t columns) { return input_bytes(input.form, 1, columns); };
-  const auto *begin = input.form == Form::f32 ? reinterpret_cast<const uint8_t *>(input.values)
+  const auto *begin = input.form == Form::f32    ? reinterpret_cast<const uint8_t *>(input.values)
                       : input.form == Form::bf16 ? reinterpret_cast<const uint8_t *>(input.halves)
                                                  : input.blocks;
   const size_t stride = bytes(input.padded), first = bytes(column_begin), last = bytes(column_end);

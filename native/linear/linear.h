@@ -16,8 +16,21 @@ namespace mnemos {
 
 // Storage types that a weight can have, numbered as in GGUF.
 enum class WeightType : int32_t {
-    f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q5_0 = 6, q5_1 = 7, q8_0 = 8, q2_k = 10, q3_k = 11, q4_k = 12, q5_k = 13,
-    q6_k = 14, iq4_nl = 20, iq4_xs = 23, bf16 = 30,
+  f32 = 0,
+  f16 = 1,
+  q4_0 = 2,
+  q4_1 = 3,
+  q5_0 = 6,
+  q5_1 = 7,
+  q8_0 = 8,
+  q2_k = 10,
+  q3_k = 11,
+  q4_k = 12,
+  q5_k = 13,
+  q6_k = 14,
+  iq4_nl = 20,
+  iq4_xs = 23,
+  bf16 = 30,
 };
 
 bool is_weight_type(int32_t type);
@@ -43,116 +56,119 @@ constexpr int64_t panel_rows = 16;
 struct Layout;  // how a storage type lies in a panel
 
 class Matrix {
-  public:
-    // The bytes are undefined until `pack_panels` has run over all panels. `columns` must be a multiple of block_columns(type).
-    // With `as_float32` the weights are expanded and multiplied in float32. A matrix has no bytes before `place`.
-    Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const ProductKernels &kernels);
-    Matrix(const Matrix &) = delete;
-    Matrix &operator=(const Matrix &) = delete;
+ public:
+  // The bytes are undefined until `pack_panels` has run over all panels. `columns` must be a multiple of
+  // block_columns(type). With `as_float32` the weights are expanded and multiplied in float32. A matrix has no bytes
+  // before `place`.
+  Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const ProductKernels &kernels);
+  Matrix(const Matrix &) = delete;
+  Matrix &operator=(const Matrix &) = delete;
 
-    const WeightType type;
-    const int64_t rows, columns;
-    const ProductKernels &kernels;
-    const Layout &layout;
-    const Form form;  // what its products want, at least
-    // With `precise`, the finest form that its products can take.
-    Form input_form(bool precise) const { return precise && form == Form::int8 ? Form::int15 : form; }
+  const WeightType type;
+  const int64_t rows, columns;
+  const ProductKernels &kernels;
+  const Layout &layout;
+  const Form form;  // what its products want, at least
+  // With `precise`, the finest form that its products can take.
+  Form input_form(bool precise) const { return precise && form == Form::int8 ? Form::int15 : form; }
 
-    // The unit of parallel work. The last panel may be partly empty. A range of panels that begins at a multiple of 4
-    // and has a length that is a multiple of 4 is multiplied fastest.
-    int64_t panels() const { return (rows + panel_rows - 1) / panel_rows; }
-    size_t panel_bytes() const { return panel_bytes_; }
-    size_t bytes() const { return panel_bytes_ * size_t(panels()); }
-    const uint8_t *panel(int64_t index) const { return data_ + size_t(index) * panel_bytes_; }
-    uint8_t *panel(int64_t index) { return data_ + size_t(index) * panel_bytes_; }
+  // The unit of parallel work. The last panel may be partly empty. A range of panels that begins at a multiple of 4
+  // and has a length that is a multiple of 4 is multiplied fastest.
+  int64_t panels() const { return (rows + panel_rows - 1) / panel_rows; }
+  size_t panel_bytes() const { return panel_bytes_; }
+  size_t bytes() const { return panel_bytes_ * size_t(panels()); }
+  const uint8_t *panel(int64_t index) const { return data_ + size_t(index) * panel_bytes_; }
+  uint8_t *panel(int64_t index) { return data_ + size_t(index) * panel_bytes_; }
 
-  private:
-    friend void place(const std::vector<Matrix *> &matrices);
+ private:
+  friend void place(const std::vector<Matrix *> &matrices);
 
-    size_t panel_bytes_;
-    uint8_t *data_ = nullptr;
-    std::shared_ptr<uint8_t> storage_;
+  size_t panel_bytes_;
+  uint8_t *data_ = nullptr;
+  std::shared_ptr<uint8_t> storage_;
 };
 
 // Gives matrices their bytes, one behind the other in one piece of memory that lives as long as any of them: together
 // they fill large pages, which small matrices alone would not. Throws std::bad_alloc.
 void place(const std::vector<Matrix *> &matrices);
 
-// Repacks rows from the file's form. `raw` is the first byte of the file's row 0, `order` the file's row for each of the
-// matrix, null where it is the same. May run in parallel over disjoint ranges.
-void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_t panel_end, const int64_t *order = nullptr);
+// Repacks rows from the file's form. `raw` is the first byte of the file's row 0, `order` the file's row for each of
+// the matrix, null where it is the same. May run in parallel over disjoint ranges.
+void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_t panel_end,
+                 const int64_t *order = nullptr);
 
 // The exact values that the format defines: `columns` floats.
 void dequantize_row(const Matrix &matrix, int64_t row, float *out);
 
-// The Euclidean lengths of these panels' rows, 16 a panel, rounded up. Only of matrices that have them: quantized ones without
-// minima, whose products with the same activations in different forms differ by nothing but what the activations do, and by
-// roundings of sums.
+// The Euclidean lengths of these panels' rows, 16 a panel, rounded up. Only of matrices that have them: quantized ones
+// without minima, whose products with the same activations in different forms differ by nothing but what the
+// activations do, and by roundings of sums.
 bool has_weight_lengths(const Matrix &matrix);
 void weight_lengths(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, float *lengths);
 
 // 32 activations, each about scale * quant. A quant is its part, or 128 * (first part) + (second part).
 template <int Parts>
 struct QuantBlock {
-    int8_t parts[Parts][32];  // -127 to 127
-    // Two terms of the scale. Kernels with bfloat16 dot products have two powers of two here, the second of either sign: so a
-    // weight's scale can be multiplied by it with integer additions to its exponent, for which some processors have units that
-    // the dot products don't need. Others have the scale itself and 0.
-    float terms[2];
-    int32_t first_count;      // sum of the first half's quants
-    int32_t start;            // -8 * (sum of all quants): what a dot product with codes that stand for code - 8 starts from
-    union {
-        float sum;         // scale * (sum of all quants)
-        uint16_t sums[2];  // for bfloat16 dot products, in a block of even number: its own and the next one's (0 if there is none)
-    };
+  int8_t parts[Parts][32];  // -127 to 127
+  // Two terms of the scale. Kernels with bfloat16 dot products have two powers of two here, the second of either sign:
+  // so a weight's scale can be multiplied by it with integer additions to its exponent, for which some processors have
+  // units that the dot products don't need. Others have the scale itself and 0.
+  float terms[2];
+  int32_t first_count;  // sum of the first half's quants
+  int32_t start;  // -8 * (sum of all quants): what a dot product with codes that stand for code - 8 starts from
+  union {
+    float sum;  // scale * (sum of all quants)
+    uint16_t sums[2];  // for bfloat16 dot products, in a block of even number: its own and the next one's (0 if there
+                       // is none)
+  };
 
-    float scale() const { return terms[0] + terms[1]; }
-    int32_t count() const { return -(start >> 3); }  // sum of all quants
-    int32_t second_count() const { return count() - first_count; }
+  float scale() const { return terms[0] + terms[1]; }
+  int32_t count() const { return -(start >> 3); }  // sum of all quants
+  int32_t second_count() const { return count() - first_count; }
 };
 
-// Memory that will be wanted after a product of many rows, which waits for arithmetic and leaves memory idle: the kernels ask
-// for some of it with each block that they multiply.
+// Memory that will be wanted after a product of many rows, which waits for arithmetic and leaves memory idle: the
+// kernels ask for some of it with each block that they multiply.
 class Ahead {
-  public:
-    virtual ~Ahead() = default;
-    // Nothing more is wanted.
-    void stop() { go_to(nullptr, 0, false); }
-    // Makes sure that there is something to ask for, if there is more; a tile of a product begins with it.
-    void refill() {
-        if (left_ <= 0 && more_) next();
-    }
-    // Asks for a few lines. Nothing is called from here: all vector registers are in use.
-    void advance() {
-        if (left_ <= 0) return;
-        for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(data_ + at, 0, 2);
-        data_ += step, left_ -= step;
-    }
+ public:
+  virtual ~Ahead() = default;
+  // Nothing more is wanted.
+  void stop() { go_to(nullptr, 0, false); }
+  // Makes sure that there is something to ask for, if there is more; a tile of a product begins with it.
+  void refill() {
+    if (left_ <= 0 && more_) next();
+  }
+  // Asks for a few lines. Nothing is called from here: all vector registers are in use.
+  void advance() {
+    if (left_ <= 0) return;
+    for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(data_ + at, 0, 2);
+    data_ += step, left_ -= step;
+  }
 
-  protected:
-    // Calls `go_to` with the next piece.
-    virtual void next() = 0;
-    // `more`: there are other pieces behind this one.
-    void go_to(const uint8_t *data, int64_t bytes, bool more) { data_ = data, left_ = bytes, more_ = more; }
+ protected:
+  // Calls `go_to` with the next piece.
+  virtual void next() = 0;
+  // `more`: there are other pieces behind this one.
+  void go_to(const uint8_t *data, int64_t bytes, bool more) { data_ = data, left_ = bytes, more_ = more; }
 
-  private:
-    static constexpr int64_t step = 256;
-    const uint8_t *data_ = nullptr;
-    int64_t left_ = 0;
-    bool more_ = false;
+ private:
+  static constexpr int64_t step = 256;
+  const uint8_t *data_ = nullptr;
+  int64_t left_ = 0;
+  bool more_ = false;
 };
 
 // Rows of activations in the form that a matrix wants, in a workspace of the caller's.
 struct Input {
-    Form form;
-    int64_t rows, columns;
-    int64_t padded;        // columns, rounded up to what the form stores (a multiple of 32)
-    const ProductKernels *kernels;
-    float *values;         // f32: (rows, padded), zeros past `columns`
-    uint16_t *halves;      // bf16: (rows, padded), zeros past `columns`
-    uint8_t *blocks;       // int8, int15: (rows, padded / 32) of QuantBlock<1>, QuantBlock<2>
-    Ahead *ahead;          // or null; bind_input gives none
-    bool passing;          // f32: few rows read the weights past the caches; set by the caller, false otherwise
+  Form form;
+  int64_t rows, columns;
+  int64_t padded;  // columns, rounded up to what the form stores (a multiple of 32)
+  const ProductKernels *kernels;
+  float *values;  // f32: (rows, padded), zeros past `columns`
+  uint16_t *halves;  // bf16: (rows, padded), zeros past `columns`
+  uint8_t *blocks;  // int8, int15: (rows, padded / 32) of QuantBlock<1>, QuantBlock<2>
+  Ahead *ahead;  // or null; bind_input gives none
+  bool passing;  // f32: few rows read the weights past the caches; set by the caller, false otherwise
 };
 
 // Bytes of workspace for `rows` rows; alignment 64.
@@ -167,14 +183,15 @@ void prepare_columns(const Input &input, const float *x, int64_t x_stride, int64
 // Asks for the memory that `prepare_columns` is going to fill.
 void fetch_columns(const Input &input, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end);
 
-// y[t * y_stride + r] = starts[t * start_stride + r] + sum over c of x[t, c] W[r, c], for rows row_begin <= t < row_end of
-// the input and the output rows r of the panels. `starts` may be null for zeros, a bias of matrix.rows floats with stride
-// 0, or what the product is added to, even y itself. The input has a form that the matrix takes, and its columns.
+// y[t * y_stride + r] = starts[t * start_stride + r] + sum over c of x[t, c] W[r, c], for rows row_begin <= t < row_end
+// of the input and the output rows r of the panels. `starts` may be null for zeros, a bias of matrix.rows floats with
+// stride 0, or what the product is added to, even y itself. The input has a form that the matrix takes, and its
+// columns.
 void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
               int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride);
 
-// Multiplies what lies in registers and in the level-1 cache, as products with inputs of this form do (int15: as int8), `rounds`
-// times a tile of them. Returns how many multiply-adds that were.
+// Multiplies what lies in registers and in the level-1 cache, as products with inputs of this form do (int15: as int8),
+// `rounds` times a tile of them. Returns how many multiply-adds that were.
 int64_t multiply_registers(const ProductKernels &kernels, Form form, int64_t rounds);
 
 }  // namespace mnemos

@@ -4,8 +4,8 @@
 // The expanded codes of a block (8 vectors of 64 bytes, byte 4r + i of vector v: row r, column 4v + i) are the second
 // operand of the tile product as they are. Activations are the first one where they lie, a row of a tile for each row.
 //
-// Few rows of quantized weights, and float32 and float16 ones, go to the AVX-512 kernels; bfloat16 has tile products of its
-// own for any number of rows (amx_float.h).
+// Few rows of quantized weights, and float32 and float16 ones, go to the AVX-512 kernels; bfloat16 has tile products of
+// its own for any number of rows (amx_float.h).
 #include "linear/amx_float.h"
 #include "linear/amx_tiles.h"
 #include "linear/avx512bf16.h"
@@ -15,7 +15,8 @@ namespace {
 
 // Rows of a tile: the totals of 12 rows by two panels are 24 registers, and those left hold what the scaling needs.
 //
-// What a block of 12 rows by two panels takes on Sapphire Rapids in cycles, from the throughputs that Intel's optimization manual gives:
+// What a block of 12 rows by two panels takes on Sapphire Rapids in cycles, from the throughputs that Intel's
+// optimization manual gives:
 //   tile products          2 of 12 rows         24 (32 if one takes 16 cycles whatever its rows)
 //   scaling, ports 0 and 5 24 x 3 or 3.5 of 2   36 or 42, the latter with minima
 //   loads, 2 of 64 bytes   12 + 16 rows of tiles, 24 sums, 12 or 24 activations' scales   32 or 38
@@ -96,9 +97,8 @@ inline __attribute__((always_inline)) void finish_block(const Expanded &weights,
   constexpr int halves = Dots<L, Parts, P, R>::halves;
   __m512 scales[P][4];
   unroll<P>([&](auto p) {
-    unroll<block_vectors<Avx512Bf16, L>>([&](auto i) {
-      scales[p][i] = Avx512::load(weights.scales[p] + scales_at<Avx512Bf16, L>(b) + i * 16);
-    });
+    unroll<block_vectors<Avx512Bf16, L>>(
+        [&](auto i) { scales[p][i] = Avx512::load(weights.scales[p] + scales_at<Avx512Bf16, L>(b) + i * 16); });
   });
   const QuantBlock<Parts> *block = x + b;
   unroll<R>([&](auto r) {
@@ -117,8 +117,8 @@ inline __attribute__((always_inline)) void finish_block(const Expanded &weights,
 
 // Adds the minima of block b and the one before.
 template <const Layout &L, int Parts, int P, int R>
-inline __attribute__((always_inline)) void finish_pair(const Expanded &weights, const QuantBlock<Parts> *x, int64_t row_blocks,
-                                                       int64_t b, __m512 (&totals)[R][P]) {
+inline __attribute__((always_inline)) void finish_pair(const Expanded &weights, const QuantBlock<Parts> *x,
+                                                       int64_t row_blocks, int64_t b, __m512 (&totals)[R][P]) {
   if constexpr (paired<Avx512Bf16, L>) {
     const QuantBlock<Parts> *block = x + b / 2 * 2;
     Minima<Avx512Bf16, Parts> minima[P];
@@ -156,26 +156,27 @@ void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t 
     finish_pair<L>(weights, x, row_blocks, b, totals);
     if (++b == blocks) break;
   }
-  unroll<R>([&](auto r) {
-    unroll<P>([&](auto p) { Avx512::store(out.rows[p] + r * out.stride[p], totals[r][p]); });
-  });
+  unroll<R>([&](auto r) { unroll<P>([&](auto p) { Avx512::store(out.rows[p] + r * out.stride[p], totals[r][p]); }); });
 }
 
 template <const Layout &L, int Parts>
 void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                      int64_t panels, const Results &results, Shapes &shapes) {
   constexpr int P = most_panels;
-  for_chunks<Avx512Bf16, L, Parts, P, few_rows + 1, amx_rows, SignedVectors<L>>(matrix, input, row_begin, row_end, panel, panels, results,
-            [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
-    shapes.set_rows(r);
-    amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
-  });
+  for_chunks<Avx512Bf16, L, Parts, P, few_rows + 1, amx_rows, SignedVectors<L>>(
+      matrix, input, row_begin, row_end, panel, panels, results,
+      [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
+          Prefetch &prefetch) {
+        shapes.set_rows(r);
+        amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
+      });
 }
 
 void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                   int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
   if (matrix.layout.type == WeightType::bf16)
-    return multiply_bfloats(matrix, input, row_begin, row_end, panel_begin, panel_end, {y, y_stride, starts, start_stride});
+    return multiply_bfloats(matrix, input, row_begin, row_end, panel_begin, panel_end,
+                            {y, y_stride, starts, start_stride});
   if (!matrix.layout.quantized() || row_end - row_begin <= few_rows)
     return avx512bf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
                                        start_stride);
@@ -200,14 +201,17 @@ int64_t multiply_in_tiles(Form form, int64_t rounds) {
   for (int64_t round = 0; round < rounds; round++)
     unroll<sum_tiles>([&](auto sum) {
       constexpr int a = first_activations + sum / 2, w = first_weights + sum % 2;
-      if (form == Form::bf16) AmxTiles::dot_bfloats<sum, a, w>();
-      else AmxTiles::dot<sum, a, w>();
+      if (form == Form::bf16)
+        AmxTiles::dot_bfloats<sum, a, w>();
+      else
+        AmxTiles::dot<sum, a, w>();
     });
   return rounds * sum_tiles * rows * panel_rows * (form == Form::bf16 ? bytes / 2 : bytes);
 }
 
 }  // namespace
 
-const ProductKernels amx_kernels{"amx", Form::bf16, prepare_all<Avx512Bf16>, multiply_amx, lengths_all<Avx512>, multiply_in_tiles};
+const ProductKernels amx_kernels{"amx",        Form::bf16,          prepare_all<Avx512Bf16>,
+                                 multiply_amx, lengths_all<Avx512>, multiply_in_tiles};
 
 }  // namespace mnemos

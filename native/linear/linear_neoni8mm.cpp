@@ -1,5 +1,6 @@
-// The matrix products with NEON and its integer matrix product (i8mm): for more than a few rows, which go two by two through
-// an instruction that does twice as much as the dot product. The rest, few rows and float weights, is the dot product kernels'.
+// The matrix products with NEON and its integer matrix product (i8mm): for more than a few rows, which go two by two
+// through an instruction that does twice as much as the dot product. The rest, few rows and float weights, is the dot
+// product kernels'.
 #include "linear/neon.h"
 
 namespace mnemos {
@@ -9,8 +10,8 @@ namespace {
 constexpr int few_rows = Neon::stream_rows;
 constexpr int tile_rows = 4;
 
-// SMMLA multiplies two rows of eight columns by two others. The expanded codes of a block are, for each eight columns, the
-// panel's rows two by two, as signed bytes without their offset.
+// SMMLA multiplies two rows of eight columns by two others. The expanded codes of a block are, for each eight columns,
+// the panel's rows two by two, as signed bytes without their offset.
 template <const Layout &L>
 struct RowPairs {
   static void store(uint8_t *codes, const Neon::Bytes &vector) { Neon::store(codes, vector); }
@@ -32,8 +33,8 @@ struct RowPairs {
 // Sums of two rows of activations by the panel's rows: eight registers of two by two.
 using PairSums = int32x4_t[8];
 
-// Adds the products of columns 16 * Half to 16 * Half + 15 of a block to the sums of all pairs of rows. x: each row's quants;
-// an odd last row is multiplied together with itself.
+// Adds the products of columns 16 * Half to 16 * Half + 15 of a block to the sums of all pairs of rows. x: each row's
+// quants; an odd last row is multiplied together with itself.
 template <int Half, int R>
 inline __attribute__((always_inline)) void multiply_half(const uint8_t *codes, const int8_t *const (&x)[R],
                                                          PairSums (&sums)[(R + 1) / 2]) {
@@ -86,7 +87,8 @@ void pair_tile(const Expanded &weights, const Input &input, int64_t row, int64_t
       multiply_half<1, R>(codes, quants, sums[halves - 1]);
     });
     Neon::Floats scales[4];
-    unroll<block_vectors<Neon, L>>([&](auto i) { scales[i] = Neon::load(weights.scales[0] + scales_at<Neon, L>(b) + i * 16); });
+    unroll<block_vectors<Neon, L>>(
+        [&](auto i) { scales[i] = Neon::load(weights.scales[0] + scales_at<Neon, L>(b) + i * 16); });
     unroll<R>([&](auto r) {
       const Neon::Ints first = row_of<r % 2>(sums[0][r / 2]), second = row_of<r % 2>(sums[halves - 1][r / 2]);
       totals[r] = add_block<Neon, L, Parts>(totals[r], first, second, scales, x[r * row_blocks]);
@@ -98,10 +100,12 @@ void pair_tile(const Expanded &weights, const Input &input, int64_t row, int64_t
 template <const Layout &L, int Parts>
 void multiply_panel(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                     const Results &results) {
-  for_chunks<Neon, L, Parts, 1, few_rows + 1, tile_rows, RowPairs<L>>(matrix, input, row_begin, row_end, panel, 1, results,
-            [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
-    pair_tile<same_scales<L>(), Parts, r>(weights, input, row, first, count, out, prefetch);
-  });
+  for_chunks<Neon, L, Parts, 1, few_rows + 1, tile_rows, RowPairs<L>>(
+      matrix, input, row_begin, row_end, panel, 1, results,
+      [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
+          Prefetch &prefetch) {
+        pair_tile<same_scales<L>(), Parts, r>(weights, input, row, first, count, out, prefetch);
+      });
 }
 
 void multiply_i8mm(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
@@ -134,6 +138,7 @@ int64_t multiply_in_pairs(Form form, int64_t rounds) {
 
 }  // namespace
 
-const ProductKernels neoni8mm_kernels{"neon_i8mm", Form::f32, prepare_all<Neon>, multiply_i8mm, lengths_all<Neon>, multiply_in_pairs};
+const ProductKernels neoni8mm_kernels{"neon_i8mm",   Form::f32,         prepare_all<Neon>,
+                                      multiply_i8mm, lengths_all<Neon>, multiply_in_pairs};
 
 }  // namespace mnemos

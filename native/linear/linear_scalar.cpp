@@ -127,7 +127,8 @@ struct Scalar {
 
   static float largest_magnitude(const float *x) {
     float largest = 0;
-    for (int i = 0; i < 32; i++) largest = !(std::fabs(x[i]) <= largest) && largest == largest ? std::fabs(x[i]) : largest;
+    for (int i = 0; i < 32; i++)
+      largest = !(std::fabs(x[i]) <= largest) && largest == largest ? std::fabs(x[i]) : largest;
     return largest;
   }
   template <int Parts>

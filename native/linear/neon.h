@@ -109,9 +109,8 @@ struct Neon {
                        vmovl_s16(vget_high_s16(high))}});
   }
   static Floats load_low_bfloats(const uint8_t *p) {
-    return each<Floats>([&](int i) {
-      return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(vld1q_u8(p + i * 16)), 16));
-    });
+    return each<Floats>(
+        [&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(vld1q_u8(p + i * 16)), 16)); });
   }
   static Floats load_high_bfloats(const uint8_t *p) {
     return each<Floats>([&](int i) {

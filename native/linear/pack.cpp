@@ -120,9 +120,7 @@ void read_iq4_xs(const uint8_t *p, RecordRow &row) {
 void read_record(WeightType type, const uint8_t *p, RecordRow &row) {
   switch (type) {
     case WeightType::q4_0:
-    case WeightType::iq4_nl:
-      row.scale = read_half(p);
-      return split_nibbles(p + 2, row.codes);
+    case WeightType::iq4_nl: row.scale = read_half(p); return split_nibbles(p + 2, row.codes);
     case WeightType::q4_1:
       row.scale = read_half(p);
       row.minimum = read_half(p + 2);
@@ -268,11 +266,12 @@ void expand_floats(WeightType type, const uint8_t *raw, int64_t begin, int r, ui
   read_record(type, raw, row);
   store_record(stored, row, 0, record);
   expand_record(stored, record, 0, values);
-  for (int i = 0; i < stored.group * 32; i++) memcpy(panel + float_offset(WeightType::f32, r, begin + i), values + i, 4);
+  for (int i = 0; i < stored.group * 32; i++)
+    memcpy(panel + float_offset(WeightType::f32, r, begin + i), values + i, 4);
 }
 
-// Whether the file's blocks hold their codes as a record does, but for the order of words: nibbles of columns i and 16 + i
-// side by side, or whole bytes.
+// Whether the file's blocks hold their codes as a record does, but for the order of words: nibbles of columns i and 16
+// + i side by side, or whole bytes.
 bool packs_by_words(const Layout &layout) { return layout.quantized() && layout.group == 1 && layout.high == 0; }
 
 // All blocks of up to 16 rows; a block's codes lie behind its scale and minimum.

@@ -6,8 +6,8 @@
 namespace mnemos {
 namespace {
 
-// `rounds` times P vectors of weights by R rows, whose sums are enough not to wait for each other. `dot` adds one product to one
-// sum, `to_floats` makes a sum something that can be stored.
+// `rounds` times P vectors of weights by R rows, whose sums are enough not to wait for each other. `dot` adds one
+// product to one sum, `to_floats` makes a sum something that can be stored.
 template <class S, int P, int R, class Sum, class Load, class Broadcast, class Dot, class ToFloats>
 inline void multiply_tiles(int64_t rounds, Sum start, Load load, Broadcast broadcast, Dot dot, ToFloats to_floats) {
   Sum sums[R][P];
@@ -41,7 +41,8 @@ int64_t multiply_registers(Form form, int64_t rounds) {
   const auto floats = [&](int p) MNEMOS_INLINE { return S::load(reinterpret_cast<const float *>(weights + p * 64)); };
   const auto same = [](auto sum) MNEMOS_INLINE { return sum; };
   if (form == Form::f32) {
-    const auto broadcast = [&](int r) MNEMOS_INLINE { return S::broadcast(reinterpret_cast<const float *>(weights)[r]); };
+    const auto broadcast = [&](int r)
+                               MNEMOS_INLINE { return S::broadcast(reinterpret_cast<const float *>(weights)[r]); };
     const auto dot = [](auto sum, auto w, auto x) MNEMOS_INLINE { return S::fma(w, x, sum); };
     multiply_tiles<S, P, R>(rounds, S::zero(), floats, broadcast, dot, same);
     return rounds * P * R * lanes;

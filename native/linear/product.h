@@ -13,7 +13,8 @@
 namespace mnemos {
 namespace {
 
-constexpr float infinity = std::numeric_limits<float>::infinity(), not_a_number = std::numeric_limits<float>::quiet_NaN();
+constexpr float infinity = std::numeric_limits<float>::infinity(),
+                not_a_number = std::numeric_limits<float>::quiet_NaN();
 
 template <class S>
 void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
@@ -29,7 +30,8 @@ void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, i
   }
   with_layout(matrix.layout.type, [&](auto q) {
     constexpr const Layout &layout = decltype(q)::layout;
-    const auto multiply = input.form == Form::int15 ? multiply_quantized<S, layout, 2> : multiply_quantized<S, layout, 1>;
+    const auto multiply =
+        input.form == Form::int15 ? multiply_quantized<S, layout, 2> : multiply_quantized<S, layout, 1>;
     for (int64_t panel = panel_begin; panel < panel_end; panel += S::tile_panels) {
       const int64_t panels = smaller(S::tile_panels, panel_end - panel);
       multiply(matrix, input, row_begin, row_end, panel, panels, {y, y_stride, starts, start_stride});
@@ -37,9 +39,9 @@ void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, i
   });
 }
 
-// Each block of 32 activations has the scale of its largest magnitude, and rounds to the nearest. The scale is rounded up
-// to a sum or difference of two powers of two, by a fifth at most. A block of nothing but tiny values is zero, and one with
-// immense ones, or any that is not a number, is NaN, so that no exponent overflows.
+// Each block of 32 activations has the scale of its largest magnitude, and rounds to the nearest. The scale is rounded
+// up to a sum or difference of two powers of two, by a fifth at most. A block of nothing but tiny values is zero, and
+// one with immense ones, or any that is not a number, is NaN, so that no exponent overflows.
 constexpr float smallest_magnitude = 1e-20f, largest_magnitude = 1e25f;
 constexpr float finest_step = 0x1p-8f;  // of the two powers
 template <int Parts>
@@ -77,7 +79,8 @@ inline void quantize_block(const float *x, QuantBlock<Parts> &block) {
   block.start = -8 * count;
 }
 
-// The same for a policy that takes many blocks at once: in pairs of an even and an odd one, fours of which have steps in common.
+// The same for a policy that takes many blocks at once: in pairs of an even and an odd one, fours of which have steps
+// in common.
 template <class S, int Parts>
 class Quantizer {
  public:
@@ -91,7 +94,8 @@ class Quantizer {
     Group &group = groups_[at_];
     if (group.count % 4 != 0) {  // the last pair again
       for (int i = 0; i < 2; i++, group.count++) {
-        group.sources[group.count] = group.sources[group.count - 2], group.blocks[group.count] = group.blocks[group.count - 2];
+        group.sources[group.count] = group.sources[group.count - 2],
+        group.blocks[group.count] = group.blocks[group.count - 2];
       }
     }
     advance();
@@ -109,7 +113,8 @@ class Quantizer {
     Group &group = groups_[at_], &before = groups_[1 - at_];
     if (group.count > 0) S::template find_scales<Parts>(group.sources, group.count, group.scales);
     if (before.count > 0)
-      S::template quantize_together<Parts, S::adds_exponents>(before.sources, before.scales, before.blocks, before.count);
+      S::template quantize_together<Parts, S::adds_exponents>(before.sources, before.scales, before.blocks,
+                                                              before.count);
     before.count = 0;
     at_ = 1 - at_;
   }
@@ -140,8 +145,10 @@ void quantize_rows(const Input &input, const float *x, int64_t x_stride, int64_t
       once.add_pair(pair, twins, twins + 1);
       once.finish();
       memcpy(static_cast<void *>(row + b), twins, offsetof(QuantBlock<Parts>, sums));
-      if constexpr (S::bfloat_minima) row[b / 2 * 2].sums[b % 2] = twins->sums[0];
-      else row[b].sum = twins->sum;
+      if constexpr (S::bfloat_minima)
+        row[b / 2 * 2].sums[b % 2] = twins->sums[0];
+      else
+        row[b].sum = twins->sum;
     };
     for (int64_t r = row_begin; r < row_end; r++, row += row_blocks) {
       const float *source = x + r * x_stride;

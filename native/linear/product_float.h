@@ -15,9 +15,12 @@ constexpr int64_t float_prefetch_bytes = 4096;
 // The even (0) or odd (1) one of two columns.
 template <class S, WeightType W, int Which>
 inline typename S::Floats load_column(const uint8_t *pair) {
-  if constexpr (W == WeightType::f32) return S::load(reinterpret_cast<const float *>(pair + Which * 64));
-  else if constexpr (W == WeightType::f16) return S::load_halves(pair + Which * 32);
-  else return Which == 0 ? S::load_low_bfloats(pair) : S::load_high_bfloats(pair);
+  if constexpr (W == WeightType::f32)
+    return S::load(reinterpret_cast<const float *>(pair + Which * 64));
+  else if constexpr (W == WeightType::f16)
+    return S::load_halves(pair + Which * 32);
+  else
+    return Which == 0 ? S::load_low_bfloats(pair) : S::load_high_bfloats(pair);
 }
 
 // The float forms: columns first to first + columns of P panels by R rows, added to the output.
@@ -43,8 +46,10 @@ void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, i
       for (int p = 0; p < P; p++)
         for (int line = 0; line < 2 * column_bytes; line += 64) {
           const uint8_t *ahead = panels[p] + at + (W == WeightType::f32 ? float_prefetch_bytes : prefetch_bytes) + line;
-          if (passing) __builtin_prefetch(ahead, 0, 0);
-          else __builtin_prefetch(ahead);
+          if (passing)
+            __builtin_prefetch(ahead, 0, 0);
+          else
+            __builtin_prefetch(ahead);
         }
     if constexpr (W == WeightType::bf16 && S::bf16_form == Form::bf16) {
       for (int r = 0; r < R; r++) {
@@ -83,10 +88,9 @@ void multiply_float(const Matrix &matrix, const Input &input, int64_t row_begin,
   for (int p = 0; p < P; p++) panels[p] = matrix.panel(panel + p);
   for (int64_t first = 0; first < matrix.columns; first += float_chunk) {
     const int64_t count = smaller(float_chunk, matrix.columns - first);
-    for_tiles<P, 1, S::float_rows>(matrix, panel, P, row_begin, row_end, results, first > 0,
-              [&](auto r, int64_t row, const Output &out) {
-      float_tile<S, W, P, r>(panels, input, row, first, count, out);
-    });
+    for_tiles<P, 1, S::float_rows>(
+        matrix, panel, P, row_begin, row_end, results, first > 0,
+        [&](auto r, int64_t row, const Output &out) { float_tile<S, W, P, r>(panels, input, row, first, count, out); });
   }
 }
 
@@ -97,8 +101,10 @@ void multiply_floats(const Matrix &matrix, const Input &input, int64_t row_begin
     multiply_float<S, W, panels>(matrix, input, row_begin, row_end, panel, {y, y_stride, starts, start_stride});
   };
   // Few rows: memory is read faster from one place at a time than from two in turns.
-  if (W == WeightType::f32 && row_end - row_begin <= 2) for_panels<1>(panel_begin, panel_end, multiply);
-  else for_panels<2>(panel_begin, panel_end, multiply);
+  if (W == WeightType::f32 && row_end - row_begin <= 2)
+    for_panels<1>(panel_begin, panel_end, multiply);
+  else
+    for_panels<2>(panel_begin, panel_end, multiply);
 }
 
 }  // namespace

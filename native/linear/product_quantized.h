@@ -16,7 +16,7 @@ constexpr int scale_vectors = (L.halves() ? 2 : 1) * (L.minimum() ? 2 : 1);
 
 // Where a bfloat16 dot product multiplies minima, they lie, and are added, for two blocks at a time.
 template <class S, const Layout &L>
-constexpr bool paired = S::bfloat_minima && L.minimum() && !L.halves();
+constexpr bool paired = S::bfloat_minima &&L.minimum() && !L.halves();
 
 // What is subtracted from a code.
 template <class S, const Layout &L>
@@ -37,9 +37,7 @@ template <class S, const Layout &L>
 constexpr int64_t scales_at(int64_t block) {
   return paired<S, L> ? (block / 2 * 4 + block % 2) * 16 : block * scale_vectors<L> * 16;
 }
-constexpr int64_t minima_at(int64_t block) {
-  return (block / 2 * 4 + 2) * 16;
-}
+constexpr int64_t minima_at(int64_t block) { return (block / 2 * 4 + 2) * 16; }
 
 template <class S, int Parts>
 inline float scale_of(const QuantBlock<Parts> &x) {
@@ -51,20 +49,24 @@ inline float sum_of(const QuantBlock<Parts> &x) {
   return S::bfloat_minima ? x.scale() * float(x.count()) : x.sum;
 }
 
-// Minima of two blocks, ready to be multiplied by the sums of the blocks' activations. One bfloat16 dot product does that for
-// both, unless the activations have two parts: they are finer than its rounding.
+// Minima of two blocks, ready to be multiplied by the sums of the blocks' activations. One bfloat16 dot product does
+// that for both, unless the activations have two parts: they are finer than its rounding.
 template <class S, int Parts>
 struct Minima {
   static constexpr bool bfloats = Parts == 1;
   typename S::Floats even, odd;  // as bfloat16 both are in the first
 
   static Minima of(typename S::Floats even, typename S::Floats odd) {
-    if constexpr (bfloats) return {S::pair_bfloats(even, odd), S::zero()};
-    else return {even, odd};
+    if constexpr (bfloats)
+      return {S::pair_bfloats(even, odd), S::zero()};
+    else
+      return {even, odd};
   }
   static Minima load(const float *p) {
-    if constexpr (bfloats) return {S::load(p), S::zero()};
-    else return {S::load(p), S::load(p + 16)};
+    if constexpr (bfloats)
+      return {S::load(p), S::zero()};
+    else
+      return {S::load(p), S::load(p + 16)};
   }
   void store(float *p) const {
     S::store(p, even);
@@ -72,14 +74,16 @@ struct Minima {
   }
   // x: the even block and, unless that is a row's last one, the odd block.
   typename S::Floats add_to(typename S::Floats total, const QuantBlock<Parts> *x, bool both) const {
-    if constexpr (bfloats) return S::dot_bfloats(total, S::as_bytes(even), S::broadcast_bfloats(x->sums));
-    else total = S::fma(even, S::broadcast(sum_of<S>(x[0])), total);
+    if constexpr (bfloats)
+      return S::dot_bfloats(total, S::as_bytes(even), S::broadcast_bfloats(x->sums));
+    else
+      total = S::fma(even, S::broadcast(sum_of<S>(x[0])), total);
     return both ? S::fma(odd, S::broadcast(sum_of<S>(x[1])), total) : total;
   }
 };
 
-// A block's codes are taken in turns: turn k takes the vectors k, k + turns, and so on, which are stored at the same places of
-// the same bytes or of those that follow, but in other bits.
+// A block's codes are taken in turns: turn k takes the vectors k, k + turns, and so on, which are stored at the same
+// places of the same bytes or of those that follow, but in other bits.
 template <const Layout &L>
 constexpr int turns = L.base == 2 || L.high == 2 ? 2 : 4;
 
@@ -158,7 +162,7 @@ void expand(const uint8_t *panel, int64_t first, int64_t count, int which, Expan
       HighBits<S, L> high(source);
       for (int turn = 0; turn < turns<L>; turn++, high.advance())
         unroll<8 / turns<L>>([&](auto i) MNEMOS_INLINE {
-          Arrangement::store(codes + at * 512 + (turn + i * turns<L>) * 64, code_vector<S, L, i>(source, high, turn));
+          Arrangement::store(codes + at * 512 + (turn + i * turns<L>)*64, code_vector<S, L, i>(source, high, turn));
         });
       Arrangement::finish(codes + at * 512);
       typename S::Floats values[4];
@@ -183,9 +187,10 @@ inline QuantBlock<Parts> *blocks_of(const Input &input, int64_t row) {
 }
 
 template <class S, const Layout &L>
-constexpr int offset_of = S::signed_bytes && L.bits() == 8 ? centre_of<S, L> - 128 : centre_of<S, L>;
+constexpr int offset_of = S::signed_bytes &&L.bits() == 8 ? centre_of<S, L> - 128 : centre_of<S, L>;
 
-// What the dot products of a block (of its first and second half) start from, so that they end without the codes' offset.
+// What the dot products of a block (of its first and second half) start from, so that they end without the codes'
+// offset.
 template <class S, const Layout &L, int Parts>
 inline int32_t start_of(const QuantBlock<Parts> &x, int half) {
   constexpr int offset = offset_of<S, L>;
@@ -202,8 +207,10 @@ constexpr int step = S::template together<L.bits()>;
 template <class S, const Layout &L, int N>
 inline MNEMOS_INLINE typename S::Ints add_products(typename S::Ints sum, const typename S::Bytes (&codes)[N],
                                                    const typename S::Quad (&x)[N]) {
-  if constexpr (N == 1) return S::template dot<L.bits()>(sum, codes[0], x[0]);
-  else return S::template dot_two<L.bits()>(sum, codes, x);
+  if constexpr (N == 1)
+    return S::template dot<L.bits()>(sum, codes[0], x[0]);
+  else
+    return S::template dot_two<L.bits()>(sum, codes, x);
 }
 
 // The dot products of a block's first parts are complete.
@@ -212,12 +219,14 @@ inline typename S::Ints shifted(typename S::Ints dots) {
   return S::shift_part(S::template end<L.bits()>(dots, 0));
 }
 
-// Sums of codes this small are kept in 16 bits until the block ends, so the second parts cannot be added to the first ones' sums.
+// Sums of codes this small are kept in 16 bits until the block ends, so the second parts cannot be added to the first
+// ones' sums.
 template <class S, const Layout &L>
 constexpr bool apart = L.bits() <= S::narrow_bits;
 
 // Adds one block to the totals. Every kernel ends a block here: this is the order of rounding that they share.
-// Without halves `first` is the whole block's dot product and `second` is ignored. Paired minima follow after two blocks.
+// Without halves `first` is the whole block's dot product and `second` is ignored. Paired minima follow after two
+// blocks.
 template <class S, const Layout &L, int Parts>
 inline typename S::Floats add_block(typename S::Floats total, typename S::Ints first, typename S::Ints second,
                                     const typename S::Floats *scales, const QuantBlock<Parts> &x) {
@@ -250,8 +259,9 @@ struct Prefetch {
   }
 };
 
-// P panels by R rows over the blocks of one chunk. With `ByExponents`, scales are multiplied by integer additions, to the same
-// bits; this returns false, and nothing is stored, if an activation is not finite, for which that doesn't hold.
+// P panels by R rows over the blocks of one chunk. With `ByExponents`, scales are multiplied by integer additions, to
+// the same bits; this returns false, and nothing is stored, if an activation is not finite, for which that doesn't
+// hold.
 template <class S, const Layout &L, int Parts, int P, int R, bool ByExponents>
 bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
           const Output &out, Prefetch &prefetch) {
@@ -290,7 +300,8 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
           for (int v = h * 4; v < (h + 1) * (8 / halves); v += n) {
             typename S::Bytes codes[P][n];
             for (int p = 0; p < P; p++)
-              for (int i = 0; i < n; i++) codes[p][i] = S::in_register(S::load(weights.codes[p] + b * 512 + (v + i) * 64));
+              for (int i = 0; i < n; i++)
+                codes[p][i] = S::in_register(S::load(weights.codes[p] + b * 512 + (v + i) * 64));
             for (int r = 0; r < count; r++) {
               typename S::Quad quads[n];
               for (int i = 0; i < n; i++) quads[i] = S::broadcast_quad(x[r]->parts[part] + (v + i) * 4);
@@ -325,7 +336,8 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
       if (b % 2 != 0 || b + 1 == blocks) {
         unroll<P>([&](auto p) MNEMOS_INLINE {
           const auto minima = Minima<S, Parts>::load(weights.scales[p] + minima_at(b));
-          unroll<R>([&](auto r) MNEMOS_INLINE { totals[r][p] = minima.add_to(totals[r][p], rows[r] + b / 2 * 2, b % 2 != 0); });
+          unroll<R>([&](auto r)
+                        MNEMOS_INLINE { totals[r][p] = minima.add_to(totals[r][p], rows[r] + b / 2 * 2, b % 2 != 0); });
         });
       }
     }
@@ -337,9 +349,9 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
   return true;
 }
 
-// One panel by R rows over all blocks, straight from the packed form: for few rows, where reading the weights is the work.
-// Sums of a block's parts are kept apart, and of few rows those of its halves, so that the dot products need not wait for each
-// other.
+// One panel by R rows over all blocks, straight from the packed form: for few rows, where reading the weights is the
+// work. Sums of a block's parts are kept apart, and of few rows those of its halves, so that the dot products need not
+// wait for each other.
 template <class S, const Layout &L, int Parts, int R>
 void stream(const uint8_t *panel, const Input &input, int64_t row, const Output &out) {
   constexpr int sums = L.halves() || (Parts == 1 && R <= S::split_rows) ? 2 : 1;
@@ -354,7 +366,8 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
     for (int block = 0; block < L.group; block++, at++) {
       const uint8_t *source = panel + block * L.code_bytes();
       constexpr int share = L.record_bytes() / L.group;  // a few lines with each block: many at once would have to wait
-      for (int ahead = 0; ahead < share; ahead += 64) __builtin_prefetch(panel + prefetch_bytes + block * share + ahead);
+      for (int ahead = 0; ahead < share; ahead += 64)
+        __builtin_prefetch(panel + prefetch_bytes + block * share + ahead);
       typename S::Ints dots[Parts][sums][R];
       int32_t starts[sums][R];
       for (int r = 0; r < R; r++)
@@ -364,21 +377,23 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
           if constexpr (Parts == 2) dots[0][h][r] = S::template begin<L.bits()>(0);
         }
       constexpr int n = step<S, L>, loops = L.halves() ? 2 : 1, groups = 8 / turns<L> / n / loops;
-      unroll<loops>([&](auto loop) MNEMOS_INLINE {  // the halves' sums of many rows would not all fit into the registers
-        HighBits<S, L> high(source);
-        for (int turn = 0; turn < turns<L>; turn++, high.advance())
-          unroll<groups>([&](auto group) MNEMOS_INLINE {
-            constexpr int first = (loop * groups + group) * n, h = first * turns<L> / 4 * (sums - 1);
-            typename S::Bytes codes[n];
-            unroll<n>([&](auto i) MNEMOS_INLINE { codes[i] = code_vector<S, L, first + i>(source, high, turn); });
-            for (int r = 0; r < R; r++)
-              for (int part = 0; part < Parts; part++) {
-                typename S::Quad quads[n];
-                for (int i = 0; i < n; i++) quads[i] = S::broadcast_quad(rows[r][at].parts[part] + ((first + i) * turns<L> + turn) * 4);
-                dots[part][h][r] = add_products<S, L>(dots[part][h][r], codes, quads);
-              }
+      unroll<loops>(
+          [&](auto loop) MNEMOS_INLINE {  // the halves' sums of many rows would not all fit into the registers
+            HighBits<S, L> high(source);
+            for (int turn = 0; turn < turns<L>; turn++, high.advance())
+              unroll<groups>([&](auto group) MNEMOS_INLINE {
+                constexpr int first = (loop * groups + group) * n, h = first * turns<L> / 4 * (sums - 1);
+                typename S::Bytes codes[n];
+                unroll<n>([&](auto i) MNEMOS_INLINE { codes[i] = code_vector<S, L, first + i>(source, high, turn); });
+                for (int r = 0; r < R; r++)
+                  for (int part = 0; part < Parts; part++) {
+                    typename S::Quad quads[n];
+                    for (int i = 0; i < n; i++)
+                      quads[i] = S::broadcast_quad(rows[r][at].parts[part] + ((first + i) * turns<L> + turn) * 4);
+                    dots[part][h][r] = add_products<S, L>(dots[part][h][r], codes, quads);
+                  }
+              });
           });
-      });
       typename S::Floats scales[4];
       load_scales<S, L>(panel, block, scales);
       for (int r = 0; r < R; r++) {
@@ -407,24 +422,29 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
 // Layouts that differ only in how they are stored share their tiles.
 template <const Layout &L>
 constexpr const Layout &same_arithmetic() {
-  if constexpr (L.halves()) return L;
-  else if constexpr (L.minimum()) return L.bits() == 4 ? layouts::q4_1 : layouts::q5_1;
-  else return L.table ? layouts::q8_0 : L;
+  if constexpr (L.halves())
+    return L;
+  else if constexpr (L.minimum())
+    return L.bits() == 4 ? layouts::q4_1 : layouts::q5_1;
+  else
+    return L.table ? layouts::q8_0 : L;
 }
 
 // Layouts whose codes are expanded without their offset differ in their scales alone.
 template <const Layout &L>
 constexpr const Layout &same_scales() {
-  if constexpr (L.halves()) return L.minimum() ? layouts::q2_k : layouts::q3_k;
-  else return L.minimum() ? layouts::q4_1 : layouts::q8_0;
+  if constexpr (L.halves())
+    return L.minimum() ? layouts::q2_k : layouts::q3_k;
+  else
+    return L.minimum() ? layouts::q4_1 : layouts::q8_0;
 }
 
-// Expands P panels chunk by chunk, of even sizes, and calls body(integral_constant R, weights, row, first block, blocks,
-// output, prefetch) for tiles that cover the rows, of which there are at least `Fewest`, with at most `Most` each. Of the P panels
-// only `panels` exist: the last one is multiplied again for each of the others.
+// Expands P panels chunk by chunk, of even sizes, and calls body(integral_constant R, weights, row, first block,
+// blocks, output, prefetch) for tiles that cover the rows, of which there are at least `Fewest`, with at most `Most`
+// each. Of the P panels only `panels` exist: the last one is multiplied again for each of the others.
 template <class S, const Layout &L, int Parts, int P, int Fewest, int Most, class Arrangement, class Body>
-void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel, int64_t panels,
-                const Results &results, Body &&body) {
+void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
+                int64_t panels, const Results &results, Body &&body) {
   Expanded weights;
   const int64_t blocks = matrix.columns / 32, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
   constexpr int64_t unit = L.group > 1 ? L.group : 2;  // blocks come in pairs
@@ -438,13 +458,14 @@ void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int
     for (int p = 0; p < P; p++) {
       const int64_t source = panel + smaller(p, panels - 1);
       expand<S, L, Parts, Arrangement>(matrix.panel(source), first, count, p, weights);
-      prefetch.next[p] = end < blocks ? matrix.panel(source) + end / L.group * L.record_bytes() : matrix.panel(source + P);
+      prefetch.next[p] =
+          end < blocks ? matrix.panel(source) + end / L.group * L.record_bytes() : matrix.panel(source + P);
     }
     for_tiles<P, Fewest, Most>(matrix, panel, panels, row_begin, row_end, results, first > 0,
-                       [&](auto r, int64_t row, const Output &out) {
-      if (input.ahead != nullptr) input.ahead->refill();
-      body(r, weights, row, first, count, out, prefetch);
-    });
+                               [&](auto r, int64_t row, const Output &out) {
+                                 if (input.ahead != nullptr) input.ahead->refill();
+                                 body(r, weights, row, first, count, out, prefetch);
+                               });
   }
 }
 
@@ -453,21 +474,24 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
                         int64_t panels, const Results &results) {
   if (row_end - row_begin <= S::stream_rows) {
     for (int64_t p = 0; p < panels; p++)
-      for_tiles<1, 1, Parts == 1 ? S::stream_rows : S::fine_rows>(matrix, panel + p, 1, row_begin, row_end, results, false,
-                [&](auto r, int64_t row, const Output &out) {
-        stream<S, L, Parts, r>(matrix.panel(panel + p), input, row, out);
-      });
+      for_tiles<1, 1, Parts == 1 ? S::stream_rows : S::fine_rows>(
+          matrix, panel + p, 1, row_begin, row_end, results, false, [&](auto r, int64_t row, const Output &out) {
+            stream<S, L, Parts, r>(matrix.panel(panel + p), input, row, out);
+          });
     return;
   }
   constexpr int P = S::tile_panels;
-  for_chunks<S, L, Parts, P, S::stream_rows + 1, S::tile_rows, InVectors<S>>(matrix, input, row_begin, row_end, panel, panels, results,
-            [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out, Prefetch &prefetch) {
-    constexpr const Layout &layout = same_arithmetic<L>();
-    if constexpr (S::adds_exponents && !L.halves()) {
-      if (weights.ordinary && tile<S, layout, Parts, P, r, true>(weights, input, row, first, count, out, prefetch)) return;
-    }
-    tile<S, layout, Parts, P, r, false>(weights, input, row, first, count, out, prefetch);
-  });
+  for_chunks<S, L, Parts, P, S::stream_rows + 1, S::tile_rows, InVectors<S>>(
+      matrix, input, row_begin, row_end, panel, panels, results,
+      [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
+          Prefetch &prefetch) {
+        constexpr const Layout &layout = same_arithmetic<L>();
+        if constexpr (S::adds_exponents && !L.halves()) {
+          if (weights.ordinary && tile<S, layout, Parts, P, r, true>(weights, input, row, first, count, out, prefetch))
+            return;
+        }
+        tile<S, layout, Parts, P, r, false>(weights, input, row, first, count, out, prefetch);
+      });
 }
 
 template <const Layout &L>

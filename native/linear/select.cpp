@@ -1,8 +1,8 @@
 // Which kernels this machine can run.
 #include <cstring>
 
-#include "system/cpu.h"
 #include "linear/product_kernels.h"
+#include "system/cpu.h"
 
 namespace mnemos {
 

@@ -1,17 +1,17 @@
 // The matrix products are written once over a vector policy S; each instruction set's translation unit includes them.
 // Here: how tiles cover panels and rows.
 //
-// S has `Bytes` (64 bytes), `Ints` (16 int32) and `Floats` (16 float32), one lane of four bytes for each row of a panel, and:
-//   load, lookup, shift<count> (each byte left, or right if negative; a neighbour's bits may come in), bits<count, mask> (which
-//   then masks), and the usual arithmetic;
-//   begin, dot and end<bits>: a sum of at most 32 products of codes (of so many bits) and activations for each lane,
-//   four at a time, which starts from an integer.
-//   together<bits>: 2 where `dot_two` adds the products of two vectors of codes at once, else 1;
-//   stream_rows: up to how many rows are multiplied by weights straight from their packed form, fine_rows at a time where
-//   activations have two parts;
+// S has `Bytes` (64 bytes), `Ints` (16 int32) and `Floats` (16 float32), one lane of four bytes for each row of a
+// panel, and:
+//   load, lookup, shift<count> (each byte left, or right if negative; a neighbour's bits may come in), bits<count,
+//   mask> (which then masks), and the usual arithmetic; begin, dot and end<bits>: a sum of at most 32 products of codes
+//   (of so many bits) and activations for each lane, four at a time, which starts from an integer. together<bits>: 2
+//   where `dot_two` adds the products of two vectors of codes at once, else 1; stream_rows: up to how many rows are
+//   multiplied by weights straight from their packed form, fine_rows at a time where activations have two parts;
 //   split_rows: up to how many rows of a stream keep the sums of a block's halves apart (more have enough other sums);
 //   rows_together: how many rows of a tile are multiplied before their sums are scaled;
-//   bfloat_minima: two blocks' minima go through a bfloat16 dot product; adds_exponents: scales may be multiplied by additions.
+//   bfloat_minima: two blocks' minima go through a bfloat16 dot product; adds_exponents: scales may be multiplied by
+//   additions.
 // Everything is in an anonymous namespace: the same template compiled for two instruction sets must not be merged.
 #pragma once
 
@@ -61,8 +61,8 @@ alignas(64) constexpr float zeros[panel_rows] = {};
 // How far ahead of a record its successor is asked for from memory.
 constexpr int64_t prefetch_bytes = 8192;
 
-// Results of the matrix's last panel where it is partly empty, or of a panel that is multiplied only to fill a tile: they are
-// made in a buffer of their own.
+// Results of the matrix's last panel where it is partly empty, or of a panel that is multiplied only to fill a tile:
+// they are made in a buffer of their own.
 struct Edge {
   alignas(64) float values[16][panel_rows];
 };
@@ -77,12 +77,13 @@ constexpr int least_rows(int fewest, int most) {
   return least;
 }
 
-// Calls body(integral_constant R, row, output) for tiles of P panels that cover the rows, of which there are at least `Fewest`:
-// as few tiles as there can be, of even sizes. They start from what the caller gave, or go on with what is there if columns have
-// been multiplied before. Of the P panels only `panels` exist; what a tile makes of the others is dropped.
+// Calls body(integral_constant R, row, output) for tiles of P panels that cover the rows, of which there are at least
+// `Fewest`: as few tiles as there can be, of even sizes. They start from what the caller gave, or go on with what is
+// there if columns have been multiplied before. Of the P panels only `panels` exist; what a tile makes of the others is
+// dropped.
 template <int P, int Fewest, int Most, class Body>
-void for_tiles(const Matrix &matrix, int64_t panel, int64_t panels, int64_t row_begin, int64_t row_end, const Results &results,
-               bool go_on, Body &&body) {
+void for_tiles(const Matrix &matrix, int64_t panel, int64_t panels, int64_t row_begin, int64_t row_end,
+               const Results &results, bool go_on, Body &&body) {
   constexpr int least = least_rows(Fewest, Most);
   const int64_t last = panels - 1;
   const int filled = int(smaller(matrix.rows - (panel + last) * panel_rows, panel_rows));
@@ -99,7 +100,9 @@ void for_tiles(const Matrix &matrix, int64_t panel, int64_t panels, int64_t row_
       const int64_t first = (panel + p) * panel_rows;
       out.rows[p] = results.y + row * results.stride + first;
       out.stride[p] = results.stride;
-      out.starts[p] = go_on ? out.rows[p] : results.starts ? results.starts + row * results.start_stride + first : zeros;
+      out.starts[p] = go_on            ? out.rows[p]
+                      : results.starts ? results.starts + row * results.start_stride + first
+                                       : zeros;
       out.start_stride[p] = go_on ? results.stride : results.starts ? results.start_stride : 0;
     }
     float *target = out.rows[last];

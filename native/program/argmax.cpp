@@ -1,7 +1,9 @@
-// The largest logit of each row without all logits: a product with coarse activations tells, within bounds, what the product
-// with fine ones would give, and only what may be the largest is multiplied by those. The result is that of all fine logits.
+// The largest logit of each row without all logits: a product with coarse activations tells, within bounds, what the
+// product with fine ones would give, and only what may be the largest is multiplied by those. The result is that of all
+// fine logits.
 //
-// With fine activations x, coarse ones x' and the weights w of an output: |w x - w x'| <= |w| |x - x'| (Cauchy-Schwarz).
+// With fine activations x, coarse ones x' and the weights w of an output: |w x - w x'| <= |w| |x - x'|
+// (Cauchy-Schwarz).
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -14,7 +16,8 @@ namespace {
 constexpr int64_t most_rows = 264;  // of an item: their coarse results stay in the second-level cache
 constexpr int64_t most_panels = 8, outputs = most_panels * panel_rows;
 
-// What a thread knows of a row: the largest fine logit that it has seen, and a number that the row's largest is no less than.
+// What a thread knows of a row: the largest fine logit that it has seen, and a number that the row's largest is no less
+// than.
 struct Found {
   float value, floor;
   int32_t token;  // none, or the value's; not_a_number once some logit was not a number below infinity
@@ -78,7 +81,8 @@ class ArgmaxTask : public Task {
         lengths_(std::make_unique<std::atomic<float>[]>(static_cast<size_t>(matrix_.panels() * panel_rows))) {
     reads = {argmax.fine, argmax.coarse, margins};
     writes = {found};
-    for (int64_t i = 0; i < matrix_.panels() * panel_rows; i++) lengths_[static_cast<size_t>(i)].store(-1, std::memory_order_relaxed);
+    for (int64_t i = 0; i < matrix_.panels() * panel_rows; i++)
+      lengths_[static_cast<size_t>(i)].store(-1, std::memory_order_relaxed);
   }
   bool active(const Step &step) const override { return step.batch.argmax; }
   int64_t items(const Step &step) const override { return row_tiles(step) * groups(); }
@@ -107,7 +111,8 @@ class ArgmaxTask : public Task {
       for (int64_t p = panel; p < panel_end; p++) {
         const int64_t offset = (p - panel) * panel_rows, filled = std::min(panel_rows, count - offset);
         if (!raise_floor(row + offset, lengths + offset, filled, margin, &found[r].floor)) continue;
-        multiply(matrix_, fine_input, r, r + 1, p, p + 1, fine - r * panel_rows - p * panel_rows, panel_rows, nullptr, 0);
+        multiply(matrix_, fine_input, r, r + 1, p, p + 1, fine - r * panel_rows - p * panel_rows, panel_rows, nullptr,
+                 0);
         take(fine, p * panel_rows, filled, &found[r]);
       }
     }
@@ -143,7 +148,8 @@ class ArgmaxTask : public Task {
       const int32_t token = static_cast<int32_t>(first + i);
       if (!(fine[i] < INFINITY)) found->token = not_a_number;
       if (found->token == not_a_number) return;
-      if (fine[i] > found->value || (fine[i] == found->value && token < found->token)) found->value = fine[i], found->token = token;
+      if (fine[i] > found->value || (fine[i] == found->value && token < found->token))
+        found->value = fine[i], found->token = token;
     }
     found->floor = std::max(found->floor, found->value);
   }

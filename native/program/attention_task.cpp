@@ -23,8 +23,8 @@ int64_t first_visible(const Attention &a, int64_t position) {
 }
 
 // y = one head of queries or keys, normed, rotated and scaled.
-void transform(const Step &step, const Norm &norm, const RopeTable *rope, int64_t position, float factor, int64_t head_dim,
-               const float *x, float *y) {
+void transform(const Step &step, const Norm &norm, const RopeTable *rope, int64_t position, float factor,
+               int64_t head_dim, const float *x, float *y) {
   if (norm.kind != Norm::none) {
     step.kernels->rms_norm(x, norm.weight->data(), norm.epsilon, y, 1, head_dim);
     x = y;
@@ -44,7 +44,8 @@ void write_head(const Step &step, const Attention &a, const Target &y, int64_t t
     step.kernels->scale(values + r * stride, 1.0f / totals[r * totals_stride], into, a.head_dim);
   }
   if (!y.form) return;
-  const Input input = bind_input(*y.form->kernels, y.form->form, step.batch.tokens, width, step.data<uint8_t>(y.buffer, thread));
+  const Input input =
+      bind_input(*y.form->kernels, y.form->form, step.batch.tokens, width, step.data<uint8_t>(y.buffer, thread));
   prepare_columns(input, values - token * stride - first, stride, token, token + rows, first, first + a.head_dim);
 }
 
@@ -62,8 +63,8 @@ bool one_token_each(const BatchView &batch) {
 }
 
 // Norms, rotates and stores the key of one token and head of keys, and stores its value.
-void store_token(const Step &step, const Attention &a, const float *k, const float *v, int64_t sequence, int64_t t, int64_t head,
-                 float *scratch) {
+void store_token(const Step &step, const Attention &a, const float *k, const float *v, int64_t sequence, int64_t t,
+                 int64_t head, float *scratch) {
   const CellLayout &cell = a.cache->cell();
   const int64_t position = step.batch.positions[t], at = (t * a.kv_heads + head) * a.head_dim;
   const int64_t page = step.batch.pages[step.tables->new_pages[static_cast<size_t>(sequence)] + position / cell.slots];
@@ -83,11 +84,14 @@ class StoreTask : public Task {
   int64_t items(const Step &step) const override {
     return (step.batch.tokens + tokens_per_item - 1) / tokens_per_item * a_.kv_heads;
   }
-  int64_t scratch_bytes(const BatchView &, int) const override { return a_.head_dim * static_cast<int64_t>(sizeof(float)); }
+  int64_t scratch_bytes(const BatchView &, int) const override {
+    return a_.head_dim * static_cast<int64_t>(sizeof(float));
+  }
 
   void run(const Step &step, int64_t item, int thread) const override {
     const int64_t first = item / a_.kv_heads * tokens_per_item;
-    const int64_t begin = pair_begin(step.batch, first), end = pair_begin(step.batch, std::min(first + tokens_per_item, step.batch.tokens));
+    const int64_t begin = pair_begin(step.batch, first),
+                  end = pair_begin(step.batch, std::min(first + tokens_per_item, step.batch.tokens));
     if (begin == end) return;
     int64_t sequence = sequence_of(step.batch, begin);
     for (int64_t t = begin; t < end; t++) {
@@ -102,7 +106,8 @@ class StoreTask : public Task {
 
   // The first token from t on that does not share words of the cache with the token before it.
   static int64_t pair_begin(const BatchView &batch, int64_t t) {
-    const bool shares = t > 0 && t < batch.tokens && batch.positions[t] % 2 != 0 && batch.positions[t] == batch.positions[t - 1] + 1;
+    const bool shares =
+        t > 0 && t < batch.tokens && batch.positions[t] % 2 != 0 && batch.positions[t] == batch.positions[t - 1] + 1;
     return shares ? t + 1 : t;
   }
 
@@ -129,7 +134,8 @@ class AttentionAhead : public Ahead {
     const CellLayout &cell = attention_->cache->cell();
     if (page_ == page_end_) {
       index_--;
-      const QueryTile &query = step_->tile_sets[attention_->tile_set].tiles[static_cast<size_t>(index_ / attention_->kv_heads)];
+      const QueryTile &query =
+          step_->tile_sets[attention_->tile_set].tiles[static_cast<size_t>(index_ / attention_->kv_heads)];
       const int64_t position = step_->batch.positions[query.token_begin];
       const KeyBlock &first = step_->tables->blocks[static_cast<size_t>(query.block_begin)];
       const KeyBlock &last = step_->tables->blocks[static_cast<size_t>(query.block_end - 1)];
@@ -161,7 +167,8 @@ class AttendTask : public Task {
   int64_t scratch_bytes(const BatchView &, int) const override {
     const int64_t rows = tile_tokens(a_) * group_of(a_);
     const CellLayout &cell = a_.cache->cell();
-    return (rows * (score_stride + 3 * cell.value_stride) + expanded_floats(cell)) * static_cast<int64_t>(sizeof(float));
+    return (rows * (score_stride + 3 * cell.value_stride) + expanded_floats(cell)) *
+           static_cast<int64_t>(sizeof(float));
   }
 
   bool fetches_ahead() const override { return true; }
@@ -170,8 +177,8 @@ class AttendTask : public Task {
   }
 
   void run(const Step &step, int64_t item, int thread) const override {
-    // A thread's own tiles are those of the rows that it has in other tasks. Long ones come last in a prompt, so it takes
-    // them first.
+    // A thread's own tiles are those of the rows that it has in other tasks. Long ones come last in a prompt, so it
+    // takes them first.
     const TileSet &set = step.tile_sets[a_.tile_set];
     const int64_t count = items(step), owner = ((item + 1) * step.threads - 1) / count;
     const int64_t begin = count * owner / step.threads, index = begin + count * (owner + 1) / step.threads - 1 - item;
@@ -192,7 +199,9 @@ class AttendTask : public Task {
     return set.tiles[static_cast<size_t>(index / a_.kv_heads)];
   }
 
-  static const KeyBlock &block_at(const Step &step, int64_t number) { return step.tables->blocks[static_cast<size_t>(number)]; }
+  static const KeyBlock &block_at(const Step &step, int64_t number) {
+    return step.tables->blocks[static_cast<size_t>(number)];
+  }
 
   // What the part with this index attends to first.
   NextKeys first_keys(const Step &step, int64_t index) const {
@@ -245,7 +254,8 @@ class AttendTask : public Task {
     query.split < 0 ? write_result(step, query, head, tile, thread) : write_partial(step, query, head, tile, thread);
   }
 
-  void write_result(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile, int thread) const {
+  void write_result(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile,
+                    int thread) const {
     const int64_t group = group_of(a_), stride = tile.cell->value_stride;
     for (int64_t g = 0; g < group; g++) {
       write_head(step, a_, y_, query.token_begin, query.token_end - query.token_begin, head * group + g,
@@ -253,7 +263,8 @@ class AttendTask : public Task {
     }
   }
 
-  void write_partial(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile, int thread) const {
+  void write_partial(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile,
+                     int thread) const {
     const int64_t values = tile.rows * tile.cell->value_stride;
     float *partial = step.data(partials_, thread) + (query.split * a_.kv_heads + head) * partial_floats(a_);
     std::memcpy(partial, tile.result, static_cast<size_t>(values) * sizeof(float));
@@ -301,7 +312,8 @@ class MergeTask : public Task {
     float *result = step.thread_scratch(thread);
     float most = -INFINITY, total = 0;
     for (int64_t i = 0; i < count; i++) {
-      const float *partial = step.data(partials_, thread) + ((first.split + i) * a_.kv_heads + head) * partial_floats(a_);
+      const float *partial =
+          step.data(partials_, thread) + ((first.split + i) * a_.kv_heads + head) * partial_floats(a_);
       const float *numbers = partial + group * stride;
       step.kernels->merge(numbers[r], numbers[group + r], partial + r * stride, &most, &total, result, stride);
     }
@@ -335,11 +347,13 @@ void resolve_tables(const BatchView &batch, int64_t slots, Tables &tables) {
   tables.blocks.clear();
   tables.block_starts.assign(1, 0);
   for (int64_t s = 0; s < batch.sequences; s++) {
-    const int32_t *first = batch.page_positions + batch.page_starts[s], *end = batch.page_positions + batch.page_starts[s + 1];
+    const int32_t *first = batch.page_positions + batch.page_starts[s],
+                  *end = batch.page_positions + batch.page_starts[s + 1];
     const size_t begin = tables.blocks.size();
     for (const int32_t *position = first; position < end; position++) {
       const int64_t last = *position + slots - 1;
-      if (tables.blocks.size() > begin && *position % attention_block != 0 && tables.blocks.back().last + 1 == *position) {
+      if (tables.blocks.size() > begin && *position % attention_block != 0 &&
+          tables.blocks.back().last + 1 == *position) {
         tables.blocks.back().last = last;
       } else {
         const int64_t start = *position / attention_block * attention_block;
@@ -348,7 +362,8 @@ void resolve_tables(const BatchView &batch, int64_t slots, Tables &tables) {
     }
     tables.block_starts.push_back(static_cast<int64_t>(tables.blocks.size()));
     const int32_t at = first == end || batch.sequence_starts[s] == batch.sequence_starts[s + 1]
-                           ? 0 : batch.positions[batch.sequence_starts[s]];
+                           ? 0
+                           : batch.positions[batch.sequence_starts[s]];
     tables.new_pages.push_back(std::upper_bound(first, end, at) - 1 - batch.page_positions - at / slots);
   }
 }

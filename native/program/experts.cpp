@@ -1,4 +1,5 @@
-// Mixture of experts: rows are sorted by expert, so that each expert's weights are read once for all rows that chose it.
+// Mixture of experts: rows are sorted by expert, so that each expert's weights are read once for all rows that chose
+// it.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -16,7 +17,8 @@ int64_t tiles_of(int64_t count, int64_t size) { return (count + size - 1) / size
 class RouteTask : public Task {
  public:
   RouteTask(int logits, int64_t experts, int64_t top_k, bool normalise, int ids, int weights, Rows rows)
-      : logits_(logits), ids_(ids), weights_(weights), experts_(experts), top_k_(top_k), normalise_(normalise), rows_(rows) {
+      : logits_(logits), ids_(ids), weights_(weights), experts_(experts), top_k_(top_k), normalise_(normalise),
+        rows_(rows) {
     reads = {logits};
     writes = {ids, weights};
   }
@@ -95,8 +97,8 @@ class GatherTask : public ExpertTask {
   }
   int64_t items(const Step &step) const override { return tiles_of(pairs(step), few_rows); }
   void run(const Step &step, int64_t item, int thread) const override {
-    const Input input = bind_input(*form_.kernels, form_.form, pairs(step), form_.columns,
-                                   step.data<uint8_t>(input_, thread));
+    const Input input =
+        bind_input(*form_.kernels, form_.form, pairs(step), form_.columns, step.data<uint8_t>(input_, thread));
     const int32_t *sorted = step.data<int32_t>(order_, thread) + count() + 1;
     const int64_t end = std::min((item + 1) * few_rows, pairs(step));
     for (int64_t i = item * few_rows; i < end; i++) {
@@ -126,7 +128,8 @@ class ExpertProductTask : public ExpertTask {
     const int32_t *starts = step.data<int32_t>(order_, thread);
     const Matrix &matrix = down_ ? *experts_->down[expert] : *experts_->gate[expert];
     const PreparedForm form = prepared_form(matrix);
-    const Input input = bind_input(*form.kernels, form.form, pairs(step), form.columns, step.data<uint8_t>(input_, thread));
+    const Input input =
+        bind_input(*form.kernels, form.form, pairs(step), form.columns, step.data<uint8_t>(input_, thread));
     const int64_t panel_begin = item % panel_tiles() * tile_panels;
     const int64_t panel_end = std::min(panel_begin + tile_panels, matrix.panels());
     for (int64_t row = starts[expert]; row < starts[expert + 1]; row += tile_rows) {
@@ -142,9 +145,7 @@ class ExpertProductTask : public ExpertTask {
  private:
   static constexpr int64_t tile_rows = 64, tile_panels = 4;
 
-  int64_t panel_tiles() const {
-    return tiles_of((down_ ? experts_->down : experts_->gate)[0]->panels(), tile_panels);
-  }
+  int64_t panel_tiles() const { return tiles_of((down_ ? experts_->down : experts_->gate)[0]->panels(), tile_panels); }
 
   void gated(const Step &step, size_t expert, const Input &input, int64_t row, int64_t row_end, int64_t panel_begin,
              int64_t panel_end, int thread) const {
@@ -183,7 +184,8 @@ class CombineTask : public ExpertTask {
     const int32_t *sorted = step.data<int32_t>(order_, thread) + count() + 1;
     int32_t *places = step.thread_scratch<int32_t>(thread);
     for (int64_t i = 0; i < pairs(step); i++) {
-      if (sorted[i] >= begin * top_k && sorted[i] < end * top_k) places[sorted[i] - begin * top_k] = static_cast<int32_t>(i);
+      if (sorted[i] >= begin * top_k && sorted[i] < end * top_k)
+        places[sorted[i] - begin * top_k] = static_cast<int32_t>(i);
     }
     for (int64_t t = begin; t < end; t++) {
       float *y = step.data(y_, thread) + t * width;
@@ -202,7 +204,8 @@ class CombineTask : public ExpertTask {
 
 }  // namespace
 
-std::unique_ptr<Task> make_route(int logits, int64_t experts, int64_t top_k, bool normalise, int ids, int weights, Rows rows) {
+std::unique_ptr<Task> make_route(int logits, int64_t experts, int64_t top_k, bool normalise, int ids, int weights,
+                                 Rows rows) {
   return std::make_unique<RouteTask>(logits, experts, top_k, normalise, ids, weights, rows);
 }
 
@@ -214,15 +217,18 @@ std::unique_ptr<Task> make_gather(std::shared_ptr<const Experts> experts, int x,
   return std::make_unique<GatherTask>(std::move(experts), x, order, input, rows);
 }
 
-std::unique_ptr<Task> make_gated_experts(std::shared_ptr<const Experts> experts, int input, int order, int inner, Rows rows) {
+std::unique_ptr<Task> make_gated_experts(std::shared_ptr<const Experts> experts, int input, int order, int inner,
+                                         Rows rows) {
   return std::make_unique<ExpertProductTask>(std::move(experts), false, input, order, inner, rows);
 }
 
-std::unique_ptr<Task> make_down_experts(std::shared_ptr<const Experts> experts, int input, int order, int outer, Rows rows) {
+std::unique_ptr<Task> make_down_experts(std::shared_ptr<const Experts> experts, int input, int order, int outer,
+                                        Rows rows) {
   return std::make_unique<ExpertProductTask>(std::move(experts), true, input, order, outer, rows);
 }
 
-std::unique_ptr<Task> make_combine(std::shared_ptr<const Experts> experts, int outer, int order, int weights, int y, Rows rows) {
+std::unique_ptr<Task> make_combine(std::shared_ptr<const Experts> experts, int outer, int order, int weights, int y,
+                                   Rows rows) {
   return std::make_unique<CombineTask>(std::move(experts), outer, order, weights, y, rows);
 }
 

@@ -17,9 +17,7 @@ struct Value {
   ValueType type;
 };
 
-enum class OperatorKind {
-  input, embed, choose_rows, linear, norm, rope, attention, elementwise, route, experts
-};
+enum class OperatorKind { input, embed, choose_rows, linear, norm, rope, attention, elementwise, route, experts };
 
 // Which fields have a meaning depends on the kind.
 struct Operator {
@@ -48,19 +46,19 @@ struct Graph {
 struct BufferSpec {
   enum Kind { floats, input, partials } kind = floats;
   Rows rows = Rows::tokens;
-  int64_t row_floats = 0;      // floats: 4-byte values a row
-  int64_t extra_floats = 0;    // floats: behind the rows
-  int64_t row_multiple = 1;    // input: rows of the input for each row
-  PreparedForm form{};         // input
+  int64_t row_floats = 0;  // floats: 4-byte values a row
+  int64_t extra_floats = 0;  // floats: behind the rows
+  int64_t row_multiple = 1;  // input: rows of the input for each row
+  PreparedForm form{};  // input
 };
 
 // The tasks that a graph becomes. Buffers are numbered by a task's view of them, before any is shared.
 struct Schedule {
   std::vector<std::unique_ptr<Task>> tasks;
   std::vector<BufferSpec> buffers;
-  std::vector<int> input_buffers;   // of the graph's input operators, in order
+  std::vector<int> input_buffers;  // of the graph's input operators, in order
   std::vector<int> output_buffers;  // of the graph's outputs
-  int argmax_buffer = -1;             // of the numbers of the rows' largest values of the last output, if tasks for that are there
+  int argmax_buffer = -1;  // of the numbers of the rows' largest values of the last output, if tasks for that are there
   std::vector<Attention> attentions;  // one for each tile set
 };
 

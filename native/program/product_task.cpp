@@ -7,13 +7,14 @@
 namespace mnemos {
 namespace {
 
-// Rows that one item multiplies, at most: enough to pay for expanding a panel's weights, few enough that input and result
-// stay in the second-level cache. The kernels take rows by six, or by a divisor of it.
+// Rows that one item multiplies, at most: enough to pay for expanding a panel's weights, few enough that input and
+// result stay in the second-level cache. The kernels take rows by six, or by a divisor of it.
 constexpr int64_t most_rows = 264, row_unit = 6;
-// From so many rows for each thread on, threads have rows of their own: what is done to a row then finds it in its cache.
+// From so many rows for each thread on, threads have rows of their own: what is done to a row then finds it in its
+// cache.
 constexpr int64_t own_rows = 128;
-// Panels of one item, at most: the more, the fewer beginnings of runs of weights, but with many rows the results of all are to
-// stay in the cache. With many rows the kernels take panels by two.
+// Panels of one item, at most: the more, the fewer beginnings of runs of weights, but with many rows the results of all
+// are to stay in the cache. With many rows the kernels take panels by two.
 constexpr int64_t many_rows = 8, most_panels_of_many = 8, most_panels = 16;
 constexpr int64_t most_panels_for(int64_t rows) { return rows > many_rows ? most_panels_of_many : most_panels; }
 
@@ -60,8 +61,8 @@ class ProductTask : public Task {
     range.row_end = std::min(range.row_begin + cut_.rows, step.rows(rows_));
     range.panel_begin = tile * cut_.panels;
     range.panel_end = std::min(range.panel_begin + cut_.panels, product.matrix->panels());
-    Input input = bind_input(*form_.kernels, form_.form, step.rows(rows_), form_.columns,
-                             step.data<uint8_t>(input_, thread));
+    Input input =
+        bind_input(*form_.kernels, form_.form, step.rows(rows_), form_.columns, step.data<uint8_t>(input_, thread));
     input.ahead = step.ahead[thread].get();
     if (!product.activated && !product.y.form) return multiply_into(product, input, range, step, thread);
     multiply_and_finish(product, input, range, step, thread);
@@ -69,7 +70,8 @@ class ProductTask : public Task {
 
  private:
   // Of one matrix's results in scratch.
-  static constexpr int64_t scratch_floats = panel_rows * std::max(most_rows * most_panels_of_many, many_rows * most_panels);
+  static constexpr int64_t scratch_floats =
+      panel_rows * std::max(most_rows * most_panels_of_many, many_rows *most_panels);
 
   struct Range {
     int64_t row_begin, row_end, panel_begin, panel_end;
@@ -98,7 +100,8 @@ class ProductTask : public Task {
   static const float *bias_of(const VectorPointer &bias) { return bias ? bias->data() : nullptr; }
 
   // Starts from the bias or the residual, or both.
-  void multiply_into(const Product &product, const Input &input, const Range &range, const Step &step, int thread) const {
+  void multiply_into(const Product &product, const Input &input, const Range &range, const Step &step,
+                     int thread) const {
     const int64_t width = product.matrix->rows, first = range.panel_begin * panel_rows;
     const int64_t count = std::min(range.panel_end * panel_rows, width) - first;
     const float *bias = bias_of(product.bias), *starts = bias;
@@ -110,8 +113,8 @@ class ProductTask : public Task {
       }
       starts = y;
     }
-    multiply(*product.matrix, input, range.row_begin, range.row_end, range.panel_begin, range.panel_end, y, width, starts,
-             product.residual >= 0 ? width : 0);
+    multiply(*product.matrix, input, range.row_begin, range.row_end, range.panel_begin, range.panel_end, y, width,
+             starts, product.residual >= 0 ? width : 0);
   }
 
   // Goes through scratch that holds this tile alone.
@@ -160,7 +163,7 @@ class ProductTask : public Task {
   const bool unless_argmax_;
   bool pairs_only_ = false;  // pairs of panels are whole blocks of a form
   int64_t panel_tiles_[most_panels + 1] = {};  // of all products, by panels of an item
-  int64_t planned_rows_ = -1;                  // the step's rows and threads for which the work is cut
+  int64_t planned_rows_ = -1;  // the step's rows and threads for which the work is cut
   int planned_threads_ = 0;
   Cut cut_{0, 0, most_panels};
 };

@@ -67,16 +67,17 @@ void Program::assign_slots() {
     const size_t i = static_cast<size_t>(b);
     const auto same_size = [&](const Slot &slot) {
       const BufferSpec &other = buffers[static_cast<size_t>(slot.buffers.front())];
-      return slot.copies == static_cast<bool>(copied[i]) && other.kind == buffers[i].kind && other.rows == buffers[i].rows &&
-             other.row_floats == buffers[i].row_floats && other.row_multiple == buffers[i].row_multiple &&
-             other.form.columns == buffers[i].form.columns;
+      return slot.copies == static_cast<bool>(copied[i]) && other.kind == buffers[i].kind &&
+             other.rows == buffers[i].rows && other.row_floats == buffers[i].row_floats &&
+             other.row_multiple == buffers[i].row_multiple && other.form.columns == buffers[i].form.columns;
     };
     // The slot of what the buffer's first task reads for the last time, if that task works in place; or any free one.
     const auto in_place = [&](const Slot &slot) {
       if (first[i] < 0 || first[i] >= count) return false;
       const Task &task = *schedule_.tasks[static_cast<size_t>(first[i])];
       const int from = slot.buffers.back();
-      return last[static_cast<size_t>(from)] == first[i] && std::count(task.reads.begin(), task.reads.end(), from) == 1 &&
+      return last[static_cast<size_t>(from)] == first[i] &&
+             std::count(task.reads.begin(), task.reads.end(), from) == 1 &&
              std::count(task.in_place.begin(), task.in_place.end(), std::make_pair(from, b)) == 1;
     };
     size_t chosen = slots_.size();
@@ -137,7 +138,8 @@ int64_t Program::buffer_bytes(const BufferSpec &spec, const BatchView &batch, co
       return round_up(static_cast<int64_t>(input_bytes(spec.form.form, rows * spec.row_multiple, spec.form.columns)));
     case BufferSpec::partials: {
       int64_t most = 0;
-      for (size_t i = 0; i < tiles.size(); i++) most = std::max(most, partials_bytes(tiles[i], schedule_.attentions[i]));
+      for (size_t i = 0; i < tiles.size(); i++)
+        most = std::max(most, partials_bytes(tiles[i], schedule_.attentions[i]));
       return round_up(most);
     }
   }
@@ -198,7 +200,8 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
     tiles.push_back(make_tiles(batch, tables_, attention, team));
   }
   int64_t most = -1;
-  for (int64_t t = 0; !rope_tables_.empty() && t < batch.tokens; t++) most = std::max<int64_t>(most, batch.positions[t]);
+  for (int64_t t = 0; !rope_tables_.empty() && t < batch.tokens; t++)
+    most = std::max<int64_t>(most, batch.positions[t]);
   for (const auto &table : rope_tables_) table->extend(most + 1);
 
   const bool one_row = batch.tokens == 1 && batch.chosen <= 1;
@@ -216,14 +219,21 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
     std::memcpy(pieces_[static_cast<size_t>(schedule_.input_buffers[i])].data, inputs[i].data,
                 static_cast<size_t>(inputs[i].rows * inputs[i].width) * 4);
   }
-  const Step step{batch, team, kernels_, pieces_.data(), &tables_, tiles.data(),
-                  workspace_->data + scratch_offset_, scratch_bytes_, ahead_.data()};
+  const Step step{batch,
+                  team,
+                  kernels_,
+                  pieces_.data(),
+                  &tables_,
+                  tiles.data(),
+                  workspace_->data + scratch_offset_,
+                  scratch_bytes_,
+                  ahead_.data()};
   execute(step, one_row);
   std::vector<OutputView> outputs;
   for (size_t i = 0; i < graph_.outputs.size(); i++) {
     const Value &value = graph_.values[static_cast<size_t>(graph_.outputs[i])];
-    outputs.push_back({pieces_[static_cast<size_t>(schedule_.output_buffers[i])].data, step.rows(value.rows), value.width,
-                       value.type, workspace_});
+    outputs.push_back({pieces_[static_cast<size_t>(schedule_.output_buffers[i])].data, step.rows(value.rows),
+                       value.width, value.type, workspace_});
   }
   if (batch.argmax) {
     const uint8_t *best = pieces_[static_cast<size_t>(schedule_.argmax_buffer)].data;
@@ -236,7 +246,8 @@ void Program::execute(const Step &step, bool one_row) {
   const size_t count = schedule_.tasks.size();
   const int threads = step.threads;
   const auto counters_of = [&](size_t task) { return &counters_[task * static_cast<size_t>(threads)]; };
-  for (size_t c = 0; c < count * static_cast<size_t>(threads); c++) counters_[c].taken.store(0, std::memory_order_relaxed);
+  for (size_t c = 0; c < count * static_cast<size_t>(threads); c++)
+    counters_[c].taken.store(0, std::memory_order_relaxed);
   for (const auto &task : schedule_.tasks) task->plan(step);
   const auto &barriers = barrier_before_[one_row ? 1 : 0];
   pool_->run(threads, [&](int thread) {
@@ -259,7 +270,8 @@ void Program::execute(const Step &step, bool one_row) {
         for (int64_t item = 0; item < items; item++) task.run(step, item, thread);
         continue;
       }
-      // Every thread has a run of neighbouring items, whose weights it fetches ahead; who is done early helps the others.
+      // Every thread has a run of neighbouring items, whose weights it fetches ahead; who is done early helps the
+      // others.
       Counter *counters = counters_of(t);
       for (int helped = 0; helped < threads; helped++) {
         const int owner = (thread + helped) % threads;
@@ -301,7 +313,8 @@ void Program::check_inputs(const BatchView &batch, const std::vector<InputView> 
       if (source.outputs[0] != op.inputs[1]) continue;
       const int32_t *ids = static_cast<const int32_t *>(input.data);
       for (int64_t i = 0; i < input.rows * input.width; i++) {
-        if (ids[i] < 0 || ids[i] >= count) throw request_error("expert " + number(ids[i]) + " is not one of " + number(count));
+        if (ids[i] < 0 || ids[i] >= count)
+          throw request_error("expert " + number(ids[i]) + " is not one of " + number(count));
       }
     }
   }
@@ -314,8 +327,8 @@ void Program::check_batch(const BatchView &batch) const {
     const int32_t *index = by_token ? batch.token_ids : batch.positions;
     for (int64_t t = 0; t < batch.tokens; t++) {
       if (index[t] < 0 || index[t] >= op.matrix->rows) {
-        throw request_error(std::string(by_token ? "token id " : "position ") + number(index[t]) + " is out of range: there are " +
-                            number(op.matrix->rows));
+        throw request_error(std::string(by_token ? "token id " : "position ") + number(index[t]) +
+                            " is out of range: there are " + number(op.matrix->rows));
       }
     }
   }
@@ -343,12 +356,13 @@ void Program::check_sequence(const BatchView &batch, int64_t s) const {
   if (begin == end) return;
   for (int64_t t = begin + 1; t < end; t++) {
     if (batch.positions[t] != batch.positions[t - 1] + 1) {
-      throw request_error("positions of sequence " + number(s) + " are not consecutive: " + number(batch.positions[t - 1]) +
-                          " is followed by " + number(batch.positions[t]));
+      throw request_error("positions of sequence " + number(s) + " are not consecutive: " +
+                          number(batch.positions[t - 1]) + " is followed by " + number(batch.positions[t]));
     }
   }
   const int64_t slots = cache_->cell().slots;
-  const int32_t *first = batch.page_positions + batch.page_starts[s], *table_end = batch.page_positions + batch.page_starts[s + 1];
+  const int32_t *first = batch.page_positions + batch.page_starts[s],
+                *table_end = batch.page_positions + batch.page_starts[s + 1];
   for (const int32_t *position = first; position < table_end; position++) {
     const int64_t page = batch.pages[position - batch.page_positions];
     if (page < 0 || page >= cache_->pages) {
@@ -365,7 +379,8 @@ void Program::check_sequence(const BatchView &batch, int64_t s) const {
     }
   }
   const int32_t *page = std::upper_bound(first, table_end, batch.positions[begin]) - 1;
-  for (int64_t wanted = batch.positions[begin] / slots * slots; wanted <= batch.positions[end - 1]; wanted += slots, page++) {
+  for (int64_t wanted = batch.positions[begin] / slots * slots; wanted <= batch.positions[end - 1];
+       wanted += slots, page++) {
     if (page < first || page >= table_end || *page != wanted) {
       throw request_error("sequence " + number(s) + " has no page for position " +
                           number(std::max<int64_t>(wanted, batch.positions[begin])));

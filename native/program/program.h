@@ -54,10 +54,10 @@ class Program {
   // Ends recording.
   void finish(std::vector<int> outputs);
 
-  // Runs one step. The batch and the inputs are checked first: throws Error (request, config) before anything is changed.
-  // The views are overwritten by the next step. With `batch.argmax`, which needs finds_argmax(), there is in place of the last
-  // output (rows, 1) the number of each row's largest value, of equal ones the lowest, or -1 where none is above minus
-  // infinity or one is not a number below infinity.
+  // Runs one step. The batch and the inputs are checked first: throws Error (request, config) before anything is
+  // changed. The views are overwritten by the next step. With `batch.argmax`, which needs finds_argmax(), there is in
+  // place of the last output (rows, 1) the number of each row's largest value, of equal ones the lowest, or -1 where
+  // none is above minus infinity or one is not a number below infinity.
   std::vector<OutputView> run(const BatchView &batch, const std::vector<InputView> &inputs);
 
   // Whether the largest values of the last output can be found without all others.
@@ -98,7 +98,7 @@ class Program {
   std::vector<int> slot_of_;  // by buffer
   std::vector<Slot> slots_;
   std::vector<char> barrier_before_[2];  // by task; [1]: for one row
-  std::vector<size_t> fetching_;               // tasks that fetch ahead
+  std::vector<size_t> fetching_;  // tasks that fetch ahead
   std::vector<std::unique_ptr<Ahead>> ahead_;  // by thread
   std::vector<Piece> pieces_;
   Tables tables_;

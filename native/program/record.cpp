@@ -1,8 +1,8 @@
 // The recording half of Program: shapes are checked here, once, so that tasks can rely on them.
 #include <utility>
 
-#include "system/error.h"
 #include "program/program.h"
+#include "system/error.h"
 
 namespace mnemos {
 namespace {
@@ -16,10 +16,12 @@ std::string number(int64_t value) { return std::to_string(value); }
 }  // namespace
 
 Program::Program(std::shared_ptr<Pool> pool, std::shared_ptr<Cache> cache)
-    : pool_(std::move(pool)), cache_(std::move(cache)), kernels_(&vector_kernels(current_isa(OperatorClass::attention))) {}
+    : pool_(std::move(pool)), cache_(std::move(cache)),
+      kernels_(&vector_kernels(current_isa(OperatorClass::attention))) {}
 
 const Value &Program::checked_value(int value) const {
-  require(value >= 0 && value < static_cast<int>(graph_.values.size()), "value " + number(value) + " was never recorded");
+  require(value >= 0 && value < static_cast<int>(graph_.values.size()),
+          "value " + number(value) + " was never recorded");
   return graph_.values[static_cast<size_t>(value)];
 }
 
@@ -64,10 +66,11 @@ int Program::choose_rows(int x) {
 
 int Program::linear(int x, MatrixPointer matrix, VectorPointer bias) {
   const Value value = checked_value(x);
-  require(value.width == matrix->columns, "a product's input has " + number(value.width) + " columns, its matrix " +
-                                              number(matrix->columns));
+  require(value.width == matrix->columns,
+          "a product's input has " + number(value.width) + " columns, its matrix " + number(matrix->columns));
   require(!bias || static_cast<int64_t>(bias->size()) == matrix->rows,
-          "a bias has " + number(bias ? static_cast<int64_t>(bias->size()) : 0) + " values, its matrix " + number(matrix->rows) + " rows");
+          "a bias has " + number(bias ? static_cast<int64_t>(bias->size()) : 0) + " values, its matrix " +
+              number(matrix->rows) + " rows");
   Operator op{};
   op.kind = OperatorKind::linear;
   op.inputs = {x};
@@ -113,21 +116,25 @@ int Program::attention(int q, int k, int v, Attention attention) {
   require(cache_ != nullptr, "attention needs a cache");
   const CellLayout &cell = cache_->cell();
   require(attention.heads > 0 && attention.kv_heads > 0 && attention.heads % attention.kv_heads == 0,
-          "attention has " + number(attention.heads) + " heads, which is no multiple of its " + number(attention.kv_heads) + " kv_heads");
+          "attention has " + number(attention.heads) + " heads, which is no multiple of its " +
+              number(attention.kv_heads) + " kv_heads");
   require(attention.heads / attention.kv_heads <= max_tile_rows,
-          "attention has " + number(attention.heads / attention.kv_heads) + " heads for one of keys; at most " + number(max_tile_rows) + " are possible");
+          "attention has " + number(attention.heads / attention.kv_heads) + " heads for one of keys; at most " +
+              number(max_tile_rows) + " are possible");
   require(attention.kv_heads == cache_->kv_heads && attention.head_dim == cell.head_dim,
-          "attention has " + number(attention.kv_heads) + " kv_heads of " + number(attention.head_dim) + ", its cache " +
-              number(cache_->kv_heads) + " of " + number(cell.head_dim));
+          "attention has " + number(attention.kv_heads) + " kv_heads of " + number(attention.head_dim) +
+              ", its cache " + number(cache_->kv_heads) + " of " + number(cell.head_dim));
   require(attention.layer >= 0 && attention.layer < cache_->layers,
           "layer " + number(attention.layer) + " is not in a cache of " + number(cache_->layers) + " layers");
   require(attention.window >= 0, "the window is " + number(attention.window) + "; it must not be negative");
   const int64_t width = attention.heads * attention.head_dim, kv_width = attention.kv_heads * attention.head_dim;
   require(checked_value(q).width == width && checked_value(k).width == kv_width && checked_value(v).width == kv_width,
-          "attention's queries, keys and values have " + number(checked_value(q).width) + ", " + number(checked_value(k).width) +
-              " and " + number(checked_value(v).width) + " columns; heads and head_dim need " + number(width) + ", " +
-              number(kv_width) + " and " + number(kv_width));
-  for (int value : {q, k, v}) require(checked_value(value).rows == Rows::tokens, "attention needs a row for each token");
+          "attention's queries, keys and values have " + number(checked_value(q).width) + ", " +
+              number(checked_value(k).width) + " and " + number(checked_value(v).width) +
+              " columns; heads and head_dim need " + number(width) + ", " + number(kv_width) + " and " +
+              number(kv_width));
+  for (int value : {q, k, v})
+    require(checked_value(value).rows == Rows::tokens, "attention needs a row for each token");
   Operator op{};
   op.kind = OperatorKind::attention;
   op.inputs = {q, k, v};
@@ -163,7 +170,8 @@ std::pair<int, int> Program::route(int x, MatrixPointer matrix, int64_t top_k, b
   op.matrix = std::move(matrix);
   op.top_k = top_k;
   op.normalise = normalise;
-  const int first = add_operator(std::move(op), {{top_k, value.rows, ValueType::int32}, {top_k, value.rows, ValueType::float32}});
+  const int first =
+      add_operator(std::move(op), {{top_k, value.rows, ValueType::int32}, {top_k, value.rows, ValueType::float32}});
   return {first, first + 1};
 }
 
@@ -171,19 +179,22 @@ int Program::experts(int x, int ids, int weights, Experts experts) {
   const Value value = checked_value(x), chosen = checked_value(ids), shares = checked_value(weights);
   const size_t count = experts.gate.size();
   require(count > 0 && experts.up.size() == count && experts.down.size() == count,
-          "the experts have " + number(static_cast<int64_t>(count)) + " gate, " + number(static_cast<int64_t>(experts.up.size())) +
-              " up and " + number(static_cast<int64_t>(experts.down.size())) + " down matrices; they must be equally many");
+          "the experts have " + number(static_cast<int64_t>(count)) + " gate, " +
+              number(static_cast<int64_t>(experts.up.size())) + " up and " +
+              number(static_cast<int64_t>(experts.down.size())) + " down matrices; they must be equally many");
   for (size_t e = 0; e < count; e++) {
     const bool same = prepared_form(*experts.gate[e]) == prepared_form(*experts.gate[0]) &&
                       prepared_form(*experts.up[e]) == prepared_form(*experts.gate[0]) &&
                       prepared_form(*experts.down[e]) == prepared_form(*experts.down[0]) &&
                       experts.gate[e]->rows == experts.gate[0]->rows && experts.up[e]->rows == experts.gate[0]->rows &&
                       experts.down[e]->rows == experts.down[0]->rows;
-    require(same, "the experts' matrices differ in shape or kind: expert " + number(static_cast<int64_t>(e)) + " and expert 0");
+    require(same, "the experts' matrices differ in shape or kind: expert " + number(static_cast<int64_t>(e)) +
+                      " and expert 0");
   }
   require(experts.gate[0]->columns == value.width && experts.down[0]->columns == experts.gate[0]->rows,
           "the experts' matrices do not fit to an input of " + number(value.width) + " columns");
-  require(chosen.type == ValueType::int32 && chosen.width == shares.width && chosen.rows == value.rows && shares.rows == value.rows,
+  require(chosen.type == ValueType::int32 && chosen.width == shares.width && chosen.rows == value.rows &&
+              shares.rows == value.rows,
           "experts need ids and weights of the same shape, with as many rows as their input");
   experts.top_k = chosen.width;
   Operator op{};

@@ -57,20 +57,22 @@ class Scheduler {
   }
   void add(std::unique_ptr<Task> task) { schedule_.tasks.push_back(std::move(task)); }
 
-  // Products whose rounding shows most take finer activations: those whose results are an output of the program (logits),
-  // or the keys or values that later tokens attend to, perhaps normalised, rotated or scaled in between; and those behind
-  // the last attention, whose errors nothing evens out: in a prompt they run for the chosen rows alone. Queries, of which there
-  // are more, gain little.
+  // Products whose rounding shows most take finer activations: those whose results are an output of the program
+  // (logits), or the keys or values that later tokens attend to, perhaps normalised, rotated or scaled in between; and
+  // those behind the last attention, whose errors nothing evens out: in a prompt they run for the chosen rows alone.
+  // Queries, of which there are more, gain little.
   void mark_precise() {
     precise_.assign(graph_.operators.size(), false);
     size_t last = graph_.operators.size();
     for (size_t i = 0; i < graph_.operators.size(); i++) {
       if (op(static_cast<int>(i)).kind == OperatorKind::attention) last = i;
     }
-    for (size_t i = last; i < graph_.operators.size(); i++) precise_[i] = op(static_cast<int>(i)).kind == OperatorKind::linear;
+    for (size_t i = last; i < graph_.operators.size(); i++)
+      precise_[i] = op(static_cast<int>(i)).kind == OperatorKind::linear;
     for (int v : graph_.outputs) mark_source(v);
     for (const Operator &o : graph_.operators) {
-      if (o.kind == OperatorKind::attention) std::for_each(o.inputs.begin() + 1, o.inputs.end(), [&](int v) { mark_source(v); });
+      if (o.kind == OperatorKind::attention)
+        std::for_each(o.inputs.begin() + 1, o.inputs.end(), [&](int v) { mark_source(v); });
     }
   }
   void mark_source(int v) {
@@ -119,8 +121,8 @@ class Scheduler {
 
   // A product that an operator behind it finishes: the operator's place in the list is where the product is needed.
   struct Finish {
-    int by = -1;        // the operator that does it
-    int second = -1;    // the other product of a gated activation
+    int by = -1;  // the operator that does it
+    int second = -1;  // the other product of a gated activation
     int residual = -1;  // value that is added
   };
 
@@ -141,7 +143,8 @@ class Scheduler {
       const int product = only_source(o.inputs[0], OperatorKind::linear);
       if (product >= 0) finish_[at(product)] = {i, -1, -1}, done_[at(i)] = true;
     } else if (o.elementwise.kind == ElementwiseKind::gated_activation) {
-      const int gate = only_source(o.inputs[0], OperatorKind::linear), up = only_source(o.inputs[1], OperatorKind::linear);
+      const int gate = only_source(o.inputs[0], OperatorKind::linear),
+                up = only_source(o.inputs[1], OperatorKind::linear);
       if (gate < 0 || up < 0 || !same_product_shape(gate, up)) return;
       finish_[at(gate)] = {i, up, -1};
       done_[at(i)] = done_[at(up)] = true;
@@ -219,7 +222,8 @@ class Scheduler {
     add(make_norm(o.norm, buffer(o.inputs[0]), buffer(y), value(y).width, value(y).rows));
   }
 
-  // The product that makes the last output, for chosen rows, where there are bounds on it and nothing else is done to it.
+  // The product that makes the last output, for chosen rows, where there are bounds on it and nothing else is done to
+  // it.
   void find_head() {
     if (graph_.outputs.empty()) return;
     const int v = graph_.outputs.back(), i = only_source(v, OperatorKind::linear);
@@ -232,7 +236,8 @@ class Scheduler {
     const int coarse = prepared(op(i).inputs[0], coarse_form(i));
     const int margins = float_buffer(rows, 1), found = float_buffer(rows, argmax_state_floats(threads_));
     schedule_.argmax_buffer = float_buffer(rows, 1);
-    for (auto &task : make_argmax({op(i).matrix, fine, coarse, rows}, margins, found, schedule_.argmax_buffer)) add(std::move(task));
+    for (auto &task : make_argmax({op(i).matrix, fine, coarse, rows}, margins, found, schedule_.argmax_buffer))
+      add(std::move(task));
   }
 
   // The buffer with `x` in that form; made by a task of its own, once for all products, whatever forms they want.
@@ -287,7 +292,8 @@ class Scheduler {
     std::vector<Product> products{make_product(i)};
     for (int j = i + 1; j < static_cast<int>(graph_.operators.size()); j++) {
       const Operator &o = op(j);
-      if (done_[at(j)] || j == head_ || o.kind != OperatorKind::linear || o.inputs[0] != x || !(form_of(j) == form)) continue;
+      if (done_[at(j)] || j == head_ || o.kind != OperatorKind::linear || o.inputs[0] != x || !(form_of(j) == form))
+        continue;
       const int residual = finish_[at(j)].residual;
       if (residual >= 0 && producer_[at(residual)] > i) continue;  // what it adds may not be there yet
       done_[at(j)] = true;
@@ -322,7 +328,8 @@ class Scheduler {
   int tile_set(const Attention &attention) {
     auto &sets = schedule_.attentions;
     for (size_t i = 0; i < sets.size(); i++) {
-      if (sets[i].window == attention.window && sets[i].heads == attention.heads && sets[i].kv_heads == attention.kv_heads) {
+      if (sets[i].window == attention.window && sets[i].heads == attention.heads &&
+          sets[i].kv_heads == attention.kv_heads) {
         return static_cast<int>(i);
       }
     }

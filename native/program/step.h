@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "cache.h"
-#include "vector/vector_kernels.h"
 #include "linear/linear.h"
+#include "vector/vector_kernels.h"
 
 namespace mnemos {
 
@@ -34,7 +34,7 @@ struct Tables {
   // The new positions of a sequence are consecutive, and so are the pages that hold them: position p is in
   // batch.pages[new_pages[s] + p / slots].
   std::vector<int64_t> new_pages;
-  std::vector<KeyBlock> blocks;      // of all sequences, each one's in the order of their positions
+  std::vector<KeyBlock> blocks;  // of all sequences, each one's in the order of their positions
   std::vector<int64_t> block_starts;  // (sequences + 1): sequence s has blocks block_starts[s] to block_starts[s + 1]
 };
 
@@ -59,7 +59,7 @@ struct Step {
   const Piece *pieces;  // by buffer
   const Tables *tables;
   const TileSet *tile_sets;
-  uint8_t *scratch;     // scratch_bytes for each thread
+  uint8_t *scratch;  // scratch_bytes for each thread
   int64_t scratch_bytes;
   const std::unique_ptr<Ahead> *ahead;  // by thread: what products fetch for the task behind them that fetches ahead
 
@@ -91,7 +91,8 @@ class Task {
   virtual int64_t scratch_bytes(const BatchView &, int) const { return 0; }
 
   std::vector<int> reads, writes;  // buffers
-  // Pairs of a buffer that is read and one that is written: they may be the same memory, if nobody reads the first later.
+  // Pairs of a buffer that is read and one that is written: they may be the same memory, if nobody reads the first
+  // later.
   std::vector<std::pair<int, int>> in_place;
   bool cheap_for_one_row = false;  // then every thread does all of it for itself, which is faster than to wait for one
 };

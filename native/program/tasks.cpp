@@ -12,9 +12,7 @@ namespace {
 class RowTask : public Task {
  public:
   RowTask(Rows rows, int64_t rows_per_item) : rows_(rows), rows_per_item_(rows_per_item) { cheap_for_one_row = true; }
-  int64_t items(const Step &step) const override {
-    return (step.rows(rows_) + rows_per_item_ - 1) / rows_per_item_;
-  }
+  int64_t items(const Step &step) const override { return (step.rows(rows_) + rows_per_item_ - 1) / rows_per_item_; }
   void run(const Step &step, int64_t item, int thread) const override {
     const int64_t begin = item * rows_per_item_;
     run_rows(step, begin, std::min(begin + rows_per_item_, step.rows(rows_)), thread);
@@ -167,8 +165,9 @@ class PrepareTask : public RowTask {
     }
     for (const Target &target : targets_) {
       const PreparedForm &form = *target.form;
-      prepare_rows(bind_input(*form.kernels, form.form, step.rows(rows_), width_, step.data<uint8_t>(target.buffer, thread)),
-                   x, width_, begin, end);
+      prepare_rows(
+          bind_input(*form.kernels, form.form, step.rows(rows_), width_, step.data<uint8_t>(target.buffer, thread)), x,
+          width_, begin, end);
     }
   }
 

@@ -18,8 +18,8 @@ enum class Index { token_ids, positions };
 std::unique_ptr<Task> make_embed(MatrixPointer matrix, Index index, int y);
 // y = the rows of x that the batch's logit_rows name.
 std::unique_ptr<Task> make_choose_rows(int x, int64_t width, int y);
-std::unique_ptr<Task> make_rope(int x, int y, int64_t width, int64_t head_dim, std::shared_ptr<const class RopeTable> table,
-                                Rows rows);
+std::unique_ptr<Task> make_rope(int x, int y, int64_t width, int64_t head_dim,
+                                std::shared_ptr<const class RopeTable> table, Rows rows);
 
 enum class ElementwiseKind { add, scale, softcap, activation, gated_activation };
 struct Elementwise {
@@ -64,9 +64,9 @@ std::unique_ptr<Task> make_prepare(Norm norm, int x, int64_t width, std::vector<
 struct Product {
   MatrixPointer matrix, second;  // second: the `up` of a gated activation, whose gate is `matrix`
   VectorPointer bias, second_bias;
-  bool activated = false;        // activation(product), or activation(gate) * up with a second matrix
+  bool activated = false;  // activation(product), or activation(gate) * up with a second matrix
   ActivationKind activation = ActivationKind::silu;
-  int residual = -1;             // buffer that is added to; not with a form of y
+  int residual = -1;  // buffer that is added to; not with a form of y
   Target y;
 };
 // unless_argmax: not where only the best of the results are wanted.
@@ -76,11 +76,11 @@ std::unique_ptr<Task> make_products(std::vector<Product> products, int input, Pr
 // Finds the largest of a matrix's products with each row, without computing all of them.
 struct Argmax {
   MatrixPointer matrix;  // one that has weight lengths
-  int fine, coarse;      // buffers with the rows as int15 and as int8
+  int fine, coarse;  // buffers with the rows as int15 and as int8
   Rows rows;
 };
-// margins: a float a row; found: argmax_state_floats a row; tokens: the number of each row's largest product, of equal ones the
-// lowest, or -1 if none is above minus infinity, or some one is not a number below infinity.
+// margins: a float a row; found: argmax_state_floats a row; tokens: the number of each row's largest product, of equal
+// ones the lowest, or -1 if none is above minus infinity, or some one is not a number below infinity.
 std::vector<std::unique_ptr<Task>> make_argmax(const Argmax &argmax, int margins, int found, int tokens);
 int64_t argmax_state_floats(int threads);
 
@@ -129,7 +129,8 @@ TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention
 int64_t partials_bytes(const TileSet &tiles, const Attention &attention);
 
 // ids (T, top_k) and weights (T, top_k) from logits (T, experts).
-std::unique_ptr<Task> make_route(int logits, int64_t experts, int64_t top_k, bool normalise, int ids, int weights, Rows rows);
+std::unique_ptr<Task> make_route(int logits, int64_t experts, int64_t top_k, bool normalise, int ids, int weights,
+                                 Rows rows);
 
 struct Experts {
   std::vector<MatrixPointer> gate, up, down;
@@ -140,8 +141,11 @@ struct Experts {
 // (expert count + 1) starts, then the (token * top_k + choice) of each row, sorted by expert.
 std::unique_ptr<Task> make_sort_rows(std::shared_ptr<const Experts> experts, int ids, int order, Rows rows);
 std::unique_ptr<Task> make_gather(std::shared_ptr<const Experts> experts, int x, int order, int input, Rows rows);
-std::unique_ptr<Task> make_gated_experts(std::shared_ptr<const Experts> experts, int input, int order, int inner, Rows rows);
-std::unique_ptr<Task> make_down_experts(std::shared_ptr<const Experts> experts, int input, int order, int outer, Rows rows);
-std::unique_ptr<Task> make_combine(std::shared_ptr<const Experts> experts, int outer, int order, int weights, int y, Rows rows);
+std::unique_ptr<Task> make_gated_experts(std::shared_ptr<const Experts> experts, int input, int order, int inner,
+                                         Rows rows);
+std::unique_ptr<Task> make_down_experts(std::shared_ptr<const Experts> experts, int input, int order, int outer,
+                                        Rows rows);
+std::unique_ptr<Task> make_combine(std::shared_ptr<const Experts> experts, int outer, int order, int weights, int y,
+                                   Rows rows);
 
 }  // namespace mnemos

@@ -8,11 +8,12 @@
 
 namespace mnemos {
 
-// Bytes a second that all threads of the pool together read in sequence from `bytes` bytes: the best of `repeats` times.
+// Bytes a second that all threads of the pool together read in sequence from `bytes` bytes: the best of `repeats`
+// times.
 double read_bandwidth(Pool &pool, int64_t bytes, int repeats);
 
-// Multiply-adds a second that all threads of the pool reach together with products of this form, if these wait for nothing: the
-// best of `repeats` times.
+// Multiply-adds a second that all threads of the pool reach together with products of this form, if these wait for
+// nothing: the best of `repeats` times.
 double multiply_rate(Pool &pool, const ProductKernels &kernels, Form form, int repeats);
 
 }  // namespace mnemos

@@ -37,7 +37,8 @@ std::string cgroup_path(const std::string &controller) {
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (second == std::string::npos) continue;
     const std::string names = "," + line.substr(first + 1, second - first - 1) + ",";
-    if (names == "," + controller + "," || (!controller.empty() && names.find("," + controller + ",") != std::string::npos))
+    if (names == "," + controller + "," ||
+        (!controller.empty() && names.find("," + controller + ",") != std::string::npos))
       return line.substr(second + 1);
   }
   return "/";
@@ -103,9 +104,8 @@ int64_t cgroup_memory() {
     const int64_t most = read_number(group + max), now = read_number(group + used);
     if (most > 0 && now >= 0) least = std::min(least, most - now + reclaimable(group, inactive));
   };
-  for_each_group(cgroup_root, cgroup_path(""), [&](const std::string &group) {
-    limit(group, "/memory.max", "/memory.current", "inactive_file");
-  });
+  for_each_group(cgroup_root, cgroup_path(""),
+                 [&](const std::string &group) { limit(group, "/memory.max", "/memory.current", "inactive_file"); });
   for_each_group(std::string(cgroup_root) + "/memory", cgroup_path("memory"), [&](const std::string &group) {
     limit(group, "/memory.limit_in_bytes", "/memory.usage_in_bytes", "total_inactive_file");
   });

@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <sstream>
 
-#include "system/error.h"
 #include "linear/compare.h"
+#include "system/error.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -61,7 +61,8 @@ CpuFeatures detect() {
   features.avx512 = features.avx2 && zmm && (b & needed) == needed && (c & (1u << 11));
   features.avx512_bf16 = features.avx512 && (a1 & (1u << 5));
   const bool tile_units = (d & (1u << 22)) && (d & (1u << 24)) && (d & (1u << 25));  // BF16, TILE, INT8
-  features.amx = features.avx512_bf16 && tiles && tile_units && request_tiles() && same_products(amx_kernels, avx512bf16_kernels);
+  features.amx =
+      features.avx512_bf16 && tiles && tile_units && request_tiles() && same_products(amx_kernels, avx512bf16_kernels);
   return features;
 }
 #elif defined(__aarch64__)
@@ -152,8 +153,8 @@ Isa find_level(const std::string &name, const char *what) {
     if (name == isa_name(level)) return level;
     names += (names.empty() ? "" : ", ") + std::string(isa_name(level));
   }
-  throw unsupported_error(std::string(what) + " is '" + name + "', which is unknown or not a feature of this CPU; it has: " +
-                          names);
+  throw unsupported_error(std::string(what) + " is '" + name +
+                          "', which is unknown or not a feature of this CPU; it has: " + names);
 }
 
 Isa current_isa(OperatorClass which) {
@@ -162,7 +163,8 @@ Isa current_isa(OperatorClass which) {
     return parse_levels(text == nullptr ? "" : text, "MNEMOS_ISA");
   }();
   const auto c = static_cast<size_t>(which);
-  for (const int level : {selected[c].load(std::memory_order_relaxed), environment[c], preferred[c].load(std::memory_order_relaxed)}) {
+  for (const int level :
+       {selected[c].load(std::memory_order_relaxed), environment[c], preferred[c].load(std::memory_order_relaxed)}) {
     if (level != unset) return static_cast<Isa>(level);
   }
   return likely_isa(which);

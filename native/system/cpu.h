@@ -10,11 +10,11 @@ namespace mnemos {
 enum class Isa { scalar, neon, neon_i8mm, avx2, avxvnni, avx512, avx512_bf16, amx };
 
 struct CpuFeatures {
-  bool avx2 = false;         // with FMA, F16C and BMI2
-  bool avx_vnni = false;     // 256-bit VNNI without AVX-512
-  bool avx512 = false;       // F, BW, VL, DQ and VNNI
+  bool avx2 = false;  // with FMA, F16C and BMI2
+  bool avx_vnni = false;  // 256-bit VNNI without AVX-512
+  bool avx512 = false;  // F, BW, VL, DQ and VNNI
   bool avx512_bf16 = false;  // bf16 dot products
-  bool amx = false;          // int8 and bfloat16 tiles; the operating system lets us use them, and they gave the right bits
+  bool amx = false;  // int8 and bfloat16 tiles; the operating system lets us use them, and they gave the right bits
   bool neon = false;
   bool neon_dotprod = false;
   bool neon_i8mm = false;
@@ -28,8 +28,9 @@ enum class OperatorClass { quantized, floats, attention };
 constexpr int operator_classes = 3;
 const char *class_name(OperatorClass which);
 
-// The level in use: what MNEMOS_ISA or select_isa names, else what prefer_isas does, else the likely best of the processor's.
-// A matrix or program keeps the level that it was made under. Throws Error (unsupported) if MNEMOS_ISA is wrong.
+// The level in use: what MNEMOS_ISA or select_isa names, else what prefer_isas does, else the likely best of the
+// processor's. A matrix or program keeps the level that it was made under. Throws Error (unsupported) if MNEMOS_ISA is
+// wrong.
 Isa current_isa(OperatorClass which);
 
 // Changes levels for what is made from now on: a level's name, for all; or "attention=avx512,floats=amx", where the

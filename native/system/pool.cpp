@@ -129,7 +129,8 @@ void Team::record(Clock::time_point now, nanoseconds took, nanoseconds waited, n
   if (took_ < window) return;
   // While one thread has no core all others wait for it. An uneven division of work makes them wait as well, but then
   // every thread has its core.
-  const double held_up = static_cast<double>(std::min(waited_ / (size_ - 1), lost_).count()) / static_cast<double>(took_.count());
+  const double held_up =
+      static_cast<double>(std::min(waited_ / (size_ - 1), lost_).count()) / static_cast<double>(took_.count());
   const double share_of_fewer = static_cast<double>(size_ - 1) / size_;
   if ((1 - held_up) * clear_gain < share_of_fewer) {
     return shrink(now);
@@ -323,9 +324,7 @@ void Pool::end_behind() {
   behind_ = nullptr;
 }
 
-bool Pool::barrier(int thread) {
-  return threads_ == 1 || crew_->meet(thread);
-}
+bool Pool::barrier(int thread) { return threads_ == 1 || crew_->meet(thread); }
 
 void Pool::for_each(int64_t items, int64_t chunk,
                     const std::function<void(int64_t begin, int64_t end, int thread)> &body) {

@@ -18,8 +18,8 @@ namespace mnemos {
 // Where the threads of a region meet. They spin for as long as the others usually take, then sleep.
 class Barrier {
  public:
-  // Of `threads` callers, the last of which calls complete() before the others go on. Returns the nanoseconds until then,
-  // if they were more than a few microseconds.
+  // Of `threads` callers, the last of which calls complete() before the others go on. Returns the nanoseconds until
+  // then, if they were more than a few microseconds.
   template <typename Complete>
   int64_t wait(int threads, const Complete &complete);
 
@@ -53,9 +53,9 @@ class Team {
 
   const int all_;
   int size_;
-  bool trying_ = false;                     // one more thread than before, to see whether the cores are free again
+  bool trying_ = false;  // one more thread than before, to see whether the cores are free again
   std::chrono::nanoseconds took_{0}, waited_{0}, lost_{0};
-  std::chrono::nanoseconds rest_{0};        // how long fewer threads run before one more is tried
+  std::chrono::nanoseconds rest_{0};  // how long fewer threads run before one more is tried
   Clock::time_point next_try_;
 };
 
@@ -71,8 +71,9 @@ class Pool {
   // The threads that a region should have now, at most threads(): fewer where other programs keep taking cores away.
   int team() const { return team_.load(std::memory_order_relaxed); }
 
-  // Calls body(thread index) once on each of `team` threads, the caller's being number 0, and returns when all are done.
-  // Regions of different callers run one after the other. `body` must not throw. Denormal numbers count as zero in it.
+  // Calls body(thread index) once on each of `team` threads, the caller's being number 0, and returns when all are
+  // done. Regions of different callers run one after the other. `body` must not throw. Denormal numbers count as zero
+  // in it.
   void run(int team, const std::function<void(int)> &body);
   void run(const std::function<void(int)> &body) { run(threads_, body); }
 
@@ -102,7 +103,7 @@ class Pool {
   std::function<void(int)> behind_;  // empty: nothing runs behind
   std::atomic<bool> wanted_{false};
   Team record_;
-  std::atomic<int> team_;            // record_.size(), for other threads
+  std::atomic<int> team_;  // record_.size(), for other threads
 };
 
 // The pool of that size, shared by all who ask for it in this process. 0 means usable_cores().

@@ -41,7 +41,8 @@ std::vector<float> numbers(int64_t count) {
   return values;
 }
 
-// Bytes below 0x34, in which every type's scales are ordinary numbers; but not for float32, whose exponents they would be.
+// Bytes below 0x34, in which every type's scales are ordinary numbers; but not for float32, whose exponents they would
+// be.
 std::vector<uint8_t> weight_bytes(WeightType type, int64_t rows, int64_t columns) {
   std::vector<uint8_t> bytes(size(rows * row_bytes(type, columns)));
   if (type == WeightType::f32) {
@@ -64,17 +65,19 @@ double time_product(const ProductKernels &kernels, WeightType type, int64_t rows
   pack_panels(matrix, weight_bytes(type, outputs, columns).data(), 0, matrix.panels());
   constexpr size_t alignment = 64;
   std::vector<uint8_t> workspace(input_bytes(matrix.form, rows, columns) + alignment);
-  uint8_t *aligned = workspace.data() + (alignment - reinterpret_cast<uintptr_t>(workspace.data()) % alignment) % alignment;
+  uint8_t *aligned =
+      workspace.data() + (alignment - reinterpret_cast<uintptr_t>(workspace.data()) % alignment) % alignment;
   const Input input = bind_input(kernels, matrix.form, rows, columns, aligned);
   const std::vector<float> x = numbers(rows * columns);
   std::vector<float> y(size(rows * outputs));
   const int repeats = rows == 1 ? repeats_of_few : 1;
   return seconds_of([&] {
-    for (int i = 0; i < repeats; i++) {
-      prepare_rows(input, x.data(), columns, 0, rows);
-      multiply(matrix, input, 0, rows, 0, matrix.panels(), y.data(), outputs, nullptr, 0);
-    }
-  }) / repeats;
+           for (int i = 0; i < repeats; i++) {
+             prepare_rows(input, x.data(), columns, 0, rows);
+             multiply(matrix, input, 0, rows, 0, matrix.panels(), y.data(), outputs, nullptr, 0);
+           }
+         }) /
+         repeats;
 }
 
 // `rows` queries, the last one at the last of the positions.
@@ -94,7 +97,8 @@ double time_rows(const VectorKernels &kernels, const Cache &cache, int64_t posit
   AttentionTile tile{};
   tile.cell = &cell, tile.cells = cache.cells(0, 0), tile.page_bytes = cache.page_bytes(), tile.blocks = blocks.data();
   tile.rows = rows, tile.first = first.data(), tile.last = last.data();
-  tile.queries = queries.data(), tile.scores = scores.data(), tile.partial = partial.data(), tile.expanded = expanded.data();
+  tile.queries = queries.data(), tile.scores = scores.data(), tile.partial = partial.data(),
+  tile.expanded = expanded.data();
   tile.most = most.data(), tile.total = total.data(), tile.result = result.data();
   return seconds_of([&] {
     std::fill(most.begin(), most.end(), -INFINITY);
@@ -128,7 +132,8 @@ double time_attention(const VectorKernels &kernels, bool bfloats) {
     kernels.store_key(cache.cell(), cell, t % slots, &keys[size(t * head_dim)]);
     kernels.store_value(cache.cell(), cell, t % slots, &keys[size(t * head_dim)]);
   }
-  return std::sqrt(time_rows(kernels, cache, positions, decode_rows) * time_rows(kernels, cache, positions, prompt_rows));
+  return std::sqrt(time_rows(kernels, cache, positions, decode_rows) *
+                   time_rows(kernels, cache, positions, prompt_rows));
 }
 
 }  // namespace mnemos

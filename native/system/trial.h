@@ -10,7 +10,8 @@ namespace mnemos {
 // storage types, quantized ones or floats. The median of a few runs each.
 double time_products(const ProductKernels &kernels, bool quantized);
 
-// The same for attention of one token and of many after a few hundred positions, over a cache in bfloat16 or in float16.
+// The same for attention of one token and of many after a few hundred positions, over a cache in bfloat16 or in
+// float16.
 double time_attention(const VectorKernels &kernels, bool bfloats);
 
 }  // namespace mnemos

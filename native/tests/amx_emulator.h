@@ -1,6 +1,7 @@
-// AMX on processors without it, for tests: an AMX instruction there raises SIGILL, whose handler does what Intel's Software
-// Developer's Manual says that the instruction does, and goes on behind it. So the very code that ships is what runs.
-// What the manual makes a fault (a shape that does not fit, tiles without a configuration) ends the program with a message.
+// AMX on processors without it, for tests: an AMX instruction there raises SIGILL, whose handler does what Intel's
+// Software Developer's Manual says that the instruction does, and goes on behind it. So the very code that ships is
+// what runs. What the manual makes a fault (a shape that does not fit, tiles without a configuration) ends the program
+// with a message.
 #pragma once
 
 #include <csignal>
@@ -62,7 +63,8 @@ inline void load(int tile, const uint8_t *memory, int64_t stride) {
 }
 
 inline void store(int tile, uint8_t *memory, int64_t stride) {
-  for (int r = 0; r < state.rows[tile]; r++) memcpy(memory + r * stride, state.tiles[tile].bytes[r], state.row_bytes[tile]);
+  for (int r = 0; r < state.rows[tile]; r++)
+    memcpy(memory + r * stride, state.tiles[tile].bytes[r], state.row_bytes[tile]);
 }
 
 inline void require_product(int sums, int a, int b) {
@@ -201,8 +203,10 @@ inline int64_t execute(const uint8_t *code, const ucontext_t *context) {
     require((modrm[0] & 7) == 4, "tile loads and stores need an index");
     const Operand at = operand(context, modrm, extend_index, extend_base);
     auto *memory = reinterpret_cast<uint8_t *>(at.base);
-    if (prefix == f2) load(tile, memory, at.index);
-    else store(tile, memory, at.index);
+    if (prefix == f2)
+      load(tile, memory, at.index);
+    else
+      store(tile, memory, at.index);
     return 4 + at.length;
   }
   const bool integers = opcode == 0x5e && prefix == f2, bfloats = opcode == 0x5c && prefix == f3;
@@ -222,7 +226,7 @@ inline void handle(int, siginfo_t *, void *context_pointer) {
 }
 
 inline void install() {
-  struct sigaction action{};
+  struct sigaction action {};
   action.sa_sigaction = handle;
   action.sa_flags = SA_SIGINFO;
   if (sigaction(SIGILL, &action, nullptr) != 0) fail("no handler for SIGILL");

@@ -1,15 +1,14 @@
 // The AMX kernels against those of AVX-512, bit by bit, their bfloat16 products against the steps that Intel's Software
-// Developer's Manual gives for TDPBF16PS, and attention, of both, against float64. A processor without AMX has its instructions
-// emulated.
-// Exit status 77: skipped, as the processor has not even AVX-512.
+// Developer's Manual gives for TDPBF16PS, and attention, of both, against float64. A processor without AMX has its
+// instructions emulated. Exit status 77: skipped, as the processor has not even AVX-512.
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <new>
 #include <vector>
 
-#include "system/cpu.h"
 #include "linear/amx_tiles.h"
+#include "system/cpu.h"
 #include "tests/amx_emulator.h"
 #include "tests/check_attention.h"
 #include "tests/check_products.h"
@@ -68,13 +67,13 @@ void check_bfloat_sums() {
   const float big = 0x1p24f, tiny = 0x1p-130f;
   const BfloatCase cases[] = {
       {0.5f, {3, -5, 7, 2}, {2, 4, 0.25f, -1}, 0.5f + 6 - 20 + 1.75f - 2},
-      {big, {1, 1}, {1, 1}, big + 2},                          // even and odd meet before the total does
-      {big, {1, 0, 1, 0}, {1, 1, 1, 1}, big + 2},              // so do those of different pairs
-      {0, {1, 1, -1, 0}, {big, 1, big, 0}, 1},                 // odd columns do not see the even ones
-      {0, {1, 0, 1, 0, -1, 0}, {big, 0, 1, 0, big, 0}, 0},     // the even ones round in turn: 2^24 + 1 is even 2^24
+      {big, {1, 1}, {1, 1}, big + 2},  // even and odd meet before the total does
+      {big, {1, 0, 1, 0}, {1, 1, 1, 1}, big + 2},  // so do those of different pairs
+      {0, {1, 1, -1, 0}, {big, 1, big, 0}, 1},  // odd columns do not see the even ones
+      {0, {1, 0, 1, 0, -1, 0}, {big, 0, 1, 0, big, 0}, 0},  // the even ones round in turn: 2^24 + 1 is even 2^24
       {0, {0x1.02p0f, 0x1.02p0f}, {0x1.02p0f, -0x1.04p0f}, 0x1.02p0f * 0x1.02p0f - 0x1.02p0f * 0x1.04p0f},
-      {0, {tiny, 0}, {0x1p20f, 0}, 0},                         // a denormal operand is zero
-      {0, {0x1p-70f, 0}, {0x1p-60f, 0}, 0},                    // so is a denormal result
+      {0, {tiny, 0}, {0x1p20f, 0}, 0},  // a denormal operand is zero
+      {0, {0x1p-70f, 0}, {0x1p-60f, 0}, 0},  // so is a denormal result
       {0x1p-126f, {-0x1p-63f, 0}, {0x1.8p-64f, 0}, 0x1p-126f},  // even on its way to the total
       {tiny, {0, 0}, {0, 0}, 0},
       {0, {INFINITY, 1}, {1, 1}, INFINITY},
@@ -106,11 +105,13 @@ struct AlignedDelete {
   void operator()(void *p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
-// Products of numbers that need all their bits, with no denormals among them: written out after the manual, in float32 for
-// the bits and in float64 for the size of the error.
+// Products of numbers that need all their bits, with no denormals among them: written out after the manual, in float32
+// for the bits and in float64 for the size of the error.
 void check_bfloat_products(int64_t rows, int64_t columns, int64_t tokens, bool in_place, uint32_t seed) {
   uint32_t state = seed;
-  const auto number = [&] { return float(int32_t((state = state * 1664525 + 1013904223) >> 8) - (1 << 23)) / float(1 << 22); };
+  const auto number = [&] {
+    return float(int32_t((state = state * 1664525 + 1013904223) >> 8) - (1 << 23)) / float(1 << 22);
+  };
   std::vector<uint16_t> raw(size_t(rows * columns));
   for (uint16_t &weight : raw) weight = float_to_bfloat(number());
   std::vector<float> x(size_t(tokens * columns)), starts(size_t(tokens * rows)), y(starts.size() + 1, 99.0f);
@@ -156,10 +157,15 @@ void check_bfloats() {
   int count = 0;
   for (int64_t tokens = 1; tokens <= 70; tokens++, count++) {
     const int64_t rows = tokens % 4 == 0 ? 32 : tokens % 4 == 1 ? 41 : tokens % 4 == 2 ? 20 : 16;
-    const int64_t columns = tokens % 5 == 0 ? 64 : tokens % 5 == 1 ? 333 : tokens % 5 == 2 ? 1 : tokens % 5 == 3 ? 31 : 608;
+    const int64_t columns = tokens % 5 == 0   ? 64
+                            : tokens % 5 == 1 ? 333
+                            : tokens % 5 == 2 ? 1
+                            : tokens % 5 == 3 ? 31
+                                              : 608;
     check_bfloat_products(rows, columns, tokens, tokens % 2 == 0, uint32_t(tokens));
-    expect(same_products(amx_kernels, avx512_kernels, {WeightType::bf16, false, rows, columns, tokens, tokens % 3 == 0}),
-           "whole numbers in bfloat16");
+    expect(
+        same_products(amx_kernels, avx512_kernels, {WeightType::bf16, false, rows, columns, tokens, tokens % 3 == 0}),
+        "whole numbers in bfloat16");
     expect(same_alone(amx_kernels, {WeightType::bf16, false, rows, columns, tokens, false}), "bits of a row alone");
   }
   printf("bfloat16: %d shapes\n", count);
@@ -169,13 +175,14 @@ void check_bfloats() {
 void multiply_wrongly(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                       int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
   avx512bf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
-                          start_stride);
+                              start_stride);
   if (row_end - row_begin > 8) reinterpret_cast<uint32_t &>(y[9 * y_stride + 3]) ^= 1;
 }
 
 // Few rows of bfloat16 weights have another order of sums than many.
-void multiply_rows_otherwise(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                             int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
+void multiply_rows_otherwise(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end,
+                             int64_t panel_begin, int64_t panel_end, float *y, int64_t y_stride, const float *starts,
+                             int64_t start_stride) {
   const ProductKernels &kernels = row_end - row_begin < 8 ? avx512bf16_kernels : amx_kernels;
   kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts, start_stride);
 }

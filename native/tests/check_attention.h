@@ -1,5 +1,5 @@
-// Attention of one set of kernels over a bfloat16 cache: right, with the same bits for a row alone and among others, and blind to
-// what nobody has written.
+// Attention of one set of kernels over a bfloat16 cache: right, with the same bits for a row alone and among others,
+// and blind to what nobody has written.
 #pragma once
 
 #include <algorithm>
@@ -20,9 +20,10 @@ struct AttentionCase {
 class AttentionCheck {
  public:
   AttentionCheck(const VectorKernels &kernels, const AttentionCase &shape)
-      : kernels_(kernels), shape_(shape), length_(shape.begin + shape.tokens), pages_((length_ + page_size - 1) / page_size),
-        cache_(1, 1, shape.head_dim, page_size, CacheType::bfloat16, pages_), keys_(numbers(length_)), values_(numbers(length_)),
-        queries_(numbers(shape.tokens * shape.group)) {
+      : kernels_(kernels), shape_(shape), length_(shape.begin + shape.tokens),
+        pages_((length_ + page_size - 1) / page_size),
+        cache_(1, 1, shape.head_dim, page_size, CacheType::bfloat16, pages_), keys_(numbers(length_)),
+        values_(numbers(length_)), queries_(numbers(shape.tokens * shape.group)) {
     for (int64_t p = 0; p < pages_; p++) table_.push_back(static_cast<int32_t>(pages_ - 1 - p));
     std::memset(cache_.page(0), 0xff, static_cast<size_t>(cache_.page_bytes() * pages_));  // no numbers
     for (int64_t t = 0; t < length_; t++) {
@@ -44,8 +45,9 @@ class AttentionCheck {
       wrong += !same || !is_right(r, row);
     }
     if (wrong > 0) {
-      printf("head_dim %lld, %lld x %lld rows behind %lld, window %lld: %d rows are wrong\n", (long long)shape_.head_dim,
-             (long long)shape_.tokens, (long long)shape_.group, (long long)shape_.begin, (long long)shape_.window, wrong);
+      printf("head_dim %lld, %lld x %lld rows behind %lld, window %lld: %d rows are wrong\n",
+             (long long)shape_.head_dim, (long long)shape_.tokens, (long long)shape_.group, (long long)shape_.begin,
+             (long long)shape_.window, wrong);
     }
     return wrong;
   }
@@ -57,19 +59,23 @@ class AttentionCheck {
     std::vector<float> values(static_cast<size_t>(rows * shape_.head_dim));
     for (float &value : values) {
       state_ = state_ * 1664525 + 1013904223;
-      value = bfloat_to_float(float_to_bfloat(static_cast<float>(static_cast<int32_t>(state_ >> 8) - (1 << 23)) / (1 << 22)));
+      value = bfloat_to_float(
+          float_to_bfloat(static_cast<float>(static_cast<int32_t>(state_ >> 8) - (1 << 23)) / (1 << 22)));
     }
     return values;
   }
   int64_t position_of(int64_t row) const { return shape_.begin + row / shape_.group; }
-  int64_t first_of(int64_t row) const { return shape_.window > 0 ? std::max<int64_t>(0, position_of(row) - shape_.window + 1) : 0; }
+  int64_t first_of(int64_t row) const {
+    return shape_.window > 0 ? std::max<int64_t>(0, position_of(row) - shape_.window + 1) : 0;
+  }
 
   std::vector<float> attend(int64_t begin, int64_t end) {
     const CellLayout &cell = cache_.cell();
     const int64_t rows = end - begin, stride = cell.value_stride;
     const auto size = [](int64_t count) { return static_cast<size_t>(count); };
     std::vector<int64_t> first, last;
-    std::vector<float> queries(size(rows * stride), NAN), scores(size(rows * score_stride), NAN), partial(size(rows * stride), NAN);
+    std::vector<float> queries(size(rows * stride), NAN), scores(size(rows * score_stride), NAN),
+        partial(size(rows * stride), NAN);
     std::vector<float> expanded(size(expanded_floats(cell) + rows * stride), NAN), result(size(rows * stride), NAN);
     std::vector<float> most(size(rows), -INFINITY), total(size(rows), 0);
     for (int64_t r = begin; r < end; r++) {
@@ -80,9 +86,11 @@ class AttentionCheck {
     }
     const std::vector<KeyBlock> blocks = key_blocks();
     AttentionTile tile{};
-    tile.cell = &cell, tile.cells = cache_.cells(0, 0), tile.page_bytes = cache_.page_bytes(), tile.blocks = blocks.data();
+    tile.cell = &cell, tile.cells = cache_.cells(0, 0), tile.page_bytes = cache_.page_bytes(),
+    tile.blocks = blocks.data();
     tile.rows = rows, tile.first = first.data(), tile.last = last.data();
-    tile.queries = queries.data(), tile.scores = scores.data(), tile.partial = partial.data(), tile.expanded = expanded.data();
+    tile.queries = queries.data(), tile.scores = scores.data(), tile.partial = partial.data(),
+    tile.expanded = expanded.data();
     tile.most = most.data(), tile.total = total.data(), tile.result = result.data();
     kernels_.attend(tile, first.front() / attention_block, last.back() / attention_block + 1);
     for (int64_t r = 0; r < rows; r++) {
@@ -131,8 +139,9 @@ class AttentionCheck {
 // How many rows are wrong.
 inline int check_attention(const VectorKernels &kernels) {
   // Whole and partly filled tiles of rows, key components, slots and columns; several blocks; windows.
-  const AttentionCase cases[] = {{64, 3, 0, 42, 0}, {64, 3, 131, 1, 0}, {64, 1, 250, 17, 0}, {80, 2, 60, 20, 0}, {16, 4, 5, 7, 0},
-                                 {96, 1, 0, 33, 0}, {128, 8, 300, 2, 0}, {64, 3, 150, 30, 40}, {40, 2, 127, 3, 9}, {63, 1, 31, 18, 0}};
+  const AttentionCase cases[] = {{64, 3, 0, 42, 0},  {64, 3, 131, 1, 0}, {64, 1, 250, 17, 0}, {80, 2, 60, 20, 0},
+                                 {16, 4, 5, 7, 0},   {96, 1, 0, 33, 0},  {128, 8, 300, 2, 0}, {64, 3, 150, 30, 40},
+                                 {40, 2, 127, 3, 9}, {63, 1, 31, 18, 0}};
   int wrong = 0;
   for (const AttentionCase &shape : cases) wrong += AttentionCheck(kernels, shape).run();
   printf("attention: %d cases\n", static_cast<int>(std::end(cases) - std::begin(cases)));

@@ -1,5 +1,5 @@
-// Attention over a bfloat16 cache with the processor's bfloat16 dot products (VDPBF16PS): queries and weights are rounded
-// to bfloat16 too, sums are float32. Keys and values are used as they lie in the cache.
+// Attention over a bfloat16 cache with the processor's bfloat16 dot products (VDPBF16PS): queries and weights are
+// rounded to bfloat16 too, sums are float32. Keys and values are used as they lie in the cache.
 #pragma once
 
 #include "vector/vector_kernels_impl.h"
@@ -59,7 +59,8 @@ inline __m128 reduce_four(const Vec *x, const Combine &combine) {
 constexpr int64_t rows_together = 4;
 
 // The largest scores of a run of rows, among those that each sees.
-inline void find_maxima(const AttentionTile &tile, const BlockRange &range, int64_t row_begin, int64_t row_end, float *most) {
+inline void find_maxima(const AttentionTile &tile, const BlockRange &range, int64_t row_begin, int64_t row_end,
+                        float *most) {
   const int64_t used = range.last - range.start + 1;
   const Vec hidden = splat(-INFINITY);
   for (int64_t row = row_begin; row < row_end; row += rows_together) {
@@ -85,8 +86,8 @@ inline void find_maxima(const AttentionTile &tile, const BlockRange &range, int6
   }
 }
 
-// Turns scores into weights, exponentials relative to the row's maximum, as pairs in the same place: all that a row does
-// not see becomes 0. Their sums go to `total`.
+// Turns scores into weights, exponentials relative to the row's maximum, as pairs in the same place: all that a row
+// does not see becomes 0. Their sums go to `total`.
 inline void make_weights(const AttentionTile &tile, const BlockRange &range, int64_t row_begin, int64_t row_end,
                          const float *most, float *total) {
   const int64_t used = range.last - range.start + 1;
@@ -145,14 +146,15 @@ inline void add_dots(const uint32_t *factors, int64_t stride, const __m512i (&co
   }
 }
 
-// Vectors of columns that R rows take at once: enough sums to hide the latency of a dot product, few enough for the registers.
+// Vectors of columns that R rows take at once: enough sums to hide the latency of a dot product, few enough for the
+// registers.
 template <int R>
 constexpr int most_columns = R <= 2 ? 8 : 4;
 
 // Scores of R rows against N vectors of keys. `stride` is that of the queries, in pairs.
 template <int R, int N>
-inline void score_columns(const uint32_t *queries, int64_t stride, const uint32_t *const *keys, int64_t key_stride, int64_t pairs,
-                          float *scores, Ahead &ahead) {
+inline void score_columns(const uint32_t *queries, int64_t stride, const uint32_t *const *keys, int64_t key_stride,
+                          int64_t pairs, float *scores, Ahead &ahead) {
   Vec sums[R][N];
   for (int r = 0; r < R; r++) {
     for (int j = 0; j < N; j++) sums[r][j] = zero();
@@ -179,10 +181,11 @@ inline void score_rows(const AttentionTile &tile, const BlockRange &range, const
   const int64_t stride = cell.value_stride / 2, pairs = (cell.head_dim + 1) / 2;
   const int64_t first = (range.first - range.start) / width, end = (range.last - range.start) / width + 1;
   for (int64_t v = first; v < end; v += most_columns<R>) {
-    with_count<most_columns<R>>(end - v < most_columns<R> ? end - v : most_columns<R>, [=, &tile, &ahead, &cell](auto count) {
-      score_columns<R, decltype(count)::value>(queries + row * stride, stride, keys + v, cell.key_stride, pairs,
-                                               tile.scores + row * score_stride + v * width, ahead);
-    });
+    with_count<most_columns<R>>(
+        end - v < most_columns<R> ? end - v : most_columns<R>, [=, &tile, &ahead, &cell](auto count) {
+          score_columns<R, decltype(count)::value>(queries + row * stride, stride, keys + v, cell.key_stride, pairs,
+                                                   tile.scores + row * score_stride + v * width, ahead);
+        });
   }
 }
 
@@ -200,7 +203,8 @@ struct Shares {
       const Vec old_share = exp(sub(old_most, maximum)), new_share = exp(sub(new_most, maximum));
       float totals[width], mosts[width];
       store_part(before + r, old_share, count), store_part(block + r, new_share, count), store(mosts, maximum);
-      store(totals, add(mul(load_part(tile.total + r, count), old_share), mul(load_part(block_total + r, count), new_share)));
+      store(totals,
+            add(mul(load_part(tile.total + r, count), old_share), mul(load_part(block_total + r, count), new_share)));
       for (int64_t i = r; i < r + count; i++) {
         seen[i] = sees(tile, i, block_of_keys);
         begun[i] = tile.most[i] != -INFINITY;
@@ -212,11 +216,11 @@ struct Shares {
   }
 };
 
-// Adds N vectors of columns of the values that R rows see, times the rows' weights, to the rows' results. Of an odd number of
-// values, what lies behind the last one may never have been written.
+// Adds N vectors of columns of the values that R rows see, times the rows' weights, to the rows' results. Of an odd
+// number of values, what lies behind the last one may never have been written.
 template <int R, int N>
-inline void weigh_columns(const uint32_t *weights, const uint32_t *const *values, int64_t column, Summed seen, const Shares &shares,
-                          int64_t row, float *result, int64_t stride, Ahead &ahead) {
+inline void weigh_columns(const uint32_t *weights, const uint32_t *const *values, int64_t column, Summed seen,
+                          const Shares &shares, int64_t row, float *result, int64_t stride, Ahead &ahead) {
   Vec sums[R][N];
   for (int r = 0; r < R; r++) {
     for (int j = 0; j < N; j++) sums[r][j] = zero();
@@ -255,10 +259,11 @@ inline void weigh_rows(const AttentionTile &tile, const BlockRange &range, int64
   const Summed seen{range.first - range.start, range.last - range.start + 1};
   for (int64_t column = 0; column < stride; column += most_columns<R> * width) {
     const int64_t left = (stride - column) / width;
-    with_count<most_columns<R>>(left < most_columns<R> ? left : most_columns<R>, [=, &tile, &shares, &ahead](auto count) {
-      weigh_columns<R, decltype(count)::value>(weights, values, column, seen, shares, row, tile.result + row * stride + column,
-                                               stride, ahead);
-    });
+    with_count<most_columns<R>>(
+        left < most_columns<R> ? left : most_columns<R>, [=, &tile, &shares, &ahead](auto count) {
+          weigh_columns<R, decltype(count)::value>(weights, values, column, seen, shares, row,
+                                                   tile.result + row * stride + column, stride, ahead);
+        });
   }
 }
 
@@ -267,9 +272,8 @@ inline Ahead values_ahead(const AttentionTile &tile, const BlockRange &range) {
   Ahead ahead;
   if (tile.rows > most_rows_to_fetch_for) return ahead;
   ahead.bytes = tile.cell->slots * tile.cell->value_stride * BrainElement::bytes;
-  for_each_page<BrainElement>(tile, range, [&](int64_t, const uint8_t *data) {
-    ahead.parts[ahead.count++] = data + tile.cell->value_offset;
-  });
+  for_each_page<BrainElement>(
+      tile, range, [&](int64_t, const uint8_t *data) { ahead.parts[ahead.count++] = data + tile.cell->value_offset; });
   return ahead;
 }
 
@@ -286,7 +290,8 @@ inline Ahead next_keys(const AttentionTile &tile, const KeyBlock &block, const K
 }
 
 // Where a block's keys lie, for each vector of slots, and its values, for each pair of slots.
-inline void point_to_pages(const AttentionTile &tile, const BlockRange &range, const uint32_t **keys, const uint32_t **rows_of_values) {
+inline void point_to_pages(const AttentionTile &tile, const BlockRange &range, const uint32_t **keys,
+                           const uint32_t **rows_of_values) {
   const CellLayout &cell = *tile.cell;
   for_each_page<BrainElement>(tile, range, [&](int64_t position, const uint8_t *data) {
     for (int64_t slot = 0; slot < cell.slots; slot += width) {
@@ -303,7 +308,8 @@ inline void point_to_pages(const AttentionTile &tile, const BlockRange &range, c
 inline const uint32_t *pair_queries(const AttentionTile &tile) {
   auto *queries = reinterpret_cast<uint32_t *>(tile.expanded);
   const int64_t stride = tile.cell->value_stride;
-  for (int64_t r = 0; r < tile.rows; r++) store_pairs(tile.queries + r * stride, tile.cell->head_dim, queries + r * stride / 2);
+  for (int64_t r = 0; r < tile.rows; r++)
+    store_pairs(tile.queries + r * stride, tile.cell->head_dim, queries + r * stride / 2);
   return queries;
 }
 

@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "vector/vector_kernels.h"
 #include "vector/vec.h"
+#include "vector/vector_kernels.h"
 
 namespace mnemos {
 namespace {
@@ -54,11 +54,12 @@ struct Summed {
   int64_t begin, end;
 };
 
-// c[r][j] (+)= sum over i of a[r][i] b[i][column + j], for R rows and N vectors of columns. The sum runs over i one by one,
-// whatever R and N are, which is what makes a row's result independent of its neighbours.
+// c[r][j] (+)= sum over i of a[r][i] b[i][column + j], for R rows and N vectors of columns. The sum runs over i one by
+// one, whatever R and N are, which is what makes a row's result independent of its neighbours.
 template <typename Element, int R, int N>
 inline void outer_product(const float *a, int64_t a_stride, const typename Element::Type *b, int64_t b_stride,
-                          int64_t column, Summed range, float *c, int64_t c_stride, bool accumulate, const uint8_t *ahead) {
+                          int64_t column, Summed range, float *c, int64_t c_stride, bool accumulate,
+                          const uint8_t *ahead) {
   constexpr int64_t line = 64, lines = (Element::bytes * N * width + line - 1) / line;
   Vec sums[R][N];
   for (int r = 0; r < R; r++) {
@@ -88,7 +89,8 @@ inline void product_of_rows(const float *a, int64_t a_stride, const typename Ele
   const auto run = [&](auto tag) {
     constexpr int N = decltype(tag)::value;
     for (; j + N * width <= columns; j += N * width) {
-      outer_product<Element, R, N>(a, a_stride, b, b_stride, j, range, c + j, c_stride, accumulate, N > 1 ? ahead : nullptr);
+      outer_product<Element, R, N>(a, a_stride, b, b_stride, j, range, c + j, c_stride, accumulate,
+                                   N > 1 ? ahead : nullptr);
       if (ahead != nullptr) ahead += N * width * (range.end - range.begin) * Element::bytes;
     }
   };
@@ -122,8 +124,8 @@ inline void product(int64_t rows, const float *a, int64_t a_stride, const typena
 
 // What some rows of a tile see of one block.
 struct BlockRange {
-  int64_t start;         // position of score 0
-  int64_t first, last;   // positions that some row sees, within the block; nothing if last < 0
+  int64_t start;  // position of score 0
+  int64_t first, last;  // positions that some row sees, within the block; nothing if last < 0
   const KeyBlock *block;
 };
 
@@ -162,7 +164,8 @@ inline Vec lane_numbers() {
 }
 
 // Turns one row's scores into exponentials relative to their maximum; what the row does not see becomes 0.
-inline void exponentials(float *scores, int64_t first, int64_t last, int64_t used, float cap, float *most, float *total) {
+inline void exponentials(float *scores, int64_t first, int64_t last, int64_t used, float cap, float *most,
+                         float *total) {
   const Vec numbers = lane_numbers(), low = splat(static_cast<float>(first)), high = splat(static_cast<float>(last));
   const Vec hidden = splat(-INFINITY), c = splat(cap);
   Vec maximum = hidden;
@@ -219,8 +222,7 @@ void weigh_values(const AttentionTile &tile, const BlockRange &range, const KeyB
       }
     }
     product<Element>(tile.rows, weights, score_stride, values, cell.value_stride, {begin, end}, tile.partial,
-                     cell.value_stride, cell.value_stride, accumulate,
-                     keys_ahead(tile, position, next_block));
+                     cell.value_stride, cell.value_stride, accumulate, keys_ahead(tile, position, next_block));
     accumulate = true;
   });
 }
@@ -276,7 +278,8 @@ inline void merge_rows(const AttentionTile &tile, const BlockRange &range, const
   const int64_t stride = tile.cell->value_stride;
   for (int64_t r = 0; r < tile.rows; r++) {
     if (!sees(tile, r, *range.block)) continue;
-    merge(most[r], total[r], tile.partial + r * stride, &tile.most[r], &tile.total[r], tile.result + r * stride, stride);
+    merge(most[r], total[r], tile.partial + r * stride, &tile.most[r], &tile.total[r], tile.result + r * stride,
+          stride);
   }
 }
 
@@ -299,7 +302,8 @@ void expand_block(const AttentionTile &tile, const BlockRange &range) {
   const Expanded block(tile);
   for_each_page<Element>(tile, range, [&](int64_t position, const uint8_t *data) {
     const int64_t at = position - range.start;
-    const auto *keys = reinterpret_cast<const Type *>(data), *values = reinterpret_cast<const Type *>(data + cell.value_offset);
+    const auto *keys = reinterpret_cast<const Type *>(data),
+               *values = reinterpret_cast<const Type *>(data + cell.value_offset);
     for (int64_t j = 0; j < cell.slots; j += width) {
       float *into = block.keys + (at + j) / segment * segment * cell.head_dim + (at + j) % segment;
       for (int64_t i = 0; i < cell.head_dim; i++) store(into + i * segment, Element::load(keys, cell.key_stride, i, j));
@@ -307,11 +311,13 @@ void expand_block(const AttentionTile &tile, const BlockRange &range) {
     const int64_t count = range.last - position + 1 < cell.slots ? range.last - position + 1 : cell.slots;
     float *into = block.values + at * cell.value_stride;
     for (int64_t slot = 0; slot < count; slot++, into += cell.value_stride) {
-      for (int64_t j = 0; j < cell.value_stride; j += width) store(into + j, Element::load(values, cell.value_stride, slot, j));
+      for (int64_t j = 0; j < cell.value_stride; j += width)
+        store(into + j, Element::load(values, cell.value_stride, slot, j));
     }
     if (cell.type != CacheType::int8) return;
     std::memcpy(block.key_scales + at, data + cell.key_scale_offset, static_cast<size_t>(cell.slots) * sizeof(float));
-    std::memcpy(block.value_scales + at, data + cell.value_scale_offset, static_cast<size_t>(cell.slots) * sizeof(float));
+    std::memcpy(block.value_scales + at, data + cell.value_scale_offset,
+                static_cast<size_t>(cell.slots) * sizeof(float));
   });
 }
 
@@ -358,16 +364,18 @@ void attend_expanded(const AttentionTile &tile, const BlockRange &all) {
     const int64_t used = range.last - range.start + 1, begin = range.first - range.start;
     for (int64_t i = r; i < r + decltype(rows)::value; i++) {
       float *row = tile.scores + i * score_stride;
-      if (cell.type == CacheType::int8) map(row, expanded.key_scales, row, used, [](Vec s, Vec k) { return mul(s, k); });
+      if (cell.type == CacheType::int8)
+        map(row, expanded.key_scales, row, used, [](Vec s, Vec k) { return mul(s, k); });
       const Seen seen(tile, range, i);
       exponentials(row, seen.first, seen.last, used, tile.softcap, &most[i], &total[i]);
       if (cell.type == CacheType::int8) {
-        map(row + begin, expanded.value_scales + begin, row + begin, used - begin, [](Vec w, Vec v) { return mul(w, v); });
+        map(row + begin, expanded.value_scales + begin, row + begin, used - begin,
+            [](Vec w, Vec v) { return mul(w, v); });
       }
     }
-    product_of_rows<FloatElement, decltype(rows)::value>(tile.scores + r * score_stride, score_stride,
-                                                         expanded.values, stride, {begin, used},
-                                                         tile.partial + r * stride, stride, stride, false, nullptr);
+    product_of_rows<FloatElement, decltype(rows)::value>(tile.scores + r * score_stride, score_stride, expanded.values,
+                                                         stride, {begin, used}, tile.partial + r * stride, stride,
+                                                         stride, false, nullptr);
   });
   merge_rows(tile, all, most, total);
 }
@@ -467,9 +475,8 @@ inline void store_brain_value(uint32_t *words, int64_t slot, int64_t n, const fl
 
 void store_key(const CellLayout &cell, uint8_t *data, int64_t slot, const float *key) {
   if (cell.type == CacheType::bfloat16) return store_brain_key(cell, reinterpret_cast<uint32_t *>(data) + slot, key);
-  const float scale = encode(cell.type, key, cell.head_dim, [&](int64_t i, auto element) {
-    put(data, i * cell.key_stride + slot, element);
-  });
+  const float scale = encode(cell.type, key, cell.head_dim,
+                             [&](int64_t i, auto element) { put(data, i * cell.key_stride + slot, element); });
   if (cell.type == CacheType::int8) put(data + cell.key_scale_offset, slot, scale);
 }
 

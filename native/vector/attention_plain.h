@@ -1,8 +1,8 @@
 // Attention of one query over keys and values that lie side by side, written over vec.h; included by kernels_impl.h.
 #pragma once
 
-#include "vector/vector_kernels.h"
 #include "vector/vec.h"
+#include "vector/vector_kernels.h"
 
 namespace mnemos {
 namespace {
@@ -23,7 +23,8 @@ inline void weigh(const float *weights, const float *rows, int64_t count, int64_
   const auto take = [&](int64_t t, Vec *sums) {
     if (passing) pass(rows + t * n, n);
     const Vec weight = splat(weights[t]);
-    for (int v = 0; v < N; v++) sums[v] = fma(weight, load_any(rows + t * n + j + v * width, N > 1 ? width : part), sums[v]);
+    for (int v = 0; v < N; v++)
+      sums[v] = fma(weight, load_any(rows + t * n + j + v * width, N > 1 ? width : part), sums[v]);
   };
   int64_t t = 0;
   for (; t + 1 < count; t += 2) take(t, even), take(t + 1, odd);

@@ -1,16 +1,17 @@
-// Attention over a bfloat16 cache with AMX. Keys and values lie in the cache as second operands of tile products: 16 pairs of key
-// components by 16 slots, or 16 pairs of slots by 16 columns of values. Queries and weights are first operands, a tile for 16 rows.
+// Attention over a bfloat16 cache with AMX. Keys and values lie in the cache as second operands of tile products: 16
+// pairs of key components by 16 slots, or 16 pairs of slots by 16 columns of values. Queries and weights are first
+// operands, a tile for 16 rows.
 //
-// A tile product sums pairs of 32 components or slots from zero and then adds to the total, so few rows go through tiles as
-// well: a row has the same bits alone and among many. What a row does not see has the weight 0.
+// A tile product sums pairs of 32 components or slots from zero and then adds to the total, so few rows go through
+// tiles as well: a row has the same bits alone and among many. What a row does not see has the weight 0.
 //
-// Cycles on Sapphire Rapids of 16 rows by a block of 128 keys with head_dim 64, from the figures in amx_float.h; not measured: 16 + 16
-// tile products 512, loads of 32 + 40 tiles beside them, stores of 8 + 4 tiles 192, exponentials and maxima about 1,300; the
-// dot products of AVX-512 alone take 8,192.
+// Cycles on Sapphire Rapids of 16 rows by a block of 128 keys with head_dim 64, from the figures in amx_float.h; not
+// measured: 16 + 16 tile products 512, loads of 32 + 40 tiles beside them, stores of 8 + 4 tiles 192, exponentials and
+// maxima about 1,300; the dot products of AVX-512 alone take 8,192.
 #pragma once
 
-#include "vector/attention_dots.h"
 #include "linear/amx_tiles.h"
+#include "vector/attention_dots.h"
 
 namespace mnemos {
 namespace {
@@ -18,7 +19,8 @@ namespace {
 constexpr int64_t tile_pairs = 16, tile_rows = 16;
 constexpr int tile_columns = 4;  // vectors of columns at once: a product need not wait for the one before
 
-// Tiles 0 to 3 are sums, 4 has keys or values, 5 the last pairs of keys; 6 queries or weights, 7 the last pairs of queries.
+// Tiles 0 to 3 are sums, 4 has keys or values, 5 the last pairs of keys; 6 queries or weights, 7 the last pairs of
+// queries.
 class AttentionShapes {
  public:
   // `rest`: pairs of key components that fill no tile.
@@ -29,7 +31,8 @@ class AttentionShapes {
     rows_ = rows;
     TileShapes shapes;
     const auto set = [&](int tile, int64_t tile_rows, int64_t words) {
-      if (words > 0) shapes.rows[tile] = static_cast<uint8_t>(tile_rows), shapes.row_bytes[tile] = static_cast<uint16_t>(words * 4);
+      if (words > 0)
+        shapes.rows[tile] = static_cast<uint8_t>(tile_rows), shapes.row_bytes[tile] = static_cast<uint16_t>(words * 4);
     };
     for (int tile = 0; tile < tile_columns; tile++) set(tile, rows, width);
     set(4, tile_pairs, width);
@@ -87,9 +90,10 @@ inline void score_tile(const AttentionTile &tile, const BlockRange &range, const
   }
 }
 
-// `count` vectors of columns of the values that a tile's rows, from `row` on, see, times the rows' weights, to `partial`.
-inline void weigh_tile(const AttentionTile &tile, const BlockRange &range, int64_t row, const uint32_t *const *values, int64_t column,
-                       int64_t count, Ahead &ahead) {
+// `count` vectors of columns of the values that a tile's rows, from `row` on, see, times the rows' weights, to
+// `partial`.
+inline void weigh_tile(const AttentionTile &tile, const BlockRange &range, int64_t row, const uint32_t *const *values,
+                       int64_t column, int64_t count, Ahead &ahead) {
   constexpr int64_t slots = 2 * tile_pairs, staged_stride = tile_columns * width;
   const int64_t stride = tile.cell->value_stride, end = range.last - range.start + 1;
   const float *weights = tile.scores + row * score_stride;  // now pairs of bfloat16
@@ -104,7 +108,8 @@ inline void weigh_tile(const AttentionTile &tile, const BlockRange &range, int64
         const int64_t left = end - slot - 2 * pair;
         const __mmask32 seen = left >= 2 ? 0xffffffff : left == 1 ? 0x55555555 : 0;
         for (int64_t j = 0; j < count * width; j += width) {
-          _mm512_storeu_si512(staged + pair * staged_stride + j, _mm512_maskz_loadu_epi16(seen, from + pair * stride + j));
+          _mm512_storeu_si512(staged + pair * staged_stride + j,
+                              _mm512_maskz_loadu_epi16(seen, from + pair * stride + j));
         }
       }
       from = staged, from_stride = staged_stride;
@@ -135,7 +140,8 @@ inline void merge_shares(const AttentionTile &tile, const Shares &shares, int64_
 
 // Calls visit(first row, rows, what they see) for the tiles of rows that see any of the block.
 template <typename Visit>
-inline void for_row_tiles(const AttentionTile &tile, const KeyBlock &block, AttentionShapes &shapes, const Visit &visit) {
+inline void for_row_tiles(const AttentionTile &tile, const KeyBlock &block, AttentionShapes &shapes,
+                          const Visit &visit) {
   for (int64_t row = 0; row < tile.rows; row += tile_rows) {
     const int64_t count = tile.rows - row < tile_rows ? tile.rows - row : tile_rows;
     const BlockRange range = visible(tile, block, row, row + count);

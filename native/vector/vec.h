@@ -56,7 +56,8 @@ inline Vec load_low_brain(const uint32_t *pairs) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(pairs), 16));
 }
 inline Vec load_high_brain(const uint32_t *pairs) {
-  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(pairs), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_loadu_si512(pairs), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline Vec load_byte(const int8_t *p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
@@ -199,7 +200,7 @@ inline unsigned bits(Mask m) {
 }
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, body = half & 0x7fff;
-  uint32_t value = (body << 13) + 0x38000000u;             // normal numbers: a larger bias
+  uint32_t value = (body << 13) + 0x38000000u;  // normal numbers: a larger bias
   if (body >= 0x7c00) value = (body << 13) | 0x7f800000u;  // infinity and NaN
   float x;
   if (body < 0x0400) {  // subnormal: a multiple of 2^-24

@@ -10,21 +10,22 @@ namespace mnemos {
 enum class ActivationKind { silu, gelu, gelu_tanh, relu };
 enum class CacheType { float32, float16, bfloat16, int8 };
 
-// Keys are attended to in blocks of at most this many positions, none of which crosses a multiple of it. Blocks are reduced
-// one by one and merged in their order, so that a row's result depends on nothing but its own position and what it sees.
+// Keys are attended to in blocks of at most this many positions, none of which crosses a multiple of it. Blocks are
+// reduced one by one and merged in their order, so that a row's result depends on nothing but its own position and what
+// it sees.
 constexpr int64_t attention_block = 128;
 constexpr int64_t score_stride = attention_block + 16;  // a page of few slots writes scores up to 16 behind its own
 constexpr int64_t max_tile_rows = 128;
 
 // How one (page, layer, head) cell of the cache lies in memory. Keys are transposed: slots are adjacent, so that a
-// vector of scores needs no horizontal sum; values are not. Of bfloat16, two key components or two slots' values lie side
-// by side, as its dot products want them. Offsets are in bytes from the cell's start.
+// vector of scores needs no horizontal sum; values are not. Of bfloat16, two key components or two slots' values lie
+// side by side, as its dot products want them. Offsets are in bytes from the cell's start.
 struct CellLayout {
   CacheType type;
-  int64_t slots;        // positions of a page; divides attention_block
+  int64_t slots;  // positions of a page; divides attention_block
   int64_t head_dim;
-  int64_t key_stride;   // elements between key components: slots, rounded up to 16
-  int64_t value_stride; // elements between slots' values: head_dim, rounded up to 16
+  int64_t key_stride;  // elements between key components: slots, rounded up to 16
+  int64_t value_stride;  // elements between slots' values: head_dim, rounded up to 16
   int64_t value_offset, key_scale_offset, value_scale_offset;
   int64_t bytes;
 };
@@ -36,34 +37,34 @@ constexpr int64_t expanded_floats(const CellLayout &cell) {
 
 // Pages of one sequence that follow each other without a gap, between two multiples of attention_block.
 struct KeyBlock {
-  int64_t start;         // the multiple of attention_block below them: where scores are counted from
-  int64_t first, last;   // the positions that the pages hold, both ends included
+  int64_t start;  // the multiple of attention_block below them: where scores are counted from
+  int64_t first, last;  // the positions that the pages hold, both ends included
   const int32_t *pages;  // the page of `first` and those after it
 };
 
 // Keys at some positions of a sequence: those that are wanted when a tile is done, so that they are fetched meanwhile.
 struct NextKeys {
-  const uint8_t *cells;   // the cell of page 0; null if nothing is wanted
+  const uint8_t *cells;  // the cell of page 0; null if nothing is wanted
   const KeyBlock *block;
-  int64_t first, last;    // within the block
+  int64_t first, last;  // within the block
 };
 
 // One query tile of one head of keys: `rows` queries, and the blocks of keys that they are to see.
 struct AttentionTile {
   const CellLayout *cell;
-  const uint8_t *cells;      // the cell of page 0
-  int64_t page_bytes;        // from one page's cell to the next page's
-  const KeyBlock *blocks;    // of all sequences; block numbers count from here
+  const uint8_t *cells;  // the cell of page 0
+  int64_t page_bytes;  // from one page's cell to the next page's
+  const KeyBlock *blocks;  // of all sequences; block numbers count from here
   int64_t rows;
   const int64_t *first, *last;  // (rows,) positions that each query sees, both ends included
-  NextKeys next;             // of the same cache
-  const float *queries;      // (rows, value_stride), already scaled
+  NextKeys next;  // of the same cache
+  const float *queries;  // (rows, value_stride), already scaled
   float softcap;
-  float *scores;             // scratch (rows, score_stride)
-  float *partial;            // scratch (rows, value_stride)
-  float *expanded;           // scratch of expanded_floats(cell)
-  float *most, *total;       // (rows,) running maximum and sum of exponentials
-  float *result;             // (rows, value_stride) running weighted sum of values, set by the first block that a row sees
+  float *scores;  // scratch (rows, score_stride)
+  float *partial;  // scratch (rows, value_stride)
+  float *expanded;  // scratch of expanded_floats(cell)
+  float *most, *total;  // (rows,) running maximum and sum of exponentials
+  float *result;  // (rows, value_stride) running weighted sum of values, set by the first block that a row sees
 };
 
 struct VectorKernels {
@@ -87,11 +88,12 @@ struct VectorKernels {
   // Merges the tile's blocks begin to end into most, total and result, in order.
   void (*attend)(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
   // Merges one row's state (most, total, n values) into another, whose values need not be set if its most is -infinity.
-  void (*merge)(float most, float total, const float *values, float *into_most, float *into_total, float *into, int64_t n);
+  void (*merge)(float most, float total, const float *values, float *into_most, float *into_total, float *into,
+                int64_t n);
   // y = softmax(query . keys * scale) values, with `count` keys and values of n floats; scratch for `count` scores.
   // passing: they are read past the caches.
-  void (*attend_plain)(const float *query, const float *keys, const float *values, int64_t count, int64_t n, float scale,
-                       bool passing, float *scores, float *y);
+  void (*attend_plain)(const float *query, const float *keys, const float *values, int64_t count, int64_t n,
+                       float scale, bool passing, float *scores, float *y);
 
   // For sampling and log probabilities.
   // Infinite where any x is not a number.

@@ -1,8 +1,8 @@
 // The vector kernels, written once over vec.h; compiled once for every instruction set.
 #pragma once
 
-#include "vector/vector_kernels.h"
 #include "vector/vec.h"
+#include "vector/vector_kernels.h"
 
 namespace mnemos {
 namespace {
@@ -118,9 +118,7 @@ void activation(ActivationKind kind, const float *x, float *y, int64_t n) {
 }
 
 void gated_activation(ActivationKind kind, const float *gate, const float *up, float *y, int64_t n) {
-  with_activation(kind, [&](auto function) {
-    map(gate, up, y, n, [&](Vec g, Vec u) { return mul(function(g), u); });
-  });
+  with_activation(kind, [&](auto function) { map(gate, up, y, n, [&](Vec g, Vec u) { return mul(function(g), u); }); });
 }
 
 void add_arrays(const float *x, const float *y, float *z, int64_t n) {
@@ -247,9 +245,10 @@ int64_t select_at_least(const float *x, float threshold, int32_t *indices, int64
 namespace mnemos {
 namespace {
 
-constexpr VectorKernels table = {rms_norm, layer_norm, activation, gated_activation, add_arrays, scale, accumulate,
-                                 softcap, rope, softmax, store_key, store_value, attend, merge, attend_plain, largest_valid,
-                                 sum_exp, exponentials, select_at_least};
+constexpr VectorKernels table = {rms_norm,       layer_norm, activation,   gated_activation, add_arrays, scale,
+                                 accumulate,     softcap,    rope,         softmax,          store_key,  store_value,
+                                 attend,         merge,      attend_plain, largest_valid,    sum_exp,    exponentials,
+                                 select_at_least};
 
 }  // namespace
 }  // namespace mnemos
