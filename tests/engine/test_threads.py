@@ -65,6 +65,59 @@ def test_asyncio_streams_and_results(engine: InferenceEngine) -> None:
     asyncio.run(all_of_them())
 
 
+def test_any_number_of_tasks_read_one_handle(engine: InferenceEngine) -> None:
+    expected = toy_greedy(PROMPT, 30)
+
+    async def read() -> None:
+        handle = engine.submit(PROMPT, max_new_tokens=30)
+
+        async def stream() -> list[int | None]:
+            return [token.token_id async for token in handle]
+
+        async def wait() -> list[int]:
+            return (await handle).token_ids
+
+        assert await asyncio.wait_for(asyncio.gather(wait(), stream(), wait(), stream()), 20) == [expected] * 4
+        assert await stream() == expected  # and again, once it has ended
+
+    asyncio.run(read())
+
+
+def test_any_number_of_threads_read_one_handle() -> None:
+    model, results = SlowModel(), []
+    with InferenceEngine(model) as engine:
+        handle = engine.submit(PROMPT, max_new_tokens=30)
+        reads = (
+            lambda: [token.token_id for token in handle],
+            lambda: handle.result().token_ids,
+            lambda: [token.token_id for token in handle],
+            lambda: handle.result().token_ids,
+        )
+        threads = [threading.Thread(target=lambda read=read: results.append(read())) for read in reads]
+        model.permits.release(3)  # some begin when others have read a part
+        for thread in threads:
+            thread.start()
+        model.free()
+        for thread in threads:
+            thread.join(20)
+        assert results == [toy_greedy(PROMPT, 30)] * 4
+
+
+def test_who_leaves_early_ends_the_request_for_all() -> None:
+    model = SlowModel()
+    with InferenceEngine(model) as engine:
+        handle = engine.submit(PROMPT, max_new_tokens=240)
+        first, second = iter(handle), iter(handle)
+        model.permits.release(1)
+        assert next(first) == next(second)
+        del first
+        model.free()
+        rest = [token.token_id for token in second]
+        assert len(rest) < 100
+        assert handle.result().token_ids == toy_greedy(PROMPT, 1 + len(rest))
+        assert handle.result().finish_reason == "cancelled"
+
+
 def test_leaving_an_iteration_early_cancels(engine: InferenceEngine) -> None:
     for token in engine.stream(PROMPT, max_new_tokens=240):
         assert token.token_id == toy_greedy(PROMPT, 1)[0]
@@ -170,6 +223,22 @@ def test_deadlines_are_for_those_who_wait() -> None:
         with pytest.raises(CapacityError, match="deadline"):
             late.result()
         assert len(patient.result().token_ids) == 5
+
+
+@pytest.mark.parametrize("ending", ["done", "cancelled"])
+def test_what_had_a_deadline_is_forgotten_when_it_ends(ending: str) -> None:
+    model = SlowModel()
+    with InferenceEngine(model) as engine:
+        handle = engine.submit(PROMPT, max_new_tokens=3, deadline=1000)
+        request = weakref.ref(handle._request)
+        if ending == "cancelled":
+            handle.cancel()
+        model.free()
+        handle.wait()
+        del handle
+        engine.generate([1], max_new_tokens=1)  # the thread holds the latest call that it did
+        gc.collect()
+        assert request() is None
 
 
 def test_close_drains_or_aborts() -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 
 from mnemos.contract import ConditionedModel, PagedModel
 from mnemos.decoding.forced import ForcedLogits, ForcedScore, Score
-from mnemos.engine.assembler import Assembler
 from mnemos.engine.completion import Completion, StreamedToken
 from mnemos.engine.handle import Channel, Lease, RequestHandle, run_all
 from mnemos.engine.options import EngineOptions, split
@@ -340,7 +339,7 @@ class InferenceEngine:
             source=source,
         )
         self._thread.submit(request)
-        return RequestHandle(self._lease, request, channel, Assembler(self.tokenizer))
+        return RequestHandle(self._lease, request, channel, self.tokenizer)
 
     def _complete_all(self, prompts: list[list[int]], config: GenerationConfig) -> list[Completion]:
         """All prompts are checked before the first one runs."""

@@ -6,12 +6,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from mnemos.decoding.strategy import Emitted, FinishedSequence
-from mnemos.engine.assembler import Assembler
+from mnemos.engine.assembler import Delivery, TextStream, choices_of
 from mnemos.engine.completion import Completion, StreamedToken, Usage
 from mnemos.engine.request import Request, State, Timings
 from mnemos.errors import CapacityError, MnemosError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from mnemos.engine.thread import EngineThread
+    from mnemos.text.tokenizer import Tokenizer
 
 
 class Lease:
@@ -34,60 +35,64 @@ class Lease:
 
 
 class Channel:
-    """From the engine's thread to one reader; only a reader who streams is woken for every delivery."""
+    """What the engine's thread has delivered of a request, for any number of readers.
+
+    Each reads from the beginning, at a pace of its own. Only those who read along are woken for every delivery.
+    """
 
     def __init__(self) -> None:
-        self.items: deque[tuple[list[Emitted], list[FinishedSequence]]] = deque()
+        self.items: list[Delivery] = []  # only ever appended to
         self.ended = False
         self.error: BaseException | None = None
-        self.streaming = False
-        self.callbacks: deque[Callable[[], None]] = deque()
-        self._event = threading.Event()
-        self._wake: Callable[[], None] = self._event.set
+        self._readers: list[Callable[[], None]] = []  # wake those who read along
+        self._callbacks: deque[Callable[[], None]] = deque()
 
     def deliver(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None:
         self.items.append((emitted, finished))
-        if self.streaming:
-            self._wake()
+        self._wake_readers()
 
     def end(self, error: BaseException | None) -> None:
         self.error = error
         self.ended = True
-        self._wake()
-        while self.callbacks:
-            self.callbacks.popleft()()
+        self._wake_readers()
+        while self._callbacks:
+            self._callbacks.popleft()()
 
-    def wait(self) -> None:
-        """Until something new is there."""
-        self._event.wait()
-        self._event.clear()
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Has `callback` called once nothing more will come, in the engine's thread or at once."""
+        self._callbacks.append(callback)
+        if self.ended:  # perhaps too late to be seen: whoever pops it calls it
+            with suppress(IndexError):
+                self._callbacks.popleft()()
 
-    def wake_in_loop(self) -> asyncio.Event:
-        """From now on the reader, a coroutine of the running event loop, waits for the returned event."""
-        import asyncio  # not at the top: it would double the time that a program without it takes to start
+    @contextmanager
+    def reading(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Within it, `wake` is called after every delivery and at the end."""
+        self._readers.append(wake)
+        try:
+            yield
+        finally:
+            self._readers.remove(wake)
 
-        loop, event = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
-                loop.call_soon_threadsafe(event.set)
-
-        self._wake = wake
-        return event
+    def _wake_readers(self) -> None:
+        if self._readers:
+            for wake in self._readers[:]:  # readers come and go in other threads
+                wake()
 
 
 class RequestHandle:
     """A request on its way.
 
     Iterate over it (`for` or `async for`) for its tokens as they come, or wait for `result()` or, in asyncio, `await
-    handle`. Leaving an iteration early cancels the request, and so does dropping the handle. One reader at a time.
+    handle`. Any number of threads and tasks may do so at once; each gets everything. Leaving an iteration early or
+    cancelling a task that waits cancels the request, for all of them, and so does dropping the handle.
     """
 
-    def __init__(self, lease: Lease, request: Request, channel: Channel, assembler: Assembler) -> None:
+    def __init__(self, lease: Lease, request: Request, channel: Channel, tokenizer: Tokenizer | None) -> None:
         self._lease = lease  # the thread runs as long as somebody waits for its results
         self._request = request
         self._channel = channel
-        self._assembler = assembler
+        self._tokenizer = tokenizer
 
     @property
     def done(self) -> bool:
@@ -106,11 +111,7 @@ class RequestHandle:
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Has `callback` called once nothing more will come, in the engine's thread or at once; it must not raise."""
-        callbacks = self._channel.callbacks
-        callbacks.append(callback)
-        if self._channel.ended:  # perhaps too late to be seen: whoever pops it calls it
-            with suppress(IndexError):
-                callbacks.popleft()()
+        self._channel.at_end(callback)
 
     def cancel(self) -> None:
         """Ends the request within a step. What came so far can still be read."""
@@ -124,9 +125,10 @@ class RequestHandle:
     def wait(self) -> None:
         """Waits for the end, whatever it is. An interrupt (Ctrl-C) cancels the request."""
         self._lease.thread.check_thread()
+        ended = threading.Event()
         try:
-            while not self._channel.ended:
-                self._channel.wait()
+            self._channel.at_end(ended.set)
+            ended.wait()
         except BaseException:
             self.cancel()
             raise
@@ -136,32 +138,33 @@ class RequestHandle:
         return self._tokens()
 
     def _tokens(self) -> Iterator[StreamedToken]:
-        channel = self._channel
-        channel.streaming = True
+        channel, reader, arrived = self._channel, self._reader(), threading.Event()
         try:
-            while True:
-                ended = channel.ended
-                yield from self._arrived()
-                if ended:
-                    break
-                channel.wait()
+            with channel.reading(arrived.set):
+                ended = False
+                while not ended:
+                    arrived.clear()
+                    ended = channel.ended
+                    yield from reader()
+                    if not ended:
+                        arrived.wait()
             self._check()
         finally:
             self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[StreamedToken]:
-        channel = self._channel
-        event = channel.wake_in_loop()
-        channel.streaming = True
+        channel, reader = self._channel, self._reader()
+        arrived, wake = _event_of_loop()
         try:
-            while True:
-                event.clear()
-                ended = channel.ended
-                for token in self._arrived():
-                    yield token
-                if ended:
-                    break
-                await event.wait()
+            with channel.reading(wake):
+                ended = False
+                while not ended:
+                    arrived.clear()
+                    ended = channel.ended
+                    for token in reader():
+                        yield token
+                    if not ended:
+                        await arrived.wait()
             self._check()
         finally:
             self.cancel()
@@ -170,11 +173,10 @@ class RequestHandle:
         return self._result_async().__await__()
 
     async def _result_async(self) -> Completion:
-        event = self._channel.wake_in_loop()
+        ended, wake = _event_of_loop()
         try:
-            while not self._channel.ended:
-                await event.wait()
-                event.clear()
+            self._channel.at_end(wake)
+            await ended.wait()
         except BaseException:
             self.cancel()
             raise
@@ -184,10 +186,17 @@ class RequestHandle:
         if self._request.state is not State.ENDED:
             self.cancel()
 
-    def _arrived(self) -> Iterator[StreamedToken]:
-        items = self._channel.items
-        while items:
-            yield from self._assembler.stream(*items.popleft())
+    def _reader(self) -> Callable[[], Iterator[StreamedToken]]:
+        """Gives at each call the tokens that have come since the last one, at the first call all."""
+        items, stream, known = self._channel.items, TextStream(self._tokenizer), 0
+
+        def read() -> Iterator[StreamedToken]:
+            nonlocal known
+            while known < len(items):
+                known += 1
+                yield from stream.push(*items[known - 1])
+
+        return read
 
     def _check(self) -> None:
         error = self._channel.error
@@ -197,16 +206,24 @@ class RequestHandle:
             raise MnemosError(f"the request failed: {type(error).__name__}: {error}") from error
 
     def _completion(self) -> Completion:
-        items, assembler, request = self._channel.items, self._assembler, self._request
-        take = assembler.stream if self._channel.streaming else assembler.collect
-        while items:
-            take(*items.popleft())
         self._check()
-        assembler.abandon()
-        choices = sorted(assembler.choices, key=lambda choice: choice.index)
+        request, choices = self._request, choices_of(self._channel.items, self._tokenizer)
         generated = sum(len(choice.token_ids) for choice in choices)
         usage = Usage(len(request.source or request.prompt), request.cached_tokens, generated)
         return Completion(choices, request.prompt, usage, request.timings)
+
+
+def _event_of_loop() -> tuple[asyncio.Event, Callable[[], None]]:
+    """An event of the running event loop, and what sets it from any thread."""
+    import asyncio  # not at the top: it would double the time that a program without it takes to start
+
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake() -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            loop.call_soon_threadsafe(event.set)
+
+    return event, wake
 
 
 Launch = Callable[[], RequestHandle]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from operator import itemgetter
 
-from mnemos.engine.request import Request, State
+from mnemos.engine.request import Request
 
 
 class WaitingQueue:
@@ -19,7 +20,7 @@ class WaitingQueue:
         self._levels: dict[int, dict[str, deque[Request]]] = {}
         self._served: dict[str, float] = {}
         self._requests: dict[str, int] = {}  # waiting and running ones of each tenant
-        self._deadlines: list[tuple[float, int, Request]] = []
+        self._deadlines: list[tuple[float, int, Request]] = []  # of those that have not started, ascending
         self._length = 0
 
     def __len__(self) -> int:
@@ -32,7 +33,7 @@ class WaitingQueue:
             self._requests[request.tenant] = 0
         self._requests[request.tenant] += 1
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.number, request))
+            insort(self._deadlines, (request.deadline, request.number, request))
         self._line(request).append(request)
         self._length += 1
 
@@ -63,6 +64,8 @@ class WaitingQueue:
         line = lines[request.tenant]
         line.remove(request)
         self._length -= 1
+        if request.deadline is not None:
+            self._forget_deadline(request.deadline, request)
         if not line:
             del lines[request.tenant]
         if not lines:
@@ -70,15 +73,16 @@ class WaitingQueue:
 
     def expired(self, now: float) -> list[Request]:
         """The requests that have not started by their deadline; they still wait until removed."""
-        late = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            request = heapq.heappop(self._deadlines)[2]
-            if not request.started and request.state is State.WAITING:
-                late.append(request)
-        return late
+        late = bisect_right(self._deadlines, now, key=itemgetter(0))
+        return [request for _, _, request in self._deadlines[:late]]
 
     def waiting(self) -> list[Request]:
         return [request for lines in self._levels.values() for line in lines.values() for request in line]
+
+    def _forget_deadline(self, deadline: float, request: Request) -> None:
+        place = bisect_left(self._deadlines, (deadline, request.number))
+        if place < len(self._deadlines) and self._deadlines[place][2] is request:
+            del self._deadlines[place]
 
     def _line(self, request: Request) -> deque[Request]:
         return self._levels.setdefault(request.priority, {}).setdefault(request.tenant, deque())
