@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
+import weakref
 
 import numpy as np
 import pytest
 
+from mnemos.decoding import grammar
 from mnemos.errors import ConfigError, MissingDependencyError, RequestError
 
 from .driver import LetterTokenizer, generate, random_model, spec
@@ -180,6 +183,26 @@ def test_explosive_grammars_are_refused_or_followed(name):
         assert re.fullmatch(allowed[name], text)
     elif name == "huge enum":
         assert any(f'"value {n}"'.startswith(text) for n in range(20000))
+
+
+def test_one_compiler_serves_all_ends_of_texts_and_goes_with_its_tokenizer():
+    letters = LetterTokenizer(PIECES, special=[len(PIECES) - 1])
+    for end in range(20):
+        ends = spec(len(PIECES), 4096, eos=(end,))
+        run = generate([1, 2], random_model(len(PIECES), end), ends, letters, regex="[0-9]{2,5}", max_new_tokens=9)
+        assert re.fullmatch("[0-9]{2,5}", letters.decode(run.tokens[: run.finished[0].text_tokens]))
+    known = weakref.ref(grammar._compilers[letters])
+    del letters, run
+    gc.collect()
+    assert known() is None
+
+
+def test_a_token_that_is_text_ends_texts_only_where_they_are_complete():
+    digit = PIECES.index("7")
+    ends = spec(len(PIECES), 4096, eos=(digit,))
+    sevens = lambda tokens: (np.eye(len(PIECES), dtype=np.float32)[digit] * 9, np.zeros(8, np.float32))  # noqa: E731
+    end = generate([1, 2], sevens, ends, TOKENIZER, regex="[0-9]{3,}", max_new_tokens=9).finished[0]
+    assert (TOKENIZER.decode(end.tokens[: end.text_tokens]), end.stopped_by) == ("000", digit)
 
 
 def test_a_constraint_needs_a_tokenizer_and_llguidance(monkeypatch):

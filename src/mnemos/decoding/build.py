@@ -165,11 +165,11 @@ class _Builder:
         field = self.config.constraint
         if field is None:
             return None
-        from mnemos.decoding.grammar import compiler_of
+        from mnemos.decoding.grammar import constraint_of
 
         tokenizer = self._needed_tokenizer(field)
         eos = self.config.eos_ids or self.spec.eos_token_ids
-        return compiler_of(tokenizer, eos).constraint(self.config)
+        return constraint_of(self.config, tokenizer, eos)
 
     def _drafter(self) -> Callable[[], Drafter] | None:
         config = self.config

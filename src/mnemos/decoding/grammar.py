@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -50,24 +50,27 @@ class Vocabulary(Protocol):
 
 
 class GrammarCompiler:
-    """Makes constraints over one vocabulary. `end_ids` are the tokens that may follow a complete text."""
+    """Makes constraints over one vocabulary, which it does not keep alive.
 
-    def __init__(self, vocabulary: Vocabulary, end_ids: Iterable[int]) -> None:
+    It takes about 400 bytes for each token. The end of a text is a token of its own here, after the vocabulary's last
+    one, so that one compiler serves all requests, whatever ends their texts.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
         guidance = _llguidance()
-        tokens = _Tokens(vocabulary, sorted(end_ids))
-        wrapper = guidance.TokenizerWrapper(tokens)
-        self._tokenizer = guidance.LLTokenizer(wrapper, eos_token=tokens.end_ids)
+        wrapper = guidance.TokenizerWrapper(_Tokens(vocabulary))
+        self._tokenizer = guidance.LLTokenizer(wrapper)
         self._matcher = guidance.LLMatcher
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="mnemos-grammar")
 
-    def constraint(self, config: GenerationConfig) -> GrammarConstraint:
+    def constraint(self, config: GenerationConfig, ends: Ends) -> GrammarConstraint:
         """The constraint that the config asks for. Raises ConfigError with the reason if it cannot be enforced."""
         field = config.constraint or ""
         try:
             matcher = self._match(self._grammar(field, getattr(config, field)))
             first: Future[bytes] = Future()
             first.set_result(matcher.compute_bitmask())  # here, as it may take seconds and other texts need workers
-            constraint = GrammarConstraint(matcher, self._workers, first)
+            constraint = GrammarConstraint(matcher, self._workers, first, ends)
             constraint.check()
         except (ValueError, RequestError) as error:
             raise ConfigError(f"{field} cannot be enforced: {error}") from error
@@ -109,13 +112,24 @@ class GrammarCompiler:
         return bool(self._match(self._compile_json({"type": "string", "pattern": pattern})).is_error())
 
 
+class Ends:
+    """The tokens that may end a text of `vocabulary`. Those that are text themselves may come at its end only."""
+
+    def __init__(self, vocabulary: Vocabulary, tokens: Iterable[int]) -> None:
+        self.vocabulary = vocabulary  # the compiler may need it as long as there is a constraint
+        self.mark = vocabulary.vocabulary_size  # what the grammar has in their place
+        self.tokens = np.array([token for token in sorted(tokens) if token < self.mark], np.int64)
+        self.texts = np.array([token for token in self.tokens if token not in vocabulary.special_ids], np.int64)
+
+
 class GrammarConstraint:
     """A text's state in its grammar, and the tokens that may come next; see `choice.Constraint`."""
 
-    def __init__(self, matcher: Any, workers: ThreadPoolExecutor, mask: Future[bytes]) -> None:
+    def __init__(self, matcher: Any, workers: ThreadPoolExecutor, mask: Future[bytes], ends: Ends) -> None:
         self._matcher = matcher
         self._workers = workers
         self._mask = mask
+        self._ends = ends
         self.complete = bool(matcher.is_stopped())
 
     def check(self) -> None:
@@ -126,13 +140,18 @@ class GrammarConstraint:
     def forbid(self, logits: Floats) -> None:
         packed = self._mask.result()
         self._refuse_error()
-        allowed = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")[: len(logits)]
+        ends = self._ends
+        bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
+        bits[ends.texts] = 0
+        if bits[ends.mark]:
+            bits[ends.tokens] = 1
+        allowed = bits[: min(ends.mark, len(logits))]
         logits[len(allowed) :] = -np.inf
         np.copyto(logits[: len(allowed)], -np.inf, where=allowed == 0)
 
     def accept(self, token: int) -> None:
         self._mask.result()
-        self._matcher.consume_token(token)
+        self._matcher.consume_token(self._ends.mark if token in self._ends.tokens else token)
         self._refuse_error()
         self.complete = bool(self._matcher.is_stopped())  # must not be called while a worker has the matcher
         if not self.complete:
@@ -140,7 +159,7 @@ class GrammarConstraint:
 
     def fork(self) -> GrammarConstraint:
         self._mask.result()
-        return GrammarConstraint(self._matcher.deep_copy(), self._workers, self._mask)
+        return GrammarConstraint(self._matcher.deep_copy(), self._workers, self._mask, self._ends)
 
     def _refuse_error(self) -> None:
         if self._matcher.is_error():
@@ -150,39 +169,36 @@ class GrammarConstraint:
 
 
 class _Tokens:
-    """A vocabulary in llguidance's form. Without end-of-text tokens, an id after the last one takes their place."""
+    """A vocabulary in llguidance's form, with the end of a text as its last token."""
 
     bos_token_id = None
 
-    def __init__(self, vocabulary: Vocabulary, end_ids: list[int]) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = weakref.ref(vocabulary)
         size = vocabulary.vocabulary_size
-        special = sorted(vocabulary.special_ids)
-        self.tokens = [vocabulary.token_bytes(token) for token in range(size)]
-        self.end_ids = [token for token in end_ids if token < size]
-        if not self.end_ids:
-            self.end_ids = [size]
-            self.tokens.append(b"<end>")
-        self.eos_token_id = self.end_ids[0]
-        self.special_token_ids = sorted({*special, *self.end_ids})
+        self.tokens = [*(vocabulary.token_bytes(token) for token in range(size)), b"<end>"]
+        self.eos_token_id = size
+        self.special_token_ids = [*sorted(vocabulary.special_ids), size]
 
     def __call__(self, text: bytes) -> list[int]:
         """The tokens of a text that is forced by the grammar."""
-        return self._vocabulary.encode(text.decode(), add_special=False, parse_special=False, continues=True)
+        vocabulary = self._vocabulary()
+        assert vocabulary is not None  # constraints hold it
+        return vocabulary.encode(text.decode(), add_special=False, parse_special=False, continues=True)
 
 
-# Creating a compiler reads the whole vocabulary, so it is kept for as long as its tokenizer lives.
-_compilers: WeakKeyDictionary[Any, dict[tuple[int, ...], GrammarCompiler]] = WeakKeyDictionary()
+# Creating a compiler reads the whole vocabulary, so there is one per tokenizer, for as long as that lives.
+_compilers: weakref.WeakKeyDictionary[Any, GrammarCompiler] = weakref.WeakKeyDictionary()
 _lock = Lock()
 
 
-def compiler_of(vocabulary: Vocabulary, end_ids: Iterable[int]) -> GrammarCompiler:
-    key = tuple(sorted(end_ids))
+def constraint_of(config: GenerationConfig, vocabulary: Vocabulary, end_ids: Iterable[int]) -> GrammarConstraint:
+    """The constraint that the config asks for; `end_ids` are the tokens that may follow a complete text."""
     with _lock:
-        known = _compilers.setdefault(vocabulary, {})
-        if key not in known:
-            known[key] = GrammarCompiler(vocabulary, key)
-        return known[key]
+        compiler = _compilers.get(vocabulary)
+        if compiler is None:
+            compiler = _compilers[vocabulary] = GrammarCompiler(vocabulary)
+    return compiler.constraint(config, Ends(vocabulary, end_ids))
 
 
 def _without_patterns(schema: Any, refuses: Callable[[str], bool], found: list[str]) -> Any:
