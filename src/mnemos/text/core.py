@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mnemos.errors import FormatError, RequestError
@@ -77,6 +77,7 @@ class TokenizerCore:
     plain_encoder  recognises only tokens that a user added: special tokens' names are text like any other
     prefix_ids, suffix_ids   what add_special puts around a text; None: the encoder's own post-processor does it
     whole          False: it encodes nothing but the text that it was made for; it decodes everything
+    moved_ids      ids that the encoders use for others
     """
 
     label: str
@@ -96,6 +97,7 @@ class TokenizerCore:
     unknown_id: int | None
     eos_ids: frozenset[int]
     whole: bool = True
+    moved_ids: Mapping[int, int] = field(default_factory=dict)
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id < 0:
@@ -115,6 +117,8 @@ class TokenizerCore:
                 raise
             problem = f"this tokenizer cannot encode {text[:60]!r}: {str(error)[:400]}"
             raise RequestError(f"{self.label}: {problem}") from error
+        if self.moved_ids:
+            ids = [self.moved_ids.get(token, token) for token in ids]
         if self.prefix_ids is None:
             return ids
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special else ids

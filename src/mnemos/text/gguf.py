@@ -1,4 +1,7 @@
-"""Tokenizers from GGUF metadata: byte-pair merges (`gpt2`, `gemma4`) and SentencePiece's merges by score (`llama`)."""
+"""Tokenizers from GGUF metadata: byte-pair merges (`gpt2`, `gemma4`) and SentencePiece's two kinds.
+
+SentencePiece either merges neighbours by score (`llama`) or finds a text's most probable pieces (`t5`, unigram).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ from mnemos.text.vocabulary import PREFIX, TokenType, Vocabulary, mark_special_t
 if TYPE_CHECKING:
     from tokenizers import AddedToken
 
-MODELS = ("gpt2", "llama", "gemma4")
+MODELS = ("gpt2", "llama", "gemma4", "t5")
+_HIDDEN = "\ufdd3"  # part of no text: pieces with it are never found
 _SPACE = "\u2581"
 _BYTE_NAMES = "".join(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -46,13 +50,15 @@ def build_core(metadata: Mapping[str, Any], label: str) -> TokenizerCore:
     name = model_name(metadata, label)
     if name == "llama":
         return _sentencepiece_core(read_vocabulary(metadata, label))
+    if name == "t5":
+        return _unigram_core(read_vocabulary(metadata, label))
     return _bpe_core(read_vocabulary(metadata, label), _pre_tokenizer(metadata, label))
 
 
 def can_build_for_text(metadata: Mapping[str, Any]) -> bool:
     """Whether `build_core_for` knows the kind: byte-pair merges, as they are stored in a file."""
     arrays = (metadata.get(PREFIX + "tokens"), metadata.get(PREFIX + "merges"))
-    if metadata.get(PREFIX + "model") == "llama" or not all(isinstance(array, StringArray) for array in arrays):
+    if metadata.get(PREFIX + "model") in ("llama", "t5") or not all(isinstance(array, StringArray) for array in arrays):
         return False
     return core is not None  # the reference runs without it
 
@@ -120,7 +126,7 @@ def split_merges(merges: Sequence[str], label: str) -> list[tuple[str, str]]:
 
 
 def _sentencepiece_core(vocabulary: Vocabulary) -> TokenizerCore:
-    from tokenizers import models, normalizers
+    from tokenizers import models
 
     if vocabulary.scores is None:
         raise FormatError(f"{vocabulary.label}: {PREFIX}scores is missing; the tokenizer 'llama' merges by score")
@@ -132,21 +138,59 @@ def _sentencepiece_core(vocabulary: Vocabulary) -> TokenizerCore:
         fuse_unk=True,
         byte_fallback=True,
     )
-    adds_space = vocabulary.flag("add_space_prefix", True)
-    steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
-    if adds_space:
-        steps.insert(0, normalizers.Prepend(_SPACE))
     return _finish(
         vocabulary,
         model,
         SentencePieceSpelling(),
-        normalizer=normalizers.Sequence(steps),
+        normalizer=_normalizer(vocabulary),
         add_bos=True,
-        adds_space=adds_space,
+        adds_space=vocabulary.flag("add_space_prefix", True),
         default_bos=1,
         default_eos=2,
         default_unknown=0,
     )
+
+
+def _unigram_core(vocabulary: Vocabulary) -> TokenizerCore:
+    """Kudo 2018, arXiv:1804.10959: of all ways to cut a text into pieces, the most probable one."""
+    from tokenizers import models
+
+    if vocabulary.scores is None:
+        raise FormatError(f"{vocabulary.label}: {PREFIX}scores is missing; the tokenizer 't5' needs probabilities")
+    written = set(vocabulary.of_type(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.BYTE))
+    texts = [text if i in written else text + _HIDDEN for i, text in enumerate(vocabulary.texts)]
+    unknown = vocabulary.special_id("unknown_token_id", 0)
+    has_bytes = bool(vocabulary.of_type(TokenType.BYTE))
+    with library_errors(f"{vocabulary.label}: the vocabulary cannot be used"):
+        pieces = list(zip(texts, vocabulary.scores.tolist(), strict=True))
+        model = models.Unigram(pieces, unk_id=unknown, byte_fallback=has_bytes)
+    core = _finish(
+        vocabulary,
+        model,
+        SentencePieceSpelling(has_bytes),
+        normalizer=_normalizer(vocabulary),
+        adds_space=vocabulary.flag("add_space_prefix", True),
+        default_unknown=0,
+    )
+    # The library does not find these pieces in its model either, and gives them ids after all others.
+    known = {core.encoder.token_to_id(vocabulary.texts[token]): token for token in core.literal_ids}
+    return replace(core, moved_ids={moved: token for moved, token in known.items() if moved not in (None, token)})
+
+
+def _normalizer(vocabulary: Vocabulary) -> Any:
+    """What SentencePiece does to a text before it is cut: its table of characters, then spaces."""
+    from tokenizers import Regex, normalizers
+
+    steps: list[Any] = []
+    table = vocabulary.metadata.get(PREFIX + "precompiled_charsmap")
+    if table is not None and len(table):
+        with library_errors(f"{vocabulary.label}: {PREFIX}precompiled_charsmap is damaged"):
+            steps.append(normalizers.Precompiled(bytes(bytearray(table))))
+    if vocabulary.flag("remove_extra_whitespaces", False):
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if vocabulary.flag("add_space_prefix", True):
+        steps.append(normalizers.Prepend(_SPACE))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
 
 
 def merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:

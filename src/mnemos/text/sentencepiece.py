@@ -1,7 +1,7 @@
 """SentencePiece's own file, `tokenizer.model`, for checkpoints that come without a `tokenizer.json`.
 
-A protocol buffer, described in sentencepiece's sentencepiece_model.proto. Only what SentencePiece calls BPE is read,
-which is what Llama, Mistral and Gemma use: pieces merged by score, without normalization of the text.
+A protocol buffer, described in sentencepiece's sentencepiece_model.proto. Read are the kinds that SentencePiece calls
+BPE (Llama, Mistral, Gemma) and unigram (T5, Albert and their relatives), with the normalization that the file holds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mnemos.text.vocabulary import PREFIX, TokenType
 MAX_BYTES = 64 << 20  # the largest in use have 5 MB
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of ModelProto
 _KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
-_BPE = 2
+_UNIGRAM, _BPE = 1, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _ROLE_KEYS = {
     "bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id",
@@ -37,7 +37,8 @@ def build_core(file: Path, settings: Settings) -> TokenizerCore:
     metadata = read_metadata(file)
     _add_tokens(file, metadata, settings)
     _set_roles(metadata, settings)
-    for flag, default in (("add_bos_token", True), ("add_eos_token", False)):
+    merges = metadata[PREFIX + "model"] == "llama"
+    for flag, default in (("add_bos_token", merges), ("add_eos_token", False)):
         value = settings.tokenizer.get(flag)
         metadata[PREFIX + flag] = default if value is None else value
     core = build_from_metadata(metadata, str(file))
@@ -72,11 +73,13 @@ def read_metadata(file: Path) -> dict[str, Any]:
         raise FormatError(f"{file}: has no pieces; a SentencePiece model is needed")
     _check_kind(file, trainer, normalizer)
     metadata: dict[str, Any] = {
-        PREFIX + "model": "llama",
+        PREFIX + "model": "t5" if trainer.get(3, _UNIGRAM) == _UNIGRAM else "llama",
         PREFIX + "tokens": tokens,
         PREFIX + "scores": np.asarray(scores, np.float32),
         PREFIX + "token_type": np.asarray(types, np.int32),
         PREFIX + "add_space_prefix": bool(normalizer.get(3, 1)),
+        PREFIX + "remove_extra_whitespaces": bool(normalizer.get(4, 1)),
+        PREFIX + "precompiled_charsmap": normalizer.get(2, b""),
     }
     for name, (number, default) in _DEFAULT_IDS.items():
         token = trainer.get(number, default)
@@ -86,15 +89,14 @@ def read_metadata(file: Path) -> dict[str, Any]:
 
 
 def _check_kind(file: Path, trainer: Mapping[int, Any], normalizer: Mapping[int, Any]) -> None:
-    kind = trainer.get(3, 1)
-    if kind != _BPE:
+    kind = trainer.get(3, _UNIGRAM)
+    if kind not in (_UNIGRAM, _BPE):
         raise UnsupportedError(
-            f"{file}: trainer_spec.model_type is {_KINDS.get(kind, kind)}; only bpe is supported: "
+            f"{file}: trainer_spec.model_type is {_KINDS.get(kind, kind)}; supported are bpe and unigram: "
             "convert it to a tokenizer.json (transformers' AutoTokenizer(...).save_pretrained does)"
         )
-    if normalizer.get(2):
-        name = normalizer.get(1, b"")
-        raise UnsupportedError(f"{file}: normalizer_spec.name is {name!r}; only b'identity' is supported")
+    if not isinstance(normalizer.get(2, b""), bytes):
+        raise _not_a_model(f"{file}: normalizer_spec.precompiled_charsmap", f"is {normalizer[2]}")
     if trainer.get(24):
         raise UnsupportedError(f"{file}: trainer_spec.treat_whitespace_as_suffix is true; only false is supported")
 
