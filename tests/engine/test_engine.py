@@ -309,7 +309,7 @@ class TestWhatTokenizersReturn:
         ("inputs", "message"),
         [
             ({"ids": [1]}, "the prompts are a mapping with 'ids'; it needs 'input_ids'"),
-            ({"input_ids": "text", "attention_mask": [1]}, "attention_mask goes with token ids"),
+            ({"input_ids": "text", "attention_mask": [1]}, "attention_mask needs token ids"),
             ({"input_ids": [[1], [2]], "attention_mask": [[1]]}, "attention_mask has 1 rows; the prompts are 2"),
             ({"input_ids": [1, 2], "attention_mask": [1]}, "attention_mask has shape"),
             ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "row 0 of the prompts is empty"),
@@ -320,5 +320,5 @@ class TestWhatTokenizersReturn:
             engine.generate(inputs)
 
     def test_prompts_and_input_ids_are_one_thing(self, engine: InferenceEngine) -> None:
-        with pytest.raises(RequestError, match="there are prompts and input_ids"):
+        with pytest.raises(RequestError, match="prompts and input_ids are both given"):
             engine.generate(PROMPT, input_ids=PROMPT)

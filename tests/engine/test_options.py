@@ -49,7 +49,7 @@ def test_the_keywords_for_type_checkers_are_the_options() -> None:
         ({"draft": 1}, "draft is 1; it must be a name or a path"),
         ({"max_sequences": "8"}, "max_sequences is '8'"),
         ({"generation_config": {"seed": 1}}, "generation_config is {'seed': 1}; it must be a GenerationConfig"),
-        ({"draft": "a", "draft_model": object()}, "draft is 'a' and there is a draft_model too"),
+        ({"draft": "a", "draft_model": object()}, "draft is 'a' and draft_model is given too"),
         ({"context_lenght": 5}, "context_lenght is not an option of the engine; did you mean context_length?"),
         ({"what": 5}, "what is not an option of the engine; the options are"),
     ],
@@ -104,7 +104,7 @@ def test_what_a_built_in_model_has_no_use_for_is_refused(smollm2: Path, values: 
 
 
 def test_a_loaded_model_is_not_moved() -> None:
-    with pytest.raises(ConfigError, match="device is 'cuda' and the model is loaded; choose its device where it is"):
+    with pytest.raises(ConfigError, match="device is 'cuda' and the model is loaded; choose its device when"):
         InferenceEngine(ToyModel(), device="cuda")
     with pytest.raises(ConfigError, match="use_kv_cache is False for a model that keeps its own cache"):
         InferenceEngine(ToyModel(), use_kv_cache=False)

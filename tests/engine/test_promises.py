@@ -56,7 +56,7 @@ def test_prefixes_are_shared_only_where_that_changes_nothing(promise: str) -> No
         assert request.cached_tokens == 0
     with (
         InferenceEngine(ToyModel(**{promise: False}), cache_tokens=1000) as engine,
-        pytest.raises(UnsupportedError, match="toy does not share"),
+        pytest.raises(UnsupportedError, match="toy cannot share"),
     ):
         engine.clear_prefix_cache()
 

@@ -139,7 +139,7 @@ def test_states_take_no_pages_and_no_prefix_tree() -> None:
         assert stats.pages_total == stats.pages_used == 0
         assert stats.states_total == 128
         assert stats.states_used == 0
-        with pytest.raises(UnsupportedError, match="toy does not share"):
+        with pytest.raises(UnsupportedError, match="toy cannot share"):
             engine.save_prefix_cache("nowhere")
 
 
@@ -186,7 +186,7 @@ class TestReaders:
             assert engine.stats().states_used == 0
 
     def test_texts_alone_have_no_score(self) -> None:
-        with InferenceEngine(ReaderToy()) as engine, pytest.raises(UnsupportedError, match="reads its prompt apart"):
+        with InferenceEngine(ReaderToy()) as engine, pytest.raises(UnsupportedError, match="has an encoder"):
             engine.score([[1, 2, 3]])
 
 

@@ -1,4 +1,4 @@
-"""Who may run next, and who gives way."""
+"""Which request may run next, and which one gives way."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from mnemos.engine.request import Request
 
 
 class Admission:
-    """Whether a waiting request can run beside those that do: at most `most` branches, and as far as the cache goes."""
+    """Decides whether a waiting request can join the running ones: at most `most` branches, if the cache has room."""
 
     def __init__(self, branches: Branches, most: int) -> None:
         self._branches = branches
         self._most = most
-        self._refused: tuple[Request | None, tuple[int, int]] = (None, (0, 0))  # who did not fit in what was available
+        self._refused: tuple[Request | None, tuple[int, int]] = (None, (0, 0))  # a request that did not fit in this
 
     def fits(self, request: Request, running: Sequence[Request]) -> bool:
-        """True if there are branches, pages and states for the request, with a page to spare for each that runs.
+        """True if there are branches, pages and states for the request, with a spare page for each running one.
 
-        A request that is alone always fits: if it does not, it fails when it runs out.
+        A request that is alone always fits: if its needs are too large, it fails when the cache runs out.
         """
         if not running:
             return True
@@ -36,9 +36,10 @@ class Admission:
 
 
 def less_entitled(candidate: Request, running: Sequence[Request]) -> Request | None:
-    """Who is preempted for a waiting request: the last one of lower priority, or of a tenant that has several running.
+    """The request that is preempted for a waiting one: the last of lower priority, or of a tenant with several running.
 
-    None where nobody is: the candidate's tenant has its share, or every other tenant has only one request running.
+    None if no request should give way: the candidate's tenant has its share, or every other tenant has only one
+    request running.
     """
     last = running[-1]
     if last.priority > candidate.priority:

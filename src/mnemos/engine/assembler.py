@@ -1,4 +1,4 @@
-"""From what a strategy gives out to streamed tokens and to a finished request's choices."""
+"""From a strategy's output to streamed tokens and to a finished request's choices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Delivery = tuple[list[Emitted], list[FinishedSequence]]
 
 
 class TextStream:
-    """Turns what a strategy gives out into streamed tokens; without a tokenizer, texts are empty."""
+    """Turns a strategy's output into streamed tokens; without a tokenizer, texts are empty."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
@@ -53,7 +53,7 @@ class TextStream:
         return decoder.push(token.token_id)
 
     def _rest(self, end: FinishedSequence, piece: str) -> str:
-        """What of a finished text was not streamed before or with `piece`."""
+        """The part of a finished text that was not streamed before or with `piece`."""
         if end.text is not None:
             return end.text[self._shown.get(end.sequence, 0) + len(piece) :]
         decoder = self._decoders.get(end.sequence)
@@ -63,7 +63,7 @@ class TextStream:
 
 
 def choices_of(deliveries: Iterable[Delivery], tokenizer: Tokenizer | None) -> list[Choice]:
-    """The results in the order of their numbers; texts that have not ended are those of a cancelled request."""
+    """The results in the order of their numbers; unfinished texts are those of a cancelled request."""
     emitted: dict[int, list[Emitted]] = {}
     choices: dict[int, Choice] = {}
     for tokens, finished in deliveries:

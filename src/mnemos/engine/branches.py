@@ -1,4 +1,4 @@
-"""Which sequences a request has: branches go on, fork and end, and what each has to evaluate next."""
+"""The sequences of each request: how branches continue, fork and end, and what each has to evaluate next."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from mnemos.engine.sliding import SINKS, Sliding
 from mnemos.errors import ContextLengthError, RequestError
 from mnemos.memory.page_table import PageTables
 
-PREFILL = 32  # a request with a sequence that has more positions than this to evaluate is prefilled in chunks
+PREFILL = 32  # a request is prefilled in chunks if one of its sequences has more positions than this to evaluate
 
 
 class Branches:
-    """Carries what the strategies ask for over to the sequences of their requests, and these to the page tables."""
+    """Translates the strategies' branches into sequences, and the sequences into page tables."""
 
     def __init__(self, tables: PageTables, context_length: int) -> None:
         self.tables = tables
         self.context_length = context_length
         self.sliding = Sliding.of(context_length, tables.position_limit, tables.page_size)
 
-    # What a request holds.
+    # A request's branches.
 
     def start(self, request: Request) -> None:
         """Asks the strategy for its first branches."""
@@ -30,7 +30,7 @@ class Branches:
                 sequence.first = 0
 
     def place(self, request: Request, branches: list[Branch]) -> None:
-        """Goes on with `branches`: the known ones, their forks, and new ones; all others are forgotten."""
+        """Continues with `branches`: known ones, their forks, and new ones; all others are dropped."""
         sequences = request.sequences
         if len(sequences) == 1 == len(branches) and self._goes_on(request, sequences[0], branches[0]):
             return
@@ -50,7 +50,7 @@ class Branches:
         request.prefilling = longest > PREFILL
 
     def release(self, request: Request) -> None:
-        """Gives everything back."""
+        """Frees everything."""
         for sequence in request.sequences:
             self.tables.release(sequence)
         request.sequences = []
@@ -58,18 +58,18 @@ class Branches:
             self.tables.tree.shrink()
 
     def suspend(self, request: Request) -> None:
-        """Gives everything back, to be recomputed later; branches will share again what they have in common."""
+        """Frees everything, to be recomputed later; branches will share their common positions again."""
         for index, sequence in enumerate(request.sequences):
             self._restart(sequence)
             sequence.parts = []
-            # One that slides shares no prefix: it has what follows a gap.
+            # A sequence that slides shares no prefix, because its positions begin after a gap.
             shares = self.tables.rewinds and sequence.goal <= self.context_length
             sequence.leader = _leader(sequence, request.sequences[:index]) if shares else None
         request.pending = sum(self._missing(sequence) for sequence in request.sequences)
         request.prefilling = True
 
     def settle(self, request: Request) -> None:
-        """After a step: remembers a prompt's new pages, and gives back those that have left the window."""
+        """Called after a step: caches a prompt's new pages, and frees those that have left the window."""
         if request.prefilling:
             self.remember(request)
         if self.tables.window:
@@ -77,19 +77,19 @@ class Branches:
                 self.tables.leave_behind(sequence)
 
     def remember(self, request: Request) -> None:
-        """Puts the full pages of the request's sequences into the prefix tree; none of texts that left some behind.
+        """Puts full pages of the request's sequences into the prefix tree, except of texts that have dropped pages.
 
-        No other text continues what is left of those, and an endless one would fill the pool with it.
+        No other text could continue from the rest of those, and an endless text would fill the pool with it.
         """
         if self.tables.tree is not None:
             for sequence in request.sequences:
                 if not (sequence.dropped or sequence.start):
                     self.tables.remember(sequence, request.salt, sequence.tokens(0, sequence.valid()))
 
-    # What a step needs.
+    # A step's positions.
 
     def prepare(self, request: Request, sequence: Sequence) -> int:
-        """Shares what others have evaluated already; returns how many positions may be evaluated now, 0: not yet."""
+        """Shares what others have already evaluated; returns how many positions may be evaluated now, 0 for not yet."""
         if request.prefilling or not sequence.done:
             if sequence.leader is not None and not self._follow(request, sequence):
                 return 0
@@ -100,7 +100,7 @@ class Branches:
         return self._slide(sequence)
 
     def fits(self, request: Request, spare: int) -> bool:
-        """True if the pages of the whole request are available, with `spare` ones left, and a state for each branch."""
+        """True if enough pages for the whole request are available, plus `spare` ones, and a state for each branch."""
         branches, tables = request.sequences, self.tables
         available, slots = tables.available
         if tables.states is not None and slots < (len(branches) or request.strategy.max_branches):
@@ -118,12 +118,12 @@ class Branches:
         tokens = branches[0].tokens(0, branches[0].first) if branches else request.prompt[:-1]
         return tables.in_use(request.salt, tokens) >= lacking
 
-    # Inner workings.
+    # Internals.
 
     def _goes_on(self, request: Request, sequence: Sequence, branch: Branch) -> bool:
-        """Aims at the newest tokens of a request's only branch; False where there is more to do.
+        """Plans the newest tokens of a request's only branch; False if there is more to do.
 
-        The short way to what `_aim` does too, which most rows of most steps take.
+        A shortcut for `_aim`, taken by most rows of most steps.
         """
         length = len(branch.tokens)
         done = sequence.done
@@ -141,7 +141,7 @@ class Branches:
         return True
 
     def _aim(self, request: Request, sequence: Sequence) -> int:
-        """Sets what a sequence has to evaluate next; returns how many positions that are."""
+        """Sets what a sequence has to evaluate next; returns how many positions that is."""
         branch, tables = sequence.branch, self.tables
         length = len(branch.tokens)
         if branch.evaluated < sequence.seen:
@@ -150,7 +150,7 @@ class Branches:
         if sequence.dropped and length <= SINKS + sequence.dropped:
             tables.trim(sequence, SINKS)
             sequence.dropped = 0
-        # A new text is cut at once: to evaluate all of it would serve little.
+        # A new text is cut right away: there would be little point in evaluating all of it.
         if length - sequence.dropped > (self.sliding.limit if sequence.seen else self.context_length):
             if not request.sliding:
                 raise ContextLengthError(f"{length} tokens exceed the context of {self.context_length}")
@@ -162,16 +162,16 @@ class Branches:
         if not sequence.goal:
             raise RequestError("the strategy returned a branch without tokens; the first token is the prompt's")
         sequence.first = sequence.goal - min(max(branch.wanted, 1), sequence.goal)
-        if sequence.done > sequence.first:  # rows are asked for again
+        if sequence.done > sequence.first:  # some rows are wanted again
             tables.trim(sequence, sequence.first)
         if (
             self.sliding.start(self.sliding.count(sequence.done)) < sequence.start
-        ):  # tokens before a slide are taken back
+        ):  # tokens before a slide were truncated
             self._restart(sequence)
         return self._missing(sequence)
 
     def _missing(self, sequence: Sequence) -> int:
-        """How many rows a sequence is to be evaluated for, those of sinks included."""
+        """How many rows a sequence needs evaluated, including those of sinks."""
         if sequence.goal <= self.context_length:
             return sequence.goal - sequence.done
         rows = sequence.goal - sequence.done
@@ -181,7 +181,7 @@ class Branches:
         return rows + (sliding.count(sequence.goal - 1) - sequence.start // sliding.step) * sliding.sinks
 
     def _slide(self, sequence: Sequence) -> int:
-        """Slides where the next row asks for it; returns how many rows there are up to the next slide."""
+        """Slides if the next row requires it; returns how many rows there are before the next slide."""
         sliding, slides = self.sliding, sequence.start // self.sliding.step
         if not sequence.resume and sequence.done == sliding.begin(slides + 1):
             slides += 1
@@ -193,7 +193,7 @@ class Branches:
         return min(sequence.goal, sliding.begin(slides + 1)) - sequence.done
 
     def _restart(self, sequence: Sequence) -> None:
-        """Gives everything back; the sequence is evaluated again from its first position on."""
+        """Frees everything; the sequence is evaluated again from its first position on."""
         self.tables.release(sequence)
         sequence.start = sequence.resume = 0
 
@@ -216,13 +216,13 @@ class Branches:
         return sequence
 
     def _follow(self, request: Request, sequence: Sequence) -> bool:
-        """Shares the positions in common with the leader, once that has evaluated them."""
+        """Shares the positions in common with the leader once the leader has evaluated them."""
         assert sequence.leader is not None
         leader, length = sequence.leader
         if leader.done < length and not leader.start:
             return False
         sequence.leader = None
-        if leader.start:  # it has slid, and left what they have in common
+        if leader.start:  # it has slid past the positions in common
             return True
         self.tables.share(leader, sequence, length)
         self.tables.trim(sequence, length)
@@ -230,7 +230,7 @@ class Branches:
         return True
 
     def _reuse(self, request: Request, sequence: Sequence) -> None:
-        """Takes over the full pages that the prefix tree knows beyond those that the sequence has."""
+        """Adds the full pages that the prefix tree has beyond those of the sequence."""
         if self.tables.tree is None:
             return
         found = self.tables.reuse(sequence, request.salt, sequence.tokens(0, sequence.first))
@@ -240,7 +240,7 @@ class Branches:
 
 
 def _common(one: Sequence, other: Sequence, limit: int) -> int:
-    """How many of the first `limit` positions hold the same tokens in both."""
+    """How many leading positions, at most `limit`, hold the same tokens in both."""
     first, second = one.tokens(0, limit), other.tokens(0, limit)
     if first == second:
         return len(first)
@@ -249,7 +249,7 @@ def _common(one: Sequence, other: Sequence, limit: int) -> int:
 
 
 def _leader(sequence: Sequence, siblings: list[Sequence]) -> tuple[Sequence, int] | None:
-    """The sibling that has the most first positions in common, and how many."""
+    """The sibling with the longest common prefix, and its length."""
     shared = [(min(_common(sequence, sibling, sequence.first), sibling.goal), sibling) for sibling in siblings]
     length, leader = max(shared, key=lambda pair: pair[0], default=(0, sequence))
     return (leader, length) if length else None

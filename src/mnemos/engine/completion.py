@@ -1,4 +1,4 @@
-"""What comes out of a request: streamed tokens and the finished completion."""
+"""A request's output: streamed tokens and the finished completion."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mnemos.engine.request import Timings
 
 @dataclass(frozen=True)
 class StreamedToken:
-    """A token as it becomes certain.
+    """A token once it is final.
 
-    text           what the stream shows now: whole characters, possibly none, never a part of a stop string
-    token_id       None where only text that was held back comes out at the end
-    sequence       which of the request's results it belongs to
+    text           the text to show now: whole characters, possibly none, never a part of a stop string
+    token_id       None where only held-back text is released at the end
+    sequence       the number of the request's result that it belongs to
     finish_reason  at a result's last token (stop, length, repetition, time or error), else None
     """
 
@@ -28,7 +28,7 @@ class StreamedToken:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens: of the prompt, of these found in the prefix cache, and generated (all results together)."""
+    """Numbers of tokens: in the prompt, of those found in the prefix cache, and generated (by all results)."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -41,10 +41,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Choice:
-    """One result. `logprobs` has a value for each token if they were asked for, else it is empty.
+    """One result. `logprobs` has a value for each token if requested, else it is empty.
 
-    finish_reason is stop, length, repetition, time, error or, of what a cancelled request had so far, cancelled.
-    token_ids are all that were generated, the end-of-text or stop token included; the text leaves those out.
+    finish_reason is stop, length, repetition, time, error or, for the partial result of a cancelled request, cancelled.
+    token_ids are all generated tokens, including the end-of-text or stop token; the text leaves that out.
     """
 
     text: str
@@ -59,7 +59,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Completion:
-    """A request's results, the best or first one's fields within easy reach."""
+    """A request's results; its own properties are those of the best or first one."""
 
     choices: list[Choice]
     prompt_ids: list[int]

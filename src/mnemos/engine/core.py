@@ -1,4 +1,4 @@
-"""The engine's work, step by step: schedule, run the model, ask the strategies. One thread calls it."""
+"""The engine's work, step by step: schedule, run the model, advance the strategies. One thread calls it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mnemos.memory.capacity import Capacity
 
 
 class EngineCore:
-    """Runs requests to their ends; what fails ends the requests concerned and nothing else."""
+    """Runs requests to completion; a failure ends the requests concerned and nothing else."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class EngineCore:
 
     @property
     def requests(self) -> list[Request]:
-        """All that run or wait."""
+        """All running and waiting requests."""
         return [*self.scheduler.running, *self.scheduler.queue.waiting()]
 
     def add(self, request: Request) -> None:
@@ -49,7 +49,7 @@ class EngineCore:
         self.tell("submitted", request, time.perf_counter())
 
     def cancel(self, request: Request) -> None:
-        """Ends a request that is not wanted any more; its sink keeps what was delivered."""
+        """Ends a request that is no longer wanted; its sink keeps what was delivered."""
         if request.state is not State.ENDED:
             self.scheduler.finish(request)
             self.counters.cancelled += 1
@@ -62,7 +62,7 @@ class EngineCore:
             self._end(request, error, "failed")
 
     def step(self) -> None:
-        """Evaluates one batch, if there is anything to evaluate, and asks the strategies that it concerns."""
+        """Evaluates one batch, if there is anything to evaluate, and advances the strategies concerned."""
         counters, scheduler = self.counters, self.scheduler
         began = time.perf_counter()
         step = scheduler.schedule(began)
@@ -91,14 +91,14 @@ class EngineCore:
         counters.busy_seconds += time.perf_counter() - began
 
     def _begin(self, request: Request, state: int) -> None:
-        """Has a model that reads prompts apart from what it writes read one into a sequence's clear slot."""
+        """For a model with an encoder: has it read the request's source into a sequence's clear state slot."""
         if isinstance(self.model, ConditionedModel):
             began = time.perf_counter()
             self.model.begin(state, request.source or request.prompt)
             self.counters.model_seconds += time.perf_counter() - began
 
     def _advance(self, request: Request, now: float) -> None:
-        """Asks the strategy how to go on. What goes wrong in it ends its request alone."""
+        """Asks the strategy how to continue. An error in it ends only its own request."""
         try:
             advance = request.strategy.advance(request.rows())
             self.counters.drafted += advance.drafted
@@ -125,14 +125,14 @@ class EngineCore:
         self.tell("finished", request, now)
 
     def _draft(self, draft_model: DraftModel, requests: list[Request]) -> None:
-        """Has the draft model guess how texts go on. If it fails, they go on without."""
+        """Has the draft model guess the next tokens of texts. If it fails, they continue without drafts."""
         before = draft_model.seconds
         try:
             drafted = draft_model.extend(requests)
         except Exception:
             draft_model.give_up()
             drafted = [request for request in requests if request.state is State.RUNNING]
-            log_exception("the draft model failed; requests go on without drafts")
+            log_exception("the draft model failed; requests continue without drafts")
         for request in drafted:
             self.scheduler.place(request, [sequence.branch for sequence in request.sequences])
         self.counters.model_seconds += draft_model.seconds - before
@@ -161,7 +161,7 @@ class EngineCore:
         self.tell(kind, request, request.timings.finished)
 
     def tell(self, kind: str, request: Request, now: float) -> None:
-        """Tells the listeners of a step in a request's life."""
+        """Notifies the listeners of an event in a request's life."""
         if self.listeners:
             event = Event(kind, request.number, now - request.timings.submitted, len(request.timings.tokens))
             for listener in self.listeners:
@@ -169,11 +169,11 @@ class EngineCore:
                     listener(event)
                 except Exception:
                     self.listeners = [other for other in self.listeners if other is not listener]
-                    log_exception("a listener of engine events failed and is not called any more")
+                    log_exception("a listener of engine events failed and is no longer called")
 
 
 def log_exception(message: str) -> None:
-    """Logs the exception that is being handled."""
+    """Logs the exception being handled."""
     import logging  # not at the top: most programs never need it, and it takes time to load
 
     logging.getLogger("mnemos.engine").exception(message)

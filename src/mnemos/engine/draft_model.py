@@ -1,4 +1,4 @@
-"""Speculation with a small model: it writes ahead, in its own ragged batches, what the large one verifies."""
+"""Speculation with a small model: in its own ragged batches, it drafts the tokens that the large one verifies."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mnemos.memory.capacity import Capacity
 class DraftModel:
     """The draft model, with its own scheduler and cache pages.
 
-    It holds a copy of every branch whose strategy asks for drafts. A copy is brought up to its original, by chunks
-    where that is a whole prompt, and then writes ahead together with all others that are there; an original whose copy
-    still reads its prompt, or finds no pages, goes on without drafts.
+    It holds a copy of every branch whose strategy asks for drafts. A copy first catches up with its original, in chunks
+    if that is a whole prompt, and then drafts together with all other copies; an original whose copy is still reading
+    its prompt, or finds no pages, continues without drafts.
     """
 
     def __init__(self, model: Model, capacity: Capacity, limits: Limits) -> None:
@@ -40,20 +40,20 @@ class DraftModel:
         return list(dict.fromkeys(request for request, branch in wishes.values() if branch.wanted > 1))
 
     def forget(self, request: Request) -> None:
-        """The request has ended: its copies give their pages back."""
+        """Called when the request has ended: frees the pages of its copies."""
         for copy in self._copies.pop(request, {}).values():
             if copy is not None:
                 self.scheduler.finish(copy)
 
     def give_up(self) -> None:
-        """Ends all copies; requests that run go on without drafts."""
+        """Ends all copies; running requests continue without drafts."""
         for copies in self._copies.values():
             for copy in copies.values():
                 if copy is not None:
                     self._give_up(copy)
 
     def _copy(self, request: Request, branch: Branch) -> Request | None:
-        """The draft model's copy of a branch, with the branch's tokens to be evaluated."""
+        """The draft model's copy of a branch, set to evaluate the branch's tokens."""
         copies = self._copies.setdefault(request, {})
         if branch not in copies:
             copy = copies[branch] = _copy_of(request, branch)
@@ -62,7 +62,7 @@ class DraftModel:
         known = copies[branch]
         if known is None:
             return None
-        known.prompt = list(branch.tokens)  # what a copy begins with that has not started yet
+        known.prompt = list(branch.tokens)  # a copy that has not started yet begins with this
         if known.started:
             own = known.sequences[0].branch
             own.truncate(_common(own.tokens, branch.tokens))
@@ -71,7 +71,7 @@ class DraftModel:
         return None if known.state is State.ENDED else known
 
     def _write(self, wishes: Mapping[Request, tuple[Request, Branch]]) -> None:
-        """Runs the model until every copy that does not read its prompt has written what was asked for."""
+        """Runs the model until every copy that has read its prompt has drafted as much as was asked for."""
         busy = bool(wishes)
         while busy and (step := self.scheduler.schedule(time.perf_counter())) is not None:
             began = time.perf_counter()
@@ -102,7 +102,7 @@ class DraftModel:
             self._give_up(copy, error)
 
     def _give_up(self, copy: Request, error: Exception | None = None) -> None:
-        """Where a copy cannot go on, its original does so without drafts."""
+        """Ends a copy that cannot continue; its original continues without drafts."""
         self.scheduler.remove(copy)
         for copies in self._copies.values():
             for branch, known in copies.items():
@@ -110,7 +110,7 @@ class DraftModel:
                     copies[branch] = None
 
     def _forget_ended(self, request: Request) -> None:
-        """Of several results some may have ended."""
+        """Forgets the copies of results that have ended, while others of the request continue."""
         copies = self._copies.get(request)
         if copies:
             live = {sequence.branch for sequence in request.sequences}
@@ -121,7 +121,7 @@ class DraftModel:
 
 
 class _Copy:
-    """A strategy that the DraftModel drives from outside."""
+    """A strategy that DraftModel drives from outside."""
 
     needs_all_prompt_rows = False
     max_branches = 1
@@ -130,11 +130,11 @@ class _Copy:
         return [Branch(prompt)]
 
     def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
-        raise NotImplementedError("a copy is advanced by what its original chooses")
+        raise NotImplementedError("a copy is advanced by its original's choices")
 
 
 class _Nowhere:
-    """Takes nothing: a copy has no results."""
+    """A sink for copies, which have no results."""
 
     def deliver(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None:
         """Never called."""
@@ -157,7 +157,7 @@ def _copy_of(request: Request, branch: Branch) -> Request:
 
 
 def _common(own: list[int], other: list[int]) -> int:
-    """How many first tokens are the same."""
+    """The length of the common prefix."""
     length = min(len(own), len(other))
     if own[:length] == other[:length]:
         return length

@@ -1,4 +1,4 @@
-"""The tokens of a step's rows, for all texts together, where a row, a seed and a place are all that decides."""
+"""Draws the tokens of a step's rows for all texts together, where only the row, a seed and the position matter."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from mnemos.engine.step import Step
 
 
 def draw_tokens(step: Step, output: Output) -> None:
-    """Sets `chosen` of each sequence of a complete request whose branch says how its tokens are drawn.
+    """Sets `chosen` of each sequence of a complete request whose branch has a draw.
 
-    Where the model has found the most probable tokens by itself, those are taken.
+    If the model has already found the most probable tokens, those are used.
     """
     drawing: list[Sequence] = []
     wishes: list[Wish] = []

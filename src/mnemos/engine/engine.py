@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     Config = GenerationConfig | None
 
 DEFAULT_BATCHED_TOKENS = 128
-LENGTHS = {"max_new_tokens", "max_length", "max_tokens"}  # fields that say how long a text gets
-SMALLEST_SLIDING = 8  # positions of a context in which endless generation has room to move
+LENGTHS = {"max_new_tokens", "max_length", "max_tokens"}  # fields that limit a text's length
+SMALLEST_SLIDING = 8  # the shortest context, in positions, in which endless generation works
 
 
 class Shaped(Protocol):
@@ -54,9 +54,9 @@ Array = TypeVar("Array", bound=Shaped)
 class InferenceEngine:
     """Runs a model for any number of callers at once. Safe to use from many threads; a context manager.
 
-    model: a `Model`, or an nn.Module, which is adapted (`use_kv_cache` is for those; `device` must be where they are).
-    tokenizer: a `mnemos.Tokenizer`, or any with encode(text) and decode(ids), as those of transformers.
-    options: those of `mnemos.engine.options.EngineOptions`, which says what each does. ConfigError for any other.
+    model: a `Model`, or an nn.Module, which is adapted (`use_kv_cache` is for modules; `device` must be theirs).
+    tokenizer: a `mnemos.Tokenizer`, or any object with encode(text) and decode(ids), like those of transformers.
+    options: those of `mnemos.engine.options.EngineOptions`, which documents them. ConfigError for any other.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class InferenceEngine:
         **options: Unpack[EngineKeywords],
     ) -> None:
         chosen = EngineOptions.read({"device": device, "use_kv_cache": use_kv_cache, **options})
-        # Not imported above: `from_pretrained` has the weights read meanwhile.
+        # Imported here, while the weights that `from_pretrained` loads are being read.
         import mnemos.decoding.build  # noqa: F401  the first request needs it
         from mnemos.engine.scheduler import Limits
         from mnemos.engine.thread import EngineThread
@@ -78,7 +78,7 @@ class InferenceEngine:
         spec = with_ends(self.model.spec, self.tokenizer)
         length = chosen.context_length or spec.context_length
         if length > spec.context_length:
-            raise ConfigError(f"context_length is {length}; the model's own is {spec.context_length}")
+            raise ConfigError(f"context_length is {length}; the model's is {spec.context_length}")
         self.spec = replace(spec, context_length=length)
         self._default_config = chosen.generation_config
         capacity = reserve(self.model, self.spec, chosen.cache_tokens, chosen.max_sequences)
@@ -93,12 +93,12 @@ class InferenceEngine:
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> InferenceEngine:
         """An engine for a registry name, a GGUF file, a Hugging Face folder or a training checkpoint (.pt).
 
-        options: those of `mnemos.engine.options.LoadOptions` and `EngineOptions`, which say what each does. ConfigError
-        for any other, and for one that the model has no use for.
+        options: those of `mnemos.engine.options.LoadOptions` and `EngineOptions`, which document them. ConfigError for
+        any other, and for one that the model cannot use.
 
-        A folder of an architecture that is not built in runs through transformers, where that is installed, on the
-        best device if none is named; code in the folder is run with trust_remote_code=True only.
-        backend="transformers" asks for that also where the architecture is built in.
+        A folder with an architecture that is not built in runs through transformers, if that is installed, on the best
+        device unless one is named; code in the folder is run with trust_remote_code=True only.
+        backend="transformers" requests that for built-in architectures too.
         """
         loading, running = split(options)
         return cls(**load_parts(source, loading), **running)
@@ -135,14 +135,14 @@ class InferenceEngine:
         input_ids: Any = None,
         **overrides: Any,
     ) -> Any:
-        """Results in the form that the prompts come in.
+        """Returns results in the form of the prompts.
 
-        A text gives a text, a list of texts a list; token ids give token ids and an array or tensor (batch, time) such
-        an array, both with the prompt included, arrays padded on the right with pad_token_id. With n results for a
-        prompt, lists hold a list for it and arrays have n rows, which the types do not say. What a tokenizer of
-        transformers returns is taken too, as the prompts or as generate(**inputs). `overrides` replace fields of the
-        config, which may also stand in attention_mask's place. An encoder-decoder model's results hold the decoder's
-        tokens only.
+        A text gives a text, a list of texts a list; token ids give token ids, and an array or tensor (batch, time)
+        gives such an array, both including the prompt, arrays padded on the right with pad_token_id. With n results per
+        prompt, lists hold a list for each prompt and arrays have n rows for it, which the annotated types do not show.
+        The output of a transformers tokenizer is accepted too, as the prompts or as generate(**inputs). `overrides`
+        replace fields of the config, which may also be passed in the position of attention_mask. For an encoder-decoder
+        model, results hold only the decoder's tokens.
         """
         from mnemos.decoding.config import GenerationConfig
 
@@ -150,7 +150,7 @@ class InferenceEngine:
             attention_mask, config = None, attention_mask
         if input_ids is not None:
             if prompts is not None:
-                raise RequestError("there are prompts and input_ids; give one of them")
+                raise RequestError("prompts and input_ids are both given; give one of them")
             prompts = input_ids
             overrides.pop("token_type_ids", None)  # of models that read two texts
         wanted = read_prompts(prompts, attention_mask, self.tokenizer)
@@ -168,10 +168,10 @@ class InferenceEngine:
         on_done: Callable[[], None] = lambda: None,
         **overrides: Any,
     ) -> list[Any]:
-        """`generate` for many prompts, at most `batch_size` at once; the next starts when one is done.
+        """`generate` for many prompts, at most `batch_size` at once; when one is done, the next starts.
 
-        Each result has the form of its own prompt; of an array or tensor (time,) it is such an array. `config` may be
-        one for all prompts or a list with one for each. Without a config and a length, 128 tokens are generated.
+        Each result has the form of its own prompt; for an array or tensor (time,), it is such an array. `config` is one
+        for all prompts or a list with one for each. Without a config and a length, 128 tokens are generated.
         `on_done` is called after each prompt.
         """
         COUNT.apply("batch_size", batch_size)
@@ -202,30 +202,30 @@ class InferenceEngine:
     def complete(self, prompts: Any, config: Config = ..., **overrides: Any) -> Any: ...
 
     def complete(self, prompts: Any, config: GenerationConfig | None = None, **overrides: Any) -> Any:
-        """A `Completion` for one prompt (a text or token ids), a list of them for several."""
+        """A `Completion` for one prompt (a text or token ids), or a list of them for several."""
         wanted = read_prompts(prompts, None, self.tokenizer)
         completions = self._complete_all(wanted.token_ids, self._config(config, overrides))
         return completions[0] if wanted.single else completions
 
     def stream(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[StreamedToken]:
-        """The tokens of one prompt's results as they become certain. Ending the iteration early cancels the request."""
+        """The tokens of one prompt's results as they become final. Ending the iteration early cancels the request."""
         return iter(self.submit(prompt, config, **overrides))
 
     def submit(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> RequestHandle:
-        """Queues one prompt and returns at once; CapacityError if the queue is full."""
+        """Queues one prompt and returns immediately; CapacityError if the queue is full."""
         wanted = read_prompts(prompt, None, self.tokenizer)
         return self._launcher(wanted.only, self._config(config, overrides))()
 
     # Evaluation of given tokens.
 
     def logits(self, token_ids: Sequence[int]) -> Floats:
-        """float32 (time, vocabulary): row i is what the model expects behind token i (of a text, if that is given)."""
+        """float32 (time, vocabulary): row i holds the logits of the token after token i (of a text, if given)."""
         strategy = ForcedLogits(self.spec.vocabulary_size)
         self._force([read_prompts(token_ids, None, self.tokenizer).only], [strategy])
         return strategy.logits
 
     def score(self, texts: Any) -> list[Score]:
-        """Log likelihoods of texts (or token ids), each token given all before it; the first is not scored."""
+        """Log likelihoods of texts (or token ids), each token given those before it; the first is not scored."""
         wanted = read_prompts(texts, None, self.tokenizer)
         for token_ids in wanted.token_ids:
             if len(token_ids) < 2:
@@ -237,27 +237,27 @@ class InferenceEngine:
     # The engine itself.
 
     def stats(self) -> Statistics:
-        """A snapshot of what the engine has done and is doing."""
+        """A snapshot of the engine's work, past and present."""
         return self._thread.statistics()
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Calls `listener` with an Event for every request's steps in life; returns what ends that.
+        """Calls `listener` with an Event for every change in a request's life; returns a function that ends this.
 
         It is called in the engine's thread and must be quick; its exceptions end its subscription.
         """
         return self._thread.subscribe(listener)
 
     def save_prefix_cache(self, path: str | os.PathLike[str]) -> int:
-        """Writes the prefix cache to a file, which is bound to this very model; returns the number of pages."""
+        """Writes the prefix cache to a file that only this model can load; returns the number of pages."""
         from mnemos.memory.prefix_file import save_prefixes
 
         tree = self._thread.prefix_tree()
         return self._thread.call(lambda: save_prefixes(path, tree, cast(PagedModel, self.model).cache, self.spec))
 
     def load_prefix_cache(self, path: str | os.PathLike[str]) -> int:
-        """Reads what save_prefix_cache wrote, as far as pages are free; returns the number of pages.
+        """Loads a file that save_prefix_cache wrote, as far as pages are free; returns the number of pages.
 
-        FormatError if the file is damaged or of another model; then nothing has changed.
+        FormatError if the file is damaged or belongs to another model; nothing is changed then.
         """
         from mnemos.memory.prefix_file import load_prefixes
 
@@ -265,17 +265,17 @@ class InferenceEngine:
         return self._thread.call(lambda: load_prefixes(path, tree, cast(PagedModel, self.model).cache, self.spec))
 
     def clear_prefix_cache(self) -> None:
-        """Forgets what was evaluated for earlier requests."""
+        """Drops the keys and values cached from earlier requests."""
         tree = self._thread.prefix_tree()
         self._thread.call(tree.clear)
 
     def limit_prefix_cache(self, pages: int) -> None:
-        """Remembers at most `pages` cache pages that nobody uses, the latest used ones."""
+        """Keeps at most `pages` cache pages that no request uses: the most recently used ones."""
         tree = self._thread.prefix_tree()
         self._thread.call(partial(tree.restrict, pages))
 
     def close(self, drain: bool = False) -> None:
-        """Ends the engine: with `drain` after all requests are done, else at once, which ends them with an error."""
+        """Closes the engine: with `drain` once all requests are done, else immediately, ending them with an error."""
         self._thread.close(drain)
 
     def __enter__(self) -> InferenceEngine:
@@ -284,7 +284,7 @@ class InferenceEngine:
     def __exit__(self, *exception: object) -> None:
         self.close(drain=exception[0] is None)
 
-    # Inner workings.
+    # Internals.
 
     def _config(self, config: GenerationConfig | None, overrides: Mapping[str, Any]) -> GenerationConfig:
         """What a request is generated by: its own config, else the engine's, with some fields replaced."""
@@ -295,7 +295,7 @@ class InferenceEngine:
         return make_config(config, **overrides)
 
     def _launcher(self, token_ids: Sequence[int], config: GenerationConfig) -> Callable[[], RequestHandle]:
-        """Checks a request, and returns what queues it. RequestError or ContextLengthError if it cannot be run."""
+        """Checks a request; returns a function that queues it. RequestError or ContextLengthError if it cannot run."""
         from mnemos.decoding.build import fit_prompt, make_strategy
 
         if config.overflow == "sliding" and self.spec.context_length < SMALLEST_SLIDING:
@@ -352,9 +352,7 @@ class InferenceEngine:
 
         self._thread.check_thread()
         if isinstance(self.model, ConditionedModel):
-            raise UnsupportedError(
-                f"{self.spec.architecture} reads its prompt apart from what it writes; a text alone has no score"
-            )
+            raise UnsupportedError(f"{self.spec.architecture} has an encoder for its prompt; a text alone has no score")
         config = GenerationConfig()
         for prompt in prompts:
             fit_prompt(config, prompt, self.spec)
@@ -369,6 +367,6 @@ class InferenceEngine:
         )
 
     def _pad_id(self, config: GenerationConfig) -> int:
-        """What fills up arrays: the config's pad token, else the model's, else its end-of-text token."""
+        """The id that pads arrays: the config's pad token, else the model's, else its end-of-text token."""
         known = (config.pad_token_id, self.spec.pad_token_id, *self.spec.eos_token_ids[:1], 0)
         return next(token for token in known if token is not None)

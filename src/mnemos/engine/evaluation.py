@@ -1,4 +1,4 @@
-"""A step's batch through the model: whole, sequence by sequence, or in halves where it fails."""
+"""Runs a step's batch through the model: whole, sequence by sequence, or in halves when it fails."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mnemos.errors import MnemosError
 
 
 def evaluate(model: Model, batch: Batch) -> Output:
-    """The model's output for a batch, sequence by sequence where it does not promise to take several at once.
+    """The model's output for a batch, evaluated sequence by sequence if it does not support several at once.
 
-    MnemosError if it has not as many rows as were asked for.
+    MnemosError if it does not have as many rows as were asked for.
     """
     if model.spec.batches or batch.sequences == 1:
         output = model.forward(batch)
@@ -29,11 +29,11 @@ def evaluate(model: Model, batch: Batch) -> Output:
 
 
 def evaluate_apart(model: Model, step: Step, batch: Batch, error: Exception) -> tuple[Output, dict[Request, Exception]]:
-    """After the model has failed with `error` on a step: its output for the requests that are not to blame.
+    """After the model failed with `error` on a step: its output for the requests that did not cause the failure.
 
-    The step is evaluated again in halves, and these in halves, until each request that makes the model fail is alone;
-    those leave the step, and are returned with what the model said. A state that does not rewind may have gone half of
-    the way, so that nothing can be evaluated again: then all are to blame.
+    The step is evaluated again in halves, and those in halves, until each request that makes the model fail is alone;
+    such requests leave the step and are returned with their errors. A state that does not rewind may have been half
+    updated, so that nothing can be evaluated again: then all requests count as the cause.
     """
     if model.spec.states and not model.spec.rewinds:
         failed = {request: error for request, _, _ in step.items}
@@ -68,12 +68,12 @@ def evaluate_apart(model: Model, step: Step, batch: Batch, error: Exception) -> 
 
 
 def _copy(output: Output) -> Output:
-    """The output in memory that the next forward pass leaves alone."""
+    """A copy of the output that the next forward pass does not overwrite."""
     return Output(output.logits.copy(), output.hidden.copy(), None if output.tokens is None else output.tokens.copy())
 
 
 def _join(outputs: list[Output]) -> Output:
-    """One output of several, in order; without any, one that has no rows."""
+    """Several outputs joined in order; one without rows if there are none."""
     if not outputs:
         return Output(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
     tokens = [output.tokens for output in outputs if output.tokens is not None]

@@ -1,4 +1,4 @@
-"""Submitted requests as their caller sees them: one as an iterator of tokens, or many that are waited for together."""
+"""Submitted requests as their caller sees them: one as an iterator of tokens, or many awaited together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Lease:
     """Keeps an engine's thread running: the engine and every handle of its requests hold it.
 
-    When the last of them is gone, or the interpreter ends, the thread is closed. The thread itself does not hold it.
+    When the last holder is gone, or the interpreter exits, the thread is closed. The thread itself holds no lease.
     """
 
     def __init__(self, thread: EngineThread) -> None:
@@ -35,16 +35,16 @@ class Lease:
 
 
 class Channel:
-    """What the engine's thread has delivered of a request, for any number of readers.
+    """A request's output as the engine's thread delivers it, for any number of readers.
 
-    Each reads from the beginning, at a pace of its own. Only those who read along are woken for every delivery.
+    Each reads from the beginning, at its own pace. Only streaming readers are woken for every delivery.
     """
 
     def __init__(self) -> None:
         self.items: list[Delivery] = []  # only ever appended to
         self.ended = False
         self.error: BaseException | None = None
-        self._readers: list[Callable[[], None]] = []  # wake those who read along
+        self._readers: list[Callable[[], None]] = []  # wake streaming readers
         self._callbacks: deque[Callable[[], None]] = deque()
 
     def deliver(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None:
@@ -59,15 +59,15 @@ class Channel:
             self._callbacks.popleft()()
 
     def at_end(self, callback: Callable[[], None]) -> None:
-        """Has `callback` called once nothing more will come, in the engine's thread or at once."""
+        """Calls `callback` once the request has ended, in the engine's thread or right away."""
         self._callbacks.append(callback)
-        if self.ended:  # perhaps too late to be seen: whoever pops it calls it
+        if self.ended:  # it may have ended before the append: the side that pops the callback calls it
             with suppress(IndexError):
                 self._callbacks.popleft()()
 
     @contextmanager
     def reading(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Within it, `wake` is called after every delivery and at the end."""
+        """Inside the block, `wake` is called after every delivery and at the end."""
         self._readers.append(wake)
         try:
             yield
@@ -81,49 +81,49 @@ class Channel:
 
 
 class RequestHandle:
-    """A request on its way.
+    """A submitted request.
 
-    Iterate over it (`for` or `async for`) for its tokens as they come, or wait for `result()` or, in asyncio, `await
-    handle`. Any number of threads and tasks may do so at once; each gets everything. Leaving an iteration early or
-    cancelling a task that waits cancels the request, for all of them, and so does dropping the handle.
+    Iterate over it (`for` or `async for`) for its tokens as they arrive, or wait for `result()` or, in asyncio, `await
+    handle`. Any number of threads and tasks may do so at once; each gets all the output. Leaving an iteration early or
+    cancelling a waiting task cancels the request for all of them, and so does dropping the handle.
     """
 
     def __init__(self, lease: Lease, request: Request, channel: Channel, tokenizer: Tokenizer | None) -> None:
-        self._lease = lease  # the thread runs as long as somebody waits for its results
+        self._lease = lease  # the thread runs as long as its results may be read
         self._request = request
         self._channel = channel
         self._tokenizer = tokenizer
 
     @property
     def done(self) -> bool:
-        """True once nothing more will come."""
+        """True once the request has ended and nothing more arrives."""
         return self._channel.ended
 
     @property
     def timings(self) -> Timings:
-        """When it was queued, started, gave its tokens; filled in as it goes."""
+        """When it was queued, when it started and when its tokens came; updated as it runs."""
         return self._request.timings
 
     @property
     def preemptions(self) -> int:
-        """How often it had to give its memory to others and was recomputed."""
+        """How often it gave its memory to other requests and was recomputed."""
         return self._request.preemptions
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
-        """Has `callback` called once nothing more will come, in the engine's thread or at once; it must not raise."""
+        """Calls `callback` once the request has ended, in the engine's thread or right away; it must not raise."""
         self._channel.at_end(callback)
 
     def cancel(self) -> None:
-        """Ends the request within a step. What came so far can still be read."""
+        """Ends the request within one step. Output so far can still be read."""
         self._lease.thread.cancel(self._request)
 
     def result(self) -> Completion:
-        """Waits for the end. Raises the request's error; a cancelled request gives what it had so far."""
+        """Waits for the end. Raises the request's error; a cancelled request returns its output so far."""
         self.wait()
         return self._completion()
 
     def wait(self) -> None:
-        """Waits for the end, whatever it is. An interrupt (Ctrl-C) cancels the request."""
+        """Waits for the end, successful or not. An interrupt (Ctrl-C) cancels the request."""
         self._lease.thread.check_thread()
         ended = threading.Event()
         try:
@@ -187,7 +187,7 @@ class RequestHandle:
             self.cancel()
 
     def _reader(self) -> Callable[[], Iterator[StreamedToken]]:
-        """Gives at each call the tokens that have come since the last one, at the first call all."""
+        """A function that returns the tokens that have come since its last call, at the first call all so far."""
         items, stream, known = self._channel.items, TextStream(self._tokenizer), 0
 
         def read() -> Iterator[StreamedToken]:
@@ -214,13 +214,13 @@ class RequestHandle:
 
 
 def _event_of_loop() -> tuple[asyncio.Event, Callable[[], None]]:
-    """An event of the running event loop, and what sets it from any thread."""
+    """An event of the running event loop, and a function that sets it from any thread."""
     import asyncio  # not at the top: it would double the time that a program without it takes to start
 
     loop, event = asyncio.get_running_loop(), asyncio.Event()
 
     def wake() -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+        with suppress(RuntimeError):  # the loop is closed: there is no reader any more
             loop.call_soon_threadsafe(event.set)
 
     return event, wake
@@ -232,8 +232,8 @@ Launch = Callable[[], RequestHandle]
 def run_all(launches: Sequence[Launch], in_flight: int, on_done: Callable[[], None] = lambda: None) -> list[Completion]:
     """Launches requests, at most `in_flight` at once, and returns their completions in order.
 
-    Where the engine's queue is full, waits for one of its own. The first error, or an interrupt, cancels all. `on_done`
-    is called in the caller's thread after each request.
+    If the engine's queue is full, it waits for one of its own requests. The first error, or an interrupt, cancels all.
+    `on_done` is called in the caller's thread after each request.
     """
     handles: list[RequestHandle] = []
     ended: SimpleQueue[None] = SimpleQueue()

@@ -1,6 +1,6 @@
-"""How a model is loaded and an engine runs it: each option once, with its rule, its default and what it does.
+"""How a model is loaded and how an engine runs it: each option once, with its rule, default and help text.
 
-The constructors, the command line and the tables of the documents are made from these classes.
+The constructors, the command line and the documents' tables are made from these classes.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ def _device(value: Any) -> str | None:
 
 
 def _config(value: Any) -> Any:
-    from mnemos.decoding.config import GenerationConfig  # the weights are read meanwhile
+    from mnemos.decoding.config import GenerationConfig  # imported late: the weights are being read meanwhile
 
     return value if isinstance(value, GenerationConfig) else None
 
 
 ANYTHING = Rule(lambda value: value, "anything")
-BACKEND = Rule(_backend, f"one of {', '.join(BACKENDS)}; torch and {TRANSFORMERS} may name a device, as torch:cuda")
-DEVICE = Rule(_device, f"one of {', '.join(DEVICES)}, also with a number, as cuda:1")
+BACKEND = Rule(_backend, f"one of {', '.join(BACKENDS)}; torch and {TRANSFORMERS} may name a device, like torch:cuda")
+DEVICE = Rule(_device, f"one of {', '.join(DEVICES)}, also with a number, like cuda:1")
 PATH = Rule(lambda value: value if isinstance(value, (str, os.PathLike)) else None, "a name or a path")
 PROGRESS = Rule(lambda value: value if callable(value) else None, "a callable (stage, done, total)")
 CONFIG = Rule(_config, "a GenerationConfig")
 
 
 def row(rule: Rule, help: str, metavar: str | None = None) -> dict[str, Any]:
-    """What is said of an option: its rule, what it does, and what the command line calls its value.
+    """An option's metadata: its rule, what it does, and the name of its value on the command line.
 
-    Without `metavar` the option is for Python alone; an empty one is that of a flag.
+    Without `metavar` the option is for Python only; an empty one marks a flag.
     """
     return {"rule": rule, "help": help, "metavar": metavar}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Values that are checked when they are made: ConfigError for one outside its meaning and for an unknown name."""
+    """Values that are validated on creation: ConfigError for one that is not allowed and for an unknown name."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -75,23 +75,23 @@ class Options:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
-        """The options of these names. ConfigError for a name that is none, with the nearest that is one."""
+        """The options with these values. ConfigError for an unknown name, with the most similar known one."""
         refuse_unknown(values, cls.names())
         return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
-    """What concerns a model however it comes: from a file, or as a module in memory."""
+    """Options for any model, whether loaded from a file or given as a module in memory."""
 
     context_length: int | None = field(
-        default=None, metadata=row(COUNT, "the most positions of a sequence; by default the model's own", "N")
+        default=None, metadata=row(COUNT, "the maximum length of a sequence in tokens; by default the model's own", "N")
     )
     device: str | None = field(
-        default=None, metadata=row(DEVICE, "cpu, or a device of PyTorch's such as cuda; auto: the best one", "NAME")
+        default=None, metadata=row(DEVICE, "cpu, or a PyTorch device such as cuda; auto: the best one", "NAME")
     )
     use_kv_cache: bool = field(
-        default=True, metadata=row(FLAG, "False runs a PyTorch module over the whole text for every token")
+        default=True, metadata=row(FLAG, "False: a PyTorch module is run over the whole text for every token")
     )
 
 
@@ -104,16 +104,14 @@ class LoadOptions(ModelOptions):
     )
     dtype: str = field(
         default="auto",
-        metadata=row(
-            DTYPE, "auto: weights as they are stored; float32: expanded; bfloat16, float16: PyTorch's", "TYPE"
-        ),
+        metadata=row(DTYPE, "auto: weights as stored; float32: expanded; bfloat16, float16: with PyTorch", "TYPE"),
     )
     kv_dtype: str = field(
         default="auto",
-        metadata=row(KV_DTYPE, "of the key/value cache: auto, float32, float16, bfloat16 or int8", "TYPE"),
+        metadata=row(KV_DTYPE, "the key/value cache's type: auto, float32, float16, bfloat16 or int8", "TYPE"),
     )
     threads: int | None = field(
-        default=None, metadata=row(COUNT, "threads to compute with; by default one for each usable core", "N")
+        default=None, metadata=row(COUNT, "threads to compute with; by default one per usable core", "N")
     )
     tokenizer: Any = field(
         default=None,
@@ -122,12 +120,10 @@ class LoadOptions(ModelOptions):
     draft: str | os.PathLike[str] | None = field(
         default=None,
         metadata=row(
-            PATH, "a small model with the same vocabulary, which guesses tokens for the large one to check", "MODEL"
+            PATH, "a small model with the same vocabulary that drafts tokens for the large one to verify", "MODEL"
         ),
     )
-    trust_remote_code: bool = field(
-        default=False, metadata=row(FLAG, "run Python code that a model's folder brings with it", "")
-    )
+    trust_remote_code: bool = field(default=False, metadata=row(FLAG, "run Python code from the model's folder", ""))
     progress: Progress | None = field(
         default=None, metadata=row(PROGRESS, "called as f(stage, done, total) while a model is fetched")
     )
@@ -139,34 +135,34 @@ class EngineOptions(ModelOptions):
 
     max_batch_tokens: int = field(
         default=512,
-        metadata=row(COUNT, "rows of a step that holds part of a prompt; smaller: smoother streams, slower prompts"),
+        metadata=row(COUNT, "most rows of a step with part of a prompt; fewer: smoother streams, slower prompts"),
     )
-    max_sequences: int = field(default=64, metadata=row(COUNT, "branches (a beam is one) that run at once"))
+    max_sequences: int = field(default=64, metadata=row(COUNT, "most branches (such as beams) that run at once"))
     cache_tokens: int | None = field(
         default=None,
         metadata=row(
             COUNT,
             "positions that the key/value cache holds for all requests together; memory is taken as it is used. By "
-            "default room for two full contexts, at least 65,536, in a quarter of free memory",
+            "default, room for two full contexts, at least 65,536, in a quarter of free memory",
         ),
     )
     prefix_cache: bool = field(
-        default=True, metadata=row(FLAG, "keep what was evaluated, for requests that begin alike")
+        default=True, metadata=row(FLAG, "keep keys and values for later requests with the same beginning")
     )
     queue_size: int = field(
-        default=1024, metadata=row(COUNT, "requests that may wait; more are refused with CapacityError")
+        default=1024, metadata=row(COUNT, "most requests that may wait; more are refused with CapacityError")
     )
     draft_model: Any = field(
         default=None,
-        metadata=row(ANYTHING, "a small model or nn.Module over the same vocabulary, for speculative='draft'"),
+        metadata=row(ANYTHING, "a small model or nn.Module with the same vocabulary, for speculative='draft'"),
     )
     generation_config: GenerationConfig | None = field(
-        default=None, metadata=row(CONFIG, "the config of requests that give none; their keywords replace its fields")
+        default=None, metadata=row(CONFIG, "the config of requests that have none; their keywords override its fields")
     )
 
 
 class EngineKeywords(TypedDict, total=False):
-    """The options of `EngineOptions` that `InferenceEngine` takes by name only, for editors and type checkers."""
+    """The options of `EngineOptions` that `InferenceEngine` takes as keywords, for editors and type checkers."""
 
     context_length: int | None
     max_batch_tokens: int
@@ -179,7 +175,7 @@ class EngineKeywords(TypedDict, total=False):
 
 
 class LoadKeywords(EngineKeywords, total=False):
-    """The options that `InferenceEngine.from_pretrained` takes, for editors and type checkers."""
+    """The keywords of `InferenceEngine.from_pretrained`, for editors and type checkers."""
 
     device: str | None
     use_kv_cache: bool
@@ -200,19 +196,19 @@ def split(keywords: Mapping[str, Any]) -> tuple[LoadOptions, dict[str, Any]]:
     running = {name: value for name, value in keywords.items() if name not in loading}
     EngineOptions(**running)
     if loading.get("draft") is not None and running.get("draft_model") is not None:
-        raise ConfigError(f"draft is {str(loading['draft'])!r} and there is a draft_model too; give one of them")
+        raise ConfigError(f"draft is {str(loading['draft'])!r} and draft_model is given too; give one of them")
     return LoadOptions(**loading), running
 
 
 def refuse_unknown(names: Mapping[str, Any], known: list[str]) -> None:
-    """ConfigError for the first name that is not known."""
+    """Raises ConfigError for the first unknown name."""
     for name in names:
         if name not in known:
             raise ConfigError(f"{name} is not an option of the engine; {hint(name, known, 'the options')}")
 
 
 def command_line(kind: type[Options]) -> list[Field[Any]]:
-    """The options that a command line has, in the order of their declaration."""
+    """The options of the command line, in the order of their declaration."""
     return [one for one in fields(kind) if one.metadata["metavar"] is not None]
 
 

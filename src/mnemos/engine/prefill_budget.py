@@ -1,17 +1,17 @@
-"""How much of a prompt a step may hold without stalling the streams that decode beside it."""
+"""How much of a prompt a step may contain without stalling the streams that decode alongside it."""
 
 from __future__ import annotations
 
-STALL = 2.0  # a step with a chunk may take this many times one without: inter-token latency stays below 3 x its median
+STALL = 2.0  # how many times as long a step with a chunk may take: inter-token latency stays below 3 x its median
 SMALLEST_CHUNK = 8
-MEASURABLE = 8  # prompt tokens in a step that are enough to learn from
+MEASURABLE = 8  # how many prompt tokens in a step are enough to learn from
 SMOOTHING = 0.2
 
 
 class PrefillBudget:
-    """Learns the seconds of a decoding step and of a prompt token from the steps that were run.
+    """Learns, from the steps run so far, how many seconds a decoding step and a prompt token take.
 
-    The chunk's size changes when tokens come, never which: logits do not depend on how a prompt was cut.
+    The chunk size affects when tokens come, never which ones: logits do not depend on how a prompt was cut.
     """
 
     def __init__(self, batch_tokens: int) -> None:
@@ -20,10 +20,10 @@ class PrefillBudget:
         self._decode_step = 0.0
 
     def chunk(self, decode_rows: int, prompts: int = 1) -> int:
-        """The most prompt tokens of a step that also decodes `decode_rows` rows, while `prompts` are not read yet.
+        """The most prompt tokens for a step that also decodes `decode_rows` rows, while `prompts` prompts are unread.
 
-        Where more requests wait for their first token than decode, holding them up costs more than it saves: the stall
-        that is allowed grows with their number for each row that decodes.
+        Where more requests wait for their first token than decode, holding them up costs more than it saves: the
+        allowed stall grows with their number per decoding row.
         """
         room = max(self.batch_tokens - decode_rows, SMALLEST_CHUNK)
         if not decode_rows or not self._prompt_token or not self._decode_step:

@@ -1,4 +1,4 @@
-"""A model that a user gives, made ready for an engine."""
+"""Prepares a user's model for an engine."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def take_model(model: Any, tokenizer: Tokenizer | None, options: ModelOptions) -> Model:
-    """A `Model` as it is, an nn.Module adapted. ConfigError for options that only a module has a use for."""
+    """A `Model` unchanged, an nn.Module adapted. ConfigError for options that only apply to a module."""
     if not _is_model(model):
         return _adapt(model, tokenizer, options)
     where = getattr(model, "device", None)
     if options.device not in (None, "auto", where):
         place = "is loaded" if where is None else f"is loaded on {where!r}"
-        raise ConfigError(f"device is {options.device!r} and the model {place}; choose its device where it is loaded")
+        raise ConfigError(f"device is {options.device!r} and the model {place}; choose its device when loading it")
     if not options.use_kv_cache:
         raise ConfigError("use_kv_cache is False for a model that keeps its own cache; leave it out")
     return model  # type: ignore[no-any-return]
 
 
 def with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
-    """Where the model does not say which tokens end a text, the tokenizer does."""
+    """The spec, with the tokenizer's end-of-text tokens if the model names none."""
     if spec.eos_token_ids:
         return spec
     ends = sorted(token for token in getattr(tokenizer, "eos_ids", ()) if token < spec.vocabulary_size)
@@ -38,7 +38,7 @@ def with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
 
 
 def make_draft_model(options: EngineOptions, spec: ModelSpec, limits: Limits) -> DraftModel:
-    """The options' draft model, beside a model with this `spec`, of whose context it needs no more."""
+    """The options' draft model for a model with this `spec`, with at most the same context."""
     from mnemos.engine.draft_model import DraftModel
 
     model = options.draft_model
@@ -48,10 +48,10 @@ def make_draft_model(options: EngineOptions, spec: ModelSpec, limits: Limits) ->
     if own.vocabulary_size != spec.vocabulary_size:
         raise ConfigError(
             f"draft_model has a vocabulary of {own.vocabulary_size} tokens and the model one of "
-            f"{spec.vocabulary_size}; drafts need the same"
+            f"{spec.vocabulary_size}; drafting needs the same one"
         )
     if isinstance(model, ConditionedModel):
-        raise ConfigError(f"draft_model is a {own.architecture}, which reads its prompt apart and cannot draft")
+        raise ConfigError(f"draft_model is a {own.architecture}, which has an encoder and cannot draft")
     length = min(own.context_length, spec.context_length)
     capacity = reserve(model, replace(own, context_length=length), options.cache_tokens, limits.sequences)
     return DraftModel(model, capacity, replace(limits, context_length=length))

@@ -1,4 +1,4 @@
-"""From what a user calls a model to a `Model` and its tokenizer."""
+"""From a model's name or path to a `Model` and its tokenizer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def load_parts(source: str | os.PathLike[str], options: LoadOptions) -> dict[str, Any]:
-    """What `InferenceEngine(**parts)` asks for, the draft's model included.
+    """The arguments for `InferenceEngine(**parts)`, the draft model included.
 
-    It returns before the weights are read, and the engine waits for them: meanwhile the engine can be imported.
+    Returns before the weights are read; the engine waits for them. In the meantime the engine can be imported.
     """
     model, tokenizer = load_pretrained(source, options)
     parts = {"model": model, "tokenizer": tokenizer}
     if options.draft is not None:
-        # Its context is its own: the engine uses no more of it than of the model's.
+        # It keeps its own context length, which the engine limits to the model's.
         shared = replace(options, tokenizer=tokenizer, context_length=None, draft=None)
         parts["draft_model"], _ = load_pretrained(options.draft, shared, is_draft=True)
     return parts
@@ -34,10 +34,10 @@ def load_parts(source: str | os.PathLike[str], options: LoadOptions) -> dict[str
 def load_pretrained(
     source: str | os.PathLike[str], options: LoadOptions, *, is_draft: bool = False
 ) -> tuple[Model, Any]:
-    """(model, tokenizer) of what a user calls a model.
+    """(model, tokenizer) for a model's name or path.
 
-    ConfigError for options that the way in which the model runs has no use for; for a draft they are those of the model
-    beside it, and are left out.
+    ConfigError for options that the chosen way of running the model cannot use; a draft shares the options of the model
+    it drafts for, and ignores those.
     """
     from mnemos.formats.checkpoint import open_checkpoint
     from mnemos.hub.sources import resolve
@@ -62,7 +62,7 @@ def load_pretrained(
         context_length=options.context_length,
         threads=options.threads,
     )
-    threading.Thread(target=_attempt, args=(model.finish,)).start()  # reads the weights while the caller goes on
+    threading.Thread(target=_attempt, args=(model.finish,)).start()  # reads the weights while the caller continues
     tokenizer = read_tokenizer(options.tokenizer)
     if tokenizer is None:
         from mnemos.text.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def load_pretrained(
 
 
 def read_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer that is given by the path of its file or folder; any other is given back as it is."""
+    """The tokenizer at a path to its file or folder; anything else is returned unchanged."""
     if not isinstance(tokenizer, (str, os.PathLike)):
         return tokenizer
     from mnemos.text.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ _NOT_TRANSFORMERS = (
 
 
 def _refuse(options: LoadOptions, names: tuple[str, ...], reason: str) -> None:
-    """ConfigError where one of the options is given that has no use here."""
+    """Raises ConfigError if one of these options, which have no use here, is set."""
     unset = LoadOptions()
     for name in names:
         if getattr(options, name) != getattr(unset, name):
@@ -118,7 +118,7 @@ def _load_foreign(checkpoint: Checkpoint, options: LoadOptions, device: str) -> 
 
     names = architecture_names(checkpoint)
     if checkpoint.kind != "huggingface" or not checkpoint.path.is_dir():
-        find_architecture(names, checkpoint.path)  # raises for what is not built in
+        find_architecture(names, checkpoint.path)  # raises if it is not built in
         raise UnsupportedError(f"{checkpoint.path}: only a Hugging Face folder runs through transformers")
     try:
         from mnemos.models.foreign.pretrained import load_module, load_tokenizer
@@ -135,7 +135,7 @@ def _load_foreign(checkpoint: Checkpoint, options: LoadOptions, device: str) -> 
     if tokenizer is None:
         try:
             tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        except FormatError:  # a kind of tokenizer of its own
+        except FormatError:  # a kind of tokenizer that only transformers knows
             tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     tokenizer = adapt_tokenizer(tokenizer)
     checkpoint.close()  # transformers reads the files itself
@@ -155,6 +155,6 @@ def _load_foreign(checkpoint: Checkpoint, options: LoadOptions, device: str) -> 
 
 
 def _attempt(preparation: Callable[[], None]) -> None:
-    """Does ahead of time what the first use would do; that does it again where it failed, and gets the error."""
+    """Does ahead of time what the first use would do; if it fails, the first use repeats it and gets the error."""
     with contextlib.suppress(MnemosError):
         preparation()

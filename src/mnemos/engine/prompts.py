@@ -1,4 +1,4 @@
-"""The forms in which prompts come in and results go out: texts, token ids, arrays and tensors."""
+"""The forms of prompts and results: texts, token ids, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of one or several prompts, and how results are given back in the form that they came in."""
+    """The token ids of one or several prompts, and how to return results in the prompts' form."""
 
     token_ids: list[list[int]]
     form: Callable[[list[Completion], int], Any]  # (completions, pad id) -> texts, ids or an array
@@ -29,23 +29,23 @@ class Prompts:
 
     @property
     def only(self) -> list[int]:
-        """The one prompt. RequestError if there are several."""
+        """The only prompt. RequestError if there are several."""
         if len(self.token_ids) != 1:
             raise RequestError(f"{len(self.token_ids)} prompts were given where one is expected")
         return self.token_ids[0]
 
     def form_one(self, completion: Completion, pad_id: int) -> Any:
-        """The one prompt's result, in the prompt's form."""
+        """The only prompt's result, in the prompt's form."""
         result = self.form([completion], pad_id)
         return result[0] if isinstance(result, list) else result
 
 
 def read_prompts(prompts: Any, attention_mask: Any, tokenizer: Tokenizer | None) -> Prompts:
-    """Understands what a user passes as prompts.
+    """Reads the prompts that a user passes.
 
-    str or list of str; a list of token ids or of such lists; an integer array or tensor, (time,) or (batch, time); or a
-    mapping with such ids as input_ids and perhaps their attention_mask, as tokenizers of transformers return. A mask
-    has the shape of the ids, and its zeros mark padding. RequestError for anything else, and for no tokens.
+    A str or a list of str; a list of token ids or of such lists; an integer array or tensor, (time,) or (batch, time);
+    or a mapping with such ids as input_ids and optionally their attention_mask, as transformers tokenizers return. A
+    mask has the shape of the ids, and its zeros mark padding. RequestError for anything else, and for no tokens.
     """
     if isinstance(prompts, Mapping):
         if "input_ids" not in prompts:
@@ -68,7 +68,7 @@ def read_prompts(prompts: Any, attention_mask: Any, tokenizer: Tokenizer | None)
 
 
 def listed(prompts: Iterable[Any]) -> list[Any]:
-    """Several prompts. RequestError: one text alone, whose letters would be taken for prompts."""
+    """Several prompts as a list. RequestError for a single text, whose characters would be taken for prompts."""
     if isinstance(prompts, str):
         raise RequestError(f"the prompts are one text, {prompts[:60]!r}; give a list of texts")
     return list(prompts)
@@ -119,11 +119,11 @@ def _read_array(prompts: Any, attention_mask: Any) -> Prompts:
 
 
 def _read_masked(prompts: Any, attention_mask: Any) -> Prompts:
-    """Lists of token ids with lists that are 0 where an id is padding."""
+    """Lists of token ids with mask lists that are 0 where an id is padding."""
     single = isinstance(prompts, (list, tuple)) and all(map(_is_id, prompts))
     rows, masks = ([prompts], [attention_mask]) if single else (prompts, attention_mask)
     if not isinstance(rows, (list, tuple)) or not rows or any(isinstance(row, str) for row in rows):
-        raise RequestError(f"attention_mask goes with token ids; the prompts are {_describe(prompts)}")
+        raise RequestError(f"attention_mask needs token ids; the prompts are {_describe(prompts)}")
     if len(masks) != len(rows):
         raise RequestError(f"attention_mask has {len(masks)} rows; the prompts are {len(rows)}")
     token_ids = [_read_array(_to_numpy(row, "a prompt"), mask).only for row, mask in zip(rows, masks, strict=True)]
@@ -148,7 +148,7 @@ def _ids(completions: list[Completion], pad_id: int) -> Any:
 
 
 def _array_form(like: Any, flat: bool) -> Callable[[list[Completion], int], Any]:
-    """Rows of prompt and result, padded on the right, as the same kind of array; one row stays flat."""
+    """A function that returns prompt and result, padded on the right, as the same kind of array; one row stays flat."""
 
     def form(completions: list[Completion], pad_id: int) -> Any:
         """Rows for all completions together."""
@@ -183,7 +183,7 @@ def _describe(value: Any) -> str:
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool = False) -> Ids:
-    """(rows, longest) int64, filled up with `pad_id` on the right, or on the left."""
+    """(rows, longest) int64, padded with `pad_id` on the right, or on the left."""
     padded = np.full((len(rows), max(map(len, rows))), pad_id, dtype=np.int64)
     for index, row in enumerate(rows):
         start = padded.shape[1] - len(row) if left else 0

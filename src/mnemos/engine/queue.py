@@ -1,4 +1,4 @@
-"""Requests that wait: by priority, then fairly between tenants, then in order of arrival."""
+"""Waiting requests: by priority, then fairly between tenants, then in order of arrival."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from mnemos.engine.request import Request
 
 
 class WaitingQueue:
-    """Among equal priorities the tenant that was served the fewest tokens comes first.
+    """Among equal priorities, the tenant that has been served the fewest tokens comes first.
 
-    A tenant that had nothing here starts level with the least served one that has: nobody saves up claims while idle.
+    A tenant that had no requests starts level with the least served one that has: idle time earns no credit.
     Source: the virtual token counter of Sheng et al. 2024, "Fairness in Serving Large Language Models".
     """
 
     def __init__(self) -> None:
         self._levels: dict[int, dict[str, deque[Request]]] = {}
         self._served: dict[str, float] = {}
-        self._requests: dict[str, int] = {}  # waiting and running ones of each tenant
-        self._deadlines: list[tuple[float, int, Request]] = []  # of those that have not started, ascending
+        self._requests: dict[str, int] = {}  # each tenant's number of waiting and running requests
+        self._deadlines: list[tuple[float, int, Request]] = []  # of requests that have not started, ascending
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
     def enter(self, request: Request) -> None:
-        """A new request: counts for its tenant until `leave`."""
+        """Adds a new request, which counts for its tenant until `leave`."""
         if request.tenant not in self._requests:
             self._served[request.tenant] = min(self._served.values(), default=0.0)
             self._requests[request.tenant] = 0
@@ -38,12 +38,12 @@ class WaitingQueue:
         self._length += 1
 
     def put_back(self, request: Request) -> None:
-        """A preempted request waits again, before all others of its tenant and priority."""
+        """Makes a preempted request wait again, before all others of its tenant and priority."""
         self._line(request).appendleft(request)
         self._length += 1
 
     def leave(self, request: Request) -> None:
-        """The request has ended, wherever it was."""
+        """Called when the request has ended, running or waiting."""
         self._requests[request.tenant] -= 1
         if not self._requests[request.tenant]:
             del self._requests[request.tenant], self._served[request.tenant]
@@ -52,14 +52,14 @@ class WaitingQueue:
         self._served[tenant] += tokens
 
     def peek(self) -> Request | None:
-        """Who is next."""
+        """The next request."""
         if not self._length:
             return None
         lines = self._levels[min(self._levels)]
         return lines[min(lines, key=self._served.__getitem__)][0]
 
     def remove(self, request: Request) -> None:
-        """Takes a request that waits out of its line."""
+        """Takes a waiting request out of its line."""
         lines = self._levels[request.priority]
         line = lines[request.tenant]
         line.remove(request)
@@ -72,7 +72,7 @@ class WaitingQueue:
             del self._levels[request.priority]
 
     def expired(self, now: float) -> list[Request]:
-        """The requests that have not started by their deadline; they still wait until removed."""
+        """The requests that have missed their deadline to start; they stay in the queue until removed."""
         late = bisect_right(self._deadlines, now, key=itemgetter(0))
         return [request for _, _, request in self._deadlines[:late]]
 

@@ -1,4 +1,4 @@
-"""A request: one strategy at work, the sequences it has, and where its results go."""
+"""A request: a strategy, its sequences, and where its results go."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _numbers = count()
 
 
 class Sink(Protocol):
-    """Takes a request's results; called from the engine's thread only."""
+    """Receives a request's results; called from the engine's thread only."""
 
     def deliver(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None: ...
 
     def end(self, error: BaseException | None) -> None:
-        """Nothing more comes."""
+        """Called last, with the request's error or None."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Timings:
     submitted: float
     started: float = float("nan")
     finished: float = float("nan")
-    tokens: list[float] = field(default_factory=list)  # when each streamed token became certain
+    tokens: list[float] = field(default_factory=list)  # when each streamed token became final
 
     @property
     def queued(self) -> float:
@@ -49,6 +49,8 @@ class Timings:
 
 
 class State(Enum):
+    """The stages of a request's life."""
+
     WAITING = "waiting"  # new or preempted
     RUNNING = "running"
     ENDED = "ended"
@@ -56,7 +58,7 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """One strategy at work. `deadline` is a time on the engine's clock by which the request must have started."""
+    """A strategy and its state in the engine. `deadline`: when, on the engine's clock, it must have started."""
 
     strategy: Strategy
     prompt: list[int]
@@ -67,17 +69,17 @@ class Request:
     salt: str | None = None
     deadline: float | None = None
     sliding: bool = False
-    source: list[int] | None = None  # what the user gave, where the model reads that apart from what it continues
+    source: list[int] | None = None  # the encoder's input, for a model that has an encoder
     number: int = field(default_factory=lambda: next(_numbers))
     sequences: list[Sequence] = field(default_factory=list)
     rank: tuple[int, int] = (0, 0)  # priority and order of admission: the last is preempted first
     state: State = State.WAITING
     started: bool = False
     prefilling: bool = True
-    pending: int = 0  # positions to evaluate before the strategy is asked
-    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    pending: int = 0  # positions to evaluate before the strategy is advanced
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
     preemptions: int = 0
 
     def rows(self) -> dict[Branch, Rows]:
-        """What the strategy is to be given, once all positions are evaluated."""
+        """The rows for the strategy, once all positions are evaluated."""
         return {sequence.branch: sequence.complete() for sequence in self.sequences}

@@ -24,7 +24,7 @@ from mnemos.memory.states import NO_STATE
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one sequence's positions, of a step's rows while a prompt is in it, and of branches that run at once."""
+    """Limits on a sequence's positions, on the rows of a step with a prompt, and on branches that run at once."""
 
     context_length: int
     batch_tokens: int = 512
@@ -35,9 +35,9 @@ class Scheduler:
     """Decides what each step evaluates. All methods are called from one thread.
 
     A step takes the running requests in order of (priority, admission): all rows of those that decode, and chunks of
-    prompts as far as the budget of tokens reaches. Then waiting requests are admitted if their pages are there. When
-    pages run out, unused prefixes are evicted, then the last running request is preempted: it gives its pages back,
-    waits and is recomputed, which changes nothing but the time. A request that cannot go on is handed to `fail`;
+    prompts as far as the token budget reaches. Then waiting requests are admitted if there are pages for them. When
+    pages run out, unused prefixes are evicted, then the last running request is preempted: its pages are freed, and it
+    waits and is recomputed, which changes nothing but the time. A request that cannot continue is passed to `fail`;
     `begin` is called with a request and the clear state slot of one of its sequences before that is evaluated.
     """
 
@@ -75,7 +75,7 @@ class Scheduler:
         self.queue.enter(request)
 
     def remove(self, request: Request) -> None:
-        """The request has ended, for whatever reason: its pages are given back."""
+        """Called when the request has ended, for whatever reason: frees its pages."""
         if request.state is State.ENDED:
             return
         if request.state is State.RUNNING:
@@ -87,12 +87,12 @@ class Scheduler:
         self.queue.leave(request)
 
     def finish(self, request: Request) -> None:
-        """The request is done: what it evaluated is remembered for others, and its pages are given back."""
+        """Called when the request is done: caches its prefixes for others and frees its pages."""
         self.branches.remember(request)
         self.remove(request)
 
     def place(self, request: Request, branches: list[Branch]) -> None:
-        """Goes on with `branches`; forks share pages with their parents, the others' pages are given back."""
+        """Continues with `branches`; forks share pages with their parents, and all other branches' pages are freed."""
         self.branches.place(request, branches)
 
     # A step.
@@ -119,7 +119,7 @@ class Scheduler:
         return step if step.items else None
 
     def collect(self, step: Step, output: Output) -> list[Request]:
-        """Takes in what a step evaluated; returns the requests whose strategies are to be asked."""
+        """Takes over a step's output; returns the requests whose strategies can be advanced."""
         ready: list[Request] = []
         logits, hidden = output.logits, output.hidden
         charge, branches, window = self.queue.charge, self.branches, self.tables.window
@@ -142,10 +142,10 @@ class Scheduler:
         """Fails the requests that have not started by their deadline."""
         for request in self.queue.expired(now):
             waited = now - request.timings.submitted
-            self._fail(request, CapacityError(f"request waited {waited:.3f} s in the queue, beyond its deadline"))
+            self._fail(request, CapacityError(f"request waited {waited:.3f} s in the queue, past its deadline"))
 
     def _chunk(self) -> int:
-        """The most rows of prompts that this step may hold."""
+        """The most prompt rows that this step may contain."""
         decode_rows, prompts = 0, len(self.queue)
         for request in self.running:
             if request.prefilling:
@@ -155,9 +155,9 @@ class Scheduler:
         return self.budget.chunk(decode_rows, prompts) if prompts else 0
 
     def _plan_one(self, step: Step, request: Request) -> bool:
-        """Puts the next row of a request into the step that decodes one text; False where that is not all.
+        """Puts the next row of a request into the step that decodes one text; False if that is not all it needs.
 
-        What `_plan` does too, by the shortest way, as most rows of most steps come by it.
+        A shortcut for `_plan`, taken by most rows of most steps.
         """
         if request.pending != 1 or len(request.sequences) != 1:
             return False
@@ -168,9 +168,9 @@ class Scheduler:
         return True
 
     def _plan(self, step: Step, request: Request, chunk: int, newcomer: bool = False) -> int:
-        """Puts a request's next rows into the step, at most `chunk` while it is prefilling; returns their number.
+        """Adds a request's next rows to the step, at most `chunk` while it is prefilling; returns their number.
 
-        Where a prompt must not be cut, the one that meets the end of the chunk goes beyond it.
+        If prompts must not be cut, the one that reaches the end of the chunk exceeds it.
         """
         try:
             planned: list[tuple[Sequence, int]] = []
@@ -193,7 +193,7 @@ class Scheduler:
         return total
 
     def _reserve(self, request: Request, sequence: Sequence, rows: int, newcomer: bool) -> bool:
-        """Makes sure of pages and a state for a sequence's next rows; False if this step has no room for them."""
+        """Secures pages and a state for a sequence's next rows; False if this step has no room for them."""
         tables = self.tables
         while not tables.make_room(sequence, rows):
             if newcomer:  # all others are in the step already
@@ -210,7 +210,7 @@ class Scheduler:
             self._begin(request, sequence.state)
         return True
 
-    # Who runs.
+    # Admission and preemption.
 
     def _admit(self, request: Request, now: float) -> None:
         self.queue.remove(request)
@@ -228,7 +228,7 @@ class Scheduler:
             self._fail(request, error)
 
     def _make_way(self) -> None:
-        """Preempts for the next waiting request, if that is more urgent or its tenant has nothing running."""
+        """Preempts a request for the next waiting one if that is more urgent or its tenant has nothing running."""
         while (candidate := self.queue.peek()) is not None and not self.admission.fits(candidate, self.running):
             victim = less_entitled(candidate, self.running)
             if victim is None:

@@ -1,4 +1,4 @@
-"""A branch in the cache: what of it is evaluated, and what its strategy waits for."""
+"""A branch in the cache: which positions are evaluated, and which its strategy waits for."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from mnemos.memory.page_table import PageTable
 
 
 class Sequence(PageTable):
-    """A branch in the cache. Lengths are positions: tokens, less those that an endless text dropped when it began anew.
+    """A branch in the cache. Lengths are positions: tokens, less those that an endless text dropped when it restarted.
 
-    goal     positions that the cache must hold before the strategy is asked again
+    goal     positions that the cache must hold before the strategy is advanced again
     first    the first position whose row the strategy gets
-    dropped  tokens that were cut out after the first SINKS ones when the text began anew
+    dropped  tokens that were cut out after the first SINKS ones when the text restarted
     start    the first position that an endless text has kept, after `sinks` positions with its first tokens; 0 before
              it slides
-    resume   while the sinks are evaluated at their new positions: where the text goes on after them; else 0
-    seen     the branch's length when it was last complete; if the branch's own count is lower, it was truncated
-    leader   a sibling to share the first positions with, as soon as it has evaluated that many
+    resume   while the sinks are evaluated at their new positions: where the text continues after them; else 0
+    seen     the branch's length when last complete; a lower count of the branch itself means that it was truncated
+    leader   a sibling to share that many first positions with, once it has evaluated them
     chosen   the tokens that the branch's draw chose of this step's rows
     """
 
@@ -55,7 +55,7 @@ class Sequence(PageTable):
         return evaluated - self.dropped if evaluated > SINKS + self.dropped else min(evaluated, SINKS)
 
     def valid(self) -> int:
-        """How many cached positions still belong to the branch's tokens, which its strategy may have truncated."""
+        """How many cached positions are still valid: the strategy may have truncated the branch."""
         if self.branch.evaluated >= self.seen:
             return self.done
         return min(self.done, self.position(self.branch.evaluated))
@@ -68,19 +68,19 @@ class Sequence(PageTable):
         return self.branch.tokens[first : first + rows]
 
     def advance(self, rows: int) -> None:
-        """The next `rows` positions are evaluated."""
+        """Marks the next `rows` positions as evaluated."""
         self.done += rows
         if self.resume and self.done == self.start:
             self.done, self.resume = self.resume, 0
 
     def begin_anew(self, context_length: int) -> None:
-        """Drops tokens: keeps the first SINKS and as many of the newest as fill half the context."""
+        """Restarts the text: keeps the first SINKS tokens and as many of the newest as fill half the context."""
         self.dropped = len(self.branch.tokens) - max(context_length // 2, SINKS + 1)
 
     def take(self, logits: Floats, hidden: Floats, complete: bool) -> None:
         """Takes rows of a step's output, which the next step overwrites.
 
-        Where the strategy is not asked before that, it is a copy, of the logits as far as they are wanted.
+        If the strategy is not advanced before that, copies them, the logits only as far as they are wanted.
         """
         if complete:
             self.parts.append((logits, hidden))
@@ -89,7 +89,7 @@ class Sequence(PageTable):
         self.parts.append((logits[max(0, len(logits) - wanted) :].copy(), hidden.copy()))
 
     def complete(self) -> Rows:
-        """All positions are evaluated: the rows for the strategy."""
+        """The rows for the strategy, once all positions are evaluated."""
         self.seen = self.branch.evaluated = len(self.branch.tokens)
         parts, self.parts = self.parts, []
         chosen, self.chosen = self.chosen, None

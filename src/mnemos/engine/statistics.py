@@ -1,4 +1,4 @@
-"""What an engine has done and is doing: a snapshot, and events for whoever exports them."""
+"""An engine's statistics: a snapshot, and events for exporters."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-RECENT = 2048  # latencies that the percentiles look back on
+RECENT = 2048  # how many of the latest latencies the percentiles cover
 
 
 @dataclass(frozen=True)
 class Event:
-    """kind: submitted, refused, started, first_token, finished, cancelled or failed.
+    """A change in a request's life; kind: submitted, refused, started, first_token, finished, cancelled or failed.
 
-    `request` is its number, `seconds` the time since it was submitted, `tokens` what it has generated so far.
+    `request` is its number, `seconds` the time since it was submitted, `tokens` the number generated so far.
     """
 
     kind: str
@@ -27,7 +27,7 @@ Listener = Callable[[Event], None]
 
 @dataclass
 class Counters:
-    """Written by the engine's thread (`submitted` and `refused` by callers under the runner's lock)."""
+    """Written by the engine's thread (`submitted` and `refused` by callers under the thread's lock)."""
 
     submitted: int = 0
     refused: int = 0
@@ -39,8 +39,8 @@ class Counters:
     generated_tokens: int = 0
     evaluated_tokens: int = 0
     steps: int = 0
-    busy_seconds: float = 0.0  # in steps
-    model_seconds: float = 0.0  # of these, in the model
+    busy_seconds: float = 0.0  # spent in steps
+    model_seconds: float = 0.0  # of these, spent in the model
     first_token_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     inter_token_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     drafted: int = 0
@@ -64,13 +64,13 @@ class Latency:
 
 @dataclass(frozen=True)
 class Statistics:
-    """A snapshot. Counts are since the engine was made; latencies are of the latest RECENT measurements."""
+    """A snapshot. Counts start when the engine is created; latencies cover the latest RECENT measurements."""
 
     waiting: int
     running: int
     pages_total: int
     pages_used: int
-    pages_cached: int  # held by nobody but the prefix cache
+    pages_cached: int  # held only by the prefix cache
     submitted: int
     refused: int
     finished: int
@@ -89,18 +89,18 @@ class Statistics:
     inter_token_latency: Latency
     drafted_tokens: int
     accepted_tokens: int
-    prefix_pages: int = 0  # held by the prefix cache, also those in use
-    states_total: int = 0  # slots of a model that keeps state beside pages or in their place
+    prefix_pages: int = 0  # held by the prefix cache, including those in use
+    states_total: int = 0  # slots of a model that keeps state beside pages or instead of them
     states_used: int = 0
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens for each second in which the engine had work."""
+        """Generated tokens per second in which the engine had work."""
         return self.generated_tokens / self.busy_seconds if self.busy_seconds else 0.0
 
     @property
     def prefix_hit_rate(self) -> float:
-        """Of the prompts' tokens, how many were found in the prefix cache."""
+        """The share of prompt tokens that were found in the prefix cache."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
@@ -110,5 +110,5 @@ class Statistics:
 
     @property
     def acceptance_rate(self) -> float:
-        """Of the drafted tokens of speculative decoding, how many the model agreed with."""
+        """The share of speculative drafts' tokens that the model agreed with."""
         return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0

@@ -12,15 +12,15 @@ from mnemos.engine.request import Request
 from mnemos.engine.sequence import Sequence
 from mnemos.memory.states import NO_STATE
 
-Part = tuple[Sequence, int, int, int]  # sequence, rows, first asked row and end of the asked rows in the output
-Item = tuple[Request, list[Part], bool]  # with whether its parts complete what the strategy waits for
+Part = tuple[Sequence, int, int, int]  # sequence, rows, first and end of its wanted rows in the output
+Item = tuple[Request, list[Part], bool]  # with whether its parts complete the rows that the strategy waits for
 
 
 class Step:
     """Rows of many requests.
 
-    items: each request with its parts, and whether they complete what its strategy waits for.
-    greedy: whether of all rows that are asked for only the most probable token is wanted.
+    items: each request with its parts, and whether they complete the rows that its strategy waits for.
+    greedy: whether only the most probable token is wanted for every wanted row.
     """
 
     __slots__ = (
@@ -53,7 +53,7 @@ class Step:
         self.greedy = True
 
     def add(self, request: Request, planned: list[tuple[Sequence, int]], rows: int) -> None:
-        """Takes the next positions of a request's sequences, `rows` in all; their pages are there."""
+        """Takes the next positions of a request's sequences, `rows` in total; their pages are allocated."""
         parts, complete = [self._add(*part) for part in planned], rows == request.pending
         self.items.append((request, parts, complete))
         for sequence, _, start, end in parts:
@@ -89,7 +89,7 @@ class Step:
         return sequence, rows, asked, len(self.logit_rows)
 
     def _add_table(self, sequence: Sequence) -> None:
-        """Takes the sequence's page table and its state slot."""
+        """Adds the sequence's page table and its state slot."""
         self.pages += sequence.pages
         self.page_positions += sequence.positions
         self.page_starts.append(len(self.pages))
@@ -111,6 +111,6 @@ class Step:
 
 
 def _only_greedy(sequence: Sequence) -> bool:
-    """Whether its strategy reads nothing of a row but the most probable token."""
+    """Whether its strategy needs only the most probable token of a row."""
     branch = sequence.branch
     return branch.draw is GREEDY and not branch.logits

@@ -26,9 +26,9 @@ T = TypeVar("T")
 class EngineThread:
     """Runs steps as long as there are requests, and sleeps otherwise.
 
-    Other threads put calls into the inbox; they are done between two steps, so nothing else needs a lock. The thread
-    starts with the first request. It knows nothing of the engine object, so an engine that nobody holds any more is
-    collected, and that ends the thread.
+    Other threads put calls into the inbox; they run between two steps, so nothing else needs a lock. The thread starts
+    with the first request. It has no reference to the engine object, so an engine that is no longer used is collected,
+    and that ends the thread.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class EngineThread:
         self.core = EngineCore(model, capacity, limits, prefix_cache, draft_model)
         self.queue_size = queue_size
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._lock = threading.Lock()  # of what callers do together: starting the thread, counting the queue, closing
+        self._lock = threading.Lock()  # for what callers do together: starting the thread, counting the queue, closing
         self._thread: threading.Thread | None = None
-        self._process = 0  # the one that the thread is in
+        self._process = 0  # the process that the thread runs in
         self._closed = False
         self._stopping = False
-        self._entering = 0  # requests in the inbox, among other calls; under the lock
+        self._entering = 0  # requests among the calls in the inbox; guarded by the lock
 
-    # From any thread.
+    # Called from any thread.
 
     def submit(self, request: Request) -> None:
         """Queues a request. CapacityError if the queue is full, MnemosError after close."""
@@ -67,7 +67,7 @@ class EngineThread:
             self._post(partial(self._enter, request))
 
     def cancel(self, request: Request) -> None:
-        """Ends a request soon; its sink gets what was delivered so far."""
+        """Ends a request soon; its sink keeps what was delivered so far."""
         if request.state is not State.ENDED:
             self._inbox.put(partial(self.core.cancel, request))
 
@@ -85,7 +85,7 @@ class EngineThread:
         return cast(T, result)
 
     def close(self, drain: bool) -> None:
-        """Ends the thread: after all requests are done, or at once, which ends them with an error."""
+        """Ends the thread: once all requests are done, or immediately, ending them with an error."""
         with self._lock:
             self._closed = True
             thread = self._thread
@@ -96,7 +96,7 @@ class EngineThread:
             thread.join()
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Adds a listener; returns what removes it."""
+        """Adds a listener; returns a function that removes it."""
         core = self.core
         core.listeners = [*core.listeners, listener]
 
@@ -111,25 +111,25 @@ class EngineThread:
         return self.core.draft_model is not None
 
     def check_length(self, prompt: int) -> None:
-        """CapacityError for a prompt of this length if it could not run even with all pages for itself."""
+        """Raises CapacityError if a prompt of this length could not run even with all pages to itself."""
         scheduler = self.core.scheduler
         scheduler.tables.check_length(prompt, scheduler.limits.context_length)
 
     def prefix_tree(self) -> PrefixTree:
-        """The prefix cache; it may be used between two steps only, see `call`.
+        """The prefix cache, which may only be used between two steps; see `call`.
 
-        UnsupportedError for a model whose prefixes cannot be shared, ConfigError where the engine was told to share
-        none.
+        UnsupportedError for a model whose prefixes cannot be shared, ConfigError if the engine was created with
+        prefix_cache=False.
         """
         tables, spec = self.core.scheduler.tables, self.core.model.spec
         if tables.tree is None:
             if not tables.shares_prefixes:
-                raise UnsupportedError(f"{spec.architecture} does not share what it evaluated between requests")
-            raise ConfigError("prefix_cache is False; make the engine with prefix_cache=True to save or load one")
+                raise UnsupportedError(f"{spec.architecture} cannot share cached prefixes between requests")
+            raise ConfigError("prefix_cache is False; create the engine with prefix_cache=True to save or load one")
         return tables.tree
 
     def statistics(self) -> Statistics:
-        """Numbers are read while the engine runs: each is true, but they need not be of the same moment."""
+        """Statistics read while the engine runs: each number is right, but not necessarily at the same moment."""
         scheduler, counters = self.core.scheduler, self.core.counters
         tables = scheduler.tables
         pool, tree, states = tables.pool, tables.tree, tables.states
@@ -163,21 +163,21 @@ class EngineThread:
         )
 
     def check_thread(self) -> None:
-        """MnemosError if the caller is the engine's own thread, which would wait for itself."""
+        """Raises MnemosError if the caller is the engine's own thread, which would wait for itself."""
         if threading.current_thread() is self._thread:
             raise MnemosError("a callback of a request waits for the engine that runs it; call another engine")
 
     def _check_process(self) -> None:
-        """Before the lock is taken, which another thread may have held when the process was forked."""
+        """Called before taking the lock, which another thread may have held when the process was forked."""
         if self._thread is not None and self._process != os.getpid():
             raise MnemosError(
                 f"the engine runs in process {self._process}, of which this one is a fork, and no thread is forked: "
-                "make an engine here, or start processes with multiprocessing's 'spawn'"
+                "create an engine here, or start processes with multiprocessing's 'spawn'"
             )
 
     def _check_open(self) -> None:
         if self._closed:
-            raise MnemosError("the engine is closed; make a new one")
+            raise MnemosError("the engine is closed; create a new one")
 
     def _post(self, call: Callable[[], None]) -> None:
         self._inbox.put(call)
@@ -186,7 +186,7 @@ class EngineThread:
             self._thread = threading.Thread(target=self._run, name="mnemos-engine", daemon=True)
             self._thread.start()
 
-    # In the engine's thread.
+    # Called in the engine's thread.
 
     def _run(self) -> None:
         core, inbox = self.core, self._inbox
@@ -197,7 +197,7 @@ class EngineThread:
                 while not inbox.empty():
                     inbox.get()()
                 core.step()
-            except Exception as error:  # a defect of the engine itself: nobody may wait for it forever
+            except Exception as error:  # a bug in the engine itself: no caller must be left waiting
                 log_exception("a step failed; all requests end")
                 self._fail_all(error)
 

@@ -1,4 +1,4 @@
-"""How many cache pages and state slots an engine gets."""
+"""Decides how many cache pages and state slots an engine gets."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ DEFAULT_TOKENS = 65_536
 
 @dataclass(frozen=True)
 class Capacity:
-    """Cache pages, 0 for a model without them, and state slots, 0 for a model without those."""
+    """The numbers of cache pages and state slots; 0 for a model without them."""
 
     pages: int
     states: int = 0
 
 
 def reserve(model: Model, spec: ModelSpec, cache_tokens: int | None, sequences: int) -> Capacity:
-    """Makes room in a model for `cache_tokens` positions (see `plan_pages`) and `sequences` branches at once.
+    """Reserves room in a model for `cache_tokens` positions (see `plan_pages`) and `sequences` branches at once.
 
-    spec: the model's own, or one with a shorter context. Each branch that runs has a state slot, and as many again are
-    there for a request that has more branches than that.
+    spec: the model's own, or one with a shorter context. Each running branch has a state slot, and there are as many
+    again for a request with more branches than `sequences`.
     """
     capacity = Capacity(
         pages=plan_pages(spec, cache_tokens) if spec.layout.layers else 0, states=2 * sequences if spec.states else 0
@@ -39,8 +39,8 @@ def reserve(model: Model, spec: ModelSpec, cache_tokens: int | None, sequences: 
 def plan_pages(spec: ModelSpec, cache_tokens: int | None) -> int:
     """Pages for `cache_tokens` positions; None: two full contexts, at least DEFAULT_TOKENS, in a quarter of memory.
 
-    Backends commit a page's memory when it is first written, so a generous plan costs nothing. CapacityError if what
-    was asked for is beyond the machine's memory.
+    Backends commit a page's memory when it is first written, so a generous plan costs nothing. CapacityError if the
+    requested size exceeds the machine's memory.
     """
     layout, memory = spec.layout, machine_memory()
     if cache_tokens is not None:

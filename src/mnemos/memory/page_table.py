@@ -1,4 +1,4 @@
-"""What a sequence has in the cache: pages, which it grows, shares, reuses and leaves behind, and a state slot."""
+"""A sequence's part of the cache: pages, which it grows, shares, reuses and drops, and a state slot."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from mnemos.memory.states import NO_STATE, StateSlots
 
 
 class PageTable:
-    """One sequence in the cache.
+    """One sequence's pages and state.
 
     pages      its pages, int32, in the order of their positions
-    positions  the first position that each page holds, int32; pages that no later position sees are not in the table
+    positions  the first position that each page holds, int32; pages that no later position sees are left out
     state      its state slot, NO_STATE before it has one
-    done       the position that is evaluated next; pages and state hold what it sees
+    done       the next position to evaluate; pages and state hold what it sees
     """
 
     __slots__ = ("done", "pages", "positions", "state")
 
     def __init__(self) -> None:
-        self.pages = array("i")  # arrays are quickly copied into a step's batch
+        self.pages = array("i")  # an array is copied into a step's batch quickly
         self.positions = array("i")
         self.state = NO_STATE
         self.done = 0
@@ -36,9 +36,9 @@ class PageTable:
 class PageTables:
     """The page tables of all sequences, over one pool of pages, one prefix tree and one set of state slots.
 
-    It knows no request. Of a model without pages it counts none, and of one without states it allocates no slots.
-    Prefixes are shared as far as the model promises that this and a cut prompt change nothing; a state belongs to one
-    position and is not shared.
+    It knows nothing about requests. For a model without pages it counts none, and for one without states it allocates
+    no slots. Prefixes are shared as far as the model promises that sharing and cutting a prompt change nothing; a state
+    belongs to one position and is not shared.
     """
 
     def __init__(self, model: Model, capacity: Capacity, prefix_cache: bool) -> None:
@@ -56,12 +56,12 @@ class PageTables:
         if self.paged:
             self.cache = cast(PagedModel, model).cache
 
-    # A sequence grows.
+    # Growing.
 
     def holds_next(self, table: PageTable) -> bool:
-        """True if the next position needs nothing new: it is in a page and a state that the sequence has for itself.
+        """True if the next position needs nothing new: its page and state belong to the sequence alone.
 
-        The short way to `missing(table, 1) == (0, 0)` where the sequence has begun, which most rows of most steps take.
+        A shortcut for `missing(table, 1) == (0, 0)` once the sequence has begun, taken by most rows of most steps.
         """
         if self.states is not None and not self.states.is_own(table.state):
             return False
@@ -71,7 +71,7 @@ class PageTables:
         return slot != 0 and table.positions[-1] + slot == table.done and self.pool.references[table.pages[-1]] == 1
 
     def missing(self, table: PageTable, rows: int) -> tuple[int, int]:
-        """How many pages and state slots the next `rows` positions need beyond those that the sequence may write to."""
+        """How many new pages and state slots the next `rows` positions need."""
         pages = 0
         if self.paged:
             start, end = table.done // self.page_size * self.page_size, table.done + rows
@@ -80,7 +80,7 @@ class PageTables:
         return pages, 0 if self.states is None or self.states.is_own(table.state) else 1
 
     def make_room(self, table: PageTable, rows: int) -> bool:
-        """True if what the next `rows` positions need is free, if need be after unused prefixes are evicted."""
+        """True if what the next `rows` positions need is free, after evicting unused prefixes if necessary."""
         pages, slots = self.missing(table, rows)
         lacking = pages - self.pool.free
         if lacking > 0 and self.tree is not None and self.pool.reclaimable:
@@ -88,18 +88,18 @@ class PageTables:
         return lacking <= 0 and (self.states is None or slots <= self.states.free)
 
     def extend(self, table: PageTable, rows: int) -> None:
-        """Gives the sequence pages and a state for its next `rows` positions; `make_room` has made room."""
+        """Gives the sequence pages and a state for its next `rows` positions; call `make_room` first."""
         if self.paged:
             self._extend_pages(table, rows)
         if self.states is not None:
             table.state = self.states.own(table.state)
 
-    # It shares what others have evaluated.
+    # Sharing.
 
     def share(self, source: PageTable, target: PageTable, length: int) -> None:
-        """`target`, which has nothing yet, begins with the first `length` positions of `source`.
+        """Makes the empty `target` begin with the first `length` positions of `source`.
 
-        With nothing, if the source's state is beyond them and does not rewind.
+        It stays empty if the source's state is past them and does not rewind.
         """
         if length < source.done and not self.rewinds:
             return
@@ -111,7 +111,7 @@ class PageTables:
             target.state = self.states.share(source.state)
 
     def reuse(self, table: PageTable, salt: str | None, tokens: Sequence[int]) -> int:
-        """Takes over the full pages that the prefix tree has of `tokens`, after those that the table has.
+        """Adds the full pages that the prefix tree has for `tokens`, after those already in the table.
 
         Returns the number of positions found.
         """
@@ -127,14 +127,14 @@ class PageTables:
         return found
 
     def remember(self, table: PageTable, salt: str | None, tokens: Sequence[int]) -> None:
-        """Puts the full pages that hold `tokens`, which begin at position 0, into the prefix tree."""
+        """Adds the full pages of `tokens`, which begin at position 0, to the prefix tree."""
         if self.tree is not None and len(tokens) >= self.page_size and table.pages:
             self.tree.insert(salt, tokens, table.pages, skip=table.positions[0] // self.page_size)
 
-    # It goes back, leaves pages behind, and ends.
+    # Truncating, dropping and releasing.
 
     def trim(self, table: PageTable, length: int) -> None:
-        """Keeps the first `length` cached positions; none if what these need has left the window or the state."""
+        """Keeps the first `length` cached positions; none if the window or the state no longer covers them."""
         if self.window and not (table.pages and table.positions[0] <= max(0, length - self.window + 1)):
             length = 0
         if length < table.done and not self.rewinds:
@@ -144,21 +144,21 @@ class PageTables:
         self._drop(table, bisect_left(table.positions, table.done), len(table.pages))
 
     def leave_behind(self, table: PageTable) -> None:
-        """Gives back the pages that no later position can see, but one, as strategies take back a few tokens."""
+        """Frees the pages that no later position can see, except one, as strategies may truncate a few tokens."""
         reached = (table.done - self.window + 1) // self.page_size
         self.leave(table, (reached - 1) * self.page_size)
 
     def leave(self, table: PageTable, start: int) -> None:
-        """Gives back the pages before position `start`."""
+        """Frees the pages before position `start`."""
         self._drop(table, 0, bisect_left(table.positions, start))
 
     def release(self, table: PageTable) -> None:
-        """Gives everything back; the table is as new."""
+        """Frees everything; the table is empty again."""
         self._drop(table, 0, len(table.pages))
         table.done = 0
         self._release_state(table)
 
-    # What there is.
+    # Counting.
 
     def count(self, positions: int) -> int:
         """The number of pages that hold that many positions."""
@@ -166,17 +166,17 @@ class PageTables:
 
     @property
     def available(self) -> tuple[int, int]:
-        """Pages that are free or become so by eviction, and free state slots."""
+        """Pages that are free or can be freed by eviction, and free state slots."""
         return self.pool.free + self.pool.reclaimable, 0 if self.states is None else self.states.free
 
     def in_use(self, salt: str | None, tokens: Sequence[int]) -> int:
-        """How many pages of the longest known prefix of `tokens` other sequences hold: those cost nothing."""
+        """How many pages of the longest cached prefix of `tokens` are held by other sequences: those cost nothing."""
         if self.tree is None:
             return 0
         return sum(self.pool.is_shared(page) for page in self.tree.match(salt, tokens))
 
     def check_length(self, prompt: int, context_length: int) -> None:
-        """CapacityError for a prompt of this length if it could not run even with all pages for itself."""
+        """Raises CapacityError if a prompt of this length could not run even with all pages to itself."""
         needed = self.count(min(prompt + 1, context_length))
         if needed > self.pool.total:
             raise CapacityError(
@@ -185,11 +185,11 @@ class PageTables:
             )
 
     def refuse(self, table: PageTable, rows: int) -> None:
-        """Raises the error of a request that has everything for itself and still too little."""
+        """Raises the error of a request that has the whole cache to itself and still needs more."""
         pages, slots = self.missing(table, rows)
         if self.states is not None and slots > self.states.free:
             raise CapacityError(
-                f"the request needs more than the {self.states.total} state slots that there are, one for each of its "
+                f"the request needs more than the {self.states.total} state slots of the engine, one for each of its "
                 "branches; give the engine more max_sequences or ask for fewer results or beams"
             )
         raise CapacityError(
@@ -219,7 +219,7 @@ class PageTables:
             index += 1
 
     def _drop(self, table: PageTable, start: int, end: int) -> None:
-        """Gives back the pages with these indices."""
+        """Frees the pages with these indices."""
         if start < end:
             self.pool.release(table.pages[start:end])
             del table.pages[start:end], table.positions[start:end]

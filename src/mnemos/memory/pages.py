@@ -1,4 +1,4 @@
-"""Who holds which page of the key/value cache: reference counts over a fixed number of page ids."""
+"""Reference counts for the pages of the key/value cache, over a fixed number of page ids."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 
 class PagePool:
-    """Page ids 0 to total - 1, each free or held a number of times. Pure bookkeeping: it moves no memory.
+    """Page ids 0 to total - 1, each free or with a reference count. Pure bookkeeping: it moves no memory.
 
-    Pages that the prefix tree holds are `cached`; one that nobody else holds can be freed by eviction and is counted
-    as reclaimable. Low ids are given out first, so that a cache which commits memory lazily stays small.
+    Pages that the prefix tree holds are `cached`; one that has no other holder can be freed by eviction and counts as
+    reclaimable. Low ids are allocated first, so that a cache that commits memory lazily stays small.
     """
 
     def __init__(self, total: int) -> None:
@@ -28,7 +28,7 @@ class PagePool:
         return self.total - len(self._free)
 
     def allocate(self) -> int:
-        """A free page, held once. The caller has made sure that there is one."""
+        """A free page, held once. The caller must have made sure that there is one."""
         page = self._free.pop()
         self.references[page] = 1
         return page
@@ -42,7 +42,7 @@ class PagePool:
             references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Lets each page go once; one that nobody holds any more is free."""
+        """Drops one hold on each page; a page without holders is free."""
         references, cached = self.references, self._cached
         for page in pages:
             references[page] -= 1
@@ -56,12 +56,12 @@ class PagePool:
         return self.references[page] > 1
 
     def cache(self, page: int) -> None:
-        """The prefix tree holds the page from now on, beside the sequence that filled it."""
+        """Records that the prefix tree holds the page too, besides the sequence that filled it."""
         self.references[page] += 1
         self._cached[page] = 1
 
     def uncache(self, page: int) -> None:
-        """The prefix tree lets the page go."""
+        """Drops the prefix tree's hold on the page."""
         if self.references[page] == 1:
             self.reclaimable -= 1
         self._cached[page] = 0

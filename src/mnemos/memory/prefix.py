@@ -1,4 +1,4 @@
-"""Prefixes that were evaluated before: a tree over full cache pages, compared token by token."""
+"""Cached prefixes: a tree of full cache pages, compared token by token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Tokens = tuple[int, ...]
 
 
 class Node:
-    """One full page; a root has none. The way from the root to it spells the tokens of the prefix that it ends."""
+    """One full page; a root has none. The path from the root spells the tokens of the prefix that ends with it."""
 
     __slots__ = ("children", "page", "parent", "salt", "tokens")
 
@@ -24,18 +24,18 @@ class Node:
 
 
 class PrefixTree:
-    """Full pages by the tokens that led to them, one tree for each salt.
+    """Full pages by the tokens that lead to them, one tree per salt.
 
     A child is found by its page's exact tokens (a dictionary compares keys after hashing them), so two texts never
-    share a page by accident. The tree holds every page once; a page that nobody else holds is evicted when room is
+    share a page by accident. The tree holds every page once; a page without other holders is evicted when room is
     needed, the least recently used first and children before their parents.
     """
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self.pool = pool
         self.page_size = page_size
-        self.evicted = 0  # pages, since the start
-        self.limit: int | None = None  # the most pages to remember, beside those in use
+        self.evicted = 0  # pages evicted so far
+        self.limit: int | None = None  # the most pages to keep besides those in use
         self._roots: dict[str | None, Node] = {}
         # Least recently used first. A touched path is moved to the end leaf first, so that a node always comes after
         # its descendants and the first nodes are leaves.
@@ -45,21 +45,21 @@ class PrefixTree:
         return len(self._recency)
 
     def match(self, salt: str | None, tokens: Sequence[int], skip: int = 0) -> list[int]:
-        """The pages of the longest known prefix of `tokens`, without the first `skip` pages.
+        """The pages of the longest cached prefix of `tokens`, without the first `skip` pages.
 
-        The pages are not held for the caller yet: share them before anything else is allocated.
+        The caller does not hold these pages yet: share them before anything else is allocated.
         """
         path = self._path(salt, tokens)
         self.touch(path)
         return [node.page for node in path[skip:]]
 
     def insert(self, salt: str | None, tokens: Sequence[int], pages: Sequence[int], skip: int = 0) -> None:
-        """Remembers the full pages that hold `tokens` after the first `skip` pages of them.
+        """Adds the full pages that hold `tokens`, apart from the first `skip` ones, to the tree.
 
-        Nothing where the tree does not know those: the caller has given them back.
+        Adds nothing if the tree no longer has those: the caller has freed them.
 
-        Where the tree has a page already that nobody else holds, the caller's takes its place: that would be there
-        twice, and could not be evicted while the caller holds a page below it.
+        If the tree already has a page for the same tokens that has no other holder, the caller's page replaces it:
+        otherwise the content would be stored twice, and could not be evicted while the caller holds a page below it.
         """
         node = self.root(salt)
         path = []
@@ -82,7 +82,7 @@ class PrefixTree:
         self.shrink()
 
     def root(self, salt: str | None) -> Node:
-        """Where the texts of a salt begin."""
+        """The root of a salt's texts."""
         node = self._roots.get(salt)
         if node is None:
             node = self._roots[salt] = Node(None, (), -1, salt)
@@ -96,15 +96,15 @@ class PrefixTree:
         return node
 
     def touch(self, path: Sequence[Node]) -> None:
-        """These nodes, parents first, are the most recently used."""
+        """Marks these nodes, parents first, as the most recently used."""
         for node in reversed(path):
             self._recency.move_to_end(node)
 
     def evict(self, count: int) -> int:
-        """Frees up to `count` pages that only the tree holds; returns how many.
+        """Frees up to `count` pages that only the tree holds; returns how many were freed.
 
-        A sequence that gives back its first pages and keeps later ones must not keep the first ones from others: the
-        tree forgets the later ones, which stay with the sequence.
+        A sequence that frees its first pages but keeps later ones must not block the first ones from eviction: the
+        tree drops the later ones, which stay with the sequence.
         """
         victims = self._victims(count)
         if len(victims) < count and self._forget_stranded():
@@ -115,17 +115,17 @@ class PrefixTree:
         return len(victims)
 
     def restrict(self, limit: int) -> None:
-        """From now on remembers at most `limit` pages beside those in use."""
+        """Keeps at most `limit` pages besides those in use from now on."""
         self.limit = limit
         self.shrink()
 
     def shrink(self) -> None:
-        """Forgets what is beyond the limit, as far as nobody uses it."""
+        """Drops unused pages beyond the limit."""
         if self.limit is not None and len(self) > self.limit:
             self.evict(len(self) - self.limit)
 
     def clear(self) -> None:
-        """Forgets everything; pages that sequences still hold stay with them."""
+        """Drops everything; pages that sequences still hold stay with them."""
         for node in self._recency:
             self.pool.uncache(node.page)
         self._recency.clear()
@@ -161,7 +161,7 @@ class PrefixTree:
         return victims
 
     def _forget_stranded(self) -> int:
-        """Forgets pages in use that follow one which only the tree holds; returns how many."""
+        """Drops pages in use that follow one held only by the tree; returns how many."""
         references = self.pool.references
         stranded = [node for node in self._recency if references[node.page] > 1 and self._follows_unused(node)]
         for node in stranded:  # children before their parents

@@ -1,8 +1,8 @@
 """The prefix cache as a file.
 
-Layout: MAGIC, a version and the header's length (little-endian uint32 each), the header in JSON, the pages' bytes one
-after the other, and the SHA-256 of all before it. The header binds the file to a model: its fingerprint, its cache's
-layout and the bytes of a page. Its nodes are [parent's number or -1, salt's number, token ids], parents first.
+Layout: MAGIC, a version and the header's length (little-endian uint32 each), the header as JSON, the bytes of the pages
+one after the other, and the SHA-256 of everything before it. The header binds the file to a model: its fingerprint, its
+cache layout and the bytes per page. Its nodes are [parent's number or -1, salt's number, token ids], parents first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Entry:
 
 
 def save_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, spec: ModelSpec) -> int:
-    """Writes the tree's pages; the file appears whole or not at all. Returns the number of pages."""
+    """Writes the tree's pages; the file is written whole or not at all. Returns the number of pages."""
     if not spec.fingerprint:
         raise UnsupportedError(f"the model ({spec.architecture}) has no fingerprint to bind a prefix cache to")
     nodes = list(tree.nodes())[::-1]
@@ -67,9 +67,9 @@ def _write(target: Path, nodes: list[Node], cache: Cache, spec: ModelSpec) -> No
 
 
 def load_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, spec: ModelSpec) -> int:
-    """Adds a file's pages to the tree, those used last first, as far as pages are free. Returns how many were added.
+    """Adds a file's pages to the tree, the most recently used first, as far as pages are free. Returns how many.
 
-    FormatError, before anything is changed, if the file is missing, truncated, damaged or of another model.
+    FormatError, before anything is changed, if the file is missing, truncated, damaged or for another model.
     """
     path = Path(path)
     try:
@@ -117,7 +117,7 @@ def _check(
     if version != VERSION:
         raise FormatError(f"{path}: prefix cache of version {version}; this program reads version {VERSION}")
     if header_bytes > min(size - _START.size - _DIGEST_BYTES, _LONGEST_HEADER):
-        raise FormatError(f"{path}: the header is said to have {header_bytes} bytes; the file has {size}: truncated")
+        raise FormatError(f"{path}: the header should have {header_bytes} bytes; the file has {size}: truncated")
     _check_digest(path, file, size)
     file.seek(_START.size)
     header = _read_header(path, file.read(header_bytes))
@@ -132,7 +132,7 @@ def _check(
     pages_start = _START.size + header_bytes
     expected = pages_start + len(entries) * header["page_bytes"] + _DIGEST_BYTES
     if expected != size:
-        raise FormatError(f"{path}: {len(entries)} pages make {expected} bytes; the file has {size}")
+        raise FormatError(f"{path}: {len(entries)} pages need {expected} bytes; the file has {size}")
     return entries, pages_start, header["page_bytes"]
 
 
@@ -153,7 +153,7 @@ def _read_header(path: Path, content: bytes) -> dict[str, Any]:
         raise FormatError(f"{path}: the header is not JSON: {error}") from error
     kinds = {"fingerprint": str, "layout": dict, "page_bytes": int, "salts": list, "nodes": list}
     if not isinstance(header, dict) or any(not isinstance(header.get(name), kind) for name, kind in kinds.items()):
-        raise FormatError(f"{path}: the header lacks one of {', '.join(kinds)}, or one is of another type")
+        raise FormatError(f"{path}: the header lacks one of {', '.join(kinds)}, or one has the wrong type")
     if any(salt is not None and not isinstance(salt, str) for salt in header["salts"]):
         raise FormatError(f"{path}: a salt is not a text")
     return header
@@ -180,7 +180,7 @@ def _read_entries(path: Path, header: dict[str, Any], page_size: int, vocabulary
 
 
 def _load(file: BinaryIO, entries: list[_Entry], start: int, page_bytes: int, tree: PrefixTree, cache: Cache) -> int:
-    """Parents come first, so a tree that is cut short is still a tree."""
+    """Loads nodes in order; parents come first, so a tree that is cut short is still a tree."""
     pool = tree.pool
     nodes: list[Node | None] = []
     added = 0

@@ -1,17 +1,17 @@
-"""Who holds which state slot: what a model keeps of a sequence beside its pages, or in their place."""
+"""Reference counts for state slots: what a model keeps per sequence besides pages, or instead of them."""
 
 from __future__ import annotations
 
 from mnemos.contract import StatefulModel
 
-NO_STATE = -1  # of a sequence that has no slot (yet)
+NO_STATE = -1  # for a sequence without a slot (yet)
 
 
 class StateSlots:
-    """Slots 0 to total - 1 of a model's states, each free or held by a number of sequences.
+    """Slots 0 to total - 1 of a model's states, each free or held by one or more sequences.
 
-    Forks hold their parent's slot together with it until one of them evaluates more tokens, which copies it; a parent
-    that ends before leaves it to the fork without a copy. A slot that nobody holds any more is cleared.
+    Forks share their parent's slot until one of them evaluates more tokens, which copies it; a parent that ends before
+    that leaves it to the fork without a copy. A slot without holders is cleared.
     """
 
     def __init__(self, model: StatefulModel, total: int) -> None:
@@ -29,23 +29,23 @@ class StateSlots:
         return self.total - len(self._free)
 
     def is_own(self, slot: int) -> bool:
-        """True if there is a slot and only one sequence holds it: the model may write to it."""
+        """True if the slot exists and only one sequence holds it, so that the model may write to it."""
         return slot != NO_STATE and self.references[slot] == 1
 
     def allocate(self) -> int:
-        """A clear slot, held once. The caller has made sure that there is one."""
+        """A clear slot, held once. The caller must have made sure that there is one."""
         slot = self._free.pop()
         self.references[slot] = 1
         return slot
 
     def share(self, slot: int) -> int:
-        """Holds the slot once more; NO_STATE stays what it is."""
+        """Holds the slot once more; NO_STATE is returned unchanged."""
         if slot != NO_STATE:
             self.references[slot] += 1
         return slot
 
     def own(self, slot: int) -> int:
-        """A slot that one sequence holds alone and that has this one's content: itself, a copy, or a clear one."""
+        """A slot with this one's content that only the caller holds: itself, a copy, or a clear one."""
         if self.is_own(slot):
             return slot
         new = self.allocate()
@@ -55,7 +55,7 @@ class StateSlots:
         return new
 
     def release(self, slot: int) -> None:
-        """Lets the slot go once."""
+        """Drops one hold on the slot."""
         if slot != NO_STATE:
             self.references[slot] -= 1
             if not self.references[slot]:
