@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mnemos import (  # noqa: E402
+    BatchInference,
     CacheManager,
     GenerationConfig,
     InferenceConfig,
@@ -49,6 +50,17 @@ def test_configuration(counter: Any, tokenizer: Tokenizer, numbers: Any) -> None
     )
     with InferenceConfig(max_batch_size=2, default_temperature=0.1).engine(counter, tokenizer) as engine:
         assert numbers(engine.generate("3 5 7", config=config.generation(temperature=0.1)))[:5] == [9, 11, 13, 15, 17]
+
+
+def test_the_config_holds_for_every_method(counter: Any, tokenizer: Tokenizer, numbers: Any) -> None:
+    config = InferenceConfig(max_seq_length=8, default_temperature=0.1, repetition_penalty=1.0)
+    with config.engine(counter, tokenizer) as engine:
+        ids = tokenizer.encode("1 2 3")
+        assert engine.generate([ids], seed=1) == [[*ids, *(FIRST + n for n in range(4, 8))]]
+        assert numbers(engine.generate("1 2 3")) == numbers(engine.complete("1 2 3").text) == [4, 5, 6, 7]
+        assert engine.generate_batched(["1 2 3"]) == BatchInference(engine).generate(["1 2 3"]) == [" 4 5 6 7"]
+        assert engine.generation_config == config.generation()
+        assert engine.generate("1 2 3", do_sample=False, max_length=6) == " 4 5"
 
 
 def test_token_processor(tokenizer: Tokenizer, engine: InferenceEngine, numbers: Any) -> None:

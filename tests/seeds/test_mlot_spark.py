@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mnemos import BatchProcessor, OptimizedInferenceEngine, ResponseStreamer
+from mnemos import BatchInference, BatchProcessor, OptimizedInferenceEngine, ResponseStreamer
 from mnemos.errors import ConfigError
 
 
@@ -71,6 +71,35 @@ def test_settings(checkpoint: Path, numbers: Any) -> None:
 def test_from_pretrained_is_the_same(checkpoint: Path, numbers: Any) -> None:
     with OptimizedInferenceEngine.from_pretrained(checkpoint, cache_size=3, backend="numpy") as engine:
         assert numbers(engine.generate_response("30 32 34")) == [36, 38]
+
+
+def test_the_streamer_as_its_document_writes_it(spark: OptimizedInferenceEngine) -> None:
+    """for token in engine.generate_tokens(text): yield decode_token(token)"""
+    streamer = ResponseStreamer(spark)
+    tokens = list(spark.generate_tokens("1 4 7"))
+    wanted = spark.generate_response("1 4 7")
+    assert "".join(map(streamer.decode_token, tokens)) == "".join(streamer.stream_response("1 4 7")) == wanted
+    ids = [token.token_id for token in tokens if token.token_id is not None]
+    assert "".join(map(streamer.decode_token, ids)) == wanted
+    assert len(list(spark.generate_tokens("1 4 7", max_length=6))) == 2
+
+
+def test_the_config_holds_for_every_method(checkpoint: Path, numbers: Any) -> None:
+    with OptimizedInferenceEngine(checkpoint, config={"max_length": 6}) as engine:
+        texts = [
+            engine.generate_response("1 2 3"),
+            engine.generate("1 2 3"),
+            engine.complete("1 2 3").text,
+            "".join(token.text for token in engine.stream("1 2 3")),
+            "".join(ResponseStreamer(engine).stream_response("1 2 3")),
+            *BatchProcessor(engine).process_batch(["1 2 3"]),
+            *BatchInference(engine).generate(["1 2 3"]),
+            *engine.generate_batched(["1 2 3"]),
+        ]
+        assert [numbers(text) for text in texts] == [[4, 5]] * len(texts)  # <bos> counts too
+        assert numbers(engine.generate_response("1 2 3", max_length=7)) == [4, 5, 6]
+    with OptimizedInferenceEngine(checkpoint, config={"temperature": 0.7, "top_p": 0.9}) as engine:
+        assert numbers(engine.generate("1 2 3", num_beams=4)) == list(range(4, 40))
 
 
 def test_without_a_cache_of_prefixes(checkpoint: Path, numbers: Any) -> None:

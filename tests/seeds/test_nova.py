@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -70,7 +72,26 @@ def test_lengths(engine: InferenceEngine) -> None:
     assert short.shape[1] == 7 < 20 <= longer.shape[1]
 
 
-def test_translation_gives_the_config_in_second_place(engine: InferenceEngine) -> None:
+def test_translation_as_it_is_written(engine: InferenceEngine, tokenizer_folder: Path) -> None:
+    """With the config in second place the result is a batch; a flat list elsewhere gives a flat list."""
+    transformers = pytest.importorskip("transformers")
+    config = GenerationConfig(
+        strategy="beam_search", num_beams=5, max_length=100, length_penalty=1.2, early_stopping=True
+    )
+    words = " ".join(map(str, range(10, 39, 2)))
+    for tokenizer in (engine.tokenizer, transformers.AutoTokenizer.from_pretrained(tokenizer_folder)):
+        input_ids = tokenizer.encode("10 12 14")
+        outputs = engine.generate(input_ids, config)
+        translation = tokenizer.decode(outputs[0])
+        assert translation.removeprefix("<bos> ").removesuffix(" <eos>") == words
+        assert engine.generate(input_ids, config=config) == outputs[0]
+        assert len(engine.generate(input_ids, config.with_overrides(num_return_sequences=3))) == 3
+        batch = tokenizer.encode("10 12 14", return_tensors="pt") if tokenizer is not engine.tokenizer else [input_ids]
+        assert [list(row) for row in engine.generate(batch, config)] == outputs
+    assert engine.generate("10 12 14", config).split() == words.split()[3:]
+
+
+def test_translation_of_a_batch(engine: InferenceEngine) -> None:
     config = GenerationConfig(
         strategy="beam_search", num_beams=5, max_length=100, length_penalty=1.2, early_stopping=True
     )

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnemos.decoding.config import GenerationConfig, make_config
+from mnemos.compat.optimized import OptimizedInferenceEngine
+from mnemos.decoding.config import GenerationConfig, choose_config
 from mnemos.engine.completion import StreamedToken
 from mnemos.engine.prompts import listed, read_prompts
+from mnemos.errors import RequestError
 from mnemos.rules import COUNT
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class BatchInference:
             overrides = {"pad_token_id": self.pad_token_id, **overrides}
         wanted = listed(prompts)
         bar = _Bar(len(wanted), self.batch_size)
-        chosen = make_config(config, **overrides)
+        chosen = choose_config(config, self.engine.generation_config, **overrides)
         return self.engine.generate_batched(wanted, batch_size=self.batch_size, config=chosen, on_done=bar)
 
 
@@ -61,8 +63,25 @@ class ResponseStreamer:
         self.engine = engine
 
     def stream_response(self, text: str, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[str]:
-        """The pieces add up to the response; each holds whole characters."""
-        return (token.text for token in self.engine.stream(text, config, **overrides) if token.text)
+        """The pieces add up to the response; each holds whole characters. Of an `OptimizedInferenceEngine` that is
+        the response of its `generate_response`."""
+        if isinstance(self.engine, OptimizedInferenceEngine) and config is None:
+            tokens = self.engine.generate_tokens(text, **overrides)
+        else:
+            tokens = self.engine.stream(text, config, **overrides)
+        return (piece for piece in map(self.decode_token, tokens) if piece)
+
+    def decode_token(self, token: StreamedToken | int) -> str:
+        """A token's text within a response: that which a streamed token has, "" while a character is not whole.
+
+        A token id stands for itself, with the space before it where its word has one. RequestError: the engine has no
+        tokenizer.
+        """
+        if isinstance(token, StreamedToken):
+            return token.text
+        if self.engine.tokenizer is None:
+            raise RequestError(f"token {token} cannot be decoded: the engine has no tokenizer; make it with one")
+        return self.engine.tokenizer.decode([token], continues=True)
 
 
 @dataclass(frozen=True)
@@ -95,10 +114,16 @@ class BatchProcessor:
         results = self.engine.generate_batched(
             [wanted[index].prompt for index in order],
             batch_size=self.batch_size,
-            config=[_config_of(wanted[index], config, overrides) for index in order],
+            config=[self._config_of(wanted[index], config, overrides) for index in order],
             on_done=_Bar(len(order), self.batch_size),
         )
         return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
+
+    def _config_of(
+        self, request: BatchRequest, config: GenerationConfig | None, overrides: Mapping[str, Any]
+    ) -> GenerationConfig:
+        own = {"priority": request.priority, **overrides, **request.overrides}
+        return choose_config(request.config or config, self.engine.generation_config, **own)
 
     def _order(self, requests: Sequence[BatchRequest], token_ids: Sequence[list[int]]) -> list[int]:
         page = self.engine.spec.layout.page_size
@@ -128,10 +153,3 @@ class _Bar:
 def _array_tokens(tokens: Iterator[StreamedToken], like: Any) -> Iterator[Any]:
     make: Callable[[int], Any] = like.new_tensor if hasattr(like, "new_tensor") else like.dtype.type
     return (make(token.token_id) for token in tokens if token.token_id is not None)
-
-
-def _config_of(
-    request: BatchRequest, config: GenerationConfig | None, overrides: Mapping[str, Any]
-) -> GenerationConfig:
-    own = {"priority": request.priority, **overrides, **request.overrides}
-    return make_config(request.config or config, **own)

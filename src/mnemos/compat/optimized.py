@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mnemos.compat.cache_manager import CacheManager
 from mnemos.decoding.config import GenerationConfig
+from mnemos.engine.completion import StreamedToken
 from mnemos.engine.engine import LENGTHS, InferenceEngine
 from mnemos.engine.options import split
 from mnemos.engine.pretrained import load_parts
@@ -70,13 +71,20 @@ class OptimizedInferenceEngine(InferenceEngine):
 
     def generate_response(self, text: str, max_length: int | None = None, **overrides: Any) -> str:
         """The text that follows `text`. max_length counts the tokens of both; by default the config's, else 512."""
+        response: str = self.generate(text, **self._response_fields(max_length, overrides))
+        return response
+
+    def generate_tokens(self, text: str, max_length: int | None = None, **overrides: Any) -> Iterator[StreamedToken]:
+        """The tokens of `generate_response` as they come, each with its id and its text."""
+        return self.stream(text, **self._response_fields(max_length, overrides))
+
+    def _response_fields(self, max_length: int | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
         fields = _generation_fields(overrides)
         if max_length is not None:
             fields["max_length"] = max_length
         elif not self._has_length and not LENGTHS & fields.keys():
             fields["max_length"] = DEFAULT_LENGTH
-        response: str = self.generate(text, **fields)
-        return response
+        return fields
 
 
 def _generation_fields(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -241,3 +241,13 @@ def with_defaults(defaults: GenerationConfig, **given: Any) -> GenerationConfig:
     except ConfigError:
         plain = {field.name: field.default for field in FIELDS if field.group in ("sampling", "search")}
         return defaults.with_overrides(**{**plain, "strategy": None, "do_sample": None}).with_overrides(**given)
+
+
+def choose_config(config: GenerationConfig | None, default: GenerationConfig | None, **given: Any) -> GenerationConfig:
+    """A request's config: its own, else `default`, with what is given in the place of their fields.
+
+    ConfigError where what is given contradicts the request's own config; a default gives way instead.
+    """
+    if config is None and default is not None:
+        return with_defaults(default, **given)
+    return make_config(config, **given)

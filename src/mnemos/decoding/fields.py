@@ -408,7 +408,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "priority", "scheduling", whole(-LARGEST_INT),
-        "Waiting requests with a higher priority start first.", default=0,
+        "Waiting requests with a lower number start first.", default=0,
     ),
     Field(
         "tenant", "scheduling", text(1024),

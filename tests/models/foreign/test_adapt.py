@@ -207,14 +207,38 @@ def test_a_module_that_cannot_be_a_language_model_is_named(module, message) -> N
 def test_vocabulary_and_device_that_do_not_fit() -> None:
     with pytest.raises(ModelError, match="tokenizer has 50 tokens but .* returns 29 logits"):
         adapt(modules.PastArgument(), vocabulary_size=50)
-    with pytest.raises(ConfigError, match="parameters on cpu but device is 'cuda'"):
-        adapt(modules.PastArgument(), device="cuda")
     with pytest.raises(ModelError, match=r"Plain\.forward.* has no values for embedding\.weight .*expected loaded"):
         adapt(modules.Plain().to("meta"))
-    with pytest.raises(ConfigError, match="device is 'toaster'; expected a device of PyTorch"):
+    with pytest.raises(ConfigError, match="device is 'toaster', which PyTorch cannot use here: .*; expected 'cpu' or"):
         adapt(modules.PastArgument(), device="toaster")
     with pytest.raises(ConfigError, match=r"expected a torch.nn.Module"):
         adapt("model.pt")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA's")
+def test_device_moves_the_module() -> None:
+    module = modules.PastArgument()
+    assert adapt(module, device="cuda").spec.vocabulary_size == modules.VOCABULARY
+    assert all(parameter.is_cuda for parameter in module.parameters())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the module is moved")
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="device is 'cuda', which PyTorch cannot use here: .*; expected 'cpu' or"):
+        adapt(modules.PastArgument(), device="cuda")
+
+
+def test_a_module_that_cannot_be_moved_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bound(modules.PastArgument):  # type: ignore[misc, name-defined]
+        """As those that bitsandbytes made."""
+
+        def to(self, *place: object) -> Bound:
+            raise ValueError("`.to` is not supported for 8-bit models")
+
+    monkeypatch.setattr("mnemos.models.foreign.adapt.usable_device", lambda name: torch.device("meta"))
+    message = "device is 'cuda' and Bound is on cpu, from where it cannot be moved: `.to` is not supported"
+    with pytest.raises(ConfigError, match=message):
+        adapt(Bound(), device="cuda")
 
 
 def test_logits_are_told_from_hidden_states_beside_them() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import nn
 
 from mnemos.contract import NO_PAGES, ModelSpec
@@ -16,6 +15,7 @@ from mnemos.models.foreign.model import ForeignModel
 from mnemos.models.foreign.probe import Probe
 from mnemos.models.foreign.settings import find_context, special_tokens
 from mnemos.models.foreign.signature import describe
+from mnemos.ops.torch import usable_device
 
 
 def adapt(
@@ -29,21 +29,19 @@ def adapt(
     """Makes any causal nn.Module that returns logits a `Model`, or a Hugging Face encoder-decoder module.
 
     forward(input_ids (batch, time) int64), also with attention_mask, position_ids and a cache; see
-    mnemos.models.foreign.cache_styles for the styles. The module is tried once on a few tokens. context_length: the
-    positions of a module that does not say itself how many it has. vocabulary_size: of the tokenizer, must not exceed
-    the module's. Errors: ModelError with the module's class and signature.
+    mnemos.models.foreign.cache_styles for the styles. The module is tried once on a few tokens. device: where the
+    module is moved to, itself and not a copy; "auto" is the best device that there is. context_length: the positions
+    of a module that does not say itself how many it has. vocabulary_size: of the tokenizer, must not exceed the
+    module's. Errors: ModelError with the module's class and signature.
     """
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model is a {type(module).__name__}; expected a torch.nn.Module or a mnemos Model")
-    caller = Caller(module)
-    if device is not None and _device(device).type != caller.device.type:
-        raise ConfigError(
-            f"{type(module).__name__} has its parameters on {caller.device} but device is {device!r}; "
-            f"expected device={str(caller.device)!r}, or move the module with .to({device!r}) first"
-        )
     empty = next((name for name, p in module.named_parameters() if p.device.type == "meta"), None)
     if empty is not None:
         raise ModelError(f"{describe(module)} has no values for {empty} (its device is meta); expected loaded weights")
+    if device is not None:
+        _move(module, device)
+    caller = Caller(module)
     inner = caller.inner
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         return adapt_encoder_decoder(caller, context_length)
@@ -77,10 +75,17 @@ def adapt(
     return ForeignModel(caller, causal_calls(caller, abilities), spec)
 
 
-def _device(name: str) -> torch.device:
+def _move(module: nn.Module, name: str) -> None:
+    """Moves a module to a device. ConfigError where it cannot be there."""
+    device = usable_device(name)
+    first = next(module.parameters(), None)
+    if first is None or first.device == device or (device.index is None and first.device.type == device.type):
+        return
     try:
-        return torch.device(name)
-    except (RuntimeError, TypeError) as error:
+        module.to(device)
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # no memory, or weights that are bound to a place
+        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"device is {name!r}; expected a device of PyTorch, such as 'cpu', 'cuda' or 'mps'"
+            f"device is {name!r} and {type(module).__name__} is on {first.device}, from where it cannot be moved: "
+            f"{reason}; load it there, or leave device out"
         ) from error
