@@ -45,7 +45,7 @@ def adapt(
     inner = caller.inner
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         return adapt_encoder_decoder(caller, context_length)
-    abilities = Probe(caller).run(use_kv_cache)
+    abilities = Probe(caller).run(use_kv_cache, find_context(inner, None, context_length))
     caller.settle()
     if vocabulary_size is not None and vocabulary_size > abilities.vocabulary:
         raise ModelError(

@@ -24,7 +24,10 @@ from mnemos.models.foreign.cache_styles import (
 from mnemos.models.foreign.call import Caller, advance
 from mnemos.models.foreign.comparison import difference
 from mnemos.models.foreign.growing_cache import Buffer, make_room
+from mnemos.models.foreign.inner_cache import InnerStyle
+from mnemos.models.foreign.inner_probe import find_inner
 from mnemos.models.foreign.signature import describe
+from mnemos.models.foreign.structures import Watch
 
 PROBE_LENGTH = 6
 HUGGING_FACE_NAMES = ("past_key_values", "cache")  # of arguments that take transformers' Cache objects
@@ -64,29 +67,51 @@ class CacheProbe:
         self.ids = ids
         self.tolerance = tolerance
 
-    def run(self, batches: bool, last_only: bool) -> CacheAbilities | None:
-        """None: the module has no cache that can be used. For the arguments see `Abilities`."""
-        style, axes = self._find_style()
+    def run(self, batches: bool, last_only: bool, context: int, plain: InnerStyle | None) -> CacheAbilities | None:
+        """None: the module has no cache that can be used. For `batches` and `last_only` see `Abilities`.
+
+        context: its positions; plain: the style of a cache that every call uses.
+        """
+        style, axes = self._find_style(context, plain)
         if style is None:
             return None
         names, fixed = self.caller.signature, any(one.time is None for one in axes)
         keeps_positions = not all(one.time is None for one in axes)
-        counts = isinstance(style, NestedStyle) and style.counts
+        inner = isinstance(style, InnerStyle)
+        counts = isinstance(style, (NestedStyle, InnerStyle)) and style.counts
+        counts = counts or (isinstance(style, InnerStyle) and style.state.drive.cache_positions)
         batches = batches and self._rows_agree(style)
         return CacheAbilities(
             style,
             axes,
             batches,
             chunks=self._takes_chunks(style),
-            gaps=batches and not (fixed or last_only) and self._gaps_agree(style, axes),
-            grows=batches and not fixed and self._grows(style, axes),
+            gaps=batches and not (fixed or last_only or inner) and self._gaps_agree(style, axes),
+            grows=batches and not (fixed or inner) and self._grows(style, axes),
             aligned=keeps_positions or counts or names.offset is not None or names.mask in names.required,
         )
 
     def _positions(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, device=self.caller.device)[None, :]
 
-    def _find_style(self) -> tuple[CacheStyle | None, list[Axes]]:
+    def _find_style(self, context: int, plain: InnerStyle | None) -> tuple[CacheStyle | None, list[Axes]]:
+        reason: BaseException | None = None
+        if plain is None:
+            watch = Watch(self.caller.module)
+            style, axes, reason = self._find_given_style()
+            if style is not None:
+                return style, axes
+            watch.undo()  # a call that fails may leave half of a state behind
+        inner = plain or find_inner(self.caller, self.ids, context)
+        if inner is not None and self._agrees(inner, (3, 1, 1, 1)):
+            return inner, inner.axes
+        self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH))  # makes what was undone that lasts
+        if reason is not None:
+            warnings.warn(f"the cache of {describe(self.caller.module)} is not used: {reason}", stacklevel=5)
+        return None, []
+
+    def _find_given_style(self) -> tuple[CacheStyle | None, list[Axes], BaseException | None]:
+        """A cache that is handed over as an argument, or why none of the styles fits."""
         reason: BaseException | None = None
         for style in self._candidates():
             try:
@@ -96,10 +121,8 @@ class CacheProbe:
                 reason = error.__cause__ or error
                 continue
             if axes is not None and agrees:
-                return style, axes
-        if reason is not None:
-            warnings.warn(f"the cache of {describe(self.caller.module)} is not used: {reason}", stacklevel=5)
-        return None, []
+                return style, axes, None
+        return None, [], reason
 
     def _candidates(self) -> list[CacheStyle]:
         caller = self.caller

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mnemos.errors import ModelError
 from mnemos.models.foreign.answer import Answer, AnswerReader
 from mnemos.models.foreign.cache_styles import AttentionStyle, CacheStyle, KVCacheStyle
+from mnemos.models.foreign.inner_cache import Held, InnerState, InnerStyle
 from mnemos.models.foreign.native_steps import NativeOperators
 from mnemos.models.foreign.packed_layers import PackedLayers
 from mnemos.models.foreign.signature import describe, read_signature, unwrap
@@ -41,6 +42,7 @@ class Caller:
         self._packed = PackedLayers(module)
         self._stored: StoredTensors | None = StoredTensors(module)
         self._inference = False
+        self.plain: InnerState | None = None  # what calls without a cache are isolated from, as they change it too
 
     @property
     def device(self) -> torch.device:
@@ -68,8 +70,12 @@ class Caller:
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         last_only: bool = False,
+        inner: tuple[InnerState, Held] | None = None,
     ) -> Answer:
-        """Runs ids (batch, time). mask (batch, past + time) bool; positions (batch, time); both only where taken."""
+        """Runs ids (batch, time). mask (batch, past + time) bool; positions (batch, time); both only where taken.
+
+        inner: a state of the module itself that is lent to it, and replaced by the one after the call.
+        """
         names = self.signature
         arguments: dict[str, Any] = {}
         if names.past and (past is not None or names.past in names.required):
@@ -77,7 +83,7 @@ class Caller:
         if names.use_cache:
             arguments["use_cache"] = use_cache
         if names.mask and mask is None and names.mask in names.required:
-            before = 0 if past is None or positions is None else int(positions[0, 0])
+            before = 0 if (past is None and inner is None) or positions is None else int(positions[0, 0])
             mask = torch.ones(len(ids), before + ids.shape[1], device=ids.device)
         if names.mask and mask is not None:
             arguments[names.mask] = mask.to(torch.int64)
@@ -85,10 +91,15 @@ class Caller:
             arguments[names.positions] = positions
         if names.offset and positions is not None:
             arguments[names.offset] = int(positions[0, 0])
+        drives = inner is not None and inner[0].drive.cache_positions
+        if names.cache_positions and positions is not None and (drives or names.cache_positions in names.required):
+            arguments[names.cache_positions] = positions[0]
         if names.logits_to_keep and last_only:
             arguments["logits_to_keep"] = 1
         self.hidden = None
-        with self.running(ids):
+        if inner is None and self.plain is not None:
+            inner = self.plain, self.plain.fresh(len(ids))
+        with self.running(ids, inner):
             if names.ids == "input_ids":
                 output = self.module(input_ids=ids, **arguments)
             else:
@@ -96,16 +107,18 @@ class Caller:
         return self._reader.read(output, ids)
 
     @contextmanager
-    def running(self, ids: Tensor) -> Iterator[None]:
+    def running(self, ids: Tensor, inner: tuple[InnerState, Held] | None = None) -> Iterator[None]:
         """Evaluation mode, no gradients, and a ModelError for whatever the module raises over `ids`."""
         with self.lock:
-            yield from self._running(ids)
+            yield from self._running(ids, inner)
 
-    def _running(self, ids: Tensor) -> Iterator[None]:
+    def _running(self, ids: Tensor, inner: tuple[InnerState, Held] | None) -> Iterator[None]:
         modes = self._evaluate()
         self._packed.install(ids.numel())
         # For the call only: a hook that stays would be copied and saved with the module.
         hook = None if self.head is None else self.head.register_forward_pre_hook(self._keep_hidden)
+        if inner is not None:
+            inner[0].install(inner[1])
         try:
             with torch.inference_mode() if self._inference else torch.no_grad():
                 yield
@@ -115,6 +128,8 @@ class Caller:
                 f"(input ids of shape {tuple(ids.shape)} on {ids.device}, parameters on {self.device})"
             ) from error
         finally:
+            if inner is not None:
+                inner[1].values = inner[0].release()
             if hook is not None:
                 hook.remove()
             self._packed.remove()
@@ -171,6 +186,8 @@ def advance(
             finally:
                 taken = style.release()
         return answer.logits, taken
+    if isinstance(style, InnerStyle):
+        return drive(caller, style.state, ids, past, positions, mask, last_only)
     before = past.length if isinstance(style, KVCacheStyle) else 0
     answer = caller(ids, past=past, use_cache=True, mask=mask, positions=positions, last_only=last_only)
     if isinstance(style, KVCacheStyle):
@@ -178,3 +195,28 @@ def advance(
             past.increment_length(ids.shape[1])
         return answer.logits, past
     return answer.logits, answer.past if answer.past is not None else past
+
+
+def drive(
+    caller: Caller,
+    state: InnerState,
+    ids: Tensor,
+    past: Held | None,
+    positions: Tensor,
+    mask: Tensor | None = None,
+    last_only: bool = False,
+) -> tuple[Tensor, Held]:
+    """As `advance`, for a module that is lent its state; `past` is used up by the call."""
+    held = state.fresh(len(ids)) if past is None else past
+    answer = caller(
+        ids,
+        past=held.given,
+        use_cache=True,
+        mask=mask,
+        positions=positions,
+        last_only=last_only,
+        inner=(state, held),
+    )
+    if answer.past is not None and caller.signature.past is not None:
+        held.given = answer.past
+    return answer.logits, held

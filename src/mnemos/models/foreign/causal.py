@@ -13,6 +13,7 @@ from mnemos.models.foreign.cache_probe import CacheAbilities
 from mnemos.models.foreign.cache_styles import Snapshot, side_by_side
 from mnemos.models.foreign.call import Caller, advance
 from mnemos.models.foreign.growing_cache import GrowingTensor, make_room
+from mnemos.models.foreign.inner_cache import InnerStyle
 from mnemos.models.foreign.jobs import Bools, Calls, Job, JobOutput, pad, split
 from mnemos.models.foreign.probe import Abilities
 from mnemos.models.foreign.slots import Group
@@ -58,6 +59,9 @@ class CachedCalls:
         # Whether some earlier positions are gone: in a state of fixed size, or in a cache that was seen to drop them.
         self._forgets = not self.able.rewinds
         self._times = [axes.time for axes in self.able.axes if axes.time is not None]
+        self._inner = self.able.style if isinstance(self.able.style, InnerStyle) else None
+        self._repeated = RepeatedCalls(caller, abilities)
+        self._miscounts = False
 
     def partition(self, jobs: list[Job]) -> list[list[Job]]:
         """All together where a mask tells padding from text, else those of equal shape."""
@@ -65,7 +69,16 @@ class CachedCalls:
             jobs = [job if job.start == 0 or job.slot.holds(job.start) else job.again() for job in jobs]
         return _grouped(jobs, self._shape)
 
+    def _repeats(self, job: Job) -> bool:
+        """Whether it is evaluated over all tokens: it is longer than what is inside the module has room for."""
+        inner = self._inner
+        if inner is None or inner.extent is None:
+            return self._miscounts
+        return self._miscounts or job.start + len(job.new) > inner.extent
+
     def _shape(self, job: Job) -> Any:
+        if self._repeats(job):
+            return "repeated", *((job.start, len(job.new)) if self.abilities.last_only else ())
         if not self._forgets:
             if job.start == 0 and not self.abilities.last_only:
                 return "fresh"  # padding on the right is exact for a causal module
@@ -75,6 +88,10 @@ class CachedCalls:
 
     def run(self, jobs: list[Job], wanted: Bools) -> list[JobOutput]:
         """One call for all, or one for each position where the module can do no better."""
+        if self._repeats(jobs[0]):
+            for job in jobs:
+                job.slot.drop()
+            return self._repeated.run(jobs, wanted)
         silent = self.abilities.last_only and any(job.wants_earlier(wanted) for job in jobs)
         if silent or (jobs[0].start and len(jobs[0].new) > 1 and not self.able.chunks):
             return _token_by_token(self, jobs, wanted)
@@ -99,6 +116,8 @@ class CachedCalls:
             shape = len(jobs), before.length
             real = torch.cat((_all_if_none(real, shape, ids), _all_if_none(new_real, ids.shape, ids)), dim=1)
         leaves, length = style.leaves(past), before.length + longest
+        if self._inner is not None and not self._inner.counts_right(past, length):
+            self._miscounts = True  # it did not in the trial: what it keeps of a text cannot be put back
         group = Group(past, [job.slot for job in jobs], self._snapshot, length, real, leaves, buffers)
         for job in jobs:
             job.slot.tokens += job.new
@@ -118,7 +137,8 @@ class CachedCalls:
         )
 
     def _snapshot(self, group: Group) -> Snapshot:
-        return Snapshot(group.leaves, self.able.axes, group.length, group.real)
+        leaves = group.leaves if self._inner is None else self._inner.trimmed(group.leaves, group.length)
+        return Snapshot(leaves, self.able.axes, group.length, group.real)
 
     def _assemble(self, jobs: list[Job]) -> Group:
         """These sequences' earlier tokens as a group: with the cache in the module's form."""

@@ -14,6 +14,7 @@ from mnemos.models.foreign.answer import Answer
 from mnemos.models.foreign.cache_probe import PROBE_LENGTH, CacheAbilities, CacheProbe
 from mnemos.models.foreign.call import Caller
 from mnemos.models.foreign.comparison import difference, tolerance
+from mnemos.models.foreign.inner_probe import find_plain
 from mnemos.models.foreign.position_tables import PositionTables, common_positions
 from mnemos.models.foreign.signature import describe
 
@@ -48,9 +49,14 @@ class Probe:
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(0, self.size, (2, PROBE_LENGTH), generator=generator).to(caller.device)
 
-    def run(self, use_kv_cache: bool) -> Abilities:
-        """Tries the module. ModelError: it is not a causal language model."""
+    def run(self, use_kv_cache: bool, context: int) -> Abilities:
+        """Tries the module. context: the positions that it says it has.
+
+        ModelError: it is not a causal language model.
+        """
         caller = self.caller
+        plain = find_plain(caller, self.ids, context)
+        caller.plain = None if plain is None else plain.state
         answer, seen = self._watched(PROBE_LENGTH)
         logits = self._check_shape(answer)
         last_only = logits.shape[1] == 1
@@ -61,7 +67,9 @@ class Probe:
         batches = self._find_batches(logits)
         self._find_head(logits)
         hidden = 0 if caller.head is None else int(self._hidden_size())
-        cache = CacheProbe(caller, self.ids, self.tolerance).run(batches, last_only) if use_kv_cache else None
+        cache = None
+        if use_kv_cache:
+            cache = CacheProbe(caller, self.ids, self.tolerance).run(batches, last_only, context, plain)
         return Abilities(logits.shape[2], hidden, last_only, batches, cache, common_positions(seen, seen_shorter))
 
     def _watched(self, length: int) -> tuple[Answer, PositionTables]:

@@ -13,11 +13,13 @@ from mnemos.errors import ModelError
 MASK_NAMES = ("attention_mask",)
 POSITION_NAMES = ("position_ids", "positions")
 OFFSET_NAMES = ("start_pos", "past_length")
+CACHE_POSITION_NAMES = ("input_pos", "cache_position")
 PAST_NAMES = (
     "past_key_values",
     "past_kv",
     "past_kvs",
     "past_key_value",
+    "cache_params",
     "past",
     "layer_past",
     "kv_cache",
@@ -40,14 +42,16 @@ PAST_NAMES = (
 class Signature:
     """The names under which a forward takes what the engine has to say; None where it takes no such thing.
 
-    positions: (batch, time); offset: one number, the position of the first new token of all sequences; required: the
-    names that have no default.
+    positions: (batch, time); offset: one number, the position of the first new token of all sequences;
+    cache_positions (time,): where the new tokens of all sequences go in a cache; required: the names that have no
+    default.
     """
 
     ids: str
     mask: str | None
     positions: str | None
     offset: str | None
+    cache_positions: str | None
     past: str | None
     use_cache: bool
     logits_to_keep: bool
@@ -101,7 +105,8 @@ def read_signature(module: nn.Module) -> Signature:
     def first(names: tuple[str, ...]) -> str | None:
         return next((name for name in names if name in named and name != ids), None)
 
-    known = {ids, *MASK_NAMES, *POSITION_NAMES, *OFFSET_NAMES, *PAST_NAMES, "use_cache", "logits_to_keep"}
+    names = (MASK_NAMES, POSITION_NAMES, OFFSET_NAMES, CACHE_POSITION_NAMES, PAST_NAMES)
+    known = {ids, "use_cache", "logits_to_keep"}.union(*names)
     required = frozenset(name for name, p in named.items() if p.default is inspect.Parameter.empty)
     unknown = [name for name in named if name in required - known]
     if unknown:
@@ -114,6 +119,7 @@ def read_signature(module: nn.Module) -> Signature:
         mask=first(MASK_NAMES),
         positions=first(POSITION_NAMES),
         offset=first(OFFSET_NAMES),
+        cache_positions=first(CACHE_POSITION_NAMES),
         past=first(PAST_NAMES),
         use_cache="use_cache" in named,
         logits_to_keep="logits_to_keep" in named,

@@ -43,6 +43,11 @@ class Slot:
         """Whether the cache of the first `length` tokens is there; one that has no more than it needs may be gone."""
         return self.group is not None or (self.snapshot is not None and self.snapshot.holds(self.row, length))
 
+    def drop(self) -> None:
+        """Forgets its keys and values, but not its tokens."""
+        self.freeze()
+        self.snapshot = None
+
     def fork(self) -> Slot:
         """A slot that goes on from here by itself. No tensor is copied: modules replace theirs by longer ones."""
         self.freeze()
