@@ -28,6 +28,13 @@ LONGEST = 400
 LONG_FILES: dict[str, str] = {
     "decoding.fields": "a table with a row for each field",
 }
+NATIVE = PACKAGE.parents[1] / "native"
+LONG_NATIVE_FILES = {
+    "bindings.cpp": "the list of all that Python sees, function by function",
+    "linear/product_quantized.h": "one tile, whose steps share its registers",
+    "program/attention_task.cpp": "one operator: how its work is cut, done and put together",
+    "vector/attention_impl.h": "one kernel, for each type of cache",
+}
 
 
 def modules() -> dict[str, Path]:
@@ -109,3 +116,9 @@ def test_a_file_is_no_longer_than_its_subject(name: str) -> None:
         assert lines > LONGEST, f"{name} has {lines} lines: it needs no reason any more"
     else:
         assert lines <= LONGEST, f"{name} has {lines} lines: look for the two things that it holds, or give a reason"
+
+
+def test_native_files_are_no_longer_than_their_subjects() -> None:
+    sources = [path for path in NATIVE.rglob("*") if path.suffix in (".h", ".cpp")]
+    lengths = {path.relative_to(NATIVE).as_posix(): len(path.read_bytes().splitlines()) for path in sources}
+    assert {name for name, lines in lengths.items() if lines > LONGEST} == set(LONG_NATIVE_FILES)

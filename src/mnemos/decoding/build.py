@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +19,9 @@ from mnemos.decoding.fields import SAMPLING_ONLY, active
 from mnemos.decoding.processors import Processor, Setting, processors_of
 from mnemos.decoding.sampling import Drafter, Sampling
 from mnemos.decoding.seeds import fresh_seed
-from mnemos.decoding.stopping import DecoderLike, StopRules, StopWatch, TextEnds
+from mnemos.decoding.stopping import StopRules, StopWatch, TextEnds
 from mnemos.decoding.strategy import Strategy
+from mnemos.decoding.tokenizer_like import TokenizerLike
 from mnemos.errors import ContextLengthError, RequestError
 
 if TYPE_CHECKING:  # a process that only samples starts faster without the others
@@ -29,26 +30,6 @@ if TYPE_CHECKING:  # a process that only samples starts faster without the other
 
 _OPENERS = "\n\t([{<\"'`*_-/\u201c\u2018\u00ab"  # a word may follow these without a space
 _SAMPLERS_OWN = ("temperature", "top_k", "top_p", "min_p")  # `choice.sample` applies these itself
-
-
-class TokenizerLike(Protocol):
-    """The part of a tokenizer that strategies use."""
-
-    @property
-    def vocabulary_size(self) -> int: ...
-
-    @property
-    def special_ids(self) -> Collection[int]: ...
-
-    def encode(
-        self, text: str, add_special: bool = True, parse_special: bool = True, continues: bool = False
-    ) -> list[int]: ...
-
-    def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str: ...
-
-    def decoder(self, skip_special: bool = True, continues: bool = False) -> DecoderLike: ...
-
-    def token_bytes(self, token_id: int) -> bytes: ...
 
 
 def fit_prompt(config: GenerationConfig, prompt_ids: Sequence[int], spec: ModelSpec) -> list[int]:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mnemos.decoding.tokenizer_like import Vocabulary
 from mnemos.errors import ConfigError, MissingDependencyError, RequestError
 
 if TYPE_CHECKING:
@@ -31,22 +32,6 @@ MOST_WHITE_SPACE = 16
 _LONGEST_REASON = 300
 _SPECIAL = frozenset("\\.+*?()|[]{}^$#&-~/")
 _CLEARER = {"NoExtensionBias": "no text follows it, or only by rules that never terminate"}
-
-
-class Vocabulary(Protocol):
-    """The part of a tokenizer that grammars use."""
-
-    @property
-    def vocabulary_size(self) -> int: ...
-
-    @property
-    def special_ids(self) -> Collection[int]: ...
-
-    def encode(
-        self, text: str, add_special: bool = True, parse_special: bool = True, continues: bool = False
-    ) -> list[int]: ...
-
-    def token_bytes(self, token_id: int) -> bytes: ...
 
 
 class GrammarCompiler:

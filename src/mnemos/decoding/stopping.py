@@ -6,21 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mnemos.decoding.history import History
 from mnemos.decoding.strategy import Emitted, FinishedSequence
+from mnemos.decoding.tokenizer_like import DecoderLike
 from mnemos.errors import MnemosError, RequestError
-
-
-class DecoderLike(Protocol):
-    """Turns token ids into text piece by piece, never half a character."""
-
-    def push(self, token_id: int) -> str: ...
-
-    def finish(self) -> str: ...
 
 
 class StopStrings:
