@@ -1,4 +1,4 @@
-"""What the rooms say to each other: batches, outputs, caches, and all that the engine knows about a model."""
+"""The contracts between packages: batches, outputs, caches, and everything the engine knows about a model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Batch:
     token_ids (T,), positions (T,)   consecutive within a sequence
     sequence_starts (S+1,)           sequence s owns rows sequence_starts[s]:sequence_starts[s+1]
     pages (P,), page_starts (S+1,)   the page table of sequence s is pages[page_starts[s]:page_starts[s+1]]
-    page_positions (P,)              the first position that each page holds, a multiple of the page size: position p is
-                                     in the page with page_positions <= p < page_positions + page_size, at slot
-                                     p % page_size. They ascend within a table and need not follow each other: a row
-                                     sees the positions up to its own, within its layer's window, that the table's
-                                     pages hold, and no others. Every new position has a page.
-    logit_rows (R,)                  the rows whose logits (and last hidden states) are asked for, ascending
-    greedy                           of their logits only the most probable tokens are wanted
+    page_positions (P,)              the first position of each page, a multiple of the page size: position p is in the
+                                     page with page_positions <= p < page_positions + page_size, at slot p % page_size.
+                                     They ascend within a table and may have gaps: a row sees the positions up to its
+                                     own, within its layer's window, that the table's pages hold, and no others. Every
+                                     new position has a page.
+    logit_rows (R,)                  the rows whose logits (and last hidden states) are wanted, ascending
+    greedy                           only the most probable tokens of those rows are wanted
     states (S,)                      each sequence's state slot, all different; empty for a model without `spec.states`
     """
 
@@ -45,7 +45,7 @@ class Batch:
         return len(self.sequence_starts) - 1
 
     def part(self, first: int, last: int) -> Batch:
-        """The batch of the sequences `first` to `last` - 1 alone."""
+        """A batch of only the sequences `first` to `last` - 1."""
         begin, end = self.sequence_starts[first], self.sequence_starts[last]
         pages = slice(self.page_starts[first], self.page_starts[last])
         asked = slice(*np.searchsorted(self.logit_rows, (begin, end)))
@@ -64,13 +64,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Output:
-    """logits (R, vocabulary) and hidden (R, hidden size), float32, for the rows that the batch asked for.
+    """logits (R, vocabulary) and hidden (R, hidden size), float32, for the rows in `Batch.logit_rows`.
 
-    `hidden` is what the output projection reads (after the last norm). Both may be views of a
+    `hidden` is the input of the output projection (after the last norm). Both may be views of a
     workspace that the next forward pass overwrites.
 
-    For a batch with `greedy`, a model that finds the most probable tokens without computing all logits gives them as
-    `tokens` (R,), of equally probable ones the lowest id, and logits of shape (R, 0).
+    For a batch with `greedy`, a model that finds the most probable tokens without computing all logits returns them as
+    `tokens` (R,), the lowest id on ties, and logits of shape (R, 0).
     """
 
     logits: Floats
@@ -82,14 +82,14 @@ class Output:
 class KVLayout:
     """The shape of a model's key/value cache. A page holds `page_size` positions of every layer.
 
-    A model with 0 layers here has no pages (see `NO_PAGES`): what it keeps of a sequence is in its state slot.
+    A model with 0 layers here has no pages (see `NO_PAGES`): it keeps everything about a sequence in its state slot.
     """
 
     layers: int
     kv_heads: int
     head_dim: int
     page_size: int = 32
-    dtype: str = "float16"  # float32, float16, bfloat16 or int8 (one scale for each position and head)
+    dtype: str = "float16"  # float32, float16, bfloat16 or int8 (one scale per position and head)
 
     @property
     def page_bytes(self) -> int:
@@ -102,23 +102,23 @@ NO_PAGES = KVLayout(layers=0, kv_heads=0, head_dim=0)
 
 
 class Cache(Protocol):
-    """Key/value storage for a fixed number of pages; who owns which page is the engine's business."""
+    """Key/value storage for a fixed number of pages; the engine decides which sequence owns which page."""
 
     layout: KVLayout
     pages: int
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copies whole pages, all layers."""
+        """Copies whole pages, for all layers."""
 
     def read(self, page: int) -> npt.NDArray[np.uint8]:
-        """The page's content as flat bytes, in a form that `write` of the same backend and layout takes."""
+        """The page's content as flat bytes, in a form that `write` accepts with the same backend and layout."""
 
     def write(self, page: int, content: npt.NDArray[np.uint8]) -> None: ...
 
 
 @dataclass(frozen=True)
 class TokenRules:
-    """What the makers of a model say that its texts must or must not hold; see `GenerationConfig` for the meanings."""
+    """The model authors' rules for what texts must or must not contain; see `GenerationConfig` for the meanings."""
 
     forced_bos: tuple[int, ...] = ()
     forced_eos: tuple[int, ...] = ()
@@ -131,23 +131,22 @@ class TokenRules:
 class ModelSpec:
     """Facts about a model that requests are checked against, and what it promises, which the engine obeys.
 
-    `window` is the number of positions that its attention reaches back, 0 without such a limit (or where only some
-    layers have one). `position_limit` is the first position that it cannot take, where attention depends on distances
-    alone and positions may go on growing while no row sees more than the context; 0: they end with the context.
-    `fingerprint` changes whenever the weights or the computation do; saved caches are bound to it.
+    `window` is the number of positions back that its attention reaches, 0 without such a limit (or if only some layers
+    have one). `position_limit` is the first position that it cannot take, if attention depends on distances alone, so
+    that positions may grow as long as no row sees more than the context; 0: they end with the context. `fingerprint`
+    changes whenever the weights or the computation do; saved caches are bound to it.
 
-    The promises are about logits: batch invariance holds for a model as far as it makes them.
+    The promises are about logits: batch invariance holds for a model as far as its promises go.
 
-    chunks           a prompt may be evaluated in pieces, over several steps; if not, it enters one step whole
-    shares_prefixes  what was evaluated for one sequence may be used for another that begins with the same tokens
-    verifies_drafts  the logits of several new positions in one step are those of one position a step; if not,
+    chunks           a prompt may be evaluated in pieces, over several steps; if not, one step takes all of it
+    shares_prefixes  keys and values of one sequence may be used for another that begins with the same tokens
+    verifies_drafts  the logits of several new positions in one step equal those of one position per step; if not,
                      speculation is refused
     batches          one call may hold rows of several sequences; if not, every batch holds one sequence
-    states           each sequence carries state beside its pages: the model is a `StatefulModel`, and no prefix tree
-                     is kept, as a state belongs to one position
-    rewinds          of a model with states: a state that holds more positions than a batch's first position goes back
-                     to it by itself; if not, the engine evaluates such a sequence again, from its first token in a
-                     new slot
+    states           each sequence carries state besides its pages: the model is a `StatefulModel`, and no prefix tree
+                     is kept, since a state belongs to one position
+    rewinds          for a model with states: a state that has gone beyond a batch's first position returns to it by
+                     itself; if not, the engine evaluates such a sequence again, from its first token in a new slot
     """
 
     architecture: str
@@ -173,7 +172,7 @@ class ModelSpec:
 
 
 class Model(Protocol):
-    """Any causal language model. Built-in architectures, adapters for foreign modules and test doubles all are one.
+    """Any causal language model: built-in architectures, adapters for foreign modules and test doubles.
 
     It is also a `PagedModel` unless its layout has 0 layers, and a `StatefulModel` if `spec.states`.
     """
@@ -184,40 +183,40 @@ class Model(Protocol):
 
 
 class PagedModel(Model, Protocol):
-    """A model whose keys and values are in cache pages."""
+    """A model whose keys and values are stored in cache pages."""
 
     @property
     def cache(self) -> Cache: ...
 
     def reserve(self, pages: int) -> None:
-        """Makes room for `pages` cache pages of spec.layout; called once, before the first forward."""
+        """Allocates `pages` cache pages of spec.layout; called once, before the first forward."""
 
 
 class StatefulModel(Model, Protocol):
     """A model that keeps a slot of state for each sequence: a recurrent state, an encoder's output, a foreign cache.
 
     A sequence has one slot from its first token to its end; `Batch.states` names it. The engine forks a sequence by
-    `copy_states` before either side writes, and clears the slots of sequences that end, are preempted or begin anew.
-    A batch's first position in a sequence is the number of tokens that its state must hold: exactly that many, or more
-    where the model `rewinds`; at position 0 it begins anew, and keeps what `ConditionedModel.begin` put there.
+    `copy_states` before either side writes, and clears the slots of sequences that end, are preempted or restart. A
+    batch's first position in a sequence is the number of tokens that its state must hold: exactly that many, or more if
+    the model `rewinds`; at position 0 it restarts, and keeps what `ConditionedModel.begin` has put there.
     """
 
     def reserve_states(self, slots: int) -> None:
-        """Slots 0 to `slots` - 1 may come; called once, before the first forward. All are clear.
+        """Allocates slots 0 to `slots` - 1, all clear; called once, before the first forward.
 
-        Low ones are used first, and few of them as a rule: memory is better taken when a slot is first written.
+        Low slots are used first, and usually only a few: it is better to allocate memory when a slot is first written.
         """
 
     def copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """The targets, which are clear, hold from now on what the sources hold."""
+        """Copies the content of the sources into the targets, which are clear."""
 
     def clear_states(self, slots: Sequence[int]) -> None:
-        """Forgets what these slots hold and frees its memory; a slot that is clear already stays so."""
+        """Clears these slots and frees their memory; a slot that is already clear stays clear."""
 
 
 @runtime_checkable
 class ConditionedModel(Protocol):
-    """A stateful model that reads the prompt apart from what it generates, as encoder-decoder models do."""
+    """A stateful model that reads its prompt with an encoder, as encoder-decoder models do."""
 
     def start_tokens(self, prompt: Sequence[int]) -> list[int]:
         """The tokens that generation begins with; cheap, called in the caller's thread."""
@@ -225,6 +224,6 @@ class ConditionedModel(Protocol):
     def begin(self, state: int, prompt: Sequence[int]) -> None:
         """Reads the prompt into a clear slot, before the first token of its sequence is evaluated.
 
-        Called in the engine's thread, again after preemption; forks get it by `copy_states`. What it raises ends the
-        request and no other.
+        Called in the engine's thread, and again after preemption; forks get it by `copy_states`. An exception ends
+        this request and no other.
         """

@@ -1,4 +1,4 @@
-"""The one hierarchy of exceptions that Mnemos raises on purpose.
+"""The hierarchy of exceptions that Mnemos raises on purpose.
 
 A message names the thing that is wrong, its value, and what would be right, in that order.
 """
@@ -13,15 +13,15 @@ class FormatError(MnemosError):
 
 
 class UnsupportedError(MnemosError):
-    """What was asked for is well formed but not supported; the message lists what is."""
+    """A valid request is not supported; the message lists what is."""
 
 
 class ConfigError(MnemosError, ValueError):
-    """A parameter lies outside its meaning: the message gives the field, the value and the rule."""
+    """A parameter has a value that is not allowed: the message gives the field, the value and the rule."""
 
 
 class RequestError(MnemosError, ValueError):
-    """A request cannot be run: an empty prompt, a token id out of range."""
+    """A request cannot be run, for example because of an empty prompt or a token id out of range."""
 
 
 class ContextLengthError(RequestError):
@@ -29,7 +29,7 @@ class ContextLengthError(RequestError):
 
 
 class ModelError(MnemosError):
-    """A model does not do what a causal language model must, or its own code failed."""
+    """A model does not behave as a causal language model must, or its own code failed."""
 
 
 class CapacityError(MnemosError):
@@ -41,11 +41,11 @@ class DownloadError(MnemosError):
 
 
 class MissingDependencyError(MnemosError, ImportError):
-    """An optional package is not installed; the message says which extra brings it."""
+    """An optional package is not installed; the message names the extra to install."""
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: its repr, at most 80 characters of it."""
+    """A value as shown in a message: at most 80 characters of its repr."""
     try:
         text = repr(value)
     except RecursionError:

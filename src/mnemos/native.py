@@ -1,4 +1,4 @@
-"""The one door to the C++ core: `core` is the module, or None where it was not built."""
+"""The only entry to the C++ core: `core` is the module, or None if it was not built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ else:
 
 
 def require_core() -> ModuleType:
-    """The module; MissingDependencyError where it cannot be loaded."""
+    """The module; MissingDependencyError if it cannot be loaded."""
     if core is None:
         raise MissingDependencyError(
             f"the native core cannot be loaded ({problem}); reinstall mnemos, or use backend='numpy'"

@@ -1,7 +1,7 @@
-"""What a parameter may hold: rules that check a value, and a hint for a name that nobody knows.
+"""Rules that check the values of parameters, and hints for unknown names.
 
-A kind of value is a function that returns the value in its normal form, or None if it is not of that kind. NumPy's
-numbers are numbers, as they are registered with `numbers`.
+A check is a function that returns the value in its normal form, or None if it is not allowed. NumPy's
+numbers are accepted as numbers, since they are registered with `numbers`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Check = Callable[[Any], Any]
 class Rule:
     """A kind of value with its range.
 
-    check    gives a value's normal form, or None where it is not allowed
+    check    returns a value's normal form, or None if it is not allowed
     meaning  completes "must be ..."
-    kind     integer, number, flag, text, name (one of a few texts), list, or one that its user knows: what a command
-             line needs to know in order to read a value
+    kind     integer, number, flag, text, name (one of a few texts), list, or one that only its user knows; tells a
+             command line how to read a value
     item     the rule of a list's items
     """
 
@@ -51,13 +51,13 @@ def _integer(low: int, high: int) -> Check:
 
 
 def whole(low: int, high: int = LARGEST_INT) -> Rule:
-    """An int, or a NumPy integer, from `low` to `high`; True and False are none."""
+    """An int, or a NumPy integer, from `low` to `high`; True and False are not."""
     limits = f"of at least {low}" if high == LARGEST_INT else f"from {low} to {high}"
     return Rule(_integer(low, high), f"a whole number {limits}", "integer")
 
 
 def real(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Rule:
-    """A number from `low` to `high`, an open end not included; NaN is none."""
+    """A number from `low` to `high`, open ends excluded; never NaN."""
 
     def check(value: Any) -> float | None:
         if isinstance(value, bool) or not isinstance(value, _NUMBERS):
@@ -89,7 +89,7 @@ def text(longest: int) -> Rule:
 
 
 def several(item: Rule, most: int, *, single: bool = True) -> Rule:
-    """A tuple of what `item` allows; with `single`, one such value stands for a tuple of one."""
+    """A tuple of values that `item` allows; with `single`, one such value alone means a tuple of one."""
 
     def check(value: Any) -> tuple[Any, ...] | None:
         if single and (one := item.check(value)) is not None:
@@ -108,25 +108,25 @@ def several(item: Rule, most: int, *, single: bool = True) -> Rule:
 
 
 def filled(rule: Rule) -> Rule:
-    """What `rule` allows, but not empty."""
+    """The values that `rule` allows, except empty ones."""
     return replace(rule, check=lambda value: rule.check(value) or None, meaning=f"not empty and {rule.meaning}")
 
 
 FLAG = Rule(lambda value: value if isinstance(value, bool) else None, "True or False", "flag")
 COUNT = whole(1)
-DTYPE = one_of("auto", "float32", "bfloat16", "float16")  # of weights
-KV_DTYPE = one_of("auto", "float32", "float16", "bfloat16", "int8")  # of the key/value cache
+DTYPE = one_of("auto", "float32", "bfloat16", "float16")  # for weights
+KV_DTYPE = one_of("auto", "float32", "float16", "bfloat16", "int8")  # for the key/value cache
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like this one; None if none is."""
+    """The known name most similar to this one; None if none is similar."""
     import difflib
 
     return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.7)), None)
 
 
 def hint(name: str, known: Iterable[str], what: str) -> str:
-    """Ends the sentence about an unknown name: the nearest of the known ones, or all of them, which are `what`."""
+    """The end of a sentence about an unknown name: the most similar known one, or all of them, introduced by `what`."""
     listed = list(known)
     near = nearest(name, listed)
     return f"did you mean {near}?" if near else f"{what} are {', '.join(listed)}"

@@ -81,7 +81,7 @@ def test_json_is_the_whole_completion(monkeypatch: pytest.MonkeyPatch, capsys: p
         (["--top-p", "2"], "top_p"),
         (["--temperature", "nan"], "temperature"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
-        (["--raw", "--system", "x"], "--system is for the chat template"),
+        (["--raw", "--system", "x"], "--system needs the chat template"),
         (["--num-return-sequences", "2", "--temperature", "1"], "several results need --json"),
     ],
 )

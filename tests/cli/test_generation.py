@@ -64,7 +64,7 @@ def test_options_become_fields(words: str, fields: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [("--stop-token-ids 5,x", "no list of token ids"), ("--logit-bias 5:2", "no bias such as")],
+    [("--stop-token-ids 5,x", "not a list of token ids"), ("--logit-bias 5:2", "not a bias such as")],
 )
 def test_tokens_that_are_none_are_refused(words: str, message: str) -> None:
     with pytest.raises(argparse.ArgumentError, match=message):

@@ -96,7 +96,11 @@ def test_wrong_usage_is_one_line_and_code_2(argv: list[str], words: str, capsys:
         (ConfigError("top_k is -1"), 2, "mnemos: error: top_k is -1"),
         (FileNotFoundError(2, "No such file", "x.txt"), 1, "mnemos: error: x.txt: No such file"),
         (MemoryError(), 1, "mnemos: error: not enough memory"),
-        (ZeroDivisionError("a\nb"), 1, "mnemos: error: unexpected ZeroDivisionError: a b (--debug shows where)"),
+        (
+            ZeroDivisionError("a\nb"),
+            1,
+            "mnemos: error: unexpected ZeroDivisionError: a b (--debug shows the traceback)",
+        ),
         (KeyboardInterrupt(), 130, "mnemos: interrupted"),
     ],
 )

@@ -160,10 +160,10 @@ def test_any_gguf_field_changed_gives_a_model_or_a_named_error(name: str, gguf: 
 def test_every_tensor_is_needed_and_has_one_shape(name: str, folder: Sources) -> None:
     checkpoint = folder(name)
     for key, tensor in checkpoint.tensors.items():
-        with pytest.raises(FormatError, match=r"tensor '.*' is missing; expected one of shape"):
+        with pytest.raises(FormatError, match=r"tensor '.*' is missing; expected one with shape"):
             describe_model(with_tensor(checkpoint, key, None))
         longer = Tensor(key, tensor.type, (tensor.shape[0] + 1, *tensor.shape[1:]), tensor.data)
-        with pytest.raises(FormatError, match=r"has shape .*; the config asks for"):
+        with pytest.raises(FormatError, match=r"has shape .*; the config requires"):
             describe_model(with_tensor(checkpoint, key, longer))
 
 
@@ -184,7 +184,7 @@ def test_tensors_without_a_place(folder: Sources) -> None:
 def test_tensors_beside_the_model_are_left_out_with_a_warning(folder: Sources) -> None:
     checkpoint = folder("llama")
     extra = Tensor.from_array("x", np.zeros((2, 2), np.float32))
-    with pytest.warns(UserWarning, match="tensor 'v_head.summary.weight' is not the model's and is left out"):
+    with pytest.warns(UserWarning, match="tensor 'v_head.summary.weight' is not in the model and is left out"):
         spec = describe_model(with_tensor(checkpoint, "v_head.summary.weight", extra))
     assert spec.vocabulary_size == describe_model(checkpoint).vocabulary_size
 

@@ -1,1 +1,1 @@
-"""What a model does on this machine, measured: speed, start-up, memory, serving, kernels."""
+"""Measures a model on this machine: speed, startup, memory, serving, kernels."""

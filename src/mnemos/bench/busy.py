@@ -1,4 +1,4 @@
-"""A model beside busy programs: what is left of its speed, against the share of the cores that is fairly its own."""
+"""A model running alongside busy programs: its remaining speed, compared with its fair share of the cores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROUNDS = 3
 
 @contextmanager
 def busy_programs(count: int) -> Iterator[None]:
-    """So many other processes that never rest, each with one thread."""
+    """Starts `count` other processes that never rest, each with one thread."""
     programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -32,12 +32,12 @@ def busy_programs(count: int) -> Iterator[None]:
 
 
 def fair_share(cores: int, others: int) -> float:
-    """Of its speed alone, with a thread a core: what all threads of all programs sharing the cores equally leave."""
+    """The share of its speed alone, with one thread per core, if all programs' threads share the cores equally."""
     return cores / (cores + others)
 
 
 def measure_beside(path: Path, backend: str) -> Iterator[Result]:
-    """Decoding and prompts alone, beside one busy program, and beside as many as there are cores.
+    """Decoding and prompts alone, alongside one busy program, and alongside one per core.
 
     A result's limit is its fair share of the speed alone.
     """

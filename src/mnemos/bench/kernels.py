@@ -1,4 +1,4 @@
-"""Each native kernel timed alone, beside what the machine's memory and arithmetic allow."""
+"""Times each native kernel separately and compares it with the machine's memory and arithmetic limits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WEIGHT_TYPES = (
     TensorType.F32,
 )
 _WIDTH = 2048
-_WEIGHT_BYTES = 96 << 20  # more than the last-level cache of most machines, so that memory is what is read
+_WEIGHT_BYTES = 96 << 20  # more than the last-level cache of most machines, so that reads come from memory
 _CONTEXT = 1024
 _REPEATS = 3
 
@@ -42,7 +42,7 @@ Forward = Callable[[Ops, Any, Any], tuple[Array, Array]]
 class KernelTime:
     """One kernel over `rows` rows of activations: seconds, bytes of weights or cache read, floating-point operations.
 
-    `limit_seconds` is the longer of what reading and computing need at least.
+    `limit_seconds` is the larger of the minimum times for reading and computing.
     """
 
     kernel: str
@@ -62,14 +62,14 @@ class KernelTime:
 
     @property
     def share(self) -> float:
-        """Of the machine's limit."""
+        """The share of the machine's limit that the kernel reaches."""
         return self.limit_seconds / self.seconds
 
 
 def measure_kernels(
     machine: Machine, rows: Sequence[int] = (1, 32, 512), types: Sequence[TensorType] = WEIGHT_TYPES
 ) -> Iterator[KernelTime]:
-    """Matrix products of every type, then attention over a long context, as they are measured."""
+    """Matrix products of every type, then attention over a long context, yielded as they are measured."""
     ops = NativeOps()
     for kind in types:
         yield from _measure_products(ops, kind, rows, machine.limits)
@@ -77,7 +77,7 @@ def measure_kernels(
 
 
 def _measure_products(ops: NativeOps, kind: TensorType, rows: Sequence[int], limits: Limits) -> Iterator[KernelTime]:
-    """A chain of square products, with a norm between so that values stay of one size."""
+    """A chain of square products, with norms in between to keep values in range."""
     first = ops.matrix(_random_weight(kind, _WIDTH))
     count = max(2, _WEIGHT_BYTES // first.bytes)
     weights = [first, *(ops.matrix(_random_weight(kind, _WIDTH)) for _ in range(count - 1))]
@@ -98,7 +98,7 @@ def _measure_products(ops: NativeOps, kind: TensorType, rows: Sequence[int], lim
 
 
 def _measure_attention(ops: NativeOps, rows: Sequence[int], machine: Machine) -> Iterator[KernelTime]:
-    """Heads as in a model of a billion parameters, several layers, behind a context of 1,024 positions."""
+    """Heads as in a model with a billion parameters, several layers, after a context of 1,024 positions."""
     rate = 2 * machine.limits.rates["bfloat16" if ops.cache_dtype == "bfloat16" else "float32"]
     layers, heads, kv_heads, head_dim = 8, 32, 8, 64
     embedding = ops.matrix(Tensor.from_array("embedding", _floats(8, heads * head_dim)))
@@ -122,7 +122,7 @@ def _measure_attention(ops: NativeOps, rows: Sequence[int], machine: Machine) ->
 def _time_steps(
     ops: NativeOps, forward: Forward, layout: KVLayout, rows: Sequence[int], context: int
 ) -> Iterator[tuple[int, float]]:
-    """(rows, best seconds) of a step of one sequence behind `context` positions."""
+    """(rows, best seconds) of a step of one sequence after `context` positions."""
     pages = -(-(context + max(rows)) // layout.page_size)
     step = ops.compile(forward, ops.cache(layout, pages))
     for t in (context, *rows) if context else rows:  # the first one fills the cache
@@ -144,7 +144,7 @@ def _batch(rows: int, start: int, pages: int, page_size: int) -> Batch:
 
 
 def _random_weight(kind: TensorType, width: int) -> Tensor:
-    """Of ordinary size: many processors take much longer for denormal numbers, which random bytes can stand for."""
+    """Values of ordinary size: many processors are much slower with denormal numbers, which random bytes may encode."""
     shape = (width, width)
     values = 0.02 * _floats(*shape)
     if kind == TensorType.F32:
@@ -153,7 +153,7 @@ def _random_weight(kind: TensorType, width: int) -> Tensor:
         data = values.astype(np.float16).view(np.uint8)
     elif kind == TensorType.BF16:
         data = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    else:  # bytes below 0x34 are numbers below 0.25 wherever a block has a float in it
+    else:  # bytes below 0x34 are numbers below 0.25 wherever a block contains a float
         data = np.random.default_rng(0).integers(0, 0x34, width * kind.row_bytes(width), dtype=np.uint8)
     return Tensor("weight", kind, shape, data.reshape(-1))
 
@@ -169,7 +169,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def main(as_json: bool) -> int:
-    """Prints a line for each kernel as soon as it is measured."""
+    """Prints a line for each kernel once it is measured."""
     machine = examine(_WEIGHT_BYTES)
     if not as_json:
         print(f"{machine}\n")

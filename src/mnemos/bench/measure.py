@@ -15,7 +15,7 @@ from mnemos.machine.figures import Limits
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model's path, how it is run, and what the machine allows."""
+    """The subject of a measurement: a model's path, how it is run, and the machine's limits."""
 
     path: Path
     backend: str
@@ -25,10 +25,10 @@ class Subject:
 def measure(
     metrics: Sequence[Metric], subject: Subject, announce: Callable[[str], None], *, all_of_them: bool = True
 ) -> Iterator[Result]:
-    """Yields each figure as it is there; processes are measured before the model is loaded here.
+    """Yields each figure as soon as it is measured; processes are measured before the model is loaded here.
 
-    A metric that cannot be had of this model is an error before anything is measured if it wants a longer context, else
-    when its turn comes; without `all_of_them` it yields a Result of nan that says why.
+    A metric that the model does not support is an error: before anything is measured if it needs a longer context, else
+    when its turn comes; without `all_of_them`, it yields a Result of nan with the reason.
     """
     costs = [metric for metric in metrics if metric.kind in ("cold", "rss")]
     steps = [metric for metric in metrics if metric.kind in ("pp", "tg", "b")]
@@ -50,7 +50,7 @@ def measure(
 
 
 def _find_lacking(metrics: Sequence[Metric], subject: Subject) -> dict[Metric, ConfigError]:
-    """The metrics that want more positions than the model has; what runs through transformers says so by itself."""
+    """The metrics that need more positions than the model has; transformers models report that themselves."""
     from mnemos.formats.checkpoint import open_checkpoint
     from mnemos.models.load import describe_model, is_built_in
 

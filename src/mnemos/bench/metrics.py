@@ -1,4 +1,4 @@
-"""The metrics by name: which there are, and what each asks of a model."""
+"""The metrics by name, and what each requires of a model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Metric:
 
 
 def parse_metrics(names: Sequence[str]) -> list[Metric]:
-    """ConfigError for a name that is none, and where there are no names."""
+    """The metrics with these names; ConfigError for an unknown name, and if there are none."""
     if not names:
         raise ConfigError(f"no metric is named; give some of {_KINDS}")
     return [_parse(name) for name in names]
@@ -43,11 +43,11 @@ def _parse(name: str) -> Metric:
         return Metric(name, name)
     match = _NAME.fullmatch(name)
     if match is None or (match["depth"] and match["kind"] != "tg"):
-        raise ConfigError(f"metric {name!r} is none of {_KINDS}")
+        raise ConfigError(f"metric {name!r} is not one of {_KINDS}")
     kind, count = match["kind"], int(match["count"])
     if kind != "tg":
         return Metric(name, kind, count)
-    # tg128@d1024 ends at a depth of 1,024 tokens, the last of which is only chosen.
+    # tg128@d1024 ends at a depth of 1,024 tokens, the last of which is chosen but not evaluated.
     depth = int(match["depth"]) - count - 1 if match["depth"] else _PROMPT_OF_TG
     if depth < 1:
         raise ConfigError(f"metric {name!r} needs a depth above {count + 1}")

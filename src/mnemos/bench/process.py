@@ -13,7 +13,7 @@ from mnemos.errors import MnemosError
 PROMPT = "The capital of France is"
 RUNS = 6
 
-# A small parent of its own: a child's peak counts the memory of the process that it was forked from.
+# A small separate parent, because a child's peak includes the memory of the process it was forked from.
 _PARENT = """
 import json, resource, subprocess, sys, time
 command, runs = json.loads(sys.argv[1]), int(sys.argv[2])
@@ -31,14 +31,14 @@ print(json.dumps([times, peak * (1 if sys.platform == "darwin" else 1024)]))
 
 @dataclass(frozen=True)
 class ProcessCost:
-    """seconds: median from process start to its end, page cache warm; peak_bytes: the most resident memory."""
+    """seconds: median from process start to exit, page cache warm; peak_bytes: the most resident memory."""
 
     seconds: float
     peak_bytes: int
 
 
 def measure_start(model: str, backend: str = "auto") -> ProcessCost:
-    """What `mnemos generate` costs to say one token."""
+    """The cost of one token with `mnemos generate`."""
     options = ["--raw", "--max-new-tokens=1", f"--backend={backend}"]
     return measure_command([sys.executable, "-m", "mnemos", "generate", model, PROMPT, *options])
 

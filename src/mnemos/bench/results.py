@@ -12,9 +12,9 @@ from mnemos.errors import ConfigError
 
 @dataclass(frozen=True)
 class Result:
-    """`limit` is what the machine allows at most, in `unit`, by its bandwidth or arithmetic, as `bound` says; or None.
+    """`limit` is the most that the machine allows, in `unit`, because of `bound` (bandwidth or arithmetic); or None.
 
-    A value of nan: it could not be measured, and `unit` says why.
+    A value of nan means that it could not be measured, and `unit` says why.
     """
 
     metric: str
@@ -35,9 +35,9 @@ class Result:
 
 
 def insert_table(file: Path, name: str, text: str) -> None:
-    """Replaces what stands in a document between the lines `<!-- name -->` and `<!-- /name -->`.
+    """Replaces a document's text between the lines `<!-- name -->` and `<!-- /name -->`.
 
-    ConfigError: the document lacks one of them.
+    ConfigError if the document lacks one of them.
     """
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     head, found, rest = file.read_text(encoding="utf-8").partition(begin)

@@ -18,7 +18,7 @@ RUNS = 3
 
 
 def compare_sampling(path: Path, backend: str) -> list[Result]:
-    """Tokens/s of TOKENS greedy and sampled tokens, the runs interleaved, the best of each."""
+    """Tokens/s for TOKENS greedy and sampled tokens, with interleaved runs, the best of each."""
     with InferenceEngine.from_pretrained(path, backend=backend) as engine:
         generator = random.Random(0)
         prompt = [generator.randrange(engine.spec.vocabulary_size) for _ in range(PROMPT)]

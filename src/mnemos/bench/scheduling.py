@@ -1,4 +1,4 @@
-"""What the scheduler and the strategies cost, each beside what it is to be compared with, in interleaved runs."""
+"""The cost of the scheduler and the strategies, each measured against a baseline in interleaved runs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RUNS = 3
 STREAMS = 32
 STEPS = 64
 LONG_PROMPT = 4000  # tokens
-LOOP = 24  # tokens of a text that repeats itself
+LOOP = 24  # period, in tokens, of a text that repeats itself
 
 
 class SchedulingBench:
-    """Measures on an idle engine without a prefix cache, as its pages are also used for steps without the engine."""
+    """Measures on an idle engine without a prefix cache, since its pages are also used for steps without the engine."""
 
     def __init__(self, engine: InferenceEngine, seed: int = 0) -> None:
         self.engine = engine
@@ -39,7 +39,7 @@ class SchedulingBench:
             yield Result(f"overhead{streams}", 100 * self._overhead(streams), "% of a step")
 
     def _ratio(self, one: Callable[[], float], other: Callable[[], float]) -> float:
-        """The median ratio of two rates that are measured in turns; nan if one of them is."""
+        """The median ratio of two rates measured in turns; nan if one of them is."""
         ratios = [one() / other() for _ in range(RUNS)]
         return math.nan if any(map(math.isnan, ratios)) else statistics.median(ratios)
 
@@ -48,15 +48,15 @@ class SchedulingBench:
         return [[self.random.randrange(size) for _ in range(length)] for _ in range(count)]
 
     def _concurrency(self) -> Result:
-        """What is left of the rate of pure steps where requests make them: both over STEPS steps at equal lengths."""
+        """The rate of steps driven by requests relative to pure steps: both over STEPS steps at equal lengths."""
         ratio = self._ratio(self._concurrent, self._pure_steps)
         unit = f"{STREAMS} requests never decoded all at once" if math.isnan(ratio) else "x b32"
         return Result(f"concurrent{STREAMS}", ratio, unit)
 
     def _concurrent(self) -> float:
-        """Tokens/s of STREAMS requests over the STEPS steps from when the last one begins to decode.
+        """Tokens/s of STREAMS requests over the STEPS steps from the last request's first decoding step on.
 
-        nan if one of them ends before: then there were never so many at once.
+        nan if one of them ends before that: then they never all decoded at once.
         """
         most = min(self.engine.spec.context_length - 64, 16 * STEPS)
         handles = [self.engine.submit(prompt, **_length(most)) for prompt in self._prompts(STREAMS, 64)]
@@ -73,7 +73,7 @@ class SchedulingBench:
         return STREAMS * STEPS / (latest[STEPS] - latest[0])
 
     def _pure_steps(self) -> float:
-        """The same by model steps alone."""
+        """The same with model steps alone."""
         stepper = Stepper(cast(PagedModel, self.engine.model), STREAMS, 64 + STEPS + 1)
         chosen = stepper.prompt(self._prompts(STREAMS, 64))
         start = time.perf_counter()
@@ -81,7 +81,7 @@ class SchedulingBench:
         return STREAMS * STEPS / (time.perf_counter() - start)
 
     def _stall(self) -> float:
-        """99th percentile of inter-token latency over its median, of 8 streams among which a long prompt arrives."""
+        """99th percentile of inter-token latency over its median, for 8 streams during which a long prompt arrives."""
         length = min(LONG_PROMPT, self.engine.spec.context_length - 8)
         handles = [self.engine.submit(prompt, max_new_tokens=384, ignore_eos=True) for prompt in self._prompts(8, 32)]
         time.sleep(0.5)
@@ -99,7 +99,7 @@ class SchedulingBench:
         return self._rate(4 * STEPS, lambda: self.engine.complete(prompts, **_length(STEPS)))
 
     def _lookup(self, repetitive: bool) -> tuple[Callable[[], float], Callable[[], float]]:
-        """Rates with and without prompt lookup: of a text that goes on repeating itself, and of one that is sampled."""
+        """Rates with and without prompt lookup, for a text that repeats itself or one that is sampled."""
         prompt = self._prompts(1, LOOP)[0] * (6 if repetitive else 1)
         settings: dict[str, Any] = {} if repetitive else {"temperature": 1.5, "seed": 1}
 
@@ -112,7 +112,7 @@ class SchedulingBench:
         return lambda: rate("prompt_lookup"), lambda: rate(None)
 
     def _overhead(self, streams: int) -> float:
-        """The share of the engine's steps that is not spent in the model, while `streams` requests decode."""
+        """The share of the steps' time that is not spent in the model while `streams` requests decode."""
         before = self.engine.stats()
         self.engine.complete(self._prompts(streams, 16), **_length(2 * STEPS))
         after = self.engine.stats()

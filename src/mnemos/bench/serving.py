@@ -1,4 +1,4 @@
-"""Many requests at once, arriving as they do in life: throughput and the latencies that users feel."""
+"""Many requests with random arrivals, as in production: throughput and the latencies that users see."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mnemos.rules import COUNT
 
 @dataclass(frozen=True)
 class Workload:
-    """Poisson arrivals at `rate` a second; prompt and output lengths are log-uniform within their ranges, in tokens.
+    """Poisson arrivals at `rate` per second; prompt and output lengths are log-uniform within their ranges, in tokens.
 
     The same seed gives the same arrivals, lengths and prompts.
     """
@@ -33,17 +33,17 @@ class Workload:
     def __post_init__(self) -> None:
         COUNT.apply("requests", self.requests)
         if not 0 < self.rate < float("inf"):
-            raise ConfigError(f"rate is {self.rate}; it must be a number of arrivals a second above 0")
+            raise ConfigError(f"rate is {self.rate}; it must be a number of arrivals per second above 0")
 
     @property
     def length(self) -> int:
-        """Positions that the longest request may need."""
+        """The most positions that a request may need."""
         return self.prompts[1] + self.outputs[1]
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request: seconds after the start, its prompt, and how many tokens it wants."""
+    """One request: its arrival in seconds after the start, its prompt, and the number of tokens to generate."""
 
     at: float
     prompt: list[int]
@@ -82,7 +82,7 @@ def run_workload(path: Path, backend: str, workload: Workload) -> Iterator[Resul
 
 
 def serve(engine: InferenceEngine, arrivals: list[Arrival]) -> list[Timings]:
-    """Submits each request at its time and waits for all."""
+    """Submits each request at its arrival time and waits for all."""
     start = time.perf_counter()
     handles = []
     for arrival in arrivals:
@@ -106,5 +106,5 @@ def summarize(timings: list[Timings]) -> list[Result]:
 
 
 def percentile(ordered: list[float], p: int) -> float:
-    """The smallest value that is not below `p` per cent of the `ordered` ones."""
+    """The smallest of the `ordered` values that at least `p` per cent of them do not exceed."""
     return ordered[max(0, -(-len(ordered) * p // 100) - 1)]

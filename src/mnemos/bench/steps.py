@@ -20,7 +20,7 @@ BATCH_PROMPT, BATCH_STEPS = 64, 64  # tokens and decode steps of bN
 
 
 class Stepper:
-    """Runs a fixed number of sequences through a model, with pages of their own for each; all lengths are in tokens."""
+    """Runs a fixed number of sequences through a model, each with its own pages; all lengths are in tokens."""
 
     def __init__(self, model: PagedModel, sequences: int, length: int) -> None:
         self.model = model
@@ -35,7 +35,7 @@ class Stepper:
         self.length = 0
 
     def step(self, token_ids: Sequence[Sequence[int]] | Ints) -> Ints:
-        """Evaluates the next tokens of every sequence, equally many of each; returns the most probable successors."""
+        """Evaluates the next tokens of every sequence, equally many for each; returns the most probable successors."""
         count = len(token_ids[0])
         rows = self.sequences * count
         positions = np.tile(np.arange(self.length, self.length + count, dtype=np.int32), self.sequences)
@@ -55,7 +55,7 @@ class Stepper:
         return np.array(tokens, dtype=np.int32)
 
     def prompt(self, token_ids: Sequence[Sequence[int]]) -> Ints:
-        """Evaluates prompts of equal length in chunks of CHUNK tokens altogether."""
+        """Evaluates prompts of equal length in chunks of CHUNK tokens in total."""
         each = max(CHUNK // self.sequences, 1)
         for start in range(0, len(token_ids[0]), each):
             chosen = self.step([tokens[start : start + each] for tokens in token_ids])
@@ -68,7 +68,7 @@ class Stepper:
 
 
 class StepBench:
-    """Measures one model; `reserve` is called here, so the model must be fresh."""
+    """Measures one model; it calls `reserve`, so the model must be new."""
 
     def __init__(self, model: PagedModel, most_sequences: int, longest: int, seed: int = 0) -> None:
         self.model = model
@@ -81,19 +81,19 @@ class StepBench:
         self._seconds(WARM_UP, 4)
 
     def prompt_rate(self, tokens: int) -> float:
-        """ppN: tokens/s of a prompt of N random tokens, fresh at each of 4 runs, the best run."""
+        """ppN: tokens/s for a prompt of N random tokens, a new one for each of 4 runs, the best run."""
         return tokens / min(self._seconds(tokens, 1) for _ in range(4))
 
     def decode_rate(self, depth: int, tokens: int = 128) -> float:
-        """tgN: tokens/s of N greedy tokens behind a prompt of `depth` tokens and one more; the best of 3."""
+        """tgN: tokens/s for N greedy tokens after a prompt of `depth` tokens and one more; the best of 3."""
         return max(self._decode(1, depth, tokens) for _ in range(3))
 
     def batch_rate(self, sequences: int) -> float:
-        """bN: tokens/s of N sequences together, prompts of 64 tokens, 64 steps; decoding only."""
+        """bN: tokens/s for N sequences together, prompts of 64 tokens, 64 steps; decoding only."""
         return self._decode(sequences, BATCH_PROMPT, BATCH_STEPS)
 
     def _decode(self, sequences: int, prompt: int, steps: int) -> float:
-        """Tokens/s of `steps` decode steps behind prompts of `prompt` tokens."""
+        """Tokens/s of `steps` decode steps after prompts of `prompt` tokens."""
         stepper = Stepper(self.model, sequences, prompt + steps + 1)
         chosen = stepper.prompt([self._tokens(prompt) for _ in range(sequences)])
         start = time.perf_counter()

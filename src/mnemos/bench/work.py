@@ -1,4 +1,4 @@
-"""How much a model's step reads and multiplies, counted by running its forward pass on the shapes alone."""
+"""How much a model's step reads and multiplies, counted by running its forward pass on shapes alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mnemos.contract import KVLayout
 from mnemos.machine.figures import Limits
 from mnemos.models.load import LoadedModel
 
-_TOKENS, _CHOSEN = "tokens", "chosen"  # what stands for an array of a row for each token, or for each chosen one
+_TOKENS, _CHOSEN = "tokens", "chosen"  # stand for arrays with a row per token, or per chosen token
 
 
 @dataclass
 class Work:
-    """Of matrix products alone, by the form of their inputs: multiply-adds for each token and for each chosen row.
+    """The work of matrix products, by the form of their inputs: multiply-adds per token and per chosen row.
 
-    weight_bytes: of all weights that one token is multiplied by.
+    weight_bytes: the size of all weights that one token is multiplied by.
     """
 
     weight_bytes: int = 0
@@ -29,15 +29,15 @@ class Work:
     each_chosen: Counter[str] = field(default_factory=Counter)
 
     def seconds(self, tokens: int, chosen: int, limits: Limits) -> float:
-        """What the products of a step take at least by the machine's arithmetic."""
+        """The minimum time for the products of a step, given the machine's arithmetic."""
         products = Counter({form: count * tokens for form, count in self.each_token.items()})
         products.update({form: count * chosen for form, count in self.each_chosen.items()})
         return sum(count / limits.rates[form] for form, count in products.items())
 
 
 def count_work(model: LoadedModel) -> Work | None:
-    """None where a backend's matrices do not say how they are multiplied."""
-    counter: Any = _CountingOps()  # its arrays are words, it has no operators that make parameters
+    """A model's work; None if the backend's matrices do not say how they are multiplied."""
+    counter: Any = _CountingOps()  # its arrays are words, and it has no operators that create parameters
     batch = SimpleNamespace(token_ids=_TOKENS, positions=_TOKENS, logit_rows=_CHOSEN)
     try:
         model.architecture.forward(counter, batch, model.cache)
@@ -48,10 +48,10 @@ def count_work(model: LoadedModel) -> Work | None:
 
 
 def rate_limit(metric: Metric, work: Work, layout: KVLayout, limits: Limits) -> tuple[float, str]:
-    """(tokens/s at most, what bounds them) of a metric of steps: pp, tg or b.
+    """(maximum tokens/s, what limits it) for a metric of steps: pp, tg or b.
 
-    A step reads every weight and the keys and values of all positions, of which those of half-way through the run are
-    counted, and multiplies every token by every weight.
+    A step reads every weight and the keys and values of all positions, counted as of half-way through the run, and
+    multiplies every token by every weight.
     """
     steps, tokens, chosen, positions = 1, 1, 1, 0.0
     if metric.kind == "pp":
@@ -67,7 +67,7 @@ def rate_limit(metric: Metric, work: Work, layout: KVLayout, limits: Limits) -> 
 
 
 class _Unknown(Exception):
-    """A matrix without a form."""
+    """Raised for a matrix without a form."""
 
 
 class _CountingOps:

@@ -1,4 +1,4 @@
-"""`mnemos bench`: how fast a model runs here, and how near that is to what the machine allows."""
+"""`mnemos bench`: how fast a model runs here, and how close that is to the machine's limits."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", nargs="?", default="smollm2-135m", help="what to measure (default smollm2-135m)"
     )
     parser.add_argument(
-        "--metrics", metavar="NAME,...", help=f"see below; default: what there is of {','.join(DEFAULT_METRICS)}"
+        "--metrics", metavar="NAME,...", help=f"see below; default: {','.join(DEFAULT_METRICS)}, if supported"
     )
     parser.add_argument("--backend", default="auto", metavar="NAME", help="native (default) or numpy")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
-    parser.add_argument("--ops", action="store_true", help="time each kernel alone instead")
-    parser.add_argument("--serving", action="store_true", help="many requests at once instead (see below)")
-    parser.add_argument("--busy", action="store_true", help="beside other busy programs instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
+    parser.add_argument("--ops", action="store_true", help="time each kernel separately instead")
+    parser.add_argument("--serving", action="store_true", help="measure many requests at once instead (see below)")
+    parser.add_argument("--busy", action="store_true", help="measure alongside busy programs instead")
     parser.add_argument("--requests", type=int, default=64, metavar="N", help="with --serving: how many (default 64)")
-    parser.add_argument("--rate", type=float, default=4.0, metavar="R", help="with --serving: arrivals a second")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --serving: of arrivals and lengths")
+    parser.add_argument("--rate", type=float, default=4.0, metavar="R", help="with --serving: arrivals per second")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --serving: seed of arrivals and lengths")
     parser.epilog = (
         "metrics:\n"
         "  ppN          prompt of N random tokens, tokens/s, best of 4\n"
-        "  tgN          N greedy tokens behind a prompt of 16, tokens/s, best of 3\n"
+        "  tgN          N greedy tokens after a prompt of 16, tokens/s, best of 3\n"
         "  tgN@dM       the same, ending at M tokens of context\n"
         "  bN           N sequences at once, prompts of 64 tokens, 64 steps, decoding only, tokens/s\n"
-        "  cold         seconds of a whole `mnemos generate` of one token, median of 5, page cache warm\n"
+        "  cold         seconds for a whole `mnemos generate` of one token, median of 5, page cache warm\n"
         "  rss          peak resident memory of that process, MB\n"
         "  sampling     128 tokens through the engine, greedy and with temperature 0.8, top-k 50, top-p 0.95\n\n"
         "examples:\n"
@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     others = [f"--{name}" for name in ("ops", "serving", "busy") if getattr(arguments, name)]
     if len(others) > 1:
-        raise ConfigError(f"{' and '.join(others)} are different measurements; give one of them")
+        raise ConfigError(f"{' and '.join(others)} are separate measurements; give one of them")
     if arguments.metrics is not None and others:
-        raise ConfigError(f"--metrics names figures of a model; {others[0]} has its own")
+        raise ConfigError(f"--metrics selects a model's figures; {others[0]} has its own")
     if arguments.ops:
         from mnemos.bench.kernels import main
 
@@ -106,7 +106,7 @@ def _print_results(arguments: argparse.Namespace, path: Path) -> int:
 
 
 def _announce(what: str) -> None:
-    """Shows what is being measured, on a terminal, until the figure is there."""
+    """Shows on a terminal what is being measured until the figure is known."""
     if is_terminal(sys.stderr):
         sys.stderr.write("\r\x1b[K" + (f"measuring {what} ..." if what else ""))
         sys.stderr.flush()
@@ -115,6 +115,6 @@ def _announce(what: str) -> None:
 def _row(result: Result) -> str:
     if isnan(result.value):
         return f"{result.metric:<18}not measured: {result.unit}"
-    share = f"  {result.share:4.0%} of what the {result.bound} allows" if result.share is not None else ""
+    share = f"  {result.share:4.0%} of what {result.bound} allows" if result.share is not None else ""
     precision = 0 if result.value >= 100 else 3 if result.value < 10 else 1
     return f"{result.metric:<18}{result.value:>10.{precision}f} {result.unit:<9}{share}".rstrip()

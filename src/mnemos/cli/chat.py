@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from mnemos.text.tokenizer import Tokenizer
 
 COMMANDS = (
-    ("/help", "this list"),
-    ("/reset", "forget the conversation, keep the system message"),
-    ("/save FILE", "write the conversation: messages as JSON if FILE ends in .json, else as plain text"),
+    ("/help", "show this list"),
+    ("/reset", "clear the conversation, keep the system message"),
+    ("/save FILE", "save the conversation: as JSON messages if FILE ends in .json, else as plain text"),
     ("/exit", "leave (so does Ctrl-D)"),
 )
-ANSWER_ROOM = 64  # tokens of the context that the history leaves to an answer, at least
+ANSWER_ROOM = 64  # the minimum number of context tokens that the history leaves for an answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "mnemos chat [MODEL] [options]"
     add_model_arguments(parser, default="smollm2-135m")
-    parser.add_argument("--system", metavar="TEXT", help="system message that the conversation starts with")
+    parser.add_argument("--system", metavar="TEXT", help="system message at the start of the conversation")
     add_generation_arguments(parser, results=False)
     commands = "\n".join(f"  {name:<12} {meaning}" for name, meaning in COMMANDS)
     parser.epilog = (
@@ -66,7 +66,7 @@ class Conversation:
         self.messages = list(self.opening)
 
     def talk(self) -> None:
-        """Reads and answers until the input ends."""
+        """Reads messages and answers until the input ends."""
         asks = is_terminal(sys.stdin) and is_terminal(sys.stdout)
         if asks:
             with suppress(ImportError):  # line editing and history, where the platform has them
@@ -94,22 +94,22 @@ class Conversation:
                 print(f"mnemos: error: {error.filename}: {error.strerror}", file=sys.stderr)
 
     def take(self, line: str) -> None:
-        """One line of input: a command or a message."""
+        """Handles one line of input: a command or a message."""
         name, _, rest = line.partition(" ")
         if name == "/help":
             print("\n".join(f"{command:<12} {meaning}" for command, meaning in COMMANDS))
         elif name == "/reset":
             self.messages = list(self.opening)
-            remark("The conversation starts anew.")
+            remark("The conversation starts over.")
         elif name == "/save":
             self.save(rest.strip())
         elif name.startswith("/"):
-            raise ConfigError(f"there is no command {name}; /help lists them")
+            raise ConfigError(f"{name} is not a command; /help lists them")
         elif line:
             self.answer(line)
 
     def answer(self, text: str) -> None:
-        """Streams the answer to a message; what was shown is kept when Ctrl-C stops it."""
+        """Streams the answer to a message; if Ctrl-C stops it, the part shown so far is kept."""
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
         view = StreamView()
@@ -140,7 +140,7 @@ class Conversation:
         remark(f"{len(self.messages)} messages saved to {path}")
 
     def _prompt(self) -> list[int]:
-        """The conversation's token ids; the oldest exchanges are dropped where the context is too short for all."""
+        """The conversation's token ids; the oldest exchanges are dropped if the context is too short for all."""
         room = self.engine.spec.context_length - min(ANSWER_ROOM, self.engine.spec.context_length // 4)
         dropped = 0
         while len(ids := self.tokenizer.encode_chat(self.messages)) > room:

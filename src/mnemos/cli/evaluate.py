@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from mnemos.engine.engine import InferenceEngine
 
 CHUNK = 512  # or the model's context, if that is shorter
-LARGEST_EXPONENT = 700.0  # of which a float still holds the exponential
+LARGEST_EXPONENT = 700.0  # a float can still represent its exponential
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "mnemos eval MODEL FILE [options]"
     add_model_arguments(parser)
     parser.add_argument("file", metavar="FILE", help="a text file in UTF-8")
-    parser.add_argument("--chunk", type=int, metavar="N", help=f"tokens in a chunk (default {CHUNK})")
+    parser.add_argument("--chunk", type=int, metavar="N", help=f"tokens per chunk (default {CHUNK})")
     parser.add_argument("--json", action="store_true", help="print the figures as a JSON object")
     parser.epilog = (
-        "The text's tokens are cut into chunks that do not overlap; each token but a chunk's first is scored, given\n"
-        "those before it in its chunk. Perplexity is exp of the mean negative log likelihood.\n\n"
+        "The text's tokens are cut into non-overlapping chunks; each token except a chunk's first is scored, given\n"
+        "those before it in the chunk. Perplexity is exp of the mean negative log likelihood.\n\n"
         "examples:\n"
         "  mnemos eval smollm2-135m book.txt\n"
         "  mnemos eval model.gguf book.txt --chunk 1024 --dtype float32 --json"
@@ -80,7 +80,7 @@ def _cut(token_ids: list[int], size: int, longest: int, file: str) -> list[list[
 
 
 def _score(engine: InferenceEngine, chunks: list[list[int]]) -> Iterator[tuple[float, int, int]]:
-    """Yields, for each chunk, its log likelihood, the number of its scored tokens, and the tokens done so far."""
+    """Yields, for each chunk, its log likelihood, its number of scored tokens, and the tokens done so far."""
     done = 0
     for chunk in chunks:
         (score,) = engine.score([chunk])

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "mnemos generate MODEL [PROMPT] [options]"
     add_model_arguments(parser)
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; without it, standard input is read")
-    parser.add_argument("--raw", action="store_true", help="continue PROMPT as it stands, without the chat template")
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; read from standard input if not given")
+    parser.add_argument("--raw", action="store_true", help="continue PROMPT as it is, without the chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message, for models with a chat template")
     parser.add_argument("--json", action="store_true", help="print the whole completion as a JSON object at the end")
-    parser.add_argument("--quiet", action="store_true", help="no remark on speed on standard error")
+    parser.add_argument("--quiet", action="store_true", help="do not report the speed on standard error")
     add_generation_arguments(parser, results=True)
     parser.epilog = (
-        "A model with a chat template gets PROMPT as a user's message; any other, or with --raw, continues it.\n\n"
+        "A model with a chat template gets PROMPT as a user's message; without one, or with --raw, it is continued.\n\n"
         "examples:\n"
         "  mnemos generate smollm2-135m 'Why is the sky blue?'\n"
         "  mnemos generate smollm2-135m --raw 'Once upon a time' --temperature 0.8 --top-p 0.95 --seed 1\n"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = generation_config(arguments)
     if arguments.raw and arguments.system:
-        raise ConfigError("--system is for the chat template, which --raw leaves out; give one of them")
+        raise ConfigError("--system needs the chat template, which --raw leaves out; give one of them")
     if config.num_return_sequences > 1 and not arguments.json:
         raise ConfigError(f"--num-return-sequences is {config.num_return_sequences}; several results need --json")
     text = _read_prompt(arguments.prompt)
@@ -63,7 +63,7 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is not None:
         return prompt
     if is_terminal(sys.stdin):
-        remark("Type the prompt; Ctrl-D on an empty line ends it.")
+        remark("Type the prompt, then Ctrl-D on an empty line.")
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -1,6 +1,6 @@
-"""How text is generated, on the command line: an option for every field of GenerationConfig, made from its row.
+"""Generation options on the command line: one for every field of GenerationConfig, made from its row.
 
-Functions are the one kind of value that a command line cannot express: `logits_processors`,
+Functions are the only kind of value that a command line cannot express: `logits_processors`,
 `prefix_allowed_tokens_fn` and `stopping_criteria` have no option.
 """
 
@@ -26,7 +26,7 @@ def flag(field: Field) -> str:
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, results: bool) -> None:
-    """An option for each field, unset ones stay None; and --draft. Those of whole results only where there are any."""
+    """Adds --draft and an option for each field; unset ones stay None. Options on whole results only with `results`."""
     for group, title in GROUPS.items():
         if group == "results" and not results:
             continue
@@ -35,14 +35,14 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, results: bool) 
             if field.group == group:
                 help_text = (field.help[0].lower() + field.help[1:].removesuffix(".")).replace("%", "%%")
                 how = _how_to_parse(field)
-                again = "; may be given several times" if how.get("action") == "append" else ""
+                again = "; may be repeated" if how.get("action") == "append" else ""
                 section.add_argument(flag(field), help=help_text + again, **how)
         if group == "speed":
             add_draft_argument(section)
 
 
 def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
-    """ConfigError for values outside their meaning."""
+    """The config; ConfigError for values that are not allowed."""
     from mnemos.decoding.config import GenerationConfig
 
     values: dict[str, Any] = {field.name: getattr(arguments, field.name, None) for field in OPTIONS}
@@ -51,10 +51,10 @@ def generation_config(arguments: argparse.Namespace) -> GenerationConfig:
     draft, how = getattr(arguments, "draft", None), values["speculative"]
     if draft is not None:
         if how not in (None, "draft"):
-            raise ConfigError(f"--speculative is {how!r} and --draft {draft!r}; with a draft model it is 'draft'")
+            raise ConfigError(f"--speculative is {how!r} and --draft {draft!r}; with a draft model it must be 'draft'")
         values["speculative"] = "draft"
     elif how == "draft":
-        raise ConfigError("--speculative is 'draft' and there is no draft model; name one by --draft MODEL")
+        raise ConfigError("--speculative is 'draft' and there is no draft model; name one with --draft MODEL")
     return GenerationConfig(**values)
 
 
@@ -94,7 +94,7 @@ def _token_ids(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")] if text else []
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids such as 5,7") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 5,7") from None
 
 
 def _bias(text: str) -> tuple[list[int], float]:
@@ -102,7 +102,7 @@ def _bias(text: str) -> tuple[list[int], float]:
     try:
         return _token_ids(tokens), float(amount)
     except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no bias such as 5=-1.5 or, of a sequence, 5,7=-1.5") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a bias such as 5=-1.5 or, for sequences, 5,7=-1.5") from None
 
 
 def _pair(text: str) -> tuple[int, float]:
@@ -110,4 +110,4 @@ def _pair(text: str) -> tuple[int, float]:
     try:
         return int(first), float(second)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no pair such as 100,1.05") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a pair such as 100,1.05") from None

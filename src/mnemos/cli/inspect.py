@@ -1,4 +1,4 @@
-"""`mnemos inspect`: what is in a model's files, and what it needs; nothing is loaded."""
+"""`mnemos inspect`: what a model's files contain and what the model needs, without loading it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TypeShare:
-    """What the tensors of one storage type amount to."""
+    """The totals of the tensors of one storage type."""
 
     tensors: int = 0
     values: int = 0
@@ -28,7 +28,7 @@ class TypeShare:
 
 @dataclass(frozen=True)
 class Report:
-    """Sizes in bytes, context and vocabulary in tokens; `cache_bytes` is what `context` tokens of one sequence take."""
+    """Sizes in bytes, context and vocabulary in tokens; `cache_bytes` is for one sequence of `context` tokens."""
 
     path: str
     name: str
@@ -53,7 +53,7 @@ class Report:
 
 @dataclass(frozen=True)
 class OutsideReport:
-    """What the files of a model say that transformers runs; its memory depends on its own code. Sizes in bytes."""
+    """The contents of a model that transformers runs; its memory depends on its own code. Sizes in bytes."""
 
     path: str
     architecture: str
@@ -62,19 +62,19 @@ class OutsideReport:
     chat_template: bool
     weight_bytes: int
     types: dict[str, TypeShare]
-    config: dict[str, object]  # the numbers and names that config.json has at its top
+    config: dict[str, object]  # the numbers and names at the top level of config.json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", help="a known name, hf:org/name[:file], a .gguf file or a folder"
     )
-    parser.add_argument("--machine", action="store_true", help="say what this machine can do, and how it is used")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens of context to give the memory for")
+    parser.add_argument("--machine", action="store_true", help="show this machine's capabilities and how they are used")
+    parser.add_argument("--context", type=int, metavar="N", help="context length in tokens for the memory figures")
     parser.add_argument(
-        "--kv-dtype", default="auto", metavar="TYPE", help="of the cache: float16 (auto), float32, int8"
+        "--kv-dtype", default="auto", metavar="TYPE", help="the cache's type: float16 (auto), float32, int8"
     )
-    parser.add_argument("--json", action="store_true", help="print all of it as a JSON object")
+    parser.add_argument("--json", action="store_true", help="print everything as a JSON object")
     parser.epilog = (
         "examples:\n  mnemos inspect smollm2-135m\n  mnemos inspect model.gguf --context 32768 --kv-dtype int8"
         "\n  mnemos inspect --machine"
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.machine == (arguments.model is not None):
-        raise ConfigError("mnemos inspect takes a model or --machine, one of them")
+        raise ConfigError("mnemos inspect takes either a model or --machine")
     if arguments.machine:
         return _inspect_machine(arguments.json)
     from mnemos.formats.checkpoint import open_checkpoint
@@ -151,7 +151,7 @@ def examine(checkpoint: Checkpoint, context: int | None = None, kv_dtype: str = 
 
 
 def _types(checkpoint: Checkpoint) -> dict[str, TypeShare]:
-    """What the tensors of each storage type amount to, the largest share first."""
+    """The totals of the tensors by storage type, the largest share first."""
     types: dict[str, TypeShare] = defaultdict(TypeShare)
     for tensor in checkpoint.tensors.values():
         share = types[tensor.type.name]
@@ -162,7 +162,7 @@ def _types(checkpoint: Checkpoint) -> dict[str, TypeShare]:
 
 
 def examine_outside(checkpoint: Checkpoint) -> OutsideReport:
-    """Of a Hugging Face folder whose architecture is not built in."""
+    """The report on a Hugging Face folder whose architecture is not built in."""
     from mnemos.models.load import architecture_names
 
     types = _types(checkpoint)
@@ -179,13 +179,13 @@ def examine_outside(checkpoint: Checkpoint) -> OutsideReport:
 
 
 def render_outside(report: OutsideReport) -> str:
-    """The report as lines for people."""
+    """The report as human-readable lines."""
     rows = [
         ("file", report.path),
         ("architecture", f"{report.architecture}: not built in, runs through transformers (mnemos[torch])"),
         ("parameters", f"{human_count(report.parameters)} ({report.parameters:,}) in the files"),
         ("tokenizer", f"{report.tokenizer}, {'with' if report.chat_template else 'no'} chat template"),
-        ("memory", f"{human_bytes(report.weight_bytes)} of weights; what a token of context takes is up to its code"),
+        ("memory", f"{human_bytes(report.weight_bytes)} of weights; memory per token of context depends on its code"),
     ]
     settings = textwrap.wrap(", ".join(f"{name} {value}" for name, value in report.config.items()), 100)
     rows += [("config" if index == 0 else "", line) for index, line in enumerate(settings)]
@@ -193,7 +193,7 @@ def render_outside(report: OutsideReport) -> str:
 
 
 def render(report: Report) -> str:
-    """The report as lines for people."""
+    """The report as human-readable lines."""
     window = f", attention reaches back {report.window:,} tokens" if report.window else ""
     a_token = report.cache_bytes / max(report.context, 1)
     cache = f"{human_bytes(report.cache_bytes)} of cache for {report.context:,} tokens in {report.cache_dtype}"
@@ -207,7 +207,7 @@ def render(report: Report) -> str:
         ("context", f"{report.context_length:,} tokens"),
         ("vocabulary", f"{report.vocabulary:,} tokens"),
         ("tokenizer", f"{report.tokenizer}, {'with' if report.chat_template else 'no'} chat template"),
-        ("memory", f"{human_bytes(report.weight_bytes)} of weights + {cache} ({human_bytes(a_token)} a token)"),
+        ("memory", f"{human_bytes(report.weight_bytes)} of weights + {cache} ({human_bytes(a_token)} per token)"),
     ]
     return "\n".join([f"{name:<13}{value}" for name, value in rows] + _weight_lines(report.types))
 

@@ -23,9 +23,9 @@ COMMANDS = {
     "chat": "talk with a model",
     "pull": "fetch a model into the cache",
     "models": "list cached models, or remove one",
-    "inspect": "say what is in a model file and what it needs",
+    "inspect": "show what a model file contains and what it needs",
     "eval": "measure perplexity on a text file",
-    "bench": "measure speed, start-up time and memory",
+    "bench": "measure speed, startup time and memory",
 }
 MODULES = {"eval": "evaluate"}
 
@@ -33,14 +33,14 @@ FAILURE, USAGE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 1, 2, 130, 143, 141
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line, and takes a command's options anywhere among its arguments."""
+    """Reports wrong arguments in one line, and accepts a command's options anywhere among its arguments."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self._in_parts = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # In one go, `generate MODEL --raw PROMPT` would find that there is no PROMPT as soon as it has the MODEL.
+        # In a single pass, `generate MODEL --raw PROMPT` would miss PROMPT: MODEL alone already satisfies argparse.
         if self._subparsers is not None or self._in_parts:
             return super().parse_known_args(args, namespace)
         self._in_parts = True
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def _refuse(self, unknown: Sequence[str]) -> None:
-        """Ends the program with the words that nobody knows, and the option that the first of them is most like."""
+        """Exits with the unknown words, and the option most similar to the first of them."""
         from mnemos.rules import nearest
 
         words = [word.partition("=")[0] for word in unknown if word.startswith("--")]
@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 after an error, 2 for wrong usage, 128 + n after signal n.
 
-    Without `argv` the command is the one that this process was started with, and the process ends with it.
+    Without `argv`, it runs the command line of this process and then exits.
     """
     code = _run(sys.argv[1:] if argv is None else list(argv))
     if argv is None:
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    gc.set_threshold(100_000, 10, 10)  # most objects are made at the start and stay; searching them takes a tenth of it
-    if "numpy" not in words:  # the backend; the others have threads of their own, and NumPy's would slow the start down
+    gc.set_threshold(100_000, 10, 10)  # most objects are created early and stay; scanning them takes a tenth of it
+    if "numpy" not in words:  # the NumPy backend; others have their own threads, and NumPy's would slow down the start
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = _parser(words).parse_args(words)
     _prepare_streams()
@@ -113,11 +113,11 @@ def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
 
 
 def _parser(words: Sequence[str]) -> Parser:
-    """The parser; only the command that `words` name gets its arguments, so that no other is imported."""
+    """The parser; only the command in `words` gets its arguments, so that no other is imported."""
     parser = Parser(
         prog="mnemos",
         description="Runs language models on the machine you have.",
-        epilog="Start with:  mnemos chat smollm2-135m\nMore on each:  mnemos COMMAND --help",
+        epilog="Start with:  mnemos chat smollm2-135m\nCommand help:  mnemos COMMAND --help",
     )
     parser.add_argument("--version", action="version", version=f"mnemos {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
@@ -134,7 +134,7 @@ def _parser(words: Sequence[str]) -> Parser:
 
 def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows a mark instead of stopping us
+        if hasattr(stream, "reconfigure"):  # a character that the terminal lacks becomes a mark instead of an error
             stream.reconfigure(errors="replace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _on_terminate)
@@ -145,16 +145,16 @@ def _on_terminate(number: int, frame: object) -> NoReturn:
 
 
 def _leave(code: int) -> None:
-    """Ends the process as the interpreter does, but without taking every object apart first, which costs 20 ms.
+    """Exits like the interpreter, but without destroying every object first, which takes 20 ms.
 
-    Returns where the interpreter is still needed: by threads, by a debugger or profiler, after output that failed.
+    Returns if the interpreter is still needed: by threads, a debugger or profiler, or after failed output.
     """
     others = set(threading.enumerate()) - {threading.current_thread()}
     if sys.gettrace() or sys.getprofile() or sys.flags.inspect or not all(thread.daemon for thread in others):
         return
     atexit._run_exitfuncs()
     try:
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed from the start
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed at the start
             stream.flush()
     except (OSError, ValueError):
         return
@@ -162,7 +162,7 @@ def _leave(code: int) -> None:
 
 
 def _discard_output() -> None:
-    """Nobody reads our output any more; keeps the interpreter from complaining about it at exit."""
+    """Called when the output's reader is gone; keeps the interpreter from complaining about it at exit."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
@@ -177,4 +177,4 @@ def _one_line(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
     if isinstance(error, MemoryError):
         return "not enough memory"
-    return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+    return f"unexpected {type(error).__name__}: {text} (--debug shows the traceback)"

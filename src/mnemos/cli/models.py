@@ -1,4 +1,4 @@
-"""`mnemos models`: list what is in the cache, or remove a model from it."""
+"""`mnemos models`: list the cached models, or remove one."""
 
 from __future__ import annotations
 

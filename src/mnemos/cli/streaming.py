@@ -1,4 +1,4 @@
-"""A text shown as it comes into being, and how fast it came."""
+"""Shows a text as it is generated, and its speed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class StreamView:
-    """Writes the pieces of a stream to standard output and keeps what was shown, also when it is interrupted."""
+    """Writes a stream's pieces to standard output and keeps the shown text, even when interrupted."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -33,7 +33,7 @@ class StreamView:
 
     @property
     def summary(self) -> str:
-        """`48 tokens, 213 tokens/s, first after 0.06 s`; the rate is that of the tokens behind the first."""
+        """`48 tokens, 213 tokens/s, first after 0.06 s`; the rate covers the tokens after the first."""
         if not self.tokens:
             return "no tokens"
         parts = [f"{self.tokens} token{'s' if self.tokens > 1 else ''}"]

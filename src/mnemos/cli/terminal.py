@@ -1,4 +1,4 @@
-"""What the terminal can show: progress bars, quiet remarks, sizes for people."""
+"""Terminal output: progress bars, quiet remarks, human-readable sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CLEAR = "\r\x1b[K"
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether somebody looks at `stream` and it can move the cursor."""
+    """Whether `stream` is a terminal that can move the cursor."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -23,7 +23,7 @@ def dim(text: str, stream: TextIO) -> str:
 
 
 def remark(text: str) -> None:
-    """A quiet line beside the output proper."""
+    """Prints a quiet line beside the actual output."""
     print(dim(text, sys.stderr), file=sys.stderr, flush=True)
 
 
@@ -50,9 +50,9 @@ def _rounded(count: float) -> str:
 
 
 class ProgressBar:
-    """A bar on standard error, redrawn in place; without a terminal, one line for each stage.
+    """A bar on standard error, redrawn in place; without a terminal, one line per stage.
 
-    Called as progress(stage, done, total); total 0 stands for unknown. `unit` is "B" for bytes or a noun; `note` is
+    Called as progress(stage, done, total); total 0 means unknown. `unit` is "B" for bytes or a noun; `note` is
     shown at the end of the line.
     """
 
@@ -92,8 +92,8 @@ class ProgressBar:
             self.stream.flush()
 
     def _line(self, done: int, total: int, seconds: float) -> str:
-        """The widest form that fits: label, stage, bar, per cent, amounts and rate; the first to go come last."""
-        from shutil import get_terminal_size  # slow to import, and few starts draw a bar
+        """The longest form that fits: label, stage, bar, percentage, amounts, rate; the last is dropped first."""
+        from shutil import get_terminal_size  # slow to import, and a bar is seldom drawn
 
         width = get_terminal_size().columns - 1
         line = f"{self.label}: {self.stage}"

@@ -1,4 +1,4 @@
-"""Thin faces of the engine for batches and streams, under the names that research code uses for them."""
+"""Thin wrappers of the engine for batches and streams, under the names that research code uses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class BatchInference:
-    """Generates for prompts of any lengths, at most `batch_size` at once; the next starts when one is done."""
+    """Generates for prompts of any lengths, at most `batch_size` at once; when one is done, the next starts."""
 
     def __init__(self, engine: InferenceEngine, batch_size: int = 8, pad_token_id: int | None = None) -> None:
         self.engine = engine
@@ -39,7 +39,7 @@ class BatchInference:
 
 
 class StreamingInference:
-    """Tokens as they are made."""
+    """Streams tokens as they are generated."""
 
     def __init__(self, engine: InferenceEngine) -> None:
         self.engine = engine
@@ -47,8 +47,8 @@ class StreamingInference:
     def generate_stream(
         self, prompt: Any, attention_mask: Any = None, config: GenerationConfig | None = None, **overrides: Any
     ) -> Iterator[Any]:
-        """For an array or tensor of token ids, (time,) or (1, time), such an array of one id, shape (), at a time;
-        for a list of ids a NumPy integer, for a text a `StreamedToken`."""
+        """For an array or tensor of token ids, (time,) or (1, time), yields such arrays of one id, shape (); for a list
+        of ids, NumPy integers; for a text, `StreamedToken`s."""
         reading = read_prompts(prompt, attention_mask, self.engine.tokenizer)
         tokens = self.engine.stream(reading.only, config, **overrides)
         if isinstance(prompt, str):
@@ -57,14 +57,14 @@ class StreamingInference:
 
 
 class ResponseStreamer:
-    """A response's text, piece by piece."""
+    """Streams a response's text, piece by piece."""
 
     def __init__(self, engine: InferenceEngine) -> None:
         self.engine = engine
 
     def stream_response(self, text: str, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[str]:
-        """The pieces add up to the response; each holds whole characters. Of an `OptimizedInferenceEngine` that is
-        the response of its `generate_response`."""
+        """The pieces add up to the response; each consists of whole characters. For an `OptimizedInferenceEngine`, that
+        is the response of its `generate_response`."""
         if isinstance(self.engine, OptimizedInferenceEngine) and config is None:
             tokens = self.engine.generate_tokens(text, **overrides)
         else:
@@ -72,15 +72,15 @@ class ResponseStreamer:
         return (piece for piece in map(self.decode_token, tokens) if piece)
 
     def decode_token(self, token: StreamedToken | int) -> str:
-        """A token's text within a response: that which a streamed token has, "" while a character is not whole.
+        """A token's text within a response: a streamed token's own text, "" while a character is incomplete.
 
-        A token id stands for itself, with the space before it where its word has one. RequestError: the engine has no
+        A token id is decoded alone, with the space before it if it begins a word. RequestError if the engine has no
         tokenizer.
         """
         if isinstance(token, StreamedToken):
             return token.text
         if self.engine.tokenizer is None:
-            raise RequestError(f"token {token} cannot be decoded: the engine has no tokenizer; make it with one")
+            raise RequestError(f"token {token} cannot be decoded: the engine has no tokenizer; create it with one")
         return self.engine.tokenizer.decode([token], continues=True)
 
 
@@ -95,7 +95,7 @@ class BatchRequest:
 
 
 class BatchProcessor:
-    """Works through many requests: the urgent first, then together what begins alike, the short before the long."""
+    """Processes many requests: urgent ones first, then equal beginnings together, short before long ones."""
 
     def __init__(self, engine: InferenceEngine, batch_size: int = 8) -> None:
         self.engine = engine
@@ -134,7 +134,7 @@ class BatchProcessor:
 
 
 class _Bar:
-    """A line on a terminal that tells how far a long batch is; called after each request."""
+    """A progress bar on the terminal for long batches; called after each request."""
 
     def __init__(self, total: int, batch_size: int) -> None:
         self.total = total

@@ -1,4 +1,4 @@
-"""What an engine remembers between requests, to look at and to limit."""
+"""Inspects and limits what an engine keeps between requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RememberedPages:
-    """Cache pages that a later request with the same beginning need not evaluate."""
+    """Cache pages that spare a later request with the same beginning their evaluation."""
 
     count: int
 
@@ -22,12 +22,12 @@ class RememberedPages:
 
 
 class CacheManager:
-    """The prefix cache of an engine: pages of keys and values, each found again by all tokens up to its end.
+    """An engine's prefix cache: pages of keys and values, each found by all the tokens up to its end.
 
-    max_entries     the most pages to remember beside those in use; the least recently used are forgotten first
+    max_entries     the most pages to keep besides those in use; the least recently used are dropped first
     max_memory_mb   the same limit in MB (2^20 bytes)
 
-    Of a model with sliding-window attention, pages that no position reaches any more are given back while it runs.
+    With sliding-window attention, pages that no position can reach any more are freed while the model runs.
     """
 
     def __init__(
@@ -46,31 +46,31 @@ class CacheManager:
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page; shorter beginnings are not remembered."""
+        """Tokens per page; shorter beginnings are not cached."""
         return self._engine.spec.layout.page_size
 
     @property
     def sliding_window(self) -> int:
-        """How many positions the model's attention reaches back, 0 without such a limit."""
+        """How many positions back the model's attention reaches, 0 without a limit."""
         return self._engine.spec.window
 
     @property
     def hit_rate(self) -> float:
-        """Of all prompts' tokens so far, the share that was found in the cache, 0 to 1."""
+        """The share of all prompt tokens so far that was found in the cache, 0 to 1."""
         return self._engine.stats().prefix_hit_rate
 
     @property
     def episodic_cache(self) -> RememberedPages:
-        """The pages that are remembered now."""
+        """The pages in the cache now."""
         return RememberedPages(self._engine.stats().prefix_pages)
 
     @property
     def memory_usage_mb(self) -> float:
-        """What the remembered pages take, in MB (2^20 bytes)."""
+        """The memory of the cached pages, in MB (2^20 bytes)."""
         return len(self.episodic_cache) * self.page_bytes / 2**20
 
     def invalidate(self) -> None:
-        """Forgets everything; running requests keep what they use."""
+        """Empties the cache; running requests keep the pages that they use."""
         self._engine.clear_prefix_cache()
 
 

@@ -20,10 +20,10 @@ def generate(
 ) -> str:
     """The text that continues `prompt`.
 
-    model, tokenizer, device: see `InferenceEngine`. max_new_tokens: 256 if not given, or what the context has room
-    for. With do_sample=False decoding is greedy, and temperature, top_p and top_k have no effect; nor have they where
+    model, tokenizer, device: see `InferenceEngine`. max_new_tokens: 256 if not given, or what the context has room for.
+    With do_sample=False, decoding is greedy, and temperature, top_p and top_k have no effect; nor do they if the
     temperature is 0 or `overrides`, further fields of `GenerationConfig`, ask for beams or contrastive search.
-    For more than one call, make an `InferenceEngine` once: the model need not be tried out each time.
+    For more than one call, create an `InferenceEngine` once, which avoids probing the model each time.
     """
     return generate_batch(
         model,

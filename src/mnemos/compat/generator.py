@@ -1,4 +1,4 @@
-"""Texts from a training checkpoint and the folder of its tokenizer."""
+"""Generates texts from a training checkpoint and its tokenizer's folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mnemos.text.tokenizer import Tokenizer
 
 
 class Generator:
-    """A checkpoint ({'model_args': ..., 'model': state_dict} or any model that Mnemos reads), ready to write.
+    """A checkpoint ({'model_args': ..., 'model': state_dict} or any model that Mnemos reads), ready to generate.
 
-    checkpoint_path   see `InferenceEngine.from_pretrained`, whose options it takes too
-    tokenizer_path    a tokenizer.json, a SentencePiece model, or the folder that holds one
-    device            "cpu": the native backend; any other is PyTorch's, such as "cuda"
+    checkpoint_path   see `InferenceEngine.from_pretrained`, whose options are accepted too
+    tokenizer_path    a tokenizer.json, a SentencePiece model, or a folder with one of them
+    device            "cpu" for the native backend; any other is a PyTorch device, such as "cuda"
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Generator:
     def generate(
         self, prompt: str, max_new_tokens: int = 50, temperature: float = 0.7, top_p: float = 0.9, **overrides: Any
     ) -> str:
-        """The prompt and the text that continues it. temperature 0 always takes the most probable token."""
+        """The prompt and the text that continues it. With temperature 0, the most probable token is always chosen."""
         return self.generate_batch([prompt], 1, max_new_tokens, temperature, top_p, **overrides)[0]
 
     def generate_batch(
@@ -45,7 +45,7 @@ class Generator:
         top_p: float = 0.9,
         **overrides: Any,
     ) -> list[str]:
-        """As `generate`, for many prompts, at most `batch_size` at once."""
+        """Like `generate`, for many prompts, at most `batch_size` at once."""
         config = _config(temperature, top_p, overrides)
         ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         rows = self.engine.generate_batched(ids, max_new_tokens, batch_size, config)

@@ -1,4 +1,4 @@
-"""An engine for one model file with defaults for its responses."""
+"""An engine for one model file, with defaults for its responses."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DEFAULT_LENGTH = 512
 
 
 class OptimizedInferenceEngine(InferenceEngine):
-    """An `InferenceEngine` over a model file, which answers texts with texts.
+    """An `InferenceEngine` for a model file, which answers texts with texts.
 
-    model_path   see `InferenceEngine.from_pretrained`, whose options it takes too
-    cache_size   how many pages of the prefix cache are kept for later requests; of no use with prefix_cache=False, nor
-                 for a model whose prefixes cannot be shared
-    config       defaults of its requests: fields of `GenerationConfig`, beam_size for num_beams, cache_size, and
+    model_path   see `InferenceEngine.from_pretrained`, whose options are accepted too
+    cache_size   how many pages of the prefix cache are kept for later requests; it has no effect with
+                 prefix_cache=False, or for a model whose prefixes cannot be shared
+    config       defaults for its requests: fields of `GenerationConfig`, beam_size for num_beams, cache_size, and
                  batch_size, the number of sequences that run at once
     """
 
@@ -50,7 +50,7 @@ class OptimizedInferenceEngine(InferenceEngine):
         loading, running = split(options)
         super().__init__(**load_parts(model_path, loading), **running)
         if running.get("prefix_cache", True):
-            with suppress(UnsupportedError):  # a model that remembers no pages needs no limit
+            with suppress(UnsupportedError):  # a model that caches no pages needs no limit
                 CacheManager(self, max_entries=cache_size)
 
     @classmethod
@@ -66,16 +66,16 @@ class OptimizedInferenceEngine(InferenceEngine):
 
     @property
     def memory_cache(self) -> CacheManager:
-        """What is remembered between requests."""
+        """The pages kept between requests."""
         return CacheManager(self)
 
     def generate_response(self, text: str, max_length: int | None = None, **overrides: Any) -> str:
-        """The text that follows `text`. max_length counts the tokens of both; by default the config's, else 512."""
+        """The text that follows `text`. max_length counts the tokens of both; the default is the config's, else 512."""
         response: str = self.generate(text, **self._response_fields(max_length, overrides))
         return response
 
     def generate_tokens(self, text: str, max_length: int | None = None, **overrides: Any) -> Iterator[StreamedToken]:
-        """The tokens of `generate_response` as they come, each with its id and its text."""
+        """The tokens of `generate_response` as they come, each with its id and text."""
         return self.stream(text, **self._response_fields(max_length, overrides))
 
     def _response_fields(self, max_length: int | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,6 +91,6 @@ def _generation_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     fields = dict(settings)
     if "beam_size" in fields:
         fields["num_beams"] = fields.pop("beam_size")
-        if fields["num_beams"] > 1 and "temperature" in fields:  # beams that are drawn
+        if fields["num_beams"] > 1 and "temperature" in fields:  # beams drawn at random
             fields.setdefault("do_sample", True)
     return fields

@@ -1,5 +1,5 @@
-"""The steps of sampling as functions on arrays of one's own: NumPy arrays or PyTorch tensors, (vocabulary,) or (batch,
-vocabulary). They are the engine's own processors; the input is left as it is."""
+"""The steps of sampling as functions on your own arrays: NumPy arrays or PyTorch tensors, (vocabulary,) or (batch,
+vocabulary). They are the engine's own processors; the input is not changed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mnemos.decoding.processors import Processor, RepetitionPenalty
 from mnemos.decoding.ranking import nucleus
 from mnemos.errors import ConfigError
 
-COLDEST = 1e-5  # a temperature below counts as this one, so that 0 means nearly always the most probable token
+COLDEST = 1e-5  # lower temperatures are raised to this, so that 0 almost always means the most probable token
 
-_AT_MOST = 1e-6  # more than rounding: a token before which just `p` was summed up is part of this nucleus
+_AT_MOST = 1e-6  # more than rounding: a token preceded by a sum of exactly `p` belongs to this nucleus
 
 
 def apply_temperature(logits: Any, temperature: float) -> Any:
-    """logits / temperature: below 1 sharper, above 1 flatter. ConfigError if it is negative."""
+    """logits / temperature: sharper below 1, flatter above 1. ConfigError if it is negative."""
     if not temperature >= 0:
         raise ConfigError(f"temperature is {temperature!r}; it must be a number of at least 0")
     return logits / max(temperature, COLDEST)
 
 
 def top_k_top_p_filtering(logits: Any, top_k: int = 0, top_p: float = 1.0, filter_value: float = -np.inf) -> Any:
-    """Sets all but the top_k largest logits, then all but the fewest that reach top_p, to `filter_value`."""
+    """Sets all but the top_k largest logits, then all outside the top_p nucleus, to `filter_value`."""
     top_k, top_p = RULES["top_k"].apply("top_k", top_k), RULES["top_p"].apply("top_p", top_p)
     chain: list[Processor] = [TopK(top_k)] if top_k else []
     if top_p < 1:
@@ -46,9 +46,9 @@ def top_k_top_p_filtering(logits: Any, top_k: int = 0, top_p: float = 1.0, filte
 
 
 def enforce_repetition_penalty(logits: Any, token_ids: Any, penalty: float) -> Any:
-    """Makes tokens that were seen less probable: positive logits are divided by `penalty`, negative ones multiplied.
+    """Makes seen tokens less probable: positive logits are divided by `penalty`, negative ones multiplied.
 
-    token_ids: what each row has seen, (time,) for one row or (batch, time), also of different lengths.
+    token_ids: the tokens that each row has seen, (time,) for one row or (batch, time), lengths may differ.
     """
     processor = RepetitionPenalty(RULES["repetition_penalty"].apply("repetition_penalty", penalty))
 
@@ -64,9 +64,9 @@ def enforce_repetition_penalty(logits: Any, token_ids: Any, penalty: float) -> A
 
 
 def sample_top_p(probs: Any, p: float) -> Any:
-    """Draws a token from the nucleus: those before which, in descending order, at most `p` has been summed up.
+    """Draws a token from the nucleus: tokens, in descending order, that are preceded by a sum of at most `p`.
 
-    Returns token ids, (..., 1), as int64. The random numbers are those of torch for tensors, else of numpy.random.
+    Returns token ids, (..., 1), as int64. Random numbers come from torch for tensors, else from numpy.random.
     """
     if not 0 < p <= 1:
         raise ConfigError(f"p is {p!r}; it must be above 0 and at most 1")
@@ -98,7 +98,7 @@ def _randoms(like: Any, count: int) -> list[float]:
 
 
 def _on_rows(values: Any, name: str, change: Callable[[Floats], None]) -> Any:
-    """Lets `change` work on a float32 copy (rows, vocabulary), and returns that as the same kind of array."""
+    """Applies `change` to a float32 copy (rows, vocabulary), and returns that as the same kind of array."""
     if not hasattr(values, "shape") or len(values.shape) not in (1, 2) or 0 in values.shape:
         shape = tuple(values.shape) if hasattr(values, "shape") else type(values).__name__
         raise ConfigError(f"{name} is {shape}; expected an array or tensor (vocabulary,) or (batch, vocabulary)")

@@ -1,4 +1,4 @@
-"""Texts to padded batches of token ids and back."""
+"""From texts to padded batches of token ids and back."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class PaddedBatch(NamedTuple):
 
 
 class TokenProcessor:
-    """Tokenization for batches: special tokens, cutting to a length, padding with its mask, and back to texts.
+    """Tokenization for batches: special tokens, truncation, padding with a mask, and decoding back to texts.
 
-    max_length        longer texts lose their beginning, as generation continues their end; None: no limit
-    pad_token_id      fills up shorter rows; by default the tokenizer's pad token, else its end-of-text token, else 0
-    padding_side      "right" or "left"; the engine takes either together with the mask
+    max_length        longer texts lose their beginning, since generation continues their end; None: no limit
+    pad_token_id      pads shorter rows; by default the tokenizer's pad token, else its end-of-text token, else 0
+    padding_side      "right" or "left"; the engine accepts either together with the mask
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class TokenProcessor:
         return frozenset(self.tokenizer.special_ids)
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Token ids of one text, the last `max_length` of them."""
+        """The last `max_length` token ids of one text."""
         ids: list[int] = self.tokenizer.encode(text, add_special=add_special)
         return ids if self.max_length is None else ids[-self.max_length :]
 
     def encode_batch(self, texts: Sequence[str], add_special: bool = True) -> PaddedBatch:
-        """Token ids of several texts, padded to the longest. RequestError for none at all."""
+        """Token ids of several texts, padded to the longest. RequestError if there are none."""
         return self.pad([self.encode(text, add_special) for text in texts])
 
     def pad(self, sequences: Sequence[Sequence[int]]) -> PaddedBatch:
-        """Rows of token ids, padded to the longest."""
+        """Rows of token ids, padded to the longest row."""
         if not sequences:
             raise RequestError("there is nothing to pad; give at least one sequence")
         left = self.padding_side == "left"
@@ -76,7 +76,7 @@ class TokenProcessor:
         return text
 
     def decode_batch(self, token_ids: Any, attention_mask: Any = None, skip_special: bool = True) -> list[str]:
-        """The texts of the rows; where the mask is 0 there is no text."""
+        """The texts of the rows, without the positions where the mask is 0."""
         rows = [[int(token) for token in row] for row in token_ids]
         if attention_mask is not None:
             pairs = zip(rows, attention_mask, strict=True)

@@ -1,4 +1,4 @@
-"""The names that files give to activation functions."""
+"""The names of activation functions in model files."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ ACTIVATION_NAMES = {
 
 
 def read_activation(fields: Fields, name: str, default: str) -> str:
-    """The operator's name for the activation that field `name` asks for; GGUF leaves it to the architecture."""
+    """The operator's name for the activation in field `name`; GGUF leaves it to the architecture."""
     return fields.choice(name, ACTIVATION_NAMES, default)

@@ -18,34 +18,34 @@ from mnemos.ops.protocol import Array, AttentionParams, Matrix, Ops, RopeParams
 
 
 class Architecture(Protocol):
-    """One model family, written over ops: made from checked fields and weights, then only `forward` is called."""
+    """One model family, written with ops: created from checked fields and weights; then only `forward` is called."""
 
-    gguf_names: ClassVar[dict[str, str]]  # what its GGUF tensors are called where that differs from the usual
-    ignored: ClassVar[tuple[str, ...]]  # patterns of tensors that a file may have beyond those of the model
+    gguf_names: ClassVar[dict[str, str]]  # names of its GGUF tensors where they differ from the usual ones
+    ignored: ClassVar[tuple[str, ...]]  # patterns of tensors that a file may have in addition to the model's
 
     @property
     def config(self) -> DecoderConfig: ...
 
     def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
-        """(hidden (R, hidden size), logits (R, vocabulary)) of the R rows that the batch asks for."""
+        """(hidden (R, hidden size), logits (R, vocabulary)) of the R rows that the batch requests."""
 
 
 class DecoderLayer(Protocol):
-    """One layer of a decoder: what it adds to x (T, hidden size)."""
+    """One layer of a decoder, from x (T, hidden size) to its output."""
 
     def __call__(self, ops: Ops, x: Array, batch: Any, cache: Cache, wanted: Array | None = None) -> Array:
-        """The layer's output; only the rows `wanted` of it, if given (keys and values are stored for all)."""
+        """The layer's output, limited to the rows `wanted` if given (keys and values are stored for all rows)."""
 
 
 def run_layers(layers: Sequence[DecoderLayer], ops: Ops, x: Array, batch: Any, cache: Cache) -> Array:
-    """The rows of the last layer's output whose logits are asked for; for the others, it only fills the cache."""
+    """The rows of the last layer's output whose logits are wanted; for other rows, it only fills the cache."""
     for layer in layers[:-1]:
         x = layer(ops, x, batch, cache)
     return layers[-1](ops, x, batch, cache, batch.logit_rows)
 
 
 def only(ops: Ops, x: Array, wanted: Array | None) -> Array:
-    """The rows `wanted` of x, or all of them where it is None."""
+    """The rows `wanted` of x, or all rows if it is None."""
     return x if wanted is None else ops.rows(x, wanted)
 
 
@@ -53,7 +53,7 @@ def only(ops: Ops, x: Array, wanted: Array | None) -> Array:
 class Attention:
     """Causal attention with its projections (Vaswani et al. 2017, arXiv:1706.03762).
 
-    Several query heads may share one head of keys and values (Ainslie et al. 2023, arXiv:2305.13245), and heads may be
+    Several query heads may share one key/value head (Ainslie et al. 2023, arXiv:2305.13245), and heads may be
     normalised one by one before the rotation (Henry et al. 2020, arXiv:2010.04245).
     """
 
@@ -104,7 +104,7 @@ class MLP:
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """Norms of each query and key head; `offset` is added to their weights."""
+    """Norms for each query and key head; `offset` is added to their weights."""
 
     epsilon: float
     offset: float = 0.0
@@ -113,7 +113,7 @@ class HeadNorm:
 def attention_params(
     config: DecoderConfig, layer: int, scale: float | None = None, softcap: float = 0.0
 ) -> AttentionParams:
-    """How layer number `layer` attends; `scale` is by default 1 / sqrt(head_dim)."""
+    """The attention parameters of layer number `layer`; `scale` defaults to 1 / sqrt(head_dim)."""
     size = config.head_dim
     return AttentionParams(
         heads=config.num_attention_heads,
@@ -140,7 +140,7 @@ def load_attention(
 ) -> Attention:
     """The attention block `layers.{layer}.self_attn` with separate q, k and v projections.
 
-    interleaved: in how many leading elements of each head the file pairs neighbours instead of halves.
+    interleaved: for how many leading elements of each head the file pairs neighbours instead of halves.
     """
     name = f"layers.{layer}.self_attn"
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -180,9 +180,9 @@ def load_head(
     name: str = "lm_head",
     embedding_name: str = "embed_tokens",
 ) -> Matrix:
-    """The output projection: the embedding itself where the two are tied; in GGUF, where there is no other.
+    """The output projection: the embedding itself if the two are tied; in GGUF, if there is no other.
 
-    A stored projection that differs from the embedding counts, whatever the config says: training untied the two.
+    A stored projection that differs from the embedding is used whatever the config says: training untied the two.
     """
     tied = not weights.has(name) if weights.is_gguf else config.tie_word_embeddings
     if tied and not (weights.has(name) and weights.differ(name, embedding_name)):
@@ -193,7 +193,7 @@ def load_head(
 
 @cache
 def half_split_rows(heads: int, head_dim: int, rotary_dim: int) -> npt.NDArray[np.intp]:
-    """Where each row of a half-split projection is found in one whose rotary pairs are neighbours."""
+    """The index of each row of a half-split projection in one whose rotary pairs are neighbours."""
     if rotary_dim > head_dim or rotary_dim % 2:
         raise FormatError(f"{rotary_dim} interleaved elements do not fit into heads of {head_dim}")
     within = np.arange(head_dim)

@@ -1,4 +1,4 @@
-"""The hyperparameters that architectures have in common, and how they are read."""
+"""The hyperparameters that architectures share, and how they are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mnemos.models.activations import read_activation
 from mnemos.models.fields import Fields
 from mnemos.models.rope import Rope, context_in_use, read_rope
 
-# More is a damaged field, found before anything is made of that size.
+# Larger values mean a damaged field; the check comes before anything of that size is allocated.
 MOST_LAYERS = 100_000
 WIDEST_HEAD = 65_536
 FARTHEST_POSITION = 131_072  # rotary tables grow with positions, and their angles are float32
@@ -19,7 +19,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Hyperparameters of every architecture, under Hugging Face's names; `context_length` is the one in use."""
+    """Hyperparameters of every architecture, with Hugging Face's names; `context_length` is the one in use."""
 
     vocab_size: int
     hidden_size: int
@@ -28,18 +28,18 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     context_length: int
-    windows: tuple[int, ...]  # for each layer how many positions attention reaches back, 0 without a limit
+    windows: tuple[int, ...]  # for each layer, how many positions back attention reaches, 0 without a limit
     tie_word_embeddings: bool
 
     @property
     def position_limit(self) -> int:
-        """See ModelSpec: rotary embeddings make attention a matter of distances."""
+        """See ModelSpec: with rotary embeddings, attention depends on distances only."""
         return max(FARTHEST_POSITION, 2 * self.context_length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDecoderConfig(DecoderConfig):
-    """What Llama and its relatives add: RMS norms, rotary embeddings and a gated MLP."""
+    """The additions of Llama and its relatives: RMS norms, rotary embeddings and a gated MLP."""
 
     intermediate_size: int
     rms_norm_eps: float
@@ -54,11 +54,11 @@ def read_shape(
     slides: Callable[[int], bool] = lambda layer: True,
     tied: bool = False,
 ) -> dict[str, Any]:
-    """The values of DecoderConfig's fields; FormatError for one that is missing or impossible.
+    """The values of DecoderConfig's fields; FormatError if one is missing or impossible.
 
-    head_dim: where the config has none (else hidden size / heads). slides: which layers have the sliding window, if
-    there is one and the config does not list the layers' types. tied: whether a config that does not say so means the
-    output projection to be the embedding.
+    head_dim: the default if the config has none (else hidden size / heads). slides: which layers have the sliding
+    window, if there is one and the config does not list the layers' types. tied: whether the output projection is the
+    embedding if the config does not say.
     """
     hidden = fields.size("hidden_size")
     layers = fields.size("num_hidden_layers", largest=MOST_LAYERS)
@@ -94,10 +94,10 @@ def read_gated_decoder(
     theta: float = 10000.0,
     inner_size: int | None = None,
 ) -> dict[str, Any]:
-    """`shape` (of `read_shape`) and the values of GatedDecoderConfig's own fields.
+    """`shape` (from `read_shape`) and the values of GatedDecoderConfig's own fields.
 
-    The other arguments are what a config.json means that leaves the field out; GGUF files always have an epsilon and,
-    with `inner_size` None, an intermediate size. Errors: FormatError.
+    The other arguments are the defaults for fields that a config.json leaves out; GGUF files always have an epsilon
+    and, with `inner_size` None, an intermediate size. Errors: FormatError.
     """
     return {
         **shape,
@@ -109,9 +109,9 @@ def read_gated_decoder(
 
 
 def read_pattern(fields: Fields, layers: int, default: int) -> Callable[[int], bool]:
-    """Which layers slide: all but every n-th one, or those that a list of booleans names, by `sliding_window_pattern`.
+    """Which layers slide, from `sliding_window_pattern`: all but every n-th, or those marked in a list of booleans.
 
-    default: n where the config has no such field.
+    default: n if the config has no such field.
     """
     pattern = fields.get("sliding_window_pattern")
     if isinstance(pattern, list) and len(pattern) == layers and all(isinstance(slides, bool) for slides in pattern):

@@ -1,4 +1,4 @@
-"""Checked reading of a model's hyperparameters, whichever file format holds them."""
+"""Checked reading of a model's hyperparameters from any file format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from mnemos.errors import FormatError, shown
 from mnemos.formats.tensor import Tensor
 
-LARGEST = 2**31 - 1  # positions, ids and sizes are 32-bit integers after this point
+LARGEST = 2**31 - 1  # positions, ids and sizes are 32-bit integers from here on
 _MISSING: Any = object()
 
 # Hugging Face's name for a hyperparameter -> its GGUF key after "{architecture}.".
@@ -59,8 +59,8 @@ GGUF_TABLES = {
 class Fields:
     """Hyperparameters by their Hugging Face names, read from a config.json or from GGUF metadata.
 
-    Every method raises FormatError with the file, the field as it is named there, its value and the rule. `keys`
-    translates names into the file's own; in GGUF, a name that it lacks is absent. `context_length` is what the user
+    Every method raises FormatError with the file, the field's name in it, its value and the rule. `keys` translates
+    names into the file's own; in GGUF, a name that it lacks is absent. `context_length` is the length that the user
     asked for, None for the model's own.
     """
 
@@ -71,15 +71,15 @@ class Fields:
     context_length: int | None = None
 
     def renamed(self, **names: str) -> Fields:
-        """For a config.json that calls hyperparameters differently: its word for each usual name."""
+        """These fields with other names: the config.json's own name for each usual name."""
         return self if self.is_gguf else replace(self, keys={**self.keys, **names})
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
-        """For a config.json that may leave these fields out."""
+        """These fields with defaults for those that a config.json may leave out."""
         return replace(self, values={**defaults, **self.values})
 
     def key(self, name: str) -> str:
-        """The file's own word for `name`."""
+        """The file's own name for `name`."""
         return self.keys.get(name, name)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -88,13 +88,13 @@ class Fields:
         return default if value is None else value
 
     def wrong(self, name: str, rule: str) -> FormatError:
-        """The error that says that field `name` does not keep `rule`."""
+        """The error for a field `name` that breaks `rule`."""
         value = self.get(name, _MISSING)
         found = "is absent" if value is _MISSING else f"is {shown(value)}"
         return FormatError(f"{self.path}: field {self.key(name)!r} {found}; expected {rule}")
 
     def _single(self, name: str, default: Any) -> Any:
-        """The raw value; a list with one value repeated, for every layer, counts as that value."""
+        """The raw value; a list that repeats one value for every layer counts as that value."""
         value = self.get(name, default)
         if isinstance(value, list) and value and all(entry == value[0] for entry in value):
             return value[0]
@@ -108,7 +108,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None, *, above: float = 0.0, most: float = 1e12) -> float:
-        """A finite number, above < value <= most."""
+        """A finite number with above < value <= most."""
         value = self._single(name, default)
         if (
             isinstance(value, bool)
@@ -127,14 +127,14 @@ class Fields:
         return value
 
     def choice(self, name: str, choices: Mapping[str, str], default: str | None = None) -> str:
-        """What `choices` gives for the field's text."""
+        """The value in `choices` for the field's text."""
         value = self.get(name, default)
         if not isinstance(value, str) or value not in choices:
             raise self.wrong(name, "one of " + ", ".join(sorted(choices)))
         return choices[value]
 
     def sizes(self, name: str, count: int | None = None) -> tuple[int, ...]:
-        """A list of integers of at least 0, of `count` entries if given; empty where the field is absent."""
+        """A list of integers of at least 0, with `count` entries if given; empty if the field is absent."""
         value = self.get(name, ())
         if (
             not isinstance(value, Sequence)
@@ -147,7 +147,7 @@ class Fields:
         return tuple(value)
 
     def table(self, name: str) -> Fields | None:
-        """The fields of a nested object, None where it is absent or empty."""
+        """The fields of a nested object, None if it is absent or empty."""
         value = self.get(name)
         if value is None or value == {}:
             return None
@@ -168,7 +168,7 @@ class Fields:
 def gguf_fields(
     path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], context_length: int | None
 ) -> Fields:
-    """The hyperparameters of a GGUF file, those among its tensors included."""
+    """The hyperparameters of a GGUF file, including those stored as tensors."""
     architecture = metadata["general.architecture"]
     keys = {name: f"{architecture}.{suffix}" for name, suffix in GGUF_KEYS.items()} | GGUF_TABLES
     values = {key: _plain(metadata[key]) for key in keys.values() if key in metadata}
@@ -187,5 +187,5 @@ def gguf_fields(
 
 
 def _plain(value: Any) -> Any:
-    """A value as a config.json would have it: GGUF's arrays as lists."""
+    """A value as in a config.json: GGUF's arrays as lists."""
     return value.tolist() if isinstance(value, np.ndarray) else value

@@ -1,4 +1,4 @@
-"""From an open checkpoint to a model that runs."""
+"""From an open checkpoint to a running model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mnemos.models.foreign.encoder_decoder import EncoderDecoderModel
     from mnemos.models.foreign.model import ForeignModel
 
-_COMPUTATION = "1"  # raised whenever an architecture computes something else than before
+_COMPUTATION = "1"  # increased whenever an architecture's computation changes
 
 
 class LoadedModel:
@@ -46,11 +46,11 @@ class LoadedModel:
 
     @property
     def device(self) -> str:
-        """Where it computes: "cpu", or a device of PyTorch's."""
+        """The device that it computes on: "cpu", or a PyTorch device."""
         return str(getattr(self.ops, "device", "cpu"))
 
     def finish(self) -> None:
-        """Reads the weights now, where the backend has put that off until `reserve`; another thread may do it."""
+        """Reads the weights now, if the backend would otherwise wait until `reserve`; another thread may call it."""
         self.ops.finish()
 
     def reserve(self, pages: int) -> None:
@@ -76,12 +76,12 @@ def load_model(
     context_length: int | None = None,
     threads: int | None = None,
 ) -> LoadedModel:
-    """The model of an open checkpoint, checked from end to end before anything is allocated.
+    """The model of an open checkpoint, fully checked before anything is allocated.
 
-    dtype: "auto" keeps weights as they are stored, "float32" expands them; "bfloat16" and "float16" are for PyTorch.
-    kv_dtype: "auto" is float32 with float32 weights and else the one of float16 and bfloat16 that the backend is faster
-    with on this machine. context_length: a shorter context than the model's own, or a longer one where its rotary
-    embedding is made to be stretched (see mnemos.models.rope). threads: None uses all cores that the process may use.
+    dtype: "auto" keeps weights as stored, "float32" expands them; "bfloat16" and "float16" are for PyTorch. kv_dtype:
+    "auto" is float32 with float32 weights, else whichever of float16 and bfloat16 is faster with the backend on this
+    machine. context_length: a shorter context than the model's own, or a longer one if its rotary embedding can be
+    stretched (see mnemos.models.rope). threads: None uses all cores that the process may use.
     Errors: FormatError, UnsupportedError, ConfigError.
     """
     _check_dtypes(dtype, kv_dtype)
@@ -90,7 +90,7 @@ def load_model(
     ops = get_ops(backend, dtype=dtype, threads=threads)
     _check_memory(checkpoint, ops, dtype)
     kv_dtype = ops.cache_dtype if kv_dtype == "auto" and dtype != "float32" else kv_dtype
-    # Before the weights are read: a backend gives a mapped file's pages back as it goes, and this touches many.
+    # Before the weights are read: a backend releases a mapped file's pages as it goes, and this touches many.
     spec = _specify(checkpoint, checked, ops.name, dtype, kv_dtype)
     return LoadedModel(_build(architecture, fields, checkpoint, ops), spec, ops)
 
@@ -98,7 +98,7 @@ def load_model(
 def describe_model(
     checkpoint: Checkpoint, *, dtype: str = "auto", kv_dtype: str = "auto", context_length: int | None = None
 ) -> ModelSpec:
-    """What `load_model` would make of an open checkpoint, checked as it does it; nothing is loaded."""
+    """The description of the model that `load_model` would load, with the same checks; nothing is loaded."""
     _check_dtypes(dtype, kv_dtype)
     architecture, fields = _describe(checkpoint, context_length)
     checked = _build(architecture, fields, checkpoint, None)
@@ -106,7 +106,7 @@ def describe_model(
 
 
 def is_built_in(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint's architecture is one of those that `load_model` loads. FormatError: it names none."""
+    """Whether `load_model` supports the checkpoint's architecture. FormatError if it names none."""
     return any(is_known(name) for name in architecture_names(checkpoint))
 
 
@@ -136,7 +136,7 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
 
 
 def architecture_names(checkpoint: Checkpoint) -> list[str]:
-    """What the file calls its architecture, the most telling name first."""
+    """The file's names for its architecture, the most specific first."""
     metadata = checkpoint.metadata
     if checkpoint.kind == "gguf":
         name = metadata.get("general.architecture")
@@ -165,7 +165,7 @@ def _describe(checkpoint: Checkpoint, context_length: int | None) -> tuple[type[
 
 
 def _build(architecture: type[Any], fields: Fields, checkpoint: Checkpoint, ops: Ops | None) -> Architecture:
-    """The architecture with its weights; with `ops` None all is checked and nothing allocated."""
+    """The architecture with its weights; with `ops` None, everything is checked and nothing allocated."""
     names = architecture.gguf_names if checkpoint.kind == "gguf" else None
     weights = Weights(checkpoint.path, checkpoint.tensors, ops, names)
     model: Architecture = architecture(fields, weights)
@@ -174,14 +174,14 @@ def _build(architecture: type[Any], fields: Fields, checkpoint: Checkpoint, ops:
 
 
 def _check_memory(checkpoint: Checkpoint, ops: Ops, dtype: str) -> None:
-    """CapacityError, which says how much is missing, where the weights do not fit into memory."""
+    """Raises CapacityError, with the missing amount, if the weights do not fit into memory."""
     needed = ops.weight_memory(checkpoint.tensors.values())
     if needed is not None:
         check_memory(needed, f"{checkpoint.path} as {dtype}")
 
 
 def _special_tokens(checkpoint: Checkpoint, vocabulary_size: int) -> dict[str, Any]:
-    """Ids that end, begin and pad a text. Ids outside the vocabulary can never occur, so they are left out."""
+    """Ids that end, begin and pad a text. Ids outside the vocabulary cannot occur and are left out."""
     if checkpoint.kind == "gguf":
         key = "tokenizer.ggml.{}_token_id"
         ends = [checkpoint.metadata.get(key.format(name)) for name in ("eos", "eot", "eom")]
@@ -200,9 +200,9 @@ def _special_tokens(checkpoint: Checkpoint, vocabulary_size: int) -> dict[str, A
 
 
 def _fingerprint(checkpoint: Checkpoint, config: object, computation: tuple[str, ...]) -> str:
-    """Changes with the hyperparameters, the tensors and the way they are computed.
+    """A hash of the hyperparameters, the tensors and the computation.
 
-    Of each tensor, its name, type, shape and four short samples are hashed: training or quantizing again changes
+    Each tensor contributes its name, type, shape and four short samples: training or quantizing again changes
     every tensor everywhere, and reading all of a large file would cost more than loading it.
     """
     digest = sha256(repr((_COMPUTATION, config, computation)).encode())
@@ -216,7 +216,7 @@ def _fingerprint(checkpoint: Checkpoint, config: object, computation: tuple[str,
 
 
 def _details(checkpoint: Checkpoint) -> dict[str, object]:
-    """What `inspect` shows beside the specification."""
+    """Details that `inspect` shows in addition to the specification."""
     metadata = checkpoint.metadata
     return {
         "name": metadata.get("general.name") or metadata.get("_name_or_path") or Path(checkpoint.path).name,
@@ -225,9 +225,9 @@ def _details(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def adapt(module: Any, **options: Any) -> ForeignModel | EncoderDecoderModel:
-    """A `Model` around an nn.Module; for the options see `mnemos.models.foreign.adapt.adapt`.
+    """A `Model` around an nn.Module; for the options, see `mnemos.models.foreign.adapt.adapt`.
 
-    PyTorch is imported here, and only when such a module comes.
+    PyTorch is imported here, and only for such a module.
     """
     try:
         import torch  # noqa: F401
@@ -235,7 +235,7 @@ def adapt(module: Any, **options: Any) -> ForeignModel | EncoderDecoderModel:
         raise MissingDependencyError("running an nn.Module needs PyTorch: pip install 'mnemos[torch]'") from error
     from mnemos.models.foreign.adapt import adapt as adapt_module
 
-    # OpenMP keeps worker threads for every thread that ever used it, and where there are more of them than cores, each
-    # operator waits for its workers to wake. What is tried here is tried in a thread that ends.
+    # OpenMP keeps worker threads for every thread that ever used it, and if there are more of them than cores, each
+    # operator waits for its workers to wake up. So the module is probed in a thread that ends.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(adapt_module, module, **options).result()

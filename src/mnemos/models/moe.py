@@ -19,7 +19,7 @@ GGUF_EXPERT_NAMES = {
 
 @dataclass(frozen=True)
 class Routing:
-    """How many experts there are, how wide, how many a token visits, and whether their shares are made to sum to 1."""
+    """The number and width of experts, how many a token visits, and whether their weights are scaled to sum to 1."""
 
     experts: int
     inner_size: int
@@ -29,7 +29,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class SparseMLP:
-    """The `top_k` most probable experts of each token, weighted. Shazeer et al. 2017, arXiv:1701.06538."""
+    """The weighted sum of each token's `top_k` most probable experts. Shazeer et al. 2017, arXiv:1701.06538."""
 
     router: Matrix
     gate: list[Matrix]
@@ -58,9 +58,9 @@ def load_sparse_mlp(
     activation: str,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> SparseMLP:
-    """The block of that name, "layers.3.mlp": experts one by one under `names`, or in tensors with an axis for them.
+    """The block `name`, such as "layers.3.mlp": experts separately under `names`, or in tensors with an expert axis.
 
-    The latter, and GGUF, keep to "mlp" and the usual names, whatever the architecture; gate and up may be fused there.
+    The latter and GGUF always use "mlp" and the usual names, in every architecture; gate and up may be fused there.
     """
     usual = block.rpartition(".")[0] + ".mlp"
     suffix = ".weight" if weights.is_gguf else ""

@@ -1,4 +1,4 @@
-"""Which architecture a file's name for it means. A new architecture is a new file and one line here."""
+"""Maps the names in files to architectures. A new architecture is a new file and one line here."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _KNOWN = {name: target for target, aliases in ARCHITECTURES.items() for name in 
 
 
 def is_known(name: str) -> bool:
-    """Whether an architecture of the table goes by this name."""
+    """Whether an architecture in the table has this name."""
     return name in _KNOWN
 
 
 def find_architecture(names: Sequence[str], path: object) -> type[Any]:
-    """The class for the first of `names` that is known; UnsupportedError, which lists all, when none is."""
+    """The class for the first known one of `names`; UnsupportedError, which lists all, if none is known."""
     for name in names:
         if name in _KNOWN:
             module, _, cls = _KNOWN[name].partition(":")

@@ -1,11 +1,11 @@
 """Rotary position embeddings: the scalings in use, as one table of frequencies each.
 
 All of them are fixed when a model is loaded, for the context length in use, so that a token's rotation never depends
-on how long the text became later or on how a prompt was cut:
+on how long the text later became or on how a prompt was cut:
 - dynamic NTK scales its base for the context length in use, not for the text so far. Up to the trained length it is
   the plain embedding; with a longer context it equals the usual form for a text that fills the context.
-- LongRoPE takes its short factors when the context length in use is within the trained one, else its long ones. The
-  default context of such a model is therefore the trained one; a longer one is asked for with `context_length`.
+- LongRoPE uses its short factors when the context length in use is within the trained one, else its long ones. The
+  default context of such a model is therefore the trained one; request a longer one with `context_length`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KINDS_IN_FILES = {kind: kind for kind in KINDS} | {"none": "default", "su": "lon
 
 @dataclass(frozen=True)
 class Rope:
-    """One kind of layer's rotary embedding. Lengths are positions; betas are rotations over the trained length."""
+    """The rotary embedding of one kind of layer. Lengths are positions; betas are rotations over the trained length."""
 
     theta: float
     rotary_dim: int
@@ -42,7 +42,7 @@ class Rope:
     magnitude: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
-    divisors: tuple[float, ...] = ()  # GGUF's rope_freqs: Llama 3's scaling, worked out by the converter
+    divisors: tuple[float, ...] = ()  # GGUF's rope_freqs: Llama 3's scaling, computed by the converter
 
     def params(self, head_dim: int) -> RopeParams:
         """The table for heads of `head_dim`."""
@@ -52,7 +52,7 @@ class Rope:
         return RopeParams(head_dim, self.rotary_dim, frequencies, self.magnitude)
 
     def frequencies(self) -> Floats:
-        """Radians a position, (rotary_dim / 2,)."""
+        """Radians per position, (rotary_dim / 2,)."""
         exponents = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
         plain = np.asarray(1 / np.float32(self._base()) ** exponents, np.float32)
         if self.kind == "linear":
@@ -74,7 +74,7 @@ class Rope:
         return float(self.theta * stretch ** (self.rotary_dim / (self.rotary_dim - 2)))
 
     def _yarn(self, plain: Floats) -> Floats:
-        """Peng et al. 2023, arXiv:2309.00071: fast dimensions stay, slow ones are interpolated, a ramp between."""
+        """Peng et al. 2023, arXiv:2309.00071: fast dimensions stay, slow ones are interpolated, with a ramp between."""
 
         def dimension(rotations: float) -> float:
             return self.rotary_dim * log(self.trained_length / (rotations * 2 * pi)) / (2 * log(self.theta))
@@ -89,7 +89,7 @@ class Rope:
         return np.asarray(plain / np.float32(self.factor) * ramp + plain * (1 - ramp), np.float32)
 
     def _llama3(self, plain: Floats) -> Floats:
-        """Llama 3.1's scaling: wavelengths beyond the trained length are divided by factor, with a smooth change."""
+        """Llama 3.1's scaling: wavelengths beyond the trained length are divided by factor, with a smooth ramp."""
         turns = self.trained_length * plain.astype(np.float64) / (2 * pi)
         span = self.high_frequency_factor - self.low_frequency_factor
         keep = np.clip((turns - self.low_frequency_factor) / span, 0, 1)
@@ -101,8 +101,8 @@ def read_rope(
 ) -> Rope:
     """The rotary embedding of a config's `rope_parameters`, `rope_scaling`, or GGUF `rope.*` fields.
 
-    theta and fraction (of each head that is rotated) hold where the config has none; layer_type is "full_attention" or
-    "sliding_attention" where a config may have one embedding for each.
+    theta and fraction (of each head that is rotated) are defaults; layer_type is "full_attention" or
+    "sliding_attention" if a config may have an embedding for each.
     """
     positions = fields.size("max_position_embeddings")
     table = _table(fields, layer_type)
@@ -139,7 +139,7 @@ def read_rope(
 
 
 def context_in_use(fields: Fields) -> int:
-    """The context length that was asked for, else the model's own; ConfigError where the model cannot reach it."""
+    """The requested context length, else the model's own; ConfigError if the model cannot reach it."""
     positions = fields.size("max_position_embeddings")
     table = _table(fields, "full_attention")
     kind = _kind(table)
@@ -160,7 +160,7 @@ def context_in_use(fields: Fields) -> int:
 
 
 def _table(fields: Fields, layer_type: str | None) -> Fields:
-    """Where the scaling is described: a nested object in config.json, the top level in GGUF or where there is none."""
+    """The fields of the scaling: a nested object in config.json, the top level in GGUF or if there is none."""
     if fields.is_gguf:
         return fields
     table = fields.table("rope_parameters") or fields.table("rope_scaling")
@@ -172,7 +172,7 @@ def _table(fields: Fields, layer_type: str | None) -> Fields:
 def _kind(table: Fields) -> str:
     name = "type" if table.get("rope_type") is None and table.get("type") is not None else "rope_type"
     kind = table.choice(name, KINDS_IN_FILES, "default")
-    # The first Phi-3 files call their LongRoPE "yarn".
+    # The first Phi-3 files call LongRoPE "yarn".
     return "longrope" if kind == "yarn" and table.get("short_factor") is not None else kind
 
 
@@ -190,7 +190,7 @@ def _rotary_dim(fields: Fields, table: Fields, head_dim: int, fraction: float) -
 
 
 def _trained_length(fields: Fields, table: Fields, positions: int) -> int:
-    """original_max_position_embeddings, at the top level (Phi-3) or beside the scaling."""
+    """original_max_position_embeddings, at the top level (Phi-3) or with the scaling."""
     name = "original_max_position_embeddings"
     return (fields if fields.get(name) is not None else table).size(name, positions, least=2)
 
@@ -202,7 +202,7 @@ def _factor(table: Fields, kind: str, default: float) -> float:
 
 
 def _yarn_magnitude(table: Fields, factor: float) -> float:
-    """The attention temperature of YaRN; GGUF files give a multiple of the usual one."""
+    """The attention temperature of YaRN; GGUF files store a multiple of the usual one."""
 
     def usual(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * log(factor) + 1.0

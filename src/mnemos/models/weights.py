@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, found by their Hugging Face names, checked and handed to a backend."""
+"""A checkpoint's tensors, found by their Hugging Face names, checked and passed to a backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
 from mnemos.ops.protocol import Array, Matrix, Ops, Rows
 
-# Hugging Face's name within a layer (or of the model) -> GGUF's. Architectures add to it or replace entries.
+# Hugging Face's name within a layer (or of the model) -> GGUF's. Architectures add or replace entries.
 GGUF_TENSORS = {
     "embed_tokens": "token_embd",
     "norm": "output_norm",
@@ -45,7 +45,7 @@ _HARMLESS = (
 
 @dataclass(frozen=True)
 class Linear:
-    """x @ matrix.T + bias, with a matrix of (outputs, inputs)."""
+    """x @ matrix.T + bias, with a matrix (outputs, inputs)."""
 
     matrix: Matrix
     bias: Array | None
@@ -78,10 +78,10 @@ class LayerNorm:
 
 
 class Weights:
-    """Hands tensors to `ops`, each under the shape that the config asks for; FormatError where they disagree.
+    """Passes tensors to `ops`, each in the shape that the config requires; FormatError if they disagree.
 
-    With `ops` None nothing is read or allocated and every parameter is None: building a model in this way
-    checks all names, shapes and types of a file, and `finish` then finds the tensors that nothing asked for.
+    With `ops` None, nothing is read or allocated and every parameter is None: building a model this way
+    checks all names, shapes and types of a file, and `finish` then finds the tensors that nothing used.
     """
 
     def __init__(
@@ -118,15 +118,15 @@ class Weights:
         return self.file_name(name, suffix) in self.tensors
 
     def tensor(self, name: str, shape: tuple[int, ...], suffix: str = ".weight") -> Tensor:
-        """The tensor as it is stored, of exactly this shape; FormatError where there is none."""
+        """The tensor as stored, with exactly this shape; FormatError if there is none."""
         key = self.file_name(name, suffix)
         tensor = self.tensors.get(key)
         if tensor is None:
-            raise FormatError(f"{self.path}: tensor {key!r} is missing; expected one of shape {list(shape)}")
+            raise FormatError(f"{self.path}: tensor {key!r} is missing; expected one with shape {list(shape)}")
         self.used.add(key)
         if tensor.shape != shape:
             raise FormatError(
-                f"{self.path}: tensor {key!r} has shape {list(tensor.shape)}; the config asks for {list(shape)}"
+                f"{self.path}: tensor {key!r} has shape {list(tensor.shape)}; the config requires {list(shape)}"
             )
         if tensor.type in (TensorType.I8, TensorType.I16, TensorType.I32, TensorType.I64):
             raise FormatError(
@@ -143,7 +143,7 @@ class Weights:
         take: Rows | slice | None = None,
         transposed: bool = False,
     ) -> Matrix:
-        """The weight of `name`, (rows, columns), or only its rows `take`.
+        """The weight of `name`, (rows, columns), or only its `take` rows.
 
         transposed: the file holds (columns, rows), as GPT-2's layers do.
         """
@@ -166,7 +166,7 @@ class Weights:
         take: Rows | slice | None = None,
         transposed: bool = False,
     ) -> Linear:
-        """The projection `name` with its bias, or those outputs of it that `take` names."""
+        """The projection `name` with its bias, or only its `take` outputs."""
         matrix = self.matrix(name, rows, columns, take=take, transposed=transposed)
         if not bias:
             return Linear(matrix, None)
@@ -179,7 +179,7 @@ class Weights:
     def split_linear(
         self, name: str, sizes: Sequence[int], columns: int, bias: bool = False, *, transposed: bool = False
     ) -> list[Linear]:
-        """The projections whose outputs, `sizes` of them, one tensor holds one after the other."""
+        """The projections that one tensor holds one after the other, with `sizes` outputs each."""
         ends = list(accumulate(sizes))
         parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         return [self.linear(name, ends[-1], columns, bias, take=part, transposed=transposed) for part in parts]
@@ -202,7 +202,7 @@ class Weights:
     def stack(
         self, name: str, shape: tuple[int, int, int], *, take: slice | None = None, suffix: str = ".weight"
     ) -> list[Matrix]:
-        """The matrices of all experts, from one tensor (experts, rows, columns), or the rows `take` of each."""
+        """The matrices of all experts, from one tensor (experts, rows, columns), or the `take` rows of each."""
         tensor = self.tensor(name, shape, suffix)
         if self.ops is None:
             return [None] * shape[0]
@@ -212,7 +212,7 @@ class Weights:
         return [self.ops.matrix(expert) for expert in experts]
 
     def differ(self, name: str, other: str) -> bool:
-        """Whether two tensors of one shape have other values; what differs in shape cannot stand for the other."""
+        """Whether two tensors of the same shape have different values; False if the shapes differ."""
         first, second = (self.tensors[self.file_name(n)] for n in (name, other))
         if first.shape != second.shape:
             return False
@@ -221,29 +221,29 @@ class Weights:
         return not np.array_equal(first.dequantize(), second.dequantize())
 
     def ignore(self, name: str) -> None:
-        """Accepts that the file may hold this tensor although the model has no use for it."""
+        """Allows the file to hold this tensor although the model does not use it."""
         self.used.add(self.file_name(name))
 
     def _is_beside(self, name: str) -> bool:
-        """Whether a tensor is outside of the decoder and its output projection, under a name of its own."""
+        """Whether a tensor is outside the decoder and its output projection, under a separate name."""
         if self._gguf_names is not None:
             return name.startswith("cls.")
         part = name.partition(".")[0]
         return self._prefix != "" and all(part != used.partition(".")[0] for used in (self._prefix, *self.used))
 
     def finish(self, ignored: Sequence[str] = ()) -> None:
-        """Raises FormatError when the model has tensors that were not asked for and match no pattern of `ignored`.
+        """Raises FormatError if the model has tensors that were not used and match no pattern of `ignored`.
 
-        Those beside the model, such as the value head of a training run, are left out with a warning: nothing that the
+        Those outside the model, such as the value head of a training run, are left out with a warning: nothing that the
         model computes can need them.
         """
         patterns = (*_HARMLESS, *ignored)
         extra = [n for n in self.tensors if n not in self.used and not any(fnmatchcase(n, p) for p in patterns)]
         inside = [name for name in extra if not self._is_beside(name)]
         if inside:
-            raise FormatError(f"{self.path}: tensor {_and_more(inside)} has no place in a model of this config")
+            raise FormatError(f"{self.path}: tensor {_and_more(inside)} has no place in a model with this config")
         if extra and self.ops is None:
-            warnings.warn(f"{self.path}: tensor {_and_more(extra)} is not the model's and is left out", stacklevel=2)
+            warnings.warn(f"{self.path}: tensor {_and_more(extra)} is not in the model and is left out", stacklevel=2)
 
 
 def _and_more(names: Sequence[str]) -> str:

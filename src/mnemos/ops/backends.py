@@ -9,9 +9,9 @@ BACKENDS = ("auto", "native", "numpy", "torch")
 
 
 def get_ops(name: str = "auto", *, dtype: str = "auto", threads: int | None = None) -> Ops:
-    """The backend of that name; "auto" is native, "torch" PyTorch on the best device, "torch:cuda" on that one.
+    """The backend with that name; "auto" is native, "torch" is PyTorch on the best device, "torch:cuda" on CUDA.
 
-    dtype: "auto" multiplies weights as they are stored, "float32" expands them. threads: None uses all cores that the
+    dtype: "auto" multiplies weights as stored, "float32" expands them. threads: None uses all cores that the
     process may use. Errors: UnsupportedError, ConfigError, MissingDependencyError (the native core was not built).
     """
     if name == "numpy":

@@ -1,4 +1,4 @@
-"""The native backend: a forward pass is recorded once and then runs in C++, one call a step, on all cores."""
+"""The native backend: a forward pass is recorded once and then runs in C++, one call per step, on all cores."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mnemos.native import require_core
 from mnemos.ops.protocol import AttentionParams, Forward, RopeParams, Rows
 from mnemos.rules import COUNT
 
-require_core()  # whoever imports this wants it
+require_core()  # this module is useless without it
 NATIVE_DTYPES = ("auto", "float32")
-# Rows from which on it is faster to find the most probable tokens without all logits; fewer wait for memory anyway.
+# From this many rows on, finding the most probable tokens without all logits is faster; fewer are memory-bound anyway.
 ARGMAX_ALONE_FROM = 8
 _NO_INTS = np.zeros(0, dtype=np.int32)
 _STARTS = np.zeros(1, dtype=np.int32)
@@ -51,7 +51,7 @@ class NativeCache:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A result of the program that is being recorded."""
+    """A result of the program being recorded."""
 
     program: _native.Program
     number: int
@@ -59,7 +59,7 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class _BatchArray:
-    """One of a batch's arrays, whose content is known when a step runs."""
+    """One of a batch's arrays, whose content is only known when a step runs."""
 
     program: _native.Program
     field: str
@@ -67,7 +67,7 @@ class _BatchArray:
 
 @dataclass(frozen=True)
 class _RecordedBatch:
-    """What an architecture sees in place of a batch while it is recorded."""
+    """Stands in for a batch while an architecture is being recorded."""
 
     token_ids: _BatchArray
     positions: _BatchArray
@@ -75,12 +75,11 @@ class _RecordedBatch:
 
 
 class NativeOps:
-    """Operators that are recorded when their operands come from a recording, and run at once on NumPy arrays.
+    """Operators that are recorded if their operands come from a recording, and run immediately on NumPy arrays.
 
-    threads: None for all cores that the process may use; backends with as many threads share one pool. dtype: "auto"
-    multiplies weights in the form in which they are stored, with activations rounded to 8 bits by blocks of 32 (15 bits
-    for keys, values, logits and what follows the last attention) or to bfloat16; "float32" expands weights and
-    multiplies in float32.
+    threads: None for all cores that the process may use; backends with equally many threads share one pool. dtype:
+    "auto" multiplies weights as stored, with activations rounded to 8 bits in blocks of 32 (15 bits for keys, values,
+    logits and what follows the last attention) or to bfloat16; "float32" expands weights and multiplies in float32.
     """
 
     name = "native"
@@ -100,7 +99,7 @@ class NativeOps:
     # Parameters.
 
     def matrix(self, tensor: Tensor, rows: Rows | None = None) -> _native.Matrix:
-        """The weights are packed when they are first needed, or by `finish`."""
+        """The weights are packed on first use, or by `finish`."""
         matrix = _native.allocate_matrix(
             tensor.data, int(tensor.type), tensor.rows, tensor.columns, as_float32=self.as_float32, order=rows
         )
@@ -108,7 +107,7 @@ class NativeOps:
         return matrix
 
     def weight_memory(self, tensors: Iterable[Tensor]) -> int:
-        """Weights take about their size in the file, unless they are expanded."""
+        """Weights take roughly their size in the file, unless they are expanded."""
         expanded = 4 if self.as_float32 else 0
         return sum(max(len(tensor.data), expanded * tensor.size) for tensor in tensors)
 
@@ -137,7 +136,7 @@ class NativeOps:
                 tokens = numbers[:, 0]
                 if (tokens >= 0).all():
                     return Output(np.empty((len(tokens), 0), dtype=np.float32), hidden, tokens)
-                # Some row has no most probable token: whoever chooses has to see why.
+                # Some row has no most probable token: the chooser needs the logits to report why.
             hidden, logits = _run(program, batch, [])
             return Output(logits=logits, hidden=hidden)
 
@@ -220,7 +219,7 @@ class NativeOps:
 
         return self._apply((x, ids, weights), record)
 
-    # The two ways of an operator.
+    # The two ways to run an operator.
 
     def _apply(self, operands: tuple[Any, ...], record: Callable[..., Any], **arrays: Any) -> Any:
         first = operands[0]
@@ -272,7 +271,7 @@ def _run(
 def _batch_of(
     rows: int, token_ids: Ints | None = None, positions: Ints | None = None, logit_rows: Ints | None = None
 ) -> Batch:
-    """A batch for one operator alone, of which only the array that the operator reads has a meaning."""
+    """A batch for a single operator, in which only the array that the operator reads is meaningful."""
     zeros = np.zeros(rows, dtype=np.int32)
 
     def flat(array: Ints | None) -> Ints:

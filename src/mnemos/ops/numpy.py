@@ -35,7 +35,7 @@ class NumpyCache:
 
 
 def round_to(x: Floats, dtype: str) -> Floats:
-    """x (..., head_dim) as it reads back after storage in `dtype`."""
+    """x (..., head_dim) as read back after storage in `dtype`."""
     if dtype == "float16":
         return np.clip(x, -65504, 65504).astype(np.float16).astype(np.float32)
     if dtype == "bfloat16":
@@ -66,10 +66,10 @@ class NumpyOps:
         return tensor.dequantize().reshape(-1)
 
     def weight_memory(self, tensors: Iterable[Tensor]) -> None:
-        """Not known: only the native core tells what memory is available."""
+        """Unknown: only the native core reports the available memory."""
 
     def finish(self) -> None:
-        """Parameters are ready as soon as they are made."""
+        """Parameters are ready as soon as they are created."""
 
     def cache(self, layout: KVLayout, pages: int) -> NumpyCache:
         return NumpyCache(layout, pages)

@@ -1,4 +1,4 @@
-"""The operators that an architecture is written over.
+"""The operators that architectures are written with.
 
 `Array` is a backend's own array of float32 activations, (rows, columns); `Matrix` its own form of a weight.
 Every backend is tested against `mnemos.ops.numpy`, operator by operator.
@@ -39,7 +39,7 @@ class AttentionParams:
 class RopeParams:
     """Rotary embedding in the half-split ("neox") order: element i is paired with element i + rotary_dim / 2.
 
-    `frequencies` (rotary_dim / 2,) float32: radians a position; `magnitude` multiplies both functions (YaRN, LongRoPE).
+    `frequencies` (rotary_dim / 2,) float32, radians/position; `magnitude` multiplies both functions (YaRN, LongRoPE).
     The elements of a head after rotary_dim pass unchanged. Source: Su et al. 2021, arXiv:2104.09864.
     """
 
@@ -51,29 +51,29 @@ class RopeParams:
 
 class Ops(Protocol):
     name: str
-    cache_dtype: str  # of a cache for which none was asked: "float16" or "bfloat16"
+    cache_dtype: str  # for a cache without a requested type: "float16" or "bfloat16"
 
-    # Parameters, made once at load.
+    # Parameters, created once at load.
     def matrix(self, tensor: Tensor, rows: Rows | None = None) -> Matrix:
-        """A (rows, columns) weight, or `rows` of it in this order, in the form that this backend multiplies fastest."""
+        """A (rows, columns) weight, or its `rows` in this order, in the form that this backend multiplies fastest."""
 
     def vector(self, tensor: Tensor) -> Array:
         """A norm weight or bias, float32, flat."""
 
     def weight_memory(self, tensors: Iterable[Tensor]) -> int | None:
-        """Bytes of the machine's memory that these will take as parameters, so that a load that cannot succeed is
-        refused before it begins; None where the backend cannot say."""
+        """Bytes of the machine's memory that these will take as parameters, so that a load that must fail is refused
+        before it begins; None if the backend cannot tell."""
 
     def finish(self) -> None:
-        """All parameters are made; those that a backend has put off are read now. Another thread may do it."""
+        """Called when all parameters exist; reads deferred ones now. Another thread may call it."""
 
     def cache(self, layout: KVLayout, pages: int) -> Cache: ...
 
     def compile(self, forward: Forward, cache: Any) -> Callable[[Batch], Output]:
         """Turns an architecture's `forward(ops, batch, cache) -> (hidden, logits)` into a step on NumPy batches.
 
-        A backend may run `forward` at each step or record it once and replay it: `forward` must therefore do
-        nothing that depends on the batch's content and call nothing but ops on arrays.
+        A backend may run `forward` at each step or record it once and replay it: `forward` must therefore not depend on
+        the batch's content, and must do nothing but call ops on arrays.
         """
 
     # Operators. x is (T, columns).
@@ -81,27 +81,27 @@ class Ops(Protocol):
         """Rows of `matrix`, (T, columns)."""
 
     def rows(self, x: Array, index: Array) -> Array:
-        """The rows of x that `index` (R,) names."""
+        """The rows of x at `index` (R,)."""
 
     def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
         """x @ matrix.T + bias: (T, matrix rows)."""
 
     def rms_norm(self, x: Array, weight: Array, epsilon: float) -> Array:
-        """Each run of len(weight) columns divided by its root mean square, times weight.
+        """Each group of len(weight) columns divided by its root mean square, times weight.
 
-        len(weight) may divide the columns: then every head is normalised by itself. Zhang & Sennrich 2019.
+        len(weight) may be a divisor of the columns: then each head is normalised separately. Zhang & Sennrich 2019.
         """
 
     def layer_norm(self, x: Array, weight: Array, bias: Array | None, epsilon: float) -> Array: ...
 
     def rope(self, x: Array, positions: Array, params: RopeParams) -> Array:
-        """Rotates every head of x (T, heads * head_dim) by its row's position."""
+        """Rotates each head of x (T, heads * head_dim) by its row's position."""
 
     def attention(
         self, q: Array, k: Array, v: Array, cache: Any, layer: int, batch: Any, params: AttentionParams
     ) -> Array:
-        """Stores k and v of the new positions in the cache's pages; then each row attends to the positions that the
-        pages of its sequence hold, up to its own and within the window."""
+        """Stores k and v of the new positions in the cache's pages; each row then attends to the positions that the
+        pages of its sequence hold, up to its own position and within the window."""
 
     def activation(self, x: Array, kind: str) -> Array:
         """kind is one of ACTIVATIONS; gelu is the exact (erf) form."""

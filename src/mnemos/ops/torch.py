@@ -24,14 +24,14 @@ _STORED = {TensorType.F32: torch.float32, TensorType.F16: torch.float16, TensorT
 
 
 def best_device() -> str:
-    """cuda where there is one, else mps, else cpu."""
+    """cuda if available, else mps, else cpu."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name; "auto": the best there is. ConfigError: PyTorch does not know it, or has none here."""
+    """The device with that name; "auto": the best one. ConfigError if PyTorch does not know it or has none here."""
     try:
         device = torch.device(best_device() if name == "auto" else name)
         torch.empty(0, device=device)
@@ -70,11 +70,11 @@ class TorchCache:
 
 @dataclass(frozen=True)
 class Together:
-    """Sequences with as many new tokens each, whose attention is one call.
+    """Sequences with equally many new tokens, whose attention is one call.
 
-    rows (S, new): their rows in the batch, at `positions` (S, new); slots (S, longest): where the cache has what their
-    pages hold, flat over pages, at the positions `held` (S, longest); longest: the most positions that one of them has.
-    Shorter ones are filled up with slots that no row sees.
+    rows (S, new): their rows in the batch, at `positions` (S, new); slots (S, longest): the cache slots of their pages'
+    content, flat over pages, at the positions `held` (S, longest); longest: the most positions of one sequence. Shorter
+    ones are padded with slots that no row sees.
     """
 
     rows: Tensor
@@ -84,7 +84,7 @@ class Together:
 
 
 class TorchBatch:
-    """A `Batch` on the device, with what attention needs worked out once for all layers."""
+    """A `Batch` on the device, with attention's indices computed once for all layers."""
 
     def __init__(self, batch: Batch, page_size: int, device: torch.device) -> None:
         def put(array: npt.NDArray[Any]) -> Tensor:
@@ -120,7 +120,7 @@ class TorchBatch:
 
 
 class TorchOps:
-    """device: "auto" takes the best there is; dtype: of weights and activations, auto: bfloat16, on a CPU float32."""
+    """device: "auto" uses the best one; dtype: that of weights and activations, auto: bfloat16, on a CPU float32."""
 
     name = "torch"
     cache_dtype = "float16"
@@ -146,10 +146,10 @@ class TorchOps:
         return torch.from_numpy(tensor.dequantize().reshape(-1)).to(self.device)
 
     def weight_memory(self, tensors: Iterable[StoredTensor]) -> None:
-        """Not known: the device's own allocator says so when it is full."""
+        """Unknown: the device's own allocator reports when it is full."""
 
     def finish(self) -> None:
-        """Parameters are ready as soon as they are made."""
+        """Parameters are ready as soon as they are created."""
 
     def cache(self, layout: KVLayout, pages: int) -> TorchCache:
         return TorchCache(layout, pages, self.device)
