@@ -22,6 +22,7 @@ from mnemos.decoding.seeds import fresh_seed
 from mnemos.decoding.stopping import StopRules, StopWatch, TextEnds
 from mnemos.decoding.strategy import Strategy
 from mnemos.decoding.tokenizer_like import TokenizerLike
+from mnemos.decoding.transformers_objects import plain_criterion
 from mnemos.errors import ContextLengthError, RequestError
 
 if TYPE_CHECKING:  # a process that only samples starts faster without the others
@@ -247,7 +248,8 @@ class _Builder:
     def _rules(self) -> StopRules:
         config = self.config
         least = max(config.min_new_tokens, config.min_length - len(self.prompt_ids), 0)
-        criteria: Any = config.stopping_criteria
+        given: Any = config.stopping_criteria
+        criteria = tuple(map(plain_criterion, given))
         deadline = None if config.max_time is None else time.monotonic() + config.max_time
         return StopRules(
             self.stop_ids, least, self.most, tuple(config.stop), criteria, config.stop_when_repeating, deadline

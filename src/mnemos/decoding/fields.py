@@ -290,7 +290,7 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "logits_processors", "tokens", several(function("(token_ids, logits)"), 64),
         "Functions f(token_ids, logits) of all ids so far and a float32 row (vocabulary,), which they change in place "
-        "or replace by returning another.",
+        "or replace by returning another; also transformers' own.",
         default=(), elsewhere=("logits_processor",),
     ),
     Field(
@@ -327,7 +327,8 @@ FIELDS: tuple[Field, ...] = (
     Field("ignore_eos", "stopping", FLAG, "Continue after the model's end-of-text token.", default=False),
     Field(
         "stopping_criteria", "stopping", several(function("(token_ids) -> bool"), 64),
-        "Functions f(token_ids) of all ids so far; the text ends when one returns True.", default=(),
+        "Functions f(token_ids) of all ids so far; the text ends when one returns True; also transformers' own.",
+        default=(),
     ),
     Field(
         "pad_token_id", "stopping", TOKEN,

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from mnemos.contract import Floats, TokenRules
 from mnemos.decoding.fields import active
 from mnemos.decoding.history import History
+from mnemos.decoding.transformers_objects import plain_processor
 from mnemos.errors import MnemosError, RequestError
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ def processors_of(setting: Setting) -> list[Processor]:
     """The processors that the config asks for, before temperature and cut-offs, in the order of CHAIN."""
     made = [processor for make in CHAIN if (processor := make(setting)) is not None]
     functions: Any = setting.config.logits_processors
-    return [*made, *(Custom(function) for function in functions)]
+    return [*made, *(Custom(plain_processor(function)) for function in functions)]
 
 
 Maker = Callable[[Setting], "Processor | None"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnemos.errors import FormatError, RequestError
+from mnemos.errors import FormatError, RequestError, shown
 from mnemos.text.core import ANCHOR, TokenizerCore
 from mnemos.text.incremental import IncrementalDecoder, decode_tokens
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mnemos.formats.checkpoint import Checkpoint
     from mnemos.formats.gguf import GGUFFile
     from mnemos.text.chat import ChatTemplate
+    from mnemos.text.encoding import Encoding
 
 Message = Mapping[str, Any]
 
@@ -133,11 +135,17 @@ class Tokenizer:
         return self._whole
 
     def encode(
-        self, text: str, add_special: bool = True, parse_special: bool = True, continues: bool = False
+        self,
+        text: str,
+        add_special: bool = True,
+        parse_special: bool = True,
+        continues: bool = False,
+        *,
+        add_special_tokens: bool | None = None,
     ) -> list[int]:
         """Token ids of a text.
 
-        add_special: with the bos and eos tokens around it that the model expects.
+        add_special, or add_special_tokens: with the bos and eos tokens around it that the model expects.
         parse_special: the names of special tokens in the text mean those tokens; False for text that others wrote.
         continues: the text continues other text: nothing is put around it, not even the space that SentencePiece
         tokenizers prepend.
@@ -145,17 +153,59 @@ class Tokenizer:
         if not isinstance(text, str):
             raise RequestError(f"the text to encode is of type {type(text).__name__}; it must be a str")
         _check_surrogates(text)
+        add_special = add_special if add_special_tokens is None else add_special_tokens
         if continues:
             return self._core_for(ANCHOR + text).encode_inside(text, parse_special)
         return self._core_for(text).encode(text, add_special, parse_special)
 
-    def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
-        """The text of token ids; bytes that are not UTF-8 are U+FFFD.
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool = False,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        return_tensors: str | None = None,
+    ) -> Encoding:
+        """Token ids and attention mask of one text or several, as programs for other libraries' tokenizers expect.
 
-        continues: the ids continue a text, so a leading space belongs to it; otherwise the one space is stripped
-        that SentencePiece tokenizers put before a text.
+        padding: shorter rows are filled up on the left, as generation continues the right end. max_length: longer texts
+        lose their beginning. return_tensors: "pt" for tensors, "np" for arrays, always (batch, time); None for lists.
+        ConfigError for rows of several lengths as one array.
         """
-        return decode_tokens(self._core, list(ids), skip_special, continues)
+        from mnemos.text.encoding import encode_texts
+
+        fill = next(token for token in (self.pad_id, self.eos_id, 0) if token is not None)
+        return encode_texts(
+            lambda one: self.encode(one, add_special_tokens), text, fill, padding, max_length, return_tensors
+        )
+
+    def batch_decode(
+        self,
+        sequences: Iterable[Iterable[int]],
+        skip_special: bool = True,
+        *,
+        skip_special_tokens: bool | None = None,
+    ) -> list[str]:
+        """The text of each row of token ids; see `decode`."""
+        return [self.decode(row, skip_special, skip_special_tokens=skip_special_tokens) for row in sequences]
+
+    def decode(
+        self,
+        ids: int | Iterable[int],
+        skip_special: bool = True,
+        continues: bool = False,
+        *,
+        skip_special_tokens: bool | None = None,
+    ) -> str:
+        """The text of token ids, an array or a tensor (time,) of them, or one; bytes that are not UTF-8 are U+FFFD.
+
+        skip_special, or skip_special_tokens: leaves out the names of special tokens.
+        continues: the ids continue a text, so a leading space belongs to it; otherwise the one space is stripped
+        that SentencePiece tokenizers put before a text. RequestError for rows of ids, which `batch_decode` takes.
+        """
+        skip_special = skip_special if skip_special_tokens is None else skip_special_tokens
+        return decode_tokens(self._core, _flat(ids), skip_special, continues)
 
     def decoder(self, skip_special: bool = True, continues: bool = False) -> IncrementalDecoder:
         """A decoder for a stream of ids; its pieces add up to the result of `decode`."""
@@ -274,6 +324,31 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         return self._core.pad_id
 
+    # The same under the names that transformers has for them.
+
+    def __len__(self) -> int:
+        return self.vocabulary_size
+
+    @property
+    def vocab_size(self) -> int:
+        """vocabulary_size."""
+        return self.vocabulary_size
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """bos_id."""
+        return self.bos_id
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """eos_id."""
+        return self.eos_id
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """pad_id."""
+        return self.pad_id
+
 
 def _tokenizer_file(path: Path) -> Path:
     """The file to read: `path` itself, or what a folder has."""
@@ -293,6 +368,15 @@ def _named_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
         for key, value in metadata.items()
         if key.startswith(prefix) and isinstance(value, str)
     }
+
+
+def _flat(ids: Any) -> list[int]:
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    values = list(values) if isinstance(values, Iterable) else [values]
+    for value in values:
+        if not isinstance(value, Integral):
+            raise RequestError(f"the token ids to decode hold {shown(value)}; expected whole numbers, see batch_decode")
+    return [int(value) for value in values]
 
 
 def _check_surrogates(text: str) -> None:
