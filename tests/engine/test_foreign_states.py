@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 from mnemos.engine.engine import InferenceEngine  # noqa: E402
 from mnemos.errors import ModelError  # noqa: E402
 from tests.models.foreign import foreign_modules as modules  # noqa: E402
+from tests.models.foreign import inner_modules  # noqa: E402
 from tests.models.foreign.test_encoder_decoder import SOURCES, make_bart  # noqa: E402
 
 PROMPTS = [[1, 2, 3], [5], [7, 8, 9, 10, 11, 12, 13], [4, 4, 4, 4], [3] * 30, [6, 1], [2, 2, 2], [9]]
@@ -30,6 +31,11 @@ KINDS = {
     "lstm": partial(modules.Recurrent, torch.nn.LSTM),
     "gru": partial(modules.Recurrent, torch.nn.GRU),
     "rolling": modules.Rolling,
+    "start_pos": inner_modules.MetaLlama,
+    "use_cache": inner_modules.FromScratch,
+    "input_pos": inner_modules.GPTFast,
+    "optional input_pos": inner_modules.LitGPT,
+    "get and update": inner_modules.ByObject,
 }
 
 
@@ -100,3 +106,32 @@ def test_a_hugging_face_module_with_a_state_of_its_own_is_cached() -> None:
     with quiet(module) as engine, quiet(module, use_kv_cache=False) as plain:
         assert engine.model.calls.abilities.cache is not None
         assert engine.generate(PROMPTS, max_new_tokens=NEW) == plain.generate(PROMPTS, max_new_tokens=NEW)
+
+
+def hybrid(name: str) -> Any:
+    """A tiny module of transformers whose layers keep states, or states beside keys and values."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    common = dict(vocab_size=61, hidden_size=32, initializer_range=0.3, eos_token_id=None, bos_token_id=None)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+    own: dict[str, dict[str, Any]] = {
+        "Mamba": dict(num_hidden_layers=2, state_size=8),
+        "Mamba2": dict(num_hidden_layers=2, num_heads=4, head_dim=16, n_groups=1, state_size=8, chunk_size=8),
+        "Lfm2": dict(num_hidden_layers=2, layer_types=["conv", "full_attention"], **heads),
+        "RecurrentGemma": dict(
+            num_hidden_layers=3, lru_width=32, attention_window_size=16, pad_token_id=0,
+            block_types=["recurrent", "recurrent", "attention"], **{**heads, "intermediate_size": 96},
+        ),
+    }  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(**common, **own[name])
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "Lfm2", "RecurrentGemma"])
+def test_hugging_face_modules_with_states_beside_keys_and_values_are_cached(name: str) -> None:
+    module = hybrid(name)
+    with quiet(module) as engine, quiet(module, use_kv_cache=False) as plain:
+        assert engine.model.calls.abilities.cache is not None
+        for options in ({}, {"num_beams": 3}):
+            wanted = plain.generate(PROMPTS, max_new_tokens=12, **options)
+            assert engine.generate(PROMPTS, max_new_tokens=12, **options) == wanted

@@ -160,3 +160,15 @@ def test_a_module_that_was_set_up_by_its_owner_keeps_its_own_cache() -> None:
     assert all(layer.kv_cache is cache for layer, cache in zip(module.layers, caches, strict=True))
     assert (module.max_batch_size, module.max_seq_length) == (4, 16)
     assert not any(cache.k_cache.any() for cache in caches)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_layers_keep_their_cache_inside_the_module() -> None:
+    module = torch.ao.quantization.quantize_dynamic(modules.MetaLlama().eval(), {torch.nn.Linear}, dtype=torch.qint8)
+    model = adapt(module)
+    assert isinstance(model.calls.able.style, InnerStyle)
+    model.reserve_states(1)
+    text = [1, 2, 3, 4, 5]
+    rows = np.concatenate([model.forward(batch_of((0, at, [token]))).logits for at, token in enumerate(text)])
+    wanted = truth(module, text)
+    assert np.abs(rows - wanted).max() < 0.08 * np.abs(wanted).max()  # each call rounds by the range of its own inputs

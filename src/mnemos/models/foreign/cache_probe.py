@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mnemos.errors import ModelError
 from mnemos.models.foreign.cache_styles import (
+    HUGGING_FACE_NAMES,
     AttentionStyle,
     Axes,
     CacheStyle,
@@ -30,7 +31,6 @@ from mnemos.models.foreign.signature import describe
 from mnemos.models.foreign.structures import Watch
 
 PROBE_LENGTH = 6
-HUGGING_FACE_NAMES = ("past_key_values", "cache")  # of arguments that take transformers' Cache objects
 
 
 @dataclass(frozen=True)

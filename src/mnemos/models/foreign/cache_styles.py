@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mnemos.errors import ModelError
 
+HUGGING_FACE_NAMES = ("past_key_values", "cache")  # of arguments that take transformers' Cache objects
+
 
 class CacheStyle(Protocol):
     """Translates between a module's own cache, `past`, and the flat list of its tensors."""

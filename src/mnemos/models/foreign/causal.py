@@ -110,8 +110,8 @@ class CachedCalls:
         positions = torch.tensor([[*range(job.start, job.start + longest)] for job in jobs], device=ids.device)
         last_only = new_real is None and not any(job.wants_earlier(wanted) for job in jobs)
         # A module that takes no mask sees padding at the end only, where causality hides it.
-        shown = new_real if self.able.gaps else None
-        logits, past = advance(self.caller, style, ids, past, positions, real, shown, last_only=last_only)
+        shown = (real, new_real) if self.able.gaps else (None, None)
+        logits, past = advance(self.caller, style, ids, past, positions, *shown, last_only=last_only)
         if real is not None or new_real is not None:
             shape = len(jobs), before.length
             real = torch.cat((_all_if_none(real, shape, ids), _all_if_none(new_real, ids.shape, ids)), dim=1)

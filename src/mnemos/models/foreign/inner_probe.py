@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mnemos.errors import ModelError
-from mnemos.models.foreign.cache_styles import Axes
+from mnemos.models.foreign.cache_styles import HUGGING_FACE_NAMES, Axes
 from mnemos.models.foreign.call import Caller, drive
 from mnemos.models.foreign.comparison import difference, tolerance
 from mnemos.models.foreign.inner_cache import (
@@ -89,10 +90,18 @@ def _ways(caller: Caller, always: bool) -> Iterator[Drive]:
         yield Drive()
     if names.past is not None:
         yield Drive()  # it makes an object of its own
+    if names.past in HUGGING_FACE_NAMES and hasattr(caller.inner, "generation_config"):
+        yield Drive(given=partial(_cache_of_config, caller.inner.config))
     if names.cache_positions:
         yield Drive(cache_positions=True)
     if names.past is not None:
         yield Drive(given=LayerCache)
+
+
+def _cache_of_config(config: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
 
 
 def _setup(caller: Caller, way: Drive, context: int) -> tuple[Swaps, list[Any]] | None:
@@ -205,20 +214,23 @@ def _grown(one: Tensor, more: Tensor) -> list[int] | None:
 def _axes(one: Tensor, more: Tensor, wider: Tensor | None, origin: Tensor | None) -> Axes:
     """Where a tensor has its batch and its time, after 3 tokens and after one more.
 
-    wider: of two rows; origin: what it held before. Of a tensor of the same shape, time is where one index more was
-    written to, and the batch where one alone was.
+    wider: of two rows; origin: what it held before. Of a tensor of the same shape, time is where the first indices were
+    written to and then one more, and the batch where one alone was. One that moves on holds no positions.
     """
     grown = _grown(one, more)
     if grown is None:
         raise ModelError(f"it keeps a tensor of shape {tuple(one.shape)}, then {tuple(more.shape)}")
-    written = [_written(tensor, origin) for tensor in (one, more)]
-    time = next(iter(grown), None)
-    if time is None:
-        steps = [a for a, (n, m) in enumerate(zip(written[0], written[1], strict=True)) if n == _SHORT and m == n + 1]
-        time = next(iter(steps), None)
+    times = grown or [axis for axis in range(one.dim()) if _follows(one, more, origin, axis)]
+    time = next(iter(times), None)
+    if grown and not torch.equal(more.narrow(grown[0], 0, one.shape[grown[0]]), one):
+        raise ModelError(f"it keeps a tensor of shape {tuple(one.shape)} whose first positions change")
     batch = [] if wider is None or wider.dim() != one.dim() else _doubled(one, wider)
     if len(batch) != 1:
-        batch = [axis for axis in range(one.dim()) if axis != time and (one.shape[axis] == 1 or written[0][axis] == 1)]
+        batch = [
+            axis
+            for axis in range(one.dim())
+            if axis != time and (one.shape[axis] == 1 or len(_written(one, origin, axis)) == 1)
+        ]
     if not batch or batch[0] == time:
         raise ModelError(f"it keeps a tensor of shape {tuple(one.shape)}, in which no axis is the batch")
     return Axes(batch[0], time)
@@ -228,11 +240,18 @@ def _doubled(one: Tensor, wider: Tensor) -> list[int]:
     return [axis for axis in range(one.dim()) if one.shape[axis] != wider.shape[axis]]
 
 
-def _written(tensor: Tensor, origin: Tensor | None) -> list[int]:
-    """Along each axis, at how many indices anything differs from before."""
+def _follows(one: Tensor, more: Tensor, origin: Tensor | None, axis: int) -> bool:
+    """Whether the positions along an axis are those of the tokens, in both of two tensors of the same shape."""
+    if _written(one, origin, axis) != list(range(_SHORT)) or _written(more, origin, axis) != list(range(_SHORT + 1)):
+        return False
+    return torch.equal(one.narrow(axis, 0, _SHORT), more.narrow(axis, 0, _SHORT))
+
+
+def _written(tensor: Tensor, origin: Tensor | None, axis: int) -> list[int]:
+    """The indices along an axis at which anything differs from before."""
     changed = tensor != 0 if origin is None or origin.shape != tensor.shape else tensor != origin
-    axes = range(tensor.dim())
-    return [int(changed.movedim(axis, 0).reshape(tensor.shape[axis], -1).any(1).sum()) for axis in axes]
+    written: list[int] = changed.movedim(axis, 0).flatten(1).any(1).nonzero().flatten().tolist()
+    return written
 
 
 def _matters(caller: Caller, style: InnerStyle, ids: Tensor) -> bool:
