@@ -7,7 +7,6 @@ import pytest
 
 from mnemos import native
 from mnemos.decoding.choice import (
-    GREEDY,
     Cutoffs,
     Draw,
     Wish,
@@ -186,7 +185,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_rows_of_all_kinds_in_one_step_get_their_own_tokens():
     logits = np.random.default_rng(0).normal(scale=4, size=(24, VOCABULARY)).astype(np.float32)
     kinds = [
-        GREEDY,
+        Draw(),
         Draw(Cutoffs(0.7, top_k=20, top_p=0.9), seed=3),
         Draw(Cutoffs(1.3, min_p=0.05), seed=2**64 - 1),
         Draw(Cutoffs(), 4),
@@ -199,7 +198,7 @@ def test_rows_of_all_kinds_in_one_step_get_their_own_tokens():
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("draw", [GREEDY, Draw(Cutoffs(0.8, top_k=5), seed=1)])
+@pytest.mark.parametrize("draw", [Draw(), Draw(Cutoffs(0.8, top_k=5), seed=1)])
 def test_a_row_without_a_possible_token_spoils_no_other(draw: Draw):
     logits = np.random.default_rng(1).normal(size=(4, VOCABULARY)).astype(np.float32)
     logits[2] = -np.inf

@@ -16,7 +16,7 @@ from mnemos.contract import ModelSpec, TokenRules
 from mnemos.decoding.choice import Chooser, Constraint, Cutoffs
 from mnemos.decoding.config import DEFAULT_CANDIDATES, DEFAULT_NEW_TOKENS, GenerationConfig
 from mnemos.decoding.fields import SAMPLING_ONLY, active
-from mnemos.decoding.processors import Processor, Setting, processors_of
+from mnemos.decoding.processors import Padding, Processor, Setting, processors_of
 from mnemos.decoding.sampling import Drafter, Sampling
 from mnemos.decoding.seeds import fresh_seed
 from mnemos.decoding.stopping import StopRules, StopWatch, TextEnds
@@ -118,6 +118,7 @@ class _Builder:
         self.most = new_tokens(config, len(prompt_ids), spec)
         self.stop_ids = self._stop_ids()
         self.token_rules = self._token_rules()
+        self.padding = self._padding()
         self._check()
 
     def build(self) -> Strategy:
@@ -179,7 +180,7 @@ class _Builder:
             pad_id=self._pad_id(),
             stop_tokens=len(self.stop_ids),
         )
-        processors = self._processors()
+        processors = self._processors_for_search()
         if config.samples:
             from mnemos.decoding.cutoffs import filters_of
 
@@ -192,7 +193,7 @@ class _Builder:
         from mnemos.decoding.contrastive import ContrastiveSearch
 
         config = self.config
-        processors = self._processors()
+        processors = self._processors_for_search()
         alpha, top_k = config.penalty_alpha or 0.0, config.top_k or DEFAULT_CANDIDATES
         return ContrastiveSearch(top_k, alpha, processors, self.watch, config.logprobs)
 
@@ -207,16 +208,37 @@ class _Builder:
 
     def _chooser(self) -> Chooser:
         config = self.config
-        processors = self._processors()
+        processors, known = self._processors(), None
+        if self.padding is not None and self.padding.named:
+            processors.append(self.padding)
+        elif self.padding is not None:
+            known = self.padding.start
         if not config.samples:
-            return Chooser(processors)
+            return Chooser(processors, known=known)
         if any(active(config, field) for field in SAMPLING_ONLY if field not in _SAMPLERS_OWN):
             from mnemos.decoding.cutoffs import filters_of
 
-            return Chooser(processors, filters_of(config), Cutoffs())
+            return Chooser(processors, filters_of(config), Cutoffs(), known)
         temperature = 1.0 if config.temperature is None else config.temperature
         top_p = 1.0 if config.top_p is None else config.top_p
-        return Chooser(processors, (), Cutoffs(temperature, config.top_k or 0, top_p, config.min_p or 0.0))
+        return Chooser(processors, (), Cutoffs(temperature, config.top_k or 0, top_p, config.min_p or 0.0), known)
+
+    def _padding(self) -> Padding | None:
+        """Bans rows that only pad the model's vocabulary; None if there are none.
+
+        The ids that the model or the request names, to be chosen or to end a text, are no padding.
+        """
+        size = 0 if self.tokenizer is None else self.tokenizer.vocabulary_size
+        if not 1 < size < self.spec.vocabulary_size:  # 1: the tokenizer does not say
+            return None
+        rules, allowed = self.token_rules, np.atleast_1d(self.config.allowed_token_ids or ()).astype(int).tolist()
+        named = {*self.stop_ids, *rules.forced_bos, *rules.forced_eos, *allowed}
+        return Padding(size, [token for token in named if token >= size])
+
+    def _processors_for_search(self) -> list[Processor]:
+        """`_processors`, and the bans that a `Chooser` knows how to do without one."""
+        padding = [] if self.padding is None else [self.padding]
+        return [*self._processors(), *padding]
 
     def _processors(self) -> list[Processor]:
         length = len(self.prompt_ids)

@@ -48,13 +48,14 @@ class Cutoffs:
 
 @dataclass(frozen=True)
 class Draw:
-    """How a text's tokens are chosen: the most probable ones without `cutoffs`, else by random numbers of `seed`."""
+    """How a text's tokens are chosen: the most probable ones without `cutoffs`, else by random numbers of `seed`.
+
+    Only ids below `known` are chosen; None: all.
+    """
 
     cutoffs: Cutoffs | None = None
     seed: int = 0
-
-
-GREEDY = Draw()
+    known: int | None = None
 
 
 @dataclass(slots=True)
@@ -89,17 +90,19 @@ class Chooser:
     """How a text's rows of logits become tokens. Without `cutoffs` the most probable one is chosen.
 
     `filters` are the cut-offs that the sampler does not implement itself; they then include the temperature.
+    Only ids below `known` are chosen: a model may have rows for more tokens than its tokenizer has. None: all.
     """
 
     processors: Sequence[Processor] = ()
     filters: Sequence[Processor] = ()
     cutoffs: Cutoffs | None = None
+    known: int | None = None
 
     def draw(self, seed: int) -> Draw | None:
         """The choice if it depends on nothing but the row, the seed and the position; None if on more."""
         if self.processors or self.filters:
             return None
-        return GREEDY if self.cutoffs is None else Draw(self.cutoffs, seed)
+        return Draw(self.cutoffs, seed, self.known)
 
     def choose(self, history: History, logits: Floats, seed: int, constraint: Constraint | None = None) -> int:
         """The token that follows `history`; `logits` (vocabulary,) float32 stay as they are.
@@ -110,6 +113,7 @@ class Chooser:
             logits = logits.copy()
         for processor in self.processors:
             processor(history, logits)
+        logits = logits[: self.known]
         if constraint is not None:
             constraint.forbid(logits)
         for filter_ in self.filters:
@@ -146,10 +150,11 @@ def draw_rows(logits: Floats, wishes: Sequence[Wish]) -> list[list[int] | None]:
 
 def _run_of(wishes: Sequence[Wish], first: int) -> int:
     """The end of the run of wishes, starting at `first`, that are adjacent and of the same kind."""
-    greedy, stop, index = wishes[first].draw.cutoffs is None, wishes[first].stop, first + 1
+    draw, stop, index = wishes[first].draw, wishes[first].stop, first + 1
+    greedy, known = draw.cutoffs is None, draw.known
     while index < len(wishes):
         wish = wishes[index]
-        if wish.start != stop or (wish.draw.cutoffs is None) is not greedy:
+        if wish.start != stop or (wish.draw.cutoffs is None) is not greedy or wish.draw.known != known:
             break
         stop = wish.stop
         index += 1
@@ -157,8 +162,11 @@ def _run_of(wishes: Sequence[Wish], first: int) -> int:
 
 
 def _draw_run(rows: Floats, run: Sequence[Wish]) -> list[int] | None:
+    draw = run[0].draw
+    if draw.known is not None:
+        rows = rows[:, : draw.known]
     try:
-        if run[0].draw.cutoffs is None:
+        if draw.cutoffs is None:
             return _greedy_rows(rows)
         cutoffs, randoms = [], []
         for wish in run:
@@ -197,6 +205,8 @@ def sample(logits: Floats, cutoffs: Cutoffs, random: float) -> int:
 def _sample_rows(rows: Floats, cutoffs: Sequence[Cutoffs], randoms: Sequence[float]) -> list[int]:
     if native.core is None:
         return [sample_numpy(*one) for one in zip(rows, cutoffs, randoms, strict=True)]
+    if len(rows) > 1 and not rows.flags.c_contiguous:  # the native core would copy them
+        return [sample(*one) for one in zip(rows, cutoffs, randoms, strict=True)]
     arrays = cutoffs[0].arrays if len(cutoffs) == 1 else _arrays(cutoffs)
     tokens: list[int] = native.core.sample(rows, *arrays, np.array(randoms)).tolist()
     return tokens

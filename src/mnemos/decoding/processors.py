@@ -156,6 +156,19 @@ class MinLength:
             logits[self._stop_ids] = _REMOVED
 
 
+@dataclass(eq=False)
+class Padding:
+    """Bans the ids from `start` on but those that are `named`: rows that only pad a model's vocabulary."""
+
+    start: int
+    named: Sequence[int]
+
+    def __call__(self, history: History, logits: Floats) -> None:
+        values = logits[self.named]
+        logits[self.start :] = _REMOVED
+        logits[self.named] = values
+
+
 class Allowed:
     """Bans all other tokens."""
 

@@ -71,7 +71,7 @@ class EngineCore:
         batch = step.batch()
         entered = time.perf_counter()
         try:
-            output = evaluate(self.model, batch)
+            output = evaluate(self.model, batch, step.known)
         except Exception as error:
             output, failed = evaluate_apart(self.model, step, batch, error)
             for request, reason in failed.items():

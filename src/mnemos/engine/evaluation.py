@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mnemos.contract import Batch, Model, Output
@@ -10,11 +12,22 @@ from mnemos.engine.step import Item, Step
 from mnemos.errors import MnemosError
 
 
-def evaluate(model: Model, batch: Batch) -> Output:
+def evaluate(model: Model, batch: Batch, known: int | None = None) -> Output:
     """The model's output for a batch, evaluated sequence by sequence if it does not support several at once.
 
-    MnemosError if it does not have as many rows as were asked for.
+    In a greedy batch, only tokens below `known` are wanted. If the model finds another one most probable, which is
+    very rare, it is run again for the logits. MnemosError if it does not have as many rows as were asked for.
     """
+    if known is None:
+        return _forward(model, batch)
+    if not model.spec.states or model.spec.rewinds:  # the model can be run twice
+        output = _forward(model, batch)
+        if output.tokens is None or (output.tokens < known).all():
+            return output
+    return _forward(model, replace(batch, greedy=False))
+
+
+def _forward(model: Model, batch: Batch) -> Output:
     if model.spec.batches or batch.sequences == 1:
         output = model.forward(batch)
     else:
@@ -52,7 +65,7 @@ def evaluate_apart(model: Model, step: Step, batch: Batch, error: Exception) -> 
         middle = (first + last) // 2
         for begin, end in ((first, middle), (middle, last)):
             try:
-                output = _copy(evaluate(model, batch.part(firsts[begin], firsts[end])))
+                output = _copy(evaluate(model, batch.part(firsts[begin], firsts[end]), step.known))
             except Exception as latest:
                 run(begin, end, latest)
                 continue

@@ -7,7 +7,6 @@ from array import array
 import numpy as np
 
 from mnemos.contract import Batch
-from mnemos.decoding.choice import GREEDY
 from mnemos.engine.request import Request
 from mnemos.engine.sequence import Sequence
 from mnemos.memory.states import NO_STATE
@@ -21,12 +20,14 @@ class Step:
 
     items: each request with its parts, and whether they complete the rows that its strategy waits for.
     greedy: whether only the most probable token is wanted for every wanted row.
+    known: in a greedy step, only ids below it are wanted; None: all.
     """
 
     __slots__ = (
         "decode_rows",
         "greedy",
         "items",
+        "known",
         "logit_rows",
         "page_positions",
         "page_starts",
@@ -51,14 +52,15 @@ class Step:
         self.decode_rows = 0
         self.prefill_rows = 0
         self.greedy = True
+        self.known: int | None = None
 
     def add(self, request: Request, planned: list[tuple[Sequence, int]], rows: int) -> None:
         """Takes the next positions of a request's sequences, `rows` in total; their pages are allocated."""
         parts, complete = [self._add(*part) for part in planned], rows == request.pending
         self.items.append((request, parts, complete))
         for sequence, _, start, end in parts:
-            if start < end and not (complete and not sequence.parts and _only_greedy(sequence)):
-                self.greedy = False
+            if start < end:
+                self._keep_greedy(sequence, alone=complete and not sequence.parts)
         if request.prefilling:
             self.prefill_rows += rows
         else:
@@ -74,7 +76,7 @@ class Step:
         self.sequence_starts.append(len(self.token_ids))
         self._add_table(sequence)
         self.decode_rows += 1
-        self.greedy = self.greedy and _only_greedy(sequence)
+        self._keep_greedy(sequence, alone=True)
 
     def _add(self, sequence: Sequence, rows: int) -> Part:
         done = sequence.done
@@ -96,6 +98,18 @@ class Step:
         if sequence.state != NO_STATE:
             self.states.append(sequence.state)
 
+    def _keep_greedy(self, sequence: Sequence, alone: bool) -> None:
+        """Leaves the step greedy if the sequence's strategy reads nothing of its rows but the most probable tokens.
+
+        alone: it has read no other rows, and will read these before others.
+        """
+        branch = sequence.branch
+        draw = branch.draw
+        if draw is None or draw.cutoffs is not None or branch.logits or not alone:
+            self.greedy = False
+        elif draw.known is not None:
+            self.known = draw.known if self.known is None else min(self.known, draw.known)
+
     def batch(self) -> Batch:
         return Batch(
             token_ids=np.array(self.token_ids, dtype=np.int32),
@@ -108,9 +122,3 @@ class Step:
             greedy=self.greedy,
             states=np.array(self.states, dtype=np.int32),
         )
-
-
-def _only_greedy(sequence: Sequence) -> bool:
-    """Whether its strategy needs only the most probable token of a row."""
-    branch = sequence.branch
-    return branch.draw is GREEDY and not branch.logits

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from mnemos.errors import ConfigError, RequestError, UnsupportedError
@@ -110,17 +111,21 @@ class ForeignTokenizer:
             "mnemos.Tokenizer.from_file('tokenizer.json')"
         )
 
-    @property
+    @cached_property
     def vocabulary_size(self) -> int:
-        """Ids run from 0 to one less than this."""
+        """Ids run from 0 to one less than this; 1 where the tokenizer does not say."""
+        sizes = [1]
         for name in ("vocab_size", "n_vocab", "vocabulary_size", "get_vocab_size", "get_piece_size"):
             size = getattr(self.inner, name, None)
             if size is not None:
-                size = int(size() if callable(size) else size)
-                return max(size, len(self.inner)) if hasattr(self.inner, "__len__") else size
+                sizes.append(int(size() if callable(size) else size))
+                break
         if hasattr(self.inner, "__len__"):
-            return len(self.inner)
-        return 1  # unknown: whatever the model has will do
+            sizes.append(len(self.inner))
+        vocabulary = self.inner.get_vocab() if hasattr(self.inner, "get_vocab") else None
+        if isinstance(vocabulary, Mapping):  # ids may have gaps
+            sizes.append(max(vocabulary.values(), default=0) + 1)
+        return max(sizes)
 
     @property
     def special_ids(self) -> frozenset[int]:
