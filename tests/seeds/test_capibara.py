@@ -107,8 +107,10 @@ def test_cache_manager(checkpoint: Any, numbers: Any) -> None:
             CacheManager(engine, max_entries=-1)
 
 
-def test_cache_with_limits() -> None:
-    cache = KVCache.growing(max_batch_size=2, max_seq_len=4)
+@pytest.mark.parametrize("make", [KVCache, KVCache.growing])
+def test_cache_with_limits(make: Any) -> None:
+    assert (make(2, 4).max_batch_size, make(2, max_seq_len=4).max_seq_len) == (2, 4)
+    cache = make(max_batch_size=2, max_seq_len=4)
     pair = torch.randn(2, 3, 3, 8)
     assert cache.update(0, pair, pair)[0].shape == (2, 3, 3, 8)
     cache.increment_length(3)
@@ -118,6 +120,15 @@ def test_cache_with_limits() -> None:
     cache.clear()
     with pytest.raises(ConfigError, match="max_batch_size of the cache is 2; 3 are needed"):
         cache.update(0, torch.randn(3, 3, 1, 8), torch.randn(3, 3, 1, 8))
+
+
+def test_sizes_of_a_cache_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match="max_seq_len is 0"):
+        KVCache(2, 0)
+    with pytest.raises(ConfigError, match="KVCache lacks num_heads, head_dim, max_length; give num_layers, .* alone"):
+        KVCache(2, 4, device="cpu")  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match="KVCache got layers; give num_layers"):
+        KVCache(1, 1, 1, 1, 1, layers=3)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("make", [lambda x: np.array(x, dtype=np.float32), torch.tensor], ids=["numpy", "torch"])

@@ -161,3 +161,52 @@ def test_cached_attention() -> None:
     assert torch.allclose(torch.cat((output, newest), dim=1), whole, atol=1e-5)
     attention.reset_cache()
     assert attention.cache is None
+
+
+def test_masks_of_every_shape() -> None:
+    """Each says the same of the last two of five positions, of which the first three are cached."""
+    torch.manual_seed(0)
+    attention = CachedAttention(32, 4).eval()
+    x = torch.randn(2, 5, 32)
+    rows = torch.rand(2, 5, 5) > 0.4
+    rows |= torch.eye(5, dtype=torch.bool)
+    whole, _ = attention(x, x, x, mask=rows)
+
+    def last(mask: torch.Tensor | None, of: torch.Tensor = x) -> torch.Tensor:
+        attention.reset_cache()
+        attention(of[:, :3], of[:, :3], of[:, :3], use_cache=True)
+        output, _ = attention(of[:, 3:], of[:, 3:], of[:, 3:], mask=mask, use_cache=True)
+        return output
+
+    additive = torch.zeros(2, 5, 5).masked_fill(~rows, float("-inf"))
+    for mask in (rows, rows[:, None].expand(2, 4, 5, 5), rows.int(), rows.float(), additive):
+        assert torch.allclose(last(mask[..., 3:, :]), whole[:, 3:], atol=1e-5)  # of the new queries
+        assert torch.allclose(last(mask), whole[:, 3:], atol=1e-5)  # of all queries
+    seen = rows.clone()
+    seen[:, :, :3] = True
+    assert torch.allclose(last(rows[:, 3:, 3:]), attention(x, x, x, mask=seen)[0][:, 3:], atol=1e-5)
+    pads = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])  # a tokenizer's attention_mask
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    expected = attention(x, x, x, mask=causal & pads[:, None].bool())[0][:, 3:]
+    assert torch.allclose(last(pads[:, None, None]), expected, atol=1e-5)
+    assert torch.allclose(last(torch.eye(2).bool())[:, 0], last(None)[:, 0], atol=1e-5)
+    attention.reset_cache()
+    assert torch.allclose(attention(x, x, x, mask=pads)[0], attention(x, x, x, mask=pads.bool()[:, None])[0])
+    for wrong in (torch.zeros(7, 9).bool(), torch.ones(3, 2, 5), torch.ones(1, 1, 1, 2, 5)):
+        with pytest.raises(ConfigError, match=r"mask is \(.*\); expected \(2, 5\), .*, \(2, 2, 5\), or broad"):
+            last(wrong)
+    with pytest.raises(ConfigError, match="mask is of whole numbers other than 0 and 1"):
+        last(torch.full((2, 5), 3))
+
+
+def test_attention_to_another_text_and_what_does_not_fit() -> None:
+    attention = CachedAttention(32, 4).eval()
+    x, other = torch.randn(2, 2, 32), torch.randn(2, 5, 32)
+    plain, _ = attention(x, other, other)
+    assert torch.allclose(attention(x, other, other, use_cache=True)[0], plain, atol=1e-6)
+    with pytest.raises(ConfigError, match="query has a batch of 1 and the cache one of 2; call reset_cache"):
+        attention(x[:1], x[:1], x[:1], use_cache=True)
+    with pytest.raises(ConfigError, match=r"query is \(2, 32\); expected \(2, time, 32\)"):
+        attention(x[0], x[0], x[0])
+    with pytest.raises(ConfigError, match=r"key is \(2, 2, 8\); expected \(2, time, 32\)"):
+        attention(x, x[..., :8], x)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, overload
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnemos.errors import ConfigError
+from mnemos.ops.torch import usable_device
 from mnemos.rules import COUNT
 
 
@@ -14,10 +17,55 @@ class KVCache:
     """Keys and values of every layer, each (batch, heads, time, head_dim).
 
     With sizes given, the tensors are allocated at once and `update` writes into them; `KVCache.growing()` takes its
-    sizes from the first update and grows. After all layers of a step are updated, call `increment_length`.
+    sizes from the first update and grows, as `KVCache(max_batch_size, max_seq_len)` does up to these limits. After all
+    layers of a step are updated, call `increment_length`.
     """
 
+    max_length: int | None
+    max_batch_size: int | None
+    max_seq_len: int | None
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @overload
     def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int,
+        head_dim: int,
+        max_length: int,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None: ...
+    @overload
+    def __init__(self, max_batch_size: int, max_seq_len: int) -> None: ...
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        """All sizes; or max_batch_size and max_seq_len alone, for a cache that grows up to these limits."""
+        limits = ("max_batch_size", "max_seq_len")
+        if len(values) + len(named) == 2 and set(named) <= set(limits[len(values) :]):
+            self._limit(**dict(zip(limits, values, strict=False)), **named)
+            return
+        names = ("num_layers", "batch_size", "num_heads", "head_dim", "max_length", "device", "dtype")
+        given = {**dict(zip(names, values, strict=False)), **named}
+        missing = [name for name in names[:5] if name not in given]
+        unknown = [name for name in given if name not in names]
+        if missing or unknown or len(values) > len(names) or len(given) < len(values) + len(named):
+            what = f"lacks {', '.join(missing)}" if missing else f"got {', '.join(unknown) or 'a value twice'}"
+            raise ConfigError(f"KVCache {what}; give {', '.join(names[:5])}, or max_batch_size and max_seq_len alone")
+        self._allocate(**given)
+
+    def _limit(self, max_batch_size: int | None, max_seq_len: int | None) -> None:
+        for name, limit in (("max_batch_size", max_batch_size), ("max_seq_len", max_seq_len)):
+            if limit is not None:
+                COUNT.apply(name, limit)
+        self.max_length, self.length = None, 0
+        self.keys, self.values = [], []
+        self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
+        self.device = torch.device("cpu")
+
+    def _allocate(
         self,
         num_layers: int,
         batch_size: int,
@@ -32,10 +80,9 @@ class KVCache:
         )
         for name, size in sizes.items():
             COUNT.apply(name, size)
-        self.max_length: int | None = max_length
-        self.max_batch_size: int | None = batch_size
-        self.max_seq_len: int | None = max_length
-        self.device = torch.device(device)
+        self.max_length = self.max_seq_len = max_length
+        self.max_batch_size = batch_size
+        self.device = usable_device(str(device))
         self.length = 0
         shape = (batch_size, num_heads, max_length, head_dim)
         self.keys = [torch.zeros(shape, device=self.device, dtype=dtype) for _ in range(num_layers)]
@@ -45,9 +92,7 @@ class KVCache:
     def growing(cls, max_batch_size: int | None = None, max_seq_len: int | None = None) -> KVCache:
         """A cache without sizes: layers, batch and length follow the updates, at most up to these limits."""
         cache = cls.__new__(cls)
-        cache.max_length, cache.length, cache.keys, cache.values = None, 0, [], []
-        cache.max_batch_size, cache.max_seq_len = max_batch_size, max_seq_len
-        cache.device = torch.device("cpu")
+        cache._limit(max_batch_size, max_seq_len)
         return cache
 
     @staticmethod
@@ -143,8 +188,14 @@ class CachedAttention(nn.Module):
 
     query, key, value: (batch, time, d_model). With `use_cache=True` new keys and values are appended to `cache`, and
     the queries, taken as the newest positions, attend causally to all of them. Without it and without a `mask` every
-    query sees every key, as in torch.nn.MultiheadAttention. `mask` (broadcastable to (batch, heads, queries, keys)) is
-    boolean, True where a query may look, or added to the scores. Source: Vaswani et al. 2017, arXiv:1706.03762.
+    query sees every key, as in torch.nn.MultiheadAttention.
+
+    `mask` is boolean or of zeros and ones, True where a query may look, or other floats, which are added to the scores.
+    Its shape is (queries, keys), (batch, queries, keys), one broadcastable to (batch, heads, queries, keys), or (batch,
+    keys) where the batch is not as large as queries or keys are many. With a cache, keys are all positions so far, or
+    the new ones alone, before which all is seen; queries are the new positions, or all, of which the last rows count. A
+    mask that says nothing of single queries is combined with causality. ConfigError for any other shape. Source:
+    Vaswani et al. 2017, arXiv:1706.03762.
     """
 
     def __init__(self, d_model: int, num_heads: int, dropout: float = 0.1) -> None:
@@ -168,6 +219,14 @@ class CachedAttention(nn.Module):
         """Makes the calls that follow use the cache, with `real` telling real positions from padding."""
         self.always_cache, self.real = True, real
 
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        width = self.num_heads * self.head_dim
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dim() != 3 or x.shape[2] != width or x.shape[0] != query.shape[0] or x.shape[1] < 1:
+                raise ConfigError(f"{name} is {tuple(x.shape)}; expected ({query.shape[0]}, time, {width})")
+        if key.shape[1] != value.shape[1]:
+            raise ConfigError(f"value has {value.shape[1]} positions and key {key.shape[1]}; expected as many")
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], x.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
 
@@ -175,24 +234,63 @@ class CachedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, use_cache: bool = False
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """(output (batch, time, d_model), cache): cache: (keys, values), each (batch, heads, time, head_dim)."""
+        self._check(query, key, value)
         q, k, v = self._heads(self.q_proj(query)), self._heads(self.k_proj(key)), self._heads(self.v_proj(value))
         use_cache = use_cache or self.always_cache
+        new = k.shape[2]
         if use_cache:
             if self.cache is not None:
+                if self.cache[0].shape[0] != k.shape[0]:
+                    raise ConfigError(
+                        f"query has a batch of {k.shape[0]} and the cache one of {self.cache[0].shape[0]}; call "
+                        "reset_cache() before another batch"
+                    )
                 k, v = torch.cat((self.cache[0], k), dim=2), torch.cat((self.cache[1], v), dim=2)
             self.cache = (k, v)
-            if mask is not None and mask.shape[-1] != k.shape[2]:
-                mask = None  # made for the new positions alone; causality below covers them
-            if mask is None and q.shape[2] > 1:
-                positions = torch.arange(k.shape[2], device=q.device)
-                mask = positions[None, :] <= positions[-q.shape[2] :, None]
-            if self.real is not None:
-                shown = self.real[:, None, None, :]
-                if mask is None or mask.dtype == torch.bool:
-                    mask = shown if mask is None else mask & shown
-                else:
-                    mask = mask.masked_fill(~shown, float("-inf"))
+        if mask is not None:
+            mask = _fit_mask(mask, q, k.shape[2], new)
+        causal = use_cache and new == q.shape[2] > 1  # keys of another length are another text's
+        if causal and (mask is None or mask.shape[-2] == 1):
+            positions = torch.arange(k.shape[2], device=q.device)
+            mask = _both(positions[None, :] <= positions[-q.shape[2] :, None], mask)
+        if use_cache and self.real is not None:
+            mask = _both(self.real[:, None, None, :], mask)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         output = self.out_proj(attended.transpose(1, 2).reshape(query.shape))
         return output, self.cache if use_cache else None
+
+
+def _fit_mask(mask: Tensor, q: Tensor, keys: int, new: int) -> Tensor:
+    """A caller's mask as a boolean or additive one broadcastable to (batch, heads, queries, keys); see the class."""
+    batch, heads, queries = q.shape[:3]
+    shape = tuple(mask.shape)
+    if mask.dtype != torch.bool:
+        flags = (mask == 0) | (mask == 1)
+        if not mask.is_floating_point() or bool(flags.all() and (mask == 1).any()):
+            if not flags.all():
+                raise ConfigError("mask is of whole numbers other than 0 and 1; expected 1 where a query may look")
+            mask = mask == 1
+    if mask.dim() == 2 and mask.shape[0] not in (1, queries, keys) and mask.shape[0] == batch:
+        mask = mask[:, None, None, :]
+    elif mask.dim() == 3:
+        mask = mask[:, None]
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dim() == 4 and queries < mask.shape[2] == keys:
+        mask = mask[:, :, -queries:]
+    if mask.dim() == 4 and mask.shape[3] == new < keys:
+        mask = F.pad(mask, (keys - new, 0), value=mask.dtype == torch.bool)
+    wanted = (batch, heads, queries, keys)
+    if mask.dim() != 4 or any(size not in (1, whole) for size, whole in zip(mask.shape, wanted, strict=True)):
+        raise ConfigError(
+            f"mask is {shape}; expected ({queries}, {keys}), ({batch}, {keys}), ({batch}, {queries}, {keys}), or "
+            f"broadcastable to {wanted}"
+        )
+    return mask
+
+
+def _both(shown: Tensor, mask: Tensor | None) -> Tensor:
+    """What a boolean mask and another one, if there is one, let through."""
+    if mask is None:
+        return shown
+    return mask & shown if mask.dtype == torch.bool else mask.masked_fill(~shown, float("-inf"))
