@@ -9,10 +9,12 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.compat.batching import (  # noqa: I001  names that are exported again, in one statement a module
         BatchInference as BatchInference,
         BatchProcessor as BatchProcessor,
+        BatchRequest as BatchRequest,
         ResponseStreamer as ResponseStreamer,
         StreamingInference as StreamingInference,
     )
     from mnemos.compat.cache_manager import CacheManager as CacheManager
+    from mnemos.compat.decoding_strategies import DecodingStrategies as DecodingStrategies
     from mnemos.compat.generate import generate as generate, generate_batch as generate_batch
     from mnemos.compat.generator import Generator as Generator
     from mnemos.compat.inference_config import InferenceConfig as InferenceConfig
@@ -34,8 +36,9 @@ __version__ = "0.1.0"
 
 # The public names by the modules that they are imported from.
 _NAMES = {
-    "mnemos.compat.batching": "BatchInference BatchProcessor ResponseStreamer StreamingInference",
+    "mnemos.compat.batching": "BatchInference BatchProcessor BatchRequest ResponseStreamer StreamingInference",
     "mnemos.compat.cache_manager": "CacheManager",
+    "mnemos.compat.decoding_strategies": "DecodingStrategies",
     "mnemos.compat.generate": "generate generate_batch",
     "mnemos.compat.generator": "Generator",
     "mnemos.compat.inference_config": "InferenceConfig",

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from mnemos import (  # noqa: E402
     BatchInference,
     CacheManager,
+    DecodingStrategies,
     GenerationConfig,
     InferenceConfig,
     InferenceEngine,
@@ -61,6 +62,27 @@ def test_the_config_holds_for_every_method(counter: Any, tokenizer: Tokenizer, n
         assert engine.generate_batched(["1 2 3"]) == BatchInference(engine).generate(["1 2 3"]) == [" 4 5 6 7"]
         assert engine.generation_config == config.generation()
         assert engine.generate("1 2 3", do_sample=False, max_length=6) == " 4 5"
+
+
+@pytest.mark.parametrize(
+    ("config", "mode"),
+    [
+        (DecodingStrategies.greedy(), "greedy"),
+        (DecodingStrategies.temperature_sampling(0.2, seed=1), "sampling"),
+        (DecodingStrategies.top_k_sampling(3, temperature=0.3, seed=1), "sampling"),
+        (DecodingStrategies.top_p_sampling(0.5, seed=1), "sampling"),
+        (DecodingStrategies.beam_search(3), "beam"),
+        (DecodingStrategies.contrastive_search(4, 0.2), "contrastive"),
+    ],
+)
+def test_decoding_strategies(engine: InferenceEngine, numbers: Any, config: GenerationConfig, mode: str) -> None:
+    assert config.mode == mode
+    assert numbers(engine.generate("12 13 14", config=config)) == list(range(15, 40))
+
+
+def test_one_text_is_no_batch(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="the prompts are one text, '1 2 3'; give a list of texts"):
+        TokenProcessor(tokenizer).encode_batch("1 2 3")
 
 
 def test_token_processor(tokenizer: Tokenizer, engine: InferenceEngine, numbers: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mnemos import Generator, KVCache, apply_temperature, sample_top_p  # noqa: E402
-from mnemos.errors import ConfigError, FormatError  # noqa: E402
+from mnemos.errors import ConfigError, FormatError, RequestError  # noqa: E402
 from tests.seeds.conftest import EOS, count  # noqa: E402
 
 
@@ -60,6 +60,16 @@ def test_batch(generator: Generator, numbers: Any) -> None:
     assert [numbers(output) for output in outputs] == [
         list(range(40)), list(range(10, 40, 2)), list(range(9, 40, 3))
     ]  # fmt: skip
+
+
+def test_its_parts(generator: Generator, checkpoint: Path) -> None:
+    assert generator.model is generator.engine.model
+    assert generator.tokenizer.eos_token_id == EOS
+    other = Generator(checkpoint, generator.tokenizer)
+    assert other.tokenizer is generator.tokenizer
+    other.engine.close()
+    with pytest.raises(RequestError, match="the prompts are one text, '1 2'; give a list of texts"):
+        generator.generate_batch("1 2")
 
 
 def test_native_and_torch_agree_with_the_training_code(

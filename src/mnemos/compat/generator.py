@@ -8,6 +8,7 @@ from typing import Any
 
 from mnemos.decoding.config import GenerationConfig, with_defaults
 from mnemos.engine.engine import InferenceEngine
+from mnemos.engine.prompts import listed
 from mnemos.text.tokenizer import Tokenizer
 
 
@@ -15,20 +16,22 @@ class Generator:
     """A checkpoint ({'model_args': ..., 'model': state_dict} or any model that Mnemos reads), ready to generate.
 
     checkpoint_path   see `InferenceEngine.from_pretrained`, whose options are accepted too
-    tokenizer_path    a tokenizer.json, a SentencePiece model, or a folder with one of them
+    tokenizer_path    a tokenizer.json, a SentencePiece model, or a folder with one of them; or a `Tokenizer`
     device            "cpu" for the native backend; any other is a PyTorch device, such as "cuda"
     """
 
     def __init__(
         self,
         checkpoint_path: str | os.PathLike[str],
-        tokenizer_path: str | os.PathLike[str],
+        tokenizer_path: str | os.PathLike[str] | Tokenizer,
         device: str = "cpu",
         **options: Any,
     ) -> None:
-        self.tokenizer = Tokenizer.from_file(os.fspath(tokenizer_path))
+        given = tokenizer_path
+        self.tokenizer = given if isinstance(given, Tokenizer) else Tokenizer.from_file(os.fspath(given))
         options = {"device": device, "tokenizer": self.tokenizer, **options}
         self.engine = InferenceEngine.from_pretrained(checkpoint_path, **options)
+        self.model = self.engine.model
 
     def generate(
         self, prompt: str, max_new_tokens: int = 50, temperature: float = 0.7, top_p: float = 0.9, **overrides: Any
@@ -47,7 +50,7 @@ class Generator:
     ) -> list[str]:
         """Like `generate`, for many prompts, at most `batch_size` at once."""
         config = _config(temperature, top_p, overrides)
-        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        ids = [self.tokenizer.encode(prompt) for prompt in listed(prompts)]
         rows = self.engine.generate_batched(ids, max_new_tokens, batch_size, config)
         return [self.tokenizer.decode(row) for row in rows]
 

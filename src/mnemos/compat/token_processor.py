@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mnemos.engine.prompts import pad
+from mnemos.engine.prompts import listed, pad
 from mnemos.errors import ConfigError, RequestError
 from mnemos.rules import COUNT
 from mnemos.text.foreign import adapt_tokenizer
@@ -60,7 +60,7 @@ class TokenProcessor:
 
     def encode_batch(self, texts: Sequence[str], add_special: bool = True) -> PaddedBatch:
         """Token ids of several texts, padded to the longest. RequestError if there are none."""
-        return self.pad([self.encode(text, add_special) for text in texts])
+        return self.pad([self.encode(text, add_special) for text in listed(texts)])
 
     def pad(self, sequences: Sequence[Sequence[int]]) -> PaddedBatch:
         """Rows of token ids, padded to the longest row."""
