@@ -16,6 +16,7 @@ from mnemos.models.foreign.adapt import adapt  # noqa: E402
 from mnemos.models.foreign.inner_cache import InnerStyle  # noqa: E402
 from tests.models.foreign import inner_modules as modules  # noqa: E402
 from tests.models.foreign.batches import Part, batch_of  # noqa: E402
+from tests.models.foreign.foreign_modules import PastArgument  # noqa: E402
 
 STYLES = [
     modules.MetaLlama, modules.FromScratch, modules.Roomy, modules.GPTFast, modules.LitGPT, modules.ByObject,
@@ -172,3 +173,36 @@ def test_quantized_layers_keep_their_cache_inside_the_module() -> None:
     rows = np.concatenate([model.forward(batch_of((0, at, [token]))).logits for at, token in enumerate(text)])
     wanted = truth(module, text)
     assert np.abs(rows - wanted).max() < 0.08 * np.abs(wanted).max()  # each call rounds by the range of its own inputs
+
+
+class OffsetBeside(PastArgument):
+    def forward(self, x: torch.Tensor, use_cache: bool = False, past_kv: Any = None, past_length: int = 0) -> Any:
+        return super().forward(x, use_cache, past_kv)
+
+
+def test_a_cache_that_is_an_argument_comes_before_one_inside() -> None:
+    model = adapt(OffsetBeside())
+    assert not isinstance(model.calls.able.style, InnerStyle) and model.calls.able.grows
+
+
+class Locked:
+    """Cannot be copied or compared."""
+
+    def __new__(cls, key: str) -> Locked:
+        return super().__new__(cls)
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("locked")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class KeepsLocked(modules.Remembers):
+    def forward(self, ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        self.locked = Locked("key")
+        return super().forward(ids)
+
+
+def test_objects_that_cannot_be_looked_into_leave_a_module_without_a_cache() -> None:
+    with pytest.warns(UserWarning, match="no cache"):
+        assert adapt(KeepsLocked()).calls.abilities.cache is None

@@ -97,11 +97,12 @@ class CacheProbe:
     def _find_style(self, context: int, plain: InnerStyle | None) -> tuple[CacheStyle | None, list[Axes]]:
         reason: BaseException | None = None
         if plain is None:
-            watch = Watch(self.caller.module)
-            style, axes, reason = self._find_given_style()
-            if style is not None:
-                return style, axes
-            watch.undo()  # a call that fails may leave half of a state behind
+            with self.caller.lock:
+                watch = Watch(self.caller.module)
+                style, axes, reason = self._find_given_style()
+                if style is not None:
+                    return style, axes
+                watch.undo()  # a call that fails may leave half of a state behind
         inner = plain or find_inner(self.caller, self.ids, context)
         if inner is not None and self._agrees(inner, (3, 1, 1, 1)):
             return inner, inner.axes

@@ -36,7 +36,8 @@ def find_plain(caller: Caller, ids: Tensor, context: int) -> InnerStyle | None:
     """
     names = caller.signature
     required = names.cache_positions is not None and names.cache_positions in names.required
-    if not (names.offset or required or _remembers(caller, ids)):
+    uses_offset = names.offset is not None and names.past is None
+    if not (uses_offset or required or _remembers(caller, ids)):
         return None
     style = find_inner(caller, ids, context, always=True)
     if style is None and required:
@@ -76,7 +77,7 @@ def find_inner(caller: Caller, ids: Tensor, context: int, always: bool = False) 
             state = InnerState(way, _setup(caller, way, context))
             style = InnerProbe(caller, state, ids).run()
             found = style is not None and _matters(caller, style, ids)
-        except ModelError:
+        except Exception:  # what people's objects raise when they are copied or compared; then there is no cache
             continue
         if found:
             return style

@@ -15,6 +15,10 @@ from mnemos.errors import ModelError
 # Objects of these libraries are never looked into.
 _CLOSED = frozenset({*sys.stdlib_module_names, "torch", "numpy"})
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+_DTYPES = frozenset({
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+})  # fmt: skip
 _DEPTH = 8
 
 Owner = dict[str, Any]
@@ -50,13 +54,8 @@ def is_open(value: Any) -> bool:
 
 
 def is_state(value: Any) -> bool:
-    """Whether it is a tensor that a call may write to."""
-    return (
-        isinstance(value, Tensor)
-        and not isinstance(value, nn.Parameter)
-        and value.layout is torch.strided
-        and not value.is_quantized
-    )
+    """Whether it is a tensor that a call may write to, of a kind that can be compared."""
+    return type(value) is Tensor and value.dtype in _DTYPES and value.layout is torch.strided and not value.is_meta
 
 
 def _inside(value: Any) -> Any:
