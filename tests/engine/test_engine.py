@@ -43,15 +43,70 @@ class TestForms:
             choice.text for choice in speaker.complete("Hello", max_new_tokens=8, n=2, temperature=1.0, seed=1).choices
         ]
 
-    def test_an_array_gives_an_array_padded_on_the_right(self, engine: InferenceEngine) -> None:
+    def test_an_array_gives_an_array_that_begins_with_it(self, engine: InferenceEngine) -> None:
         array = np.array([[3, 3, 5, 6], [1, 2, 3, 4]], dtype=np.int32)
         mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
-        result = engine.generate(array, attention_mask=mask, max_new_tokens=3, pad_token_id=90)
+        stop = toy_greedy([5, 6], 2)[-1]
+        result = engine.generate(array, attention_mask=mask, max_new_tokens=3, pad_token_id=90, stop_token_ids=[stop])
         assert result.dtype == np.int32
         assert result.tolist() == [
-            [5, 6, *toy_greedy([5, 6], 3), 90, 90],
+            [3, 3, 5, 6, *toy_greedy([5, 6], 2), 90],
             [1, 2, 3, 4, *toy_greedy([1, 2, 3, 4], 3)],
         ]
+        right = engine.generate([[5, 6, 3], [1, 2, 3]], [[1, 1, 0], [1, 1, 1]], max_new_tokens=3)
+        assert right == [[5, 6, 3, *toy_greedy([5, 6], 3)], [1, 2, 3, *toy_greedy([1, 2, 3], 3)]]
+
+    def test_a_truncated_prompt_is_given_back_whole(self, engine: InferenceEngine) -> None:
+        array = np.arange(300)[None] % 90
+        result = engine.generate(array, max_new_tokens=5, overflow="truncate_left")
+        assert result[:, :300].tolist() == array.tolist() and result.shape == (1, 305)
+
+    def test_the_pad_token_marks_padding_where_there_is_no_mask(self, engine: InferenceEngine) -> None:
+        array = np.array([[9, 9, 5, 6], [1, 2, 3, 4]])
+        padded = [[9, 9, 5, 6, *toy_greedy([5, 6], 3)], [1, 2, 3, 4, *toy_greedy([1, 2, 3, 4], 3)]]
+        assert engine.generate(array, max_new_tokens=3, pad_token_id=9).tolist() == padded
+        rows = engine.generate_batched(array, max_new_tokens=3, pad_token_id=9)
+        assert [row.tolist() for row in rows] == padded
+        assert engine.complete(array[:1], max_new_tokens=3, pad_token_id=9)[0].token_ids == toy_greedy([5, 6], 3)
+        as_text = [9, 9, 5, 6, *toy_greedy([9, 9, 5, 6], 3)]
+        assert engine.generate(array, max_new_tokens=3)[0].tolist() == as_text
+        assert engine.generate(array, np.ones_like(array), max_new_tokens=3, pad_token_id=9)[0].tolist() == as_text
+        ends = engine.generate(array, max_new_tokens=3, pad_token_id=9, eos_token_id=9)
+        assert ends[0, :7].tolist() == as_text
+        assert engine.generate([[9, 9, 5, 6]], max_new_tokens=3, pad_token_id=9) == [as_text]
+        with pytest.raises(RequestError, match="row 1 of the prompts is empty: it holds only the pad token 9"):
+            engine.generate(np.array([[1, 2], [9, 9]]), pad_token_id=9)
+
+    def test_a_batch_of_hugging_face_programs(self) -> None:
+        torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        config = transformers.LlamaConfig(vocab_size=41, eos_token_id=2, bos_token_id=1, pad_token_id=0, **sizes)
+        model = transformers.LlamaForCausalLM(config).eval()
+        ids = torch.tensor([[0, 0, 0, 5, 6], [7, 8, 9, 10, 11]])
+        theirs = model.generate(ids, do_sample=False, max_new_tokens=8)
+        with InferenceEngine(model) as engine:
+            for given in ({}, {"attention_mask": (ids != 0).long()}):
+                assert engine.generate(ids, max_new_tokens=8, **given).tolist() == theirs.tolist()
+
+    @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "int64"])
+    def test_small_integers_hold_every_generated_id(self, engine: InferenceEngine, dtype: str) -> None:
+        result = engine.generate(np.array([PROMPT], dtype), max_new_tokens=3)
+        assert result.dtype == (dtype if dtype in ("int32", "int64") else "int64")
+        assert result[0].tolist() == PROMPT + toy_greedy(PROMPT, 3)
+        torch = pytest.importorskip("torch")
+        tensor = engine.generate(torch.tensor([PROMPT]).to(getattr(torch, dtype)), max_new_tokens=3)
+        assert tensor.tolist() == [PROMPT + toy_greedy(PROMPT, 3)]
+
+    def test_arrays_inside_lists_are_one_prompt_each(self, engine: InferenceEngine) -> None:
+        expected = PROMPT + toy_greedy(PROMPT, 3)
+        assert engine.generate([np.array(PROMPT), np.array([PROMPT])], max_new_tokens=3) == [expected] * 2
+        with pytest.raises(RequestError, match=r"an array of shape \(2, 7\); expected \(time,\) or \(1, time\)"):
+            engine.generate([np.array([PROMPT, PROMPT])])
+
+    def test_one_mapping_is_no_list_of_prompts(self, engine: InferenceEngine) -> None:
+        with pytest.raises(RequestError, match="one mapping with 'input_ids'; give a list of prompts"):
+            engine.generate_batched({"input_ids": [PROMPT]})  # type: ignore[arg-type]
 
     def test_a_tensor_gives_a_tensor(self, engine: InferenceEngine) -> None:
         torch = pytest.importorskip("torch")
@@ -292,16 +347,16 @@ class TestWhatTokenizersReturn:
 
     def test_lists(self, engine: InferenceEngine) -> None:
         inputs = {"input_ids": [[0, *PROMPT], [1, *PROMPT]], "attention_mask": [[0] + [1] * 7, [1] * 8]}
-        wanted = [row + toy_greedy(row, 3) for row in (PROMPT, [1, *PROMPT])]
+        wanted = [[0, *PROMPT, *toy_greedy(PROMPT, 3)], [1, *PROMPT, *toy_greedy([1, *PROMPT], 3)]]
         assert engine.generate(inputs, max_new_tokens=3) == wanted
         assert engine.generate(**inputs, token_type_ids=[[0] * 8] * 2, max_new_tokens=3) == wanted
         single = {"input_ids": PROMPT, "attention_mask": [1] * 7}
-        assert engine.generate(single, max_new_tokens=3) == wanted[0]
-        assert engine.complete(single, max_new_tokens=3).choices[0].token_ids == wanted[0][7:]
+        assert engine.generate(single, max_new_tokens=3) == wanted[0][1:]
+        assert engine.complete(single, max_new_tokens=3).choices[0].token_ids == wanted[0][8:]
 
     def test_arrays(self, engine: InferenceEngine) -> None:
         inputs = {"input_ids": np.array([[0, *PROMPT]]), "attention_mask": np.array([[0] + [1] * 7])}
-        wanted = [PROMPT + toy_greedy(PROMPT, 3)]
+        wanted = [[0, *PROMPT, *toy_greedy(PROMPT, 3)]]
         assert engine.generate(inputs, max_new_tokens=3).tolist() == wanted
         assert engine.generate(inputs, GenerationConfig(max_new_tokens=3)).tolist() == wanted
 

@@ -16,7 +16,7 @@ from mnemos.engine.handle import Channel, Lease, RequestHandle, run_all
 from mnemos.engine.options import EngineOptions, split
 from mnemos.engine.prepare import make_draft_model, take_model, with_ends
 from mnemos.engine.pretrained import load_parts
-from mnemos.engine.prompts import listed, read_prompts
+from mnemos.engine.prompts import Prompts, listed, read_prompts
 from mnemos.engine.request import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
 from mnemos.errors import ConfigError, ContextLengthError, RequestError, UnsupportedError
@@ -144,7 +144,9 @@ class InferenceEngine:
         """Returns results in the form of the prompts.
 
         A text gives a text, a list of texts a list; token ids give token ids, and an array or tensor (batch, time)
-        gives such an array, both including the prompt, arrays padded on the right with pad_token_id. With n results per
+        gives such an array, both including the prompt as it was given, so that out[:, ids.shape[1]:] is what was
+        generated; rows that end early are filled up with pad_token_id. In arrays without a mask, pad_token_id marks
+        padding unless it also ends texts. Arrays of less than 32 bits give int64. With n results per
         prompt, lists hold a list for each prompt and arrays have n rows for it, which the annotated types do not show.
         The output of a transformers tokenizer is accepted too, as the prompts or as generate(**inputs). `overrides`
         replace fields of the config. The config may also be passed in the position of attention_mask: then
@@ -161,9 +163,9 @@ class InferenceEngine:
                 raise RequestError("prompts and input_ids are both given; give one of them")
             prompts = input_ids
             overrides.pop("token_type_ids", None)  # of models that read two texts
-        wanted = read_prompts(prompts, attention_mask, self.tokenizer)
         config = self._config(config, overrides)
-        results = wanted.form(self._complete_all(wanted.token_ids, config), self._pad_id(config))
+        wanted = read_prompts(prompts, attention_mask, self.tokenizer, self._padding(config))
+        results = self._formed(wanted, self._complete_all(wanted.token_ids, config), config)
         if not wanted.single or (as_batch and config.num_return_sequences == 1 and not isinstance(prompts, str)):
             return results
         return results[0]
@@ -189,16 +191,20 @@ class InferenceEngine:
             overrides["max_new_tokens"] = max_new_tokens
         elif config is None and self.generation_config is None and not LENGTHS & overrides.keys():
             overrides["max_new_tokens"] = DEFAULT_BATCHED_TOKENS
-        readings = [read_prompts(prompt, None, self.tokenizer) for prompt in listed(prompts)]
-        given: list[Any] = list(config) if isinstance(config, (list, tuple)) else [config] * len(readings)
-        if len(given) != len(readings):
-            raise ConfigError(f"config is a list of {len(given)}; expected one for each of the {len(readings)} prompts")
+        wanted = listed(prompts)
+        given: list[Any] = list(config) if isinstance(config, (list, tuple)) else [config] * len(wanted)
+        if len(given) != len(wanted):
+            raise ConfigError(f"config is a list of {len(given)}; expected one for each of the {len(wanted)} prompts")
         configs = [self._config(one, overrides) for one in given]
+        readings = [
+            read_prompts(prompt, None, self.tokenizer, self._padding(one))
+            for prompt, one in zip(wanted, configs, strict=True)
+        ]
         self._thread.check_thread()
         launches = [self._launcher(reading.only, one) for reading, one in zip(readings, configs, strict=True)]
         completions = run_all(launches, batch_size, on_done)
         return [
-            reading.form_one(completion, self._pad_id(one))
+            result[0] if isinstance(result := self._formed(reading, [completion], one), list) else result
             for reading, completion, one in zip(readings, completions, configs, strict=True)
         ]
 
@@ -213,8 +219,9 @@ class InferenceEngine:
 
     def complete(self, prompts: Any, config: GenerationConfig | None = None, **overrides: Any) -> Any:
         """A `Completion` for one prompt (a text or token ids), or a list of them for several."""
-        wanted = read_prompts(prompts, None, self.tokenizer)
-        completions = self._complete_all(wanted.token_ids, self._config(config, overrides))
+        config = self._config(config, overrides)
+        wanted = read_prompts(prompts, None, self.tokenizer, self._padding(config))
+        completions = self._complete_all(wanted.token_ids, config)
         return completions[0] if wanted.single else completions
 
     def stream(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[StreamedToken]:
@@ -223,8 +230,8 @@ class InferenceEngine:
 
     def submit(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> RequestHandle:
         """Queues one prompt and returns immediately; CapacityError if the queue is full."""
-        wanted = read_prompts(prompt, None, self.tokenizer)
-        return self._launcher(wanted.only, self._config(config, overrides))()
+        config = self._config(config, overrides)
+        return self._launcher(read_prompts(prompt, None, self.tokenizer, self._padding(config)).only, config)()
 
     # Evaluation of given tokens.
 
@@ -373,6 +380,16 @@ class InferenceEngine:
         run_all(
             [partial(self._launch, strategy, prompt, config) for strategy, prompt in pairs], self._thread.queue_size
         )
+
+    def _formed(self, wanted: Prompts, completions: list[Completion], config: GenerationConfig) -> Any:
+        """The results in the form of the prompts."""
+        return wanted.results(completions, self._pad_id(config), apart=isinstance(self.model, ConditionedModel))
+
+    def _padding(self, config: GenerationConfig) -> int | None:
+        """What is padding in arrays without a mask, as in transformers: the pad token, if that ends no text."""
+        pad_id = self.spec.pad_token_id if config.pad_token_id is None else config.pad_token_id
+        ends = self.spec.eos_token_ids if config.eos_ids is None else config.eos_ids
+        return None if pad_id in ends else pad_id
 
     def _pad_id(self, config: GenerationConfig) -> int:
         """The id that pads arrays: the config's pad token, else the model's, else its end-of-text token."""

@@ -21,10 +21,15 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Prompts:
-    """The token ids of one or several prompts, and how to return results in the prompts' form."""
+    """The token ids of one or several prompts, and how to return results in the prompts' form.
+
+    rows: what results begin with: the prompts as they were given, with their padding.
+    form: (completions, what each begins with, pad id) -> texts, ids or an array.
+    """
 
     token_ids: list[list[int]]
-    form: Callable[[list[Completion], int], Any]  # (completions, pad id) -> texts, ids or an array
+    rows: list[list[int]]
+    form: Callable[[list[Completion], list[list[int]], int], Any]
     single: bool
 
     @property
@@ -34,43 +39,55 @@ class Prompts:
             raise RequestError(f"{len(self.token_ids)} prompts were given where one is expected")
         return self.token_ids[0]
 
-    def form_one(self, completion: Completion, pad_id: int) -> Any:
-        """The only prompt's result, in the prompt's form."""
-        result = self.form([completion], pad_id)
-        return result[0] if isinstance(result, list) else result
+    def results(self, completions: list[Completion], pad_id: int, apart: bool) -> Any:
+        """The results in the prompts' form; `apart`: the model continues other tokens than its prompts'."""
+        heads = [completion.prompt_ids for completion in completions] if apart else self.rows
+        return self.form(completions, heads, pad_id)
 
 
-def read_prompts(prompts: Any, attention_mask: Any, tokenizer: Tokenizer | None) -> Prompts:
+def read_prompts(prompts: Any, attention_mask: Any, tokenizer: Tokenizer | None, pad_id: int | None = None) -> Prompts:
     """Reads the prompts that a user passes.
 
     A str or a list of str; a list of token ids or of such lists; an integer array or tensor, (time,) or (batch, time);
     or a mapping with such ids as input_ids and optionally their attention_mask, as transformers tokenizers return. A
-    mask has the shape of the ids, and its zeros mark padding. RequestError for anything else, and for no tokens.
+    mask has the shape of the ids, and its zeros mark padding; without a mask, `pad_id` marks padding in arrays, as in
+    transformers. RequestError for anything else, and for no tokens.
     """
     if isinstance(prompts, Mapping):
         if "input_ids" not in prompts:
             raise RequestError(f"the prompts are a mapping with {', '.join(map(repr, prompts))}; it needs 'input_ids'")
         mask = prompts.get("attention_mask") if attention_mask is None else attention_mask
-        return read_prompts(prompts["input_ids"], mask, tokenizer)
+        return read_prompts(prompts["input_ids"], mask, tokenizer, pad_id)
     if hasattr(prompts, "shape"):
-        return _read_array(prompts, attention_mask)
+        return _read_array(prompts, attention_mask, pad_id)
     if attention_mask is not None:
         return _read_masked(prompts, attention_mask)
     if isinstance(prompts, str):
-        return Prompts([encode(prompts, tokenizer)], _texts, single=True)
+        return _plain([encode(prompts, tokenizer)], _texts, single=True)
     if not isinstance(prompts, (list, tuple)) or not prompts:
         raise RequestError(f"the prompts are {_describe(prompts)}; {_EXPECTED}")
     if all(isinstance(prompt, str) for prompt in prompts):
-        return Prompts([encode(prompt, tokenizer) for prompt in prompts], _texts, single=False)
+        return _plain([encode(prompt, tokenizer) for prompt in prompts], _texts, single=False)
     if all(_is_id(value) for value in prompts):
-        return Prompts([[int(value) for value in prompts]], _ids, single=True)
-    return Prompts([_read_ids(prompt) for prompt in prompts], _ids, single=False)
+        return _plain([[int(value) for value in prompts]], _ids, single=True)
+    return _plain([_read_ids(prompt) for prompt in prompts], _ids, single=False)
+
+
+def _plain(token_ids: list[list[int]], form: Callable[..., Any], single: bool) -> Prompts:
+    """Prompts without padding."""
+    return Prompts(token_ids, token_ids, form, single)
 
 
 def listed(prompts: Iterable[Any]) -> list[Any]:
-    """Several prompts as a list. RequestError for a single text, whose characters would be taken for prompts."""
+    """Several prompts as a list.
+
+    RequestError for one text or one mapping, whose characters or keys would be taken for prompts.
+    """
     if isinstance(prompts, str):
         raise RequestError(f"the prompts are one text, {prompts[:60]!r}; give a list of texts")
+    if isinstance(prompts, Mapping):
+        names = ", ".join(map(repr, prompts))
+        raise RequestError(f"the prompts are one mapping with {names}; give a list of prompts, or call generate()")
     return list(prompts)
 
 
@@ -88,7 +105,11 @@ _EXPECTED = "give a str, a list of str, token ids, a list of such lists, or an i
 
 def _read_ids(prompt: Any) -> list[int]:
     if hasattr(prompt, "shape"):
-        return _read_array(prompt, None).token_ids[0]
+        if len(prompt.shape) == 2 and len(prompt) != 1:
+            raise RequestError(
+                f"a prompt in the list is an array of shape {tuple(prompt.shape)}; expected (time,) or (1, time)"
+            )
+        return _read_array(prompt, None).only
     if not isinstance(prompt, (list, tuple)) or not all(_is_id(value) for value in prompt):
         raise RequestError(f"a prompt in the list is {_describe(prompt)}; {_EXPECTED}")
     if not prompt:
@@ -96,13 +117,13 @@ def _read_ids(prompt: Any) -> list[int]:
     return [int(value) for value in prompt]
 
 
-def _read_array(prompts: Any, attention_mask: Any) -> Prompts:
+def _read_array(prompts: Any, attention_mask: Any, pad_id: int | None = None) -> Prompts:
     array = _to_numpy(prompts, "the prompts")
     if array.ndim not in (1, 2) or not array.size:
         raise RequestError(f"the prompts have shape {array.shape}; expected (time,) or (batch, time), neither empty")
     if not np.issubdtype(array.dtype, np.integer):
         raise RequestError(f"the prompts are of dtype {array.dtype}; token ids must be integers")
-    real = np.ones(array.shape, dtype=bool)
+    real = np.ones(array.shape, dtype=bool) if pad_id is None else array != pad_id
     if attention_mask is not None:
         mask = _to_numpy(attention_mask, "attention_mask")
         if mask.shape != array.shape:
@@ -114,8 +135,11 @@ def _read_array(prompts: Any, attention_mask: Any) -> Prompts:
     token_ids = [row[keep].tolist() for row, keep in zip(rows, np.atleast_2d(real), strict=True)]
     for index, row in enumerate(token_ids):
         if not row:
-            raise RequestError(f"row {index} of the prompts is empty: its attention_mask has no 1")
-    return Prompts(token_ids, _array_form(prompts, flat=array.ndim == 1), single=False)
+            reason = (
+                f"it holds only the pad token {pad_id}" if attention_mask is None else "its attention_mask has no 1"
+            )
+            raise RequestError(f"row {index} of the prompts is empty: {reason}")
+    return Prompts(token_ids, rows.tolist(), _array_form(prompts, flat=array.ndim == 1), single=False)
 
 
 def _read_masked(prompts: Any, attention_mask: Any) -> Prompts:
@@ -126,8 +150,8 @@ def _read_masked(prompts: Any, attention_mask: Any) -> Prompts:
         raise RequestError(f"attention_mask needs token ids; the prompts are {_describe(prompts)}")
     if len(masks) != len(rows):
         raise RequestError(f"attention_mask has {len(masks)} rows; the prompts are {len(rows)}")
-    token_ids = [_read_array(_to_numpy(row, "a prompt"), mask).only for row, mask in zip(rows, masks, strict=True)]
-    return Prompts(token_ids, _ids, single)
+    readings = [_read_array(_to_numpy(row, "a prompt"), mask) for row, mask in zip(rows, masks, strict=True)]
+    return Prompts([one.only for one in readings], [one.rows[0] for one in readings], _ids, single)
 
 
 def _to_numpy(values: Any, name: str) -> npt.NDArray[Any]:
@@ -139,32 +163,35 @@ def _to_numpy(values: Any, name: str) -> npt.NDArray[Any]:
         raise RequestError(f"{name} cannot be read as an array: {error}") from error
 
 
-def _texts(completions: list[Completion], pad_id: int) -> Any:
+def _texts(completions: list[Completion], heads: list[list[int]], pad_id: int) -> Any:
     return [_one_or_all([choice.text for choice in completion.choices]) for completion in completions]
 
 
-def _ids(completions: list[Completion], pad_id: int) -> Any:
-    return [_one_or_all(rows) for rows in map(_whole_rows, completions)]
+def _ids(completions: list[Completion], heads: list[list[int]], pad_id: int) -> Any:
+    return [_one_or_all(rows) for rows in map(_whole_rows, completions, heads)]
 
 
-def _array_form(like: Any, flat: bool) -> Callable[[list[Completion], int], Any]:
-    """A function that returns prompt and result, padded on the right, as the same kind of array; one row stays flat."""
+def _array_form(like: Any, flat: bool) -> Callable[[list[Completion], list[list[int]], int], Any]:
+    """A function that returns prompt and result, padded on the right, as the same kind of array; one row stays flat.
 
-    def form(completions: list[Completion], pad_id: int) -> Any:
+    Arrays of less than 32 bits, which may not hold the ids that are generated, give int64.
+    """
+
+    def form(completions: list[Completion], heads: list[list[int]], pad_id: int) -> Any:
         """Rows for all completions together."""
-        rows = [row for completion in completions for row in _whole_rows(completion)]
+        rows = [row for one in zip(completions, heads, strict=True) for row in _whole_rows(*one)]
         padded = pad(rows, pad_id)
         if flat and len(rows) == 1:
             padded = padded[0]
         if hasattr(like, "new_tensor"):
-            return like.new_tensor(padded.tolist())
-        return padded.astype(like.dtype)
+            return (like if like.element_size() >= 4 else like.long()).new_tensor(padded.tolist())
+        return padded.astype(like.dtype if like.dtype.itemsize >= 4 else np.int64)
 
     return form
 
 
-def _whole_rows(completion: Completion) -> list[list[int]]:
-    return [completion.prompt_ids + choice.token_ids for choice in completion.choices]
+def _whole_rows(completion: Completion, head: list[int]) -> list[list[int]]:
+    return [head + choice.token_ids for choice in completion.choices]
 
 
 def _one_or_all(results: list[Any]) -> Any:
