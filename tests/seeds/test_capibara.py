@@ -174,6 +174,10 @@ def test_functions_on_logits(make: Any) -> None:
     )
     assert logits.tolist() == before
     assert type(filtered) is type(logits) and filtered.dtype == logits.dtype
+    whole = top_k_top_p_filtering(make([1, 2, 3]).astype(int) if make is not torch.tensor else make([1, 2, 3]), top_k=1)
+    assert whole.tolist() == [low, low, 3.0]  # integers have no infinity
+    with pytest.raises(ConfigError, match="logits is a list; expected an array or tensor"):
+        apply_temperature([1.0, 2.0], 0.5)
     with pytest.raises(ConfigError, match="token_ids has 9"):
         enforce_repetition_penalty(logits, [[9], [0]], 2.0)
     assert top_k_top_p_filtering(logits[0], top_p=0).tolist() == [2.0, low, low, low, low]  # the best one alone

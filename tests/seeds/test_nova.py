@@ -48,6 +48,11 @@ def test_engine_with_three_strategies(engine: InferenceEngine) -> None:
         assert outputs[0, 4:7].tolist() == wanted[0][4:7]
 
 
+def test_a_device_in_the_tokenizers_place_is_named(counter: torch.nn.Module) -> None:
+    with pytest.raises(ConfigError, match="tokenizer is a str; .*; a device is given by name, device='cpu'"):
+        InferenceEngine(counter, "cpu")
+
+
 def test_all_defaults_of_the_document_given_by_name(engine: InferenceEngine) -> None:
     defaults = dict(
         strategy="greedy", max_length=512, min_length=1, temperature=1.0, do_sample=False, num_beams=1,

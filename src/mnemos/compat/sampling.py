@@ -25,6 +25,8 @@ def apply_temperature(logits: Any, temperature: float) -> Any:
     """logits / temperature: sharper below 1, flatter above 1. ConfigError if it is negative."""
     if not temperature >= 0:
         raise ConfigError(f"temperature is {temperature!r}; it must be a number of at least 0")
+    if not hasattr(logits, "shape"):
+        raise ConfigError(f"logits is a {type(logits).__name__}; expected an array or tensor")
     return logits / max(temperature, COLDEST)
 
 
@@ -108,10 +110,11 @@ def _on_rows(values: Any, name: str, change: Callable[[Floats], None]) -> Any:
     change(rows)
     rows = rows.reshape(tuple(values.shape))
     if not tensor:
-        return rows.astype(values.dtype)
+        return rows.astype(values.dtype if np.issubdtype(values.dtype, np.floating) else np.float32)
     import torch
 
-    return torch.from_numpy(rows).to(device=values.device, dtype=values.dtype)
+    dtype = values.dtype if values.dtype.is_floating_point else torch.float32
+    return torch.from_numpy(rows).to(device=values.device, dtype=dtype)
 
 
 def _ids(token_ids: Any, rows: int) -> Sequence[list[int]]:

@@ -22,9 +22,10 @@ def adapt_tokenizer(tokenizer: Any) -> Any:
     if tokenizer is None or all(hasattr(tokenizer, name) for name in ("encode", "decoder", "vocabulary_size")):
         return tokenizer
     if not callable(getattr(tokenizer, "decode", None)) or not (hasattr(tokenizer, "encode") or callable(tokenizer)):
+        place = f"; a device is given by name, device={tokenizer!r}" if isinstance(tokenizer, str) else ""
         raise ConfigError(
             f"tokenizer is a {type(tokenizer).__name__}; expected a mnemos.Tokenizer, or an object with encode(text) "
-            "and decode(ids) as those of transformers have"
+            f"and decode(ids) as those of transformers have{place}"
         )
     return ForeignTokenizer(tokenizer)
 
