@@ -82,6 +82,7 @@ def test_the_streamer_as_its_document_writes_it(spark: OptimizedInferenceEngine)
     ids = [token.token_id for token in tokens if token.token_id is not None]
     assert "".join(map(streamer.decode_token, ids)) == wanted
     assert len(list(spark.generate_tokens("1 4 7", max_length=6))) == 2
+    assert "".join(streamer.stream_response("1 4 7", beam_size=2)) == wanted
 
 
 def test_the_config_holds_for_every_method(checkpoint: Path, numbers: Any) -> None:

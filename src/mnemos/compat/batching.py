@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnemos.compat.optimized import OptimizedInferenceEngine
+from mnemos.compat.optimized import OptimizedInferenceEngine, generation_fields
 from mnemos.decoding.config import GenerationConfig, choose_config
 from mnemos.engine.completion import StreamedToken
 from mnemos.engine.prompts import listed, read_prompts
@@ -65,6 +65,12 @@ class ResponseStreamer:
     def stream_response(self, text: str, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[str]:
         """The pieces add up to the response; each consists of whole characters. For an `OptimizedInferenceEngine`, that
         is the response of its `generate_response`."""
+        overrides = generation_fields(overrides)
+        several = choose_config(config, self.engine.generation_config, **overrides).num_return_sequences
+        if several > 1:
+            raise RequestError(
+                f"num_return_sequences is {several}; one response is streamed, see engine.stream for more"
+            )
         if isinstance(self.engine, OptimizedInferenceEngine) and config is None:
             tokens = self.engine.generate_tokens(text, **overrides)
         else:

@@ -44,7 +44,7 @@ class OptimizedInferenceEngine(InferenceEngine):
         cache_size = settings.pop("cache_size", cache_size)
         if "batch_size" in settings:
             options.setdefault("max_sequences", settings.pop("batch_size"))
-        fields = _generation_fields(settings)
+        fields = generation_fields(settings)
         self._has_length = bool(LENGTHS & fields.keys())
         options.setdefault("generation_config", GenerationConfig(**fields))
         loading, running = split(options)
@@ -79,7 +79,7 @@ class OptimizedInferenceEngine(InferenceEngine):
         return self.stream(text, **self._response_fields(max_length, overrides))
 
     def _response_fields(self, max_length: int | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        fields = _generation_fields(overrides)
+        fields = generation_fields(overrides)
         if max_length is not None:
             fields["max_length"] = max_length
         elif not self._has_length and not LENGTHS & fields.keys():
@@ -87,7 +87,8 @@ class OptimizedInferenceEngine(InferenceEngine):
         return fields
 
 
-def _generation_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+def generation_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings in `GenerationConfig`'s names: beam_size is num_beams, drawn where a temperature is given."""
     fields = dict(settings)
     if "beam_size" in fields:
         fields["num_beams"] = fields.pop("beam_size")
