@@ -57,7 +57,7 @@ void translate(const std::exception_ptr &pointer, void *) {
   }
 }
 
-// The kernels of the level in use; a level that has none of its own uses those of the next lower one.
+// The kernels of the level in use; a level without its own uses those of the next lower one.
 const ProductKernels &linear_kernels(Isa isa) {
   for (int level = static_cast<int>(isa); level >= 0; level--) {
     if (const ProductKernels *kernels = find_kernels(isa_name(static_cast<Isa>(level)))) return *kernels;
@@ -113,7 +113,7 @@ std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int6
   const WeightType weight = static_cast<WeightType>(type);
   if (rows < 1 || columns < 1 || columns % block_columns(weight) != 0) {
     throw config_error("a weight of " + std::to_string(rows) + " x " + std::to_string(columns) +
-                       " values is no whole number of blocks of " + std::to_string(block_columns(weight)));
+                       " values is not a whole number of blocks of " + std::to_string(block_columns(weight)));
   }
   int64_t bytes = 0;
   if (__builtin_mul_overflow(row_bytes(weight, columns), rows, &bytes) || bytes != static_cast<int64_t>(data.size())) {
@@ -132,14 +132,14 @@ std::shared_ptr<Matrix> allocate_matrix(Bytes data, int type, int64_t rows, int6
                                   linear_kernels(current_isa(class_of(weight, as_float32))));
 }
 
-// (matrix, data, order: as of `allocate_matrix`; whether the pages of the file with the data are given back) each.
+// (matrix, data, order: as for `allocate_matrix`; whether to release the pages of the file with the data) each.
 using Unpacked = std::vector<std::tuple<std::shared_ptr<Matrix>, Bytes, std::optional<Order>, bool>>;
 
-// One call for all, so that the interpreter is free meanwhile, and one region of the pool: its threads may well share
+// One call for all, so that the interpreter is free in the meantime, and one region of the pool: its threads may share
 // their cores with the interpreter, and would wait for each other at each matrix's end.
 void pack_matrices(const Unpacked &matrices, Pool &pool) {
   nb::gil_scoped_release release_gil;
-  constexpr int64_t most = 8;  // panels of a piece of work
+  constexpr int64_t most = 8;  // panels per piece of work
   std::vector<Matrix *> unplaced;
   std::vector<std::pair<size_t, int64_t>> pieces;  // matrix, its first panel
   std::vector<std::atomic<int64_t>> left(matrices.size());

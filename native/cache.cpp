@@ -28,7 +28,7 @@ CellLayout make_cell(CacheType type, int64_t slots, int64_t head_dim) {
   cell.head_dim = checked("head_dim", head_dim);
   cell.key_stride = round_up(slots, 16);
   cell.value_stride = round_up(head_dim, 16);
-  const int64_t rows = type == CacheType::bfloat16 ? 2 : 1;  // that lie in one
+  const int64_t rows = type == CacheType::bfloat16 ? 2 : 1;  // stored in one
   cell.value_offset = round_up(cell.key_stride * round_up(head_dim, rows) * element, 64);
   cell.key_scale_offset = cell.value_offset + round_up(round_up(slots, rows) * cell.value_stride * element, 64);
   cell.value_scale_offset = cell.key_scale_offset + scales;
@@ -38,10 +38,10 @@ CellLayout make_cell(CacheType type, int64_t slots, int64_t head_dim) {
 
 int64_t mapping_bytes(int64_t page_bytes, int64_t pages) {
   int64_t bytes = 0;
-  // Vectors of a cell's last elements are loaded whole and may reach a little behind them.
+  // Vectors of a cell's last elements are loaded whole and may reach a little beyond them.
   if (__builtin_mul_overflow(page_bytes, pages, &bytes) || __builtin_add_overflow(bytes, int64_t{64}, &bytes)) {
     throw capacity_error("a cache of " + std::to_string(pages) + " pages of " + std::to_string(page_bytes) +
-                         " bytes is beyond this machine");
+                         " bytes is too large for this machine");
   }
   return bytes;
 }

@@ -1,4 +1,4 @@
-// Keys and values of past positions, in pages whose memory is only taken when they are first written.
+// Keys and values of past positions, in pages whose memory is only allocated when they are first written.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ CacheType cache_type(const std::string &name);
 
 class Cache {
  public:
-  // Throws Error (config) for sizes outside their meaning, Error (capacity) if the address space is not to be had.
+  // Throws Error (config) for sizes that are not allowed, Error (capacity) if the address space is not available.
   Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size, CacheType type, int64_t pages);
   ~Cache();
   Cache(const Cache &) = delete;
@@ -21,7 +21,7 @@ class Cache {
   const int64_t layers, kv_heads, pages;
   const CellLayout &cell() const { return cell_; }
   int64_t page_bytes() const { return page_bytes_; }
-  // The cell of page 0; that of page p lies p * page_bytes() further.
+  // The cell of page 0; that of page p is p * page_bytes() further on.
   uint8_t *cells(int64_t layer, int64_t head) const { return data_ + (layer * kv_heads + head) * cell_.bytes; }
   uint8_t *page(int64_t index) const;  // throws Error (request) if there is no such page
 

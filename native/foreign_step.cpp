@@ -9,13 +9,13 @@
 namespace mnemos {
 namespace {
 
-// What a thread reads ahead is to stay in its caches: the second level's, and its share of the third.
+// The data that a thread reads ahead should stay in its caches: the second level, and its share of the third.
 constexpr int64_t ahead_bytes = 4 << 20;
 // More weights than this do not stay in the caches until the next pass; keeping them there only costs the caller's code
 // and data their place.
 constexpr int64_t passing_bytes = 32 << 20;
-constexpr int64_t piece_bytes = 1024;  // between two looks whether the thread is needed
-// Less than this is not worth waking another thread for.
+constexpr int64_t piece_bytes = 1024;  // between two checks whether the thread is needed
+// Less than this is not worth waking another thread.
 constexpr int64_t least_shared_bytes = 128 << 10;
 
 int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -114,7 +114,7 @@ void ForeignStep::attend(const PlainAttention &a) {
   fetch_ahead();
 }
 
-// Every thread has a run of neighbouring items; who is done early helps the others.
+// Every thread has a run of neighbouring items; one that is done early helps the others.
 void ForeignStep::share(int64_t items, const std::function<void(int64_t item, int thread)> &body) {
   struct alignas(64) Counter {
     std::atomic<int64_t> taken{0};
@@ -142,7 +142,7 @@ void ForeignStep::fetch_ahead() {
   });
 }
 
-// Reads what the thread will multiply by, until `left` is used up. False if the thread is needed for something else.
+// Reads weights that the thread will need, until `left` is used up. False if the thread is needed for something else.
 bool ForeignStep::fetch(Link &link, int thread, int64_t *left) const {
   const int64_t bytes = static_cast<int64_t>(link.matrix->bytes()), threads = pool_->threads();
   const int64_t begin = bytes * thread / threads / 64 * 64, own = bytes * (thread + 1) / threads / 64 * 64 - begin;
@@ -152,7 +152,7 @@ bool ForeignStep::fetch(Link &link, int thread, int64_t *left) const {
     if (pool_->wanted()) return false;
     const int64_t end = std::min(fetched + piece_bytes, own);
     *left -= end - fetched;
-    // Loads: the processor may leave out what it is only asked to prefetch.
+    // Loads: the processor may ignore mere prefetches.
     for (; fetched < end; fetched += 64) static_cast<void>(*static_cast<const volatile uint8_t *>(part + fetched));
   }
   return true;

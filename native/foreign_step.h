@@ -1,8 +1,8 @@
-// Operators of a forward pass that someone else runs, one call each: products with few rows, attention of single
+// Operators of a forward pass that is run elsewhere, one call each: products with few rows, attention of single
 // queries.
 //
-// Between two calls the caller works on one core, and the others have nothing to do but to read what the next products
-// will need into their caches: passes go the same way again and again, so the order of the last one tells what comes.
+// Between two calls the caller works on one core, and the others have nothing to do but read what the next products
+// will need into their caches: all passes go the same way, so the order of the last one predicts the next.
 #pragma once
 
 #include <functional>
@@ -17,7 +17,7 @@
 namespace mnemos {
 
 // Attention of one query each, (batch, heads, head_dim), over `count` keys and values, (batch, kv_heads, count,
-// head_dim), of which those of a head lie side by side. Neighbouring heads share keys: `heads` is a multiple of
+// head_dim), those of a head being adjacent. Neighbouring heads share keys: `heads` is a multiple of
 // `kv_heads`.
 struct PlainAttention {
   struct Heads {
@@ -41,19 +41,19 @@ class ForeignStep {
   // A product y = x W^T + bias; returns its number. Throws Error (config) if the matrix is not multiplied in float32,
   // or the bias does not fit.
   int add(MatrixPointer matrix, VectorPointer bias);
-  // Puts another one in its place.
+  // Replaces a product.
   void replace(int number, MatrixPointer matrix, VectorPointer bias);
   // x (rows, columns) and y (rows, the matrix's rows), contiguous. Throws Error (config) if there is no such product.
   void multiply(int number, const float *x, int64_t rows, float *y);
-  // Throws Error (config) if the sizes do not fit each other.
+  // Throws Error (config) if the sizes do not fit together.
   void attend(const PlainAttention &attention);
 
  private:
   struct Link {
     MatrixPointer matrix;
     VectorPointer bias;
-    int next = -1;  // what was multiplied by after it the last time
-    std::vector<int64_t> fetched;  // by thread: bytes of its part that it has read ahead since the last product
+    int next = -1;  // the product that followed it the last time
+    std::vector<int64_t> fetched;  // per thread: bytes of its part that it has read ahead since the last product
   };
 
   Link &link(int number);
@@ -68,7 +68,7 @@ class ForeignStep {
   int64_t bytes_ = 0;  // of all weights
   int last_ = -1;
   std::vector<float> padded_;
-  std::vector<std::vector<float>> scores_;  // by thread
+  std::vector<std::vector<float>> scores_;  // per thread
   std::mutex mutex_;
 };
 

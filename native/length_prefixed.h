@@ -12,7 +12,7 @@
 
 namespace mnemos {
 
-// Finds strings in one text. Most are refused by their first or last two bytes.
+// Finds strings in one text. Most are rejected by their first or last two bytes.
 class Occurrences {
  public:
   explicit Occurrences(std::string_view text) : text_(text) {
@@ -32,8 +32,8 @@ class Occurrences {
 };
 
 // The indices of those of `count` strings that occur in `text`. With `halves` a string is two with a space between, and
-// they occur if they do without it; one that has no space behind its first byte is taken to occur, for the caller to
-// see. Throws Error (format) if the strings reach beyond the buffer.
+// they occur if they do without it; one without a space after its first byte is taken to occur, for the caller to
+// decide. Throws Error (format) if the strings reach beyond the buffer.
 inline std::vector<int32_t> find_strings(std::string_view buffer, uint64_t count, std::string_view text, bool halves) {
   const Occurrences occurrences(text);
   std::vector<int32_t> found;

@@ -12,8 +12,8 @@ namespace mnemos {
 namespace {
 
 constexpr int64_t block = 64;
-constexpr int64_t few = 256;  // candidates that are sorted before anything else is tried
-constexpr int64_t small = 1024;  // a vocabulary that is simply sorted
+constexpr int64_t few = 256;  // candidates to sort before trying anything else
+constexpr int64_t small = 1024;  // a vocabulary this small is simply sorted
 constexpr int64_t bin_count = 2048;
 
 // A number that grows as x does; the same for 0 and -0.
@@ -111,7 +111,7 @@ std::optional<int32_t> Sampler::sample_among(const float *logits, int64_t n, con
   double sum = 0;
   for (int32_t id : candidates_) {
     const double added = weight(id);
-    if (added == 0) break;  // a forbidden token must not be drawn, even where rounding puts the target beyond the sum
+    if (added == 0) break;  // a forbidden token must not be drawn, even if rounding puts the target beyond the sum
     cumulative_.push_back(sum += added);
   }
   candidates_.resize(cumulative_.size());
@@ -154,7 +154,7 @@ int32_t Sampler::sample_by_bins(const float *logits, int64_t n, const Cutoffs &c
   if (cutoffs.top_p >= 1) return find(logits, n, random * left, false).token;
   const Place last = find(logits, n, cutoffs.top_p * total, true);
   const int32_t token = find(logits, n, random * last.sum, false).token;
-  return comes_before(logits, last.token, token) ? last.token : token;  // where rounding puts the target beyond the cut
+  return comes_before(logits, last.token, token) ? last.token : token;  // if rounding puts the target beyond the cut
 }
 
 Sampler::Place Sampler::find(const float *logits, int64_t n, double goal, bool or_equal) {
@@ -168,7 +168,7 @@ Sampler::Place Sampler::find(const float *logits, int64_t n, double goal, bool o
       for (int32_t id : candidates_) take(id);
     }
   };
-  for (int shift : {21, 10, 0}) {  // first by sign, exponent and two bits, then by what is left
+  for (int shift : {21, 10, 0}) {  // first by sign, exponent and two bits, then by the remaining bits
     const auto bin_of = [&](int32_t id) { return (ordered_bits(logits[id]) >> shift) % bin_count; };
     bins_.assign(bin_count, 0.0);
     each([&](int32_t id) { bins_[bin_of(id)] += static_cast<double>(weights_[static_cast<size_t>(id)]); });
@@ -183,7 +183,7 @@ Sampler::Place Sampler::find(const float *logits, int64_t n, double goal, bool o
       if (reached(sum)) break;
     }
     sum = before;
-    // Written wherever the last one was not taken: no branch that is hard to foresee.
+    // Overwrites the last one if it was not taken: avoids a branch that is hard to predict.
     int64_t found = 0;
     if (all) candidates_.resize(static_cast<size_t>(n));
     each([&](int32_t id) {
@@ -194,7 +194,7 @@ Sampler::Place Sampler::find(const float *logits, int64_t n, double goal, bool o
     all = false;
     if (static_cast<int64_t>(candidates_.size()) <= small) break;
   }
-  // Beyond `small` all are equal, and in the order of their ids.
+  // Beyond `small` all are equal, and in order of id.
   if (static_cast<int64_t>(candidates_.size()) <= small) {
     std::sort(candidates_.begin(), candidates_.end(),
               [logits](int32_t a, int32_t b) { return comes_before(logits, a, b); });

@@ -1,20 +1,20 @@
 // Products with bfloat16 weights on AMX tiles.
 //
-// A tile product (TDPBF16PS) takes 32 columns. Its second operand is 16 pairs of columns of a panel as they lie there,
-// its first one rows of activations as they lie. For each output it sums the products of even and of odd columns apart,
+// A tile product (TDPBF16PS) takes 32 columns. Its second operand is 16 pairs of columns of a panel as stored,
+// its first one rows of activations as stored. For each output it sums the products of even and odd columns separately,
 // from zero, and adds the sum of both to the total (Intel's Software Developer's Manual). The bfloat16 dot product of
 // AVX-512 adds each product to the total in turn, so a single row goes through tiles as well: its bits are those it has
 // among many.
 //
 // Cycles on Sapphire Rapids, from the figures of Intel's optimization manual (a product can begin every 16 and ends
 // after 52, a tile is loaded in 8 and stored in 16, ldtilecfg takes 204); not measured:
-//   32 rows by two panels   4 products 64, 4 tiles loaded 32 beside them: 512 multiply-adds a cycle, 16 times what
-//   AVX-512
-//                           reaches in float32. A chunk of columns is 8 of these; its sums are loaded and stored in 96
-//                           beside its 512.
-//   up to 16 rows           2 products that wait for those before them 52, 3 tiles loaded and 32 lines fetched 40: 2 KB
-//   of
-//                           weights in 52, about 40 bytes a cycle, where a core reads 5 to 8 from memory.
+//   32 rows by two panels   4 products 64, 4 tiles loaded 32 in parallel:
+//                           512 multiply-adds a cycle, 16 times what AVX-512
+//                           reaches in float32. A chunk of columns is 8 of these;
+//                           its sums are loaded and stored in 96 alongside its 512.
+//   up to 16 rows           2 products that wait for those before them 52, 3 tiles
+//                           loaded and 32 lines fetched 40: 2 KB of weights in 52,
+//                           about 40 bytes a cycle; a core reads 5 to 8 from memory.
 #pragma once
 
 #include <cstring>
@@ -36,10 +36,10 @@ constexpr int bfloat_weights = 4, bfloat_inputs = 6;
 
 class BfloatShapes {
  public:
-  // All tiles of activations have so many rows.
+  // All tiles of activations have this many rows.
   explicit BfloatShapes(int64_t rows) : rows_(uint8_t(rows)) {}
 
-  // The panels at work have so many outputs.
+  // The current panels have this many outputs.
   void set_outputs(int64_t first, int64_t second) {
     if (first == outputs_[0] && second == outputs_[1]) return;
     outputs_[0] = first, outputs_[1] = second;
@@ -58,11 +58,11 @@ class BfloatShapes {
   ConfiguredTiles tiles_;
 };
 
-// P panels at work, by all rows of the call.
+// P current panels, by all rows of the call.
 template <int P>
 struct BfloatPanels {
   const uint8_t *weights[P];
-  alignas(64) uint8_t last[P][bfloat_bytes];  // what is left of the columns, then zeros
+  alignas(64) uint8_t last[P][bfloat_bytes];  // the remaining columns, then zeros
   int64_t panel, outputs;  // of the last panel
   int64_t row_begin, row_end, tile_rows;
 };
@@ -79,7 +79,7 @@ inline __attribute__((always_inline)) void add_bfloats(const uint8_t *const *wei
 }
 
 // T tiles of rows, the first of which is number `tile`, by tile products begin to end. The call's last tile of rows
-// overlaps the one before rather than have fewer rows, which would need other shapes; rows that it has twice are not
+// overlaps the one before rather than having fewer rows, which would need other shapes; its duplicate rows are not
 // stored.
 template <int T, int P>
 void multiply_bfloat_tiles(const BfloatPanels<P> &panels, const Matrix &matrix, const Input &input, int64_t tile,
@@ -152,7 +152,7 @@ void multiply_bfloat_panels(const Matrix &matrix, const Input &input, int64_t ro
   }
 }
 
-// As multiply() in linear.h, for a bfloat16 matrix.
+// Like multiply() in linear.h, for a bfloat16 matrix.
 inline void multiply_bfloats(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end,
                              int64_t panel_begin, int64_t panel_end, const Results &results) {
   if (row_begin == row_end) return;  // there are no tiles without rows

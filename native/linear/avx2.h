@@ -87,7 +87,7 @@ struct Avx2 {
     };
     return {add(sum.low, codes[0].low, codes[1].low), add(sum.high, codes[0].high, codes[1].high)};
   }
-  // Left alone, GCC adds up in another order, for which it has to keep so many terms that it spills them.
+  // Left alone, GCC adds up in another order, which needs so many live terms that it spills them.
   static __m256i in_order(__m256i sum) {
     __asm__("" : "+x"(sum));
     return sum;
@@ -148,7 +148,7 @@ struct Avx2 {
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
   }
-  // Magnitudes lie in the order of their bits, what is not a number above all.
+  // Magnitudes are ordered like their bits, with NaN above all numbers.
   static float largest_magnitude(const float *x) {
     __m256i most = _mm256_setzero_si256();
     for (int i = 0; i < 4; i++) {

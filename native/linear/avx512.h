@@ -95,7 +95,7 @@ struct Avx512 {
   static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
-  // The scales of up to 16 blocks, and their quants. Whoever has several such groups finds the next one's scales first:
+  // The scales of up to 16 blocks, and their quants. With several such groups, the next one's scales come first:
   // these are a long chain of steps, which the quants of the group before hide.
   struct Scales {
     alignas(64) float inverses[16], powers[2][16];  // powers[0]: of blocks 0, 1, 4, 5 and so on
@@ -141,8 +141,8 @@ struct Avx512 {
     return inverse;
   }
 
-  // The largest magnitude of each of four blocks. Magnitudes lie in the order of their bits, what is not a number above
-  // all.
+  // The largest magnitude of each of four blocks. Magnitudes are ordered like their bits, with NaN above
+  // all numbers.
   static __m128 largest_of_four(const float *const *x) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512 most[4];
@@ -205,7 +205,7 @@ struct Avx512 {
     _mm_storeu_ps(reinterpret_cast<float *>(block->parts[0] + Parts * 32), rest);
   }
 
-  // Stores the values of two blocks, a byte each; returns the sum of each half.
+  // Stores the values of two blocks, one byte each; returns the sum of each half.
   static __m128i store_part(const __m512i *values, int8_t *first, int8_t *second) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i words[2] = {_mm512_packs_epi32(values[0], values[1]), _mm512_packs_epi32(values[2], values[3])};

@@ -6,8 +6,8 @@
 namespace mnemos {
 namespace {
 
-// Whether additions of integers and of floats have execution units of their own, so that three of them cost less than
-// the product they stand for: AMD's Zen 4 and 5 (Software Optimization Guides). Intel's run on the units of the dot
+// Whether additions of integers and of floats have separate execution units, so that three of them cost less than
+// the product they replace: AMD's Zen 4 and 5 (Software Optimization Guides). Intel's run on the units of the dot
 // products.
 inline bool adds_beside_products() {
   static const bool amd = __builtin_cpu_is("amd");

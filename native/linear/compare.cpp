@@ -17,7 +17,7 @@ struct AlignedDelete {
   void operator()(void *p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
-// What weights and activations are. Sums of small whole numbers are exact, in whatever order.
+// The kinds of weights and activations. Sums of small whole numbers are exact, in whatever order.
 enum class Numbers { any, whole };
 
 // Any bytes are codes and subscales; the float16 scales at the end of a record are small numbers of both signs. Weights
@@ -42,7 +42,7 @@ void fill(Matrix &matrix, Numbers numbers, Random random) {
   }
 }
 
-// Rows are multiplied by so many at once.
+// This many rows are multiplied at once.
 std::vector<float> product(const ProductKernels &kernels, const ProductShape &shape, Numbers numbers,
                            int64_t together) {
   Random random{uint32_t(shape.type) * 977 + uint32_t(shape.tokens)};

@@ -13,7 +13,7 @@ struct ProductShape {
 };
 
 // On random weights and activations, the largest and smallest codes among them. Those of bfloat16 products, whose sums
-// may have an order of their own, are small whole numbers: every order gives the same bits.
+// may differ in order, are small whole numbers: every order gives the same bits.
 bool same_products(const ProductKernels &one, const ProductKernels &other, const ProductShape &shape);
 
 // Whether each row has the same bits alone and among all others.

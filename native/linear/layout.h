@@ -1,4 +1,4 @@
-// How a storage type lies in a panel of 16 output rows.
+// The layout of a storage type in a panel of 16 output rows.
 //
 // Quantized types: a panel is a sequence of records, one for each block of the file's form (`group` blocks of 32
 // columns). A record holds the codes of its blocks, then the scales:
@@ -15,8 +15,8 @@
 //     half_min          float16 scale [16], float16 minimum [16]
 //     sub32             int8 [8][16] for each block, then float16 scale [16] of the record
 //     sub32_min         int8 [8][16], uint8 minima [8][16], float16 scale [16], float16 scale of the minima [16]
-//     sub16             as sub32 with a scale for each 16 columns: [16][16]
-//     sub16_min         as sub32_min, [16][16]
+//     sub16             like sub32, with a scale for every 16 columns: [16][16]
+//     sub16_min         like sub32_min, [16][16]
 //
 // A code stands for scale * (code - offset) + minimum (sub*_min: minus), after a lookup in `table` if there is one.
 // A broadcast of four activations thus meets 16 rows at once, and no kernel sums across lanes.

@@ -1,7 +1,7 @@
 // Matrix products y = x W^T over weights that are repacked once, for every storage type and instruction set.
 //
 // The caller owns parallelism: panels of 16 output rows are independent of each other, and so are input rows.
-// Every function is reentrant. Nothing but `place` allocates, and nothing throws but it (std::bad_alloc).
+// Every function is reentrant. Only `place` allocates or throws (std::bad_alloc).
 //
 // Batch invariance: y[t, r] has the same bits whatever else is computed by the same call, another call or another
 // thread. All kernels of one instruction set take the same floating-point steps in the same order for one output.
@@ -34,7 +34,7 @@ enum class WeightType : int32_t {
 };
 
 bool is_weight_type(int32_t type);
-// Columns of one block of the file's form: a matrix has a whole number of blocks a row. 1, 32 or 256.
+// Columns of one block of the file's form: a matrix has a whole number of blocks per row. 1, 32 or 256.
 int64_t block_columns(WeightType type);
 // Bytes of one row in the file's form.
 int64_t row_bytes(WeightType type, int64_t columns);
@@ -42,18 +42,18 @@ int64_t row_bytes(WeightType type, int64_t columns);
 // The kernels of one instruction set: "scalar", "avx2", "avxvnni", "avx512", "avx512_bf16", "amx"; "neon", "neon_i8mm".
 struct ProductKernels;
 const char *name_of(const ProductKernels &kernels);
-// Those that this machine can run, slowest first; "scalar" is always there.
+// Those that this machine can run, slowest first; "scalar" is always included.
 std::vector<const ProductKernels *> runnable_kernels();
 // Null if the name is unknown or the machine cannot run it.
 const ProductKernels *find_kernels(const char *name);
 
-// What a product wants its input to be: float32; bfloat16; int8 in blocks of 32 columns, each with a float32 scale; or
+// The input form of a product: float32; bfloat16; int8 in blocks of 32 columns, each with a float32 scale; or
 // the same with 15 bits, 128 times as fine, as two int8 parts. Quantized matrices can be multiplied by both of these.
 enum class Form : int32_t { f32, bf16, int8, int15 };
 
 constexpr int64_t panel_rows = 16;
 
-struct Layout;  // how a storage type lies in a panel
+struct Layout;  // the layout of a storage type in a panel
 
 class Matrix {
  public:
@@ -68,7 +68,7 @@ class Matrix {
   const int64_t rows, columns;
   const ProductKernels &kernels;
   const Layout &layout;
-  const Form form;  // what its products want, at least
+  const Form form;  // the coarsest form that its products take
   // With `precise`, the finest form that its products can take.
   Form input_form(bool precise) const { return precise && form == Form::int8 ? Form::int15 : form; }
 
@@ -88,20 +88,20 @@ class Matrix {
   std::shared_ptr<uint8_t> storage_;
 };
 
-// Gives matrices their bytes, one behind the other in one piece of memory that lives as long as any of them: together
+// Gives matrices their bytes, one after the other in one piece of memory that lives as long as any of them: together
 // they fill large pages, which small matrices alone would not. Throws std::bad_alloc.
 void place(const std::vector<Matrix *> &matrices);
 
-// Repacks rows from the file's form. `raw` is the first byte of the file's row 0, `order` the file's row for each of
-// the matrix, null where it is the same. May run in parallel over disjoint ranges.
+// Repacks rows from the file's form. `raw` is the first byte of row 0, `order` gives the file's row for each of
+// the matrix's, null if they are the same. May run in parallel over disjoint ranges.
 void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_t panel_end,
                  const int64_t *order = nullptr);
 
 // The exact values that the format defines: `columns` floats.
 void dequantize_row(const Matrix &matrix, int64_t row, float *out);
 
-// The Euclidean lengths of these panels' rows, 16 a panel, rounded up. Only of matrices that have them: quantized ones
-// without minima, whose products with the same activations in different forms differ by nothing but what the
+// The Euclidean lengths of these panels' rows, 16 per panel, rounded up. Only for matrices with them: quantized ones
+// without minima, whose products with the same activations in different forms differ only by what the
 // activations do, and by roundings of sums.
 bool has_weight_lengths(const Matrix &matrix);
 void weight_lengths(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, float *lengths);
@@ -127,18 +127,18 @@ struct QuantBlock {
   int32_t second_count() const { return count() - first_count; }
 };
 
-// Memory that will be wanted after a product of many rows, which waits for arithmetic and leaves memory idle: the
-// kernels ask for some of it with each block that they multiply.
+// Memory that will be needed after a product of many rows, which is bound by arithmetic and leaves memory idle: the
+// kernels prefetch some of it with each block that they multiply.
 class Ahead {
  public:
   virtual ~Ahead() = default;
-  // Nothing more is wanted.
+  // Nothing more is needed.
   void stop() { go_to(nullptr, 0, false); }
-  // Makes sure that there is something to ask for, if there is more; a tile of a product begins with it.
+  // Makes sure that there is something to prefetch, if there is more; each tile of a product begins with this.
   void refill() {
     if (left_ <= 0 && more_) next();
   }
-  // Asks for a few lines. Nothing is called from here: all vector registers are in use.
+  // Prefetches a few lines. It calls no function: all vector registers are in use.
   void advance() {
     if (left_ <= 0) return;
     for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(data_ + at, 0, 2);
@@ -148,7 +148,7 @@ class Ahead {
  protected:
   // Calls `go_to` with the next piece.
   virtual void next() = 0;
-  // `more`: there are other pieces behind this one.
+  // `more`: other pieces follow this one.
   void go_to(const uint8_t *data, int64_t bytes, bool more) { data_ = data, left_ = bytes, more_ = more; }
 
  private:
@@ -158,7 +158,7 @@ class Ahead {
   bool more_ = false;
 };
 
-// Rows of activations in the form that a matrix wants, in a workspace of the caller's.
+// Rows of activations in the form that a matrix needs, in the caller's workspace.
 struct Input {
   Form form;
   int64_t rows, columns;
@@ -168,7 +168,7 @@ struct Input {
   uint16_t *halves;  // bf16: (rows, padded), zeros past `columns`
   uint8_t *blocks;  // int8, int15: (rows, padded / 32) of QuantBlock<1>, QuantBlock<2>
   Ahead *ahead;  // or null; bind_input gives none
-  bool passing;  // f32: few rows read the weights past the caches; set by the caller, false otherwise
+  bool passing;  // f32: for few rows, weights are read bypassing the caches; set by the caller, false otherwise
 };
 
 // Bytes of workspace for `rows` rows; alignment 64.
@@ -180,18 +180,18 @@ void prepare_rows(const Input &input, const float *x, int64_t x_stride, int64_t 
 void prepare_columns(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end,
                      int64_t column_begin, int64_t column_end);
 
-// Asks for the memory that `prepare_columns` is going to fill.
+// Prefetches the memory that `prepare_columns` is going to fill.
 void fetch_columns(const Input &input, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end);
 
 // y[t * y_stride + r] = starts[t * start_stride + r] + sum over c of x[t, c] W[r, c], for rows row_begin <= t < row_end
 // of the input and the output rows r of the panels. `starts` may be null for zeros, a bias of matrix.rows floats with
-// stride 0, or what the product is added to, even y itself. The input has a form that the matrix takes, and its
+// stride 0, or the values to add the product to, even y itself. The input has a form that the matrix takes, and its
 // columns.
 void multiply(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
               int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride);
 
-// Multiplies what lies in registers and in the level-1 cache, as products with inputs of this form do (int15: as int8),
-// `rounds` times a tile of them. Returns how many multiply-adds that were.
+// Multiplies data in registers and in the level-1 cache, as products with inputs of this form do (int15: as int8),
+// `rounds` times a tile. Returns the number of multiply-adds.
 int64_t multiply_registers(const ProductKernels &kernels, Form form, int64_t rounds);
 
 }  // namespace mnemos

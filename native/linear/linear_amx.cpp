@@ -2,10 +2,10 @@
 // scale and add up what it stores, step by step as the AVX-512 kernels do, so that the bits are theirs.
 //
 // The expanded codes of a block (8 vectors of 64 bytes, byte 4r + i of vector v: row r, column 4v + i) are the second
-// operand of the tile product as they are. Activations are the first one where they lie, a row of a tile for each row.
+// operand of the tile product as they are. Activations are the first one, in place, a row of a tile for each row.
 //
-// Few rows of quantized weights, and float32 and float16 ones, go to the AVX-512 kernels; bfloat16 has tile products of
-// its own for any number of rows (amx_float.h).
+// Few rows of quantized weights, and float32 and float16 ones, go to the AVX-512 kernels; bfloat16 has its own tile
+// products for any number of rows (amx_float.h).
 #include "linear/amx_float.h"
 #include "linear/amx_tiles.h"
 #include "linear/avx512bf16.h"
@@ -13,7 +13,7 @@
 namespace mnemos {
 namespace {
 
-// Rows of a tile: the totals of 12 rows by two panels are 24 registers, and those left hold what the scaling needs.
+// Rows of a tile: the totals of 12 rows by two panels are 24 registers, and the others hold what the scaling needs.
 //
 // What a block of 12 rows by two panels takes on Sapphire Rapids in cycles, from the throughputs that Intel's
 // optimization manual gives:
@@ -25,7 +25,7 @@ namespace {
 // 2 * 12 * 8 / 2 = 96 for the AVX-512 dot products alone, and their scaling comes on top. Not measured.
 constexpr int amx_rows = 12;
 
-// Up to as many rows AVX-512 multiplies.
+// AVX-512 multiplies up to this many rows.
 constexpr int few_rows = 8;
 
 // Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations, each in turn.
@@ -34,7 +34,7 @@ constexpr int sum_tiles = 4, first_weights = 4, first_activations = 6;
 // The tiles' shapes follow the number of rows.
 class Shapes {
  public:
-  // A block, or a half of it if the halves have scales of their own, has so many columns.
+  // A block, or half of it if the halves have separate scales, has this many columns.
   explicit Shapes(int columns) : columns_(columns) {}
 
   void set_rows(int rows) {

@@ -6,7 +6,7 @@
 namespace mnemos {
 namespace {
 
-// Up to as many rows the dot product kernels multiply.
+// The dot product kernels multiply up to this many rows.
 constexpr int few_rows = Neon::stream_rows;
 constexpr int tile_rows = 4;
 
@@ -52,7 +52,7 @@ inline __attribute__((always_inline)) void multiply_half(const uint8_t *codes, c
   });
 }
 
-// The sums of the first (0) or the second (1) row of a pair, 16 rows of the panel side by side.
+// The sums of the first (0) or the second (1) row of a pair, 16 adjacent rows of the panel.
 template <int Row>
 inline __attribute__((always_inline)) Neon::Ints row_of(const PairSums &sums) {
   const auto row = [](int32x4_t a, int32x4_t b) {

@@ -40,7 +40,7 @@ void add_high_bits(const uint8_t *bits, uint8_t *codes) {
   }
 }
 
-// Eight pairs of 6-bit scales and minima in 12 bytes, as Q4_K and Q5_K have them.
+// Eight pairs of 6-bit scales and minima in 12 bytes, as in Q4_K and Q5_K.
 void split_six_bits(const uint8_t *packed, RecordRow &row) {
   for (int j = 0; j < 4; j++) {
     row.subscales[j] = int8_t(packed[j] & 63);
@@ -207,7 +207,7 @@ void load_codes(const Layout &layout, const uint8_t *block, int r, uint8_t *code
     for (int i = 0; i < 32; i++) codes[i] = iq4_values[codes[i]];
 }
 
-// Values of row r of a record, 32 * group floats.
+// The values of row r of a record, 32 * group floats.
 void expand_record(const Layout &layout, const uint8_t *record, int r, float *out) {
   const int subscales = layout.subscales(), width = layout.halves() ? 16 : 32;
   const uint8_t *scales = record + layout.group * layout.code_bytes(), *minima = scales + subscales * 16;
@@ -270,11 +270,11 @@ void expand_floats(WeightType type, const uint8_t *raw, int64_t begin, int r, ui
     memcpy(panel + float_offset(WeightType::f32, r, begin + i), values + i, 4);
 }
 
-// Whether the file's blocks hold their codes as a record does, but for the order of words: nibbles of columns i and 16
+// Whether the file's blocks hold their codes like a record, except for the order of words: nibbles of columns i and 16
 // + i side by side, or whole bytes.
 bool packs_by_words(const Layout &layout) { return layout.quantized() && layout.group == 1 && layout.high == 0; }
 
-// All blocks of up to 16 rows; a block's codes lie behind its scale and minimum.
+// All blocks of up to 16 rows; a block's codes follow its scale and minimum.
 template <int Words, int Halves>
 void pack_words(const uint8_t *const *sources, int64_t blocks, int64_t rows, uint8_t *record) {
   constexpr int scales = Halves * 2, block_bytes = scales + Words * 4, record_bytes = Words * 64 + Halves * 32;
@@ -293,7 +293,7 @@ void pack_words(const uint8_t *const *sources, int64_t blocks, int64_t rows, uin
   }
 }
 
-// The rows of one panel, a run of columns at a time, so that what is written together stays in the cache.
+// The rows of one panel, a run of columns at a time, so that data written together stays in the cache.
 void pack_panel(const Matrix &matrix, const uint8_t *const *sources, int64_t rows, uint8_t *panel) {
   const Layout &layout = matrix.layout;
   const int64_t block = block_columns(matrix.type), width = block == 1 ? 32 : block;

@@ -1,4 +1,4 @@
-// What the arithmetic units can do at most: the dot products of a tile, from registers and the level-1 cache alone.
+// The peak rate of the arithmetic units: the dot products of a tile, from registers and the level-1 cache alone.
 #pragma once
 
 #include "linear/tiles.h"
@@ -6,14 +6,14 @@
 namespace mnemos {
 namespace {
 
-// `rounds` times P vectors of weights by R rows, whose sums are enough not to wait for each other. `dot` adds one
+// `rounds` times P vectors of weights by R rows, with enough sums that none waits for another. `dot` adds one
 // product to one sum, `to_floats` makes a sum something that can be stored.
 template <class S, int P, int R, class Sum, class Load, class Broadcast, class Dot, class ToFloats>
 inline void multiply_tiles(int64_t rounds, Sum start, Load load, Broadcast broadcast, Dot dot, ToFloats to_floats) {
   Sum sums[R][P];
   unroll<R>([&](auto r) MNEMOS_INLINE { unroll<P>([&](auto p) MNEMOS_INLINE { sums[r][p] = start; }); });
   for (int64_t round = 0; round < rounds; round++) {
-    __asm__ volatile("" : : : "memory");  // what is loaded may be something else in each round
+    __asm__ volatile("" : : : "memory");  // loads may give something else in each round
     decltype(load(0)) weights[P];
     unroll<P>([&](auto p) MNEMOS_INLINE { weights[p] = load(p); });
     unroll<R>([&](auto r) MNEMOS_INLINE {
@@ -25,12 +25,12 @@ inline void multiply_tiles(int64_t rounds, Sum start, Load load, Broadcast broad
     unroll<P>([&](auto p) MNEMOS_INLINE {
       alignas(64) float values[panel_rows];
       S::store(values, to_floats(sums[r][p]));
-      __asm__ volatile("" : : "r"(values) : "memory");  // so that nothing is left out
+      __asm__ volatile("" : : "r"(values) : "memory");  // so that nothing is optimised away
     });
   });
 }
 
-// As ProductKernels::multiply_registers.
+// See ProductKernels::multiply_registers.
 template <class S>
 int64_t multiply_registers(Form form, int64_t rounds) {
   constexpr int P = S::tile_panels, R = S::tile_rows, lanes = panel_rows;

@@ -40,17 +40,17 @@ void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, i
 }
 
 // Each block of 32 activations has the scale of its largest magnitude, and rounds to the nearest. The scale is rounded
-// up to a sum or difference of two powers of two, by a fifth at most. A block of nothing but tiny values is zero, and
-// one with immense ones, or any that is not a number, is NaN, so that no exponent overflows.
+// up to a sum or difference of two powers of two, by a fifth at most. A block of only tiny values is zero, and
+// one with a huge value or a NaN is NaN, so that no exponent overflows.
 constexpr float smallest_magnitude = 1e-20f, largest_magnitude = 1e25f;
-constexpr float finest_step = 0x1p-8f;  // of the two powers
+constexpr float finest_step = 0x1p-8f;  // for the two powers
 template <int Parts>
 constexpr float largest_quant = Parts == 1 ? 127 : 127 * 128;
 
 inline float power_below(float x) { return from_bits(to_bits(x) & 0x7f800000); }
 inline float power_above(float x) { return from_bits((to_bits(x) + 0x007fffff) & 0x7f800000); }
 
-// The smallest sum of such powers that is no less than `scale`.
+// The smallest sum of such powers that is at least `scale`.
 inline void split_scale(float scale, float *powers) {
   const float first = power_below(scale), least = first * finest_step, lack = 2 * first - scale;
   const float rest = scale - first > least ? scale - first : least, up = power_above(rest);
@@ -70,7 +70,7 @@ inline void quantize_block(const float *x, QuantBlock<Parts> &block) {
   const float scale = powers[0] + powers[1];
   int32_t counts[2];
   S::template quantize<Parts>(x, tiny || immense ? 0 : 1 / scale, block.parts[0], counts);
-  if (immense) counts[0] = counts[1] = 0;  // what is not a number may have become any
+  if (immense) counts[0] = counts[1] = 0;  // a NaN may have become any number
   const int32_t count = counts[0] + counts[1];
   block.terms[0] = immense ? not_a_number : scale;
   block.terms[1] = 0;
@@ -79,7 +79,7 @@ inline void quantize_block(const float *x, QuantBlock<Parts> &block) {
   block.start = -8 * count;
 }
 
-// The same for a policy that takes many blocks at once: in pairs of an even and an odd one, fours of which have steps
+// The same for a policy that takes many blocks at once: in pairs of an even and an odd one, four of which have steps
 // in common.
 template <class S, int Parts>
 class Quantizer {

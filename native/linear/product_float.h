@@ -6,10 +6,10 @@
 namespace mnemos {
 namespace {
 
-// Columns that the float products sum before they add to the total: short sums round less.
+// Columns that the float products sum before adding to the total: short sums round less.
 constexpr int64_t float_chunk = 256;
 
-// As prefetch_bytes, in float32: what passes by the caches waits in the first-level one, which is small.
+// Like prefetch_bytes, for float32: data that bypasses the caches waits in the first-level one, which is small.
 constexpr int64_t float_prefetch_bytes = 4096;
 
 // The even (0) or odd (1) one of two columns.
@@ -42,7 +42,7 @@ void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, i
   int64_t c = first;
   for (; c + 1 < first + columns; c += 2) {  // two columns a step: the bfloat16 layout has them side by side
     const int64_t at = c * column_bytes;
-    if constexpr (R <= 2)  // few rows: reading the weights is the work
+    if constexpr (R <= 2)  // few rows: reading the weights dominates
       for (int p = 0; p < P; p++)
         for (int line = 0; line < 2 * column_bytes; line += 64) {
           const uint8_t *ahead = panels[p] + at + (W == WeightType::f32 ? float_prefetch_bytes : prefetch_bytes) + line;
@@ -100,7 +100,7 @@ void multiply_floats(const Matrix &matrix, const Input &input, int64_t row_begin
   const auto multiply = [&](auto panels, int64_t panel) {
     multiply_float<S, W, panels>(matrix, input, row_begin, row_end, panel, {y, y_stride, starts, start_stride});
   };
-  // Few rows: memory is read faster from one place at a time than from two in turns.
+  // Few rows: memory is read faster from one place at a time than from two alternately.
   if (W == WeightType::f32 && row_end - row_begin <= 2)
     for_panels<1>(panel_begin, panel_end, multiply);
   else

@@ -7,7 +7,7 @@ namespace mnemos {
 
 struct ProductKernels {
   const char *name;
-  Form bf16_form;  // what a bfloat16 matrix wants: bf16 where there is a bfloat16 dot product, else f32
+  Form bf16_form;  // the input of a bfloat16 matrix: bf16 if there is a bfloat16 dot product, else f32
   void (*prepare)(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end,
                   int64_t column_begin, int64_t column_end);
   void (*multiply)(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,

@@ -10,15 +10,15 @@ namespace {
 // Columns of a chunk of the quantized products: the codes of two panels, expanded to bytes, stay in the level-1 cache.
 constexpr int chunk_blocks = 24;
 
-// What a block's arithmetic needs, for all storage types: one scale or one for each half, with minima or an offset.
+// The needs of a block's arithmetic, for all storage types: one scale or one for each half, with minima or an offset.
 template <const Layout &L>
 constexpr int scale_vectors = (L.halves() ? 2 : 1) * (L.minimum() ? 2 : 1);
 
-// Where a bfloat16 dot product multiplies minima, they lie, and are added, for two blocks at a time.
+// If a bfloat16 dot product multiplies minima, they are stored, and added, for two blocks at a time.
 template <class S, const Layout &L>
 constexpr bool paired = S::bfloat_minima &&L.minimum() && !L.halves();
 
-// What is subtracted from a code.
+// The value subtracted from a code.
 template <class S, const Layout &L>
 constexpr int centre_of = paired<S, L> ? L.centre() : L.offset;
 
@@ -30,7 +30,7 @@ struct Expanded {  // panels of one chunk, ready to multiply
   alignas(64) uint8_t codes[most_panels][chunk_blocks * 512];
   // Block after block; where paired: two blocks' scales, then their minima.
   alignas(64) float scales[most_panels][chunk_blocks * 4 * 16];
-  bool ordinary = true;  // all scales are of a common magnitude
+  bool ordinary = true;  // all scales have ordinary magnitudes
 };
 
 template <class S, const Layout &L>
@@ -87,7 +87,7 @@ struct Minima {
 template <const Layout &L>
 constexpr int turns = L.base == 2 || L.high == 2 ? 2 : 4;
 
-// The bits above the base ones, of which a turn takes the lowest and every so many further.
+// The bits above the base ones, of which a turn takes the lowest and every `turns`-th further one.
 template <class S, const Layout &L>
 struct HighBits {
   typename S::Bytes bits;
@@ -141,7 +141,7 @@ inline void load_scales(const uint8_t *record, int block, typename S::Floats *ou
   if constexpr (paired<S, L>) out[1] = S::fma(out[0], S::broadcast(float(centre_of<S, L>)), out[1]);
 }
 
-// How a block's codes are stored when they are expanded: vector after vector. Other kernels have another arrangement.
+// How a block's codes are stored when they are expanded: vector after vector. Other kernels arrange them differently.
 template <class S>
 struct InVectors {
   static void store(uint8_t *codes, const typename S::Bytes &vector) { S::store(codes, vector); }
@@ -189,7 +189,7 @@ inline QuantBlock<Parts> *blocks_of(const Input &input, int64_t row) {
 template <class S, const Layout &L>
 constexpr int offset_of = S::signed_bytes &&L.bits() == 8 ? centre_of<S, L> - 128 : centre_of<S, L>;
 
-// What the dot products of a block (of its first and second half) start from, so that they end without the codes'
+// The initial values of a block's dot products (of its first and second half), so that they end without the codes'
 // offset.
 template <class S, const Layout &L, int Parts>
 inline int32_t start_of(const QuantBlock<Parts> &x, int half) {
@@ -245,7 +245,7 @@ inline typename S::Floats add_block(typename S::Floats total, typename S::Ints f
   return total;
 }
 
-// Asks for the packed weights that come after the ones at work, a few lines with each block, so that memory and
+// Prefetches the packed weights after the current ones, a few lines with each block, so that memory and
 // arithmetic overlap.
 struct Prefetch {
   const uint8_t *next[most_panels];
@@ -350,7 +350,7 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
 }
 
 // One panel by R rows over all blocks, straight from the packed form: for few rows, where reading the weights is the
-// work. Sums of a block's parts are kept apart, and of few rows those of its halves, so that the dot products need not
+// work. Sums of a block's parts are kept apart, and for few rows those of its halves, so that the dot products need not
 // wait for each other.
 template <class S, const Layout &L, int Parts, int R>
 void stream(const uint8_t *panel, const Input &input, int64_t row, const Output &out) {
@@ -430,7 +430,7 @@ constexpr const Layout &same_arithmetic() {
     return L.table ? layouts::q8_0 : L;
 }
 
-// Layouts whose codes are expanded without their offset differ in their scales alone.
+// Layouts whose codes are expanded without their offset differ only in their scales.
 template <const Layout &L>
 constexpr const Layout &same_scales() {
   if constexpr (L.halves())

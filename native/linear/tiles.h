@@ -5,7 +5,7 @@
 // panel, and:
 //   load, lookup, shift<count> (each byte left, or right if negative; a neighbour's bits may come in), bits<count,
 //   mask> (which then masks), and the usual arithmetic; begin, dot and end<bits>: a sum of at most 32 products of codes
-//   (of so many bits) and activations for each lane, four at a time, which starts from an integer. together<bits>: 2
+//   (of this many bits) and activations for each lane, four at a time, which starts from an integer. together<bits>: 2
 //   where `dot_two` adds the products of two vectors of codes at once, else 1; stream_rows: up to how many rows are
 //   multiplied by weights straight from their packed form, fine_rows at a time where activations have two parts;
 //   split_rows: up to how many rows of a stream keep the sums of a block's halves apart (more have enough other sums);
@@ -23,7 +23,7 @@
 namespace mnemos {
 namespace {
 
-// For the bodies of what is unrolled in a kernel. One that GCC calls instead keeps the sums that it captures in memory.
+// For the bodies of unrolled loops in a kernel. If GCC calls one instead, the sums that it captures stay in memory.
 #define MNEMOS_INLINE __attribute__((always_inline))
 
 template <class Body, int... I>
@@ -48,7 +48,7 @@ struct Output {
   int64_t start_stride[most_panels];
 };
 
-// All the results of a call, of which a tile is a part.
+// All the results of a call; a tile is a part of them.
 struct Results {
   float *y;
   int64_t stride;
@@ -58,16 +58,16 @@ struct Results {
 
 alignas(64) constexpr float zeros[panel_rows] = {};
 
-// How far ahead of a record its successor is asked for from memory.
+// How far ahead of a record its successor is prefetched.
 constexpr int64_t prefetch_bytes = 8192;
 
-// Results of the matrix's last panel where it is partly empty, or of a panel that is multiplied only to fill a tile:
-// they are made in a buffer of their own.
+// Results of the matrix's last panel if it is partly empty, or of a panel that is multiplied only to fill a tile:
+// they are computed in a separate buffer.
 struct Edge {
   alignas(64) float values[16][panel_rows];
 };
 
-// The fewest rows that a tile has where `fewest` rows or more are cut into as few tiles as there can be, of even sizes.
+// The fewest rows of a tile when at least `fewest` rows are cut into as few tiles as possible, of even sizes.
 constexpr int least_rows(int fewest, int most) {
   int least = most;
   for (int rows = fewest; rows < fewest + most; rows++) {
@@ -78,8 +78,8 @@ constexpr int least_rows(int fewest, int most) {
 }
 
 // Calls body(integral_constant R, row, output) for tiles of P panels that cover the rows, of which there are at least
-// `Fewest`: as few tiles as there can be, of even sizes. They start from what the caller gave, or go on with what is
-// there if columns have been multiplied before. Of the P panels only `panels` exist; what a tile makes of the others is
+// `Fewest`: as few tiles as possible, of even sizes. They start from the caller's values, or continue with what is
+// there if columns have been multiplied before. Of the P panels only `panels` exist; results of a tile for others are
 // dropped.
 template <int P, int Fewest, int Most, class Body>
 void for_tiles(const Matrix &matrix, int64_t panel, int64_t panels, int64_t row_begin, int64_t row_end,
@@ -113,7 +113,7 @@ void for_tiles(const Matrix &matrix, int64_t panel, int64_t panels, int64_t row_
       out.starts[last] = out.rows[last] = edge.values[0];
       out.start_stride[last] = out.stride[last] = panel_rows;
     }
-    if (out.start_stride[0] > 0) {  // what the next tile starts from, while this one is multiplied
+    if (out.start_stride[0] > 0) {  // the next tile's starting values, while this one is multiplied
       for (int64_t r = count; r < smaller(2 * count, row_end - row); r++)
         for (int p = 0; p < P; p++) __builtin_prefetch(out.starts[p] + r * out.start_stride[p]);
     }

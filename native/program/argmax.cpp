@@ -1,5 +1,5 @@
-// The largest logit of each row without all logits: a product with coarse activations tells, within bounds, what the
-// product with fine ones would give, and only what may be the largest is multiplied by those. The result is that of all
+// The largest logit of each row without all logits: a product with coarse activations shows, within bounds, what the
+// product with fine ones would give, and only candidates are multiplied by those. The result is that of all
 // fine logits.
 //
 // With fine activations x, coarse ones x' and the weights w of an output: |w x - w x'| <= |w| |x - x'|
@@ -13,11 +13,11 @@
 namespace mnemos {
 namespace {
 
-constexpr int64_t most_rows = 264;  // of an item: their coarse results stay in the second-level cache
+constexpr int64_t most_rows = 264;  // per item: their coarse results stay in the second-level cache
 constexpr int64_t most_panels = 8, outputs = most_panels * panel_rows;
 
-// What a thread knows of a row: the largest fine logit that it has seen, and a number that the row's largest is no less
-// than.
+// What a thread knows about a row: the largest fine logit that it has seen, and a lower bound on the row's largest
+// logit.
 struct Found {
   float value, floor;
   int32_t token;  // none, or the value's; not_a_number once some logit was not a number below infinity
@@ -34,7 +34,7 @@ Input bound(const Step &step, const Matrix &matrix, Form form, int buffer, Rows 
   return bind_input(matrix.kernels, form, step.rows(rows), matrix.columns, step.data<uint8_t>(buffer, thread));
 }
 
-// For each row a number that, times the length of an output's weights, is no less than what its logit can change by.
+// For each row, a number that, times the length of an output's weights, bounds the change of its logit.
 class MarginTask : public Task {
  public:
   MarginTask(const Argmax &argmax, int margins, int found) : argmax_(argmax), margins_(margins), found_(found) {
@@ -61,7 +61,7 @@ class MarginTask : public Task {
       }
       squares += static_cast<double>(block_squares), error += static_cast<double>(block_error);
     }
-    // Both products round a few times a block, each time by 2^-24 of at most |w| |x|.
+    // Both products round a few times per block, each time by 2^-24 of at most |w| |x|.
     const double rounding = std::ldexp(static_cast<double>(blocks + 8), -21);
     step.data(margins_, thread)[row] = static_cast<float>((std::sqrt(error) + rounding * std::sqrt(squares)) * 1.001);
     for (int owner = 0; owner < step.threads; owner++) {
@@ -122,7 +122,7 @@ class ArgmaxTask : public Task {
   int64_t groups() const { return (matrix_.panels() + most_panels - 1) / most_panels; }
   int64_t row_tiles(const Step &step) const { return (step.rows(argmax_.rows) + most_rows - 1) / most_rows; }
 
-  // The lengths of these panels' rows of weights; computed by whoever needs them first, as often as it then happens.
+  // The lengths of these panels' rows of weights; computed by the thread that needs them first, perhaps by several.
   void find_lengths(int64_t panel, int64_t panel_end, float *lengths) const {
     std::atomic<float> *known = &lengths_[static_cast<size_t>(panel * panel_rows)];
     const int64_t count = (panel_end - panel) * panel_rows;
@@ -160,7 +160,7 @@ class ArgmaxTask : public Task {
   const std::unique_ptr<std::atomic<float>[]> lengths_;
 };
 
-// The best of what all threads found; none if no logit is above minus infinity, or one is not a number below infinity.
+// The best that any thread found; none if no logit is above minus infinity, or one is not a number below infinity.
 class PickTask : public Task {
  public:
   PickTask(Rows rows, int found, int tokens) : rows_(rows), found_(found), tokens_(tokens) {

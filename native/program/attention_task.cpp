@@ -54,7 +54,7 @@ int64_t sequence_of(const BatchView &batch, int64_t token) {
   return std::upper_bound(batch.sequence_starts, end, static_cast<int32_t>(token)) - batch.sequence_starts - 1;
 }
 
-// True if no sequence has several tokens: then whoever attends to a token's own block stores its key and value first.
+// True if no sequence has several tokens: then the item that attends to a token's own block first stores it.
 bool one_token_each(const BatchView &batch) {
   for (int64_t s = 0; s < batch.sequences; s++) {
     if (batch.sequence_starts[s + 1] - batch.sequence_starts[s] > 1) return false;
@@ -62,7 +62,7 @@ bool one_token_each(const BatchView &batch) {
   return true;
 }
 
-// Norms, rotates and stores the key of one token and head of keys, and stores its value.
+// Norms, rotates and stores the key of one token and key head, and stores its value.
 void store_token(const Step &step, const Attention &a, const float *k, const float *v, int64_t sequence, int64_t t,
                  int64_t head, float *scratch) {
   const CellLayout &cell = a.cache->cell();
@@ -121,7 +121,7 @@ class AttentionAhead : public Ahead {
   void begin(const Step &step, const Attention &attention, int thread) {
     stop();
     const TileSet &set = step.tile_sets[attention.tile_set];
-    if (!set.one_token_each) return;  // prompts wait for arithmetic there too
+    if (!set.one_token_each) return;  // prompts are bound by arithmetic there too
     const int64_t count = static_cast<int64_t>(set.tiles.size()) * attention.kv_heads;
     step_ = &step, attention_ = &attention;
     first_ = count * thread / step.threads, index_ = count * (thread + 1) / step.threads;
@@ -192,9 +192,9 @@ class AttendTask : public Task {
   }
 
  private:
-  static constexpr int64_t ahead = 2;  // tokens whose queries are asked for before they are needed
+  static constexpr int64_t ahead = 2;  // tokens whose queries are prefetched before they are needed
 
-  // The heads of a tile lie side by side, as they do in a page.
+  // The heads of a tile are adjacent, as they are in a page.
   const QueryTile &tile_at(const TileSet &set, int64_t index) const {
     return set.tiles[static_cast<size_t>(index / a_.kv_heads)];
   }
@@ -203,7 +203,7 @@ class AttendTask : public Task {
     return step.tables->blocks[static_cast<size_t>(number)];
   }
 
-  // What the part with this index attends to first.
+  // The first positions that the part with this index attends to.
   NextKeys first_keys(const Step &step, int64_t index) const {
     const QueryTile &query = tile_at(step.tile_sets[a_.tile_set], index);
     const KeyBlock &block = block_at(step, query.block_begin);
@@ -277,7 +277,7 @@ class AttendTask : public Task {
   const Target y_;
 };
 
-// Tiles of one token that were split lie one after the other, one for each block.
+// Tiles of one token that were split follow each other, one for each block.
 class MergeTask : public Task {
  public:
   MergeTask(const Attention &attention, int partials, const Target &y) : a_(attention), partials_(partials), y_(y) {

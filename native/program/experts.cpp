@@ -38,7 +38,7 @@ class RouteTask : public Task {
     float *weights = step.data(weights_, thread) + t * top_k_;
     float sum = 0;
     for (int64_t k = 0; k < top_k_; k++) {
-      const int64_t best = std::max_element(p, p + experts_) - p;  // the first of equals
+      const int64_t best = std::max_element(p, p + experts_) - p;  // the first one on ties
       ids[k] = static_cast<int32_t>(best);
       weights[k] = p[best];
       sum += p[best];
@@ -175,7 +175,7 @@ class CombineTask : public ExpertTask {
     reads = {outer, order, weights};
     writes = {y};
   }
-  // Every item inverts the places of its own rows first.
+  // Every item first inverts the places of its own rows.
   int64_t items(const Step &step) const override { return tiles_of(step.rows(rows_), rows_per_item); }
   int64_t scratch_bytes(const BatchView &, int) const override { return rows_per_item * experts_->top_k * 4; }
   void run(const Step &step, int64_t item, int thread) const override {

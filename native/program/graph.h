@@ -19,7 +19,7 @@ struct Value {
 
 enum class OperatorKind { input, embed, choose_rows, linear, norm, rope, attention, elementwise, route, experts };
 
-// Which fields have a meaning depends on the kind.
+// Which fields are used depends on the kind.
 struct Operator {
   OperatorKind kind;
   std::vector<int> inputs, outputs;  // values
@@ -29,7 +29,7 @@ struct Operator {
   Norm norm;
   Elementwise elementwise{ElementwiseKind::add, 0, ActivationKind::silu};
   std::shared_ptr<RopeTable> rope;
-  int64_t head_dim = 0;  // of rope
+  int64_t head_dim = 0;  // for rope
   Attention attention{};
   std::shared_ptr<const Experts> experts;
   int64_t top_k = 0;
@@ -42,12 +42,12 @@ struct Graph {
   std::vector<int> outputs;
 };
 
-// What a buffer holds, from which its size follows.
+// What a buffer contains, which determines its size.
 struct BufferSpec {
   enum Kind { floats, input, partials } kind = floats;
   Rows rows = Rows::tokens;
-  int64_t row_floats = 0;  // floats: 4-byte values a row
-  int64_t extra_floats = 0;  // floats: behind the rows
+  int64_t row_floats = 0;  // floats: 4-byte values per row
+  int64_t extra_floats = 0;  // floats: after the rows
   int64_t row_multiple = 1;  // input: rows of the input for each row
   PreparedForm form{};  // input
 };
@@ -56,13 +56,13 @@ struct BufferSpec {
 struct Schedule {
   std::vector<std::unique_ptr<Task>> tasks;
   std::vector<BufferSpec> buffers;
-  std::vector<int> input_buffers;  // of the graph's input operators, in order
-  std::vector<int> output_buffers;  // of the graph's outputs
-  int argmax_buffer = -1;  // of the numbers of the rows' largest values of the last output, if tasks for that are there
+  std::vector<int> input_buffers;  // those of the graph's input operators, in order
+  std::vector<int> output_buffers;  // those of the graph's outputs
+  int argmax_buffer = -1;  // the indices of the rows' largest values in the last output, if there are tasks for them
   std::vector<Attention> attentions;  // one for each tile set
 };
 
-// Fuses what can be fused without changing any result and orders the rest.
+// Fuses operators where that changes no result, and orders the tasks.
 Schedule make_schedule(const Graph &graph, int threads);
 
 }  // namespace mnemos

@@ -7,14 +7,14 @@
 namespace mnemos {
 namespace {
 
-// Rows that one item multiplies, at most: enough to pay for expanding a panel's weights, few enough that input and
+// The most rows that one item multiplies: enough to pay for expanding a panel's weights, few enough that input and
 // result stay in the second-level cache. The kernels take rows by six, or by a divisor of it.
 constexpr int64_t most_rows = 264, row_unit = 6;
-// From so many rows for each thread on, threads have rows of their own: what is done to a row then finds it in its
+// From this many rows per thread on, each thread has its own rows: what is done to a row then finds it in its
 // cache.
 constexpr int64_t own_rows = 128;
-// Panels of one item, at most: the more, the fewer beginnings of runs of weights, but with many rows the results of all
-// are to stay in the cache. With many rows the kernels take panels by two.
+// The most panels per item: the more, the fewer runs of weights begin, but with many rows the results of all
+// should stay in the cache. With many rows the kernels take panels by two.
 constexpr int64_t many_rows = 8, most_panels_of_many = 8, most_panels = 16;
 constexpr int64_t most_panels_for(int64_t rows) { return rows > many_rows ? most_panels_of_many : most_panels; }
 
@@ -82,7 +82,7 @@ class ProductTask : public Task {
     int64_t rows, row_tiles, panels;
   };
 
-  // Rows in tiles of the same size; as many panels an item as let all threads end together, rather more than few.
+  // Rows in tiles of the same size; as many panels per item as let all threads end together, preferably many.
   Cut cut_for(const Step &step) const {
     const int64_t rows = step.rows(rows_), threads = step.threads;
     int64_t least_tiles = std::max<int64_t>(1, tiles_of(rows, most_rows));

@@ -23,7 +23,7 @@ Workspace::Workspace(size_t size) : data(map_memory(size, "the workspace of a st
 Workspace::~Workspace() { unmap_memory(data, bytes); }
 
 void Program::finish(std::vector<int> outputs) {
-  if (finished_) throw config_error("the program is finished already");
+  if (finished_) throw config_error("the program is already finished");
   for (int value : outputs) checked_value(value);
   graph_.outputs = std::move(outputs);
   schedule_ = make_schedule(graph_, pool_->threads());
@@ -38,7 +38,7 @@ void Program::finish(std::vector<int> outputs) {
   finished_ = true;
 }
 
-// Buffers whose lives do not overlap share a slot. Inputs and outputs have their own.
+// Buffers whose lives do not overlap share a slot. Inputs and outputs have separate ones.
 void Program::assign_slots() {
   const auto &buffers = schedule_.buffers;
   const int count = static_cast<int>(schedule_.tasks.size());
@@ -100,7 +100,7 @@ void Program::assign_slots() {
   }
 }
 
-// A task waits for the others only if it touches what a task since the last meeting wrote, or writes what one read.
+// A task waits for the others only if it touches what a task since the last barrier wrote, or writes what one read.
 void Program::place_barriers() {
   for (const bool one_row : {false, true}) {
     auto &barriers = barrier_before_[one_row ? 1 : 0];
@@ -167,7 +167,7 @@ int64_t Program::layout(const BatchView &batch, const std::vector<TileSet> &tile
   for (const auto &task : schedule_.tasks) {
     scratch_bytes_ = std::max(scratch_bytes_, round_up(task->scratch_bytes(batch, pool_->threads())));
   }
-  // Vectors are loaded whole and may reach a little behind the last value.
+  // Vectors are loaded whole and may reach a little beyond the last value.
   return offset + scratch_bytes_ * pool_->threads() + 128;
 }
 
@@ -251,7 +251,7 @@ void Program::execute(const Step &step, bool one_row) {
   for (const auto &task : schedule_.tasks) task->plan(step);
   const auto &barriers = barrier_before_[one_row ? 1 : 0];
   pool_->run(threads, [&](int thread) {
-    bool wait = false;  // a task that is left out leaves its barrier to the next one
+    bool wait = false;  // a task that is skipped leaves its barrier to the next one
     size_t fetching = 0;
     const auto fetch_for_next = [&] {
       if (fetching == fetching_.size()) return ahead_[static_cast<size_t>(thread)]->stop();
@@ -270,7 +270,7 @@ void Program::execute(const Step &step, bool one_row) {
         for (int64_t item = 0; item < items; item++) task.run(step, item, thread);
         continue;
       }
-      // Every thread has a run of neighbouring items, whose weights it fetches ahead; who is done early helps the
+      // Every thread has a run of neighbouring items, whose weights it fetches ahead; one that is done early helps the
       // others.
       Counter *counters = counters_of(t);
       for (int helped = 0; helped < threads; helped++) {

@@ -51,21 +51,21 @@ class Program {
   std::pair<int, int> route(int x, MatrixPointer matrix, int64_t top_k, bool normalise);
   int experts(int x, int ids, int weights, Experts experts);
   int64_t width(int value) const;
-  // Ends recording.
+  // Ends the recording.
   void finish(std::vector<int> outputs);
 
   // Runs one step. The batch and the inputs are checked first: throws Error (request, config) before anything is
-  // changed. The views are overwritten by the next step. With `batch.argmax`, which needs finds_argmax(), there is in
-  // place of the last output (rows, 1) the number of each row's largest value, of equal ones the lowest, or -1 where
-  // none is above minus infinity or one is not a number below infinity.
+  // changed. The views are overwritten by the next step. With `batch.argmax`, which needs finds_argmax(), the last
+  // output (rows, 1) is replaced by the index of each row's largest value, the lowest on ties, or -1 if none is above
+  // minus infinity or one is not a number below infinity.
   std::vector<OutputView> run(const BatchView &batch, const std::vector<InputView> &inputs);
 
-  // Whether the largest values of the last output can be found without all others.
+  // Whether the largest values of the last output can be found without computing all of it.
   bool finds_argmax() const { return schedule_.argmax_buffer >= 0; }
 
-  // Fills the workspace with NaN before each step, so that a read of what was not written shows.
+  // Fills the workspace with NaN before each step, so that reads of unwritten memory show.
   void poison(bool on) { poison_ = on; }
-  // The most bytes of workspace that a step of so many tokens and chosen rows needs, long contexts not counted.
+  // The most bytes of workspace that a step with this many tokens and chosen rows needs, not counting long contexts.
   int64_t workspace_bytes(int64_t tokens, int64_t chosen) const;
   int64_t tasks() const { return static_cast<int64_t>(schedule_.tasks.size()); }
   int64_t barriers() const;

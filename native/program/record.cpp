@@ -59,7 +59,7 @@ int Program::choose_rows(int x) {
   Operator op{};
   op.kind = OperatorKind::choose_rows;
   const Value value = checked_value(x);
-  require(value.rows == Rows::tokens, "rows of a value can be chosen once only");
+  require(value.rows == Rows::tokens, "rows of a value can only be chosen once");
   op.inputs = {x};
   return add_operator(std::move(op), {{value.width, Rows::chosen, value.type}});
 }
@@ -116,7 +116,7 @@ int Program::attention(int q, int k, int v, Attention attention) {
   require(cache_ != nullptr, "attention needs a cache");
   const CellLayout &cell = cache_->cell();
   require(attention.heads > 0 && attention.kv_heads > 0 && attention.heads % attention.kv_heads == 0,
-          "attention has " + number(attention.heads) + " heads, which is no multiple of its " +
+          "attention has " + number(attention.heads) + " heads, which is not a multiple of its " +
               number(attention.kv_heads) + " kv_heads");
   require(attention.heads / attention.kv_heads <= max_tile_rows,
           "attention has " + number(attention.heads / attention.kv_heads) + " heads for one of keys; at most " +
@@ -181,7 +181,7 @@ int Program::experts(int x, int ids, int weights, Experts experts) {
   require(count > 0 && experts.up.size() == count && experts.down.size() == count,
           "the experts have " + number(static_cast<int64_t>(count)) + " gate, " +
               number(static_cast<int64_t>(experts.up.size())) + " up and " +
-              number(static_cast<int64_t>(experts.down.size())) + " down matrices; they must be equally many");
+              number(static_cast<int64_t>(experts.down.size())) + " down matrices; there must be equally many");
   for (size_t e = 0; e < count; e++) {
     const bool same = prepared_form(*experts.gate[e]) == prepared_form(*experts.gate[0]) &&
                       prepared_form(*experts.up[e]) == prepared_form(*experts.gate[0]) &&
@@ -192,7 +192,7 @@ int Program::experts(int x, int ids, int weights, Experts experts) {
                       " and expert 0");
   }
   require(experts.gate[0]->columns == value.width && experts.down[0]->columns == experts.gate[0]->rows,
-          "the experts' matrices do not fit to an input of " + number(value.width) + " columns");
+          "the experts' matrices do not fit an input of " + number(value.width) + " columns");
   require(chosen.type == ValueType::int32 && chosen.width == shares.width && chosen.rows == value.rows &&
               shares.rows == value.rows,
           "experts need ids and weights of the same shape, with as many rows as their input");

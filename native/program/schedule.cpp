@@ -1,5 +1,5 @@
-// From recorded operators to tasks. A fusion only saves passes over memory and meetings of the threads: it computes the
-// same numbers in the same order as the operators would one by one, but that a product which is added to something
+// From recorded operators to tasks. A fusion only saves passes over memory and barriers: it computes the
+// same numbers in the same order as the operators one by one, except that a product which is added to something
 // starts from it.
 #include <algorithm>
 #include <utility>
@@ -36,7 +36,7 @@ class Scheduler {
   static size_t at(int index) { return static_cast<size_t>(index); }
   const Operator &op(int index) const { return graph_.operators[at(index)]; }
   const Value &value(int index) const { return graph_.values[at(index)]; }
-  // The operator that makes this value, if it is of that kind and nobody else uses the value; -1 otherwise.
+  // The operator that makes this value, if it is of that kind and no other operator uses the value; -1 otherwise.
   int only_source(int v, OperatorKind kind) const {
     const int source = producer_[at(v)];
     return source >= 0 && op(source).kind == kind && uses_[at(v)] == 1 ? source : -1;
@@ -59,7 +59,7 @@ class Scheduler {
 
   // Products whose rounding shows most take finer activations: those whose results are an output of the program
   // (logits), or the keys or values that later tokens attend to, perhaps normalised, rotated or scaled in between; and
-  // those behind the last attention, whose errors nothing evens out: in a prompt they run for the chosen rows alone.
+  // those after the last attention, whose errors are not evened out: in a prompt they run for the chosen rows alone.
   // Queries, of which there are more, gain little.
   void mark_precise() {
     precise_.assign(graph_.operators.size(), false);
@@ -119,9 +119,9 @@ class Scheduler {
   }
   PreparedForm form_of(int i) const { return prepared_form(*op(i).matrix, precise_[at(i)]); }
 
-  // A product that an operator behind it finishes: the operator's place in the list is where the product is needed.
+  // A product that a later operator finishes: that operator's place in the list is where the product is needed.
   struct Finish {
-    int by = -1;  // the operator that does it
+    int by = -1;  // the operator that finishes it
     int second = -1;  // the other product of a gated activation
     int residual = -1;  // value that is added
   };
@@ -151,7 +151,7 @@ class Scheduler {
     } else if (o.elementwise.kind == ElementwiseKind::add) {
       for (size_t j = 0; j < 2; j++) {
         const int product = only_source(o.inputs[j], OperatorKind::linear), other = o.inputs[1 - j];
-        // The other addend must be there already when the product runs.
+        // The other addend must already exist when the product runs.
         if (product < 0 || finish_[at(product)].by >= 0 || producer_[at(other)] > product) continue;
         if (done_[at(product)]) continue;
         finish_[at(product)] = {i, -1, other};
@@ -240,7 +240,7 @@ class Scheduler {
       add(std::move(task));
   }
 
-  // The buffer with `x` in that form; made by a task of its own, once for all products, whatever forms they want.
+  // The buffer with `x` in that form; made by a separate task, once for all products, whatever forms they want.
   int prepared(int x, const PreparedForm &form) {
     for (const Prepared &p : prepared_) {
       if (p.value == x && p.form == form) return p.buffer;
@@ -295,7 +295,7 @@ class Scheduler {
       if (done_[at(j)] || j == head_ || o.kind != OperatorKind::linear || o.inputs[0] != x || !(form_of(j) == form))
         continue;
       const int residual = finish_[at(j)].residual;
-      if (residual >= 0 && producer_[at(residual)] > i) continue;  // what it adds may not be there yet
+      if (residual >= 0 && producer_[at(residual)] > i) continue;  // what it adds may not exist yet
       done_[at(j)] = true;
       products.push_back(make_product(j));
     }

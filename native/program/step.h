@@ -20,13 +20,13 @@ struct BatchView {
   int64_t tokens = 0, chosen = 0, sequences = 0, table_pages = 0;
   const int32_t *token_ids = nullptr, *positions = nullptr, *sequence_starts = nullptr;
   const int32_t *pages = nullptr, *page_positions = nullptr, *page_starts = nullptr, *logit_rows = nullptr;
-  bool argmax = false;  // nothing but the number of the largest logit is wanted of each row; see Program::finds_argmax
+  bool argmax = false;  // only the index of each row's largest logit is wanted; see Program::finds_argmax
 };
 
 // A piece of the workspace. With `copies` every thread has its own, filled by itself.
 struct Piece {
   uint8_t *data;
-  int64_t copy_bytes;  // 0 if there is but one
+  int64_t copy_bytes;  // 0 if there is only one
 };
 
 // The page tables of a step's sequences, resolved once for all layers.
@@ -61,7 +61,7 @@ struct Step {
   const TileSet *tile_sets;
   uint8_t *scratch;  // scratch_bytes for each thread
   int64_t scratch_bytes;
-  const std::unique_ptr<Ahead> *ahead;  // by thread: what products fetch for the task behind them that fetches ahead
+  const std::unique_ptr<Ahead> *ahead;  // per thread: what products fetch for the following task that fetches ahead
 
   int64_t rows(Rows kind) const { return kind == Rows::tokens ? batch.tokens : batch.chosen; }
   template <typename T = float>
@@ -82,19 +82,19 @@ class Task {
   virtual void plan(const Step &) {}
   virtual int64_t items(const Step &step) const = 0;
   virtual void run(const Step &step, int64_t item, int thread) const = 0;
-  // Whether products may fetch what the task will read, and how the thread begins with that.
+  // Whether products may fetch what the task will read, and how the thread begins with it.
   virtual bool fetches_ahead() const { return false; }
   virtual void fetch_ahead(const Step &, int) const {}
-  // False if this batch has no use for the task; nobody waits for it then.
+  // False if this batch does not need the task; no thread waits for it then.
   virtual bool active(const Step &) const { return true; }
   // Bytes of scratch that a thread needs.
   virtual int64_t scratch_bytes(const BatchView &, int) const { return 0; }
 
   std::vector<int> reads, writes;  // buffers
-  // Pairs of a buffer that is read and one that is written: they may be the same memory, if nobody reads the first
+  // Pairs of a buffer that is read and one that is written: they may be the same memory, if no task reads the first
   // later.
   std::vector<std::pair<int, int>> in_place;
-  bool cheap_for_one_row = false;  // then every thread does all of it for itself, which is faster than to wait for one
+  bool cheap_for_one_row = false;  // then every thread does all of it, which is faster than waiting for one
 };
 
 }  // namespace mnemos

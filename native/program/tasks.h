@@ -16,7 +16,7 @@ using VectorPointer = std::shared_ptr<const std::vector<float>>;
 enum class Index { token_ids, positions };
 // y = rows of a matrix, by token id or position.
 std::unique_ptr<Task> make_embed(MatrixPointer matrix, Index index, int y);
-// y = the rows of x that the batch's logit_rows name.
+// y = the rows of x at the batch's logit_rows.
 std::unique_ptr<Task> make_choose_rows(int x, int64_t width, int y);
 std::unique_ptr<Task> make_rope(int x, int y, int64_t width, int64_t head_dim,
                                 std::shared_ptr<const class RopeTable> table, Rows rows);
@@ -51,25 +51,25 @@ inline PreparedForm prepared_form(const Matrix &matrix, bool precise = false) {
   return {matrix.input_form(precise), &matrix.kernels, matrix.columns};
 }
 
-// Where rows go: to a buffer of floats, or to one in the form that the products behind want.
+// Where rows go: to a buffer of floats, or to one in the form that the following products want.
 struct Target {
   int buffer = -1;
   std::optional<PreparedForm> form;
 };
 
-// Prepares norm(x), of that width, in each target's form.
+// Prepares norm(x), with that width, in each target's form.
 std::unique_ptr<Task> make_prepare(Norm norm, int x, int64_t width, std::vector<Target> targets, Rows rows);
 
-// One or several products of the same input, with what follows them done while the result is in the cache.
+// One or several products of the same input, with the following operators applied while the result is in the cache.
 struct Product {
   MatrixPointer matrix, second;  // second: the `up` of a gated activation, whose gate is `matrix`
   VectorPointer bias, second_bias;
   bool activated = false;  // activation(product), or activation(gate) * up with a second matrix
   ActivationKind activation = ActivationKind::silu;
-  int residual = -1;  // buffer that is added to; not with a form of y
+  int residual = -1;  // buffer to add to; not with a form of y
   Target y;
 };
-// unless_argmax: not where only the best of the results are wanted.
+// unless_argmax: not if only the best results are wanted.
 std::unique_ptr<Task> make_products(std::vector<Product> products, int input, PreparedForm form, Rows rows,
                                     bool unless_argmax = false);
 
@@ -79,8 +79,8 @@ struct Argmax {
   int fine, coarse;  // buffers with the rows as int15 and as int8
   Rows rows;
 };
-// margins: a float a row; found: argmax_state_floats a row; tokens: the number of each row's largest product, of equal
-// ones the lowest, or -1 if none is above minus infinity, or some one is not a number below infinity.
+// margins: one float per row; found: argmax_state_floats per row; tokens: the index of each row's largest product, on
+// ties the lowest, or -1 if none is above minus infinity, or one is not a number below infinity.
 std::vector<std::unique_ptr<Task>> make_argmax(const Argmax &argmax, int margins, int found, int tokens);
 int64_t argmax_state_floats(int threads);
 
@@ -113,8 +113,8 @@ struct Attention {
   Norm query_norm, key_norm;
   std::shared_ptr<const RopeTable> query_rope, key_rope;
 };
-// Norms and rotates keys and stores them and values in the cache, in batches in which a sequence has several tokens;
-// `stored` stands for what is in the cache then. In other batches make_attend's task does it.
+// Norms and rotates keys and stores them and values in the cache, for batches in which a sequence has several tokens;
+// `stored` represents the cache's content then. In other batches make_attend's task does it.
 std::unique_ptr<Task> make_store(const Attention &attention, int k, int v, int stored);
 std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials,
                                   const Target &y);
@@ -137,7 +137,7 @@ struct Experts {
   int64_t top_k;
   ActivationKind activation;
 };
-// The tasks of a mixture of experts; the buffers have room for `top_k` rows a token. `order` holds ints:
+// The tasks of a mixture of experts; the buffers have room for `top_k` rows per token. `order` holds ints:
 // (expert count + 1) starts, then the (token * top_k + choice) of each row, sorted by expert.
 std::unique_ptr<Task> make_sort_rows(std::shared_ptr<const Experts> experts, int ids, int order, Rows rows);
 std::unique_ptr<Task> make_gather(std::shared_ptr<const Experts> experts, int x, int order, int input, Rows rows);

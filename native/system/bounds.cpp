@@ -10,7 +10,7 @@ namespace mnemos {
 
 double read_bandwidth(Pool &pool, int64_t bytes, int repeats) {
   constexpr int64_t lanes = 16;  // independent sums, so that the additions do not wait for each other
-  constexpr int64_t ahead = 512;  // words: the memory is asked for as the kernels ask for weights
+  constexpr int64_t ahead = 512;  // words: prefetched the way the kernels prefetch weights
   const int64_t share = std::max<int64_t>(bytes / 8 / pool.threads() / lanes, 1) * lanes;
   const auto count = static_cast<uint64_t>(share * pool.threads());
   uint8_t *memory = map_memory(count * 8, "measuring the bandwidth");
@@ -36,7 +36,7 @@ double read_bandwidth(Pool &pool, int64_t bytes, int repeats) {
     best = std::max(best, static_cast<double>(count * 8) / seconds.count());
   }
   unmap_memory(memory, count * 8);
-  // Every word is 1: looking at the sum keeps the compiler from leaving the reading out.
+  // Every word is 1: using the sum keeps the compiler from omitting the reads.
   return total.load() == static_cast<uint64_t>(repeats) * count ? best : 0;
 }
 

@@ -1,4 +1,4 @@
-// What bounds a step on this machine: how fast memory is read, and how fast its units multiply.
+// The limits of a step on this machine: how fast memory is read, and how fast its units multiply.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,11 @@
 
 namespace mnemos {
 
-// Bytes a second that all threads of the pool together read in sequence from `bytes` bytes: the best of `repeats`
+// Bytes per second that all threads of the pool together read sequentially from `bytes` bytes: the best of `repeats`
 // times.
 double read_bandwidth(Pool &pool, int64_t bytes, int repeats);
 
-// Multiply-adds a second that all threads of the pool reach together with products of this form, if these wait for
+// Multiply-adds per second that all threads of the pool together reach with products of this form that wait for
 // nothing: the best of `repeats` times.
 double multiply_rate(Pool &pool, const ProductKernels &kernels, Form form, int repeats);
 

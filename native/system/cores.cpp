@@ -88,7 +88,7 @@ int64_t system_memory() {
   return -1;
 }
 
-// Page cache counts as used by a cgroup but is given back when needed, so inactive file pages are free for us.
+// The page cache counts as used by a cgroup but is reclaimed when needed, so inactive file pages count as free.
 int64_t reclaimable(const std::string &group, const std::string &key) {
   std::istringstream lines(read_file(group + "/memory.stat"));
   std::string name;

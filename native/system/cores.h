@@ -1,15 +1,15 @@
-// What this process may use of the machine.
+// The part of the machine that this process may use.
 #pragma once
 
 #include <cstdint>
 
 namespace mnemos {
 
-// Cores: the affinity mask, cut down to the CPU quota of the cgroup (rounded up), at least 1.
+// Cores in the affinity mask, limited by the cgroup's CPU quota (rounded up), at least 1.
 int usable_cores();
 
-// Bytes of memory that can still be taken: what the system has available, cut down to what the cgroup's limit leaves.
-// Negative if the system does not tell.
+// Bytes of memory that can still be allocated: what the system has available, limited by what the cgroup leaves.
+// Negative if unknown.
 int64_t available_memory();
 
 }  // namespace mnemos

@@ -33,7 +33,7 @@ unsigned long long enabled_state() {
   return (static_cast<unsigned long long>(high) << 32) | low;
 }
 
-// Linux hands out the AMX tile registers on request only.
+// Linux provides the AMX tile registers only on request.
 bool request_tiles() {
 #if defined(__linux__)
   constexpr long request_permission = 0x1023, tile_data = 18;
@@ -74,7 +74,7 @@ CpuFeatures detect() {
   features.neon_i8mm = getauxval(AT_HWCAP2) & (1ul << 13);
 #elif defined(__APPLE__)
   features.neon_dotprod = true;
-  int i8mm = 0;  // stays so where the system does not know the name
+  int i8mm = 0;  // stays 0 if the system does not know the name
   size_t size = sizeof i8mm;
   sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &size, nullptr, 0);
   features.neon_i8mm = i8mm != 0;
@@ -99,7 +99,7 @@ std::vector<Isa> available_levels() {
 }
 
 constexpr int unset = -1;
-using Levels = std::array<int, operator_classes>;  // by class; unset where nothing is said
+using Levels = std::array<int, operator_classes>;  // by class; unset if not specified
 
 Levels parse_levels(const std::string &text, const char *what) {
   Levels levels;

@@ -14,7 +14,7 @@ struct CpuFeatures {
   bool avx_vnni = false;  // 256-bit VNNI without AVX-512
   bool avx512 = false;  // F, BW, VL, DQ and VNNI
   bool avx512_bf16 = false;  // bf16 dot products
-  bool amx = false;  // int8 and bfloat16 tiles; the operating system lets us use them, and they gave the right bits
+  bool amx = false;  // int8 and bfloat16 tiles; the operating system permits them, and they computed the right bits
   bool neon = false;
   bool neon_dotprod = false;
   bool neon_i8mm = false;
@@ -22,31 +22,31 @@ struct CpuFeatures {
 
 const CpuFeatures &cpu_features();
 
-// Operators that can run at levels of their own: products with quantized weights; with weights in float32, float16 and
+// Operators that can run at separate levels: products with quantized weights; with weights in float32, float16 and
 // bfloat16; attention and everything else. A cache's automatic type follows attention's level.
 enum class OperatorClass { quantized, floats, attention };
 constexpr int operator_classes = 3;
 const char *class_name(OperatorClass which);
 
-// The level in use: what MNEMOS_ISA or select_isa names, else what prefer_isas does, else the likely best of the
-// processor's. A matrix or program keeps the level that it was made under. Throws Error (unsupported) if MNEMOS_ISA is
+// The level in use: that of MNEMOS_ISA or select_isa, else that of prefer_isas, else the likely best of the
+// processor's. A matrix or program keeps the level it was created with. Throws Error (unsupported) if MNEMOS_ISA is
 // wrong.
 Isa current_isa(OperatorClass which);
 
-// Changes levels for what is made from now on: a level's name, for all; or "attention=avx512,floats=amx", where the
-// operators that are not named go back to the ones above, as all do with an empty text. MNEMOS_ISA is such a text too.
+// Changes levels for objects created from now on: a level's name, for all; or "attention=avx512,floats=amx", where
+// operators not named go back to the ones above, as all do with an empty text. MNEMOS_ISA has the same form.
 void select_isa(const std::string &levels);
-// Such a text for where nothing else was said, as measurements on this machine may give it.
+// The same for when nothing else was specified, for example from measurements on this machine.
 void prefer_isas(const std::string &levels);
 
-// The processor's likely best for an operator, by what is known of its maker's units.
+// The processor's likely best level for an operator, from what is known about its maker's units.
 Isa likely_isa(OperatorClass which);
 
 // Whether the level's attention has bfloat16 dot products, for which caches keep bfloat16 rather than float16.
 inline bool keeps_bfloats(Isa isa) { return isa == Isa::avx512_bf16 || isa == Isa::amx; }
 
 const char *isa_name(Isa isa);
-// The level of that name; Error (unsupported) that names `what` if the processor has none.
+// The level with that name; Error (unsupported) that names `what` if the processor has none.
 Isa find_level(const std::string &name, const char *what);
 
 // The names that this processor can run, lowest first.

@@ -1,6 +1,6 @@
 // Numbers below float32's normal range: as operands and results of this thread's vector arithmetic they count as zero.
 // Many processors take a hundred cycles for an operation with one. The tile units and the bfloat16 dot products of x86
-// know no others than zero either way.
+// treat them as zero in any case.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace mnemos {
 
-// While it lives. All threads that work on one result have one, so that its bits do not depend on which did what.
+// In effect while it lives. All threads that work on one result have one, so that its bits do not depend on the thread.
 class DenormalsAreZero {
  public:
   DenormalsAreZero() : before_(state()) { set_state(before_ | flags); }

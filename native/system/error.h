@@ -14,10 +14,10 @@ class Error : public std::runtime_error {
   const ErrorKind kind;
 };
 
-// A parameter lies outside its meaning.
+// A parameter has a value that is not allowed.
 inline Error config_error(const std::string &message) { return Error(ErrorKind::config, message); }
 
-// What a request brought in cannot be run.
+// A request cannot be run.
 inline Error request_error(const std::string &message) { return Error(ErrorKind::request, message); }
 
 inline Error unsupported_error(const std::string &message) { return Error(ErrorKind::unsupported, message); }

@@ -28,20 +28,20 @@ using std::chrono::milliseconds;
 using std::chrono::nanoseconds;
 
 // The gap between two steps (sampling, scheduling) is below this, so that threads rarely sleep while text is generated,
-// and soon do when it is not.
+// but soon do when it is not.
 constexpr auto spin_between_regions = microseconds(500);
-// Inside a region the others are late by microseconds, unless one has lost its core: then it may well go on with ours.
+// Inside a region the others are late by microseconds, unless one has lost its core: then it may well continue on ours.
 constexpr auto spin_inside_region = microseconds(100);
 constexpr auto polite_after = microseconds(40);
 
-// What threads wait within one region before one is sent away, and the share of its time that this must be: a step has
+// How long threads wait in one region before one is sent away, and the minimum share of its time: a step has
 // a hundred barriers, at each of which a thread may lack its core for milliseconds.
 constexpr auto most_waiting = milliseconds(5);
 constexpr double waiting_share = 0.6;
-// Long enough for several steps, and for a core to be lost and got back.
+// Long enough for several steps, and for a core to be lost and regained.
 constexpr auto window = milliseconds(20);
 constexpr auto shortest_rest = milliseconds(20), longest_rest = milliseconds(640);
-// What fewer threads must gain.
+// The minimum gain from fewer threads.
 constexpr double clear_gain = 1.1;
 
 inline void relax() {
@@ -52,7 +52,7 @@ inline void relax() {
 #endif
 }
 
-// Most waits are over before it is worth looking at the clock.
+// Most waits are over before reading the clock pays off.
 template <typename Done>
 bool soon(const Done &done) {
   for (int i = 0; i < 16; i++) {
@@ -63,7 +63,7 @@ bool soon(const Done &done) {
 }
 
 // Spins until done() or until it is time to sleep, by the clock: a pause takes 40 cycles on one processor and 140 on
-// another. After some microseconds it lets other threads of the core go first.
+// another. After some microseconds it yields to other threads of the core.
 template <typename Done>
 bool spin_until(const Done &done, Clock::time_point start, microseconds most) {
   for (;;) {
@@ -77,7 +77,7 @@ bool spin_until(const Done &done, Clock::time_point start, microseconds most) {
   }
 }
 
-// What this thread has run, in nanoseconds. Where the system does not tell, it counts as running all the time.
+// This thread's running time in nanoseconds. If the system does not report it, it counts as running all the time.
 int64_t own_time() {
 #if defined(CLOCK_THREAD_CPUTIME_ID)
   timespec time{};
@@ -114,7 +114,7 @@ int64_t Barrier::wait(int threads, const Complete &complete) {
     sleepers_.fetch_add(1);
     wake_.wait(lock, passed);
     sleepers_.fetch_sub(1);
-    end = std::max(complete_, start + spin_inside_region);  // of another time if the last one came just now
+    end = std::max(complete_, start + spin_inside_region);  // belongs to another wait if the last thread has just come
   }
   return end - start > polite_after ? nanoseconds(end - start).count() : 0;
 }
@@ -127,7 +127,7 @@ void Team::record(Clock::time_point now, nanoseconds took, nanoseconds waited, n
   if (size_ == 1) return;
   took_ += took, waited_ += waited, lost_ += lost;
   if (took_ < window) return;
-  // While one thread has no core all others wait for it. An uneven division of work makes them wait as well, but then
+  // While one thread has no core, all others wait for it. An uneven division of work makes them wait too, but then
   // every thread has its core.
   const double held_up =
       static_cast<double>(std::min(waited_ / (size_ - 1), lost_).count()) / static_cast<double>(took_.count());
@@ -135,7 +135,7 @@ void Team::record(Clock::time_point now, nanoseconds took, nanoseconds waited, n
   if ((1 - held_up) * clear_gain < share_of_fewer) {
     return shrink(now);
   }
-  if (trying_) next_try_ = now + rest_;  // the cores are free again: one more, if there is one
+  if (trying_) next_try_ = now + rest_;  // the cores are free again: add one thread, if possible
   trying_ = false;
   begin_window();
 }
@@ -163,7 +163,7 @@ struct Pool::Crew {
     for (std::thread &worker : workers) worker.join();
   }
 
-  // A region's number and its threads change together, so that a worker that comes late does not take part in a region
+  // A region's number and its threads change together, so that a worker that is late does not take part in a region
   // that does without it.
   void call(int team) { region.store((number(region.load()) + 1) << 32 | static_cast<uint32_t>(team)); }
   static uint64_t number(uint64_t region) { return region >> 32; }
@@ -173,7 +173,7 @@ struct Pool::Crew {
     team = threads, body = &work_of_region;
     begin = Clock::now();
     waited.store(0, std::memory_order_relaxed), without_core.store(0, std::memory_order_relaxed);
-    if (team == 1) return;  // who sleeps goes on sleeping
+    if (team == 1) return;  // sleeping threads keep sleeping
     running.store(team - 1);
     call(team);
     const auto sleeps = [&](int worker) { return asleep[static_cast<size_t>(worker)].load(); };
@@ -185,7 +185,7 @@ struct Pool::Crew {
     }
   }
 
-  // The caller's part is done: waits for the others'.
+  // The caller's part is done: wait for the others.
   void finish_region() {
     const auto done = [&] { return running.load() == 0; };
     const auto start = Clock::now();
@@ -216,7 +216,7 @@ struct Pool::Crew {
     });
     if (time > 0) {
       waited.fetch_add(time, std::memory_order_relaxed);
-      without_core.fetch_sub(time, std::memory_order_relaxed);  // it had no need of one
+      without_core.fetch_sub(time, std::memory_order_relaxed);  // it did not need one
     }
     return index < team;
   }
@@ -236,7 +236,7 @@ struct Pool::Crew {
       if (stop) return;
       const uint64_t now = region.load();
       seen = number(now);
-      spins = index < team_of(now);  // what does without a thread soon does so again
+      spins = index < team_of(now);  // a region without this thread is soon followed by another
       if (!spins) continue;
       run_body(index);
       if (running.fetch_sub(1) == 1 && caller_sleeps.load()) {
@@ -250,7 +250,7 @@ struct Pool::Crew {
   std::unique_ptr<std::atomic<bool>[]> asleep;  // by worker's index
   std::vector<std::thread> workers;
   const std::function<void(int)> *body = nullptr;
-  int team = 1;  // of the region that runs
+  int team = 1;  // of the running region
   Clock::time_point begin;
   std::atomic<uint64_t> region{0};
   // Nanoseconds that threads of the region waited for others, and that they were without a core otherwise.
@@ -272,7 +272,7 @@ Pool::Pool(int threads) : threads_(threads), record_(threads), team_(threads) {
 Pool::~Pool() {
   wanted_.store(true);
   if (process_ != getpid()) crew_.release();  // threads of the parent process: nothing to join here
-  crew_.reset();  // before what may run behind
+  crew_.reset();  // before what may run in the background
 }
 
 void Pool::start() {

@@ -41,7 +41,7 @@ std::vector<float> numbers(int64_t count) {
   return values;
 }
 
-// Bytes below 0x34, in which every type's scales are ordinary numbers; but not for float32, whose exponents they would
+// Bytes below 0x34, which make every type's scales ordinary numbers; but not for float32, whose exponents they would
 // be.
 std::vector<uint8_t> weight_bytes(WeightType type, int64_t rows, int64_t columns) {
   std::vector<uint8_t> bytes(size(rows * row_bytes(type, columns)));
@@ -111,7 +111,7 @@ double time_rows(const VectorKernels &kernels, const Cache &cache, int64_t posit
 
 double time_products(const ProductKernels &kernels, bool quantized) {
   const DenormalsAreZero denormals;
-  // Without minima, with them, with two scales a block.
+  // Without minima, with them, with two scales per block.
   static const std::vector<WeightType> quantized_types{WeightType::q8_0, WeightType::q4_k, WeightType::q6_k};
   static const std::vector<WeightType> float_types{WeightType::bf16, WeightType::f16, WeightType::f32};
   double logarithms = 0;

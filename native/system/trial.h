@@ -1,4 +1,4 @@
-// How long kernels take for a little typical work, by which the levels of a machine can be told apart in milliseconds.
+// Times kernels on a little typical work, which tells the levels of a machine apart in milliseconds.
 #pragma once
 
 #include "linear/linear.h"
@@ -6,7 +6,7 @@
 
 namespace mnemos {
 
-// Seconds of one thread with what fits into its caches: the geometric mean of products of one row and of many with some
+// Seconds of one thread on data in its caches: the geometric mean of products of one row and of many with some
 // storage types, quantized ones or floats. The median of a few runs each.
 double time_products(const ProductKernels &kernels, bool quantized);
 

@@ -1,5 +1,5 @@
 // AMX on processors without it, for tests: an AMX instruction there raises SIGILL, whose handler does what Intel's
-// Software Developer's Manual says that the instruction does, and goes on behind it. So the very code that ships is
+// Software Developer's Manual says that the instruction does, and continues after it. So the very code that ships is
 // what runs. What the manual makes a fault (a shape that does not fit, tiles without a configuration) ends the program
 // with a message.
 #pragma once
@@ -49,7 +49,7 @@ inline void configure(const uint8_t *memory) {
     const uint8_t rows = memory[48 + i];
     require(row_bytes <= 64 && rows <= 16, "a tile's shape beyond the palette's");
     require((row_bytes == 0) == (rows == 0), "a tile of rows without bytes or the other way round");
-    require(i < 8 || rows == 0, "shapes of tiles that there are not");
+    require(i < 8 || rows == 0, "shapes of tiles that do not exist");
     if (i < 8) state.row_bytes[i] = row_bytes, state.rows[i] = rows;
   }
   memset(state.tiles, 0, sizeof state.tiles);
@@ -72,7 +72,7 @@ inline void require_product(int sums, int a, int b) {
   require(state.rows[sums] == state.rows[a], "sums and first operand differ in rows");
   require(state.row_bytes[sums] == state.row_bytes[b], "sums and second operand differ in columns");
   require(state.row_bytes[a] % 4 == 0 && state.row_bytes[a] / 4 == state.rows[b], "the operands do not fit each other");
-  require(state.row_bytes[b] % 4 == 0, "columns that are no whole numbers");
+  require(state.row_bytes[b] % 4 == 0, "columns that are not whole numbers");
 }
 
 inline void dot(int sums, int a, int b) {
@@ -139,7 +139,7 @@ inline int64_t general(const ucontext_t *context, int number) {
 
 // A memory operand in its 64-bit forms, and the length of what encodes it.
 struct Operand {
-  int64_t base, index;  // index: scaled
+  int64_t base, index;  // the index is scaled
   int length;
 };
 
@@ -153,7 +153,7 @@ inline Operand operand(const ucontext_t *context, const uint8_t *modrm, bool ext
     if (index != 4) found.index = general(context, index) * (1 << (modrm[1] >> 6));
     found.base = general(context, base + 8 * extend_base);
     found.length = 2;
-  } else if (mode == 0 && low == 5) {  // relative to the next instruction, which begins behind these four bytes
+  } else if (mode == 0 && low == 5) {  // relative to the next instruction, which begins after these four bytes
     int32_t distance;
     memcpy(&distance, modrm + 1, 4);
     return {int64_t(modrm + 5) + distance, 0, 5};
@@ -175,7 +175,7 @@ inline Operand operand(const ucontext_t *context, const uint8_t *modrm, bool ext
 // Does the instruction at `code` and returns its length.
 inline int64_t execute(const uint8_t *code, const ucontext_t *context) {
   // Three-byte VEX: C4, inverted R X B and the map 0F38 (2), then W, inverted vvvv, L and the prefix.
-  require(code[0] == 0xc4 && (code[1] & 0x1f) == 2 && (code[2] & 0x84) == 0, "an instruction that is none of AMX");
+  require(code[0] == 0xc4 && (code[1] & 0x1f) == 2 && (code[2] & 0x84) == 0, "an instruction outside AMX");
   const bool extend_index = !(code[1] & 0x40), extend_base = !(code[1] & 0x20);
   const int prefix = code[2] & 3, second = ~code[2] >> 3 & 15, opcode = code[3];
   enum { none, p66, f3, f2 };

@@ -126,7 +126,7 @@ void check_bfloat_products(int64_t rows, int64_t columns, int64_t tokens, bool i
   prepare_rows(input, x.data(), columns, 0, tokens);
   if (in_place) std::copy(starts.begin(), starts.end(), y.begin());
   multiply(matrix, input, 0, tokens, 0, matrix.panels(), y.data(), rows, in_place ? y.data() : starts.data(), rows);
-  expect(y.back() == 99.0f, "nothing behind the results is written");
+  expect(y.back() == 99.0f, "nothing after the results is written");
   bool same = true, near = true;
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t r = 0; r < rows; r++) {
@@ -193,7 +193,7 @@ void check_selection() {
   wrong.multiply = multiply_wrongly;
   expect(!same_products(wrong, avx512bf16_kernels), "the check at start lets a wrong bit pass");
   wrong.multiply = multiply_rows_otherwise;
-  expect(!same_products(wrong, avx512bf16_kernels), "the check at start lets rows differ by what is beside them");
+  expect(!same_products(wrong, avx512bf16_kernels), "the check at start lets rows differ by their neighbours");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Attention of one set of kernels over a bfloat16 cache: right, with the same bits for a row alone and among others,
-// and blind to what nobody has written.
+// and unaffected by unwritten memory.
 #pragma once
 
 #include <algorithm>
@@ -45,9 +45,9 @@ class AttentionCheck {
       wrong += !same || !is_right(r, row);
     }
     if (wrong > 0) {
-      printf("head_dim %lld, %lld x %lld rows behind %lld, window %lld: %d rows are wrong\n",
-             (long long)shape_.head_dim, (long long)shape_.tokens, (long long)shape_.group, (long long)shape_.begin,
-             (long long)shape_.window, wrong);
+      printf("head_dim %lld, %lld x %lld rows after %lld, window %lld: %d rows are wrong\n", (long long)shape_.head_dim,
+             (long long)shape_.tokens, (long long)shape_.group, (long long)shape_.begin, (long long)shape_.window,
+             wrong);
     }
     return wrong;
   }

@@ -1,6 +1,6 @@
-// Products of pseudo-random weights and activations of every type, as one hash a line: builds for other processors and
+// Products of pseudo-random weights and activations of every type, one hash per line: builds for other processors and
 // with other kernels must print the same lines. With a sanitizer it shows that nothing is read or written outside the
-// buffers, which here have exactly the size that they must have.
+// buffers, which here have exactly the required size.
 //   hash_products KERNELS
 // With a second name, products of other shapes are compared bit by bit between the two.
 //   hash_products KERNELS OTHERS

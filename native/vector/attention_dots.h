@@ -1,5 +1,5 @@
 // Attention over a bfloat16 cache with the processor's bfloat16 dot products (VDPBF16PS): queries and weights are
-// rounded to bfloat16 too, sums are float32. Keys and values are used as they lie in the cache.
+// rounded to bfloat16 too, sums are float32. Keys and values are used as they are stored in the cache.
 #pragma once
 
 #include "vector/vector_kernels_impl.h"
@@ -16,7 +16,7 @@ inline __m512bh as_brains(__m512i pairs) { return reinterpret_cast<__m512bh>(pai
 // 32 floats as 16 pairs.
 inline __m512i to_pairs(Vec low, Vec high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
 
-// n floats as pairs, the last ones filled up with zeros; y may be x.
+// n floats as pairs, the last ones padded with zeros; y may be x.
 inline void store_pairs(const float *x, int64_t n, uint32_t *y) {
   for (int64_t i = 0; i < n; i += 2 * width, y += width) {
     const Vec low = load_any(x + i, n - i < width ? static_cast<int>(n - i) : width);
@@ -28,7 +28,7 @@ inline void store_pairs(const float *x, int64_t n, uint32_t *y) {
 
 // 2^x within 3e-6 of it: a weight is rounded to 8 bits anyway.
 inline Vec rough_power(Vec x) {
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding to it rounds to a whole number
   const Vec n = sub(add(x, magic), magic), r = sub(x, n);
   Vec p = splat(0.00957010f);  // own minimax fit for |r| <= 1/2
   p = fma(p, r, splat(0.05591786f));
@@ -38,7 +38,7 @@ inline Vec rough_power(Vec x) {
   return times_power_of_two(p, n);
 }
 
-// The lanes of the vector that begins at `at` which a row sees.
+// The lanes, of the vector that begins at `at`, that a row sees.
 inline Mask lanes_seen(const Seen &seen, int64_t at) {
   const auto lanes_below = [&](int64_t end) {
     return static_cast<unsigned>((1u << (end <= at ? 0 : end - at < width ? end - at : width)) - 1);
@@ -119,13 +119,13 @@ inline void make_weights(const AttentionTile &tile, const BlockRange &range, int
   }
 }
 
-// Lines of memory that will be wanted soon, asked for a few at a time.
+// Lines of memory that will be needed soon, prefetched a few at a time.
 struct Ahead {
   const uint8_t *parts[block_vectors];
   int64_t count = 0, bytes = 0, step = 0;  // of parts, of each part, for each call
   int64_t part = 0, at = 0;
 
-  // Spreads the lines over so many calls.
+  // Spreads the lines over this many calls.
   void spread(int64_t calls) { step = calls <= 0 ? 0 : (count * bytes / line + calls - 1) / calls; }
   void advance() {
     for (int64_t i = 0; i < step && part < count; i++) {
@@ -167,7 +167,7 @@ inline void score_columns(const uint32_t *queries, int64_t stride, const uint32_
     for (int j = 0; j < N; j++) columns[j] = _mm512_loadu_si512(key[j] + i * key_stride);
     add_dots<R, N>(queries + i, stride, columns, sums);
   }
-#pragma GCC unroll 8  // or the sums lie in memory
+#pragma GCC unroll 8  // or the sums are kept in memory
   for (int r = 0; r < R; r++) {
     for (int j = 0; j < N; j++) store(scores + r * score_stride + j * width, sums[r][j]);
   }
@@ -189,7 +189,7 @@ inline void score_rows(const AttentionTile &tile, const BlockRange &range, const
   }
 }
 
-// How the rows' results so far and those of a block go together, by rows; see merge.
+// How the rows' results so far and those of a block are combined, by rows; see merge.
 struct Shares {
   float before[max_tile_rows], block[max_tile_rows];
   bool seen[max_tile_rows], begun[max_tile_rows];
@@ -217,7 +217,7 @@ struct Shares {
 };
 
 // Adds N vectors of columns of the values that R rows see, times the rows' weights, to the rows' results. Of an odd
-// number of values, what lies behind the last one may never have been written.
+// number of values, the memory after the last one may never have been written.
 template <int R, int N>
 inline void weigh_columns(const uint32_t *weights, const uint32_t *const *values, int64_t column, Summed seen,
                           const Shares &shares, int64_t row, float *result, int64_t stride, Ahead &ahead) {
@@ -277,7 +277,7 @@ inline Ahead values_ahead(const AttentionTile &tile, const BlockRange &range) {
   return ahead;
 }
 
-// The keys that are wanted when the values of the block are done with.
+// The keys that are needed once the values of the block are done.
 inline Ahead next_keys(const AttentionTile &tile, const KeyBlock &block, const KeyBlock *next_block) {
   Ahead ahead;
   if (tile.rows > most_rows_to_fetch_for) return ahead;
@@ -289,7 +289,7 @@ inline Ahead next_keys(const AttentionTile &tile, const KeyBlock &block, const K
   return ahead;
 }
 
-// Where a block's keys lie, for each vector of slots, and its values, for each pair of slots.
+// The addresses of a block's keys, for each vector of slots, and of its values, for each pair of slots.
 inline void point_to_pages(const AttentionTile &tile, const BlockRange &range, const uint32_t **keys,
                            const uint32_t **rows_of_values) {
   const CellLayout &cell = *tile.cell;

@@ -20,7 +20,7 @@ struct HalfElement {
   static constexpr int64_t bytes = 2;
   static Vec load(const uint16_t *p, int64_t stride, int64_t i, int64_t j) { return load_half(p + i * stride + j); }
 };
-// Two rows lie in one, column by column, the even one's element first.
+// Two rows are stored in one, column by column, the even one's element first.
 struct BrainElement {
   using Type = uint32_t;
   static constexpr int64_t bytes = 2;
@@ -36,16 +36,16 @@ struct ByteElement {
 };
 
 // Rows of queries that share the loads of a vector of keys or values, and vectors that share the loads of a query's
-// elements: as many as the registers hold. A tile of many rows is cut into groups of so many.
+// elements: as many as the registers hold. A tile of many rows is cut into groups of this size.
 #if defined(__AVX512F__)
 constexpr int most_rows = 8, group_rows = 6, most_vectors = 4;
 #else
 constexpr int most_rows = 4, group_rows = 4, most_vectors = 2;
 #endif
-// From so many rows on, a block of keys and values is converted to float32 once for all of them.
+// From this many rows on, a block of keys and values is converted to float32 once for all of them.
 constexpr int64_t rows_to_expand_for = 2 * group_rows;
 
-// Few rows wait for memory, not for arithmetic: then each step of a product also fetches a line that comes next. The
+// Few rows wait for memory, not for arithmetic: then each step of a product also fetches one of the next lines. The
 // processor's own prefetching stops at the borders of the small pieces that a page consists of.
 constexpr int64_t most_rows_to_fetch_for = 16;
 
@@ -163,7 +163,7 @@ inline Vec lane_numbers() {
   return load(numbers);
 }
 
-// Turns one row's scores into exponentials relative to their maximum; what the row does not see becomes 0.
+// Turns one row's scores into exponentials relative to their maximum; positions that the row does not see become 0.
 inline void exponentials(float *scores, int64_t first, int64_t last, int64_t used, float cap, float *most,
                          float *total) {
   const Vec numbers = lane_numbers(), low = splat(static_cast<float>(first)), high = splat(static_cast<float>(last));
@@ -190,7 +190,7 @@ inline void exponentials(float *scores, int64_t first, int64_t last, int64_t use
   *total = sum(sums);
 }
 
-// The page of keys that is wanted when the values of one at `position` are done with: the next block's, or else the
+// The page of keys that is needed once the values of the one at `position` are done: the next block's, or else the
 // next tile's. Null if there is none.
 inline const uint8_t *keys_ahead(const AttentionTile &tile, int64_t position, const KeyBlock *next_block) {
   if (tile.rows > most_rows_to_fetch_for) return nullptr;
@@ -340,7 +340,7 @@ inline void for_groups(const AttentionTile &tile, const KeyBlock &block, const V
   }
 }
 
-// As score_block, exponentials and weigh_values, with the same sums in the same order.
+// Like score_block, exponentials and weigh_values, with the same sums in the same order.
 template <typename Element>
 void attend_expanded(const AttentionTile &tile, const BlockRange &all) {
   const CellLayout &cell = *tile.cell;
@@ -416,7 +416,7 @@ void attend(const AttentionTile &tile, int64_t block_begin, int64_t block_end) {
   }
 }
 
-// In the lower half; without branches, so that compilers make vectors of it.
+// In the lower half; without branches, so that compilers vectorise it.
 inline uint32_t to_brain(float x) {
   uint32_t value;
   std::memcpy(&value, &x, 4);
@@ -454,7 +454,7 @@ inline void put(uint8_t *data, int64_t index, T value) {
   std::memcpy(data + index * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
 }
 
-// Of bfloat16, components 2 i and 2 i + 1 of a key lie side by side.
+// In bfloat16, components 2 i and 2 i + 1 of a key are adjacent.
 inline void store_brain_key(const CellLayout &cell, uint32_t *words, const float *key) {
   constexpr int64_t run = 64;
   uint32_t brains[run + 1];
@@ -466,7 +466,7 @@ inline void store_brain_key(const CellLayout &cell, uint32_t *words, const float
   }
 }
 
-// Of bfloat16, the values of slots 2 i and 2 i + 1 lie side by side; the other slot's stay.
+// In bfloat16, the values of slots 2 i and 2 i + 1 are adjacent; the other slot's stay.
 inline void store_brain_value(uint32_t *words, int64_t slot, int64_t n, const float *value) {
   const uint32_t kept = slot % 2 != 0 ? 0xffff : 0xffff0000;
   const int shift = slot % 2 != 0 ? 16 : 0;

@@ -1,4 +1,4 @@
-// Attention of one query over keys and values that lie side by side, written over vec.h; included by kernels_impl.h.
+// Attention of one query over adjacent keys and values, written with vec.h; included by kernels_impl.h.
 #pragma once
 
 #include "vector/vec.h"
@@ -7,7 +7,7 @@
 namespace mnemos {
 namespace {
 
-// How far ahead of what is read its successor is asked for, where reading is not to push out what the caches hold.
+// How far ahead to prefetch, where reading must not evict what the caches hold.
 constexpr int64_t passing_floats = 1024;
 
 inline void pass(const float *from, int64_t floats) {
@@ -52,7 +52,7 @@ void attend_plain(const float *query, const float *keys, const float *values, in
   dots(std::integral_constant<int, together>{});
   dots(std::integral_constant<int, 1>{});
   softmax(scores, count);
-  int64_t j = 0;  // longer and shorter values are read several times, so that they are not to pass
+  int64_t j = 0;  // longer and shorter values are read several times, so they should not bypass the caches
   for (; j + 4 * width <= n; j += 4 * width) weigh<4>(scores, values, count, n, j, width, passing && n == 4 * width, y);
   for_vectors(n - j, [&](int64_t at, int part) { weigh<1>(scores, values, count, n, j + at, part, false, y); });
 }

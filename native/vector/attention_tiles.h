@@ -1,4 +1,4 @@
-// Attention over a bfloat16 cache with AMX. Keys and values lie in the cache as second operands of tile products: 16
+// Attention over a bfloat16 cache with AMX. The cache holds keys and values as second operands of tile products: 16
 // pairs of key components by 16 slots, or 16 pairs of slots by 16 columns of values. Queries and weights are first
 // operands, a tile for 16 rows.
 //
@@ -6,7 +6,7 @@
 // tiles as well: a row has the same bits alone and among many. What a row does not see has the weight 0.
 //
 // Cycles on Sapphire Rapids of 16 rows by a block of 128 keys with head_dim 64, from the figures in amx_float.h; not
-// measured: 16 + 16 tile products 512, loads of 32 + 40 tiles beside them, stores of 8 + 4 tiles 192, exponentials and
+// measured: 16 + 16 tile products 512, loads of 32 + 40 tiles in parallel, stores of 8 + 4 tiles 192, exponentials and
 // maxima about 1,300; the dot products of AVX-512 alone take 8,192.
 #pragma once
 
@@ -103,7 +103,7 @@ inline void weigh_tile(const AttentionTile &tile, const BlockRange &range, int64
     const uint32_t *from = values[slot / 2] + column;
     int64_t from_stride = stride;
     if (end - slot < slots) {
-      // What is behind the last one may never have been written, or by another sequence, and be no number.
+      // Memory after the last one may never have been written, or by another sequence, and may hold NaN.
       for (int64_t pair = 0; pair < tile_pairs; pair++) {
         const int64_t left = end - slot - 2 * pair;
         const __mmask32 seen = left >= 2 ? 0xffffffff : left == 1 ? 0x55555555 : 0;
@@ -125,7 +125,7 @@ inline void weigh_tile(const AttentionTile &tile, const BlockRange &range, int64
   for_sums(count, [&](auto sum) { AmxTiles::store<sum>(partial + sum * width, stride * 4); });
 }
 
-// Merges what a block gives one row.
+// Merges a block's result for one row.
 inline void merge_shares(const AttentionTile &tile, const Shares &shares, int64_t row) {
   if (!shares.seen[row]) return;
   const int64_t stride = tile.cell->value_stride;

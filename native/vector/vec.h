@@ -273,7 +273,7 @@ inline Vec exp(Vec x) {
   return select(vanishes, zero(), times_power_of_two(y, n));
 }
 
-// Into the second-level cache: the first one has room for few requests, and whoever asks for more waits.
+// Into the second-level cache: the first one has room for few requests, and further ones wait.
 inline void prefetch(const uint8_t *p) { __builtin_prefetch(p, 0, 2); }
 
 // Calls body(offset, n) with n = width for whole vectors and once with the rest.

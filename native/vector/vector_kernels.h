@@ -11,18 +11,18 @@ enum class ActivationKind { silu, gelu, gelu_tanh, relu };
 enum class CacheType { float32, float16, bfloat16, int8 };
 
 // Keys are attended to in blocks of at most this many positions, none of which crosses a multiple of it. Blocks are
-// reduced one by one and merged in their order, so that a row's result depends on nothing but its own position and what
+// reduced one by one and merged in their order, so that a row's result depends only on its own position and what
 // it sees.
 constexpr int64_t attention_block = 128;
-constexpr int64_t score_stride = attention_block + 16;  // a page of few slots writes scores up to 16 behind its own
+constexpr int64_t score_stride = attention_block + 16;  // a page with few slots writes up to 16 scores after its own
 constexpr int64_t max_tile_rows = 128;
 
-// How one (page, layer, head) cell of the cache lies in memory. Keys are transposed: slots are adjacent, so that a
-// vector of scores needs no horizontal sum; values are not. Of bfloat16, two key components or two slots' values lie
-// side by side, as its dot products want them. Offsets are in bytes from the cell's start.
+// The memory layout of one (page, layer, head) cell of the cache. Keys are transposed: slots are adjacent, so that a
+// vector of scores needs no horizontal sum; values are not. In bfloat16, two key components or two slots' values are
+// adjacent, as its dot products need them. Offsets are in bytes from the cell's start.
 struct CellLayout {
   CacheType type;
-  int64_t slots;  // positions of a page; divides attention_block
+  int64_t slots;  // positions per page; divides attention_block
   int64_t head_dim;
   int64_t key_stride;  // elements between key components: slots, rounded up to 16
   int64_t value_stride;  // elements between slots' values: head_dim, rounded up to 16
@@ -38,18 +38,18 @@ constexpr int64_t expanded_floats(const CellLayout &cell) {
 // Pages of one sequence that follow each other without a gap, between two multiples of attention_block.
 struct KeyBlock {
   int64_t start;  // the multiple of attention_block below them: where scores are counted from
-  int64_t first, last;  // the positions that the pages hold, both ends included
+  int64_t first, last;  // the positions in the pages, both ends included
   const int32_t *pages;  // the page of `first` and those after it
 };
 
-// Keys at some positions of a sequence: those that are wanted when a tile is done, so that they are fetched meanwhile.
+// Keys at some positions of a sequence: those needed when a tile is done, so that they are fetched in the meantime.
 struct NextKeys {
   const uint8_t *cells;  // the cell of page 0; null if nothing is wanted
   const KeyBlock *block;
   int64_t first, last;  // within the block
 };
 
-// One query tile of one head of keys: `rows` queries, and the blocks of keys that they are to see.
+// One query tile of one head of keys: `rows` queries, and the blocks of keys that they see.
 struct AttentionTile {
   const CellLayout *cell;
   const uint8_t *cells;  // the cell of page 0
@@ -82,7 +82,7 @@ struct VectorKernels {
   void (*rope)(const float *x, const float *cosines, const float *sines, float factor, float *y, int64_t half);
   void (*softmax)(float *x, int64_t n);
 
-  // Nobody else may write to slots 2 i and 2 i + 1 of a cell meanwhile: they share words of it.
+  // No other thread may write to slots 2 i and 2 i + 1 of a cell meanwhile: they share words of it.
   void (*store_key)(const CellLayout &cell, uint8_t *data, int64_t slot, const float *key);
   void (*store_value)(const CellLayout &cell, uint8_t *data, int64_t slot, const float *value);
   // Merges the tile's blocks begin to end into most, total and result, in order.
@@ -91,7 +91,7 @@ struct VectorKernels {
   void (*merge)(float most, float total, const float *values, float *into_most, float *into_total, float *into,
                 int64_t n);
   // y = softmax(query . keys * scale) values, with `count` keys and values of n floats; scratch for `count` scores.
-  // passing: they are read past the caches.
+  // passing: they are read bypassing the caches.
   void (*attend_plain)(const float *query, const float *keys, const float *values, int64_t count, int64_t n,
                        float scale, bool passing, float *scores, float *y);
 
@@ -110,7 +110,7 @@ const VectorKernels &vector_kernels(Isa isa);
 
 #if defined(__x86_64__)
 extern const VectorKernels avx512_vector_kernels;
-// As VectorKernels::attend, with the bfloat16 dot product and with AMX tiles.
+// Like VectorKernels::attend, with the bfloat16 dot product and with AMX tiles.
 void attend_by_dots(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
 void attend_in_tiles(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
 #endif

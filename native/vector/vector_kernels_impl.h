@@ -162,7 +162,7 @@ float largest_of(const float *x, int64_t n) {
   return result;
 }
 
-// As largest_of, but infinite where any x is not a number: min gives its second operand then.
+// Like largest_of, but infinite where any x is not a number: min gives its second operand then.
 float largest_valid(const float *x, int64_t n) {
   const Vec bound = splat(INFINITY);
   Vec most[lanes_in_flight];
@@ -180,7 +180,7 @@ float largest_valid(const float *x, int64_t n) {
 }
 
 double sum_exp(const float *x, float shift, float factor, int64_t n) {
-  constexpr int64_t run = 1024;  // float sums of so few terms of one sign lose nothing that matters
+  constexpr int64_t run = 1024;  // float sums of this few terms of one sign lose nothing that matters
   const Vec s = splat(shift), f = splat(factor);
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += run) {

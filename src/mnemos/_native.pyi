@@ -1,4 +1,4 @@
-"""The native core. Arrays must be contiguous and of exactly the type named; errors are those of mnemos.errors."""
+"""The native core. Arrays must be contiguous and have exactly the stated type; errors are those of mnemos.errors."""
 
 from typing import Any
 
@@ -12,52 +12,52 @@ Bytes = npt.NDArray[np.uint8]
 Order = npt.NDArray[np.intp]
 
 def isa(operators: str) -> str:
-    """The level in use for a class of operators: "quantized" and "floats" are products, "attention" is the rest.
+    """The level in use for a class of operators: "quantized" and "floats" are products, "attention" all others.
 
     UnsupportedError if MNEMOS_ISA names a level that this CPU does not have.
     """
 
 def likely_isa(operators: str) -> str:
-    """The level that is likely to be the best for such operators on this CPU."""
+    """The level that is probably best for these operators on this CPU."""
 
 def available_isas() -> list[str]:
-    """Those that this CPU can run, lowest first."""
+    """The levels that this CPU can run, lowest first."""
 
 def select_isa(levels: str) -> None:
-    """Changes the levels for what is made from now on: one for all, or "attention=avx2,floats=amx".
+    """Changes the levels for objects created from now on: one for all, or "attention=avx2,floats=amx".
 
-    Operators that are not named go back to what MNEMOS_ISA says, or else to the preferred level.
+    Operators that are not named go back to the level of MNEMOS_ISA, or else to the preferred one.
     """
 
 def prefer_isas(levels: str) -> None:
-    """Such a text, for where neither `select_isa` nor MNEMOS_ISA says anything."""
+    """The same for operators that neither `select_isa` nor MNEMOS_ISA specifies."""
 
 def keeps_bfloats() -> bool:
     """Whether attention's level has bfloat16 dot products, so that keys and values are best kept in bfloat16."""
 
 def trial_seconds(operators: str, isa: str) -> float:
-    """What a thread takes for a little typical work of such operators with a level's kernels."""
+    """The time one thread takes for a little typical work of these operators with a level's kernels."""
 
 def usable_cores() -> int:
-    """Cores of the affinity mask, cut down to the cgroup's CPU quota."""
+    """Cores in the affinity mask, limited by the cgroup's CPU quota."""
 
 def available_memory() -> int:
-    """Bytes that can still be taken, within the cgroup's limit; -1 if the system does not tell."""
+    """Bytes that can still be allocated, within the cgroup's limit; -1 if unknown."""
 
 class Pool:
     @property
     def threads(self) -> int: ...
 
 def shared_pool(threads: int) -> Pool:
-    """The pool of that size, shared within the process; 0: usable_cores(). ConfigError if there are fewer."""
+    """The pool of that size, shared within the process; 0: usable_cores(). ConfigError if there are fewer cores."""
 
 def read_bandwidth(pool: Pool, bytes: int, repeats: int) -> float:
-    """Bytes a second that the pool's threads together read in sequence from so much memory; the best of the repeats."""
+    """Bytes per second that the pool's threads together read in sequence from `bytes` bytes; the best repeat."""
 
 def multiply_rate(pool: Pool, isa: str, form: str, repeats: int) -> float:
-    """Multiply-adds a second that the pool's threads together reach at most in products with inputs of this form.
+    """The most multiply-adds per second that the pool's threads together reach in products with inputs of this form.
 
-    isa: one of available_isas(). form: as Matrix.form. UnsupportedError: these kernels have no such products.
+    isa: one of available_isas(). form: see Matrix.form. UnsupportedError if these kernels have no such products.
     """
 
 class Matrix:
@@ -70,21 +70,21 @@ class Matrix:
         """Memory of the repacked form."""
     @property
     def form(self) -> str:
-        """What products multiply the weights by: "float32", "bfloat16" or "int8" (blocks of it, with scales)."""
+        """The input form of its products: "float32", "bfloat16" or "int8" (in blocks with scales)."""
 
 def make_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool, release: bool, pool: Pool) -> Matrix:
-    """Repacks a weight; with `release` the pages of the mapped file that it came from are given back."""
+    """Repacks a weight; with `release`, the source's pages of the mapped file are released."""
 
 def allocate_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool, order: Order | None) -> Matrix:
-    """A matrix that has no memory and cannot be used before `pack_matrices` has packed it.
+    """A matrix without memory, which cannot be used before `pack_matrices` has packed it.
 
-    order: it has these of the `rows` rows, in this order.
+    order: the matrix has these of the `rows` rows, in this order.
     """
 
 def pack_matrices(matrices: list[tuple[Matrix, Bytes, Order | None, bool]], pool: Pool) -> None:
-    """Repacks weights that `allocate_matrix` made: (matrix, data, order, release) each, as of that and `make_matrix`.
+    """Repacks weights from `allocate_matrix`: (matrix, data, order, release) each, as in that and `make_matrix`.
 
-    They lie in one piece of memory, which lives as long as any of them.
+    They share one piece of memory, which lives as long as any of them.
     """
 
 class Cache:
@@ -98,7 +98,7 @@ class Cache:
     def write(self, page: int, content: Bytes) -> None: ...
 
 class Program:
-    """A forward pass under recording, then ready to run. Values are numbers, in the order of recording."""
+    """A forward pass that is recorded and then run. Values are numbers, in the order of recording."""
 
     def __init__(self, pool: Pool, cache: Cache | None) -> None: ...
     def input(self, width: int, integers: bool) -> int: ...
@@ -146,33 +146,33 @@ class Program:
     ) -> list[npt.NDArray[Any]]:
         """One step on a checked batch; the results are views that the next step overwrites.
 
-        argmax: in place of the last output (rows, 1) int32, the number of each row's largest value, of equal ones the
-        lowest, or -1 where none is above minus infinity or some one is not a number below infinity.
+        argmax: instead of the last output, (rows, 1) int32 with the index of each row's largest value, the lowest on
+        ties, or -1 if none is above minus infinity or one is not a number below infinity.
         """
 
     @property
     def finds_argmax(self) -> bool: ...
     def poison(self, on: bool) -> None:
-        """Fills the workspace with NaN before each step, to find reads of what was not written."""
+        """Fills the workspace with NaN before each step, to find reads of unwritten memory."""
 
     def workspace_bytes(self, tokens: int, chosen: int) -> int:
-        """Memory of a step with so many tokens and rows of logits, partial results of long contexts not counted."""
+        """Memory of a step with this many tokens and rows of logits, without partial results of long contexts."""
 
     @property
     def tasks(self) -> int: ...
     @property
     def barriers(self) -> int:
-        """Meetings of all threads in a step of one token."""
+        """Barriers of all threads in a step of one token."""
 
 class ForeignStep:
-    """Operators of a pass that somebody else runs, one call each. Addresses are those of float32 values in memory.
+    """Operators of a pass that is run elsewhere, one call each. Addresses are those of float32 values in memory.
 
-    Between two products the pool's other threads read what the next one will need, by the order of the last pass.
+    Between two products, the pool's other threads read ahead what the next one will need, as in the last pass.
     """
 
     def __init__(self, pool: Pool) -> None: ...
     def add(self, matrix: Matrix, bias: Floats | None) -> int:
-        """A product x W^T + bias; its number. ConfigError: the matrix is not multiplied in float32."""
+        """A product x W^T + bias; its number. ConfigError if the matrix is not multiplied in float32."""
 
     def replace(self, number: int, matrix: Matrix, bias: Floats | None) -> None: ...
     def multiply(self, number: int, x: int, rows: int, y: int) -> None:
@@ -200,22 +200,22 @@ def rms_norm(x: int, weight: int, epsilon: float, y: int, rows: int, width: int)
     """y = x / rms(x) * weight for contiguous rows at these addresses."""
 
 def uniform(seed: int, position: int, draw: int = 0) -> float:
-    """53 random bits as a number from 0 to below 1: Philox4x32-10 with counter position | draw << 64."""
+    """53 random bits as a number in [0, 1): Philox4x32-10 with counter position | draw << 64."""
 
 def sample(logits: Floats, temperature: Floats, top_k: Ints, top_p: Doubles, min_p: Doubles, random: Doubles) -> Ints:
     """A token for each row of logits (rows, vocabulary): temperature, top_k, top_p, min_p, then the token at `random`
-    of the cumulative distribution in descending probability, equal ones by ascending id."""
+    in the cumulative distribution in descending probability, ties by ascending id."""
 
 def greedy(logits: Floats) -> Ints:
     """The lowest id of the largest logit, for each row."""
 
 def log_sum_exp(logits: Floats) -> Doubles: ...
 def top_tokens(logits: Floats, count: int) -> Ints:
-    """The most probable tokens of one row, descending, equal ones by ascending id."""
+    """The most probable tokens of one row, descending, ties by ascending id."""
 
 def find_strings(buffer: Bytes, count: int, text: str, halves: bool) -> Ints:
-    """Indices of those of `count` length-prefixed strings that occur in `text`, the empty one always.
+    """Indices of those of `count` length-prefixed strings that occur in `text`; the empty string always does.
 
-    halves: a string is two with a space between, which occur in `text` without it; one of another form always does.
+    halves: a string is two halves with a space between, and must occur without it; one of another form always does.
     FormatError if the strings reach beyond the buffer.
     """

@@ -236,7 +236,7 @@ def _read_info(cursor: _Cursor, field: str, alignment: int) -> tuple[TensorType,
         problem = f"has dimensions {sizes}, {size} bytes as {type_.name}"
         raise cursor.error(field, f"{problem}; the whole file has {cursor.size}")
     if offset % alignment:
-        raise cursor.error(field, f"is stored at offset {offset}, which is no multiple of the alignment {alignment}")
+        raise cursor.error(field, f"is stored at offset {offset}, which is not a multiple of the alignment {alignment}")
     return type_, tuple(reversed(sizes)), offset, size
 
 
