@@ -119,3 +119,16 @@ def test_stop_strings_end_a_beam_like_end_of_text():
         else:
             assert stop not in text
     assert any(f.finish_reason == "stop" for f in run.finished)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_beams_that_nothing_may_follow_end_with_their_texts(groups):
+    allowed = [0, 1, 2, 3]
+    banned = {"prefix_allowed_tokens_fn": lambda batch, tokens: allowed if len(tokens) < 5 else []}
+    fields = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 8, **banned}
+    if groups > 1:
+        fields |= {"num_beam_groups": groups, "diversity_penalty": 0.5}
+    run = generate([1, 2], random_model(12), spec(12), **fields)
+    assert [len(finished.tokens) for finished in run.finished] == [3, 3]
+    assert all(finished.finish_reason == "error" for finished in run.finished)
+    assert all(finished.error.startswith("every token is forbidden") for finished in run.finished)

@@ -62,3 +62,11 @@ def test_processors_and_stop_strings_apply():
     stop = tokenizer.decode(plain.tokens[4:6])
     run = generate(PROMPT, model, spec(8), tokenizer, stop=stop, **search)
     assert run.finished[0].text + stop == tokenizer.decode(run.tokens)
+
+
+def test_a_text_that_nothing_may_follow_ends_with_the_reason():
+    allowed = {"prefix_allowed_tokens_fn": lambda batch, tokens: [1, 2, 3] if len(tokens) < 5 else []}
+    run = generate([1, 2], random_model(12), spec(12), penalty_alpha=0.5, top_k=2, max_new_tokens=8, **allowed)
+    (end,) = run.finished
+    assert len(end.tokens) == len(run.emitted) == 3
+    assert (end.finish_reason, end.error[:24]) == ("error", "every token is forbidden")

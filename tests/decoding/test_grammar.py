@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mnemos.decoding import grammar
+from mnemos.decoding.choice import DeadEnd
 from mnemos.errors import ConfigError, MissingDependencyError, RequestError
 
 from .driver import LetterTokenizer, generate, random_model, spec
@@ -171,7 +172,7 @@ def test_explosive_grammars_are_refused_or_followed(name):
     except (ConfigError, RequestError) as error:
         assert len(str(error)) < 500
         return
-    assert end.finish_reason in ("length", "stop")
+    assert end.finish_reason in ("length", "stop", "error")
     letters, numbers = "[ab]+", r"\[[-\d\s,]*"
     allowed = {
         "exponential automaton": letters,
@@ -183,6 +184,40 @@ def test_explosive_grammars_are_refused_or_followed(name):
         assert re.fullmatch(allowed[name], text)
     elif name == "huge enum":
         assert any(f'"value {n}"'.startswith(text) for n in range(20000))
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 1.0, "seed": 1}, {"speculative": "prompt_lookup"}], ids=str)
+def test_a_text_that_nothing_may_follow_ends_with_the_reason(more):
+    fields = {"regex": "xxxy", "bad_words_ids": [[PIECES.index("y")]]}
+    end, text = constrained(**fields, **more)
+    assert (text, end.finish_reason, end.stopped_by) == ("xxx", "error", None)
+    assert end.error.startswith("every token is forbidden here; loosen bad_words")
+    forced, text = constrained(regex="a{9}", max_new_tokens=5, forced_eos_token_id=PIECES.index("z"), **more)
+    assert (text, forced.finish_reason) == ("aaaa", "error")
+    with pytest.raises(RequestError, match="every token is forbidden"):  # there is no text to keep
+        constrained(regex="y", bad_words_ids=fields["bad_words_ids"], **more)
+
+
+def test_one_of_several_texts_ends_and_the_others_go_on():
+    fields = {"regex": "x{3}y|c{6}", "bad_words_ids": [[PIECES.index("y")]]}
+    flat = lambda tokens: (np.zeros(len(PIECES), np.float32), np.zeros(8, np.float32))  # noqa: E731
+    run = generate([1, 2], flat, SPEC, TOKENIZER, n=8, temperature=1.0, seed=3, max_new_tokens=20, **fields)
+    results = {(TOKENIZER.decode(end.tokens), end.finish_reason) for end in run.finished}
+    assert results == {("xxx", "error"), ("cccccc", "stop")}
+
+
+def test_a_state_beyond_the_limits_ends_the_text(monkeypatch):
+    def accept(self, token):
+        original(self, token)
+        if self.tokens == 3:
+            raise DeadEnd("the grammar is too complex")
+        self.tokens += 1
+
+    original = grammar.GrammarConstraint.accept
+    monkeypatch.setattr(grammar.GrammarConstraint, "tokens", 1, raising=False)
+    monkeypatch.setattr(grammar.GrammarConstraint, "accept", accept)
+    end, text = constrained(regex="a{9}")
+    assert (text, end.finish_reason, end.error) == ("aaa", "error", "the grammar is too complex")
 
 
 def test_one_compiler_serves_all_ends_of_texts_and_goes_with_its_tokenizer():

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mnemos.contract import Floats
-from mnemos.decoding.choice import no_choice
+from mnemos.decoding.choice import DeadEnd, no_choice
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import Processor
 from mnemos.decoding.ranking import largest
 from mnemos.decoding.sampling import with_logprobs
 from mnemos.decoding.stopping import End, TextEnds
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows
-from mnemos.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,14 @@ class BeamSearch:
         """The candidates that continue; those that end become hypotheses if among the best group_size."""
         size = self._settings.group_size
         kept: list[_Candidate] = []
-        candidates = self._candidates(group, rows, chosen)
+        try:
+            candidates = self._candidates(group, rows, chosen)
+        except DeadEnd as error:
+            if self._generated == 1:
+                raise
+            self._end(group, End("error", error=str(error)), self._generated - 1)
+            group.done = True
+            return []
         for rank, candidate in enumerate(candidates):
             parent = candidate.parent
             parent.history.tokens.append(candidate.token)
@@ -181,7 +187,7 @@ class BeamSearch:
                 (keys[t], -number, -int(t), _Candidate(beam, int(t), scores[t])) for t in tokens if scores[t] > -np.inf
             ]
         if not found:
-            raise RequestError("every token is forbidden here; loosen bad_words, logit_bias or the processors")
+            raise DeadEnd("every token is forbidden here; loosen bad_words, logit_bias or the processors")
         best = [entry[3] for entry in sorted(found, key=lambda entry: entry[:3], reverse=True)[:count]]
         return best if self._settings.seed is None else sorted(best, key=lambda c: -c.score)
 
@@ -232,17 +238,21 @@ class BeamSearch:
         parent = candidate.parent
         tokens = [*parent.history.tokens[parent.history.prompt_length :], candidate.token]
         emitted = (*parent.emitted, self._emitted(row, candidate.token))
-        return _Hypothesis(self._length_scored(candidate.score), tokens, emitted, end, text)
+        return _Hypothesis(self._length_scored(candidate.score, self._generated), tokens, emitted, end, text)
 
-    def _length_scored(self, score: np.float32) -> float:
-        return float(score) / float(self._generated**self._settings.length_penalty)
+    def _length_scored(self, score: np.float32, generated: int) -> float:
+        return float(score) / float(generated**self._settings.length_penalty)
+
+    def _end(self, group: _Group, end: End, generated: int) -> None:
+        """The group's beams, which have `generated` tokens, become hypotheses as they are."""
+        for beam in group.beams:
+            tokens = beam.history.tokens[beam.history.prompt_length :]
+            group.add(_Hypothesis(self._length_scored(beam.score, generated), tokens, beam.emitted, end, None))
 
     def _results(self, reason: str) -> list[FinishedSequence]:
         for group in self._groups:
-            for beam in group.beams if not group.done else ():
-                tokens = beam.history.tokens[beam.history.prompt_length :]
-                score = self._length_scored(beam.score)
-                group.add(_Hypothesis(score, tokens, beam.emitted, End(reason), None))
+            if not group.done:
+                self._end(group, End(reason), self._generated)
         found = [hypothesis for group in self._groups for hypothesis in group.hypotheses]
         best = sorted(reversed(found), key=lambda h: -h.score)[: self._settings.results]
         return [_finished(hypothesis, number) for number, hypothesis in enumerate(best)]
@@ -259,4 +269,5 @@ def _finished(hypothesis: _Hypothesis, number: int) -> FinishedSequence:
         None if end.is_text else len(hypothesis.tokens) - 1,
         hypothesis.text,
         end.stopped_by,
+        end.error,
     )

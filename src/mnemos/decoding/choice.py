@@ -68,6 +68,10 @@ class Wish:
     place: int
 
 
+class DeadEnd(RequestError):
+    """No token may follow a text: it ends here, or the request fails if it has not begun."""
+
+
 class Constraint(Protocol):
     """A grammar's state along one text."""
 
@@ -107,7 +111,7 @@ class Chooser:
     def choose(self, history: History, logits: Floats, seed: int, constraint: Constraint | None = None) -> int:
         """The token that follows `history`; `logits` (vocabulary,) float32 stay as they are.
 
-        Raises RequestError if no token is possible.
+        Raises DeadEnd if every token is forbidden, RequestError if logits are no numbers.
         """
         if self.processors or self.filters or constraint is not None:
             logits = logits.copy()
@@ -120,7 +124,10 @@ class Chooser:
             filter_(history, logits)
         if self.cutoffs is None:
             return greedy(logits)
-        return sample(logits, self.cutoffs, uniform(seed, len(history.tokens)))
+        try:
+            return sample(logits, self.cutoffs, uniform(seed, len(history.tokens)))
+        except RequestError:
+            raise no_choice(logits) from None
 
 
 def draw_rows(logits: Floats, wishes: Sequence[Wish]) -> list[list[int] | None]:
@@ -288,9 +295,7 @@ def no_choice(logits: Floats) -> RequestError:
     """The error for a row from which no token can be chosen."""
     bad = np.flatnonzero(~(logits < np.inf))
     if not len(bad):
-        return RequestError(
-            "every token is forbidden here; loosen bad_words, logit_bias, the constraint or the processors"
-        )
+        return DeadEnd("every token is forbidden here; loosen bad_words, logit_bias, the constraint or the processors")
     return RequestError(
         f"the logit of token {bad[0]} is {logits[bad[0]]}; logits must be numbers below infinity to choose a token"
     )

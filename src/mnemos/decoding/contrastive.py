@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mnemos.contract import Floats
-from mnemos.decoding.choice import no_choice
+from mnemos.decoding.choice import DeadEnd, no_choice
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import Processor
 from mnemos.decoding.ranking import largest
@@ -69,7 +69,11 @@ class ContrastiveSearch:
         if end is not None:
             return Advance([], [emitted], [self._watch.finished(end, self._history)])
         self._remember(direction)
-        return Advance(self._propose(chosen.branch, rows[chosen.branch].logits[-1]), [emitted])
+        try:
+            return Advance(self._propose(chosen.branch, rows[chosen.branch].logits[-1]), [emitted])
+        except DeadEnd as error:
+            end = End("error", error=str(error))
+            return Advance([], [emitted], [self._watch.finished(end, self._history)])
 
     def _propose(self, branch: Branch, logits: Floats) -> list[Branch]:
         """Forks `branch` for each of the most probable next tokens; the first keeps the branch itself."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mnemos.decoding.choice import DeadEnd
 from mnemos.decoding.tokenizer_like import Vocabulary
 from mnemos.errors import ConfigError, MissingDependencyError, RequestError
 
@@ -150,7 +151,7 @@ class GrammarConstraint:
         if self._matcher.is_error():
             reason = " ".join(str(self._matcher.get_error()).split("\n<state>")[0].split())
             reason = _CLEARER.get(reason, reason)
-            raise RequestError(reason[:_LONGEST_REASON] or "the grammar is too complex")
+            raise DeadEnd(reason[:_LONGEST_REASON] or "the grammar is too complex")
 
 
 class _Tokens:

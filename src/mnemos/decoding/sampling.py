@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mnemos.contract import Floats
-from mnemos.decoding.choice import Chooser, Constraint, log_sum_exp, top_tokens
+from mnemos.decoding.choice import Chooser, Constraint, DeadEnd, log_sum_exp, top_tokens
 from mnemos.decoding.history import History
 from mnemos.decoding.seeds import stream_seed
 from mnemos.decoding.stopping import End, StopWatch
@@ -141,8 +141,9 @@ class Sampling:
     def _advance_alone(self, text: _Text, rows: Rows) -> Advance:
         """Like `advance`, for one text without drafts: the case of most steps."""
         token = self._choose(text, rows, len(rows.logits) - 1)
-        if text.end is not None:
-            return Advance([], text.emitted[-1:], [text.finished(text.sequence, [])])
+        if token is None or text.end is not None:
+            emitted = [] if token is None else text.emitted[-1:]
+            return Advance([], emitted, [text.finished(text.sequence, [])])
         text.branch.tokens.append(token)
         return Advance([text.branch], text.emitted[-1:])
 
@@ -152,7 +153,7 @@ class Sampling:
         first = len(rows.logits) - len(drafts) - 1
         while True:
             token = self._choose(text, rows, first + accepted)
-            if accepted == len(drafts) or token != drafts[accepted]:
+            if token is None or accepted == len(drafts) or token != drafts[accepted]:
                 break
             accepted += 1
             if text.end is not None:
@@ -161,18 +162,23 @@ class Sampling:
             text.drafter.learn(len(drafts), accepted)
         return accepted
 
-    def _choose(self, text: _Text, rows: Rows, place: int) -> int:
+    def _choose(self, text: _Text, rows: Rows, place: int) -> int | None:
+        """Chooses the next token; None if no token may follow, which ends the text."""
         history = text.history
         if rows.tokens is not None:
             token = rows.tokens[place]
         else:
-            token = self._chooser.choose(history, rows.logits[place], text.seed, text.constraint)
+            try:
+                token = self._chooser.choose(history, rows.logits[place], text.seed, text.constraint)
+            except DeadEnd as error:
+                if not history.generated:
+                    raise
+                text.end = End("error", error=str(error))
+                return None
         history.tokens.append(token)
         piece, text.end = text.watch.push(token, history.tokens)
         if text.constraint is not None and text.end is None:
-            text.constraint.accept(token)
-            if text.constraint.complete:
-                text.end = End("stop")
+            text.end = _accept(text.constraint, token)
         if self._logprobs is None:
             text.emitted.append(Emitted(token, None, (), text.sequence, piece))
         else:
@@ -205,6 +211,15 @@ class Sampling:
             text.finished(place, [Emitted(e.token_id, e.logprob, e.top_logprobs, place, e.text) for e in text.emitted])
             for place, text in enumerate(best)
         ]
+
+
+def _accept(constraint: Constraint, token: int) -> End | None:
+    """Advances the constraint by a token, which is the end if nothing more may follow."""
+    try:
+        constraint.accept(token)
+    except DeadEnd as error:
+        return End("error", error=str(error))
+    return End("stop") if constraint.complete else None
 
 
 def with_logprobs(row: Floats, token: int, count: int, sequence: int = 0, piece: str | None = None) -> Emitted:

@@ -99,6 +99,7 @@ class End:
     reason: str
     stopped_by: str | int | None = None
     is_text: bool = True
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class StopWatch:
             text_tokens=None if end.is_text else len(tokens) - 1,
             text=self.text,
             stopped_by=end.stopped_by,
+            error=end.error,
         )
 
     def _push_text(self, token: int) -> str | None:

@@ -96,6 +96,7 @@ class FinishedSequence:
     text           its whole text if stop strings were given (it ends before the one that matched), else None:
                    decode tokens[:text_tokens]. A stream's last piece is the part not streamed yet
     stopped_by     the stop string or stop token id that ended it, else None
+    error          with finish_reason "error", why no token could follow, else None
     """
 
     tokens: list[int]
@@ -106,6 +107,7 @@ class FinishedSequence:
     text_tokens: int | None = None
     text: str | None = None
     stopped_by: str | int | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)

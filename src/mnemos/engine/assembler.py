@@ -98,5 +98,6 @@ def _choice(end: FinishedSequence, tokens: list[Emitted], text: str) -> Choice:
         top_logprobs=[token.top_logprobs for token in tokens] if asked else [],
         score=end.score,
         stopped_by=end.stopped_by,
+        error=end.error,
         index=end.sequence,
     )

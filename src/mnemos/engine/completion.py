@@ -44,6 +44,7 @@ class Choice:
     """One result. `logprobs` has a value for each token if requested, else it is empty.
 
     finish_reason is stop, length, repetition, time, error or, for the partial result of a cancelled request, cancelled.
+    error: of a text that ended with error, why no token could follow; None for others.
     token_ids are all generated tokens, including the end-of-text or stop token; the text leaves that out.
     """
 
@@ -54,6 +55,7 @@ class Choice:
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     score: float | None = None
     stopped_by: str | int | None = None
+    error: str | None = None
     index: int = 0
 
 
