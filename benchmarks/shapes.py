@@ -1,9 +1,9 @@
-"""Mnemos beside llama.cpp over storage types and shapes of models, with random weights.
+"""Mnemos and llama.cpp over storage types and shapes of models, with random weights.
 
     .venv/bin/python benchmarks/shapes.py --peers PEERS [--shapes 0.5b,8b:8] [--types Q4_0,Q8_0] [--markdown FILE]
 
-PEERS is the folder that install_peers.sh made. A shape is one of tools/make_gguf.py, with a number of layers if it is
-not to have all of them: what a layer costs is the same, and large models are made and measured sooner. The two engines
+PEERS is the folder from install_peers.sh. A shape is one of tools/make_gguf.py, with a number of layers if it should
+not have all of them: each layer costs the same, and large models are made and measured sooner. The two engines
 take turns on each file; the best of the rounds counts. Needs the `gguf` package.
 """
 
@@ -28,7 +28,7 @@ LABELS = {"tg": "decoding", "pp": "prompt"}
 
 
 def make(folder: Path, shape: str, type_: str) -> Path:
-    """The file of one shape and type, made if it is not there."""
+    """The file of one shape and type, made if it does not exist."""
     name, _, layers = shape.partition(":")
     path = folder / f"{name}-{layers or 'all'}-{type_}.gguf"
     if not path.exists():
@@ -56,7 +56,7 @@ def row(shape: str, type_: str, size: int, figures: Figures, metrics: list[str])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, required=True, help="what install_peers.sh made")
+    parser.add_argument("--peers", type=Path, required=True, help="the folder from install_peers.sh")
     parser.add_argument("--shapes", default="0.5b,1.5b:8,8b:4", help="NAME or NAME:LAYERS, separated by commas")
     parser.add_argument("--types", default="Q4_0,Q8_0,Q4_K,Q6_K,BF16,F16")
     parser.add_argument("--metrics", default="tg32,pp256", help="separated by commas")

@@ -2,7 +2,7 @@
 
     python docs/record.py docs/demo.svg -- mnemos generate smollm2-135m 'Why is the sky blue?'
 
-The command runs in a pseudo-terminal, so it behaves as it does for a person. Understood are what `mnemos` writes: text,
+The command runs in a pseudo-terminal, so it behaves as it does for a person. It understands what `mnemos` writes: text,
 carriage return, line feed, "clear to the end of the line" and faint print.
 """
 
@@ -49,7 +49,7 @@ class Run:
 
 
 class Screen:
-    """Where text goes. It grows downwards without end, so nothing ever scrolls away."""
+    """The screen's text. It grows downwards without limit, so nothing ever scrolls away."""
 
     def __init__(self) -> None:
         self.runs: list[Run] = []
@@ -98,7 +98,7 @@ def record(command: list[str]) -> list[tuple[float, str]]:
     while True:
         try:
             data = os.read(terminal, 65536)
-        except OSError:  # how Linux says that the other side is closed
+        except OSError:  # how Linux reports that the other side is closed
             break
         if not data:
             break
@@ -135,7 +135,7 @@ def draw(command: list[str], pieces: list[tuple[float, str]]) -> str:
 
 
 def _lines(runs: list[Run]) -> list[str]:
-    """One text element for each row of what stays, so that any font spaces it well, and one for each run that goes."""
+    """One text element per row of lasting text, so that any font spaces it well, and one per run that disappears."""
     rows: dict[tuple[int, int], list[Run]] = {}
     for index, run in enumerate(runs):
         rows.setdefault((run.row, -1 if run.end is None else index), []).append(run)
@@ -149,7 +149,7 @@ def _line(row: int, parts: list[Run]) -> str:
 
 
 def _span(run: Run) -> str:
-    # Where animations are not played the text simply stands there, except what the terminal cleared.
+    # Where animations are not played, the text is simply shown, except what the terminal cleared.
     animation = f"animation:show 1ms {run.begin:.2f}s both"
     if run.end is not None:
         animation += f",hide 1ms {run.end:.2f}s forwards;fill-opacity:0"

@@ -30,7 +30,7 @@ def row(field: Field) -> str:
 
 
 def document(text: str) -> str:
-    """`text` with its tables made anew."""
+    """`text` with its tables regenerated."""
     before, _, rest = text.partition(BEGIN)
     return before + BEGIN + "\n" + tables() + "\n" + END + rest.partition(END)[2]
 

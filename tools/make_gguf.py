@@ -52,7 +52,7 @@ SHAPES = {
     "8b": Shape("llama", 128256, 4096, 14336, 32, 32, 8, 8192, 5e5, 1e-5, tied=False),  # Llama-3-8B
 }
 
-# What llama.cpp's quantizer takes where the columns are no multiple of 256.
+# llama.cpp's fallback types for columns that are not a multiple of 256.
 FALLBACKS = {
     TensorType.Q2_K: TensorType.IQ4_NL,
     TensorType.Q3_K: TensorType.IQ4_NL,
@@ -61,7 +61,7 @@ FALLBACKS = {
     TensorType.Q5_K: TensorType.Q5_1,
     TensorType.Q6_K: TensorType.Q8_0,
 }
-# Where a block keeps its float16 scale, and its float16 minimum with the factor that centres the values on zero.
+# The offsets of a block's float16 scale and minimum, and the factor that centres the values on zero.
 SCALES: dict[TensorType, tuple[int, int | None, float]] = {
     TensorType.Q4_0: (0, None, 0),
     TensorType.Q4_1: (0, 2, -7.5),
@@ -88,7 +88,7 @@ class Weights:
         self.units: dict[TensorType, float] = {}  # standard deviation of blocks whose scales are around 1
 
     def make(self, type_: TensorType, rows: int, columns: int, deviation: float, mean: float = 0.0) -> Bytes:
-        """(rows, bytes a row)"""
+        """(rows, bytes per row)"""
         row_bytes = type_.row_bytes(columns)
         data = np.empty((rows, row_bytes), dtype=np.uint8)
         step = max(1, CHUNK // columns)
@@ -187,7 +187,7 @@ def add_model(writer: gguf.GGUFWriter, shape: Shape, type_: TensorType) -> None:
 
 
 def add_synthetic_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
-    """Byte-level BPE whose merges join every token with every byte, shortest first; two control tokens at the end."""
+    """Byte-level BPE with merges of every token with every byte, shortest first; two control tokens at the end."""
     alphabet = byte_alphabet()
     tokens, merges = list(alphabet), []
     for first in tokens:  # grows while it is walked
