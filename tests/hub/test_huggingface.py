@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,10 +88,10 @@ def test_what_does_not_look_like_a_reference_is_refused(home: Path, reference: s
 class ConnectError(Exception):
     """As httpx has one, which is neither an OSError nor one of the hub's own."""
 
-    __module__ = "httpx"
+    __module__ = "httpx2"
 
 
-@pytest.mark.parametrize("kind", [ConnectionError, ConnectError])
+@pytest.mark.parametrize("kind", [ConnectionError, ConnectError, TimeoutError, socket.gaierror])
 def test_a_lost_connection_leaves_nothing(
     kind: type[Exception], serve: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +101,25 @@ def test_a_lost_connection_leaves_nothing(
 
     monkeypatch.setattr(hub, "hf_hub_download", fail)
     with pytest.raises(DownloadError, match="cannot fetch hf:org/name: no connection"):
+        resolve("hf:org/name")
+    assert files_below(home / "models") == []
+
+
+def test_a_hub_out_of_reach_is_told_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, repository: str, files_metadata: bool) -> None:
+        raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr(hub.HfApi, "model_info", fail)
+    with pytest.raises(DownloadError, match="no connection to the hub .*give the path of a folder"):
+        resolve("hf:org/name")
+
+
+def test_a_full_disk_is_told_so(serve: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(repository: str, name: str, local_dir: Path) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(DownloadError, match="cannot store the model in .*: No space left on device"):
         resolve("hf:org/name")
     assert files_below(home / "models") == []
 

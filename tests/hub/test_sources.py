@@ -27,6 +27,14 @@ def test_an_unknown_name_is_told_what_there_is() -> None:
         resolve("/no/such.gguf")
 
 
+@pytest.mark.parametrize(
+    ("name", "problem"), [("x" * 5000, "too long"), ("a\0b", "null"), ("~no-such-user/model", "home directory")]
+)
+def test_a_path_that_cannot_be_read_is_told_so(name: str, problem: str) -> None:
+    with pytest.raises(FormatError, match=f"cannot be read: .*{problem}"):
+        resolve(name)
+
+
 def test_resolving_a_cached_model_imports_nothing_heavy(smollm2: Path) -> None:
     code = (
         "import sys; from mnemos.hub.sources import resolve; print(resolve('smollm2-135m'));"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import ConfigError, FormatError, MnemosError, UnsupportedError
+from mnemos.memory import prefix_file
 from tests.engine.toys import ToyModel, toy_greedy
 
 PROMPT = list(range(1, 60))
@@ -68,8 +71,28 @@ def test_what_cannot_be_bound_or_written_is_refused(tmp_path: Path, saved: Path)
     with InferenceEngine(ToyModel()) as engine:
         with pytest.raises(FormatError, match="cannot be written"):
             engine.save_prefix_cache(tmp_path / "no" / "folder")
+        with pytest.raises(FormatError, match="cannot be written: this is no file"):
+            engine.save_prefix_cache(tmp_path)
+        for use in (engine.save_prefix_cache, engine.load_prefix_cache):
+            with pytest.raises(FormatError, match="embedded null"):
+                use(tmp_path / "a\0b")
         with pytest.raises(FormatError, match="cannot be read"):
             engine.load_prefix_cache(tmp_path / "nothing")
+
+
+def test_a_full_disk_leaves_what_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = saved.read_bytes()
+    with InferenceEngine(ToyModel(), cache_tokens=4000) as engine:
+        engine.generate(PROMPT, max_new_tokens=5)
+        monkeypatch.setattr(prefix_file, "_pieces", full)
+        with pytest.raises(FormatError, match="cannot be written: No space left on device; it needs 0 MB in a folder"):
+            engine.save_prefix_cache(saved)
+        assert engine.generate(PROMPT, max_new_tokens=5) == PROMPT + toy_greedy(PROMPT, 5)
+    assert saved.read_bytes() == before
+    assert [file.name for file in saved.parent.iterdir()] == ["prefixes.bin"]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -13,7 +15,6 @@ from mnemos.errors import ConfigError, DownloadError, MissingDependencyError
 from mnemos.hub.cache import Progress, check_room
 
 # What a folder of safetensors needs to be loaded; nothing that could hold code.
-_NETWORK_LIBRARIES = ("requests", "urllib3", "httpx", "httpcore")
 _FOLDER_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.spm", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*")
 _REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?::(.+))?")
 
@@ -47,29 +48,40 @@ def fetch(reference: HubReference, folder: Path, progress: Progress) -> None:
         import huggingface_hub
     except ImportError as error:
         raise MissingDependencyError(f"{reference.name} needs huggingface_hub: pip install 'mnemos[hub]'") from error
-    try:
-        sizes = _files(huggingface_hub.HfApi(), reference)
-        check_room(folder, sum(sizes.values()))
-        done = 0
-        for name, size in sizes.items():
-            progress(f"downloading {name}", done, sum(sizes.values()))
+    with _errors_named(reference, huggingface_hub):
+        info = huggingface_hub.HfApi().model_info(reference.repository, files_metadata=True)
+    sizes = _files(info, reference)
+    check_room(folder, sum(sizes.values()))
+    done = 0
+    for name, size in sizes.items():
+        progress(f"downloading {name}", done, sum(sizes.values()))
+        with _errors_named(reference, huggingface_hub):
             huggingface_hub.hf_hub_download(reference.repository, name, local_dir=folder)
-            done += size
-        progress("downloading", done, done)
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
-        raise DownloadError(f"cannot fetch {reference.name}: {' '.join(str(error).split())}") from error
-    except Exception as error:  # from the library underneath, requests or httpx: neither is ours to import
-        known = type(error).__module__.partition(".")[0] in _NETWORK_LIBRARIES
-        if not known and not isinstance(error, ConnectionError):
-            raise
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise DownloadError(f"cannot fetch {reference.name}: no connection to the hub ({problem})") from error
+        done += size
+    progress("downloading", done, done)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the library's notes for resuming
 
 
-def _files(api: Any, reference: HubReference) -> dict[str, int]:
-    """Names and sizes of the files to fetch."""
-    info = api.model_info(reference.repository, files_metadata=True)
+@contextmanager
+def _errors_named(reference: HubReference, huggingface_hub: Any) -> Iterator[None]:
+    """Around a call of the library: what goes wrong on the network or at the hub is a DownloadError."""
+    try:
+        yield
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
+        raise DownloadError(f"cannot fetch {reference.name}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # those of the network libraries are of many modules, none ours to import
+        own = type(error).__module__ == "builtins" and not isinstance(error, (ConnectionError, TimeoutError))
+        if own:  # of the disk, which the caller names, or a defect
+            raise
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DownloadError(
+            f"cannot fetch {reference.name}: no connection to the hub ({problem}); try again with a network, or give "
+            "the path of a folder that holds the model"
+        ) from error
+
+
+def _files(info: Any, reference: HubReference) -> dict[str, int]:
+    """Names and sizes of the files to fetch, of those that the hub says there are."""
     sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
     if reference.file is not None:
         if reference.file not in sizes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mnemos.errors import FormatError
+from mnemos.errors import FormatError, shown
 from mnemos.hub import cache
 from mnemos.hub.cache import Progress
 from mnemos.hub.known_models import KNOWN_MODELS, KnownModel
@@ -28,9 +28,16 @@ def resolve(name_or_path: str | os.PathLike[str], progress: Progress = silent) -
         return _cached_file(model) or pull(name, progress)
     if name.startswith("hf:"):
         return _resolve_hub(name, progress)
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise FormatError(_unknown(name))
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FormatError(_unknown(name)) from None
+    except (OSError, ValueError, RuntimeError) as error:  # no access, too long, a null character, no such user
+        problem = getattr(error, "strerror", None) or error
+        raise FormatError(
+            f"{shown(name)} cannot be read: {problem}; give a path that can be, or a known name"
+        ) from error
     return path
 
 

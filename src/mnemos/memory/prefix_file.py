@@ -42,10 +42,18 @@ def save_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, 
     if not spec.fingerprint:
         raise UnsupportedError(f"the model ({spec.architecture}) has no fingerprint to bind a prefix cache to")
     nodes = list(tree.nodes())[::-1]
+    target = Path(path)
     try:
-        _write(Path(path), nodes, cache, spec)
-    except OSError as error:
-        raise FormatError(f"{path}: the prefix cache cannot be written: {error.strerror}") from error
+        if target.exists() and not target.is_file():
+            raise FormatError(f"{path}: the prefix cache cannot be written: this is no file; name one, or a new one")
+        _write(target, nodes, cache, spec)
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        needed = len(nodes) * _page_bytes(cache) / 1e6
+        raise FormatError(
+            f"{path}: the prefix cache cannot be written: {problem}; it needs {needed:.0f} MB in a folder that can be "
+            "written to"
+        ) from error
     return len(nodes)
 
 
@@ -76,8 +84,9 @@ def load_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, 
         with path.open("rb") as file:
             entries, start, page_bytes = _check(path, file, tree, cache, spec)
             return _load(file, entries, start, page_bytes, tree, cache)
-    except OSError as error:
-        raise FormatError(f"{path}: the prefix cache cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # the second: a null character in the path
+        problem = getattr(error, "strerror", None) or error
+        raise FormatError(f"{path}: the prefix cache cannot be read: {problem}") from error
 
 
 def _header(nodes: list[Node], cache: Cache, spec: ModelSpec) -> dict[str, Any]:
