@@ -1,4 +1,4 @@
-"""What tests of all rooms share: the real model, and property tests that run the same way everywhere."""
+"""Shared by all tests: the real model, and property tests that run the same way everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of the house: imports go down, never in a circle, and a file holds one thing."""
+"""The structure of the package: imports go down, never in a circle, and a file has one subject."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "mnemos"
-# From the ground up. A module may import what is on its own floor or below.
+# From the bottom up. A module may import from its own floor or below.
 FLOORS = (
     ("errors",),
     ("contract", "native", "rules"),
@@ -62,7 +62,7 @@ def imported_by(path: Path) -> Iterator[str]:
         for target in targets:
             if target == "mnemos" or target.startswith("mnemos."):
                 name = target.removeprefix("mnemos").removeprefix(".")
-                if name in MODULES:  # not the native core, which is no Python
+                if name in MODULES:  # not the native core, which is not Python
                     yield name
 
 
@@ -94,7 +94,7 @@ def test_imports_go_down() -> None:
 
 def test_no_imports_go_in_a_circle() -> None:
     def way_back(name: str) -> list[str]:
-        """A shortest way of imports from `name` to itself."""
+        """A shortest chain of imports from `name` back to itself."""
         ways = {target: [name, target] for target in IMPORTS[name]}
         ahead = list(ways)
         for module in ahead:

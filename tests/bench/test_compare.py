@@ -1,4 +1,4 @@
-"""The comparison keeps the best of each engine, names who is missing, and writes its table between the marks."""
+"""The comparison keeps the best of each engine, names missing ones, and writes its table between the marks."""
 
 from __future__ import annotations
 

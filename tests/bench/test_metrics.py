@@ -22,7 +22,7 @@ LIMITS = Limits(1e9, {"float32": 1e9, "int8": 1e9})
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GGUF file alone in its folder: a context of 256, no tokenizer."""
+    """A single GGUF file in its folder: a context of 256, no tokenizer."""
     folder = tmp_path_factory.mktemp("small")
     module = build(CONFIGS["llama"](), folder / "hf").module
     (folder / "gguf").mkdir()

@@ -1,4 +1,4 @@
-"""The workload is the same for the same seed, and its figures are what they say."""
+"""The workload is the same for the same seed, and its figures are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark drives a model with sound batches; what it measures is not judged here."""
+"""The benchmark drives a model with sound batches; its measurements are not judged here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCABULARY = 50
 
 
 class CountingModel:
-    """Says that the next token is the last one plus one, and remembers its batches."""
+    """Predicts the last token plus one, and records its batches."""
 
     def __init__(self) -> None:
         self.spec = ModelSpec("counting", VOCABULARY, 4096, 8, KVLayout(1, 1, 8, page_size=32))
@@ -67,7 +67,7 @@ def test_long_prompts_come_in_chunks() -> None:
 
 
 def test_the_time_of_a_prompt_is_no_part_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row takes a second, and the first six steps, those of warming up among them, half a second longer."""
+    """A row takes a second, and the first six steps, warm-up included, half a second longer."""
     model = CountingModel()
 
     def seconds() -> float:

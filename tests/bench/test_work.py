@@ -1,4 +1,4 @@
-"""What a step reads and multiplies, against counts from the models' shapes."""
+"""A step's reads and multiplications, compared with counts from the models' shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine that says what it is told to, for tests of what stands around it."""
+"""An engine with scripted answers, for testing the code around it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ScriptedTokenizer:
 
 
 class ScriptedEngine:
-    """Answers every prompt with the next of `answers`: words, or an exception that is raised at its place."""
+    """Answers every prompt with the next of `answers`: words, or an exception that is raised in its place."""
 
     def __init__(self, *answers: list[str | BaseException], context: int = 1000, template: str | None = "a") -> None:
         self.answers = list(answers)
@@ -54,5 +54,5 @@ class ScriptedEngine:
 
 
 def loads(engine: ScriptedEngine) -> Callable[[object], ScriptedEngine]:
-    """Stands for `load_engine`."""
+    """Replaces `load_engine`."""
     return lambda arguments: engine

@@ -1,4 +1,4 @@
-"""The Python in README.md and docs/python.md runs as it stands; commands are understood, links lead somewhere."""
+"""The Python in README.md and docs/python.md runs as it is; commands are understood, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_python_in_a_document_runs(name: str, smollm2: Path, capsys: pytest.
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """The words behind `mnemos` of each indented line that shows a command; no line that is a pattern of commands."""
+    """The words after `mnemos` in each indented line that shows a command, except lines that are patterns."""
     lines = re.findall(r"^ {2,}mnemos ([a-z][^<\[\n]*)(?:<.*)?$", text, re.MULTILINE)
     return [words for line in lines if (words := shlex.split(line, comments=True))[0] in COMMANDS]
 

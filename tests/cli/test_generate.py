@@ -1,4 +1,4 @@
-"""`mnemos generate`: which prompt the model gets, what is shown where."""
+"""`mnemos generate`: which prompt the model gets, and what is shown where."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every field of GenerationConfig is on the command line, and becomes what Python would be given."""
+"""Every field of GenerationConfig is on the command line, and becomes the value that Python would get."""
 
 from __future__ import annotations
 

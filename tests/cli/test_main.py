@@ -127,7 +127,7 @@ def test_a_reader_that_left_is_no_error() -> None:
     command = f"'{sys.executable}' -c 'import sys; from mnemos.cli.main import main; sys.exit(main([\"models\"]))'"
     script = f"({command}; echo $? >&2) | true"
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
-    assert done.stderr in ("141\n", "0\n")  # 0 where it had written before the reader left
+    assert done.stderr in ("141\n", "0\n")  # 0 if it had written before the reader left
 
 
 def test_the_process_ends_with_its_command(tmp_path: Path) -> None:

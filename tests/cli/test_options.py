@@ -1,4 +1,4 @@
-"""Options of the command line that say how a model is loaded."""
+"""Options of the command line for loading a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mnemos.engine.options import LoadOptions, command_line
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[LoadOptions]:
-    """What a command asks for, which then ends."""
+    """The engine options of a command, which then ends."""
     seen: list[LoadOptions] = []
 
     def load_parts(source: str, options: LoadOptions) -> Any:

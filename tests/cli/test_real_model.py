@@ -1,4 +1,4 @@
-"""The commands on the real model, from the shell's side and in this process."""
+"""The commands on the real model, from the shell and in this process."""
 
 from __future__ import annotations
 

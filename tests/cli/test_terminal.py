@@ -1,4 +1,4 @@
-"""What the terminal shows, narrow or wide, and what a file gets instead."""
+"""Terminal output, narrow or wide, and what a file gets instead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mnemos.cli.terminal import ProgressBar, dim, human_bytes, human_count
 
 
 class Screen(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True

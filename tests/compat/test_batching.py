@@ -1,4 +1,4 @@
-"""The faces for batches and streams."""
+"""The wrappers for batches and streams."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import mnemos
 
 
 def test_type_checkers_see_what_programs_get() -> None:
-    """What is imported for type checkers alone is the table by which names are found at run time."""
+    """The imports for type checkers match the table by which names are found at run time."""
     tree = ast.parse(Path(mnemos.__file__).read_text(encoding="utf-8"))
     checked = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {

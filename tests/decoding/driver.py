@@ -69,7 +69,7 @@ def generate(
 
 
 def random_model(vocabulary: int, seed: int = 0, scale: float = 2.0, order: int = 2) -> ToyModel:
-    """Logits and hidden states that depend on the last `order` tokens only, but otherwise are at random."""
+    """Logits and hidden states that depend on the last `order` tokens only, but are otherwise random."""
     known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     def model(tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +86,7 @@ def random_model(vocabulary: int, seed: int = 0, scale: float = 2.0, order: int 
 
 
 class LetterTokenizer:
-    """One token a letter, and a few of several letters."""
+    """One token per letter, and a few with several letters."""
 
     def __init__(self, pieces: Sequence[str], special: Sequence[int] = ()) -> None:
         self.pieces = list(pieces)

@@ -1,4 +1,4 @@
-"""Beam searches: against Hugging Face's recorded results, its own search, and all texts there are."""
+"""Beam searches: against Hugging Face's recorded results, its own search, and all possible texts."""
 
 from __future__ import annotations
 

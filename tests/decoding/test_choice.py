@@ -125,7 +125,7 @@ FLAT = {
     "cutoffs", [Cutoffs(), Cutoffs(30.0), Cutoffs(1.0, 0, 0.95), Cutoffs(1.0, 0, 0.9, 0.7), Cutoffs(1.0, 0, 1.0, 0.5)]
 )
 def test_draws_from_flat_distributions_follow_the_definition(shape, cutoffs):
-    """Thousands of candidates, which no short list decides; the sums may differ by rounding."""
+    """Thousands of candidates, too many for a short list; the sums may differ by rounding."""
     random = np.random.default_rng(3)
     logits = FLAT[shape](random).astype(np.float32)
     order, cumulative = distribution(logits, cutoffs)
@@ -190,7 +190,7 @@ def test_rows_of_all_kinds_in_one_step_get_their_own_tokens():
         Draw(Cutoffs(1.3, min_p=0.05), seed=2**64 - 1),
         Draw(Cutoffs(), 4),
     ]
-    # Side by side and with gaps (rows 6, 7 and 15), one row and several.
+    # Adjacent and with gaps (rows 6, 7 and 15), one row and several.
     bounds = [(0, 1), (1, 2), (2, 5), (5, 6), (8, 9), (9, 13), (13, 14), (14, 15), (16, 20), (20, 24)]
     wishes = [Wish(kinds[n * n % 4 if n < 8 else 1], *bound, place=100 * n) for n, bound in enumerate(bounds)]
     assert {wish.draw.cutoffs is None for wish in wishes} == {True, False}

@@ -1,4 +1,4 @@
-"""A config either has a meaning or is refused with the field, the value and the rule."""
+"""A config is either meaningful or refused with the field, the value and the rule."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_strategies_named_after_a_parameter_set_it():
     ("given", "meant"),
     [
         ({"top_k": -1, "temperature": 0.7}, {"temperature": 0.7}),  # vLLM, llama.cpp: off
-        ({"seed": -1}, {}),  # vLLM, llama.cpp: a fresh one
+        ({"seed": -1}, {}),  # vLLM, llama.cpp: a random one
         ({"logprobs": True}, {"logprobs": 0}),  # OpenAI's chats
         ({"logprobs": False}, {}),
     ],
@@ -67,7 +67,7 @@ def test_special_values_of_other_libraries_are_taken_with_their_meaning(given, m
     [
         {"do_sample": True, "temperature": 0},
         {"strategy": "sampling", "temperature": 0.0, "top_p": 0.5},
-        {"do_sample": False, "temperature": 0.7, "top_p": 0.8, "top_k": 20},  # as Hugging Face has it
+        {"do_sample": False, "temperature": 0.7, "top_p": 0.8, "top_k": 20},  # as Hugging Face does it
         {"temperature": 0, "n": 2},  # OpenAI: two equal results
     ],
 )

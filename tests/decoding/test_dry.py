@@ -1,4 +1,4 @@
-"""The DRY penalty against its definition, tried out position by position."""
+"""The DRY penalty against its definition, position by position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of fields: complete, in step with the dataclass, and what the documents say."""
+"""The table of fields: complete, and consistent with the dataclass and the documents."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ EXPLOSIVE = {
 
 @pytest.mark.parametrize("name", EXPLOSIVE)
 def test_explosive_grammars_are_refused_or_followed(name):
-    """Never neither: where it is not refused, every token is one that the grammar allows."""
+    """Either it is refused, or every token is one that the grammar allows."""
     try:
         end, text = constrained(2, max_new_tokens=30, **EXPLOSIVE[name])
     except (ConfigError, RequestError) as error:

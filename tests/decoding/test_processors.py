@@ -181,7 +181,7 @@ def test_top_choices_are_excluded_as_often_as_asked_for():
 
 
 def test_mirostat_follows_the_surprise_of_the_text():
-    """As llama.cpp has it: cut, normalised anew, drawn, and the bound moved by what the draw was above the aim."""
+    """As in llama.cpp: cut, renormalise, draw, and move the bound by the draw's excess over the target."""
     random, tau, eta = np.random.default_rng(0), 1.5, 0.3
     history, bound, mirostat = History([0, 1]), 2 * tau, Mirostat(tau, eta)
     kept_counts = set()

@@ -40,7 +40,7 @@ def recorded(name: str) -> list[Any]:
 def test_searches_find_what_transformers_finds(engine, settings, item):
     choices = engine.complete(item["prompt_ids"], **settings).choices
     ours, theirs = [choice.token_ids for choice in choices], item["trimmed"]
-    if item.get("min_score_gap", 1) < 1e-4:  # too near a tie for the order to mean anything
+    if item.get("min_score_gap", 1) < 1e-4:  # too close to a tie for the order to matter
         ours, theirs = sorted(ours), sorted(theirs)
     assert ours == theirs
     if "scores" in item:

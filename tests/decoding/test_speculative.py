@@ -1,4 +1,4 @@
-"""Drafts change how long a text takes, and nothing else."""
+"""Drafts change only how long a text takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What requests say in text holds with every kind of vocabulary: byte-level, SentencePiece, and Metaspace."""
+"""Rules given as text work with every kind of vocabulary: byte-level, SentencePiece, and Metaspace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["tokenizer_of", "vocabulary_file"]
 
 
 class Cache:
-    """Holds nothing: the model below looks at no position."""
+    """A cache of nothing: the model below looks at no position."""
 
     def __init__(self, layout: KVLayout, pages: int) -> None:
         self.layout, self.pages = layout, pages
@@ -36,7 +36,7 @@ class Cache:
 
 
 class Undecided:
-    """Every token is as probable as any other: what comes is what the request's own rules leave."""
+    """All tokens are equally probable: only the request's own rules decide."""
 
     def __init__(self, size: int) -> None:
         self.spec = ModelSpec("undecided", size, 512, 1, KVLayout(layers=1, kv_heads=1, head_dim=1))
@@ -51,7 +51,7 @@ class Undecided:
 
 
 def metaspace() -> Tokenizer:
-    """A `tokenizer.json` of words and letters with Metaspace, as converted SentencePiece models have it."""
+    """A `tokenizer.json` of words and letters with Metaspace, as in converted SentencePiece models."""
     library = pytest.importorskip("tokenizers")
     letters = [chr(code) for code in range(33, 127)]
     words = ["<unk>", "<|end|>", "\u2581", *letters, "\u2581world", "\u2581no", "world"]
@@ -120,7 +120,7 @@ def test_a_constraint_with_forced_text(
 
 
 def test_json_ends(engine: InferenceEngine, tokenizer: Tokenizer) -> None:
-    """Even a model that would like to go on with white space for ever comes to an end."""
+    """Even a model that prefers endless white space comes to an end."""
     pytest.importorskip("llguidance")
     age = {"type": "integer", "minimum": 1, "maximum": 9}
     schema = {"type": "object", "properties": {"age": age}, "required": ["age"], "additionalProperties": False}

@@ -1,4 +1,4 @@
-"""Logits processors and stopping criteria of transformers, as they are, against what they do there."""
+"""Logits processors and stopping criteria of transformers, unchanged, with the results that they have there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def module() -> Any:
 
 
 class OnlyEven(transformers.LogitsProcessor):  # type: ignore[misc, name-defined]
-    """As users write theirs."""
+    """As users write them."""
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         scores[:, 1::2] = float("-inf")

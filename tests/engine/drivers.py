@@ -1,4 +1,4 @@
-"""Running requests on an EngineCore without threads, and strategies that check what they are given."""
+"""Running requests on an EngineCore without threads, and strategies that check their rows."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Greedy:
 
 
 class Wild:
-    """Forks, truncates, drafts, drops and begins anew at random, and checks every row against the toy model."""
+    """Forks, truncates, drafts, drops and restarts at random, and checks every row against the toy model."""
 
     def __init__(self, seed: int, steps: int, branches: int, window: int = 0, all_rows: bool = False) -> None:
         self.random = random.Random(seed)
@@ -151,7 +151,7 @@ def make_core(
 
 
 def reserve_toy(model: Toy, pages: int, states: int = 32) -> Capacity:
-    """Makes room in a double for as many pages or states as its kind has."""
+    """Reserves the pages or states that a double of its kind has."""
     if isinstance(model, ToyModel):
         model.reserve(pages)
         return Capacity(pages)
@@ -169,7 +169,7 @@ def run(core: EngineCore, limit: int = 10_000) -> None:
 
 
 def check_states(core: EngineCore) -> None:
-    """Every reference to a state slot is a sequence's, and every slot that nobody holds is clear."""
+    """Every reference to a state slot is a sequence's, and every slot without a holder is clear."""
     states = core.scheduler.tables.states
     if states is None:
         return
@@ -204,7 +204,7 @@ def check_pages(core: EngineCore) -> None:
 
 
 def check_whole(core: EngineCore) -> None:
-    """Nothing runs, and every page is free but those of the prefix tree, which can all be had back."""
+    """Nothing runs, and every page is free except those of the prefix tree, which can all be evicted."""
     check_pages(core)
     pool, tree = core.scheduler.tables.pool, core.scheduler.tables.tree
     assert not core.has_work

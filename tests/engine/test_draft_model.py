@@ -1,4 +1,4 @@
-"""A draft model changes when tokens come, never which; and it never stands in anybody's way."""
+"""A draft model changes when tokens come, never which ones; and it never blocks a request."""
 
 from __future__ import annotations
 

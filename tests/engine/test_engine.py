@@ -289,7 +289,7 @@ class TestCapacity:
             InferenceEngine(ToyModel(), **options)  # type: ignore[arg-type]
 
     def test_a_known_text_may_fill_the_cache_when_it_is_evaluated_again(self) -> None:
-        """In several chunks; the remembered pages make room, though the new ones go on behind them."""
+        """In several chunks; cached pages make room, although the new ones follow them."""
         prompt = [1 + i % 50 for i in range(1200)]
         with InferenceEngine(ToyModel(context_length=2000), cache_tokens=1300) as engine:
             expected = engine.generate(prompt, max_new_tokens=4)

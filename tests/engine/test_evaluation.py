@@ -1,4 +1,4 @@
-"""A model that fails on a step: only the requests that make it fail end, and the others get what they get alone."""
+"""A model that fails on a step: only the requests that make it fail end; the others get the same results as alone."""
 
 from __future__ import annotations
 

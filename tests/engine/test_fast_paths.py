@@ -1,4 +1,4 @@
-"""Short ways that most rows take give what the plain ones beside them give.
+"""The shortcuts that most rows take give the same results as the plain paths.
 
 `PageTables.holds_next` and `missing` are compared in tests/memory/test_page_table.py.
 """
@@ -45,7 +45,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def run_workload(core: EngineCore, workload: list[Submission], window: int) -> list[Results]:
-    """Greedy texts and wild branches one after the other, until all are done."""
+    """Greedy texts and wild branches, submitted one after the other, until all are done."""
     core.scheduler.budget.observe = lambda *measured: None  # type: ignore[method-assign]  # chunks without a clock
     collected = []
     for steps, prompt, seed, branches in workload:
@@ -64,7 +64,7 @@ def run_workload(core: EngineCore, workload: list[Submission], window: int) -> l
 def compare(
     make_model: Callable[[], Toy], workload: list[Submission], force_plain: Callable[[EngineCore], None]
 ) -> None:
-    """The same batches and results with the short way and, after `force_plain`, without it."""
+    """The same batches and results with the shortcut and, after `force_plain`, without it."""
     runs = []
     for plain in (False, True):
         model = make_model()
@@ -123,7 +123,7 @@ def test_add_one_is_add(make_model: Callable[[], Toy], workload: list[Submission
 
 
 class Silent:
-    """A drafter without guesses, with which a text takes the plain way."""
+    """A drafter without guesses, which makes a text take the plain path."""
 
     def draft(self, history: History, limit: int) -> list[int]:
         return []

@@ -42,7 +42,7 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
 
 
 def words() -> Any:
-    """A tokenizer of words w0, w1, ... as a folder has it."""
+    """A folder's tokenizer of words w0, w1, ..."""
     import tokenizers
 
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
@@ -86,7 +86,7 @@ def test_causal_folders_equal_hugging_face(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", SEQ2SEQ)
 def test_encoder_decoder_folders_equal_hugging_face(kind: str, tmp_path: Path) -> None:
-    """Greatest lengths are reached, so that the last token is the forced one where the folder says so."""
+    """Maximum lengths are reached, so that the last token is the forced one if the folder says so."""
     module = save(kind, SEQ2SEQ[kind], tmp_path, "ForConditionalGeneration")
     with InferenceEngine.from_pretrained(tmp_path, device="cpu") as engine:
         ids = [engine.tokenizer.encode(prompt) for prompt in PROMPTS]  # type: ignore[union-attr]

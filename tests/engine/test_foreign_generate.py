@@ -44,7 +44,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Any, InferenceEngine]
 
 
 def reference(module: Any, prompt: list[int], **options: Any) -> list[int]:
-    """What Hugging Face generates for one prompt alone, the prompt included."""
+    """Hugging Face's result for one prompt alone, including the prompt."""
     row = module.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)).long(), **options)[0]
     return row.tolist()
 
@@ -143,7 +143,7 @@ def translator(request: pytest.FixtureRequest) -> Iterator[tuple[Any, InferenceE
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    module.generation_config.forced_eos_token_id = None  # the last token at the greatest length is the model's own here
+    module.generation_config.forced_eos_token_id = None  # here, the last token at the maximum length is the model's own
     with InferenceEngine(module) as engine:
         yield module, engine
 
@@ -226,11 +226,11 @@ def test_a_text_alone_has_no_score(translator: tuple[Any, InferenceEngine]) -> N
         translator[1].score([SOURCES[0]])
 
 
-# Bad input: the error names the module and its forward, and the engine goes on.
+# Bad input: the error names the module and its forward, and the engine continues.
 
 
 class Moody(modules.PastArgument):
-    """Once it is cross, fails on token 13, and says something else than before on token 17."""
+    """Once `cross`, it fails on token 13, and answers differently on token 17."""
 
     cross = False
 
@@ -259,7 +259,7 @@ def test_an_error_in_forward_ends_its_request_alone(token: int, message: str) ->
 
 
 class Sick(modules.PastArgument):
-    """Once it is ill, token 5 makes a logit that is no number."""
+    """Once `ill`, token 5 produces a NaN logit."""
 
     ill = False
 

@@ -1,4 +1,4 @@
-"""What the engine does with the caches of foreign modules: slots that cost what is used, whatever the strategy."""
+"""The engine and the caches of foreign modules: slots that cost only what is used, whatever the strategy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_strategy_gives_what_it_gives_without_a_cache(make: Any, options: 
 
 
 def test_long_contexts_cost_what_is_used_of_them() -> None:
-    """Each strategy, and eight texts together, with a context of which a few would not fit into memory."""
+    """Each strategy, and eight texts together, with a context too long for several full ones to fit into memory."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
@@ -95,7 +95,7 @@ def test_a_prompt_that_the_encoder_refuses_ends_its_request_alone() -> None:
 
 
 def test_a_hugging_face_module_with_a_state_of_its_own_is_cached() -> None:
-    """RWKV's, which mixes the rows of a batch that continues: each text is run by itself."""
+    """RWKV's, which mixes the rows of a batch that continues: each text is run separately."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.RwkvConfig(
@@ -109,7 +109,7 @@ def test_a_hugging_face_module_with_a_state_of_its_own_is_cached() -> None:
 
 
 def hybrid(name: str) -> Any:
-    """A tiny module of transformers whose layers keep states, or states beside keys and values."""
+    """A tiny module of transformers whose layers keep states, or states as well as keys and values."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     common = dict(vocab_size=61, hidden_size=32, initializer_range=0.3, eos_token_id=None, bos_token_id=None)

@@ -1,4 +1,4 @@
-"""Options of loading and running: each once, checked when it is given, at every door."""
+"""Options for loading and running: each defined once, and checked at every entry point."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_loading_and_running_are_told_apart() -> None:
 
 
 def test_a_draft_is_loaded_as_its_model_is(smollm2: Path) -> None:
-    """And where its own context is longer, the engine uses no more of it than the model has."""
+    """If its own context is longer, the engine uses no more of it than the model's."""
     loading = LoadOptions(draft=smollm2, kv_dtype="float32", context_length=1024)
     with InferenceEngine(**load_parts(smollm2, loading), cache_tokens=2048) as engine:
         draft = engine._thread.core.draft_model

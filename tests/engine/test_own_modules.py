@@ -1,4 +1,4 @@
-"""Modules as people write them: every style of signature and cache gives the tokens of a loop by hand."""
+"""Modules as people write them: every style of signature and cache gives the tokens of a hand-written loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEW = 10
 
 
 def by_hand(module: Any, prompt: list[int], new: int = NEW) -> list[int]:
-    """Greedy over the whole text each time; `module` returns logits or a tuple whose first tensor they are."""
+    """Greedy over the whole text each time; `module` returns logits, or a tuple with them as its first tensor."""
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(new):
@@ -60,7 +60,7 @@ class Answer:
 
 
 class TuplesAsPastKeyValues(modules.PastArgument):
-    """The name of Hugging Face's argument, and a cache of another kind in it."""
+    """The name of Hugging Face's argument, but another kind of cache in it."""
 
     def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = True) -> Any:
         return Answer(*super().forward(input_ids, True, past_key_values))
@@ -81,7 +81,7 @@ class Layer(NamedTuple):
 
 
 class NamedLayers(modules.PastArgument):
-    """A named tuple a layer."""
+    """One named tuple per layer."""
 
     def forward(self, x: Tensor, cache: list[Layer] | None = None) -> Any:
         past = None if cache is None else [(layer.keys, layer.values) for layer in cache]
@@ -90,7 +90,7 @@ class NamedLayers(modules.PastArgument):
 
 
 class CountedPast(modules.PastArgument):
-    """The number of positions goes with the cache."""
+    """The number of positions is part of the cache."""
 
     def forward(self, x: Tensor, past: Any = None) -> Any:
         pairs, length = (None, 0) if past is None else past
@@ -108,7 +108,7 @@ class Wrapper(nn.Module):
         return self.module(*values, **named)
 
 
-STYLES: dict[str, tuple[Callable[[], nn.Module], type, bool]] = {  # module, what it computes, whether its cache serves
+STYLES: dict[str, tuple[Callable[[], nn.Module], type, bool]] = {  # module, what it computes, whether its cache is used
     "required mask": (RequiredMask, modules.Plain, False),
     "required past": (RequiredPast, modules.PastArgument, True),
     "tuples as past_key_values": (TuplesAsPastKeyValues, modules.PastArgument, True),
@@ -147,7 +147,7 @@ def test_a_wrapped_module_is_named_with_the_signature_inside() -> None:
     with pytest.raises(ModelError, match=r"Wrapper\(NotCausal\)\.forward\(ids.* is not causal"):
         quiet(Wrapper(modules.NotCausal()))
     two = Wrapper(modules.Plain())
-    two.other = nn.Identity()  # which of the two says what it takes is not known
+    two.other = nn.Identity()  # it is unknown which of the two defines the arguments
     with pytest.raises(ModelError, match=r"Wrapper\.forward\(\*values.*names no argument; expected forward\(input_ids"):
         quiet(two)
 
@@ -172,7 +172,7 @@ def test_logits_that_depend_on_the_length_or_on_chance_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", [modules.NotCausal, modules.WrongCache])
 def test_what_is_wrong_is_found_in_small_logits_too(kind: type) -> None:
-    """As those of a module that is not trained yet."""
+    """Like those of an untrained module."""
     module = kind()
     with torch.no_grad():
         module.head.weight.mul_(1e-4)
@@ -212,12 +212,12 @@ def test_positions_that_a_module_does_not_declare_are_found_in_its_tables(kind: 
         assert engine.spec.context_length == context
         completion = engine.complete([1, 2, 3])
         assert (len(completion.token_ids), completion.finish_reason) == (context - 3, "length")
-    with quiet(kind(), context_length=1000) as engine:  # its owner knows best, as tables may grow
+    with quiet(kind(), context_length=1000) as engine:  # the user knows best, as tables may grow
         assert engine.spec.context_length == 1000
 
 
 class KeepsWhatItMade(modules.PastArgument):
-    """Makes what it needs in its first call, as tables of rotations are often made."""
+    """Creates what it needs in its first call, as is common for rotary tables."""
 
     def embed(self, ids: Tensor, start: int, positions: Tensor | None = None) -> Tensor:
         if not hasattr(self, "scale"):
@@ -235,13 +235,13 @@ def test_training_goes_on_after_a_text_and_texts_follow_the_weights() -> None:
             F.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
             for parameter in module.parameters():
                 if parameter.grad is not None:
-                    parameter.data -= 0.5 * parameter.grad  # leaves no trace that PyTorch would count
+                    parameter.data -= 0.5 * parameter.grad  # leaves no trace in PyTorch's version counter
                     parameter.grad = None
             assert engine.generate([1, 2, 3], max_new_tokens=NEW) == by_hand(module, [1, 2, 3]), f"after step {step}"
 
 
 class Grows(modules.PastArgument):
-    """Has a table from the start, which it makes longer when a text needs it."""
+    """Has a table from the start, which it extends when a text needs it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,7 +339,7 @@ def test_a_module_drafts_for_a_module(draft: type) -> None:
     wanted = [by_hand(modules.PastArgument(), prompt) for prompt in PROMPTS]
     with quiet(modules.PastArgument(), draft_model=draft()) as engine:
         assert engine.generate(PROMPTS, max_new_tokens=NEW, speculative="draft") == wanted
-        assert engine.stats().acceptance_rate > 0.9  # of the same weights
+        assert engine.stats().acceptance_rate > 0.9  # both have the same weights
 
 
 class Numbers:

@@ -1,4 +1,4 @@
-"""Ids for which the model has rows and the tokenizer no tokens: never chosen, whatever chooses and wherever."""
+"""Ids for which the model has rows but the tokenizer has no tokens are never chosen, by any method."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_most_probable_known_token_is_chosen(engine: InferenceEngine) -> Non
     assert engine.complete(prompts[0], max_new_tokens=30, logprobs=1).token_ids == expected[0]
     assert engine.complete(prompts[0], max_new_tokens=30, speculative="prompt_lookup").token_ids == expected[0]
     everything = [toy_row(prompt, 1)[0].argmax() for prompt in prompts]
-    assert any(token >= KNOWN for token in everything)  # the model would have it otherwise
+    assert any(token >= KNOWN for token in everything)  # the model prefers such ids
 
 
 def test_draws_are_those_among_the_known_tokens(engine: InferenceEngine) -> None:
@@ -76,7 +76,7 @@ def test_draws_are_those_among_the_known_tokens(engine: InferenceEngine) -> None
     ids=str,
 )
 def test_no_strategy_chooses_another(engine: InferenceEngine, how: dict[str, Any]) -> None:
-    prompt = [*PROMPT, VOCABULARY - 1]  # which may hold such ids all the same
+    prompt = [*PROMPT, VOCABULARY - 1]  # which may still contain such ids
     choices = engine.complete(prompt, max_new_tokens=30, ignore_eos=True, **how).choices
     assert all(len(choice.token_ids) == 30 and max(choice.token_ids) < KNOWN for choice in choices)
 

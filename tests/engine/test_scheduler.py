@@ -1,4 +1,4 @@
-"""Who runs when: budgets, priorities, fairness, preemption, sharing."""
+"""Which request runs when: budgets, priorities, fairness, preemption, sharing."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_forks_share_pages_and_copy_what_they_write_to() -> None:
 
 
 def test_recomputed_branches_share_again() -> None:
-    """With every second page taken away again and again, the results are those of an undisturbed run."""
+    """With every second page taken away repeatedly, the results are those of an undisturbed run."""
     prompt = [1] * 42
     calm = make_core(ToyModel(page_size=4), prefix_cache=False)
     undisturbed, expected = make_request(sampling(4, prompt), prompt)

@@ -1,4 +1,4 @@
-"""Random workloads: whatever else happens, every request gets what it gets alone, and no page is lost."""
+"""Random workloads: whatever else happens, every request gets the same result as alone, and no page is lost."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Workload(RuleBasedStateMachine):
 
     @rule(prompt=prompts, fields=options, chance=st.integers(0, 9))
     def poisoned(self, prompt: list[int], fields: dict[str, object], chance: int) -> None:
-        """Fails, whoever is in the same step, and nobody else does."""
+        """Always fails, whatever else is in the step, and no other request does."""
         if chance:
             return
         request, results = self.submit(Greedy(5), [*prompt, POISON], fields)

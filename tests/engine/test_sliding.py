@@ -1,4 +1,4 @@
-"""Endless texts: what they see after a slide, what a slide costs, and that positions alone decide where it is."""
+"""Endless texts: what they see after a slide, what a slide costs, and that its place depends on positions alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTEXT, LIMIT, PAGE, SINKS = 32, 96, 4, 4
 
 
 def endless(prompt: Sequence[int], count: int, context: int = CONTEXT, limit: int = LIMIT) -> list[int]:
-    """What greedy decoding gives of an endless text, worked out from the whole text for every token."""
+    """Greedy decoding of an endless text, computed from the whole text for every token."""
     tokens, dropped = list(prompt), 0
     if len(tokens) > context:
         dropped = len(tokens) - context // 2
@@ -89,7 +89,7 @@ CONFIGS = (
 def results_of(
     requests: Sequence[tuple[GenerationConfig, list[int]]], limit: int, pages: int = 500, seed: int = 0
 ) -> list[list[list[int]]]:
-    """Runs endless requests together, with urgent ones between that preempt them where pages are few."""
+    """Runs endless requests together, with urgent ones in between that preempt them if pages are scarce."""
     model = ToyModel(context_length=CONTEXT, position_limit=limit)
     core = make_core(model, pages=pages, batch_tokens=16, prefix_cache=bool(seed % 2))
     all_results = []
@@ -124,5 +124,5 @@ def test_preempted_together_and_with_drafts_as_alone(
     alone = [results_of([request], limit)[0] for request in requests]
     assert results_of(requests, limit, 21, seed) == alone
     for (config, prompt), tokens in zip(requests, alone, strict=True):
-        if config.n == 1 and (config.speculative is None or limit == 1000):  # a text begins anew before its drafts
+        if config.n == 1 and (config.speculative is None or limit == 1000):  # a text restarts before its drafts
             assert tokens == [endless(prompt, config.max_new_tokens or 0, limit=limit)]

@@ -1,4 +1,4 @@
-"""The engine on the real model: what runs beside others, in chunks or from the cache is what runs alone."""
+"""The engine on the real model: results alongside others, in chunks or from the cache equal those alone."""
 
 from __future__ import annotations
 

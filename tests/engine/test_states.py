@@ -1,4 +1,4 @@
-"""Sequences whose model keeps state beside pages, or in their place: every strategy, preemption, failure and end."""
+"""Sequences whose model keeps state besides pages, or instead of them: every strategy, preemption, failure and end."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_fork_takes_over_the_state_of_a_parent_that_ends() -> None:
     core = make_core(model)
     submit(core, CONFIGS["sampled"], PROMPTS[0])
     run(core)
-    assert model.copies == 3  # of four texts that grow from one prompt
+    assert model.copies == 3  # for four texts that grow from one prompt
 
 
 @both
@@ -144,7 +144,7 @@ def test_states_take_no_pages_and_no_prefix_tree() -> None:
 
 
 class TestReaders:
-    """Models that read the prompt apart from what they write."""
+    """Models that read the prompt with an encoder."""
 
     @both
     def test_each_prompt_is_read_once_and_forks_copy_it(self, rewinds: bool) -> None:

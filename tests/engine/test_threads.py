@@ -94,7 +94,7 @@ def test_any_number_of_threads_read_one_handle() -> None:
             lambda: handle.result().token_ids,
         )
         threads = [threading.Thread(target=lambda read=read: results.append(read())) for read in reads]
-        model.permits.release(3)  # some begin when others have read a part
+        model.permits.release(3)  # some begin once others have read a part
         for thread in threads:
             thread.start()
         model.free()
@@ -176,7 +176,7 @@ def test_a_cancelled_request_keeps_what_it_had() -> None:
         assert 3 <= count < 10
         assert completion.token_ids == toy_greedy(PROMPT, count)
         assert handle.done
-        handle.cancel()  # once more does no harm
+        handle.cancel()  # cancelling again does no harm
 
 
 def test_a_full_queue_refuses_at_once_and_lists_wait() -> None:
@@ -236,7 +236,7 @@ def test_what_had_a_deadline_is_forgotten_when_it_ends(ending: str) -> None:
         model.free()
         handle.wait()
         del handle
-        engine.generate([1], max_new_tokens=1)  # the thread holds the latest call that it did
+        engine.generate([1], max_new_tokens=1)  # the thread keeps a reference to its latest call
         gc.collect()
         assert request() is None
 
@@ -351,7 +351,7 @@ def test_a_failing_listener_is_dropped(engine: InferenceEngine, caplog: pytest.L
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_process_is_told_to_make_an_engine_of_its_own() -> None:
-    """It has none of the engine's threads, and would wait forever."""
+    """A forked child has none of the engine's threads and would wait forever."""
     done = script("""
         import os
         from mnemos.engine.engine import InferenceEngine

@@ -1,4 +1,4 @@
-"""Doubles: models whose logits are a hash of what their pages or states hold, and tokenizers of letters."""
+"""Test doubles: models whose logits are a hash of their pages' or states' content, and letter tokenizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNREADABLE = 95  # a token that a ReaderToy cannot read
 
 
 class ToyCache:
-    """One integer a position: the token that was written there, or garbage."""
+    """One integer per position: the token that was written there, or garbage."""
 
     def __init__(self, layout: KVLayout, pages: int) -> None:
         self.layout = layout
@@ -87,7 +87,7 @@ class ToyModel:
                 seen = [int(self.cache.tokens[held[p - p % size], p % size]) for p in past]
                 logits[row], hidden[row] = toy_row(seen, position)
         logits, hidden = logits[batch.logit_rows], hidden[batch.logit_rows]
-        if batch.greedy:  # no logits: whoever reads them has no business in such a batch
+        if batch.greedy:  # no logits: nothing that reads them belongs in such a batch
             return Output(logits[:, :0], hidden, logits.argmax(axis=1).astype(np.int32))
         return Output(logits, hidden)
 
@@ -152,7 +152,7 @@ class StateToy:
 
 
 class ReaderToy(StateToy):
-    """A double that reads prompts apart: the sum of a sequence's state begins with its source."""
+    """A double with an encoder: the sum of a sequence's state begins with its source."""
 
     def __init__(self, **options: bool) -> None:
         super().__init__(**options)
@@ -170,7 +170,7 @@ class ReaderToy(StateToy):
 
 
 def reader_greedy(source: Sequence[int], count: int) -> list[int]:
-    """What a ReaderToy writes after its start token, without any engine."""
+    """A ReaderToy's text after its start token, without an engine."""
     tokens, total = [3], 1 + sum(source)
     for position in range(count):
         total = (total * FACTOR + tokens[-1] + 1) % MODULUS
@@ -195,7 +195,7 @@ def row_of_sum(total: int, count: int, position: int) -> tuple[np.ndarray, np.nd
 
 
 def toy_greedy(prompt: Sequence[int], count: int, window: int = 0) -> list[int]:
-    """What greedy decoding gives without any engine."""
+    """The result of greedy decoding, without an engine."""
     tokens = list(prompt)
     for _ in range(count):
         first = max(0, len(tokens) - window) if window else 0
@@ -204,7 +204,7 @@ def toy_greedy(prompt: Sequence[int], count: int, window: int = 0) -> list[int]:
 
 
 class SlowModel(ToyModel):
-    """Waits in every step until the test lets it go on, so that what happens meanwhile is certain."""
+    """Waits in every step until the test lets it continue, so that timing is deterministic."""
 
     def __init__(self, **options: int) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
@@ -217,12 +217,12 @@ class SlowModel(ToyModel):
         return super().forward(batch)
 
     def free(self) -> None:
-        """No waiting from now on."""
+        """Stops waiting from now on."""
         self.permits.release(1_000_000)
 
 
 class LetterTokenizer:
-    """Token i is the letter chr(32 + i); each letter is a token."""
+    """Token i is the letter chr(32 + i); every letter is a token."""
 
     vocabulary_size = VOCABULARY
 

@@ -1,4 +1,4 @@
-"""Mutates real model files for as long as one likes, and checks that they are read or refused, never worse.
+"""Mutates real model files for as long as you like, and checks that they are read or refused, never worse.
 
     python -m tests.formats.fuzz --minutes 10 model.gguf vocabulary.gguf model.safetensors
 
@@ -30,7 +30,7 @@ from mnemos.formats.tensor import Tensor
 
 EXTREMES = [0, 1, 7, 8, 31, 32, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 MEMORY_SHARE = 2  # opening may allocate this many times the file's size (offsets of the shortest strings) and
-MEMORY_BASE = 4 << 20  # this much beside
+MEMORY_BASE = 4 << 20  # plus this much
 SECONDS = 5.0
 
 
@@ -54,7 +54,7 @@ def read_all(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None
 
 
 def read_strings(array: StringArray) -> None:
-    """Text may be no UTF-8, which only shows when it is decoded."""
+    """Text may be invalid UTF-8, which only shows when it is decoded."""
     try:
         array.strings()
     except MnemosError:
@@ -99,7 +99,7 @@ def structure(path: Path) -> int:
 
 
 class Target:
-    """A copy of a real file that is patched in place and healed again; its weights are left out (zeros)."""
+    """A copy of a real file that is patched in place and restored; its weights are left out (zeros)."""
 
     def __init__(self, source: Path, folder: Path) -> None:
         self.path = folder / source.name
@@ -115,7 +115,7 @@ class Target:
             file.truncate(self.size)
 
     def run(self, seed: int) -> str:
-        """One mutation: "opened" or the error's class; anything else that is raised is a finding."""
+        """One mutation: "opened" or the error's class; any other exception is a finding."""
         generator = random.Random(seed)
         # Most structure is vocabulary; aim at the small rest most of the time.
         first = generator.choice([0, 0, max(0, self.within - 20_000)])

@@ -1,4 +1,4 @@
-"""Opening a model by whatever its files are."""
+"""Opening a model from any kind of files."""
 
 import json
 import os

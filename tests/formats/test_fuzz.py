@@ -29,7 +29,7 @@ CUTS = st.none() | st.integers(0, 2000)
 
 @st.composite
 def gguf_files(draw):
-    """Files that are nearly right."""
+    """Files that are almost right."""
     pairs = draw(st.lists(st.sampled_from(SmallGGUF().pairs), unique=True))
     pairs += draw(
         st.lists(
@@ -136,7 +136,7 @@ def test_real_metadata(smollm2, tmp_path):
     ],
 )
 def test_a_large_sparse_file_costs_nothing(tmp_path, count, first_pair, message):
-    """Counts that the file's size allows, but whose content is nothing but zeros."""
+    """Counts that the file's size allows, with content of only zeros."""
     path = tmp_path / "sparse.gguf"
     with path.open("wb") as file:
         file.write(struct.pack("<4sIQQ", b"GGUF", 3, count, count) + first_pair)

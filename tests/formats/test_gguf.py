@@ -1,4 +1,4 @@
-"""GGUF files: what a good one holds, and a clear refusal of every bad one."""
+"""GGUF files: the content of a good one, and a clear refusal of every bad one."""
 
 import struct
 

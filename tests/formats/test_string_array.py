@@ -1,4 +1,4 @@
-"""String arrays: located by a guess that is proved, decoded in one go, equal to a plain walk."""
+"""String arrays: located by a guess that is verified, decoded in one go, equal to a plain walk."""
 
 from itertools import pairwise
 

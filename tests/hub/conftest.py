@@ -1,4 +1,4 @@
-"""A home of its own for every test, and a known model whose wheel lies in pip's only index, a folder."""
+"""A separate home for every test, and a known model whose wheel is in pip's only index, a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may write to the models folder, and what it says it holds."""
+"""Locking of the models folder, and the list of its models."""
 
 from __future__ import annotations
 

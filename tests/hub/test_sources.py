@@ -1,4 +1,4 @@
-"""What a user may call a model."""
+"""The ways to name a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model from a wheel arrives whole and checked, or an error says why and nothing is left behind."""
+"""A model from a wheel arrives whole and checked, or an error says why and leaves nothing."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ USE = "from mnemos.machine.levels import levels_in_use; import json; print(json.
 
 
 def used(home: Path, **environment: str) -> dict[str, str]:
-    """The levels of a process of its own."""
+    """The levels in a separate process."""
     clean = {name: value for name, value in os.environ.items() if name != "MNEMOS_ISA"}
     done = subprocess.run(
         [sys.executable, "-c", USE],

@@ -1,4 +1,4 @@
-"""How many pages there are follows from the memory that the process may use."""
+"""The number of pages follows from the memory that the process may use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPEC = ModelSpec("any", 100, 2048, 64, KVLayout(layers=30, kv_heads=8, head_dim=
 
 
 def limited(code: str) -> str:
-    """What a program prints that may map LIMIT bytes."""
+    """The output of a program that may map LIMIT bytes."""
     start = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({LIMIT}, {LIMIT}))\n"
     program = [sys.executable, "-c", start + textwrap.dedent(code)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # each of NumPy's threads maps some, too
@@ -27,7 +27,7 @@ def limited(code: str) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not say what is mapped")
 def test_a_limit_of_the_address_space_counts() -> None:
-    """As `ulimit -v` sets it: a plan and a model that do not care for it fail in the middle of loading."""
+    """As `ulimit -v` sets it: a plan and a model that ignore it fail in the middle of loading."""
     pages = limited("""
         from tests.memory.test_capacity import SPEC
         from mnemos.memory.capacity import plan_pages

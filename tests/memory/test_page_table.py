@@ -1,4 +1,4 @@
-"""Page tables, without any request: growth, sharing, copies before writing, and what is given back."""
+"""Page tables, without any request: growth, sharing, copies before writing, and freeing."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_positions_whose_window_was_given_back_are_evaluated_again() -> None:
     tables = make_tables(window=5)
     table = grown(tables, 24)
     tables.leave_behind(table)
-    assert list(table.positions) == [16, 20]  # what the window reaches, and one as strategies take back a few tokens
+    assert list(table.positions) == [16, 20]  # the window's reach, and one more as strategies may truncate a few tokens
     assert tables.pool.used == 2
     tables.trim(table, 22)
     assert table.done == 22
@@ -125,5 +125,5 @@ def test_the_short_way_to_see_that_nothing_is_missing_agrees_with_the_plain_one(
             elif len(known) > 1:
                 tables.release(known.pop(number % len(known)))
             for one in known:
-                begun = stateful or one.done % tables.page_size != 0  # a new page is no short way
+                begun = stateful or one.done % tables.page_size != 0  # a new page has no shortcut
                 assert tables.holds_next(one) == (begun and tables.missing(one, 1) == (0, 0))

@@ -68,7 +68,7 @@ def test_the_first_pages_of_a_text_are_free_for_others_when_it_has_left_them() -
 
 
 def test_a_page_that_only_the_tree_holds_gives_way_to_the_same_one_in_use() -> None:
-    """Somebody evaluates a known text again, and needs all the room there is."""
+    """A known text is evaluated again and needs all the room."""
     pool = PagePool(4)
     tree = PrefixTree(pool, SIZE)
     fill(pool, tree, None, [1, 1, 2, 2])
@@ -83,7 +83,7 @@ def test_a_page_that_only_the_tree_holds_gives_way_to_the_same_one_in_use() -> N
 
 
 class Tree(RuleBasedStateMachine):
-    """Every prefix that was put in and not evicted is found; nothing else is; pages add up."""
+    """Every prefix that was inserted and not evicted is found, and no other; pages add up."""
 
     def __init__(self) -> None:
         super().__init__()

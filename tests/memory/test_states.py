@@ -1,4 +1,4 @@
-"""State slots: forks share one until somebody writes, and nobody finds what another has left."""
+"""State slots: forks share one until a write, and no sequence finds another's leftovers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small random models of every architecture, made by Hugging Face transformers, and GGUF files of the same weights."""
+"""Small random models of every architecture, made by Hugging Face transformers, and GGUF files with their weights."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """A model of transformers and the folder that it was saved to."""
+    """A transformers model and the folder that it was saved to."""
 
     module: Any
     folder: Path

@@ -30,13 +30,13 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
-    """The reference model of a name in CONFIGS, made and saved once."""
+    """The reference model for a name in CONFIGS, created and saved once."""
     return cache(lambda name: build(CONFIGS[name](), tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")
 def load(reference: Callable[[str], Reference]) -> Callable[..., LoadedModel]:
-    """A float32 model of a reference's folder with room for PAGES pages, loaded once a backend."""
+    """A float32 model of a reference's folder with room for PAGES pages, loaded once per backend."""
 
     @cache
     def loaded(name: str, backend: str) -> LoadedModel:

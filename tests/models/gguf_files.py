@@ -117,7 +117,7 @@ def _tensors(module: Any) -> list[tuple[str, np.ndarray]]:
 
 
 def _parts(config: Any, name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """What the converter changes: row orders, transposed matrices, Gemma's norms, fused experts."""
+    """The converter's changes: row orders, transposed matrices, Gemma's norms, fused experts."""
     kind = config.model_type
     if kind in _PERMUTED and name.endswith(("q_proj.weight", "q_proj.bias")):
         return [(name, _interleave(array, config.num_attention_heads))]
@@ -140,7 +140,7 @@ def _parts(config: Any, name: str, array: np.ndarray) -> list[tuple[str, np.ndar
 
 
 def _interleave(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from (halves, pairs) to (pairs, halves), the order that ggml's plain rotation wants."""
+    """Rows of each head from (halves, pairs) to (pairs, halves), the order that ggml's plain rotation needs."""
     halves = array.reshape(heads, 2, -1, *array.shape[1:])
     return halves.swapaxes(1, 2).reshape(array.shape)
 

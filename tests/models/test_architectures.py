@@ -58,7 +58,7 @@ def test_ragged_batch(name: str, backend: str, load: LoadFunction, reference: Re
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")
 @each_architecture
 def test_native_default_stays_close(name: str, reference: ReferenceFunction) -> None:
-    """Weights as they are stored, activations of 8 or 16 bits, a float16 cache: near the float32 logits."""
+    """Weights as stored, activations of 8 or 16 bits, a float16 cache: near the float32 logits."""
     ids = token_ids(48, seed=7)
     model = open_model(reference(name).folder, "native", dtype="auto")
     session = Session(model, [[3, 1]])

@@ -18,7 +18,7 @@ from tests.models.conftest import open_model
 from tests.models.gguf_files import write_gguf
 from tests.models.stepping import whole
 
-# What the format cannot say: an odd query scale, experts that are not normalised, a window from some layer on, biases.
+# What the format cannot express: an odd query scale, unnormalised experts, a window from some layer on, biases.
 NOT_IN_GGUF = {
     "gemma2-scalar", "qwen3moe-mixed", "qwen2-window", "qwen3-biases", "olmo2-biases", "smollm3", "gpt2-scaled",
 }  # fmt: skip

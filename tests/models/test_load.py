@@ -1,4 +1,4 @@
-"""Checkpoints in their other spellings, and what a loaded model says about itself."""
+"""Checkpoints in their other spellings, and the properties of a loaded model."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_gpt2_without_a_prefix(reference: ReferenceFunction, same: Any) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])
 def test_fused_experts(name: str, reference: ReferenceFunction, same: Any) -> None:
-    """As transformers 5 holds them in memory, with an axis for the expert."""
+    """As in transformers 5's memory, with an axis for the expert."""
     checkpoint = open_checkpoint(reference(name).folder)
     tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if ".experts." not in key}
     tensors = {key.replace("block_sparse_moe", "mlp"): tensor for key, tensor in tensors.items()}

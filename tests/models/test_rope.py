@@ -51,7 +51,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     },
     "longrope": {"rope_type": "longrope", "original_max_position_embeddings": TRAINED, **_FACTORS},
 }
-POSITIONS = {"dynamic": TRAINED, "default": TRAINED}  # max_position_embeddings where it is not 4 * TRAINED
+POSITIONS = {"dynamic": TRAINED, "default": TRAINED}  # max_position_embeddings if not 4 * TRAINED
 
 
 def _config(kind: str, model: str = "llama") -> Any:
@@ -72,7 +72,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
     [(k, n) for k in SCALINGS for n in (20, TRAINED, TRAINED + 1, 3 * TRAINED) if k != "default" or n <= TRAINED],
 )
 def test_against_transformers(kind: str, length: int, backend: str, references: dict[str, Reference]) -> None:
-    """Where the table depends on the length, transformers chooses by the text; here, the context in use says it."""
+    """If the table depends on the length, transformers chooses by the text, Mnemos by the context in use."""
     context = max(length, TRAINED) if kind in ("dynamic", "longrope") else None
     model = open_model(references[kind].folder, backend, context_length=context)
     ids = token_ids(length)

@@ -31,7 +31,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def test_float32_reproduces_transformers(model: LoadedModel) -> None:
-    """All texts in one batch, each in pages of its own."""
+    """All texts in one batch, each in its own pages."""
     texts = {i: item["prompt_ids"] + item["token_ids"][:-1] for i, item in enumerate(REFERENCES)}
     found = Session(model, [range(4 * i, 4 * i + 4) for i in texts]).step(texts)
     for i, item in enumerate(REFERENCES):
@@ -52,7 +52,7 @@ def test_the_specification(model: LoadedModel) -> None:
 
 
 def test_stored_weights_stay_close(smollm2: Path, backend: str) -> None:
-    """The default: weights as they are stored and a cache of 16 bits, prompt and steps."""
+    """The default: weights as stored and a cache of 16 bits, prompt and steps."""
     model = open_model(smollm2, backend, dtype="auto")
     assert model.spec.layout.dtype in ("float16", "bfloat16")
     item = REFERENCES[0]

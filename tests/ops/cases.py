@@ -19,7 +19,7 @@ Run = Callable[[Any, np.random.Generator, int], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """run(ops, generator, rows) makes its own operands, the same ones for every backend, and applies one operator."""
+    """run(ops, generator, rows) creates its own operands, the same for every backend, and applies one operator."""
 
     name: str
     run: Run
@@ -112,7 +112,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Some sequences that grow step by step. steps: the new tokens of each sequence at each step."""
+    """Sequences that grow step by step. steps: the new tokens of each sequence at each step."""
 
     heads: int
     kv_heads: int
@@ -153,7 +153,7 @@ class Table(NamedTuple):
 
 
 def batch_of(positions: Sequence[Sequence[int]], tables: Sequence[Table]) -> Batch:
-    """A batch of sequences with these new positions; no token and no row of it is asked for."""
+    """A batch of sequences with these new positions; without token ids and logit rows."""
 
     def ints(parts: Iterable[Sequence[int] | np.ndarray]) -> np.ndarray:
         return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])

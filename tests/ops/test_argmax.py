@@ -1,4 +1,4 @@
-"""The most probable tokens, found without all logits, are those that all logits say."""
+"""The most probable tokens, found without all logits, are the same as with all logits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_found_alone_as_among_all(isa: str, kind: TensorType) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_of_equal_logits_the_first(isa: str, threads: int) -> None:
-    """Tokens that come many times, and others so near them that coarse activations do not tell them apart."""
+    """Tokens that occur many times, and others so close to them that coarse activations cannot tell them apart."""
     columns, different, copies = 256, 50, 40
     small = random_weight(Kind.Q8_0, different, columns)
     near = small.data.reshape(different, -1).copy()

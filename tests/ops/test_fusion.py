@@ -1,6 +1,6 @@
-"""What a program computes does not depend on which of its results stay in the form that the next product wants.
+"""A program's results do not depend on which of them stay in the form that the next product needs.
 
-A result that the program returns as well is kept as rows of floats, and prepared for the product by a task of its own.
+A result that the program returns as well is kept as rows of floats, and prepared for the product by a separate task.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_bits_do_not_depend_on_the_form_of_results_between(isa: str, quantize: b
 
 
 def test_a_residual_that_is_read_later_is_not_overwritten(isa: str) -> None:
-    """The sum may take the place of what it is added to, but not while anything else needs it."""
+    """The sum may overwrite its addend, but not while anything else needs that."""
     ops = NativeOps(dtype="float32")
     layer = Layer(ops, quantize=False)
     embedded, _ = _run(ops, layer, "embedded", 133)

@@ -66,7 +66,7 @@ class SmallModel:
 
 
 def _batch(tokens: list[np.ndarray], done: list[int], pages: np.ndarray) -> Batch:
-    """One step of some sequences; logits are asked for every row."""
+    """One step of some sequences, with logits for every row."""
     lengths = [len(t) for t in tokens]
     positions = np.concatenate([np.arange(d, d + n) for d, n in zip(done, lengths, strict=True)])
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -78,14 +78,14 @@ def _batch(tokens: list[np.ndarray], done: list[int], pages: np.ndarray) -> Batc
 
 
 def _alone(model: SmallModel, texts: list[np.ndarray]) -> list[Output]:
-    """Each text in one step of its own."""
+    """Each text in a separate step."""
     pages = np.arange(PAGES)[None]
     outputs = (model.step(_batch([text], [0], pages)) for text in texts)
     return [Output(output.logits.copy(), output.hidden.copy()) for output in outputs]
 
 
 def _together(model: SmallModel, texts: list[np.ndarray], generator: np.random.Generator) -> list[list[np.ndarray]]:
-    """All texts in random chunks, random sequences a step, on random pages: each text's rows of logits and hidden."""
+    """All texts in random chunks, random sequences per step, on random pages: each text's rows of logits and hidden."""
     pages = generator.permutation(PAGES * len(texts)).reshape(len(texts), PAGES)
     done = [0] * len(texts)
     rows: list[list[np.ndarray]] = [[] for _ in texts]
@@ -164,7 +164,7 @@ def test_bits_do_not_depend_on_other_programs_on_the_cores() -> None:
 
 
 def test_denormal_numbers_are_zero_in_every_thread() -> None:
-    """Else they would take a hundred cycles each, and a result's bits would depend on who computed it."""
+    """Else they would take a hundred cycles each, and a result's bits would depend on the thread."""
     tiny = np.float32(1e-39)
     for threads in {1, _native.usable_cores()}:
         ops = NativeOps(threads=threads, dtype="float32")

@@ -71,7 +71,7 @@ def activations(rows: int, columns: int) -> np.ndarray:
 
 
 def product(ops: NativeOps, x: np.ndarray, tensor: Tensor, bias: np.ndarray | None = None, *, precise: bool) -> Any:
-    """x W^T + bias. What a program returns takes finer activations than what it goes on to compute with."""
+    """x W^T + bias. Returned results use finer activations than intermediate ones."""
     weight = ops.matrix(tensor)
     if precise:
         return ops.linear(x, weight, bias)
@@ -82,7 +82,7 @@ def product(ops: NativeOps, x: np.ndarray, tensor: Tensor, bias: np.ndarray | No
 def largest_error(
     kind: TensorType, x: np.ndarray, weight: np.ndarray, level: str, as_float32: bool, precise: bool
 ) -> np.ndarray:
-    """What rounding the activations, and then the sums, can cost each output."""
+    """The largest error from rounding the activations, and then the sums, in each output."""
     sizes = np.abs(weight).T.astype(np.float64)
     sums = 1e-6 * (np.abs(x) @ sizes) + 1e-30
     if kind.is_quantized and not as_float32:
@@ -186,7 +186,7 @@ def test_levels_with_fused_arithmetic_agree_bit_for_bit(kind: TensorType, precis
             results[level] = product(NativeOps(), x, tensor, precise=precise)
     finally:
         _native.select_isa("")
-    plain = results.pop("scalar")  # rounds products and sums apart
+    plain = results.pop("scalar")  # rounds products and sums separately
     bfloats = {level: results.pop(level) for level in BFLOAT_LEVELS if level in results and kind in PAIRED}
     for group, tolerance in ((results, 1e-4), (bfloats, 1e-4 if precise else 1e-2)):
         fused = list(group.values())
@@ -237,7 +237,7 @@ def test_packed_size_stays_near_the_file(kind: TensorType) -> None:
 @pytest.mark.parametrize("kind", [TensorType.Q4_0, TensorType.Q4_1, TensorType.Q6_K, TensorType.BF16, TensorType.F32])
 @pytest.mark.parametrize("precise", [False, True])
 def test_what_is_not_a_number_stays_none(isa: str, kind: TensorType, precise: bool) -> None:
-    """Rounding to integers must not make numbers of it: whoever chooses a token shall see that something is wrong."""
+    """Rounding to integers must not hide it: choosing a token must show that something is wrong."""
     tensor = random_weight(kind, 20, 256)
     for count in (3, 20):
         x = np.ones((count, 256), dtype=np.float32)

@@ -22,7 +22,7 @@ CASES = (
     AttentionCase(16, 1, 32, 64),
     AttentionCase(2, 1, 16, 128, window=300),
 )
-LENGTH, CHUNK = 640, 40  # positions of a text, and how many of the last ones are evaluated with a table that has gaps
+LENGTH, CHUNK = 640, 40  # positions of a text, and how many of the last ones use a table with gaps
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
@@ -42,7 +42,7 @@ class Text:
         return Text(case, *(floats(generator, LENGTH, n) for n in (width, kv_width, kv_width)), pages)
 
     def table(self, missing: Sequence[int] = ()) -> Table:
-        """The page table without the pages of these numbers, counted from position 0."""
+        """The page table without the pages with these numbers, counted from position 0."""
         kept = np.array([index for index in range(len(self.pages)) if index not in missing])
         return Table(self.pages[kept], self.case.page_size * kept)
 
@@ -178,7 +178,7 @@ def test_pages_that_no_window_reaches_change_no_bit(case: AttentionCase, dtype: 
 
 
 def test_work_is_shared_by_threads_where_a_table_has_gaps(isa: str) -> None:
-    """A single row's blocks are split among threads and merged: the same bits as by one thread."""
+    """A single row's blocks are split among threads and merged: the same bits as with one thread."""
     if _native.usable_cores() < 2:
         pytest.skip("needs two cores")
     case = CASES[0]

@@ -1,4 +1,4 @@
-"""PyTorch's operators against the reference, on every device that there is."""
+"""PyTorch's operators against the reference, on every available device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small model that learned to count in steps of one, two or three, up to 39: what it says can be judged."""
+"""A small model that learned to count in steps of one, two or three, up to 39: its texts can be checked."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def checkpoint(counter: Any, tokenizer_folder: Path) -> Path:
-    """out/ckpt.pt as the training script writes it, beside the tokenizer."""
+    """out/ckpt.pt as the training script writes it, next to the tokenizer."""
     path = tokenizer_folder / "ckpt.pt"
     torch.save({"model_args": asdict(counter.args), "model": counter.state_dict(), "iter_num": 300}, path)
     return path

@@ -180,7 +180,7 @@ def test_functions_on_logits(make: Any) -> None:
         apply_temperature([1.0, 2.0], 0.5)
     with pytest.raises(ConfigError, match="token_ids has 9"):
         enforce_repetition_penalty(logits, [[9], [0]], 2.0)
-    assert top_k_top_p_filtering(logits[0], top_p=0).tolist() == [2.0, low, low, low, low]  # the best one alone
+    assert top_k_top_p_filtering(logits[0], top_p=0).tolist() == [2.0, low, low, low, low]  # only the best one
     with pytest.raises(ConfigError, match="top_p is 1.5"):
         top_k_top_p_filtering(logits, top_p=1.5)
     with pytest.raises(ConfigError, match=r"expected an array or tensor \(vocabulary,\)"):

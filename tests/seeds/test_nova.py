@@ -169,7 +169,7 @@ def test_cached_attention() -> None:
 
 
 def test_masks_of_every_shape() -> None:
-    """Each says the same of the last two of five positions, of which the first three are cached."""
+    """Each gives the same result for the last two of five positions, of which the first three are cached."""
     torch.manual_seed(0)
     attention = CachedAttention(32, 4).eval()
     x = torch.randn(2, 5, 32)

@@ -1,4 +1,4 @@
-"""Corrupt and hostile tokenizers, texts and ids are refused with what is wrong and where."""
+"""Corrupt and hostile tokenizers, texts and ids are refused, saying what is wrong and where."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_byte_level_metadata(changes: dict[str, Any], message: str) -> None:
 
 
 def test_a_custom_of_the_pre_tokenizer_asks_for_nothing_that_is_not_there() -> None:
-    """Files for llama-bpe begin a text with bos, even where they do not say so; a file without bos has none to give."""
+    """Files for llama-bpe begin a text with bos, even if they do not say so; a file without bos has none."""
     tokenizer = build(byte_level(pre="llama-bpe", bos_token_id=None, add_bos_token=None))
     assert tokenizer.encode("he") == tokenizer.encode("he", add_special=False)
 

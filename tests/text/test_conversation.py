@@ -1,4 +1,4 @@
-"""Conversations as agents send them come out as the model's template writes tidy ones."""
+"""Conversations as agents send them are rendered like tidy ones."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_control_marks_in_what_others_wrote_are_text(role: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2", "starcoder"])
 def test_a_marked_text_has_the_ids_of_the_text(name: str, tokenizer_of: Callable[[str], Tokenizer]) -> None:
-    """A mark inside ordinary words says nothing, so the ids must be those without it."""
+    """A mark inside ordinary words means nothing, so the ids must be those without it."""
     tokenizer = tokenizer_of(name).prepare()
     core = tokenizer._core
     controls = [core.texts[token] for token in sorted(core.special_ids)]

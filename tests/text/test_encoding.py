@@ -1,4 +1,4 @@
-"""A tokenizer used as programs for transformers use theirs."""
+"""A tokenizer used like one of transformers."""
 
 from __future__ import annotations
 

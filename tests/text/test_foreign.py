@@ -1,4 +1,4 @@
-"""Tokenizers as people write them: nothing but encode and decode, with the gaps that they have."""
+"""Tokenizers as people write them: only encode and decode, with the gaps that they have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mnemos.text.foreign import ForeignTokenizer, adapt_tokenizer
 
 
 class Letters:
-    """Ids are places in an alphabet; what is not in it is a KeyError."""
+    """Ids are indices in an alphabet; anything else is a KeyError."""
 
     vocab_size = 5
 
@@ -69,7 +69,7 @@ def test_a_strict_decoder_streams_whole_characters() -> None:
 
 
 class Methods(Bytes):
-    """As sentencepiece has them."""
+    """As in sentencepiece."""
 
     def eos_id(self) -> int:  # type: ignore[override]
         return 2

@@ -1,4 +1,4 @@
-"""tokenizer.json and the files beside it."""
+"""tokenizer.json and its accompanying files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .test_vectors import TEXTS
 
 
 def byte_level_folder(folder: Path) -> RustTokenizer:
-    """A small BPE tokenizer trained here, with special tokens behind the vocabulary, as Llama 3 has them."""
+    """A small BPE tokenizer trained here, with special tokens after the vocabulary, as in Llama 3."""
     rust = Tokenizer(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]

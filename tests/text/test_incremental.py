@@ -1,4 +1,4 @@
-"""A stream's text is whole characters, and adds up to what decoding at once gives."""
+"""A stream's text is whole characters, and adds up to the text decoded at once."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_real_vocabularies(name: str, tokenizer_of: TokenizerOf) -> None:
 
 def test_a_character_waits_for_its_last_byte(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of("llama-spm")
-    ids = tokenizer.encode("\U0001f999", add_special=False)  # a llama: four byte tokens behind a space
+    ids = tokenizer.encode("\U0001f999", add_special=False)  # a llama: four byte tokens after a space
     decoder = tokenizer.decoder()
     assert [decoder.push(token) for token in ids] == ["", "", "", "", "\U0001f999"]
     assert decoder.finish() == ""

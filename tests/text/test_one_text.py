@@ -26,7 +26,7 @@ from .test_vectors import TEXTS
 BYTE_PAIRS = ("gpt-2", "llama-bpe", "qwen2", "starcoder")
 PRE = "tokenizer.ggml.pre"
 VocabularyFile = Callable[[str], Path]
-# What splits, merges and special tokens hang on, in orders that no text has.
+# Characters that splits, merges and special tokens depend on, in orders that no text has.
 PIECES = (
     " ", "  ", "\n", "\t", "\r\n", "the", " the", "The", "hell", "o", "ing", "'s", "'LL", "don't", "1", "123", "4567",
     "...", "--", "_", "\u00e9", "\u0301", "\u4f60\u597d", "\uac00", "\u3042", "\U0001f600", "\u200d", "\u00a0", "\0",
@@ -161,7 +161,7 @@ def counted(metadata: dict[str, Any], expected: TokenizerCore) -> tuple[Tokenize
 
 
 def in_file(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The same metadata with lists of strings as they lie in a file."""
+    """The same metadata with lists of strings as stored in a file."""
     return {key: _array(value) if isinstance(value, list) else value for key, value in metadata.items()}
 
 

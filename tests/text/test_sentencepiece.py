@@ -1,4 +1,4 @@
-"""tokenizer.model files, beside the sentencepiece library itself."""
+"""tokenizer.model files, compared with the sentencepiece library."""
 
 from __future__ import annotations
 

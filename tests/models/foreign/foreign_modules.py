@@ -66,7 +66,7 @@ class Plain(Base):
 
 
 class LastOnly(Plain):
-    """As nanoGPT: (logits of the last position, loss)."""
+    """Like nanoGPT: (logits of the last position, loss)."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, None]:
         return super().forward(idx)[:, -1:], None
@@ -92,7 +92,7 @@ class PastArgument(Base):
 
 
 class Masked(Base):
-    """As PastArgument, and takes attention_mask and position_ids: caches of different lengths can run together."""
+    """Like PastArgument, but also takes attention_mask and position_ids: caches of different lengths run together."""
 
     def forward(
         self,
@@ -117,7 +117,7 @@ class Masked(Base):
 
 
 class WrongCache(PastArgument):
-    """Its cache forgets the positions: cached logits are wrong."""
+    """Its cache ignores the positions: cached logits are wrong."""
 
     def embed(self, ids: Tensor, start: int, positions: Tensor | None = None) -> Tensor:
         return super().embed(ids, 0, positions)
@@ -134,7 +134,7 @@ class TakesKVCache(Base):
 
 
 class WithCachedAttention(nn.Module):
-    """Built of `CachedAttention`; causal by a mask of its own."""
+    """Built from `CachedAttention`; causal by its own mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class HiddenFirst(Plain):
 
 
 class TimeFirst(Recurrent):
-    """ids (time, batch), as PyTorch's recurrent layers take them unless told otherwise."""
+    """ids (time, batch), the default of PyTorch's recurrent layers."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids.T)[0].transpose(0, 1)
@@ -255,7 +255,7 @@ class RulesOut(Plain):
 
 
 class Alone(PastArgument):
-    """Takes one sequence a call."""
+    """Takes one sequence per call."""
 
     def forward(self, x: Tensor, use_cache: bool = False, past_kv: Any = None) -> Any:
         if len(x) > 1:

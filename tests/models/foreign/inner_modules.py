@@ -123,7 +123,7 @@ class FromScratch(Blocks):
 
 
 class Roomy(FromScratch):
-    """As FromScratch, with room for a few positions that is made in the first call and then moves on."""
+    """Like FromScratch, with room for a few positions that is created in the first call and then slides."""
 
     ROOM = 16
 
@@ -178,7 +178,7 @@ class PositionedAttention(Attention):
 
 
 class GPTFast(Blocks):
-    """forward(idx, input_pos) after setup_caches(max_batch_size, max_seq_length); the batch must be just that."""
+    """forward(idx, input_pos) after setup_caches(max_batch_size, max_seq_length); the batch must have that size."""
 
     kind = PositionedAttention
 
@@ -204,7 +204,7 @@ class GPTFast(Blocks):
 
 
 class LitGPT(Blocks):
-    """forward(idx, input_pos=None), with a cache after set_kv_cache(batch_size, ...) alone."""
+    """forward(idx, input_pos=None), with a cache only after set_kv_cache(batch_size, ...)."""
 
     kind = PositionedAttention
 
@@ -267,7 +267,7 @@ class ByObject(Blocks):
 
 
 class Always(Blocks):
-    """Keeps keys and values in a list of its own in every call, until it is reset."""
+    """Keeps keys and values in its own list in every call, until it is reset."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ class Static(Blocks):
 
 
 class Remembers(Base):
-    """Stores its activations in each call and reads nothing of them: not a cache."""
+    """Stores its activations in each call but never reads them: not a cache."""
 
     def forward(self, ids: Tensor, use_cache: bool = False) -> Tensor:
         x = self.embed(ids, 0)

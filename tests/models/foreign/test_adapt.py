@@ -68,21 +68,21 @@ def test_ragged_batches_chunks_forks_and_truncation_give_the_uncached_logits(kin
     run(a=(0, 0, 5), b=(1, 0, 3))  # prompts of different lengths
     run(a=(0, 5, 6), b=(1, 3, 4))  # one token each after different lengths
     run(a=(0, 6, 7), b=(1, 4, 5))
-    run(b=(1, 5, 9), c=(2, 0, 4))  # a chunk, and a newcomer; a rests
+    run(b=(1, 5, 9), c=(2, 0, 4))  # a chunk, and a new one; a waits
     run(a=(0, 7, 8), b=(1, 9, 10), c=(2, 4, 5))
-    run(c=(2, 5, 6), a=(0, 8, 9))  # another order, one gone
+    run(c=(2, 5, 6), a=(0, 8, 9))  # another order, one has ended
     for name, text in (("a", a), ("b", b), ("c", c)):
         got = np.concatenate(seen[name])
         assert np.abs(got - truth(module, text[: len(got)])).max() < 1e-4
 
-    model.copy_states([0], [3])  # a fork goes its own way, and the original too
+    model.copy_states([0], [3])  # the fork and the original diverge
     forked = [*a[:9], 7, 8]
     rows = step(model, (3, 9, [7]), (0, 9, a[9:10]))
     assert np.abs(rows[0][-1] - truth(module, forked[:10])[-1]).max() < 1e-4
     assert np.abs(rows[1][-1] - truth(module, a[:10])[-1]).max() < 1e-4
     rows = step(model, (3, 10, [8]))
     assert np.abs(rows[0][-1] - truth(module, forked)[-1]).max() < 1e-4
-    rows = step(model, (0, 6, [1, 2]))  # back to position 6: what stood there is forgotten
+    rows = step(model, (0, 6, [1, 2]))  # back to position 6: what was there is forgotten
     assert np.abs(rows[0] - truth(module, [*a[:6], 1, 2])[6:]).max() < 1e-4
 
 
@@ -100,7 +100,7 @@ def test_modules_that_heed_a_mask_share_a_call_across_lengths() -> None:
 
 @pytest.mark.parametrize("kind", [*CACHED, tiny_llama], ids=lambda k: k.__name__)
 def test_what_a_module_appends_to_its_cache_is_not_copied(kind) -> None:
-    """Over more steps than the first room holds, the cache moves a few times only, and the logits stay right."""
+    """Over more steps than the initial room holds, the cache moves only a few times, and the logits stay right."""
     module = make(kind)
     model = adapt(module)
     assert model.calls.able.grows
@@ -171,7 +171,7 @@ def test_a_module_that_answers_for_the_last_position_only() -> None:
     logits = model.forward(batch_of((0, 0, [3, 1, 2]), (1, 0, [4]), rows=[2, 3])).logits
     assert np.allclose(logits[0], truth(module, [3, 1, 2])[-1], atol=1e-5)
     assert np.allclose(logits[1], truth(module, [4])[-1], atol=1e-5)
-    # Those of earlier positions take a call for each.
+    # Those of earlier positions take one call each.
     assert np.allclose(step(model, (0, 0, [1, 2]))[0], [truth(module, ids)[-1] for ids in ([1], [1, 2])], atol=1e-5)
 
 
@@ -230,7 +230,7 @@ def test_a_device_that_is_not_there_is_named() -> None:
 
 def test_a_module_that_cannot_be_moved_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     class Bound(modules.PastArgument):  # type: ignore[misc, name-defined]
-        """As those that bitsandbytes made."""
+        """Like those of bitsandbytes."""
 
         def to(self, *place: object) -> Bound:
             raise ValueError("`.to` is not supported for 8-bit models")

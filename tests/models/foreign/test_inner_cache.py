@@ -31,7 +31,7 @@ def make(kind: type[Any]) -> Any:
 
 
 def truth(module: Any, tokens: list[int]) -> np.ndarray:
-    """Logits of every position, by one call over the whole text of a module of its own."""
+    """Logits of every position, by one call of a separate module over the whole text."""
     module, ids = copy.deepcopy(module), torch.tensor([tokens])
     with torch.inference_mode():
         if isinstance(module, modules.MetaLlama):
@@ -44,7 +44,7 @@ def truth(module: Any, tokens: list[int]) -> np.ndarray:
 
 
 def state_of(module: Any) -> dict[str, Any]:
-    """What the parts of a module hold, as text for what is no tensor."""
+    """The attributes of a module's parts, as text unless they are tensors."""
     held: dict[str, Any] = {}
     for name, member in module.named_modules():
         for key, value in {**vars(member), **member._buffers}.items():
@@ -73,18 +73,18 @@ def test_ragged_batches_chunks_forks_and_truncation_give_the_uncached_logits(kin
     run((0, 0, 5), (1, 0, 3))  # prompts of different lengths
     run((0, 5, 6), (1, 3, 4))
     run((0, 6, 7), (1, 4, 5))
-    run((1, 5, 9), (2, 0, 4))  # a chunk, and a newcomer; the first rests
+    run((1, 5, 9), (2, 0, 4))  # a chunk, and a new one; the first waits
     run((0, 7, 8), (1, 9, 10), (2, 4, 5))
     run((2, 5, 6), (0, 8, 9))
     run((2, 6, 9))
-    run((0, 9, 10), (2, 9, 10))  # as far as each other, from here on in one call
+    run((0, 9, 10), (2, 9, 10))  # equally long, from here on in one call
     run((0, 10, 11), (2, 10, 11))
     texts[3] = [*texts[0][:11], *texts[3][11:]]
-    model.copy_states([0], [3])  # a fork goes its own way, and the original too
+    model.copy_states([0], [3])  # the fork and the original diverge
     run((3, 11, 12), (0, 11, 12))
     run((3, 12, 14))
     texts[0] = [*texts[0][:6], *texts[1][6:]]
-    run((0, 6, 8))  # back to position 6: what stood there is forgotten
+    run((0, 6, 8))  # back to position 6: what was there is forgotten
     run((0, 8, 20), (3, 14, 15))  # more positions than some have room for
     run((0, 20, 21), (3, 15, 17))
     model.clear_states([3])

@@ -27,7 +27,7 @@ def native() -> NativeOperators:
 
 
 def no_worse_than_pytorch(got: torch.Tensor, operator: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> bool:
-    """Whether `got` is as near to the operator's float64 result as PyTorch's float32 one, which differs by processor.
+    """Whether `got` is as close to the operator's float64 result as PyTorch's float32 one, which differs by processor.
 
     Twice PyTorch's own error is allowed, and the rounding of eight operations where it happens to have none.
     """
@@ -188,7 +188,7 @@ def test_attention_over_growing_tensors_is_the_native_cores(
     attend = native.attend
     monkeypatch.setattr(native, "attend", lambda *args, **kwargs: done.append(attend(*args, **kwargs)) or done[-1])
     plain = [one.clone() for one in start]
-    for step in range(200):  # beyond the room that there is at first
+    for step in range(200):  # beyond the initial room
         new = [torch.randn(2, 4, 1, 16) for _ in range(2)]
         keys, values = torch.cat((keys, new[0]), 2), torch.cat((values, new[1]), 2)
         plain = [torch.cat((old, one), 2) for old, one in zip(plain, new, strict=True)]

@@ -1,4 +1,4 @@
-"""Linear layers from packed weights: the same products, gone again after the call, and never stale."""
+"""Linear layers from packed weights: the same products, removed after the call, and never stale."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_few_rows_are_multiplied_the_same_bits_alone_and_together() -> None:
     packed.install(1)
     with torch.inference_mode():
         together, alone = layer(x), torch.cat([layer(row) for row in x.split(1)])
-        across = layer(torch.stack((x, x), dim=2)[..., 0])  # rows that are not side by side
+        across = layer(torch.stack((x, x), dim=2)[..., 0])  # rows that are not adjacent
     packed.remove()
     assert torch.equal(together, alone) and torch.equal(across, together)
 

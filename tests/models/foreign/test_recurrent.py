@@ -1,4 +1,4 @@
-"""Caches that do not hold every position: states of fixed size, and windows that show only after the trial."""
+"""Caches that do not hold every position: states of fixed size, and windows that show only after probing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Texts:
             assert np.abs(row - truth(self.module, self.texts[slot][:end])).max() < 1e-4
 
     def fork(self, source: int, target: int, length: int) -> None:
-        """The target goes on from the source's first `length` tokens, which it has evaluated."""
+        """The target continues from the source's first `length` tokens, which the source has evaluated."""
         self.texts[target][:length] = self.texts[source][:length]
         self.model.copy_states([source], [target])
 
@@ -65,8 +65,8 @@ def test_states_of_fixed_size_are_kept_sequence_by_sequence(make) -> None:
     texts.run((0, 0, 5), (1, 0, 3))
     texts.run((0, 5, 6), (1, 3, 4))
     texts.fork(0, 3, 6)
-    texts.run((1, 4, 5), (2, 0, 4))  # a newcomer; the first rests
-    texts.run((2, 4, 5), (0, 6, 7), (3, 6, 7))  # the fork and the original go their own ways
+    texts.run((1, 4, 5), (2, 0, 4))  # a new one; the first waits
+    texts.run((2, 4, 5), (0, 6, 7), (3, 6, 7))  # the fork and the original diverge
     texts.run((0, 7, 8))
     texts.run((3, 7, 10), (1, 5, 8))
 
@@ -82,7 +82,7 @@ def test_recurrent_texts_of_all_lengths_share_a_call() -> None:
 
 
 def test_a_cache_that_keeps_a_window_is_right_in_any_company() -> None:
-    """The window is longer than the trial, so that it shows only when texts are."""
+    """The window is longer than the probe, so that it shows only in longer texts."""
     module = modules.Rolling()
     model = adapt(module)
     assert model.calls.abilities.cache is not None
