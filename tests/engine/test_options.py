@@ -125,7 +125,7 @@ def test_requests_without_a_config_get_the_engines() -> None:
         assert engine.complete(PROMPT).choices[0].token_ids == wanted[len(PROMPT) :]
         assert [token.token_id for token in engine.stream(PROMPT)] == wanted[len(PROMPT) :]
         assert engine.generate(PROMPT, max_new_tokens=2) == wanted[:-2]
-        assert engine.generate(PROMPT, GenerationConfig(max_new_tokens=1)) == wanted[:-3]
+        assert engine.generate(PROMPT, GenerationConfig(max_new_tokens=1)) == [wanted[:-3]]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def count_work(model: LoadedModel) -> Work | None:
 def rate_limit(metric: Metric, work: Work, layout: KVLayout, limits: Limits) -> tuple[float, str]:
     """(maximum tokens/s, what limits it) for a metric of steps: pp, tg or b.
 
-    A step reads every weight and the keys and values of all positions, counted as of half-way through the run, and
+    A step reads every weight and the keys and values of all positions, as they are half-way through the run, and
     multiplies every token by every weight.
     """
     steps, tokens, chosen, positions = 1, 1, 1, 0.0

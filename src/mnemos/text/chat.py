@@ -70,7 +70,7 @@ class ChatTemplate:
         """The text of a conversation. RequestError if the template refuses it, FormatError if it does not work.
 
         messages: as `mnemos.text.conversation.prepare_messages` takes them.
-        continue_final_message: the text ends with the last message's content, whose author goes on; then no prompt is
+        continue_final_message: the text ends with the last message's content, whose author continues; then no prompt is
         added. control_texts: names of control tokens; where a user or a tool wrote one, it gets a PLAIN_MARK.
         variables: what else the template may use, such as bos_token, eos_token, tools and documents.
         """

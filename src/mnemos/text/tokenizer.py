@@ -227,7 +227,7 @@ class Tokenizer:
 
         messages: each with a role and a content, as OpenAI's clients send them: see `mnemos.text.conversation`.
         chat_template: Jinja text, or the name of one of the model's templates, instead of the one that the model has
-        for such a conversation. continue_final_message: the text ends with the last message, which goes on; no prompt
+        for such a conversation. continue_final_message: the text ends with the last message, to be continued; no prompt
         is added then. variables: more for the template, such as `tools`.
         Errors: RequestError if the template refuses the messages.
         """

@@ -60,7 +60,7 @@ class PackedLayer:
 
 
 class PackedLayers:
-    """The linear layers and norms of one module. A layer whose weight was changed is packed anew when next used.
+    """The linear layers and norms of one module. A layer whose weight was changed is repacked when next used.
 
     native: what computes for few tokens, if the native core does.
     """
@@ -108,7 +108,7 @@ class PackedLayers:
             self.native.finish()
 
     def check(self) -> None:
-        """Layers whose weights were changed through `.data` are packed anew when next used."""
+        """Layers whose weights were changed through `.data` are repacked when next used."""
         for one in self._packed:
             if one.is_current() and not one.is_as_sampled():
                 one.version = -1
@@ -141,7 +141,7 @@ def _can_be_packed(layer: nn.Linear) -> bool:
     if type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return False
     weight, held = layer.weight, layer._parameters
-    if held.get("weight") is not weight or held.get("bias") is not layer.bias:  # made anew by a hook
+    if held.get("weight") is not weight or held.get("bias") is not layer.bias:  # recreated by a hook
         return False
     return not weight.is_inference() and weight.device.type == "cpu" and weight.dtype in _DTYPES
 

@@ -49,12 +49,12 @@ class Slot:
         self.snapshot = None
 
     def fork(self) -> Slot:
-        """A slot that goes on from here by itself. No tensor is copied: modules replace theirs by longer ones."""
+        """A slot that continues from here separately. No tensor is copied: modules replace theirs by longer ones."""
         self.freeze()
         return Slot(list(self.tokens), None, self.snapshot, self.row, self.encoded)
 
     def rewind(self, length: int) -> None:
-        """Forgets the tokens after the first `length`; at 0 it begins anew, with what an encoder made of its prompt."""
+        """Forgets the tokens after the first `length`; at 0 it restarts, with the encoder output of its prompt."""
         if length == 0:
             self.tokens, self.group, self.snapshot = [], None, None
         elif length < len(self.tokens):

@@ -142,7 +142,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def copied(value: Any, copy_tensor: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
-    """The same structure made anew, with `copy_tensor` of every tensor; what is shared within it stays shared.
+    """A copy of the structure, with `copy_tensor` of every tensor; what is shared within it stays shared.
 
     memo: what was copied already, by the id of the original, which must stay alive.
     """
