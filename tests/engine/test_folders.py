@@ -29,7 +29,6 @@ CAUSAL = {
     "Phi": dict(SIZES, intermediate_size=48),
     "StableLm": dict(SIZES, intermediate_size=48, num_key_value_heads=2),
     "GPTJ": dict(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
-    "Olmo2": dict(SIZES, intermediate_size=48, num_key_value_heads=2),
 }
 SEQ2SEQ: dict[str, dict[str, Any]] = {
     "T5": dict(vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0),

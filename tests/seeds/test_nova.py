@@ -45,7 +45,7 @@ def test_engine_with_three_strategies(engine: InferenceEngine) -> None:
     ):
         outputs = engine.generate(input_ids, attention_mask, config)
         assert outputs.shape[0] == 2
-        assert outputs[0, 4:7].tolist() == wanted[0][4:7]
+        assert texts(outputs)[0][4:7] == wanted[0][4:7]
 
 
 def test_a_device_in_the_tokenizers_place_is_named(counter: torch.nn.Module) -> None:
