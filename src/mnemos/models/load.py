@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,6 +232,8 @@ def adapt(module: Any, **options: Any) -> ForeignModel | EncoderDecoderModel:
         import torch  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError("running an nn.Module needs PyTorch: pip install 'mnemos[torch]'") from error
+    from concurrent.futures import ThreadPoolExecutor
+
     from mnemos.models.foreign.adapt import adapt as adapt_module
 
     # OpenMP keeps worker threads for every thread that ever used it, and if there are more of them than cores, each
