@@ -55,7 +55,11 @@ def check_drafts_whole(core: EngineCore) -> None:
 PROMPTS = [[3 + i, *range(1, 4 + 7 * i)] for i in range(9)]
 
 
-@pytest.mark.parametrize("draft", [ToyModel(), Unsure(2), Unsure(5), Unsure(1), ToyModel(page_size=8)], ids=str)
+@pytest.mark.parametrize(
+    "draft",
+    [ToyModel(), Unsure(2), Unsure(5), Unsure(1), ToyModel(page_size=8)],
+    ids=["sure", "wrong at 2", "wrong at 5", "always wrong", "other pages"],
+)
 def test_greedy_texts_are_those_without_drafts(draft: ToyModel) -> None:
     model = ToyModel()
     core = core_with(model, draft)
