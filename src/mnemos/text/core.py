@@ -128,18 +128,18 @@ class TokenizerCore:
         pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if len(name) > 1)
         ids: list[int] = []
         clean = ""  # text for the encoder as it is, bounded by control tokens
+        last = ""  # the control token before the piece, which alone decides how text after it is encoded
         for piece in re.split(f"({pattern})", text):
             if mark not in piece:
                 clean += piece
+                last = piece
                 continue
-            before = self.encode(clean, False, True)
             plain = piece.replace(mark, "")
-            if clean and self.encode(clean + " x", False, True) == self.encode(clean + "x", False, True):
-                plain = plain.lstrip()  # the token before swallows white space that follows it
-            restarts = not clean or self.encode(clean + "x", False, True)[len(before) :] == self.encode(
-                "x", False, False
-            )
-            ids += before
+            after = self.encode(last + "x", False, True)
+            if last and self.encode(last + " x", False, True) == after:
+                plain = plain.lstrip()  # it swallows white space that follows it
+            restarts = not last or after[len(self.encode(last, False, True)) :] == self.encode("x", False, False)
+            ids += self.encode(clean, False, True)
             ids += self.encode(plain, False, False) if restarts else self.encode_inside(plain, False)
             clean = ""
         return ids + self.encode(clean, False, True)
