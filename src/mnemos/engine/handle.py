@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mnemos.decoding.strategy import Emitted, FinishedSequence
 from mnemos.engine.assembler import Delivery, TextStream, choices_of
 from mnemos.engine.completion import Completion, StreamedToken, Usage
-from mnemos.engine.request import Request, State, Timings
+from mnemos.engine.request import Request, Timings
 from mnemos.errors import CapacityError, MnemosError
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class RequestHandle:
         return self._completion()
 
     def __del__(self) -> None:
-        if self._request.state is not State.ENDED:
+        if not self._channel.ended:  # no name of this module: the interpreter may have cleared them while it exits
             self.cancel()
 
     def _reader(self) -> Callable[[], Iterator[StreamedToken]]:
