@@ -20,6 +20,7 @@ FLOORS = (
     ("memory",),
     ("models",),
     ("engine",),
+    ("serve",),
     ("compat", "bench"),
     ("cli",),
 )

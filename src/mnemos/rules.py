@@ -27,12 +27,18 @@ class Rule:
     kind     integer, number, flag, text, name (one of a few texts), list, or one that only its user knows; tells a
              command line how to read a value
     item     the rule of a list's items
+    low      the smallest number allowed, or the limit above which numbers are; None where there is no limit
+    high     the largest number allowed, or the limit below which numbers are
+    names    the texts that are allowed, where there are only a few
     """
 
     check: Check
     meaning: str
     kind: str = "other"
     item: Rule | None = None
+    low: float | None = None
+    high: float | None = None
+    names: tuple[str, ...] = ()
 
     def apply(self, field: str, value: Any) -> Any:
         """The normal form of the field's value. ConfigError if the value is not allowed."""
@@ -53,7 +59,7 @@ def _integer(low: int, high: int) -> Check:
 def whole(low: int, high: int = LARGEST_INT) -> Rule:
     """An int, or a NumPy integer, from `low` to `high`; True and False are not."""
     limits = f"of at least {low}" if high == LARGEST_INT else f"from {low} to {high}"
-    return Rule(_integer(low, high), f"a whole number {limits}", "integer")
+    return Rule(_integer(low, high), f"a whole number {limits}", "integer", low=low, high=high)
 
 
 def real(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Rule:
@@ -70,13 +76,15 @@ def real(low: float, high: float, *, open_low: bool = False, open_high: bool = F
         return number if above and below else None
 
     start = f"above {low:g}" if open_low else f"from {low:g}"
-    return Rule(check, f"a number {start} {'and below' if open_high else 'to'} {high:g}", "number")
+    return Rule(check, f"a number {start} {'and below' if open_high else 'to'} {high:g}", "number", low=low, high=high)
 
 
 def one_of(*names: str) -> Rule:
     """One of these strings."""
     meaning = f"one of {', '.join(names)}"
-    return Rule(lambda value: value if isinstance(value, str) and value in names else None, meaning, "name")
+    return Rule(
+        lambda value: value if isinstance(value, str) and value in names else None, meaning, "name", names=names
+    )
 
 
 def text(longest: int) -> Rule:

@@ -78,8 +78,16 @@ SEQUENCE_BIAS = Rule(
     _sequence_bias, "a mapping from token sequences to numbers from -1000 to 1000, or a list of such pairs", "mapping"
 )
 DECAY = Rule(_decay, "a pair of a whole number of tokens and a factor from 0.001 to 1000", "pair")
-MIROSTAT = Rule(lambda value: whole(0, 2).check(value) if value != 1 else None, "0 (off) or 2 (mirostat 2)", "integer")
-TEMPERATURE = Rule(_temperature, "0 (always the most probable token) or a number from 1e-10 to 100", "number")
+MIROSTAT = Rule(
+    lambda value: whole(0, 2).check(value) if value != 1 else None,
+    "0 (off) or 2 (mirostat 2)",
+    "integer",
+    low=0,
+    high=2,
+)
+TEMPERATURE = Rule(
+    _temperature, "0 (always the most probable token) or a number from 1e-10 to 100", "number", low=0, high=100
+)
 EARLY_STOPPING = Rule(_early, 'True, False or "never"', "flag or name")
 BIAS = Rule(_bias, "a mapping from token ids to numbers from -100 to 100", "mapping")
 JSON_SCHEMA = Rule(
