@@ -50,7 +50,9 @@ def fit_prompt(config: GenerationConfig, prompt_ids: Sequence[int], spec: ModelS
     prompt: list[int] = array.tolist()
     if config.overflow != "truncate_left":
         return prompt
-    wanted = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, spec.context_length // 2)
+    wanted = config.max_new_tokens
+    if wanted is None:
+        wanted = min(DEFAULT_NEW_TOKENS, spec.context_length // 2)
     if wanted >= spec.context_length:
         raise ContextLengthError(
             f"max_new_tokens is {wanted}, which leaves no room for a prompt in the context of {spec.context_length}"
@@ -60,7 +62,7 @@ def fit_prompt(config: GenerationConfig, prompt_ids: Sequence[int], spec: ModelS
 
 def new_tokens(config: GenerationConfig, prompt_length: int, spec: ModelSpec) -> int:
     """The most tokens that may be generated. Raises ContextLengthError where the context is too small."""
-    limits = [config.max_new_tokens] if config.max_new_tokens else []
+    limits = [] if config.max_new_tokens is None else [config.max_new_tokens]
     if config.max_length is not None:
         if config.max_length <= prompt_length:
             raise RequestError(
@@ -72,10 +74,11 @@ def new_tokens(config: GenerationConfig, prompt_length: int, spec: ModelSpec) ->
     if config.overflow == "sliding":
         return most
     room = spec.context_length - prompt_length
-    if room < 1:
+    if room < min(most, 1):
         raise ContextLengthError(
-            f"the prompt has {prompt_length} tokens, {1 - room} more than fit with one new token into the context of "
-            f"{spec.context_length}; shorten it, or set overflow"
+            f"the prompt has {prompt_length} tokens, {min(most, 1) - room} more than fit "
+            f"{'with one new token ' if most else ''}into the context of {spec.context_length}; shorten it, or set "
+            "overflow"
         )
     if config.max_new_tokens is not None and most > room:
         raise ContextLengthError(
@@ -122,6 +125,15 @@ class _Builder:
         self._check()
 
     def build(self) -> Strategy:
+        count = self.config.prompt_logprobs
+        if count is None:
+            return self._continuation()
+        from mnemos.decoding.prompt_scores import PromptOnly, ScoredPrompt
+
+        return ScoredPrompt(self._continuation() if self.most else PromptOnly(self.config.num_return_sequences), count)
+
+    def _continuation(self) -> Strategy:
+        """What follows the prompt."""
         match self.config.mode:
             case "beam":
                 return self._beam_search()

@@ -273,7 +273,14 @@ def _weights(logits: Floats, peak: np.float32, temperature: float) -> Floats:
 
 def log_sum_exp(logits: Floats) -> float:
     """The logarithm of the sum of exp(logits); a logit minus this is a log probability."""
-    return log_sum_exp_numpy(logits) if native.core is None else float(native.core.log_sum_exp(logits[None])[0])
+    return float(log_sum_exp_rows(logits[None])[0])
+
+
+def log_sum_exp_rows(rows: Floats) -> Doubles:
+    """`log_sum_exp` of each row of (rows, vocabulary), float64."""
+    if native.core is None:
+        return np.array([log_sum_exp_numpy(row) for row in rows])
+    return native.core.log_sum_exp(rows)
 
 
 def log_sum_exp_numpy(logits: Floats) -> float:

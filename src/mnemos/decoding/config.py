@@ -117,6 +117,7 @@ class GenerationConfig:
     num_return_sequences: int = 1
     best_of: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     speculative: str | None = None
     draft_tokens: int | None = None
     priority: int = 0

@@ -52,6 +52,8 @@ class Config(Protocol):
     def stop_when_repeating(self) -> bool: ...
     @property
     def overflow(self) -> str: ...
+    @property
+    def prompt_logprobs(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,14 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     Conflict(
         lambda c: _if(c.draft_tokens is not None and c.speculative is None, "draft_tokens"), "it needs speculative"
+    ),
+    Conflict(
+        lambda c: _if(c.max_new_tokens == 0 and c.prompt_logprobs is None, "max_new_tokens"),
+        "it must be at least 1; to score a prompt alone, set prompt_logprobs too, or call score() or logits()",
+    ),
+    Conflict(
+        lambda c: _if(c.prompt_logprobs is not None and c.overflow == "sliding", "prompt_logprobs"),
+        "an endless text drops tokens of its prompt, which cannot be scored then",
     ),
     Conflict(
         lambda c: _if(c.max_new_tokens is not None and c.min_new_tokens > c.max_new_tokens, "min_new_tokens"),

@@ -106,7 +106,7 @@ _LONG_TEXT = text(1 << 20)
 FIELDS: tuple[Field, ...] = (
     Field(
         "max_new_tokens", "length",
-        replace(whole(1), meaning="a whole number of at least 1 (score() and logits() evaluate a prompt alone)"),
+        replace(whole(0), meaning="a whole number of at least 1, or 0 with prompt_logprobs to score the prompt alone"),
         "Maximum number of tokens to generate; 256 if neither this nor max_length is given.",
         alias="max_tokens", elsewhere=("max_completion_tokens", "num_predict", "n_predict", "max_gen_len"),
     ),
@@ -398,6 +398,12 @@ FIELDS: tuple[Field, ...] = (
         means=((True, 0), (False, None)), elsewhere=("top_logprobs",),
     ),
     Field(
+        "prompt_logprobs", "results", whole(0, 100),
+        "Report the same for each token of the prompt but the first. The prompt is then evaluated whole, whatever the "
+        "prefix cache holds of it.",
+        means=((True, 0), (False, None)),
+    ),
+    Field(
         "speculative", "speed", one_of("prompt_lookup", "draft"),
         "Guess several tokens and verify them in one step: prompt_lookup from the text itself, draft by a draft model.",
         only="one text", metavar="HOW",
@@ -440,9 +446,8 @@ _INSTEAD = {
     "output_scores": "logprobs gives log probabilities, logits() the logits; leave it out",
     "output_logits": "logprobs gives log probabilities, logits() the logits; leave it out",
     "renormalize_logits": "log probabilities are always those of the model's own distribution; leave it out",
-    "echo": "results hold the generated text only; put the prompt before it",
+    "echo": "results hold the generated text only; prompt_logprobs scores the prompt",
     "stream": "call stream() instead",
-    "prompt_logprobs": "call score() for the log probabilities of a prompt",
     "skip_special_tokens": "texts leave special tokens out, token ids hold them",
     "guidance_scale": "guidance by a negative prompt is not supported",
     "watermarking_config": "watermarks are not supported",

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos.contract import Floats
+from mnemos.decoding.choice import log_sum_exp_rows
 from mnemos.decoding.strategy import Advance, Branch, FinishedSequence, Rows
 
 CHUNK = 128  # rows of logits that are held at once
@@ -86,9 +87,7 @@ class ForcedScore(TeacherForced):
     def take(self, start: int, logits: Floats) -> None:
         targets = self.tokens[start + 1 : start + 1 + len(logits)]
         rows = logits[: len(targets)]
-        peaks = rows.max(axis=1, keepdims=True)
-        totals = np.log(np.exp(rows - peaks).sum(axis=1, dtype=np.float64)) + peaks[:, 0]
-        self.logprobs += (rows[np.arange(len(targets)), targets] - totals).tolist()
+        self.logprobs += (rows[np.arange(len(targets)), targets] - log_sum_exp_rows(rows)).tolist()
 
     @property
     def score(self) -> Score:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from math import isnan
+from typing import TYPE_CHECKING
 
 from mnemos.engine.request import Timings
+
+if TYPE_CHECKING:
+    from mnemos.decoding.prompt_scores import ScoredToken
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Completion:
-    """A request's results; its own properties are those of the best or first one."""
+    """A request's results; its own properties are those of the best or first one.
+
+    prompt_logprobs: the score of each prompt token, with logprob None for the first; empty unless asked for.
+    """
 
     choices: list[Choice]
     prompt_ids: list[int]
     usage: Usage
     timings: Timings
+    prompt_logprobs: list[ScoredToken] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -102,6 +110,7 @@ class Completion:
             "finish_reason": self.finish_reason,
             "choices": [asdict(choice) for choice in self.choices],
             "prompt_ids": self.prompt_ids,
+            "prompt_logprobs": [token._asdict() for token in self.prompt_logprobs],
             "usage": {**asdict(self.usage), "total_tokens": self.usage.total_tokens},
             "timings": {name: None if isnan(seconds) else seconds for name, seconds in timings.items()},
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 from mnemos.contract import ConditionedModel, PagedModel
 from mnemos.decoding.forced import ForcedLogits, ForcedScore, Score
 from mnemos.engine.completion import Completion, StreamedToken
-from mnemos.engine.handle import Channel, Lease, RequestHandle, run_all
+from mnemos.engine.handle import RequestHandle, run_all
+from mnemos.engine.launching import Launcher
 from mnemos.engine.options import EngineOptions, split
 from mnemos.engine.prepare import make_draft_model, take_model, with_ends
 from mnemos.engine.pretrained import load_parts
 from mnemos.engine.prompts import Prompts, listed, read_prompts
-from mnemos.engine.request import Request, Timings
 from mnemos.engine.statistics import Listener, Statistics
-from mnemos.errors import ConfigError, ContextLengthError, RequestError, UnsupportedError
+from mnemos.errors import ConfigError, RequestError
 from mnemos.memory.capacity import reserve
 from mnemos.rules import COUNT
 from mnemos.text.foreign import adapt_tokenizer
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
     from mnemos.contract import Floats
     from mnemos.decoding.config import GenerationConfig
-    from mnemos.decoding.strategy import Strategy
     from mnemos.engine.options import EngineKeywords, LoadKeywords
     from mnemos.text.tokenizer import Tokenizer
 
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 
 DEFAULT_BATCHED_TOKENS = 128
 LENGTHS = {"max_new_tokens", "max_length", "max_tokens"}  # fields that limit a text's length
-SMALLEST_SLIDING = 8  # the shortest context, in positions, in which endless generation works
 
 
 class Shaped(Protocol):
@@ -89,7 +86,7 @@ class InferenceEngine:
         if chosen.draft_model is not None:
             drafts = make_draft_model(chosen, self.spec, limits)
         self._thread = EngineThread(self.model, capacity, limits, chosen.prefix_cache, chosen.queue_size, drafts)
-        self._lease = Lease(self._thread)
+        self._launcher = Launcher(self.model, self.spec, self.tokenizer, self._thread)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> InferenceEngine:
@@ -165,7 +162,7 @@ class InferenceEngine:
             overrides.pop("token_type_ids", None)  # of models that read two texts
         config = self._config(config, overrides)
         wanted = read_prompts(prompts, attention_mask, self.tokenizer, self._padding(config))
-        results = self._formed(wanted, self._complete_all(wanted.token_ids, config), config)
+        results = self._formed(wanted, self._launcher.complete(wanted.token_ids, config), config)
         if not wanted.single or (as_batch and config.num_return_sequences == 1 and not isinstance(prompts, str)):
             return results
         return results[0]
@@ -201,7 +198,7 @@ class InferenceEngine:
             for prompt, one in zip(wanted, configs, strict=True)
         ]
         self._thread.check_thread()
-        launches = [self._launcher(reading.only, one) for reading, one in zip(readings, configs, strict=True)]
+        launches = [self._launcher.prepare(reading.only, one) for reading, one in zip(readings, configs, strict=True)]
         completions = run_all(launches, batch_size, on_done)
         return [
             result[0] if isinstance(result := self._formed(reading, [completion], one), list) else result
@@ -221,7 +218,7 @@ class InferenceEngine:
         """A `Completion` for one prompt (a text or token ids), or a list of them for several."""
         config = self._config(config, overrides)
         wanted = read_prompts(prompts, None, self.tokenizer, self._padding(config))
-        completions = self._complete_all(wanted.token_ids, config)
+        completions = self._launcher.complete(wanted.token_ids, config)
         return completions[0] if wanted.single else completions
 
     def stream(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[StreamedToken]:
@@ -231,14 +228,14 @@ class InferenceEngine:
     def submit(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> RequestHandle:
         """Queues one prompt and returns immediately; CapacityError if the queue is full."""
         config = self._config(config, overrides)
-        return self._launcher(read_prompts(prompt, None, self.tokenizer, self._padding(config)).only, config)()
+        return self._launcher.prepare(read_prompts(prompt, None, self.tokenizer, self._padding(config)).only, config)()
 
     # Evaluation of given tokens.
 
     def logits(self, token_ids: Sequence[int]) -> Floats:
         """float32 (time, vocabulary): row i holds the logits of the token after token i (of a text, if given)."""
         strategy = ForcedLogits(self.spec.vocabulary_size)
-        self._force([read_prompts(token_ids, None, self.tokenizer).only], [strategy])
+        self._launcher.force([read_prompts(token_ids, None, self.tokenizer).only], [strategy])
         return strategy.logits
 
     def score(self, texts: Any) -> list[Score]:
@@ -248,7 +245,7 @@ class InferenceEngine:
             if len(token_ids) < 2:
                 raise RequestError(f"the text has {len(token_ids)} token; scoring needs at least 2")
         strategies = [ForcedScore() for _ in wanted.token_ids]
-        self._force(wanted.token_ids, strategies)
+        self._launcher.force(wanted.token_ids, strategies)
         return [strategy.score for strategy in strategies]
 
     # The engine itself.
@@ -308,78 +305,6 @@ class InferenceEngine:
         from mnemos.decoding.config import choose_config
 
         return choose_config(config, self.generation_config, **overrides)
-
-    def _launcher(self, token_ids: Sequence[int], config: GenerationConfig) -> Callable[[], RequestHandle]:
-        """Checks a request; returns a function that queues it. RequestError or ContextLengthError if it cannot run."""
-        from mnemos.decoding.build import fit_prompt, make_strategy
-
-        if config.overflow == "sliding" and self.spec.context_length < SMALLEST_SLIDING:
-            raise RequestError(
-                f"overflow is 'sliding' and the context {self.spec.context_length}; it needs {SMALLEST_SLIDING}"
-            )
-        if config.speculative == "draft" and not self._thread.drafts:
-            raise RequestError("speculative is 'draft' and the engine has no draft model; give it a draft_model")
-        if config.speculative is not None and not self.spec.verifies_drafts:
-            raise RequestError(
-                f"speculative is {config.speculative!r}, and {self.spec.architecture} cannot verify drafts: the logits "
-                "of several new tokens at once would not be those of one after the other; leave it out"
-            )
-        prompt = fit_prompt(config, token_ids, self.spec)
-        source = None
-        if isinstance(self.model, ConditionedModel):
-            source, prompt = prompt, self.model.start_tokens(prompt)
-        self._thread.check_length(len(prompt))
-        strategy = make_strategy(config, prompt, self.tokenizer, self.spec, source)
-        return partial(self._launch, strategy, prompt, config, source)
-
-    def _launch(
-        self,
-        strategy: Strategy,
-        prompt: list[int],
-        config: GenerationConfig,
-        source: list[int] | None = None,
-    ) -> RequestHandle:
-        now = time.perf_counter()
-        channel = Channel()
-        request = Request(
-            strategy,
-            prompt,
-            channel,
-            Timings(now),
-            priority=config.priority,
-            tenant=config.tenant,
-            salt=config.cache_salt,
-            deadline=None if config.deadline is None else now + config.deadline,
-            sliding=config.overflow == "sliding",
-            source=source,
-        )
-        self._thread.submit(request)
-        return RequestHandle(self._lease, request, channel, self.tokenizer)
-
-    def _complete_all(self, prompts: list[list[int]], config: GenerationConfig) -> list[Completion]:
-        """All prompts are checked before the first one runs."""
-        self._thread.check_thread()
-        return run_all([self._launcher(token_ids, config) for token_ids in prompts], self._thread.queue_size)
-
-    def _force(self, prompts: list[list[int]], strategies: Sequence[Strategy]) -> None:
-        from mnemos.decoding.build import fit_prompt
-        from mnemos.decoding.config import GenerationConfig
-
-        self._thread.check_thread()
-        if isinstance(self.model, ConditionedModel):
-            raise UnsupportedError(f"{self.spec.architecture} has an encoder for its prompt; a text alone has no score")
-        config = GenerationConfig()
-        for prompt in prompts:
-            fit_prompt(config, prompt, self.spec)
-            excess = len(prompt) - self.spec.context_length
-            if excess > 0:
-                raise ContextLengthError(
-                    f"the text has {len(prompt)} tokens, {excess} more than the context of {self.spec.context_length}"
-                )
-        pairs = zip(strategies, prompts, strict=True)
-        run_all(
-            [partial(self._launch, strategy, prompt, config) for strategy, prompt in pairs], self._thread.queue_size
-        )
 
     def _formed(self, wanted: Prompts, completions: list[Completion], config: GenerationConfig) -> Any:
         """The results in the form of the prompts."""

@@ -19,6 +19,7 @@ from mnemos.errors import CapacityError, MnemosError
 if TYPE_CHECKING:
     import asyncio
 
+    from mnemos.decoding.prompt_scores import ScoredToken
     from mnemos.engine.thread import EngineThread
     from mnemos.text.tokenizer import Tokenizer
 
@@ -108,6 +109,11 @@ class RequestHandle:
     def preemptions(self) -> int:
         """How often it gave its memory to other requests and was recomputed."""
         return self._request.preemptions
+
+    @property
+    def prompt_logprobs(self) -> list[ScoredToken]:
+        """`Completion.prompt_logprobs`, complete before the first token arrives."""
+        return self._request.prompt_scores
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once the request has ended, in the engine's thread or right away; it must not raise."""
@@ -210,7 +216,7 @@ class RequestHandle:
         request, choices = self._request, choices_of(self._channel.items, self._tokenizer)
         generated = sum(len(choice.token_ids) for choice in choices)
         usage = Usage(len(request.source or request.prompt), request.cached_tokens, generated)
-        return Completion(choices, request.prompt, usage, request.timings)
+        return Completion(choices, request.prompt, usage, request.timings, request.prompt_scores)
 
 
 def _event_of_loop() -> tuple[asyncio.Event, Callable[[], None]]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mnemos.decoding.strategy import Branch, Emitted, FinishedSequence, Rows, Strategy
 from mnemos.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from mnemos.decoding.prompt_scores import ScoredToken
 
 _numbers = count()
 
@@ -58,7 +61,10 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """A strategy and its state in the engine. `deadline`: when, on the engine's clock, it must have started."""
+    """A strategy and its state in the engine. `deadline`: when, on the engine's clock, it must have started.
+
+    prompt_scores: the strategy's scores of the prompt's tokens, where it was asked for them, as far as it has come.
+    """
 
     strategy: Strategy
     prompt: list[int]
@@ -70,6 +76,7 @@ class Request:
     deadline: float | None = None
     sliding: bool = False
     source: list[int] | None = None  # the encoder's input, for a model that has an encoder
+    prompt_scores: list[ScoredToken] = field(default_factory=list)
     number: int = field(default_factory=lambda: next(_numbers))
     sequences: list[Sequence] = field(default_factory=list)
     rank: tuple[int, int] = (0, 0)  # priority and order of admission: the last is preempted first

@@ -1,0 +1,127 @@
+"""From a prompt and a config to a request of the engine's thread: checks, launches, and waiting for many at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mnemos.contract import ConditionedModel, Model, ModelSpec
+from mnemos.engine.handle import Channel, Lease, RequestHandle, run_all
+from mnemos.engine.request import Request, Timings
+from mnemos.errors import ContextLengthError, RequestError, UnsupportedError
+
+if TYPE_CHECKING:
+    from mnemos.decoding.config import GenerationConfig
+    from mnemos.decoding.prompt_scores import ScoredToken
+    from mnemos.decoding.strategy import Strategy
+    from mnemos.engine.completion import Completion
+    from mnemos.engine.thread import EngineThread
+    from mnemos.text.tokenizer import Tokenizer
+
+SMALLEST_SLIDING = 8  # the shortest context, in positions, in which endless generation works
+
+
+class Launcher:
+    """Puts requests into an engine's thread."""
+
+    def __init__(self, model: Model, spec: ModelSpec, tokenizer: Tokenizer | None, thread: EngineThread) -> None:
+        self._model = model
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._thread = thread
+        self._lease = Lease(thread)
+
+    def prepare(self, token_ids: Sequence[int], config: GenerationConfig) -> Callable[[], RequestHandle]:
+        """Checks a request; returns a function that queues it. RequestError or ContextLengthError if it cannot run."""
+        from mnemos.decoding.build import fit_prompt, make_strategy
+
+        spec = self._spec
+        if config.overflow == "sliding" and spec.context_length < SMALLEST_SLIDING:
+            raise RequestError(
+                f"overflow is 'sliding' and the context {spec.context_length}; it needs {SMALLEST_SLIDING}"
+            )
+        if config.speculative == "draft" and not self._thread.drafts:
+            raise RequestError("speculative is 'draft' and the engine has no draft model; give it a draft_model")
+        if config.speculative is not None and not spec.verifies_drafts:
+            raise RequestError(
+                f"speculative is {config.speculative!r}, and {spec.architecture} cannot verify drafts: the logits "
+                "of several new tokens at once would not be those of one after the other; leave it out"
+            )
+        prompt = fit_prompt(config, token_ids, spec)
+        source = None
+        if isinstance(self._model, ConditionedModel):
+            if config.prompt_logprobs is not None:
+                raise UnsupportedError(
+                    f"prompt_logprobs is {config.prompt_logprobs}, and {spec.architecture} reads the prompt with an "
+                    "encoder, which gives it no probabilities; leave it out"
+                )
+            source, prompt = prompt, self._model.start_tokens(prompt)
+        self._thread.check_length(len(prompt))
+        strategy = make_strategy(config, prompt, self._tokenizer, spec, source)
+        return partial(self._launch, strategy, prompt, config, source)
+
+    def complete(self, prompts: list[list[int]], config: GenerationConfig) -> list[Completion]:
+        """Runs all prompts and waits for them; all are checked before the first one runs."""
+        self._thread.check_thread()
+        return run_all([self.prepare(token_ids, config) for token_ids in prompts], self._thread.queue_size)
+
+    def force(self, prompts: list[list[int]], strategies: Sequence[Strategy]) -> None:
+        """Runs strategies that only evaluate their prompts, and waits for them.
+
+        UnsupportedError for a model with an encoder, ContextLengthError for a text that is too long.
+        """
+        from mnemos.decoding.build import fit_prompt
+        from mnemos.decoding.config import GenerationConfig
+
+        self._thread.check_thread()
+        spec = self._spec
+        if isinstance(self._model, ConditionedModel):
+            raise UnsupportedError(f"{spec.architecture} has an encoder for its prompt; a text alone has no score")
+        config = GenerationConfig()
+        for prompt in prompts:
+            fit_prompt(config, prompt, spec)
+            excess = len(prompt) - spec.context_length
+            if excess > 0:
+                raise ContextLengthError(
+                    f"the text has {len(prompt)} tokens, {excess} more than the context of {spec.context_length}"
+                )
+        pairs = zip(strategies, prompts, strict=True)
+        run_all(
+            [partial(self._launch, strategy, prompt, config) for strategy, prompt in pairs], self._thread.queue_size
+        )
+
+    def _launch(
+        self,
+        strategy: Strategy,
+        prompt: list[int],
+        config: GenerationConfig,
+        source: list[int] | None = None,
+    ) -> RequestHandle:
+        now = time.perf_counter()
+        channel = Channel()
+        request = Request(
+            strategy,
+            prompt,
+            channel,
+            Timings(now),
+            priority=config.priority,
+            tenant=config.tenant,
+            salt=config.cache_salt,
+            deadline=None if config.deadline is None else now + config.deadline,
+            sliding=config.overflow == "sliding",
+            source=source,
+            prompt_scores=_scores_of(strategy, config),
+        )
+        self._thread.submit(request)
+        return RequestHandle(self._lease, request, channel, self._tokenizer)
+
+
+def _scores_of(strategy: Strategy, config: GenerationConfig) -> list[ScoredToken]:
+    """The list that the strategy fills with the scores of the prompt's tokens, if it was asked for them."""
+    if config.prompt_logprobs is None:
+        return []
+    from mnemos.decoding.prompt_scores import ScoredPrompt
+
+    return strategy.scores if isinstance(strategy, ScoredPrompt) else []
