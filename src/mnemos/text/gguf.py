@@ -280,3 +280,13 @@ def _written(text: str, special: bool, vocabulary: Vocabulary) -> AddedToken:
     name = str(vocabulary.metadata.get("general.name", "")).lower()
     strips = ("phi-3" in name or "phi3" in name) and text not in ("<unk>", "<s>", "<|endoftext|>")
     return AddedToken(text, special=special, normalized=False, rstrip=strips)
+
+
+def named_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """GGUF keeps further templates under tokenizer.chat_template.NAME."""
+    prefix = "tokenizer.chat_template."
+    return {
+        key.removeprefix(prefix): value
+        for key, value in metadata.items()
+        if key.startswith(prefix) and isinstance(value, str)
+    }

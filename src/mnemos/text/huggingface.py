@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,3 +273,13 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{file}: holds a {type(value).__name__}; it must be a JSON object")
     return value
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The file to read: `path` itself, or what a folder has."""
+    candidates = [path / "tokenizer.json", path / "tokenizer.model"] if os.path.isdir(path) else [path]
+    for file in candidates:
+        if os.path.isfile(file):
+            return file
+    needed = "a tokenizer.json is needed, or SentencePiece's tokenizer.model"
+    raise FormatError(f"{candidates[0]}: does not exist; {needed}")

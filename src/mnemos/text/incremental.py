@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
+from mnemos.errors import RequestError, shown
 from mnemos.text.core import TokenizerCore
 
 
@@ -44,3 +47,13 @@ def decode_tokens(core: TokenizerCore, ids: Iterable[int], skip_special: bool, c
     if core.strips_space and not continues:
         text = text.removeprefix(b" ")
     return text.decode("utf-8", errors="replace")
+
+
+def flat_ids(ids: Any) -> list[int]:
+    """Token ids, an array or a tensor (time,) of them, or one, as a list of ints. RequestError for anything else."""
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    values = list(values) if isinstance(values, Iterable) else [values]
+    for value in values:
+        if not isinstance(value, Integral):
+            raise RequestError(f"the token ids to decode hold {shown(value)}; expected whole numbers, see batch_decode")
+    return [int(value) for value in values]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from mnemos.errors import FormatError, RequestError, shown
+from mnemos.errors import FormatError, RequestError
 from mnemos.text.core import ANCHOR, TokenizerCore
-from mnemos.text.incremental import IncrementalDecoder, decode_tokens
+from mnemos.text.incremental import IncrementalDecoder, decode_tokens, flat_ids
 
 if TYPE_CHECKING:
     from mnemos.formats.checkpoint import Checkpoint
@@ -67,7 +65,8 @@ class Tokenizer:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], label: str) -> Tokenizer:
         """The tokenizer that GGUF metadata describes; `label` is the file, for errors."""
-        from mnemos.text.gguf import build_core, build_core_for, can_build_for_text, model_name
+        from mnemos.text.gguf import build_core, build_core_for, can_build_for_text, model_name, named_templates
+        from mnemos.text.vocabulary import used_size
 
         model_name(metadata, label)
         tokens = metadata.get("tokenizer.ggml.tokens")
@@ -79,14 +78,15 @@ class Tokenizer:
         if template is not None and not isinstance(template, str):
             raise FormatError(f"{label}: tokenizer.chat_template is {str(template)[:80]}; it must be a string")
         build_for = (lambda text: build_core_for(text, metadata, label)) if can_build_for_text(metadata) else None
-        return cls(lambda: build_core(metadata, label), len(tokens), template, build_for, _named_templates(metadata))
+        size = used_size(metadata, len(tokens))
+        return cls(lambda: build_core(metadata, label), size, template, build_for, named_templates(metadata))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """The tokenizer in a `tokenizer.json` or SentencePiece's `tokenizer.model`, or in the folder that holds one."""
         from mnemos.text import huggingface, sentencepiece
 
-        file = _tokenizer_file(Path(path))
+        file = huggingface.tokenizer_file(Path(path))
         build = sentencepiece.build_core if file.suffix == ".model" else huggingface.build_core
         settings = huggingface.read_settings(file.parent)
         template, named = huggingface.read_chat_templates(file.parent, settings)
@@ -134,6 +134,33 @@ class Tokenizer:
                     self._whole = self._latest = self._build()
         return self._whole
 
+    @overload
+    def encode(
+        self,
+        text: str,
+        add_special: bool = ...,
+        parse_special: bool = ...,
+        continues: bool = ...,
+        *,
+        add_special_tokens: bool | None = ...,
+        truncation: bool | None = ...,
+        max_length: int | None = ...,
+        return_tensors: None = ...,
+    ) -> list[int]: ...
+    @overload
+    def encode(
+        self,
+        text: str,
+        add_special: bool = ...,
+        parse_special: bool = ...,
+        continues: bool = ...,
+        *,
+        add_special_tokens: bool | None = ...,
+        truncation: bool | None = ...,
+        max_length: int | None = ...,
+        return_tensors: str,
+    ) -> Any: ...
+
     def encode(
         self,
         text: str,
@@ -142,18 +169,28 @@ class Tokenizer:
         continues: bool = False,
         *,
         add_special_tokens: bool | None = None,
-    ) -> list[int]:
-        """Token ids of a text.
+        truncation: bool | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> Any:
+        """Token ids of a text: a list of ints, or with return_tensors an array or tensor (1, time).
 
         add_special, or add_special_tokens: with the bos and eos tokens around it that the model expects.
         parse_special: the names of special tokens in the text mean those tokens; False for text that others wrote.
         continues: the text continues other text: nothing is put around it, not even the space that SentencePiece
         tokenizers prepend.
+        truncation, max_length, return_tensors: see `__call__`.
         """
         if not isinstance(text, str):
             raise RequestError(f"the text to encode is of type {type(text).__name__}; it must be a str")
         _check_surrogates(text)
         add_special = add_special if add_special_tokens is None else add_special_tokens
+        if max_length is not None or truncation or return_tensors is not None:
+            from mnemos.text.encoding import Form, encode_texts
+
+            form = Form(truncation=truncation, max_length=max_length, return_tensors=return_tensors)
+            made = encode_texts(lambda one: self.encode(one, add_special, parse_special, continues), text, 0, form)
+            return made.input_ids
         if continues:
             return self._core_for(ANCHOR + text).encode_inside(text, parse_special)
         return self._core_for(text).encode(text, add_special, parse_special)
@@ -162,23 +199,25 @@ class Tokenizer:
         self,
         text: str | Sequence[str],
         *,
-        padding: bool = False,
+        padding: bool | str = False,
+        truncation: bool | None = None,
         max_length: int | None = None,
+        padding_side: str = "left",
         add_special_tokens: bool = True,
         return_tensors: str | None = None,
     ) -> Encoding:
         """Token ids and attention mask of one text or several, as programs for other libraries' tokenizers expect.
 
-        padding: shorter rows are filled up on the left, as generation continues the right end. max_length: longer texts
-        lose their beginning. return_tensors: "pt" for tensors, "np" for arrays, always (batch, time); None for lists.
-        ConfigError for rows of several lengths as one array.
+        padding: True or "longest" fills shorter rows up to the longest, "max_length" to that; by default on the left,
+        as generation continues the right end. max_length: longer texts lose their beginning, unless truncation is
+        False. return_tensors: "pt" for tensors, "np" for arrays, always (batch, time); None for lists.
+        ConfigError for other values, and for rows of several lengths as one array.
         """
-        from mnemos.text.encoding import encode_texts
+        from mnemos.text.encoding import Form, encode_texts
 
         fill = next(token for token in (self.pad_id, self.eos_id, 0) if token is not None)
-        return encode_texts(
-            lambda one: self.encode(one, add_special_tokens), text, fill, padding, max_length, return_tensors
-        )
+        form = Form(padding, truncation, max_length, padding_side, return_tensors)
+        return encode_texts(lambda one: self.encode(one, add_special_tokens), text, fill, form)
 
     def batch_decode(
         self,
@@ -205,7 +244,7 @@ class Tokenizer:
         that SentencePiece tokenizers put before a text. RequestError for rows of ids, which `batch_decode` takes.
         """
         skip_special = skip_special if skip_special_tokens is None else skip_special_tokens
-        return decode_tokens(self._core, _flat(ids), skip_special, continues)
+        return decode_tokens(self._core, flat_ids(ids), skip_special, continues)
 
     def decoder(self, skip_special: bool = True, continues: bool = False) -> IncrementalDecoder:
         """A decoder for a stream of ids; its pieces add up to the result of `decode`."""
@@ -348,35 +387,6 @@ class Tokenizer:
     def pad_token_id(self) -> int | None:
         """pad_id."""
         return self.pad_id
-
-
-def _tokenizer_file(path: Path) -> Path:
-    """The file to read: `path` itself, or what a folder has."""
-    candidates = [path / "tokenizer.json", path / "tokenizer.model"] if os.path.isdir(path) else [path]
-    for file in candidates:
-        if os.path.isfile(file):
-            return file
-    needed = "a tokenizer.json is needed, or SentencePiece's tokenizer.model"
-    raise FormatError(f"{candidates[0]}: does not exist; {needed}")
-
-
-def _named_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """GGUF keeps further templates under tokenizer.chat_template.NAME."""
-    prefix = _TEMPLATE + "."
-    return {
-        key.removeprefix(prefix): value
-        for key, value in metadata.items()
-        if key.startswith(prefix) and isinstance(value, str)
-    }
-
-
-def _flat(ids: Any) -> list[int]:
-    values = ids.tolist() if hasattr(ids, "tolist") else ids
-    values = list(values) if isinstance(values, Iterable) else [values]
-    for value in values:
-        if not isinstance(value, Integral):
-            raise RequestError(f"the token ids to decode hold {shown(value)}; expected whole numbers, see batch_decode")
-    return [int(value) for value in values]
 
 
 def _check_surrogates(text: str) -> None:

@@ -114,6 +114,15 @@ def read_vocabulary(metadata: Mapping[str, Any], label: str, within: str | None 
     )
 
 
+def used_size(metadata: Mapping[str, Any], size: int) -> int:
+    """How many ids there are of `size` without the unused ones at the end: converters name rows that pad a model."""
+    types = metadata.get(PREFIX + "token_type")
+    if not isinstance(types, np.ndarray) or types.shape != (size,):
+        return size  # checked when the vocabulary is read
+    used = np.flatnonzero(types != TokenType.UNUSED)
+    return int(used[-1]) + 1 if used.size else size
+
+
 def _read_all(metadata: Mapping[str, Any], label: str) -> tuple[list[str], dict[str, int]]:
     """(every token's text, and their ids), the texts unique."""
     texts = read_strings(metadata, "tokens", label)
