@@ -69,7 +69,7 @@ def test_streams_of_arrays_give_ids_with_item(engine: InferenceEngine) -> None:
 def test_streams_of_text(speaker: InferenceEngine) -> None:
     pieces = list(ResponseStreamer(speaker).stream_response("Hello", max_new_tokens=7))
     assert "".join(pieces) == speaker.generate("Hello", max_new_tokens=7)
-    with pytest.raises(RequestError, match="num_return_sequences is 2; one response is streamed"):
+    with pytest.raises(RequestError, match="num_return_sequences is 2; here a request has one result"):
         ResponseStreamer(speaker).stream_response("Hello", n=2, do_sample=True)
     assert len(pieces) == 4  # this tokenizer shows two letters at a time
 

@@ -53,6 +53,23 @@ def test_configuration(counter: Any, tokenizer: Tokenizer, numbers: Any) -> None
         assert numbers(engine.generate("3 5 7", config=config.generation(temperature=0.1)))[:5] == [9, 11, 13, 15, 17]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_batch_size", -1),
+        ("max_seq_length", 0),
+        ("default_temperature", "x"),
+        ("top_p", 1.5),
+        ("top_k", -2),
+        ("repetition_penalty", 0),
+        ("use_cache", 1.5),
+    ],
+)
+def test_wrong_values_of_the_config(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{field.removeprefix('default_')} is {value!r}"):
+        InferenceConfig(**{field: value})
+
+
 def test_the_config_holds_for_every_method(counter: Any, tokenizer: Tokenizer, numbers: Any) -> None:
     config = InferenceConfig(max_seq_length=8, default_temperature=0.1, repetition_penalty=1.0)
     with config.engine(counter, tokenizer) as engine:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from mnemos import InferenceEngine, generate, generate_batch  # noqa: E402
+from mnemos.errors import ContextLengthError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +60,14 @@ def test_a_hugging_face_tokenizer_streams_and_stops_at_strings(counter: Any, hug
         assert numbers("".join(pieces)) == [10, 11, 12, 13, 14, 15]
         assert "".join(pieces) == engine.generate("7 8 9", max_new_tokens=6)
         assert numbers(engine.generate("7 8 9", stop="14")) == [10, 11, 12, 13]
+
+
+def test_the_documented_length_fits_a_smaller_context(counter: Any, hugging_face: Any, numbers: Any) -> None:
+    small = copy(counter)
+    small.args = replace(counter.args, max_seq_len=16)
+    assert numbers(generate(small, hugging_face, "4 6 8", 256, temperature=0)) == list(range(10, 34, 2))
+    assert numbers(generate(small, hugging_face, "4 6 8", temperature=0)) == list(range(10, 34, 2))
+    with pytest.raises(ContextLengthError, match="4 tokens and 255 new ones are 243 more"):
+        generate(small, hugging_face, "4 6 8", 255)
+    with InferenceEngine(small, hugging_face) as engine:
+        assert [numbers(text) for text in engine.generate_batched(["4 6 8"])] == [list(range(10, 34, 2))]

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mnemos import Generator, KVCache, apply_temperature, sample_top_p  # noqa: E402
-from mnemos.errors import ConfigError, FormatError, RequestError  # noqa: E402
+from mnemos.errors import ConfigError, FormatError, MnemosError, RequestError  # noqa: E402
 from tests.seeds.conftest import EOS, count  # noqa: E402
 
 
@@ -70,6 +70,24 @@ def test_its_parts(generator: Generator, checkpoint: Path) -> None:
     other.engine.close()
     with pytest.raises(RequestError, match="the prompts are one text, '1 2'; give a list of texts"):
         generator.generate_batch("1 2")
+    with pytest.raises(RequestError, match="num_return_sequences is 2; here a request has one result"):
+        generator.generate_stream("1 2", n=2)
+    with pytest.raises(ConfigError, match="tokenizer_path is None"):
+        Generator(checkpoint, None)
+
+
+def test_a_tokenizer_of_transformers_and_a_context_smaller_than_the_default(
+    checkpoint: Path, tokenizer_folder: Path, numbers: Any
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    small = Generator(checkpoint, theirs, context_length=16)
+    assert small.tokenizer is theirs
+    assert numbers(small.generate("2 5 8", temperature=0, ignore_eos=True))[:13] == list(range(2, 40, 3))
+    assert len(list(small.generate_stream("2 5 8", temperature=0, ignore_eos=True))) == 12
+    with pytest.raises(MnemosError, match="4 tokens and 60 new ones are 48 more than the context of 16"):
+        small.generate("2 5 8", max_new_tokens=60)
+    small.engine.close()
 
 
 def test_native_and_torch_agree_with_the_training_code(
@@ -101,10 +119,17 @@ def test_temperature() -> None:
 
 
 def nucleus(probs: Any, p: float) -> set[int]:
-    """The tokens that the document's code may return."""
-    ordered, index = torch.sort(probs, descending=True)
-    kept = ~(torch.cumsum(ordered, dim=-1) - ordered > p)
+    """The tokens that the document's code may return; where a sum meets p exactly, those of its worked example."""
+    ordered, index = torch.sort(probs.double(), descending=True)
+    kept = ~(torch.cumsum(ordered, dim=-1) - ordered > p - 1e-6)
     return set(index[kept].tolist())
+
+
+def test_the_worked_example_of_top_p() -> None:
+    torch.manual_seed(0)
+    words = ["the", "a", "an", "this", "that", "some", "any"]
+    probs = torch.tensor([0.40, 0.25, 0.15, 0.10, 0.05, 0.03, 0.02])
+    assert {words[i] for i in sample_top_p(probs.expand(2000, -1), 0.9).flatten().tolist()} == set(words[:4])
 
 
 def test_top_p() -> None:

@@ -10,7 +10,13 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mnemos import BatchInference, BatchProcessor, OptimizedInferenceEngine, ResponseStreamer
+from mnemos import (
+    BatchInference,
+    BatchProcessor,
+    InferenceEngine,
+    OptimizedInferenceEngine,
+    ResponseStreamer,
+)
 from mnemos.errors import ConfigError
 
 
@@ -23,6 +29,18 @@ def spark(checkpoint: Path) -> Iterator[OptimizedInferenceEngine]:
 def test_basic_inference(spark: OptimizedInferenceEngine, numbers: Any) -> None:
     assert numbers(spark.generate_response("5 6 7")) == list(range(8, 40))
     assert numbers(spark.generate_response("5 6 7", max_length=8)) == [8, 9, 10, 11]
+
+
+def test_a_module_in_place_of_a_path(counter: Any, tokenizer: Any, numbers: Any) -> None:
+    with OptimizedInferenceEngine(counter, config={"max_length": 8}, tokenizer=tokenizer, device="cpu") as engine:
+        assert numbers(engine.generate_response("5 6 7")) == [8, 9, 10, 11]
+        assert engine.memory_cache.hit_rate == 0
+    with pytest.raises(ConfigError, match="backend is not an option of the engine"):
+        OptimizedInferenceEngine(counter, backend="numpy")
+    with pytest.raises(
+        ConfigError, match=r"the model is a Transformer; expected a name or a path \(a module in memory"
+    ):
+        InferenceEngine.from_pretrained(counter)
 
 
 def test_streaming_response(spark: OptimizedInferenceEngine, numbers: Any) -> None:

@@ -16,7 +16,7 @@ from mnemos import (  # noqa: E402
     KVCache,
     StreamingInference,
 )
-from mnemos.errors import ConfigError  # noqa: E402
+from mnemos.errors import ConfigError, RequestError  # noqa: E402
 from tests.seeds.conftest import BOS, EOS, FIRST, PAD, count  # noqa: E402
 
 
@@ -215,3 +215,42 @@ def test_attention_to_another_text_and_what_does_not_fit() -> None:
         attention(x[0], x[0], x[0])
     with pytest.raises(ConfigError, match=r"key is \(2, 2, 8\); expected \(2, time, 32\)"):
         attention(x, x[..., :8], x)
+
+
+def test_a_cache_has_the_dtype_of_its_keys() -> None:
+    pair = torch.randn(1, 2, 3, 4)
+    cache = KVCache(num_layers=2, batch_size=1, num_heads=2, head_dim=4, max_length=8)
+    assert cache.keys[0].dtype == torch.float32
+    assert cache.update(0, pair.half(), pair.half())[0].dtype == torch.float16
+    with pytest.raises(ConfigError, match="key is torch.bfloat16 on cpu and the cache torch.float16 on cpu"):
+        cache.increment_length(3)
+        cache.update(0, pair.bfloat16(), pair.bfloat16())
+    with pytest.raises(ConfigError, match="key is torch.float32 .* create the cache with the model's dtype and device"):
+        KVCache(1, 1, 2, 4, 8, dtype=torch.float16).update(0, pair, pair)
+
+
+def test_a_stream_of_several_results_is_refused(engine: InferenceEngine) -> None:
+    config = GenerationConfig(strategy="sampling", num_return_sequences=2)
+    with pytest.raises(RequestError, match="num_return_sequences is 2; here a request has one result"):
+        StreamingInference(engine).generate_stream([BOS, FIRST], None, config)
+
+
+def test_rows_are_padded_as_the_tokenizer_says(engine: InferenceEngine) -> None:
+    """The model names no pad token."""
+    ids = torch.tensor([[BOS, *count(33, 2)[:2]], [BOS, *count(1, 2)[:2]]])
+    rows = engine.generate(ids).tolist()
+    assert rows[0] == [BOS, *count(33, 2), *[PAD] * (len(rows[1]) - 6)]
+    padded = torch.tensor([[BOS, *count(4, 2)[:3], PAD, PAD]])  # without a mask
+    assert engine.generate(padded, max_new_tokens=3)[0, 6:].tolist() == count(10, 2)[:3]
+    with InferenceEngine(engine.model, engine.tokenizer) as other:  # a pad token that is text, if the caller says so
+        row = other.generate(torch.tensor([[BOS, FIRST + 3, FIRST + 5]]), pad_token_id=FIRST + 9, max_new_tokens=2)
+        assert row[0, 3:].tolist() == [FIRST + 7, FIRST + 9]
+
+
+def test_a_prompt_without_tokens_begins_with_the_bos_token(counter: torch.nn.Module) -> None:
+    with InferenceEngine(counter) as engine:
+        begun = engine.generate([BOS], max_new_tokens=4)
+        assert engine.generate([], bos_token_id=BOS, max_new_tokens=4) == begun
+        assert engine.generate(bos_token_id=BOS, max_new_tokens=4) == begun
+        with pytest.raises(RequestError, match="the prompts are an empty list"):
+            engine.generate([], max_new_tokens=4)

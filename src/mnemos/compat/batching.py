@@ -48,7 +48,8 @@ class StreamingInference:
         self, prompt: Any, attention_mask: Any = None, config: GenerationConfig | None = None, **overrides: Any
     ) -> Iterator[Any]:
         """For an array or tensor of token ids, (time,) or (1, time), yields such arrays of one id, shape (); for a list
-        of ids, NumPy integers; for a text, `StreamedToken`s."""
+        of ids, NumPy integers; for a text, `StreamedToken`s. RequestError for several results at once."""
+        check_one(choose_config(config, self.engine.generation_config, **overrides))
         reading = read_prompts(prompt, attention_mask, self.engine.tokenizer)
         tokens = self.engine.stream(reading.only, config, **overrides)
         if isinstance(prompt, str):
@@ -66,11 +67,7 @@ class ResponseStreamer:
         """The pieces add up to the response; each consists of whole characters. For an `OptimizedInferenceEngine`, that
         is the response of its `generate_response`."""
         overrides = generation_fields(overrides)
-        several = choose_config(config, self.engine.generation_config, **overrides).num_return_sequences
-        if several > 1:
-            raise RequestError(
-                f"num_return_sequences is {several}; one response is streamed, see engine.stream for more"
-            )
+        check_one(choose_config(config, self.engine.generation_config, **overrides))
         if isinstance(self.engine, OptimizedInferenceEngine) and config is None:
             tokens = self.engine.generate_tokens(text, **overrides)
         else:
@@ -136,6 +133,15 @@ class BatchProcessor:
         return sorted(
             range(len(requests)),
             key=lambda index: (requests[index].priority, token_ids[index][:page], len(token_ids[index])),
+        )
+
+
+def check_one(config: GenerationConfig) -> None:
+    """RequestError if a config asks for several results where their tokens or texts could not be told apart."""
+    if config.num_return_sequences > 1:
+        raise RequestError(
+            f"num_return_sequences is {config.num_return_sequences}; here a request has one result, see engine.stream "
+            "and engine.generate for several"
         )
 
 

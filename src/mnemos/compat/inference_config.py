@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class InferenceConfig:
     """max_batch_size: sequences that run at once; max_seq_length: the longest sequence in tokens, prompt included;
-    use_cache: keys and values are kept between steps. The others are sampling parameters, see `generation()`."""
+    use_cache: keys and values are kept between steps. The others are sampling parameters, see `generation()`.
+    ConfigError for a value that is not allowed."""
 
     max_batch_size: int = 32
     max_seq_length: int = 2048
@@ -22,6 +23,14 @@ class InferenceConfig:
     top_k: int = 50
     repetition_penalty: float = 1.1
     use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        from mnemos.rules import COUNT, FLAG
+
+        COUNT.apply("max_batch_size", self.max_batch_size)
+        COUNT.apply("max_seq_length", self.max_seq_length)
+        FLAG.apply("use_cache", self.use_cache)
+        self.generation()
 
     def generation(self, **overrides: Any) -> GenerationConfig:
         """The config for generating texts; `overrides` replace or add fields."""

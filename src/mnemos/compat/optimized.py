@@ -24,9 +24,10 @@ DEFAULT_LENGTH = 512
 
 
 class OptimizedInferenceEngine(InferenceEngine):
-    """An `InferenceEngine` for a model file, which answers texts with texts.
+    """An `InferenceEngine` that answers texts with texts.
 
-    model_path   see `InferenceEngine.from_pretrained`, whose options are accepted too
+    model_path   see `InferenceEngine.from_pretrained`, whose options are accepted too; or a module or `Model` in
+                 memory, with the options of `InferenceEngine`
     cache_size   how many pages of the prefix cache are kept for later requests; it has no effect with
                  prefix_cache=False, or for a model whose prefixes cannot be shared
     config       defaults for its requests: fields of `GenerationConfig`, beam_size for num_beams, cache_size, and
@@ -35,7 +36,7 @@ class OptimizedInferenceEngine(InferenceEngine):
 
     def __init__(
         self,
-        model_path: str | os.PathLike[str],
+        model_path: str | os.PathLike[str] | Any,
         cache_size: int = 1000,
         config: Mapping[str, Any] | None = None,
         **options: Unpack[LoadKeywords],
@@ -47,9 +48,13 @@ class OptimizedInferenceEngine(InferenceEngine):
         fields = generation_fields(settings)
         self._has_length = bool(LENGTHS & fields.keys())
         options.setdefault("generation_config", GenerationConfig(**fields))
-        loading, running = split(options)
-        super().__init__(**load_parts(model_path, loading), **running)
-        if running.get("prefix_cache", True):
+        if isinstance(model_path, (str, os.PathLike)):
+            loading, running = split(options)
+            super().__init__(**load_parts(model_path, loading), **running)
+        else:
+            plain: dict[str, Any] = {**options}
+            super().__init__(model_path, **plain)
+        if options.get("prefix_cache", True):
             with suppress(UnsupportedError):  # a model that caches no pages needs no limit
                 CacheManager(self, max_entries=cache_size)
 

@@ -18,8 +18,6 @@ from mnemos.errors import ConfigError
 
 COLDEST = 1e-5  # lower temperatures are raised to this, so that 0 almost always means the most probable token
 
-_AT_MOST = 1e-6  # more than rounding: a token preceded by a sum of exactly `p` belongs to this nucleus
-
 
 def apply_temperature(logits: Any, temperature: float) -> Any:
     """logits / temperature: sharper below 1, flatter above 1. ConfigError if it is negative."""
@@ -66,7 +64,7 @@ def enforce_repetition_penalty(logits: Any, token_ids: Any, penalty: float) -> A
 
 
 def sample_top_p(probs: Any, p: float) -> Any:
-    """Draws a token from the nucleus: tokens, in descending order, that are preceded by a sum of at most `p`.
+    """Draws a token from the nucleus: the fewest most probable tokens whose sum reaches `p`.
 
     Returns token ids, (..., 1), as int64. Random numbers come from torch for tensors, else from numpy.random.
     """
@@ -78,7 +76,7 @@ def sample_top_p(probs: Any, p: float) -> Any:
         for row, random in zip(rows, _randoms(probs, len(rows)), strict=True):
             if not (row >= 0).all() or not 0 < row.sum(dtype=np.float64) < np.inf:
                 raise ConfigError(f"the probabilities sum to {row.sum()}; they must be at least 0, some above")
-            order, cumulative = nucleus(row, min(p + _AT_MOST, 1.0))
+            order, cumulative = nucleus(row, p)
             place = int(np.searchsorted(cumulative, random * cumulative[-1], side="right"))
             chosen.append(int(order[min(place, len(order) - 1)]))
 

@@ -62,6 +62,14 @@ def fit_prompt(config: GenerationConfig, prompt_ids: Sequence[int], spec: ModelS
 
 def new_tokens(config: GenerationConfig, prompt_length: int, spec: ModelSpec) -> int:
     """The most tokens that may be generated. Raises ContextLengthError where the context is too small."""
+    least = 0 if config.max_new_tokens == 0 else 1
+    room = spec.context_length - prompt_length
+    if room < least and config.overflow != "sliding":
+        raise ContextLengthError(
+            f"the prompt has {prompt_length} tokens, {least - room} more than fit "
+            f"{'with one new token ' if least else ''}into the context of {spec.context_length}; shorten it, or set "
+            "overflow"
+        )
     limits = [] if config.max_new_tokens is None else [config.max_new_tokens]
     if config.max_length is not None:
         if config.max_length <= prompt_length:
@@ -73,13 +81,6 @@ def new_tokens(config: GenerationConfig, prompt_length: int, spec: ModelSpec) ->
     most = min(limits, default=DEFAULT_NEW_TOKENS)
     if config.overflow == "sliding":
         return most
-    room = spec.context_length - prompt_length
-    if room < min(most, 1):
-        raise ContextLengthError(
-            f"the prompt has {prompt_length} tokens, {min(most, 1) - room} more than fit "
-            f"{'with one new token ' if most else ''}into the context of {spec.context_length}; shorten it, or set "
-            "overflow"
-        )
     if config.max_new_tokens is not None and most > room:
         raise ContextLengthError(
             f"the prompt's {prompt_length} tokens and {most} new ones are {most - room} more than the context of "

@@ -137,7 +137,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         "a deterministic strategy has one result: sample, or set num_beams",
     ),
     Conflict(
-        lambda c: _if(c.best_of is not None and c.mode != "sampling", "best_of"), "it only has an effect when sampling"
+        lambda c: _if(active(c, "best_of") and c.mode != "sampling", "best_of"), "it only has an effect when sampling"
     ),
     Conflict(
         lambda c: _if(c.best_of is not None and c.best_of < c.num_return_sequences, "best_of"),

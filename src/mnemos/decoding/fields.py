@@ -336,7 +336,8 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "bos_token_id", "stopping", TOKEN,
-        "Accepted for compatibility: the tokenizer begins a text as its own file specifies.", metavar="ID",
+        "The token that stands for a prompt without tokens; other texts begin as the tokenizer's file specifies.",
+        metavar="ID",
     ),
     Field(
         "num_beams", "search", whole(1, 256),
@@ -390,6 +391,7 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "best_of", "results", whole(1, 1024),
         "Sample N texts and return the num_return_sequences of them with the highest mean log probability.",
+        neutral=(1,),
     ),
     Field(
         "logprobs", "results", whole(0, 100),

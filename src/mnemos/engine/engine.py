@@ -14,7 +14,8 @@ from mnemos.engine.completion import Completion, StreamedToken
 from mnemos.engine.handle import RequestHandle, run_all
 from mnemos.engine.launching import Launcher
 from mnemos.engine.options import EngineOptions, split
-from mnemos.engine.prepare import make_draft_model, take_model, with_ends
+from mnemos.engine.padding import filling_id, padding_id
+from mnemos.engine.prepare import default_length, make_draft_model, take_model, with_ends
 from mnemos.engine.pretrained import load_parts
 from mnemos.engine.prompts import Prompts, listed, read_prompts
 from mnemos.engine.statistics import Listener, Statistics
@@ -161,7 +162,7 @@ class InferenceEngine:
             prompts = input_ids
             overrides.pop("token_type_ids", None)  # of models that read two texts
         config = self._config(config, overrides)
-        wanted = read_prompts(prompts, attention_mask, self.tokenizer, self._padding(config))
+        wanted = self._read(prompts, attention_mask, config)
         results = self._formed(wanted, self._launcher.complete(wanted.token_ids, config), config)
         if not wanted.single or (as_batch and config.num_return_sequences == 1 and not isinstance(prompts, str)):
             return results
@@ -180,23 +181,20 @@ class InferenceEngine:
         """`generate` for many prompts, at most `batch_size` at once; when one is done, the next starts.
 
         Each result has the form of its own prompt; for an array or tensor (time,), it is such an array. `config` is one
-        for all prompts or a list with one for each. Without a config and a length, 128 tokens are generated.
-        `on_done` is called after each prompt.
+        for all prompts or a list with one for each. Without a config and a length, 128 tokens are generated, or what
+        the context has room for. `on_done` is called after each prompt.
         """
         COUNT.apply("batch_size", batch_size)
         if max_new_tokens is not None:
             overrides["max_new_tokens"] = max_new_tokens
         elif config is None and self.generation_config is None and not LENGTHS & overrides.keys():
-            overrides["max_new_tokens"] = DEFAULT_BATCHED_TOKENS
+            overrides |= default_length(DEFAULT_BATCHED_TOKENS, overrides, self.spec)
         wanted = listed(prompts)
         given: list[Any] = list(config) if isinstance(config, (list, tuple)) else [config] * len(wanted)
         if len(given) != len(wanted):
             raise ConfigError(f"config is a list of {len(given)}; expected one for each of the {len(wanted)} prompts")
         configs = [self._config(one, overrides) for one in given]
-        readings = [
-            read_prompts(prompt, None, self.tokenizer, self._padding(one))
-            for prompt, one in zip(wanted, configs, strict=True)
-        ]
+        readings = [self._read(prompt, None, one) for prompt, one in zip(wanted, configs, strict=True)]
         self._thread.check_thread()
         launches = [self._launcher.prepare(reading.only, one) for reading, one in zip(readings, configs, strict=True)]
         completions = run_all(launches, batch_size, on_done)
@@ -217,7 +215,7 @@ class InferenceEngine:
     def complete(self, prompts: Any, config: GenerationConfig | None = None, **overrides: Any) -> Any:
         """A `Completion` for one prompt (a text or token ids), or a list of them for several."""
         config = self._config(config, overrides)
-        wanted = read_prompts(prompts, None, self.tokenizer, self._padding(config))
+        wanted = self._read(prompts, None, config)
         completions = self._launcher.complete(wanted.token_ids, config)
         return completions[0] if wanted.single else completions
 
@@ -228,7 +226,7 @@ class InferenceEngine:
     def submit(self, prompt: Any, config: GenerationConfig | None = None, **overrides: Any) -> RequestHandle:
         """Queues one prompt and returns immediately; CapacityError if the queue is full."""
         config = self._config(config, overrides)
-        return self._launcher.prepare(read_prompts(prompt, None, self.tokenizer, self._padding(config)).only, config)()
+        return self._launcher.prepare(self._read(prompt, None, config).only, config)()
 
     # Evaluation of given tokens.
 
@@ -306,17 +304,11 @@ class InferenceEngine:
 
         return choose_config(config, self.generation_config, **overrides)
 
+    def _read(self, prompts: Any, attention_mask: Any, config: GenerationConfig) -> Prompts:
+        padding = partial(padding_id, config, self.spec, self.tokenizer)
+        return read_prompts(prompts, attention_mask, self.tokenizer, padding, config.bos_token_id)
+
     def _formed(self, wanted: Prompts, completions: list[Completion], config: GenerationConfig) -> Any:
         """The results in the form of the prompts."""
-        return wanted.results(completions, self._pad_id(config), apart=isinstance(self.model, ConditionedModel))
-
-    def _padding(self, config: GenerationConfig) -> int | None:
-        """What is padding in arrays without a mask, as in transformers: the pad token, if that ends no text."""
-        pad_id = self.spec.pad_token_id if config.pad_token_id is None else config.pad_token_id
-        ends = self.spec.eos_token_ids if config.eos_ids is None else config.eos_ids
-        return None if pad_id in ends else pad_id
-
-    def _pad_id(self, config: GenerationConfig) -> int:
-        """The id that pads arrays: the config's pad token, else the model's, else its end-of-text token."""
-        known = (config.pad_token_id, self.spec.pad_token_id, *self.spec.eos_token_ids[:1], 0)
-        return next(token for token in known if token is not None)
+        filler = filling_id(config, self.spec, self.tokenizer)
+        return wanted.results(completions, filler, apart=isinstance(self.model, ConditionedModel))

@@ -1,7 +1,8 @@
-"""Prepares a user's model for an engine."""
+"""Prepares a user's model, and what a user left open, for an engine."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,3 +72,17 @@ def _adapt(module: Any, tokenizer: Tokenizer | None, options: ModelOptions) -> M
         context_length=options.context_length,
         vocabulary_size=None if tokenizer is None else tokenizer.vocabulary_size,
     )
+
+
+def default_length(new_tokens: int, fields: Mapping[str, Any], spec: ModelSpec) -> dict[str, int]:
+    """The fields of a length that nobody asked for: `new_tokens`, or what the context has room for.
+
+    fields: what was asked for.
+    """
+    match fields.get("overflow"):
+        case "sliding":
+            return {"max_new_tokens": new_tokens}
+        case "truncate_left":  # leaves room for that many
+            return {"max_new_tokens": min(new_tokens, max(spec.context_length // 2, 1))}
+        case _:
+            return {"max_new_tokens": new_tokens, "max_length": spec.context_length}

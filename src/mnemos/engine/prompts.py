@@ -45,29 +45,38 @@ class Prompts:
         return self.form(completions, heads, pad_id)
 
 
-def read_prompts(prompts: Any, attention_mask: Any, tokenizer: Tokenizer | None, pad_id: int | None = None) -> Prompts:
+def read_prompts(
+    prompts: Any,
+    attention_mask: Any,
+    tokenizer: Tokenizer | None,
+    padding: Callable[[], int | None] = lambda: None,
+    begin: int | None = None,
+) -> Prompts:
     """Reads the prompts that a user passes.
 
     A str or a list of str; a list of token ids or of such lists; an integer array or tensor, (time,) or (batch, time);
     or a mapping with such ids as input_ids and optionally their attention_mask, as transformers tokenizers return. A
-    mask has the shape of the ids, and its zeros mark padding; without a mask, `pad_id` marks padding in arrays, as in
-    transformers. RequestError for anything else, and for no tokens.
+    mask has the shape of the ids, and its zeros mark padding; without a mask, the id that `padding()` returns marks it
+    in arrays, as in transformers. A text or list without tokens becomes `begin`, if that is known. RequestError for
+    anything else, and for no tokens.
     """
     if isinstance(prompts, Mapping):
         if "input_ids" not in prompts:
             raise RequestError(f"the prompts are a mapping with {', '.join(map(repr, prompts))}; it needs 'input_ids'")
         mask = prompts.get("attention_mask") if attention_mask is None else attention_mask
-        return read_prompts(prompts["input_ids"], mask, tokenizer, pad_id)
+        return read_prompts(prompts["input_ids"], mask, tokenizer, padding, begin)
     if hasattr(prompts, "shape"):
-        return _read_array(prompts, attention_mask, pad_id)
+        return _read_array(prompts, attention_mask, padding() if attention_mask is None else None)
     if attention_mask is not None:
         return _read_masked(prompts, attention_mask)
     if isinstance(prompts, str):
-        return _plain([encode(prompts, tokenizer)], _texts, single=True)
+        return _plain([encode(prompts, tokenizer, begin)], _texts, single=True)
+    if begin is not None and (prompts is None or (isinstance(prompts, (list, tuple)) and not prompts)):
+        return _plain([[begin]], _ids, single=True)
     if not isinstance(prompts, (list, tuple)) or not prompts:
         raise RequestError(f"the prompts are {_describe(prompts)}; {_EXPECTED}")
     if all(isinstance(prompt, str) for prompt in prompts):
-        return _plain([encode(prompt, tokenizer) for prompt in prompts], _texts, single=False)
+        return _plain([encode(prompt, tokenizer, begin) for prompt in prompts], _texts, single=False)
     if all(_is_id(value) for value in prompts):
         return _plain([[int(value) for value in prompts]], _ids, single=True)
     return _plain([_read_ids(prompt) for prompt in prompts], _ids, single=False)
@@ -91,10 +100,13 @@ def listed(prompts: Iterable[Any]) -> list[Any]:
     return list(prompts)
 
 
-def encode(text: str, tokenizer: Tokenizer | None) -> list[int]:
+def encode(text: str, tokenizer: Tokenizer | None, begin: int | None = None) -> list[int]:
+    """A text's token ids, or `begin` where it has none. RequestError without a tokenizer, and for no tokens."""
     if tokenizer is None:
         raise RequestError("the prompt is a text and this engine has no tokenizer; give token ids, or a tokenizer")
     token_ids = tokenizer.encode(text)
+    if not token_ids and begin is not None:
+        return [begin]
     if not token_ids:
         raise RequestError(f"the prompt {text!r} has no tokens; give at least one")
     return token_ids

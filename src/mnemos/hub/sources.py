@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mnemos.errors import FormatError, shown
+from mnemos.errors import ConfigError, FormatError, shown
 from mnemos.hub import cache
 from mnemos.hub.cache import Progress
 from mnemos.hub.known_models import KNOWN_MODELS, KnownModel
@@ -20,8 +20,13 @@ def resolve(name_or_path: str | os.PathLike[str], progress: Progress = silent) -
 
     `name_or_path` is a registry name (`smollm2-135m`), `hf:org/name[:file]`, or a path. A registry name wins over a
     file of the same name in the working directory; write `./name` for the file. FormatError when there is no such
-    model, DownloadError when it cannot be fetched.
+    model, DownloadError when it cannot be fetched, ConfigError for anything but a str or a path.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        kind = type(name_or_path).__name__
+        raise ConfigError(
+            f"the model is a {kind}; expected a name or a path (a module in memory is given to InferenceEngine itself)"
+        )
     name = os.fspath(name_or_path)
     if name in KNOWN_MODELS:
         model = KNOWN_MODELS[name]

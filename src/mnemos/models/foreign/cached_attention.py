@@ -36,13 +36,16 @@ class KVCache:
         head_dim: int,
         max_length: int,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None: ...
     @overload
     def __init__(self, max_batch_size: int, max_seq_len: int) -> None: ...
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        """All sizes; or max_batch_size and max_seq_len alone, for a cache that grows up to these limits."""
+        """All sizes; or max_batch_size and max_seq_len alone, for a cache that grows up to these limits.
+
+        dtype: by default that of the first keys, float32 before them.
+        """
         limits = ("max_batch_size", "max_seq_len")
         if len(values) + len(named) == 2 and set(named) <= set(limits[len(values) :]):
             self._limit(**dict(zip(limits, values, strict=False)), **named)
@@ -73,7 +76,7 @@ class KVCache:
         head_dim: int,
         max_length: int,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         sizes = dict(
             num_layers=num_layers, batch_size=batch_size, num_heads=num_heads, head_dim=head_dim, max_length=max_length
@@ -85,6 +88,8 @@ class KVCache:
         self.device = usable_device(str(device))
         self.length = 0
         shape = (batch_size, num_heads, max_length, head_dim)
+        self._follows = dtype is None
+        dtype = dtype or torch.float32
         self.keys = [torch.zeros(shape, device=self.device, dtype=dtype) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, device=self.device, dtype=dtype) for _ in range(num_layers)]
 
@@ -127,11 +132,26 @@ class KVCache:
                 f"key {tuple(key.shape)} and value {tuple(value.shape)} do not fit the cache: expected "
                 f"({held.shape[0]}, {held.shape[1]}, new positions, {held.shape[3]})"
             )
+        held = self._fitting(layer_idx, key, value)
         if end > self.max_length:
             raise ConfigError(f"the cache holds {self.max_length} positions; {end} are needed: make max_length larger")
         held[:, :, self.length : end] = key
         self.values[layer_idx][:, :, self.length : end] = value
         return held[:, :, :end], self.values[layer_idx][:, :, :end]
+
+    def _fitting(self, layer_idx: int, key: Tensor, value: Tensor) -> Tensor:
+        """A layer's keys, of the dtype of new ones. ConfigError where the two differ in dtype or device."""
+        held = self.keys[layer_idx]
+        if self._follows and self.length == 0 and key.dtype == value.dtype != held.dtype:
+            held = self.keys[layer_idx] = held.to(key.dtype)
+            self.values[layer_idx] = self.values[layer_idx].to(key.dtype)
+        for name, new in (("key", key), ("value", value)):
+            if (new.dtype, new.device) != (held.dtype, held.device):
+                raise ConfigError(
+                    f"{name} is {new.dtype} on {new.device} and the cache {held.dtype} on {held.device}; create the "
+                    "cache with the model's dtype and device"
+                )
+        return held
 
     def _grow(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         end = self.length + key.shape[2]
