@@ -217,16 +217,17 @@ nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequ
   batch.tokens = static_cast<int64_t>(positions.size());
   batch.chosen = static_cast<int64_t>(logit_rows.size());
   batch.sequences = static_cast<int64_t>(sequence_starts.size()) - 1;
-  if (token_ids.size() != positions.size() || batch.sequences < 0 || page_starts.size() != sequence_starts.size()) {
+  if (token_ids.size() != positions.size() || batch.sequences < 0 || page_starts.size() == 0) {
     throw request_error(
-        "a batch needs as many token_ids as positions and as many page_starts as sequence_starts; it has " +
+        "a batch needs as many token_ids as positions, and its sequence_starts and page_starts begin with 0; it has " +
         std::to_string(token_ids.size()) + ", " + std::to_string(positions.size()) + ", " +
-        std::to_string(page_starts.size()) + " and " + std::to_string(sequence_starts.size()));
+        std::to_string(sequence_starts.size()) + " and " + std::to_string(page_starts.size()));
   }
   if (page_positions.size() != pages.size()) {
     throw request_error("a batch needs as many page_positions as pages; it has " +
                         std::to_string(page_positions.size()) + " and " + std::to_string(pages.size()));
   }
+  batch.tables = static_cast<int64_t>(page_starts.size()) - 1;
   batch.table_pages = static_cast<int64_t>(pages.size());
   batch.token_ids = token_ids.data();
   batch.positions = positions.data();
@@ -382,7 +383,7 @@ void bind_relay(nb::module_ &m) {
 void bind_program(nb::module_ &m) {
   using ProgramClass = nb::class_<Program>;
   ProgramClass(m, "Program")
-      .def(nb::init<std::shared_ptr<Pool>, std::shared_ptr<Cache>>(), "pool"_a, "cache"_a.none())
+      .def(nb::init<std::shared_ptr<Pool>, std::vector<std::shared_ptr<Cache>>>(), "pool"_a, "caches"_a)
       .def(
           "input",
           [](Program &p, int64_t width, bool integers) {
@@ -422,9 +423,10 @@ void bind_program(nb::module_ &m) {
           "x"_a, "frequencies"_a, "head_dim"_a, "magnitude"_a)
       .def(
           "attention",
-          [](Program &p, int q, int k, int v, int64_t layer, int64_t heads, int64_t kv_heads, int64_t head_dim,
-             float scale, int64_t window, float softcap) {
+          [](Program &p, int q, int k, int v, int64_t group, int64_t layer, int64_t heads, int64_t kv_heads,
+             int64_t head_dim, float scale, int64_t window, float softcap) {
             Attention attention{};
+            attention.group = group;
             attention.layer = layer;
             attention.heads = heads;
             attention.kv_heads = kv_heads;
@@ -434,7 +436,8 @@ void bind_program(nb::module_ &m) {
             attention.softcap = softcap;
             return p.attention(q, k, v, attention);
           },
-          "q"_a, "k"_a, "v"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a, "softcap"_a)
+          "q"_a, "k"_a, "v"_a, "group"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "window"_a,
+          "softcap"_a)
       .def(
           "activation",
           [](Program &p, int x, const std::string &kind) {

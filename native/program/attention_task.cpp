@@ -67,7 +67,7 @@ void store_token(const Step &step, const Attention &a, const float *k, const flo
                  int64_t head, float *scratch) {
   const CellLayout &cell = a.cache->cell();
   const int64_t position = step.batch.positions[t], at = (t * a.kv_heads + head) * a.head_dim;
-  const int64_t page = step.batch.pages[step.tables->new_pages[static_cast<size_t>(sequence)] + position / cell.slots];
+  const int64_t page = step.batch.pages[step.tables[a.group].new_pages[static_cast<size_t>(sequence)] + position / cell.slots];
   uint8_t *data = a.cache->cells(a.layer, head) + page * a.cache->page_bytes();
   transform(step, a.key_norm, a.key_rope.get(), position, 1.0f, a.head_dim, k + at, scratch);
   step.kernels->store_key(cell, data, position % cell.slots, scratch);
@@ -137,8 +137,8 @@ class AttentionAhead : public Ahead {
       const QueryTile &query =
           step_->tile_sets[attention_->tile_set].tiles[static_cast<size_t>(index_ / attention_->kv_heads)];
       const int64_t position = step_->batch.positions[query.token_begin];
-      const KeyBlock &first = step_->tables->blocks[static_cast<size_t>(query.block_begin)];
-      const KeyBlock &last = step_->tables->blocks[static_cast<size_t>(query.block_end - 1)];
+      const KeyBlock &first = step_->tables[attention_->group].blocks[static_cast<size_t>(query.block_begin)];
+      const KeyBlock &last = step_->tables[attention_->group].blocks[static_cast<size_t>(query.block_end - 1)];
       page_ = first.pages + (std::max(first_visible(*attention_, position), first.first) - first.first) / cell.slots;
       page_end_ = last.pages + (std::min(position, last.last) - last.first) / cell.slots + 1;
     }
@@ -199,8 +199,8 @@ class AttendTask : public Task {
     return set.tiles[static_cast<size_t>(index / a_.kv_heads)];
   }
 
-  static const KeyBlock &block_at(const Step &step, int64_t number) {
-    return step.tables->blocks[static_cast<size_t>(number)];
+  const KeyBlock &block_at(const Step &step, int64_t number) const {
+    return step.tables[a_.group].blocks[static_cast<size_t>(number)];
   }
 
   // The first positions that the part with this index attends to.
@@ -221,7 +221,7 @@ class AttendTask : public Task {
     tile.cell = &cell;
     tile.cells = a_.cache->cells(a_.layer, head);
     tile.page_bytes = a_.cache->page_bytes();
-    tile.blocks = step.tables->blocks.data();
+    tile.blocks = step.tables[a_.group].blocks.data();
     tile.rows = (query.token_end - query.token_begin) * group;
     tile.first = first;
     tile.last = last;
@@ -342,13 +342,14 @@ std::unique_ptr<Task> make_merge(const Attention &attention, int partials, const
   return std::make_unique<MergeTask>(attention, partials, y);
 }
 
-void resolve_tables(const BatchView &batch, int64_t slots, Tables &tables) {
+void resolve_tables(const BatchView &batch, int64_t groups, int64_t group, int64_t slots, Tables &tables) {
   tables.new_pages.clear();
   tables.blocks.clear();
   tables.block_starts.assign(1, 0);
   for (int64_t s = 0; s < batch.sequences; s++) {
-    const int32_t *first = batch.page_positions + batch.page_starts[s],
-                  *end = batch.page_positions + batch.page_starts[s + 1];
+    const int64_t table = s * groups + group;
+    const int32_t *first = batch.page_positions + batch.page_starts[table],
+                  *end = batch.page_positions + batch.page_starts[table + 1];
     const size_t begin = tables.blocks.size();
     for (const int32_t *position = first; position < end; position++) {
       const int64_t last = *position + slots - 1;

@@ -195,9 +195,11 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
   std::lock_guard<std::mutex> lock(mutex_);
   const int team = pool_->team();
   std::vector<TileSet> tiles;
-  if (!schedule_.attentions.empty()) resolve_tables(batch, cache_->cell().slots, tables_);
+  const int64_t groups = schedule_.attentions.empty() ? 0 : static_cast<int64_t>(caches_.size());
+  for (int64_t g = 0; g < groups; g++)
+    resolve_tables(batch, groups, g, caches_[static_cast<size_t>(g)]->cell().slots, tables_[static_cast<size_t>(g)]);
   for (const Attention &attention : schedule_.attentions) {
-    tiles.push_back(make_tiles(batch, tables_, attention, team));
+    tiles.push_back(make_tiles(batch, tables_[static_cast<size_t>(attention.group)], attention, team));
   }
   int64_t most = -1;
   for (int64_t t = 0; !rope_tables_.empty() && t < batch.tokens; t++)
@@ -223,7 +225,7 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
                   team,
                   kernels_,
                   pieces_.data(),
-                  &tables_,
+                  tables_.data(),
                   tiles.data(),
                   workspace_->data + scratch_offset_,
                   scratch_bytes_,
@@ -341,13 +343,19 @@ void Program::check_batch(const BatchView &batch) const {
     }
   }
   if (schedule_.attentions.empty()) return;
-  const auto monotonic = [&](const int32_t *starts, int64_t end, const char *name) {
-    bool good = starts[0] == 0 && starts[batch.sequences] == end;
-    for (int64_t s = 0; s < batch.sequences; s++) good = good && starts[s] <= starts[s + 1];
+  const auto monotonic = [&](const int32_t *starts, int64_t count, int64_t end, const char *name) {
+    bool good = starts[0] == 0 && starts[count] == end;
+    for (int64_t i = 0; i < count; i++) good = good && starts[i] <= starts[i + 1];
     if (!good) throw request_error(std::string(name) + " must rise from 0 to " + number(end));
   };
-  monotonic(batch.sequence_starts, batch.tokens, "sequence_starts");
-  monotonic(batch.page_starts, batch.table_pages, "page_starts");
+  const int64_t tables = batch.sequences * static_cast<int64_t>(caches_.size());
+  if (batch.tables != tables) {
+    throw request_error("page_starts has " + number(batch.tables) + " page tables; " + number(batch.sequences) +
+                        " sequences of a model with " + number(static_cast<int64_t>(caches_.size())) +
+                        " layer groups have " + number(tables));
+  }
+  monotonic(batch.sequence_starts, batch.sequences, batch.tokens, "sequence_starts");
+  monotonic(batch.page_starts, tables, batch.table_pages, "page_starts");
   for (int64_t s = 0; s < batch.sequences; s++) check_sequence(batch, s);
 }
 
@@ -360,14 +368,20 @@ void Program::check_sequence(const BatchView &batch, int64_t s) const {
                           number(batch.positions[t - 1]) + " is followed by " + number(batch.positions[t]));
     }
   }
-  const int64_t slots = cache_->cell().slots;
-  const int32_t *first = batch.page_positions + batch.page_starts[s],
-                *table_end = batch.page_positions + batch.page_starts[s + 1];
+  for (size_t g = 0; g < caches_.size(); g++) check_table(batch, s, static_cast<int64_t>(g));
+}
+
+void Program::check_table(const BatchView &batch, int64_t s, int64_t group) const {
+  const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+  const Cache &cache = *caches_[static_cast<size_t>(group)];
+  const int64_t slots = cache.cell().slots, table = s * static_cast<int64_t>(caches_.size()) + group;
+  const int32_t *first = batch.page_positions + batch.page_starts[table],
+                *table_end = batch.page_positions + batch.page_starts[table + 1];
   for (const int32_t *position = first; position < table_end; position++) {
     const int64_t page = batch.pages[position - batch.page_positions];
-    if (page < 0 || page >= cache_->pages) {
+    if (page < 0 || page >= cache.pages) {
       throw request_error("page " + number(page) + " of sequence " + number(s) + " is not in the cache, which has " +
-                          number(cache_->pages));
+                          number(cache.pages));
     }
     if (*position < 0 || *position % slots != 0) {
       throw request_error("a page of sequence " + number(s) + " begins at position " + number(*position) +

@@ -37,7 +37,8 @@ struct InputView {
 
 class Program {
  public:
-  Program(std::shared_ptr<Pool> pool, std::shared_ptr<Cache> cache);
+  // caches: one for each layer group, with equal heads and pages; a sequence has a page table for each.
+  Program(std::shared_ptr<Pool> pool, std::vector<std::shared_ptr<Cache>> caches);
 
   // Recording. Values are numbers; all shapes are checked here. Throws Error (config).
   int input(int64_t width, ValueType type);
@@ -85,11 +86,12 @@ class Program {
   int64_t layout(const BatchView &batch, const std::vector<TileSet> &tiles, bool one_row);
   void check_batch(const BatchView &batch) const;
   void check_sequence(const BatchView &batch, int64_t sequence) const;
+  void check_table(const BatchView &batch, int64_t sequence, int64_t group) const;
   void check_inputs(const BatchView &batch, const std::vector<InputView> &inputs) const;
   void execute(const Step &step, bool one_row);
 
   const std::shared_ptr<Pool> pool_;
-  const std::shared_ptr<Cache> cache_;
+  const std::vector<std::shared_ptr<Cache>> caches_;  // by layer group
   const VectorKernels *const kernels_;
   Graph graph_;
   Schedule schedule_;
@@ -101,7 +103,7 @@ class Program {
   std::vector<size_t> fetching_;  // tasks that fetch ahead
   std::vector<std::unique_ptr<Ahead>> ahead_;  // by thread
   std::vector<Piece> pieces_;
-  Tables tables_;
+  std::vector<Tables> tables_;  // by layer group
   std::shared_ptr<Workspace> workspace_;
   int64_t scratch_offset_ = 0, scratch_bytes_ = 0;
   struct alignas(64) Counter {

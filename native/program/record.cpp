@@ -15,9 +15,15 @@ std::string number(int64_t value) { return std::to_string(value); }
 
 }  // namespace
 
-Program::Program(std::shared_ptr<Pool> pool, std::shared_ptr<Cache> cache)
-    : pool_(std::move(pool)), cache_(std::move(cache)),
-      kernels_(&vector_kernels(current_isa(OperatorClass::attention))) {}
+Program::Program(std::shared_ptr<Pool> pool, std::vector<std::shared_ptr<Cache>> caches)
+    : pool_(std::move(pool)), caches_(std::move(caches)),
+      kernels_(&vector_kernels(current_isa(OperatorClass::attention))), tables_(caches_.size()) {
+  for (const auto &cache : caches_) {
+    require(cache->kv_heads == caches_[0]->kv_heads && cache->cell().slots == caches_[0]->cell().slots &&
+                cache->cell().head_dim == caches_[0]->cell().head_dim && cache->cell().type == caches_[0]->cell().type,
+            "the caches of a program's layer groups differ in more than layers and pages");
+  }
+}
 
 const Value &Program::checked_value(int value) const {
   require(value >= 0 && value < static_cast<int>(graph_.values.size()),
@@ -113,19 +119,22 @@ int Program::rope(int x, std::vector<float> frequencies, int64_t head_dim, float
 }
 
 int Program::attention(int q, int k, int v, Attention attention) {
-  require(cache_ != nullptr, "attention needs a cache");
-  const CellLayout &cell = cache_->cell();
+  require(!caches_.empty(), "attention needs a cache");
+  require(attention.group >= 0 && attention.group < static_cast<int64_t>(caches_.size()),
+          "layer group " + number(attention.group) + " is not one of " + number(static_cast<int64_t>(caches_.size())));
+  const auto &cache = caches_[static_cast<size_t>(attention.group)];
+  const CellLayout &cell = cache->cell();
   require(attention.heads > 0 && attention.kv_heads > 0 && attention.heads % attention.kv_heads == 0,
           "attention has " + number(attention.heads) + " heads, which is not a multiple of its " +
               number(attention.kv_heads) + " kv_heads");
   require(attention.heads / attention.kv_heads <= max_tile_rows,
           "attention has " + number(attention.heads / attention.kv_heads) + " heads for one of keys; at most " +
               number(max_tile_rows) + " are possible");
-  require(attention.kv_heads == cache_->kv_heads && attention.head_dim == cell.head_dim,
+  require(attention.kv_heads == cache->kv_heads && attention.head_dim == cell.head_dim,
           "attention has " + number(attention.kv_heads) + " kv_heads of " + number(attention.head_dim) +
-              ", its cache " + number(cache_->kv_heads) + " of " + number(cell.head_dim));
-  require(attention.layer >= 0 && attention.layer < cache_->layers,
-          "layer " + number(attention.layer) + " is not in a cache of " + number(cache_->layers) + " layers");
+              ", its cache " + number(cache->kv_heads) + " of " + number(cell.head_dim));
+  require(attention.layer >= 0 && attention.layer < cache->layers,
+          "layer " + number(attention.layer) + " is not in a cache of " + number(cache->layers) + " layers");
   require(attention.window >= 0, "the window is " + number(attention.window) + "; it must not be negative");
   const int64_t width = attention.heads * attention.head_dim, kv_width = attention.kv_heads * attention.head_dim;
   require(checked_value(q).width == width && checked_value(k).width == kv_width && checked_value(v).width == kv_width,
@@ -139,7 +148,7 @@ int Program::attention(int q, int k, int v, Attention attention) {
   op.kind = OperatorKind::attention;
   op.inputs = {q, k, v};
   op.attention = std::move(attention);
-  op.attention.cache = cache_;
+  op.attention.cache = cache;
   return add_operator(std::move(op), {checked_value(q)});
 }
 

@@ -329,7 +329,7 @@ class Scheduler {
     auto &sets = schedule_.attentions;
     for (size_t i = 0; i < sets.size(); i++) {
       if (sets[i].window == attention.window && sets[i].heads == attention.heads &&
-          sets[i].kv_heads == attention.kv_heads) {
+          sets[i].kv_heads == attention.kv_heads && sets[i].group == attention.group) {
         return static_cast<int>(i);
       }
     }

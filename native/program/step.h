@@ -17,7 +17,7 @@ enum class Rows { tokens, chosen };
 
 // The batch of one step, as in mnemos.contract.Batch. All arrays are checked before a step runs.
 struct BatchView {
-  int64_t tokens = 0, chosen = 0, sequences = 0, table_pages = 0;
+  int64_t tokens = 0, chosen = 0, sequences = 0, tables = 0, table_pages = 0;
   const int32_t *token_ids = nullptr, *positions = nullptr, *sequence_starts = nullptr;
   const int32_t *pages = nullptr, *page_positions = nullptr, *page_starts = nullptr, *logit_rows = nullptr;
   bool argmax = false;  // only the index of each row's largest logit is wanted; see Program::finds_argmax
@@ -29,7 +29,7 @@ struct Piece {
   int64_t copy_bytes;  // 0 if there is only one
 };
 
-// The page tables of a step's sequences, resolved once for all layers.
+// The page tables of a step's sequences in one layer group, resolved once for all its layers.
 struct Tables {
   // The new positions of a sequence are consecutive, and so are the pages that hold them: position p is in
   // batch.pages[new_pages[s] + p / slots].
@@ -57,7 +57,7 @@ struct Step {
   int threads;
   const VectorKernels *kernels;
   const Piece *pieces;  // by buffer
-  const Tables *tables;
+  const Tables *tables;  // by layer group
   const TileSet *tile_sets;
   uint8_t *scratch;  // scratch_bytes for each thread
   int64_t scratch_bytes;

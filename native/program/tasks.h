@@ -106,7 +106,8 @@ struct Attention {
   float scale;
   int64_t window;
   float softcap;
-  int64_t layer;
+  int64_t layer;  // in the cache of its group
+  int64_t group;  // which of the program's caches, and of a sequence's page tables
   int tile_set = 0;
   std::shared_ptr<Cache> cache;
   // Fused in front of it: norms of each head and rotation of queries and keys; empty if there is none.
@@ -122,8 +123,8 @@ std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int 
 std::unique_ptr<Ahead> make_attention_ahead();
 // Merges the partial results of long contexts that were split among threads.
 std::unique_ptr<Task> make_merge(const Attention &attention, int partials, const Target &y);
-// The batch's page tables, of pages of `slots` positions; they have been checked.
-void resolve_tables(const BatchView &batch, int64_t slots, Tables &tables);
+// The batch's page tables in one of `groups` layer groups, of pages of `slots` positions; they have been checked.
+void resolve_tables(const BatchView &batch, int64_t groups, int64_t group, int64_t slots, Tables &tables);
 // The tiles for this batch. Long contexts are split when there are few tiles.
 TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention &attention, int threads);
 int64_t partials_bytes(const TileSet &tiles, const Attention &attention);

@@ -1,5 +1,6 @@
 """The native core. Arrays must be contiguous and have exactly the stated type; errors are those of mnemos.errors."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ class Cache:
 class Program:
     """A forward pass that is recorded and then run. Values are numbers, in the order of recording."""
 
-    def __init__(self, pool: Pool, cache: Cache | None) -> None: ...
+    def __init__(self, pool: Pool, caches: Sequence[Cache]) -> None: ...
     def input(self, width: int, integers: bool) -> int: ...
     def embed(self, matrix: Matrix, by_position: bool) -> int: ...
     def rows(self, x: int) -> int: ...
@@ -113,6 +114,7 @@ class Program:
         q: int,
         k: int,
         v: int,
+        group: int,
         layer: int,
         heads: int,
         kv_heads: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -19,7 +20,9 @@ class Batch:
 
     token_ids (T,), positions (T,)   consecutive within a sequence
     sequence_starts (S+1,)           sequence s owns rows sequence_starts[s]:sequence_starts[s+1]
-    pages (P,), page_starts (S+1,)   the page table of sequence s is pages[page_starts[s]:page_starts[s+1]]
+    pages (P,), page_starts (S*G+1,) a sequence has a page table for each of the G layer groups of `KVLayout`: that of
+                                     sequence s and group g is pages[page_starts[i]:page_starts[i+1]], i = s*G + g, and
+                                     names pages of that group
     page_positions (P,)              the first position of each page, a multiple of the page size: position p is in the
                                      page with page_positions <= p < page_positions + page_size, at slot p % page_size.
                                      They ascend within a table and may have gaps: a row sees the positions up to its
@@ -44,10 +47,17 @@ class Batch:
     def sequences(self) -> int:
         return len(self.sequence_starts) - 1
 
+    def table(self, sequence: int, group: int, groups: int) -> slice:
+        """Where a sequence's page table in one of `groups` layer groups is in `pages` and `page_positions`."""
+        index = sequence * groups + group
+        return slice(self.page_starts[index], self.page_starts[index + 1])
+
     def part(self, first: int, last: int) -> Batch:
         """A batch of only the sequences `first` to `last` - 1."""
         begin, end = self.sequence_starts[first], self.sequence_starts[last]
-        pages = slice(self.page_starts[first], self.page_starts[last])
+        groups = (len(self.page_starts) - 1) // self.sequences
+        page_starts = self.page_starts[first * groups : last * groups + 1]
+        pages = slice(page_starts[0], page_starts[-1])
         asked = slice(*np.searchsorted(self.logit_rows, (begin, end)))
         return replace(
             self,
@@ -56,7 +66,7 @@ class Batch:
             sequence_starts=self.sequence_starts[first : last + 1] - begin,
             pages=self.pages[pages],
             page_positions=self.page_positions[pages],
-            page_starts=self.page_starts[first : last + 1] - self.page_starts[first],
+            page_starts=page_starts - page_starts[0],
             logit_rows=self.logit_rows[asked] - begin,
             states=self.states[first:last],
         )
@@ -79,8 +89,21 @@ class Output:
 
 
 @dataclass(frozen=True)
+class LayerGroup:
+    """Layers that see equally far back: `window` positions, 0 without a limit. Their keys and values share pages."""
+
+    window: int
+    layers: tuple[int, ...]
+    page_bytes: int
+
+
+@dataclass(frozen=True)
 class KVLayout:
-    """The shape of a model's key/value cache. A page holds `page_size` positions of every layer.
+    """The shape of a model's key/value cache. A page holds `page_size` positions of all layers of one group.
+
+    windows: for each layer, how many positions back it sees, 0 without a limit; empty: no layer has a limit. Layers
+    with the same window form a group, with page ids of its own, so that a sequence can drop the pages that a group's
+    window has left while other groups keep theirs.
 
     A model with 0 layers here has no pages (see `NO_PAGES`): it keeps everything about a sequence in its state slot.
     """
@@ -90,30 +113,57 @@ class KVLayout:
     head_dim: int
     page_size: int = 32
     dtype: str = "float16"  # float32, float16, bfloat16 or int8 (one scale per position and head)
+    windows: tuple[int, ...] = ()
 
     @property
     def page_bytes(self) -> int:
+        """Bytes of `page_size` positions of every layer."""
         values = 2 * self.layers * self.kv_heads * self.page_size
         width = {"float32": 4 * self.head_dim, "float16": 2 * self.head_dim, "bfloat16": 2 * self.head_dim}
         return values * width.get(self.dtype, self.head_dim + 4)
+
+    @cached_property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The layer groups, the one that sees farthest back first; one without layers if there are no pages."""
+        windows = self.windows or (0,) * self.layers
+        farthest_first = sorted(set(windows) or {0}, key=lambda window: (window > 0, -window))
+        members = [tuple(layer for layer, own in enumerate(windows) if own == window) for window in farthest_first]
+        return tuple(
+            LayerGroup(window, layers, len(layers) * self.page_bytes // max(self.layers, 1))
+            for window, layers in zip(farthest_first, members, strict=True)
+        )
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """The number of a layer's group, and the layer's number in the group."""
+        for number, group in enumerate(self.groups):
+            if layer in group.layers:
+                return number, group.layers.index(layer)
+        return 0, layer  # there is no such layer; whoever stores it reports that
+
+    def counts(self, pages: int | Sequence[int]) -> tuple[int, ...]:
+        """A number of pages for each group; a single number is that of every group."""
+        return (pages,) * len(self.groups) if isinstance(pages, int) else tuple(pages)
 
 
 NO_PAGES = KVLayout(layers=0, kv_heads=0, head_dim=0)
 
 
 class Cache(Protocol):
-    """Key/value storage for a fixed number of pages; the engine decides which sequence owns which page."""
+    """Key/value storage for a fixed number of pages of each layer group; the engine decides which sequence owns which.
+
+    `pages` has a number for each group. `group` is the number of the group whose pages the arguments name.
+    """
 
     layout: KVLayout
-    pages: int
+    pages: tuple[int, ...]
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copies whole pages, for all layers."""
+    def copy(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
+        """Copies whole pages, for all layers of the group."""
 
-    def read(self, page: int) -> npt.NDArray[np.uint8]:
+    def read(self, page: int, group: int = 0) -> npt.NDArray[np.uint8]:
         """The page's content as flat bytes, in a form that `write` accepts with the same backend and layout."""
 
-    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None: ...
+    def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -188,8 +238,11 @@ class PagedModel(Model, Protocol):
     @property
     def cache(self) -> Cache: ...
 
-    def reserve(self, pages: int) -> None:
-        """Allocates `pages` cache pages of spec.layout; called once, before the first forward."""
+    def reserve(self, pages: int | Sequence[int]) -> None:
+        """Allocates cache pages of spec.layout; called once, before the first forward.
+
+        pages: how many for each layer group; a single number is that of every group.
+        """
 
 
 class StatefulModel(Model, Protocol):

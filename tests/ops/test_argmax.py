@@ -25,7 +25,7 @@ class Head:
         ops = NativeOps(threads)
         self.matrix = ops.matrix(weight)
         ops.finish()
-        self.program = _native.Program(ops.pool, None)
+        self.program = _native.Program(ops.pool, [])
         self.program.poison(True)
         x = self.program.rows(self.program.input(weight.columns, integers=False))
         self.program.finish([x, self.program.linear(x, self.matrix, bias)])

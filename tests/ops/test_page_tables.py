@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,12 @@ from tests.ops.cases import AttentionCase, Table, batch_of, floats
 
 from mnemos import _native
 from mnemos.contract import KVLayout
+from mnemos.errors import RequestError
+from mnemos.formats.tensor import Tensor
+from mnemos.ops.backends import get_ops
 from mnemos.ops.native import NativeOps
 from mnemos.ops.numpy import NumpyOps, round_to
+from mnemos.ops.protocol import AttentionParams
 
 CASES = (
     AttentionCase(6, 2, 64, 32),
@@ -131,7 +135,7 @@ def test_torch_sees_what_the_pages_of_its_table_hold() -> None:
             return ops.cache(layout, pages)
 
         def attention(self, q: Any, k: Any, v: Any, cache: Any, layer: int, batch: Any, params: Any) -> np.ndarray:
-            on_device = TorchBatch(batch, cache.layout.page_size, ops.device)
+            on_device = TorchBatch(batch, cache.layout, ops.device)
             return ops.attention(*map(torch.from_numpy, (q, k, v)), cache, layer, on_device, params).numpy()
 
     for case in CASES:
@@ -189,3 +193,77 @@ def test_work_is_shared_by_threads_where_a_table_has_gaps(isa: str) -> None:
         attend(ops, filled(ops, texts, "float16"), texts, rows, [table]) for ops in (NativeOps(1), NativeOps(2))
     )
     np.testing.assert_array_equal(two.view(np.uint32), one.view(np.uint32))
+
+
+WINDOWS = (0, 90, 0, 200, 90)
+
+
+def in_groups(batch: Any, windows: Sequence[int], page_size: int) -> Any:
+    """The batch of one layer group as one of several, whose page ids are shifted and whose tables have no pages that
+    the group's window has left."""
+    layout = KVLayout(len(windows), 1, 1, page_size, windows=tuple(windows))
+    pages, positions, starts = [], [], [0]
+    for s in range(batch.sequences):
+        table = batch.table(s, 0, 1)
+        first = batch.positions[batch.sequence_starts[s]]
+        for number, group in enumerate(layout.groups):
+            seen = batch.page_positions[table] + page_size > (first - group.window + 1 if group.window else 0)
+            pages.append(batch.pages[table][seen] + number)
+            positions.append(batch.page_positions[table][seen])
+            starts.append(starts[-1] + int(seen.sum()))
+    return replace(
+        batch,
+        pages=np.concatenate(pages),
+        page_positions=np.concatenate(positions),
+        page_starts=np.array(starts, dtype=np.int32),
+    )
+
+
+@pytest.mark.parametrize("backend", ["numpy", "native", "torch"])
+def test_layers_in_groups_with_shorter_tables_give_the_same_bits(backend: str) -> None:
+    """Layers with equal windows share pages of their own; those that a window has left are in no table."""
+    if backend == "torch":
+        pytest.importorskip("torch")
+    ops = get_ops(backend)
+    case = AttentionCase(4, 2, 16, 16)
+    generator = np.random.default_rng(5)
+    count = case.pages * len(case.steps[0])
+    grouped = KVLayout(len(WINDOWS), 2, 16, 16, ops.cache_dtype, WINDOWS)
+    assert [(group.window, group.layers) for group in grouped.groups] == [(0, (0, 2)), (200, (3,)), (90, (1, 4))]
+    one, several = ops.cache(replace(grouped, windows=()), count), ops.cache(grouped, (count, count + 1, count + 2))
+    matrix = ops.matrix(Tensor.from_array("embedding", floats(generator, 50, 64)))
+    head = ops.matrix(Tensor.from_array("head", floats(generator, 50, 64)))
+
+    def forward(ops: Any, batch: Any, cache: Any) -> Any:
+        x = ops.embed(matrix, batch.token_ids)
+        for layer, window in enumerate(WINDOWS):
+            k, v = (ops.linear(x, sides[layer][i]) for i in range(2))
+            params = AttentionParams(4, 2, 16, 0.25, window)
+            x = ops.add(x, ops.attention(x, k, v, cache, layer, batch, params))
+        x = ops.rows(x, batch.logit_rows)
+        return x, ops.linear(x, head)
+
+    sides = [[ops.matrix(Tensor.from_array("kv", floats(generator, 32, 64) / 8)) for _ in range(2)] for _ in WINDOWS]
+    steps = ops.compile(forward, one), ops.compile(forward, several)
+    for batch in case.batches(generator):
+        rows = len(batch.positions)
+        batch = replace(
+            batch,
+            token_ids=generator.integers(0, 50, rows).astype(np.int32),
+            logit_rows=np.arange(rows, dtype=np.int32),
+        )
+        apart = in_groups(batch, WINDOWS, 16)
+        expected, result = steps[0](batch).logits.copy(), steps[1](apart).logits.copy()
+        assert np.isfinite(result).all()
+        assert np.array_equal(result, expected) if backend != "torch" else np.allclose(result, expected, atol=1e-4)
+        part = steps[1](apart.part(1, 3)).logits
+        chosen = slice(batch.sequence_starts[1], batch.sequence_starts[3])
+        assert np.allclose(part, expected[chosen], atol=1e-4)
+
+
+def test_a_batch_has_a_page_table_for_each_sequence_and_group() -> None:
+    ops, case = get_ops("native"), AttentionCase(2, 1, 16, 16, steps=((20, 3),))
+    q, k, v = (floats(np.random.default_rng(0), 23, width) for width in (32, 16, 16))
+    cache = ops.cache(KVLayout(2, 1, 16, 16, windows=(0, 8)), 4)
+    with pytest.raises(RequestError, match="2 page tables; 2 sequences of a model with 2 layer groups have 4"):
+        ops.attention(q, k, v, cache, 0, case.batches(np.random.default_rng(0))[0], case.params)

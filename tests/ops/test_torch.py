@@ -83,7 +83,7 @@ def test_attention_equals_the_reference(case: AttentionCase, dtype: str, device:
         q = floats(source, rows, case.heads * case.head_dim)
         k, v = (floats(source, rows, case.kv_heads * case.head_dim) for _ in range(2))
         put = OnArrays(ops).put
-        on_device = TorchBatch(batch, case.page_size, ops.device)
+        on_device = TorchBatch(batch, layout, ops.device)
         result = ops.attention(put(q), put(k), put(v), caches[0], 1, on_device, case.params).cpu().numpy()
         expected = REFERENCE.attention(q, k, v, caches[1], 1, batch, case.params)
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
@@ -94,11 +94,12 @@ def test_pages_are_copied_read_and_written_whole(dtype: str) -> None:
     ops = TorchOps("cpu", "float32")
     cache = ops.cache(KVLayout(2, 2, 8, 4, dtype), 3)
     content = torch.from_numpy(round_to(floats(generator(dtype), 2, 2, 4, 2, 8), dtype))
-    cache.values[:, :, 0] = content.to(cache.values.dtype)
+    (values,) = cache.values
+    values[:, :, 0] = content.to(values.dtype)
     cache.copy([0], [2])
     cache.write(1, cache.read(2))
     for page in range(3):
-        assert torch.equal(cache.values[:, :, page].float(), content)
+        assert torch.equal(values[:, :, page].float(), content)
 
 
 def test_what_cannot_be_had_is_named() -> None:

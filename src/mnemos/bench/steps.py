@@ -26,7 +26,8 @@ class Stepper:
         self.model = model
         page_size = model.spec.layout.page_size
         self.pages_each = -(-length // page_size)
-        self.pages = np.arange(sequences * self.pages_each, dtype=np.int32)
+        tables = np.arange(sequences * self.pages_each, dtype=np.int32).reshape(sequences, self.pages_each)
+        self.pages = tables.repeat(len(model.spec.layout.groups), axis=0).reshape(-1)  # equal in all layer groups
         self.page_positions = self.pages % self.pages_each * page_size
         self.sequences = sequences
         self.length = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,11 +52,12 @@ class LoadedModel:
         """Reads the weights now, if the backend would otherwise wait until `reserve`; another thread may call it."""
         self.ops.finish()
 
-    def reserve(self, pages: int) -> None:
-        """Makes room for `pages` cache pages of spec.layout; called once, before the first forward."""
-        if pages < 1:
+    def reserve(self, pages: int | Sequence[int]) -> None:
+        """Makes room for this many cache pages of each layer group; called once, before the first forward."""
+        counts = self.spec.layout.counts(pages)
+        if min(counts) < 1:
             raise ConfigError(f"pages is {pages}; expected at least 1")
-        self._cache = self.ops.cache(self.spec.layout, pages)
+        self._cache = self.ops.cache(self.spec.layout, counts)
         self._step = self.ops.compile(self.architecture.forward, self._cache)
 
     def forward(self, batch: Batch) -> Output:

@@ -31,22 +31,25 @@ _STARTS = np.zeros(1, dtype=np.int32)
 class NativeCache:
     """Pages of keys and values in native memory; a page costs nothing until it is written."""
 
-    def __init__(self, layout: KVLayout, pages: int) -> None:
+    def __init__(self, layout: KVLayout, pages: int | Sequence[int]) -> None:
         self.layout = layout
-        self.pages = pages
-        self.core = _native.Cache(
-            layout.layers, layout.kv_heads, layout.head_dim, layout.page_size, layout.dtype, pages
-        )
+        self.pages = layout.counts(pages)
+        self.cores = [
+            _native.Cache(
+                len(group.layers), layout.kv_heads, layout.head_dim, layout.page_size, layout.dtype, group_pages
+            )
+            for group, group_pages in zip(layout.groups, self.pages, strict=True)
+        ]
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+    def copy(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
         for source, target in zip(sources, targets, strict=True):
-            self.core.copy(int(source), int(target))
+            self.cores[group].copy(int(source), int(target))
 
-    def read(self, page: int) -> npt.NDArray[np.uint8]:
-        return self.core.read(page)
+    def read(self, page: int, group: int = 0) -> npt.NDArray[np.uint8]:
+        return self.cores[group].read(page)
 
-    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None:
-        self.core.write(page, content)
+    def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None:
+        self.cores[group].write(page, content)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +123,11 @@ class NativeOps:
     def vector(self, tensor: Tensor) -> Floats:
         return np.ascontiguousarray(tensor.dequantize().reshape(-1), dtype=np.float32)
 
-    def cache(self, layout: KVLayout, pages: int) -> NativeCache:
+    def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> NativeCache:
         return NativeCache(layout, pages)
 
     def compile(self, forward: Forward, cache: NativeCache) -> Callable[[Batch], Output]:
-        program = _native.Program(self.pool, cache.core)
+        program = _native.Program(self.pool, cache.cores)
         batch = _RecordedBatch(*(_BatchArray(program, field) for field in ("token_ids", "positions", "logit_rows")))
         hidden, logits = forward(self, batch, cache)
         program.finish([hidden.number, logits.number])
@@ -177,9 +180,11 @@ class NativeOps:
     def attention(
         self, q: Any, k: Any, v: Any, cache: NativeCache, layer: int, batch: Any, params: AttentionParams
     ) -> Any:
+        place = cache.layout.place(layer)
+
         def record(program: _native.Program, q: int, k: int, v: int) -> int:
             shape = params.heads, params.kv_heads, params.head_dim
-            return program.attention(q, k, v, layer, *shape, params.scale, params.window, params.softcap)
+            return program.attention(q, k, v, *place, *shape, params.scale, params.window, params.softcap)
 
         if isinstance(q, Value):
             return self._apply((q, k, v), record)
@@ -241,7 +246,7 @@ class NativeOps:
     ) -> Any:
         """Runs one operator as a program of its own; the result is a copy."""
         self.finish()
-        program = _native.Program(self.pool, cache.core if cache is not None else None)
+        program = _native.Program(self.pool, cache.cores if cache is not None else [])
         inputs = [np.ascontiguousarray(operand) for operand in operands]
         numbers = [program.input(array.shape[1], integers=array.dtype == np.int32) for array in inputs]
         result = record(program, *numbers)

@@ -18,20 +18,25 @@ _erf = np.vectorize(erf, otypes=[np.float64])
 class NumpyCache:
     """Pages of keys and values, held as float32 values already rounded to the layout's dtype."""
 
-    def __init__(self, layout: KVLayout, pages: int) -> None:
+    def __init__(self, layout: KVLayout, pages: int | Sequence[int]) -> None:
         self.layout = layout
-        self.pages = pages
-        shape = (layout.layers, 2, pages, layout.page_size, layout.kv_heads, layout.head_dim)
-        self.values = np.zeros(shape, dtype=np.float32)
+        self.pages = layout.counts(pages)
+        page = (layout.page_size, layout.kv_heads, layout.head_dim)
+        self.values = [  # by layer group: (layers, 2, pages, page size, heads, head size)
+            np.zeros((len(group.layers), 2, count, *page), dtype=np.float32)
+            for group, count in zip(layout.groups, self.pages, strict=True)
+        ]
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        self.values[:, :, list(targets)] = self.values[:, :, list(sources)]
+    def copy(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
+        values = self.values[group]
+        values[:, :, list(targets)] = values[:, :, list(sources)]
 
-    def read(self, page: int) -> npt.NDArray[np.uint8]:
-        return np.ascontiguousarray(self.values[:, :, page]).reshape(-1).view(np.uint8)
+    def read(self, page: int, group: int = 0) -> npt.NDArray[np.uint8]:
+        return np.ascontiguousarray(self.values[group][:, :, page]).reshape(-1).view(np.uint8)
 
-    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None:
-        self.values[:, :, page] = content.view(np.float32).reshape(self.values[:, :, page].shape)
+    def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None:
+        target = self.values[group][:, :, page]
+        target[:] = content.view(np.float32).reshape(target.shape)
 
 
 def round_to(x: Floats, dtype: str) -> Floats:
@@ -71,7 +76,7 @@ class NumpyOps:
     def finish(self) -> None:
         """Parameters are ready as soon as they are created."""
 
-    def cache(self, layout: KVLayout, pages: int) -> NumpyCache:
+    def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> NumpyCache:
         return NumpyCache(layout, pages)
 
     def compile(self, forward: Forward, cache: NumpyCache) -> Callable[[Batch], Output]:
@@ -115,12 +120,13 @@ class NumpyOps:
         self, q: Floats, k: Floats, v: Floats, cache: NumpyCache, layer: int, batch: Batch, params: AttentionParams
     ) -> Floats:
         dtype, page_size = cache.layout.dtype, cache.layout.page_size
-        keys, values = cache.values[layer]
+        group, index = cache.layout.place(layer)
+        keys, values = cache.values[group][index]
         out = np.empty_like(q)
         for s in range(batch.sequences):
             new = slice(batch.sequence_starts[s], batch.sequence_starts[s + 1])
             positions = batch.positions[new]
-            table = slice(batch.page_starts[s], batch.page_starts[s + 1])
+            table = batch.table(s, group, len(cache.layout.groups))
             pages, firsts = batch.pages[table], batch.page_positions[table]
             shape = (len(positions), params.kv_heads, params.head_dim)
             page = pages[np.searchsorted(firsts, positions, side="right") - 1]
@@ -130,9 +136,9 @@ class NumpyOps:
             held = (firsts[:, None] + np.arange(page_size)).reshape(-1)
             past = held[held <= positions[-1]]
             page = pages.repeat(page_size)[: len(past)]
-            group = params.heads // params.kv_heads
-            all_keys = keys[page, past % page_size].repeat(group, axis=1)
-            all_values = values[page, past % page_size].repeat(group, axis=1)
+            shared = params.heads // params.kv_heads
+            all_keys = keys[page, past % page_size].repeat(shared, axis=1)
+            all_values = values[page, past % page_size].repeat(shared, axis=1)
             queries = q[new].reshape(len(positions), params.heads, params.head_dim)
             scores = np.einsum("ihd,jhd->hij", queries, all_keys) * np.float32(params.scale)
             if params.softcap:

@@ -67,7 +67,8 @@ class Ops(Protocol):
     def finish(self) -> None:
         """Called when all parameters exist; reads deferred ones now. Another thread may call it."""
 
-    def cache(self, layout: KVLayout, pages: int) -> Cache: ...
+    def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> Cache:
+        """A cache with this many pages in each of the layout's groups, or these many."""
 
     def compile(self, forward: Forward, cache: Any) -> Callable[[Batch], Output]:
         """Turns an architecture's `forward(ops, batch, cache) -> (hidden, logits)` into a step on NumPy batches.

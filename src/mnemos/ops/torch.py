@@ -44,28 +44,31 @@ def usable_device(name: str) -> torch.device:
 
 
 class TorchCache:
-    """Pages of keys and values, (layers, 2, pages, page_size, kv_heads, head_dim), on the device."""
+    """Pages of keys and values on the device, by group (layers, 2, pages, page_size, kv_heads, head_dim)."""
 
-    def __init__(self, layout: KVLayout, pages: int, device: torch.device) -> None:
+    def __init__(self, layout: KVLayout, pages: int | Sequence[int], device: torch.device) -> None:
         if layout.dtype not in TORCH_DTYPES:
             raise UnsupportedError(
                 f"kv_dtype {layout.dtype!r} is not supported here; expected one of {', '.join(TORCH_DTYPES)}"
             )
         self.layout = layout
-        self.pages = pages
-        shape = (layout.layers, 2, pages, layout.page_size, layout.kv_heads, layout.head_dim)
-        self.values = torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype], device=device)
+        self.pages = layout.counts(pages)
+        page = (layout.page_size, layout.kv_heads, layout.head_dim)
+        self.values = [
+            torch.zeros((len(group.layers), 2, count, *page), dtype=TORCH_DTYPES[layout.dtype], device=device)
+            for group, count in zip(layout.groups, self.pages, strict=True)
+        ]
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        self.values[:, :, list(targets)] = self.values[:, :, list(sources)]
+    def copy(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
+        values = self.values[group]
+        values[:, :, list(targets)] = values[:, :, list(sources)]
 
-    def read(self, page: int) -> npt.NDArray[np.uint8]:
-        return np.asarray(self.values[:, :, page].contiguous().cpu().view(torch.uint8).numpy()).reshape(-1)
+    def read(self, page: int, group: int = 0) -> npt.NDArray[np.uint8]:
+        return np.asarray(self.values[group][:, :, page].contiguous().cpu().view(torch.uint8).numpy()).reshape(-1)
 
-    def write(self, page: int, content: npt.NDArray[np.uint8]) -> None:
-        target = self.values[:, :, page]
-        stored = torch.from_numpy(np.array(content)).view(self.values.dtype)
-        self.values[:, :, page] = stored.reshape(target.shape).to(self.values.device)
+    def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None:
+        target = self.values[group][:, :, page]
+        target.copy_(torch.from_numpy(np.array(content)).view(target.dtype).reshape(target.shape))
 
 
 @dataclass(frozen=True)
@@ -83,21 +86,23 @@ class Together:
     held: Tensor
 
 
-class TorchBatch:
-    """A `Batch` on the device, with attention's indices computed once for all layers."""
+class TorchTables:
+    """A batch's page tables in one layer group as indices into the cache, computed once for all its layers.
 
-    def __init__(self, batch: Batch, page_size: int, device: torch.device) -> None:
+    new_slots (T,): where the new keys and values are stored; parts: attention's calls.
+    """
+
+    def __init__(self, batch: Batch, layout: KVLayout, group: int, device: torch.device) -> None:
         def put(array: npt.NDArray[Any]) -> Tensor:
             return torch.from_numpy(array.astype(np.int64)).to(device)
 
-        self.token_ids, self.positions, self.logit_rows = map(put, (batch.token_ids, batch.positions, batch.logit_rows))
+        page_size = layout.page_size
         bounds = list(pairwise(batch.sequence_starts.tolist()))
-        page_bounds = list(pairwise(batch.page_starts.tolist()))
         new_slots = np.empty(len(batch.token_ids), dtype=np.int64)
-        groups: dict[int, list[int]] = {}
+        together: dict[int, list[int]] = {}
         tables: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []  # slots and positions of each sequence
         for s, (first, last) in enumerate(bounds):
-            table = slice(*page_bounds[s])
+            table = batch.table(s, group, len(layout.groups))
             pages, firsts = batch.pages[table].astype(np.int64), batch.page_positions[table].astype(np.int64)
             where = batch.positions[first:last]
             page = pages[np.searchsorted(firsts, where, side="right") - 1]
@@ -105,10 +110,10 @@ class TorchBatch:
             slots, held = ((start[:, None] + np.arange(page_size)).reshape(-1) for start in (pages * page_size, firsts))
             count = int(np.searchsorted(held, batch.positions[last - 1], side="right"))
             tables.append((slots[:count], held[:count]))
-            groups.setdefault(last - first, []).append(s)
+            together.setdefault(last - first, []).append(s)
         self.new_slots = put(new_slots)
-        self.groups: list[Together] = []
-        for members in groups.values():
+        self.parts: list[Together] = []
+        for members in together.values():
             longest = max(len(tables[s][0]) for s in members)
             slots = np.zeros((len(members), longest), dtype=np.int64)
             held = np.full((len(members), longest), np.iinfo(np.int32).max, dtype=np.int64)
@@ -116,7 +121,18 @@ class TorchBatch:
                 length = len(tables[s][0])
                 slots[i, :length], held[i, :length] = tables[s]
             rows = np.stack([np.arange(*bounds[s]) for s in members])
-            self.groups.append(Together(put(rows), put(batch.positions[rows]), put(slots), put(held)))
+            self.parts.append(Together(put(rows), put(batch.positions[rows]), put(slots), put(held)))
+
+
+class TorchBatch:
+    """A `Batch` on the device, with its page tables in each layer group."""
+
+    def __init__(self, batch: Batch, layout: KVLayout, device: torch.device) -> None:
+        self.token_ids, self.positions, self.logit_rows = (
+            torch.from_numpy(array.astype(np.int64)).to(device)
+            for array in (batch.token_ids, batch.positions, batch.logit_rows)
+        )
+        self.tables = [TorchTables(batch, layout, group, device) for group in range(len(layout.groups))]
 
 
 class TorchOps:
@@ -151,13 +167,13 @@ class TorchOps:
     def finish(self) -> None:
         """Parameters are ready as soon as they are created."""
 
-    def cache(self, layout: KVLayout, pages: int) -> TorchCache:
+    def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> TorchCache:
         return TorchCache(layout, pages, self.device)
 
     def compile(self, forward: Forward, cache: TorchCache) -> Callable[[Batch], Output]:
         def step(batch: Batch) -> Output:
             with torch.inference_mode():
-                hidden, logits = forward(self, TorchBatch(batch, cache.layout.page_size, self.device), cache)
+                hidden, logits = forward(self, TorchBatch(batch, cache.layout, self.device), cache)
             return Output(logits=logits.float().cpu().numpy(), hidden=hidden.float().cpu().numpy())
 
         return step
@@ -192,11 +208,13 @@ class TorchOps:
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache, layer: int, batch: TorchBatch, params: AttentionParams
     ) -> Tensor:
-        keys, values = (side.view(-1, params.kv_heads, params.head_dim) for side in cache.values[layer])
-        keys[batch.new_slots] = k.view(len(k), params.kv_heads, params.head_dim).to(keys.dtype)
-        values[batch.new_slots] = v.view(len(v), params.kv_heads, params.head_dim).to(values.dtype)
+        group, index = cache.layout.place(layer)
+        tables = batch.tables[group]
+        keys, values = (side.view(-1, params.kv_heads, params.head_dim) for side in cache.values[group][index])
+        keys[tables.new_slots] = k.view(len(k), params.kv_heads, params.head_dim).to(keys.dtype)
+        values[tables.new_slots] = v.view(len(v), params.kv_heads, params.head_dim).to(values.dtype)
         out = torch.empty_like(q)
-        for part in batch.groups:
+        for part in tables.parts:
             queries = q[part.rows].view(*part.rows.shape, params.heads, params.head_dim).transpose(1, 2)
             past_keys, past_values = (side[part.slots].transpose(1, 2).to(q.dtype) for side in (keys, values))
             attended = _attend(queries, past_keys, past_values, part.positions, part.held, params)
