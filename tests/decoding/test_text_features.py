@@ -210,3 +210,87 @@ def test_an_unknown_format_says_nothing_of_the_text(tokenizer_of: Callable[[str]
     with InferenceEngine(Undecided(tokenizer.vocabulary_size), tokenizer) as engine, warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(json.loads(engine.complete([1], max_new_tokens=100, json_schema=schema).text)) <= 3
+
+
+def longest_special(tokenizer: Tokenizer) -> tuple[int, str]:
+    """A special token and its name."""
+    special = max(sorted(tokenizer.special_ids), key=lambda token: len(tokenizer.decode([token], skip_special=False)))
+    return special, tokenizer.decode([special], skip_special=False, continues=True)
+
+
+def streamed(engine: InferenceEngine, prompt: Sequence[int], **fields: Any) -> str:
+    """The text of a stream, whose pieces begin where the ones before end."""
+    text = ""
+    for token in engine.stream(list(prompt), **fields):
+        assert token.text_offset == len(text)
+        text += token.text
+    return text
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("included", [False, True])
+def test_a_stop_string_belongs_to_the_text_if_asked(
+    engine: InferenceEngine, tokenizer: Tokenizer, beams: int, included: bool
+) -> None:
+    prompt, tokens, speak = says(tokenizer, " world, no. world")
+    fields = {
+        "logits_processors": speak,
+        "max_new_tokens": len(tokens),
+        "num_beams": beams,
+        "include_stop_str_in_output": included,
+    }
+    for stop in ("no", "o.", "rld, n", " no"):
+        before = " world, no. world".partition(stop)[0]
+        wanted = before + stop if included else before
+        completion = engine.complete(prompt, stop=[stop], **fields)
+        assert (completion.text, completion.finish_reason) == (wanted, "stop")
+        assert streamed(engine, prompt, stop=[stop], **fields) == wanted
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("stop", [(), ("never",)], ids=["", "with a stop string"])
+def test_special_tokens_are_shown_if_asked(
+    engine: InferenceEngine, tokenizer: Tokenizer, beams: int, stop: Sequence[str]
+) -> None:
+    special, name = longest_special(tokenizer)
+    prompt, answer = tokenizer.encode("Hello,"), tokenizer.encode(" no", continues=True)
+    said = [*answer, special, *answer, special]
+
+    def speak(ids: Sequence[int], logits: Any) -> None:
+        logits[:] = -np.inf
+        logits[said[min(len(ids) - len(prompt), len(said) - 1)]] = 0
+
+    fields = {"logits_processors": speak, "max_new_tokens": len(said), "num_beams": beams, "stop": stop}
+    for ending, texts in {
+        "none": (" no no", f" no{name} no{name}"),
+        "token": (" no", f" no{name}"),  # the stop token is `special`, which comes after " no"
+    }.items():
+        rules = {"stop_token_ids": [special], "include_stop_str_in_output": True} if ending == "token" else {}
+        for shown, wanted in zip((False, True), texts, strict=True):
+            own = {**fields, **rules, "ignore_eos": True, "skip_special_tokens": not shown}
+            assert engine.complete(prompt, **own).text == wanted
+            assert streamed(engine, prompt, **own) == wanted
+    left_out = engine.complete(prompt, **fields, ignore_eos=True, stop_token_ids=[special], skip_special_tokens=False)
+    assert left_out.text == " no"
+
+
+def test_each_token_has_the_place_of_its_text(engine: InferenceEngine, tokenizer: Tokenizer) -> None:
+    prompt, tokens, speak = says(tokenizer, " world, no. world")
+    fields = {"logits_processors": speak, "max_new_tokens": len(tokens)}
+    choice = engine.complete(prompt, logprobs=0, **fields).choices[0]
+    starts = [len(tokenizer.decode(tokens[:count], continues=True)) for count in range(len(tokens))]
+    assert choice.text_offsets == starts
+    stopped = engine.complete(prompt, logprobs=0, stop=["no"], **fields).choices[0]
+    assert stopped.text_offsets == [min(start, len(" world, ")) for start in starts[: len(stopped.token_ids)]]
+    assert engine.complete(prompt, **fields).choices[0].text_offsets == []
+
+
+def test_the_stop_token_of_a_text_is_its_last_id(engine: InferenceEngine, tokenizer: Tokenizer) -> None:
+    prompt, tokens, speak = says(tokenizer, " world, no. world")
+    last = tokenizer.encode(" world, no.", continues=True)[-1]
+    text = tokenizer.decode(tokens[: tokens.index(last) + 1], continues=True)
+    fields = {"logits_processors": speak, "max_new_tokens": len(tokens), "stop_token_ids": [last]}
+    without, included = (engine.complete(prompt, include_stop_str_in_output=one, **fields) for one in (False, True))
+    assert without.token_ids == included.token_ids == tokens[: tokens.index(last) + 1]
+    assert without.choices[0].stopped_by == included.choices[0].stopped_by == last
+    assert (without.text, included.text) == (text[: len(without.text)], text) and without.text != text

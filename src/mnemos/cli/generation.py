@@ -62,7 +62,7 @@ def _how_to_parse(field: Field) -> dict[str, Any]:
     rule = field.rule
     named = {"metavar": field.metavar or _METAVARS.get(rule.kind, "TEXT")}
     match rule.kind:
-        case "flag" if field.default is None:
+        case "flag" if field.default is not False:
             return {"action": argparse.BooleanOptionalAction}
         case "flag":
             return {"action": "store_true", "default": None}

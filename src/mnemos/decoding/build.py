@@ -287,7 +287,14 @@ class _Builder:
         criteria = tuple(map(plain_criterion, given))
         deadline = None if config.max_time is None else time.monotonic() + config.max_time
         return StopRules(
-            self.stop_ids, least, self.most, tuple(config.stop), criteria, config.stop_when_repeating, deadline
+            self.stop_ids,
+            least,
+            self.most,
+            tuple(config.stop),
+            criteria,
+            config.stop_when_repeating,
+            deadline,
+            config.include_stop_str_in_output,
         )
 
     def watch(self) -> StopWatch:
@@ -295,13 +302,13 @@ class _Builder:
         rules = self._rules()
         if not rules.strings:
             return StopWatch(rules, None)
-        tokenizer = self._needed_tokenizer("stop")
-        return StopWatch(rules, tokenizer.decoder(continues=True), self._name_of_special)
+        decoder = self._needed_tokenizer("stop").decoder(self.config.skip_special_tokens, continues=True)
+        return StopWatch(rules, decoder, self._name_of_special)
 
     def _name_of_special(self, token: int) -> str:
-        """A special token's name, which is not shown but may be in a stop string; "" for any other token."""
+        """A special token's name if it is not shown, though it may be in a stop string; "" for any other token."""
         tokenizer = self._needed_tokenizer("stop")
-        if token not in tokenizer.special_ids:
+        if token not in tokenizer.special_ids or not self.config.skip_special_tokens:
             return ""
         return tokenizer.decode([token], skip_special=False, continues=True)
 
@@ -310,7 +317,8 @@ class _Builder:
         tokenizer = self._needed_tokenizer("stop")
         pieces: list[tuple[str, bool]] = []
         for special, run in groupby(tokens, tokenizer.special_ids.__contains__):
-            pieces.append((tokenizer.decode(list(run), skip_special=False, continues=True), not special))
+            shown = not (special and self.config.skip_special_tokens)
+            pieces.append((tokenizer.decode(list(run), skip_special=False, continues=True), shown))
         return pieces
 
     def _stop_ids(self) -> frozenset[int]:

@@ -104,6 +104,8 @@ class GenerationConfig:
     stopping_criteria: StoppingCriterion | Sequence[StoppingCriterion] = ()
     pad_token_id: int | None = None
     bos_token_id: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     num_beams: int | None = None
     num_beam_groups: int | None = None
     diversity_penalty: float | None = None
@@ -126,6 +128,7 @@ class GenerationConfig:
     cache_salt: str | None = None
     n: InitVar[int | None] = None
     max_tokens: InitVar[int | None] = None
+    min_tokens: InitVar[int | None] = None
 
     def __new__(cls, *values: Any, **named: Any) -> GenerationConfig:
         refuse_unknown(named)
@@ -133,9 +136,10 @@ class GenerationConfig:
             raise ConfigError(f"GenerationConfig got {values[0]!r} without a name; give every value by its name")
         return super().__new__(cls)
 
-    def __post_init__(self, n: int | None, max_tokens: int | None) -> None:
+    def __post_init__(self, n: int | None, max_tokens: int | None, min_tokens: int | None) -> None:
         self._take_alias("n", n)
         self._take_alias("max_tokens", max_tokens)
+        self._take_alias("min_tokens", min_tokens)
         for field in FIELDS:
             object.__setattr__(self, field.name, field.normal(getattr(self, field.name)))
         for name, value in NAMED_DEFAULTS.get(self.strategy or "", {}).items():

@@ -43,6 +43,7 @@ GROUPS = {
     "repetition": "repetition",
     "tokens": "tokens that must or must not appear",
     "stopping": "stopping",
+    "text": "text",
     "search": "search",
     "constraints": "constraints",
     "results": "results",
@@ -117,7 +118,7 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "min_new_tokens", "length", whole(0),
         "Minimum number of tokens to generate: until then, stop tokens are banned and stop strings ignored.",
-        default=0, elsewhere=("min_tokens",),
+        default=0, alias="min_tokens",
     ),
     Field(
         "min_length", "length", whole(0),
@@ -340,6 +341,14 @@ FIELDS: tuple[Field, ...] = (
         metavar="ID",
     ),
     Field(
+        "include_stop_str_in_output", "text", FLAG,
+        "The text includes the stop string, or the stop token's text, that ended it.", default=False,
+    ),
+    Field(
+        "skip_special_tokens", "text", FLAG,
+        "Leave the names of special tokens out of the text; token ids always include them.", default=True,
+    ),
+    Field(
         "num_beams", "search", whole(1, 256),
         "Use beam search with N beams.", neutral=(1,), elsewhere=("beam_width", "beam_size"),
     ),
@@ -450,7 +459,6 @@ _INSTEAD = {
     "renormalize_logits": "log probabilities are always those of the model's own distribution; leave it out",
     "echo": "results hold the generated text only; prompt_logprobs scores the prompt",
     "stream": "call stream() instead",
-    "skip_special_tokens": "texts leave special tokens out, token ids hold them",
     "guidance_scale": "guidance by a negative prompt is not supported",
     "watermarking_config": "watermarks are not supported",
 }

@@ -24,8 +24,10 @@ class StopStrings:
     shown, but a stop string may be, or contain, such a name.
     """
 
-    def __init__(self, strings: Sequence[str]) -> None:
+    def __init__(self, strings: Sequence[str], include: bool = False) -> None:
+        """include: the stop string that matches is passed on too."""
         self._strings = tuple(strings)
+        self._include = include
         self._longest = max(map(len, self._strings), default=1)
         self._held = ""
         self._shown: list[bool] = []  # of each character that is held
@@ -41,7 +43,7 @@ class StopStrings:
         _, start, self.matched = min(ends)
         certain = self._release(start)
         self._held, self._shown = "", []
-        return certain
+        return certain + self.matched if self._include else certain
 
     def pass_through(self, piece: str, shown: bool = True) -> str:
         """Like `push`, but nothing in the text so far can be part of a match."""
@@ -104,7 +106,10 @@ class End:
 
 @dataclass(frozen=True)
 class StopRules:
-    """What ends the texts of one request. Lengths are in generated tokens; `deadline` is a time of `clock`."""
+    """What ends the texts of one request. Lengths are in generated tokens; `deadline` is a time of `clock`.
+
+    include: what ends a text, a stop string or a stop token, belongs to it.
+    """
 
     stop_ids: frozenset[int]
     least: int
@@ -113,6 +118,7 @@ class StopRules:
     criteria: tuple[Callable[[Sequence[int]], bool], ...] = ()
     detect_loops: bool = False
     deadline: float | None = None
+    include: bool = False
     clock: Callable[[], float] = time.monotonic
 
 
@@ -125,14 +131,14 @@ class StopWatch:
         decoder: DecoderLike | None,
         name_of_special: Callable[[int], str] = lambda token: "",
     ) -> None:
-        """`decoder` is needed if, and only if, the rules have stop strings; it leaves special tokens out.
+        """`decoder` is needed if, and only if, the rules have stop strings.
 
-        name_of_special: a special token's name, "" for other tokens.
+        name_of_special: the name of a special token, which the decoder leaves out of the text; "" for other tokens.
         """
         self._rules = rules
         self._name_of_special = name_of_special
         self._decoder = decoder
-        self._strings = StopStrings(rules.strings)
+        self._strings = StopStrings(rules.strings, rules.include)
         self._loops = RepetitionDetector() if rules.detect_loops else None
         self._text: list[str] = []
         self._generated = 0
@@ -146,7 +152,9 @@ class StopWatch:
         """Text that `token`, the last of `tokens`, made certain (None: the token's own), and the end if it has come."""
         self._generated += 1
         if token in self._rules.stop_ids:
-            return "", End("stop", token, is_text=False)
+            if not self._rules.include:
+                return "", End("stop", token, is_text=False)
+            return self._push_text(token), End("stop", token)
         piece = self._push_text(token)
         if self._strings.matched is not None:
             return piece, End("stop", self._strings.matched)
@@ -207,11 +215,11 @@ class TextEnds:
         """The end, if it is one, and the text up to the stop string if one matched. `tokens` begin with the prompt."""
         rules, generated = self._rules, len(tokens) - prompt_length
         if tokens[-1] in rules.stop_ids:
-            return End("stop", tokens[-1], is_text=False), None
+            return End("stop", tokens[-1], is_text=rules.include), None
         if generated <= rules.least:
             return None
         if self._decode is not None:
-            strings = StopStrings(rules.strings)
+            strings = StopStrings(rules.strings, rules.include)
             text = ""
             for piece, shown in self._decode(tokens[prompt_length:]):
                 text += strings.push(piece, shown)

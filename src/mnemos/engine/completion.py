@@ -20,6 +20,7 @@ class StreamedToken:
     token_id       None where only held-back text is released at the end
     sequence       the number of the request's result that it belongs to
     finish_reason  at a result's last token (stop, length, repetition, time or error), else None
+    text_offset    how many characters of the result's text come before `text`
     """
 
     text: str
@@ -28,6 +29,7 @@ class StreamedToken:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     sequence: int = 0
     finish_reason: str | None = None
+    text_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Choice:
-    """One result. `logprobs` has a value for each token if requested, else it is empty.
+    """One result. `logprobs` has a value for each token if requested, else it is empty, and so do `top_logprobs` and,
+    with a tokenizer, `text_offsets`: the number of characters of the text before each token.
 
     finish_reason is stop, length, repetition, time, error or, for the partial result of a cancelled request, cancelled.
     error: of a text that ended with error, why no token could follow; None for others.
-    token_ids are all generated tokens, including the end-of-text or stop token; the text leaves that out.
+    token_ids are all generated tokens, including the end-of-text or stop token; the text leaves that out unless the
+    config has include_stop_str_in_output.
     """
 
     text: str
@@ -57,6 +61,7 @@ class Choice:
     finish_reason: str
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    text_offsets: list[int] = field(default_factory=list)
     score: float | None = None
     stopped_by: str | int | None = None
     error: str | None = None

@@ -194,7 +194,7 @@ class RequestHandle:
 
     def _reader(self) -> Callable[[], Iterator[StreamedToken]]:
         """A function that returns the tokens that have come since its last call, at the first call all so far."""
-        items, stream, known = self._channel.items, TextStream(self._tokenizer), 0
+        items, stream, known = self._channel.items, TextStream(self._tokenizer, self._request.skip_special), 0
 
         def read() -> Iterator[StreamedToken]:
             nonlocal known
@@ -213,7 +213,8 @@ class RequestHandle:
 
     def _completion(self) -> Completion:
         self._check()
-        request, choices = self._request, choices_of(self._channel.items, self._tokenizer)
+        request = self._request
+        choices = choices_of(self._channel.items, self._tokenizer, request.skip_special)
         generated = sum(len(choice.token_ids) for choice in choices)
         usage = Usage(len(request.source or request.prompt), request.cached_tokens, generated)
         return Completion(choices, request.prompt, usage, request.timings, request.prompt_scores)

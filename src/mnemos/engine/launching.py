@@ -112,6 +112,7 @@ class Launcher:
             deadline=None if config.deadline is None else now + config.deadline,
             sliding=config.overflow == "sliding",
             source=source,
+            skip_special=config.skip_special_tokens,
             prompt_scores=_scores_of(strategy, config),
         )
         self._thread.submit(request)

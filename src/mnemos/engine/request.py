@@ -63,6 +63,7 @@ class State(Enum):
 class Request:
     """A strategy and its state in the engine. `deadline`: when, on the engine's clock, it must have started.
 
+    skip_special: whether texts leave out the names of special tokens.
     prompt_scores: the strategy's scores of the prompt's tokens, where it was asked for them, as far as it has come.
     """
 
@@ -76,6 +77,7 @@ class Request:
     deadline: float | None = None
     sliding: bool = False
     source: list[int] | None = None  # the encoder's input, for a model that has an encoder
+    skip_special: bool = True
     prompt_scores: list[ScoredToken] = field(default_factory=list)
     number: int = field(default_factory=lambda: next(_numbers))
     sequences: list[Sequence] = field(default_factory=list)
