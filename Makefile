@@ -6,12 +6,15 @@ PIP := $(BIN)/python -m pip
 PIP_INSTALL := $(PIP) install -qq --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src/mnemos native -type f ! -name '*.so' ! -name '*.pyc' 2>/dev/null)
 
+# The bytecode of the tests is kept, whatever the environment says: compiling it costs every process some seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help demo test quick lint pytest bench native native-tools native-tests sanitize test-neon wheel clean
 
 help:
 	@echo 'make demo    build Mnemos, fetch a small model once and let it answer a question'
 	@echo 'make test    lint, types and all tests'
-	@echo 'make quick   ruff, mypy and the tests that need no PyTorch: before each commit'
+	@echo 'make quick   ruff, mypy, the tests that are fast and need no PyTorch, the kernels of one level: before each commit'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make native  rebuild the native core in place, for work on it'
 	@echo 'make native-tests  build the checks of the native core that run outside Python'
@@ -31,7 +34,8 @@ lint: $(VENV)/.done-dev
 	@echo '== mypy' && $(BIN)/mypy
 
 quick: lint
-	@echo '== pytest, without PyTorch' && $(BIN)/python -m pytest -n auto --without-torch -m 'not slow'
+	@echo '== pytest, without PyTorch and slow tests, the fastest kernels alone'
+	@$(BIN)/python -m pytest -n auto --dist worksteal --without-torch --one-level -m 'not slow'
 
 pytest: $(VENV)/.done-dev native-tests
 	@echo '== pytest' && $(BIN)/python -m pytest

@@ -19,6 +19,7 @@ settings.load_profile("steady")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--without-torch", action="store_true", help="as on a machine without PyTorch; much quicker")
+    parser.addoption("--one-level", action="store_true", help="test the fastest level of kernels, not every one")
 
 
 def pytest_configure(config: pytest.Config) -> None:

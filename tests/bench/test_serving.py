@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mnemos.bench import scheduling
 from mnemos.bench.scheduling import SchedulingBench
 from mnemos.bench.serving import Workload, percentile, plan, run_workload, summarize
 from mnemos.cli.bench import _row
@@ -64,7 +65,8 @@ def test_a_context_shorter_than_the_longest_request_is_refused(monkeypatch: pyte
         next(run_workload(tmp_path, "auto", Workload()))
 
 
-def test_figures_of_scheduling_on_any_model() -> None:
+def test_figures_of_scheduling_on_any_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "RUNS", 1)
     with InferenceEngine(ToyModel(context_length=512), prefix_cache=False, cache_tokens=16_384) as engine:
         figures = {result.metric: result.value for result in SchedulingBench(engine).results()}
         assert engine.stats().pages_used == 0
@@ -74,7 +76,8 @@ def test_figures_of_scheduling_on_any_model() -> None:
     assert 0 < figures["overhead1"] < 100 and 0 < figures["overhead32"] < 100
 
 
-def test_what_was_not_measured_has_a_reason_instead_of_a_figure() -> None:
+def test_what_was_not_measured_has_a_reason_instead_of_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "RUNS", 1)
     with InferenceEngine(ToyModel(context_length=512), cache_tokens=16_384, max_sequences=8) as engine:
         first = next(SchedulingBench(engine).results())
     assert first.metric == "concurrent32" and first.unit == "32 requests never decoded all at once"

@@ -45,9 +45,9 @@ def test_a_draft_model_changes_no_text(smollm2: Path, capsys: pytest.CaptureFixt
 def test_eval_is_the_mean_over_chunks(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
-    assert main(["eval", str(smollm2), str(file), "--chunk", "8", "--json", "--dtype", "float32"]) == 0
+    assert main(["eval", str(smollm2), str(file), "--chunk", "8", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    with InferenceEngine.from_pretrained(smollm2, dtype="float32") as engine:
+    with InferenceEngine.from_pretrained(smollm2) as engine:
         assert engine.tokenizer is not None
         ids = engine.tokenizer.encode(TEXT, add_special=False)
         losses = []

