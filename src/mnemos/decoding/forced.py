@@ -1,4 +1,4 @@
-"""Teacher-forced evaluation of given tokens, as strategies like any other: logits and log likelihoods."""
+"""Teacher-forced evaluation of given tokens, as strategies like any other: logits, log likelihoods and embeddings."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class TeacherForced:
     def __init__(self) -> None:
         self.tokens: list[int] = []
 
-    def take(self, start: int, logits: Floats) -> None:
-        """Receives the logits of the tokens from `start` on, a view that the next step overwrites."""
+    def take(self, start: int, rows: Rows) -> None:
+        """Receives the rows of the tokens from `start` on, views that the next step overwrites."""
         raise NotImplementedError
 
     def start(self, prompt: Sequence[int]) -> list[Branch]:
@@ -54,7 +54,7 @@ class TeacherForced:
     def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
         ((branch, given),) = rows.items()
         end = len(branch.tokens)
-        self.take(end - len(given.logits), given.logits)
+        self.take(end - len(given.logits), given)
         following = self.tokens[end : end + CHUNK]
         if not following:
             return Advance([], finished=[FinishedSequence([], "stop")])
@@ -71,10 +71,10 @@ class ForcedLogits(TeacherForced):
         self.vocabulary_size = vocabulary_size
         self.logits: Floats = np.empty((0, vocabulary_size), dtype=np.float32)
 
-    def take(self, start: int, logits: Floats) -> None:
+    def take(self, start: int, rows: Rows) -> None:
         if not start:
             self.logits = np.empty((len(self.tokens), self.vocabulary_size), dtype=np.float32)
-        self.logits[start : start + len(logits)] = logits
+        self.logits[start : start + len(rows.logits)] = rows.logits
 
 
 class ForcedScore(TeacherForced):
@@ -84,11 +84,42 @@ class ForcedScore(TeacherForced):
         super().__init__()
         self.logprobs: list[float] = []
 
-    def take(self, start: int, logits: Floats) -> None:
-        targets = self.tokens[start + 1 : start + 1 + len(logits)]
-        rows = logits[: len(targets)]
-        self.logprobs += (rows[np.arange(len(targets)), targets] - log_sum_exp_rows(rows)).tolist()
+    def take(self, start: int, rows: Rows) -> None:
+        targets = self.tokens[start + 1 : start + 1 + len(rows.logits)]
+        logits = rows.logits[: len(targets)]
+        self.logprobs += (logits[np.arange(len(targets)), targets] - log_sum_exp_rows(logits)).tolist()
 
     @property
     def score(self) -> Score:
         return Score(self.tokens, np.array(self.logprobs))
+
+
+class ForcedEmbedding(TeacherForced):
+    """Pools the last hidden states (after the last norm) of a text's tokens into one vector.
+
+    pooling: "mean" of all tokens, or the "last" token's. normalize: to length 1.
+    """
+
+    def __init__(self, pooling: str, normalize: bool) -> None:
+        super().__init__()
+        self._pools_all = pooling == "mean"
+        self._normalize = normalize
+        self._sum: npt.NDArray[np.float64] = np.zeros(0)
+
+    def start(self, prompt: Sequence[int]) -> list[Branch]:
+        if self._pools_all:
+            return super().start(prompt)
+        self.tokens = list(prompt)
+        return [Branch(prompt)]
+
+    def take(self, start: int, rows: Rows) -> None:
+        # In chunks that depend on the text alone, so that what else runs does not change the order of the additions.
+        total = rows.hidden.sum(axis=0, dtype=np.float64)
+        self._sum = total if not len(self._sum) else self._sum + total
+
+    @property
+    def embedding(self) -> Floats:
+        """float32 (hidden size,); zeros stay zeros."""
+        vector = self._sum / (len(self.tokens) if self._pools_all else 1)
+        length = np.linalg.norm(vector) if self._normalize else 1.0
+        return (vector / (length or 1.0)).astype(np.float32)

@@ -8,9 +8,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 
+import numpy as np
+
 from mnemos.contract import ConditionedModel, PagedModel
-from mnemos.decoding.forced import ForcedLogits, ForcedScore, Score
+from mnemos.decoding.forced import ForcedEmbedding, ForcedLogits, ForcedScore, Score
 from mnemos.engine.completion import Completion, StreamedToken
+from mnemos.engine.embedding import EmbeddingHandle, check_embedding
 from mnemos.engine.handle import RequestHandle, run_all
 from mnemos.engine.launching import Launcher
 from mnemos.engine.options import EngineOptions, split
@@ -245,6 +248,33 @@ class InferenceEngine:
         strategies = [ForcedScore() for _ in wanted.token_ids]
         self._launcher.force(wanted.token_ids, strategies)
         return [strategy.score for strategy in strategies]
+
+    def embed(self, texts: Any, pooling: str = "mean", normalize: bool = True) -> Floats:
+        """Embeddings of texts (or token ids): float32 (texts, hidden size), for one text (hidden size,).
+
+        pooling: "mean" of the last hidden states (after the model's last norm) of all tokens, or the "last" token's.
+        normalize: to length 1. UnsupportedError for a model that shows no hidden states.
+        """
+        wanted = read_prompts(texts, None, self.tokenizer)
+        check_embedding(self.spec, pooling)
+        strategies = [ForcedEmbedding(pooling, normalize) for _ in wanted.token_ids]
+        self._launcher.force(wanted.token_ids, strategies)
+        embeddings = np.stack([strategy.embedding for strategy in strategies])
+        return embeddings[0] if wanted.single else embeddings
+
+    def submit_embedding(
+        self, text: Any, pooling: str = "mean", normalize: bool = True, **scheduling: Any
+    ) -> EmbeddingHandle:
+        """Queues one text's embedding and returns immediately; CapacityError if the queue is full.
+
+        scheduling: priority, tenant, deadline and cache_salt, as in GenerationConfig.
+        """
+        from mnemos.decoding.config import GenerationConfig
+
+        config, prompt = GenerationConfig(**scheduling), read_prompts(text, None, self.tokenizer).only
+        check_embedding(self.spec, pooling)
+        strategy = ForcedEmbedding(pooling, normalize)
+        return EmbeddingHandle(self._launcher.prepare_forced(strategy, prompt, config)(), strategy, len(prompt))
 
     # The engine itself.
 

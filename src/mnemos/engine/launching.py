@@ -68,29 +68,34 @@ class Launcher:
         return run_all([self.prepare(token_ids, config) for token_ids in prompts], self._thread.queue_size)
 
     def force(self, prompts: list[list[int]], strategies: Sequence[Strategy]) -> None:
-        """Runs strategies that only evaluate their prompts, and waits for them.
+        """Runs strategies that only evaluate their prompts, and waits for them. Errors: see `prepare_forced`."""
+        from mnemos.decoding.config import GenerationConfig
+
+        self._thread.check_thread()
+        config, pairs = GenerationConfig(), zip(strategies, prompts, strict=True)
+        run_all([self.prepare_forced(strategy, prompt, config) for strategy, prompt in pairs], self._thread.queue_size)
+
+    def prepare_forced(
+        self, strategy: Strategy, prompt: list[int], config: GenerationConfig
+    ) -> Callable[[], RequestHandle]:
+        """`prepare` for a strategy that only evaluates its prompt; of the config, only scheduling counts.
 
         UnsupportedError for a model with an encoder, ContextLengthError for a text that is too long.
         """
         from mnemos.decoding.build import fit_prompt
-        from mnemos.decoding.config import GenerationConfig
 
-        self._thread.check_thread()
         spec = self._spec
         if isinstance(self._model, ConditionedModel):
-            raise UnsupportedError(f"{spec.architecture} has an encoder for its prompt; a text alone has no score")
-        config = GenerationConfig()
-        for prompt in prompts:
-            fit_prompt(config, prompt, spec)
-            excess = len(prompt) - spec.context_length
-            if excess > 0:
-                raise ContextLengthError(
-                    f"the text has {len(prompt)} tokens, {excess} more than the context of {spec.context_length}"
-                )
-        pairs = zip(strategies, prompts, strict=True)
-        run_all(
-            [partial(self._launch, strategy, prompt, config) for strategy, prompt in pairs], self._thread.queue_size
-        )
+            raise UnsupportedError(
+                f"{spec.architecture} has an encoder for its prompt; a text alone has no score and no embedding"
+            )
+        fit_prompt(config, prompt, spec)
+        excess = len(prompt) - spec.context_length
+        if excess > 0:
+            raise ContextLengthError(
+                f"the text has {len(prompt)} tokens, {excess} more than the context of {spec.context_length}"
+            )
+        return partial(self._launch, strategy, prompt, config)
 
     def _launch(
         self,
