@@ -21,6 +21,7 @@ from mnemos.errors import ConfigError, MnemosError
 COMMANDS = {
     "generate": "continue a text or answer a question",
     "chat": "talk with a model",
+    "serve": "answer over HTTP, with the APIs that clients know and a page to talk in",
     "pull": "fetch a model into the cache",
     "models": "list cached models, or remove one",
     "inspect": "show what a model file contains and what it needs",

@@ -19,7 +19,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default: str | None 
     where = f" (default {default})" if default else ""
     text = f"a known name, hf:org/name[:file], a .gguf file or a Hugging Face folder{where}"
     parser.add_argument("model", metavar="MODEL", nargs="?" if default else None, default=default, help=text)
-    group = parser.add_argument_group("running the model")
+    add_loading_arguments(parser.add_argument_group("running the model"))
+
+
+def add_loading_arguments(group: argparse._ActionsContainer) -> None:
+    """Adds the options for loading and running a model, except --draft."""
     for row in command_line(LoadOptions):
         if row.name != "draft":
             _add_option(group, row)

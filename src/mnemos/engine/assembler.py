@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mnemos.decoding.strategy import Emitted, FinishedSequence
@@ -31,22 +32,20 @@ class TextStream:
         tokens = [*emitted, *(token for one in finished for token in one.emitted)]
         streamed = []
         for position, token in enumerate(tokens):
-            piece, reason = self._piece(token), None
-            offset = self._shown.get(token.sequence, 0)
-            if token.sequence in wholes:  # its last tokens may be no part of it
-                piece = piece[: max(len(wholes[token.sequence]) - offset, 0)]
-            last = all(later.sequence != token.sequence for later in tokens[position + 1 :])
-            if last and token.sequence in ends:
-                end = ends.pop(token.sequence)
+            piece, sequence = self._piece(token), token.sequence
+            offset = self._shown.get(sequence, 0)
+            if sequence in wholes:  # its last tokens may be no part of it
+                piece = piece[: max(len(wholes[sequence]) - offset, 0)]
+            last = all(later.sequence != sequence for later in tokens[position + 1 :])
+            end = ends.pop(sequence, None) if last else None
+            if end is not None:
                 piece += self._rest(end, piece)
-                reason = end.finish_reason
-            self._shown[token.sequence] = offset + len(piece)
-            streamed.append(
-                StreamedToken(piece, token.token_id, token.logprob, token.top_logprobs, token.sequence, reason, offset)
-            )
+            self._shown[sequence] = offset + len(piece)
+            own = StreamedToken(piece, token.token_id, token.logprob, token.top_logprobs, sequence, text_offset=offset)
+            streamed.append(own if end is None else _ended(own, end))
         for end in ends.values():
             rest, offset = self._rest(end, ""), self._shown.get(end.sequence, 0)
-            streamed.append(StreamedToken(rest, None, None, (), end.sequence, end.finish_reason, offset))
+            streamed.append(_ended(StreamedToken(rest, None, sequence=end.sequence, text_offset=offset), end))
         return streamed
 
     def _piece(self, token: Emitted) -> str:
@@ -68,6 +67,14 @@ class TextStream:
 
     def _text_of(self, end: FinishedSequence) -> str:
         return _text_of(end, self._tokenizer, self._skip_special)
+
+
+def _ended(token: StreamedToken, end: FinishedSequence) -> StreamedToken:
+    """A result's last token."""
+    ends_only = token.token_id is not None and end.text_tokens is not None and end.text_tokens < len(end.tokens)
+    return replace(
+        token, finish_reason=end.finish_reason, stopped_by=end.stopped_by, error=end.error, ends_only=ends_only
+    )
 
 
 def choices_of(deliveries: Iterable[Delivery], tokenizer: Tokenizer | None, skip_special: bool = True) -> list[Choice]:

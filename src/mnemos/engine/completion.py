@@ -21,6 +21,9 @@ class StreamedToken:
     sequence       the number of the request's result that it belongs to
     finish_reason  at a result's last token (stop, length, repetition, time or error), else None
     text_offset    how many characters of the result's text come before `text`
+    stopped_by     at a result's last token, the stop string or stop token id that ended it, else None
+    error          with finish_reason "error", why no token could follow, else None
+    ends_only      True for an end-of-text or stop token, which ends a result and is no part of its text
     """
 
     text: str
@@ -30,6 +33,9 @@ class StreamedToken:
     sequence: int = 0
     finish_reason: str | None = None
     text_offset: int = 0
+    stopped_by: str | int | None = None
+    error: str | None = None
+    ends_only: bool = False
 
 
 @dataclass(frozen=True)

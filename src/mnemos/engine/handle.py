@@ -115,6 +115,17 @@ class RequestHandle:
         """`Completion.prompt_logprobs`, complete before the first token arrives."""
         return self._request.prompt_scores
 
+    @property
+    def usage(self) -> Usage:
+        """The numbers of tokens so far; final once the request is done."""
+        generated: dict[int, int] = {}
+        for emitted, finished in self._channel.items:
+            for token in emitted:
+                generated[token.sequence] = generated.get(token.sequence, 0) + 1
+            for end in finished:
+                generated[end.sequence] = len(end.tokens)
+        return self._usage(sum(generated.values()))
+
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once the request has ended, in the engine's thread or right away; it must not raise."""
         self._channel.at_end(callback)
@@ -159,6 +170,12 @@ class RequestHandle:
             self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[StreamedToken]:
+        async for tokens in self.arrivals():
+            for token in tokens:
+                yield token
+
+    async def arrivals(self) -> AsyncIterator[list[StreamedToken]]:
+        """All tokens that have come since the last turn of the loop, at least one, as a list."""
         channel, reader = self._channel, self._reader()
         arrived, wake = _event_of_loop()
         try:
@@ -167,8 +184,8 @@ class RequestHandle:
                 while not ended:
                     arrived.clear()
                     ended = channel.ended
-                    for token in reader():
-                        yield token
+                    if tokens := list(reader()):
+                        yield tokens
                     if not ended:
                         await arrived.wait()
             self._check()
@@ -216,8 +233,11 @@ class RequestHandle:
         request = self._request
         choices = choices_of(self._channel.items, self._tokenizer, request.skip_special)
         generated = sum(len(choice.token_ids) for choice in choices)
-        usage = Usage(len(request.source or request.prompt), request.cached_tokens, generated)
-        return Completion(choices, request.prompt, usage, request.timings, request.prompt_scores)
+        return Completion(choices, request.prompt, self._usage(generated), request.timings, request.prompt_scores)
+
+    def _usage(self, generated: int) -> Usage:
+        request = self._request
+        return Usage(len(request.source or request.prompt), request.cached_tokens, generated)
 
 
 def _event_of_loop() -> tuple[asyncio.Event, Callable[[], None]]:

@@ -1,0 +1,121 @@
+"""The ASGI application: the protocols' routes behind the guard."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from mnemos import __version__
+from mnemos.engine.engine import InferenceEngine
+from mnemos.errors import MnemosError
+from mnemos.serve import health
+from mnemos.serve.catalogue import Catalogue, Offer, given
+from mnemos.serve.connection import CheckedRequest
+from mnemos.serve.guard import Guard
+from mnemos.serve.keys import Keys
+from mnemos.serve.openai import chat
+from mnemos.serve.openai import models as openai_models
+from mnemos.serve.refusal import Refusal, refusal_of
+from mnemos.serve.settings import Settings
+from mnemos.serve.state import State
+
+IDLE_CHECK = 5.0  # seconds between two looks for models to unload
+ROUTERS = (health.router, openai_models.router, chat.router)
+MOST_PROBLEMS = 3  # of a request that are named in one error
+
+
+def app(
+    models: InferenceEngine | Iterable[Offer] | Catalogue,
+    *,
+    name: str = "model",
+    settings: Settings | None = None,
+    keys: Keys | None = None,
+) -> Guard:
+    """A plain ASGI application that serves models, to be run by any ASGI server or mounted in another application.
+
+    models: an engine, which stays the caller's, or what `Catalogue` takes. name: what requests call the engine.
+    """
+    chosen = settings or Settings()
+    if isinstance(models, InferenceEngine):
+        models = [given(models, name)]
+    catalogue = models if isinstance(models, Catalogue) else Catalogue(models)
+    inner = FastAPI(title="Mnemos", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan)
+    inner.state.server = State(catalogue, chosen)
+    inner.router.route_class = CheckedRoute
+    for router in ROUTERS:
+        inner.include_router(router)
+    for kind in (MnemosError, Refusal, HTTPException, RequestValidationError, Exception):
+        inner.add_exception_handler(kind, _refuse)
+    return Guard(inner, chosen, keys or Keys())
+
+
+class CheckedRoute(APIRoute):
+    """A route whose handler gets the body that the guard parsed."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            return await handler(CheckedRequest(request.scope, request.receive))
+
+        return checked
+
+
+@asynccontextmanager
+async def _lifespan(inner: FastAPI) -> AsyncIterator[None]:
+    catalogue: Catalogue = inner.state.server.catalogue
+    tasks = [asyncio.create_task(_unload_idle(catalogue)), asyncio.create_task(_load_first(catalogue))]
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.to_thread(catalogue.close)
+
+
+async def _load_first(catalogue: Catalogue) -> None:
+    """Loads the default model before anybody asks; a failure is logged there and told to whoever asks."""
+    if catalogue.default is not None:
+        with suppress(Refusal):
+            await catalogue.load(None)
+
+
+async def _unload_idle(catalogue: Catalogue) -> None:
+    while True:
+        await asyncio.sleep(IDLE_CHECK)
+        await catalogue.unload_idle()
+
+
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
+    """Every error in the protocol's own form."""
+    if isinstance(error, RequestValidationError):
+        refusal = _invalid(error.errors())
+    elif isinstance(error, HTTPException):
+        known = {404: "there is nothing at this path", 405: f"{request.method} is not possible at this path"}
+        refusal = Refusal(error.status_code, known.get(error.status_code, str(error.detail)))
+    else:
+        refusal = refusal_of(error)
+    headers = refusal.headers() | dict((error.headers if isinstance(error, HTTPException) else None) or {})
+    return JSONResponse(refusal.body(request.url.path), refusal.status, headers)
+
+
+def _invalid(problems: Any) -> Refusal:
+    """What a body lacks or has wrong: the first problems, with the fields' names and short values."""
+    sentences, first = [], None
+    for problem in problems[:MOST_PROBLEMS]:
+        where = [str(part) for part in problem["loc"] if part != "body"]
+        # pydantic adds the alternatives of a union that it tried; names of fields are lower case words or numbers
+        name = (
+            ".".join(part for part in where if part.replace("_", "").isalnum() and part == part.lower()) or "the body"
+        )
+        first = first or (name[:200] if where else None)
+        value = repr(problem.get("input"))
+        shown = "" if problem["type"] == "missing" else f" (it is {value if len(value) <= 60 else value[:57] + '...'})"
+        sentences.append(f"{name[:200]}: {problem['msg'][:200]}{shown}")
+    return Refusal(400, "; ".join(sentences), param=first, code="invalid_value")

@@ -1,0 +1,60 @@
+"""A request as the guard hands it on: who sent it, and whether somebody still waits for the answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+
+from mnemos.serve.keys import Caller
+
+
+@dataclass(eq=False)
+class Connection:
+    """What the guard knows about a request. Everything runs in the event loop.
+
+    caller    whose key it was
+    document  the JSON body, parsed; None without one
+    notes     for the log line: the model, the numbers of tokens, ...
+    """
+
+    id: str
+    caller: Caller
+    document: Any = None
+    started: float = field(default_factory=time.perf_counter)
+    gone: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)  # of the response, set by whoever answers
+    stack: AsyncExitStack = field(default_factory=AsyncExitStack)  # closed once the answer has been sent
+    _leaving: list[Callable[[], None]] = field(default_factory=list)
+
+    def on_leave(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` when the client goes away, at once if it is away."""
+        if self.gone:
+            callback()
+        else:
+            self._leaving.append(callback)
+
+    def leave(self) -> None:
+        """The client has gone away: whatever works for it is told."""
+        self.gone = True
+        leaving, self._leaving = self._leaving, []
+        for callback in leaving:
+            callback()
+
+
+def connection_of(request: Request) -> Connection:
+    """The request's connection, for handlers."""
+    found: Connection = request.scope["mnemos"]
+    return found
+
+
+class CheckedRequest(Request):
+    """A request whose JSON body the guard has parsed already."""
+
+    async def json(self) -> Any:
+        return connection_of(self).document

@@ -1,0 +1,117 @@
+"""OpenAI's requests, as far as a text model can honour them, and the names of what cannot be honoured."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mnemos.serve.generation import FIELDS
+from mnemos.serve.refusal import Refusal
+
+# Accepted without effect: they concern OpenAI's accounts and hosting.
+ACCEPTED = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+    "verbosity",
+    "prediction",
+)
+# A text model cannot honour these; each with the values that ask for nothing.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "web_search_options": (None,),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+}
+
+
+class Body(BaseModel):
+    """A JSON body: types are not converted, null means that a field is absent, further fields are kept."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", json_schema_extra=lambda schema: _add_fields(schema), protected_namespaces=()
+    )
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """The fields of these names that have a value."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """What is not among the declared fields."""
+        return dict(self.model_extra or {})
+
+
+def _add_fields(schema: dict[str, Any]) -> None:
+    """The engine's own fields, which are checked where they are defined, in the API's description."""
+    if "max_tokens" not in schema.get("properties", {}):
+        return
+    from mnemos.decoding.fields import FIELDS as ROWS
+
+    for row in ROWS:
+        if row.name in FIELDS:
+            schema["properties"].setdefault(row.name, {"description": f"{row.help} Must be {row.rule.meaning}."})
+
+
+class StreamOptions(Body):
+    """What a stream reports besides text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ChatRequest(Body):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=10_000)
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = Field(default=None, max_length=512)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    # vLLM's names
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+def refuse_impossible(further: dict[str, Any]) -> dict[str, Any]:
+    """Takes what OpenAI knows and the server does not out of a request's further fields. Refusal if it is needed."""
+    rest = {}
+    for name, value in further.items():
+        if name in REFUSED:
+            if value not in REFUSED[name]:
+                raise Refusal(
+                    400, f"{name} is set; this server's models read and write text only: leave it out", param=name
+                )
+        elif name not in ACCEPTED:
+            rest[name] = value
+    return rest
+
+
+Finish = Literal["stop", "length", "tool_calls"]
+# How OpenAI calls the ends of results.
+FINISHES = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "repetition": "stop", "time": "length",
+            "error": "stop", "cancelled": "length"}  # fmt: skip

@@ -1,0 +1,24 @@
+"""What the routes of an application share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from mnemos.serve.catalogue import Catalogue
+from mnemos.serve.settings import Settings
+
+
+@dataclass(frozen=True)
+class State:
+    """Stored as `app.state.server`."""
+
+    catalogue: Catalogue
+    settings: Settings
+
+
+def server_of(request: Request) -> State:
+    """The application's shared state, for handlers."""
+    found: State = request.app.state.server
+    return found
