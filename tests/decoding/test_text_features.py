@@ -109,6 +109,7 @@ def test_a_continued_text_decodes_to_itself(tokenizer: Tokenizer) -> None:
         ({"choice": ["yes", "no"]}, "yes|no"),
         ({"regex": "[a-z]-2024-[0-9]"}, "[a-z]-2024-[0-9]"),
         ({"grammar": 'start: "abc" "def"'}, "abcdef"),
+        ({"regex": "[a-z]-2024-[0-9]", "guidance_scale": 2, "negative_prompt": "No"}, "[a-z]-2024-[0-9]"),
     ],
 )
 def test_a_constraint_with_forced_text(

@@ -26,6 +26,7 @@ CONFIGS = [
     GenerationConfig(max_new_tokens=6, penalty_alpha=0.6, top_k=3),
     GenerationConfig(max_new_tokens=8, temperature=1.0, seed=5, best_of=4),
     GenerationConfig(max_new_tokens=5, prompt_logprobs=2),
+    GenerationConfig(max_new_tokens=6, guidance_scale=2.0, negative_prompt=[7, 8, 9, 3, 1]),
 ]
 prompts = st.builds(
     lambda shared, own: [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22][:shared] + own,

@@ -120,6 +120,7 @@ class _Builder:
         self.spec = spec
         self.source = source
         self.most = new_tokens(config, len(prompt_ids), spec)
+        self.negative = self._negative_prompt() if active(config, "guidance_scale") else []
         self.stop_ids = self._stop_ids()
         self.token_rules = self._token_rules()
         self.padding = self._padding()
@@ -135,6 +136,13 @@ class _Builder:
 
     def _continuation(self) -> Strategy:
         """What follows the prompt."""
+        if not self.negative:
+            return self._unguided()
+        from mnemos.decoding.guidance import Guided
+
+        return Guided(self._unguided(), self.negative, self.config.guidance_scale or 0.0)
+
+    def _unguided(self) -> Strategy:
         match self.config.mode:
             case "beam":
                 return self._beam_search()
@@ -156,6 +164,23 @@ class _Builder:
             constraint=self._constraint(),
             drafter=self._drafter(),
         )
+
+    def _negative_prompt(self) -> list[int]:
+        """The negative prompt's tokens, by default the prompt's last one; fits `most` to it."""
+        given, length = self.config.negative_prompt, self.spec.context_length
+        if isinstance(given, str):
+            tokens = self._needed_tokenizer("negative_prompt").encode(given)
+        else:
+            tokens = [*(self.prompt_ids[-1:] if given is None else given)]
+        _check_ids("negative_prompt", tokens, self.spec)
+        room = length - len(tokens)
+        if room < (self.most if self.config.max_new_tokens is not None else 1):
+            raise ContextLengthError(
+                f"negative_prompt has {len(tokens)} tokens, too many for the text that follows it in the context of "
+                f"{length}; shorten it, or lower max_new_tokens"
+            )
+        self.most = min(self.most, room)
+        return tokens
 
     def _constraint(self) -> Constraint | None:
         field = self.config.constraint

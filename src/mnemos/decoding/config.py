@@ -112,6 +112,8 @@ class GenerationConfig:
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     penalty_alpha: float | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | Sequence[int] | None = None
     json_schema: dict[str, Any] | str | bool | None = None
     regex: str | None = None
     choice: Sequence[str] | None = None

@@ -54,6 +54,10 @@ class Config(Protocol):
     def overflow(self) -> str: ...
     @property
     def prompt_logprobs(self) -> int | None: ...
+    @property
+    def guidance_scale(self) -> float | None: ...
+    @property
+    def negative_prompt(self) -> str | Sequence[int] | None: ...
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,22 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         lambda c: _if(c.prompt_logprobs is not None and c.overflow == "sliding", "prompt_logprobs"),
         "an endless text drops tokens of its prompt, which cannot be scored then",
+    ),
+    Conflict(
+        lambda c: _if(c.negative_prompt is not None and not active(c, "guidance_scale"), "negative_prompt"),
+        "it needs a guidance_scale other than 1",
+    ),
+    Conflict(
+        lambda c: _if(c.mode == "contrastive" and active(c, "guidance_scale"), "guidance_scale"),
+        "contrastive search compares hidden states, which guidance does not change",
+    ),
+    Conflict(
+        lambda c: _if(active(c, "guidance_scale") and c.speculative == "draft", "speculative"),
+        "a draft model does not guess guided texts; prompt_lookup works",
+    ),
+    Conflict(
+        lambda c: _if(active(c, "guidance_scale") and c.overflow == "sliding", "guidance_scale"),
+        "an endless text and its negative prompt would be cut in different places",
     ),
     Conflict(
         lambda c: _if(c.max_new_tokens is not None and c.min_new_tokens > c.max_new_tokens, "min_new_tokens"),

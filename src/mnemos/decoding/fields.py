@@ -12,6 +12,7 @@ from mnemos.decoding.kinds import (
     EARLY_STOPPING,
     JSON_SCHEMA,
     MIROSTAT,
+    PROMPT,
     SEQUENCE,
     SEQUENCE_BIAS,
     TEMPERATURE,
@@ -376,6 +377,16 @@ FIELDS: tuple[Field, ...] = (
         neutral=(0.0,), only="contrastive", metavar="A",
     ),
     Field(
+        "guidance_scale", "search", real(0, 100),
+        "Classifier-free guidance: above 1 leads the text away from what would follow negative_prompt, by this much.",
+        neutral=(1.0,), metavar="X",
+    ),
+    Field(
+        "negative_prompt", "search", PROMPT,
+        "The prompt that guidance leads away from; by default the prompt's last token.",
+        elsewhere=("negative_prompt_ids",), metavar="TEXT",
+    ),
+    Field(
         "json_schema", "constraints", JSON_SCHEMA,
         "The text is JSON that fits this schema; true allows any JSON.",
         only="one text", elsewhere=("response_format", "guided_json", "format"), metavar="JSON",
@@ -459,7 +470,6 @@ _INSTEAD = {
     "renormalize_logits": "log probabilities are always those of the model's own distribution; leave it out",
     "echo": "results hold the generated text only; prompt_logprobs scores the prompt",
     "stream": "call stream() instead",
-    "guidance_scale": "guidance by a negative prompt is not supported",
     "watermarking_config": "watermarks are not supported",
 }
 

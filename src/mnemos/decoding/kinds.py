@@ -38,6 +38,16 @@ def _sequence_bias(value: Any) -> dict[tuple[int, ...], float] | None:
     return pairs
 
 
+def _prompt(value: Any) -> str | tuple[int, ...] | None:
+    if isinstance(value, str):
+        return value or None
+    if hasattr(value, "tolist"):  # an array or a tensor, perhaps a batch of one
+        value = value.tolist()
+        value = value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list) else value
+    ids: tuple[int, ...] | None = several(TOKEN, 1 << 20, single=False).check(value)
+    return ids or None
+
+
 def _decay(value: Any) -> tuple[int, float] | None:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
@@ -77,6 +87,7 @@ SEQUENCE = filled(several(TOKEN, 256, single=False))
 SEQUENCE_BIAS = Rule(
     _sequence_bias, "a mapping from token sequences to numbers from -1000 to 1000, or a list of such pairs", "mapping"
 )
+PROMPT = Rule(_prompt, "a non-empty string or a list of token ids", "text")
 DECAY = Rule(_decay, "a pair of a whole number of tokens and a factor from 0.001 to 1000", "pair")
 MIROSTAT = Rule(
     lambda value: whole(0, 2).check(value) if value != 1 else None,

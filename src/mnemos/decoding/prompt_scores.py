@@ -42,23 +42,25 @@ class ScoredPrompt:
         self._prompt: list[int] = []
         self._draw: Draw | None = None
         self._hidden: list[Floats] = []
+        self._branches: list[Branch] = []
         self._done = False
 
     def start(self, prompt: Sequence[int]) -> list[Branch]:
         self._prompt = list(prompt)
         self.scores.append(ScoredToken(self._prompt[0], None))
-        (branch,) = self._continuation.start(prompt)
+        self._branches = self._continuation.start(prompt)
+        branch = self._branches[0]
         self._draw = branch.draw
         branch.draw = None  # nothing is chosen after the prompt's inner rows
         del branch.tokens[CHUNK:]
         branch.wanted = len(branch.tokens)
-        return [branch]
+        return self._next()
 
     def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
         if self._done:
             return self._continuation.advance(rows)
-        ((branch, given),) = rows.items()
-        end = len(branch.tokens)
+        branch = self._branches[0]
+        given, end = rows[branch], len(branch.tokens)
         self._score(end - len(given.logits), given.logits)
         keeps_hidden = self._continuation.needs_all_prompt_rows
         following = self._prompt[end : end + CHUNK]
@@ -67,12 +69,16 @@ class ScoredPrompt:
                 self._hidden.append(given.hidden.copy())
             branch.tokens += following
             branch.wanted = len(following)
-            return Advance([branch])
+            return Advance(self._next())
         self._done = True
         branch.draw, branch.wanted = self._draw, 1
         hidden = np.concatenate([*self._hidden, given.hidden]) if keeps_hidden else given.hidden[-1:]
         self._hidden = []
-        return self._continuation.advance({branch: Rows(given.logits[-1:], hidden)})
+        return self._continuation.advance({**rows, branch: Rows(given.logits[-1:], hidden)})
+
+    def _next(self) -> list[Branch]:
+        """The prompt's branch, and with its last tokens the continuation's others."""
+        return self._branches if len(self._branches[0].tokens) == len(self._prompt) else self._branches[:1]
 
     def _score(self, start: int, rows: Floats) -> None:
         """Scores the tokens after the positions from `start` on; `rows` are their logits."""

@@ -235,7 +235,7 @@ class Branches:
             return
         found = self.tables.reuse(sequence, request.salt, sequence.tokens(0, sequence.first))
         request.pending -= found
-        if not request.preemptions:
+        if not request.preemptions and sequence is request.sequences[0]:  # others may begin with a negative prompt
             request.cached_tokens += found
 
 

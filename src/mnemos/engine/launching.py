@@ -36,6 +36,7 @@ class Launcher:
     def prepare(self, token_ids: Sequence[int], config: GenerationConfig) -> Callable[[], RequestHandle]:
         """Checks a request; returns a function that queues it. RequestError or ContextLengthError if it cannot run."""
         from mnemos.decoding.build import fit_prompt, make_strategy
+        from mnemos.decoding.fields import active
 
         spec = self._spec
         if config.overflow == "sliding" and spec.context_length < SMALLEST_SLIDING:
@@ -52,11 +53,12 @@ class Launcher:
         prompt = fit_prompt(config, token_ids, spec)
         source = None
         if isinstance(self._model, ConditionedModel):
-            if config.prompt_logprobs is not None:
-                raise UnsupportedError(
-                    f"prompt_logprobs is {config.prompt_logprobs}, and {spec.architecture} reads the prompt with an "
-                    "encoder, which gives it no probabilities; leave it out"
-                )
+            for field in ("prompt_logprobs", "guidance_scale"):
+                if active(config, field):
+                    raise UnsupportedError(
+                        f"{field} is {getattr(config, field)}, and {spec.architecture} reads the prompt with an "
+                        "encoder; it needs a model that continues its prompt"
+                    )
             source, prompt = prompt, self._model.start_tokens(prompt)
         self._thread.check_length(len(prompt))
         strategy = make_strategy(config, prompt, self._tokenizer, spec, source)
