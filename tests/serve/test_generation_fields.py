@@ -9,14 +9,14 @@ import pytest
 from mnemos.decoding.config import GenerationConfig
 from mnemos.decoding.fields import FIELDS
 from mnemos.errors import ConfigError
+from mnemos.serve.generation import RESERVED
 from mnemos.serve.generation_fields import generation_fields
 
 DESCRIBED = {field["name"]: field for field in generation_fields()}
 
 
-def test_all_fields_but_functions_are_described() -> None:
-    functions = {"prefix_allowed_tokens_fn", "logits_processors", "stopping_criteria"}
-    assert [field.name for field in FIELDS if field.name not in functions] == list(DESCRIBED)
+def test_all_fields_that_a_request_may_set_are_described() -> None:
+    assert [field.name for field in FIELDS if field.name not in RESERVED] == list(DESCRIBED)
 
 
 def test_the_description_is_plain_json() -> None:

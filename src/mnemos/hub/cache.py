@@ -22,7 +22,6 @@ _ESCAPES = (("%", "%25"), ("/", "%2F"), (":", "%3A"))
 
 
 def models_folder() -> Path:
-    """Where fetched models are stored, a folder each; it need not exist."""
     return home() / "models"
 
 

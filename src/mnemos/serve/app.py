@@ -16,19 +16,20 @@ from starlette.exceptions import HTTPException
 from mnemos import __version__
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import MnemosError
-from mnemos.serve import health
+from mnemos.serve import health, page_api
 from mnemos.serve.catalogue import Catalogue, Offer, given
 from mnemos.serve.connection import CheckedRequest
 from mnemos.serve.guard import Guard
 from mnemos.serve.keys import Keys
 from mnemos.serve.openai import chat
 from mnemos.serve.openai import models as openai_models
+from mnemos.serve.page_files import page_files, page_routes
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.settings import Settings
 from mnemos.serve.state import State
 
 IDLE_CHECK = 5.0  # seconds between two looks for models to unload
-ROUTERS = (health.router, openai_models.router, chat.router)
+ROUTERS = (health.router, openai_models.router, chat.router, page_api.router)
 MOST_PROBLEMS = 3  # of a request that are named in one error
 
 
@@ -52,9 +53,13 @@ def app(
     inner.router.route_class = CheckedRoute
     for router in ROUTERS:
         inner.include_router(router)
+    page = page_files()
+    inner.router.routes.extend(page_routes(page))
     for kind in (MnemosError, Refusal, HTTPException, RequestValidationError, Exception):
         inner.add_exception_handler(kind, _refuse)
-    return Guard(inner, chosen, keys or Keys())
+    guard = Guard(inner, chosen, keys or Keys(), open_files=frozenset(page))
+    inner.state.guard = guard
+    return guard
 
 
 class CheckedRoute(APIRoute):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mnemos.decoding.fields import FIELDS, GROUPS, Field
-
-_MADE_IN_PYTHON = "callable"  # the kind of a rule whose values no request can hold
+from mnemos.serve.generation import RESERVED
 
 
 def generation_fields() -> list[dict[str, Any]]:
@@ -16,11 +15,7 @@ def generation_fields() -> list[dict[str, Any]]:
     `item` (the kind of a list's items), `minimum`, `maximum`, `choices` (of a name, else empty), `default` (None where
     leaving the field out has no single value) and `metavar`.
     """
-    return [
-        _description(field)
-        for field in FIELDS
-        if field.rule.kind != _MADE_IN_PYTHON and (field.rule.item is None or field.rule.item.kind != _MADE_IN_PYTHON)
-    ]
+    return [_description(field) for field in FIELDS if field.name not in RESERVED]
 
 
 def _description(field: Field) -> dict[str, Any]:
