@@ -21,7 +21,7 @@ from mnemos.serve.catalogue import Catalogue, Offer, given
 from mnemos.serve.connection import CheckedRequest
 from mnemos.serve.guard import Guard
 from mnemos.serve.keys import Keys
-from mnemos.serve.openai import chat
+from mnemos.serve.openai import chat, completions
 from mnemos.serve.openai import models as openai_models
 from mnemos.serve.page_files import page_files, page_routes
 from mnemos.serve.refusal import Refusal, refusal_of
@@ -29,7 +29,7 @@ from mnemos.serve.settings import Settings
 from mnemos.serve.state import State
 
 IDLE_CHECK = 5.0  # seconds between two looks for models to unload
-ROUTERS = (health.router, openai_models.router, chat.router, page_api.router)
+ROUTERS = (health.router, openai_models.router, chat.router, completions.router, page_api.router)
 MOST_PROBLEMS = 3  # of a request that are named in one error
 
 

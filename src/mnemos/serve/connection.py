@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request
 
 from mnemos.serve.keys import Caller
+from mnemos.serve.settings import Settings
 
 
 @dataclass(eq=False)
@@ -18,12 +19,14 @@ class Connection:
     """What the guard knows about a request. Everything runs in the event loop.
 
     caller    whose key it was
+    settings  the server's
     document  the JSON body, parsed; None without one
     notes     for the log line: the model, the numbers of tokens, ...
     """
 
     id: str
     caller: Caller
+    settings: Settings = field(default_factory=Settings)
     document: Any = None
     started: float = field(default_factory=time.perf_counter)
     gone: bool = False

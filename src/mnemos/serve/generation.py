@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mnemos.decoding.config import choose_config
+from mnemos.decoding.config import GenerationConfig, choose_config
 from mnemos.decoding.fields import ALIASES, RULES
-from mnemos.engine.completion import StreamedToken, Usage
+from mnemos.engine.completion import Completion, StreamedToken, Usage
 from mnemos.engine.handle import RequestHandle
 from mnemos.errors import MnemosError, RequestError, UnsupportedError
 from mnemos.serve.catalogue import Served
@@ -18,12 +19,18 @@ from mnemos.serve.connection import Connection
 from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.reply import PlainReply, Reply
-from mnemos.serve.task import Conversation, Task
+from mnemos.serve.settings import Settings
+from mnemos.serve.task import Conversation, Infill, Task
+from mnemos.text.infill import infill_ids
 from mnemos.text.tokenizer import Tokenizer
 
 # Fields of GenerationConfig that a request may not set: they are functions, or the server decides them.
 RESERVED = ("logits_processors", "prefix_allowed_tokens_fn", "stopping_criteria", "tenant", "deadline")
 FIELDS = tuple(name for name in (*RULES, *ALIASES) if name not in RESERVED)
+# Variables of a chat template that are not a request's to set: arguments of the function that renders it.
+RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt", "chat_template", "continue_final_message",
+                      "allow_special", "control_texts", "tokenize", "bos_token", "eos_token", "pad_token",
+                      "unk_token")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,16 +52,21 @@ class Result:
     end: End
     tokens: tuple[StreamedToken, ...]  # of the text
     reasoning_tokens: int
+    token_ids: Sequence[int] = ()  # all, with those of reasoning, calls and the end
 
 
 class Running:
-    """A task in the engine. `prompt_ids`: the prompt as the model reads it."""
+    """A task in the engine. `prompt_ids`: the prompt as the model reads it; `config`: what it is continued by."""
 
-    def __init__(self, model: Served, handle: RequestHandle, prompt_ids: list[int], task: Task) -> None:
+    def __init__(
+        self, model: Served, handle: RequestHandle, prompt_ids: list[int], task: Task, config: GenerationConfig
+    ) -> None:
         self.model = model
         self.handle = handle
         self.prompt_ids = prompt_ids
         self.task = task
+        self.config = config
+        self.completion: Completion | None = None  # once `results` has returned
         self._replies: dict[int, Reply] = {}
 
     @property
@@ -73,13 +85,14 @@ class Running:
     async def results(self) -> list[Result]:
         """The whole answer, a result for each sequence."""
         try:
-            await self.handle
+            self.completion = await self.handle
         except MnemosError as error:
             raise refusal_of(error, dict(self.task.names)) from error
         events: list[Event] = []
         async for arrived in self.events():
             events += arrived
-        return results_of(events)
+        token_ids = {choice.index: choice.token_ids for choice in self.completion.choices}
+        return [replace(result, token_ids=token_ids.get(result.end.sequence, ())) for result in results_of(events)]
 
     def _read(self, tokens: list[StreamedToken]) -> list[Event]:
         events: list[Event] = []
@@ -96,31 +109,83 @@ async def start(model: Served, task: Task, connection: Connection) -> Running:
 
     Rendering, encoding and the compilation of grammars happen in a worker thread. Refusal for what cannot run.
     """
-    try:
-        handle, prompt_ids = await asyncio.to_thread(_submit, model, task, connection)
-    except (MnemosError, Refusal) as error:
-        raise refusal_of(error, dict(task.names)) from error
+    return (await start_all(model, [task], connection))[0]
+
+
+async def start_all(model: Served, tasks: Sequence[Task], connection: Connection) -> list[Running]:
+    """`start` for several tasks; if one of them cannot run, none does."""
+    running = await asyncio.to_thread(_submit_all, model, tasks, connection)
     connection.notes["model"] = model.name
-    connection.on_leave(handle.cancel)
-    return Running(model, handle, prompt_ids, task)
+    for one in running:
+        connection.on_leave(one.handle.cancel)
+    return running
 
 
-def _submit(model: Served, task: Task, connection: Connection) -> tuple[RequestHandle, list[int]]:
+def _submit_all(model: Served, tasks: Sequence[Task], connection: Connection) -> list[Running]:
+    running: list[Running] = []
+    for task in tasks:
+        try:
+            running.append(_submit(model, task, connection))
+        except (MnemosError, Refusal) as error:
+            for other in running:
+                other.handle.cancel()
+            raise refusal_of(error, dict(task.names)) from error
+    return running
+
+
+def _submit(model: Served, task: Task, connection: Connection) -> Running:
+    from mnemos.decoding.build import fit_prompt
+
     engine = model.engine
-    caller = connection.caller
+    config = _config(model, task, connection)
+    prompt_ids = fit_prompt(config, prompt_of(model, task), engine.spec)
+    return Running(model, engine.submit(prompt_ids, config), prompt_ids, task, config)
+
+
+def _config(model: Served, task: Task, connection: Connection) -> GenerationConfig:
+    engine, caller = model.engine, connection.caller
     fields = {**model.offer.defaults, **task.fields}
     salt = fields.pop("cache_salt", None)
+    if salt is not None:
+        RULES["cache_salt"].apply("cache_salt", salt)
+    own = engine.generation_config
+    lengths = ("max_new_tokens", "max_tokens", "max_length")
+    limited = any(fields.get(name) is not None or getattr(own, name, None) is not None for name in lengths)
+    if isinstance(task.prompt, Conversation) and not limited:
+        fields["max_length"] = engine.spec.context_length  # an answer ends by itself
     fields["tenant"] = caller.tenant
-    fields["cache_salt"] = f"{caller.salt}:{salt or ''}"
-    config = choose_config(None, engine.generation_config, **fields)
-    prompt_ids = prompt_of(model, task)
-    return engine.submit(prompt_ids, config), prompt_ids
+    fields["cache_salt"] = hashlib.sha256(repr((caller.salt, salt)).encode()).hexdigest()
+    config = choose_config(None, own, **fields)
+    check_results(config, connection.settings)
+    return config
+
+
+def check_results(config: GenerationConfig, settings: Settings) -> None:
+    """Refusal if one prompt would be given more texts than the server allows."""
+    counts = {"n": config.num_return_sequences, "best_of": config.best_of or 0, "num_beams": config.beams}
+    for name, count in counts.items():
+        if count > settings.max_results:
+            raise Refusal(
+                400, f"{name} is {count}; it must be at most {settings.max_results}", param=name, code="invalid_value"
+            )
 
 
 def prompt_of(model: Served, task: Task) -> list[int]:
     """The prompt's token ids, as the model reads it."""
+    token_ids = _whole_prompt(model, task)
+    return token_ids if task.keep is None else token_ids[max(len(token_ids) - task.keep, 0) :]
+
+
+def _whole_prompt(model: Served, task: Task) -> list[int]:
     prompt = task.prompt
     if isinstance(prompt, Conversation):
+        for name in prompt.template:
+            if name in RESERVED_VARIABLES:
+                raise Refusal(
+                    400,
+                    f"chat_template_kwargs.{name} is set, which the server decides itself; leave it out",
+                    param=f"chat_template_kwargs.{name}",
+                )
         return _tokenizer(model).encode_chat(
             prompt.messages,
             not prompt.continues,
@@ -128,11 +193,48 @@ def prompt_of(model: Served, task: Task) -> list[int]:
             continue_final_message=prompt.continues,
             **prompt.template,
         )
+    if isinstance(prompt, Infill):
+        token_ids = infill_ids(_tokenizer(model), prompt.prefix, prompt.suffix)
+        if token_ids is None:
+            raise Refusal(
+                400,
+                f"suffix is set, and {model.name} was not trained to write between two texts: its vocabulary has no "
+                "tokens for that; leave it out",
+                param="suffix",
+            )
+        return token_ids
     if isinstance(prompt, str):
-        if not prompt:
+        token_ids = _tokenizer(model).encode(prompt, task.begins, task.special)
+        if not token_ids:
             raise RequestError("prompt is empty; it must have at least one token")
-        return _tokenizer(model).encode(prompt, parse_special=task.special)
+        return token_ids
     return list(prompt)
+
+
+async def together(running: Sequence[Running]) -> AsyncIterator[tuple[int, list[Event]]]:
+    """The events of several tasks as they arrive, each with the task's number."""
+    streams = [one.events() for one in running]
+    waiting = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                number = waiting.pop(future)
+                try:
+                    events = future.result()
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(streams[number]))] = number
+                yield number, events
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def total(usages: Iterable[Usage]) -> Usage:
+    """The numbers of tokens of several tasks."""
+    counts = [(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) for usage in usages]
+    return Usage(*(sum(column) for column in zip(*counts, strict=True)))
 
 
 def _tokenizer(model: Served) -> Tokenizer:

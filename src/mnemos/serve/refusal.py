@@ -97,13 +97,15 @@ def refusal_of(error: BaseException, names: dict[str, str] | None = None) -> Ref
         return Refusal(
             400,
             f"This model's maximum context length is exceeded: {message}",
-            param="messages",
+            param=(names or {}).get("prompt", "messages"),
             code="context_length_exceeded",
         )
     if isinstance(error, MissingDependencyError):
         return Refusal(501, message, code="missing_dependency")
     if isinstance(error, (ConfigError, RequestError, UnsupportedError)):
         field = _field(message)
+        if not field and message.startswith("the prompt"):
+            return Refusal(400, message, param=(names or {}).get("prompt", "messages"), code="invalid_value")
         name = (names or {}).get(field, field)
         if name != field:
             message = name + message[len(field) :]

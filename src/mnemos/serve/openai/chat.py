@@ -3,90 +3,75 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from mnemos import __version__
-from mnemos.serve.connection import connection_of
+from mnemos.engine.completion import StreamedToken
+from mnemos.serve.connection import Connection, connection_of
 from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
-from mnemos.serve.generation import Result, Running, extra_fields, start
-from mnemos.serve.openai.shapes import logprob_entries, new_id, usage_object
-from mnemos.serve.openai.types import FINISHES, ChatRequest, refuse_impossible
+from mnemos.serve.generation import Result, Running, start
+from mnemos.serve.openai.extensions import fields_of, kept
+from mnemos.serve.openai.shapes import (
+    FINGERPRINT,
+    failed,
+    finish,
+    logprob_entries,
+    new_id,
+    prompt_logprobs,
+    usage_object,
+)
+from mnemos.serve.openai.types import ChatRequest, StreamOptions
 from mnemos.serve.refusal import Refusal
 from mnemos.serve.state import server_of
 from mnemos.serve.streams import encode, event_stream
 from mnemos.serve.task import Conversation, Task, ToolChoice
 
 router = APIRouter(tags=["OpenAI"])
-FINGERPRINT = f"mnemos-{__version__}"
-NAMES = {"json_schema": "response_format", "logprobs": "top_logprobs"}
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answers a conversation."""
     state, connection = server_of(request), connection_of(request)
-    task = task_of(body, extra_fields(refuse_impossible(body.further), tuple(ChatRequest.model_fields), connection))
-    options = body.stream_options
-    if options is not None and not body.stream:
-        raise Refusal(400, "stream_options is set and stream is not; set stream to true", param="stream_options")
+    task = task_of(body, connection)
     model = await connection.stack.enter_async_context(state.catalogue.use(body.model))
     running = await start(model, task, connection)
-    answer = ChatAnswer(running, body.top_logprobs or 0 if body.logprobs else None)
+    answer = ChatAnswer(running, body.top_logprobs or 0 if body.logprobs else None, body.return_token_ids is True)
     if not body.stream:
         results = await running.results()
         return JSONResponse(answer.whole(results))
-    usage, continuous = (bool(options and value) for value in (
-        options and options.include_usage, options and options.continuous_usage_stats))  # fmt: skip
-    return event_stream(answer.chunks(usage, continuous), state.settings.ping, failed)
+    options = body.stream_options or StreamOptions()
+    chunks = answer.chunks(options.include_usage is True, options.continuous_usage_stats is True)
+    return event_stream(chunks, state.settings.ping, failed)
 
 
-def task_of(body: ChatRequest, more: dict[str, Any]) -> Task:
+def task_of(body: ChatRequest, connection: Connection) -> Task:
     """The neutral request."""
-    fields = {**more, **body.given("temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty",
-                                   "logit_bias")}  # fmt: skip
-    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    if (value := getattr(body, limit)) is not None:
-        fields["max_new_tokens"] = value
+    fields, names = fields_of(body, connection)
+    if body.max_completion_tokens is not None:
+        fields["max_new_tokens"], names["max_new_tokens"] = body.max_completion_tokens, "max_completion_tokens"
     if body.logprobs:
-        fields["logprobs"] = body.top_logprobs or 0
+        fields["logprobs"], names["logprobs"] = body.top_logprobs or 0, "top_logprobs"
     elif body.top_logprobs:
         raise Refusal(400, "top_logprobs is set and logprobs is not; set logprobs to true", param="top_logprobs")
-    constrain(fields, body.response_format)
+    effort = body.reasoning_effort
+    template = dict(body.chat_template_kwargs or {})
+    if effort is not None:
+        template.setdefault("reasoning_effort", effort)
     conversation = Conversation(
         body.messages,
         tools=body.tools or (),
         choice=choice_of(body.tool_choice, body.tools),
         parallel=body.parallel_tool_calls is not False,
         continues=_continues(body),
-        template=body.chat_template_kwargs or {},
+        thinking=None if effort is None else effort != "none",
+        budget=body.thinking_token_budget,
+        template=template,
     )
-    return Task(conversation, fields, names={**NAMES, "max_new_tokens": limit})
-
-
-def constrain(fields: dict[str, Any], wanted: dict[str, Any] | None) -> None:
-    """Adds the constraint that `response_format` asks for."""
-    if wanted is None or wanted.get("type") == "text":
-        return
-    if wanted.get("type") == "json_object":
-        fields["json_schema"] = wanted.get("schema", True)
-        return
-    if wanted.get("type") != "json_schema":
-        raise Refusal(
-            400,
-            f"response_format.type is {str(wanted.get('type'))[:80]!r}; it must be text, json_object or json_schema",
-            param="response_format.type",
-        )
-    described = wanted.get("json_schema")
-    schema = described.get("schema") if isinstance(described, dict) else None
-    if not isinstance(schema, (dict, bool)):
-        raise Refusal(
-            400, "response_format.json_schema.schema is missing; it must be a JSON schema", param="response_format"
-        )
-    fields["json_schema"] = schema
+    return Task(conversation, fields, keep=kept(body), names={**names, "prompt": "messages"})
 
 
 def choice_of(given: str | dict[str, Any] | None, tools: list[dict[str, Any]] | None) -> ToolChoice:
@@ -120,11 +105,16 @@ def _continues(body: ChatRequest) -> bool:
 
 
 class ChatAnswer:
-    """Writes an answer as OpenAI's chat objects. `top`: the number of alternatives to report; None for none at all."""
+    """Writes an answer as OpenAI's chat objects.
 
-    def __init__(self, running: Running, top: int | None) -> None:
+    top        the number of alternatives to report for each token, or None for no log probabilities at all
+    token_ids  show the ids of prompt and answer, as vLLM does
+    """
+
+    def __init__(self, running: Running, top: int | None, token_ids: bool) -> None:
         self.running = running
         self.top = top
+        self.token_ids = token_ids
         self.head = {
             "id": new_id("chatcmpl"),
             "created": int(time.time()),
@@ -146,9 +136,11 @@ class ChatAnswer:
                     for call in result.calls
                 ]
             choice: dict[str, Any] = {"index": index, "message": message, "logprobs": self._logprobs(result.tokens)}
+            if self.token_ids:
+                choice["token_ids"] = result.token_ids
             choices.append({**choice, **finish(result.end)})
         usage = usage_object(self.running.usage, thought)
-        return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage}
+        return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage, **self._prompt()}
 
     async def chunks(self, usage: bool, continuous: bool) -> AsyncIterator[str]:
         """`chat.completion.chunk` events, up to the end mark."""
@@ -159,12 +151,14 @@ class ChatAnswer:
                 if event.sequence not in started:
                     started.add(event.sequence)
                     opening = {"index": event.sequence, "delta": {"role": "assistant", "content": ""}}
-                    yield self._chunk({**opening, "logprobs": None, "finish_reason": None})
+                    shown = self._prompt() if len(started) == 1 else {}
+                    yield self._chunk({**opening, "logprobs": None, "finish_reason": None}, shown)
                 if isinstance(event, Piece) and event.kind == "reasoning":
                     thought += len(event.tokens)
                 choice = self._choice(event)
                 if choice is not None:
-                    yield self._chunk(choice, usage_object(self.running.usage, thought) if continuous else None)
+                    shown = {"usage": usage_object(self.running.usage, thought)} if continuous else {}
+                    yield self._chunk(choice, shown)
         if usage:
             last = {**self.head, "object": "chat.completion.chunk", "choices": []}
             yield f"data: {encode({**last, 'usage': usage_object(self.running.usage, thought)})}\n\n"
@@ -172,11 +166,12 @@ class ChatAnswer:
 
     def _choice(self, event: Event) -> dict[str, Any] | None:
         """A chunk's choice; None if the event adds nothing that is seen."""
-        logprobs = None
+        logprobs, more = None, {}
         match event:
             case Piece(_, text, tokens, kind):
                 logprobs = self._logprobs(tokens) if kind == "text" else None
-                if not text and not (logprobs and logprobs["content"]):
+                more = self._ids(tokens)
+                if not text and not more and not (logprobs and logprobs["content"]):
                     return None
                 delta: dict[str, Any] = {"content" if kind == "text" else "reasoning_content": text}
             case CallStart(_, index, call_id, name):
@@ -186,25 +181,25 @@ class ChatAnswer:
                 delta = {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
             case End():
                 return {"index": event.sequence, "delta": {}, "logprobs": None, **finish(event)}
-        return {"index": event.sequence, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        return {"index": event.sequence, "delta": delta, "logprobs": logprobs, "finish_reason": None, **more}
 
-    def _chunk(self, choice: dict[str, Any], usage: dict[str, Any] | None = None) -> str:
-        chunk = {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
-        return f"data: {encode(chunk if usage is None else {**chunk, 'usage': usage})}\n\n"
+    def _chunk(self, choice: dict[str, Any], more: Mapping[str, Any]) -> str:
+        chunk = {**self.head, "object": "chat.completion.chunk", "choices": [choice], **more}
+        return f"data: {encode(chunk)}\n\n"
+
+    def _prompt(self) -> dict[str, Any]:
+        """What is shown of the prompt, if it was asked for."""
+        shown: dict[str, Any] = {"prompt_token_ids": self.running.prompt_ids} if self.token_ids else {}
+        if self.running.config.prompt_logprobs is not None:
+            shown["prompt_logprobs"] = prompt_logprobs(self.running)
+        return shown
+
+    def _ids(self, tokens: Iterable[StreamedToken]) -> dict[str, Any]:
+        ids = [token.token_id for token in tokens if token.token_id is not None]
+        return {"token_ids": ids} if self.token_ids and ids else {}
 
     def _logprobs(self, tokens: Any) -> dict[str, Any] | None:
         tokenizer = self.running.model.engine.tokenizer
         if self.top is None or tokenizer is None:
             return None
         return {"content": logprob_entries(tokens, tokenizer, self.top), "refusal": None}
-
-
-def finish(end: End) -> dict[str, Any]:
-    """The end of a choice; `stop_reason` is vLLM's: the string or token that ended it."""
-    shown: dict[str, Any] = {"finish_reason": FINISHES[end.reason], "stop_reason": end.stopped_by}
-    return shown if end.error is None else {**shown, "error": end.error}
-
-
-def failed(refusal: Refusal) -> str:
-    """The events that end a stream after a failure."""
-    return f"data: {encode(refusal.body('/v1/'))}\n\ndata: [DONE]\n\n"

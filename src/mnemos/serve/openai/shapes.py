@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
+from mnemos import __version__
+from mnemos.decoding.prompt_scores import ScoredToken
 from mnemos.engine.completion import StreamedToken, Usage
+from mnemos.serve.events import End
+from mnemos.serve.generation import Running
+from mnemos.serve.openai.types import FINISHES
+from mnemos.serve.refusal import Refusal
+from mnemos.serve.streams import encode
 from mnemos.text.tokenizer import Tokenizer
+
+FINGERPRINT = f"mnemos-{__version__}"
+LEAST = -9999.0  # JSON has no infinities
 
 
 def new_id(kind: str) -> str:
@@ -42,4 +53,70 @@ def logprob_entries(tokens: Iterable[StreamedToken], tokenizer: Tokenizer, top: 
 
 def _entry(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
     raw = tokenizer.token_bytes(token_id)
-    return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+    return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LEAST), "bytes": list(raw)}
+
+
+@dataclass
+class OldLogprobs:
+    """`logprobs` of plain completions: four lists with an entry for each token."""
+
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+
+    def add(self, scored: ScoredToken, offset: int, tokenizer: Tokenizer, top: int) -> None:
+        """Adds a token, whose text begins at `offset`, with its `top` alternatives and itself among them."""
+        own = token_name(scored.token_id, tokenizer)
+        self.tokens.append(own)
+        self.text_offset.append(offset)
+        if scored.logprob is None:
+            self.token_logprobs.append(None)
+            self.top_logprobs.append(None)
+            return
+        shown = {token_name(token, tokenizer): max(value, LEAST) for token, value in scored.top_logprobs[:top]}
+        self.token_logprobs.append(max(scored.logprob, LEAST))
+        self.top_logprobs.append({**shown, own: max(scored.logprob, LEAST)})
+
+
+def token_name(token_id: int, tokenizer: Tokenizer) -> str:
+    """A token's text; bytes that are not characters of their own as OpenAI writes them, `bytes:\\xe2\\x80`."""
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def prompt_logprobs(running: Running) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: for each token of the prompt but the first, candidates by their ids."""
+    tokenizer = running.model.engine.tokenizer
+    shown: list[dict[str, Any] | None] = []
+    for scored in running.handle.prompt_logprobs:
+        ranked = {token: (value, rank) for rank, (token, value) in enumerate(scored.top_logprobs, 1)}
+        if scored.logprob is None:
+            shown.append(None)
+            continue
+        ranked.setdefault(scored.token_id, (scored.logprob, 0))
+        shown.append(
+            {
+                str(token): {
+                    "logprob": max(value, LEAST),
+                    "rank": rank or None,
+                    "decoded_token": None if tokenizer is None else token_name(token, tokenizer),
+                }
+                for token, (value, rank) in ranked.items()
+            }
+        )
+    return shown
+
+
+def finish(end: End) -> dict[str, Any]:
+    """The end of a choice; `stop_reason` is vLLM's: the string or token that ended it."""
+    shown: dict[str, Any] = {"finish_reason": FINISHES[end.reason], "stop_reason": end.stopped_by}
+    return shown if end.error is None else {**shown, "error": end.error}
+
+
+def failed(refusal: Refusal) -> str:
+    """The events that end a stream after a failure."""
+    return f"data: {encode(refusal.body('/v1/'))}\n\ndata: [DONE]\n\n"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 from mnemos.serve.generation import FIELDS
 from mnemos.serve.refusal import Refusal
@@ -30,6 +31,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
 }
+# Texts that become programs in the server: only the model's own are run.
+PROGRAMS = ("chat_template",)
 
 
 class Body(BaseModel):
@@ -67,15 +70,13 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class ChatRequest(Body):
-    """`POST /v1/chat/completions`."""
+class GenerationRequest(Body):
+    """What requests for chat and for plain completions share: OpenAI's fields, then other servers'."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=10_000)
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
-    max_completion_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
@@ -84,9 +85,35 @@ class ChatRequest(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
+    # vLLM's
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    use_beam_search: bool | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    return_token_ids: bool | None = None
+    # llama.cpp's
+    repeat_penalty: float | None = None
+    repeat_last_n: int | None = None
+    typical: float | None = None
+
+    @model_validator(mode="after")
+    def _needs_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise Refusal(400, "stream_options is set and stream is not; set stream to true", param="stream_options")
+        return self
+
+
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=10_000)
+    max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = Field(default=None, max_length=512)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -95,6 +122,19 @@ class ChatRequest(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_token_budget: int | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`."""
+
+    prompt: Any = None
+    suffix: str | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    # vLLM's name
+    add_special_tokens: bool | None = None
 
 
 def refuse_impossible(further: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +146,8 @@ def refuse_impossible(further: dict[str, Any]) -> dict[str, Any]:
                 raise Refusal(
                     400, f"{name} is set; this server's models read and write text only: leave it out", param=name
                 )
+        elif name in PROGRAMS and value is not None:
+            raise Refusal(400, f"{name} is set; the server uses the model's own: leave it out", param=name)
         elif name not in ACCEPTED:
             rest[name] = value
     return rest
