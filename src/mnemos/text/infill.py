@@ -24,13 +24,9 @@ def infill_ids(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int] | No
     """
     for family in _FAMILIES:
         marks = [tokenizer.encode(name, False, True) for name in family]
-        if all(len(ids) == 1 and tokenizer.token_bytes(ids[0]).decode() == name
-               for ids, name in zip(marks, family, strict=True)):  # fmt: skip
-            begin = (
-                []
-                if tokenizer.bos_id is None or tokenizer.encode("a")[:1] != [tokenizer.bos_id]
-                else [tokenizer.bos_id]
-            )
+        if all(len(ids) == 1 and ids[0] in tokenizer.special_ids for ids in marks):
             before, after = (tokenizer.encode(text, False, False, continues=True) for text in (prefix, suffix))
+            bos = tokenizer.bos_id
+            begin = [] if bos is None or tokenizer.encode("a")[:1] != [bos] else [bos]
             return [*begin, *marks[0], *before, *marks[1], *after, *marks[2]]
     return None
