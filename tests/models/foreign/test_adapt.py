@@ -248,11 +248,6 @@ def test_logits_are_told_from_hidden_states_beside_them() -> None:
     assert model.spec.vocabulary_size == modules.VOCABULARY
 
 
-def test_a_module_whose_ids_are_time_first_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"TimeFirst\.forward.* takes ids as \(time, batch\).*expected \(batch"):
-        adapt(modules.TimeFirst())
-
-
 def test_a_module_that_rules_tokens_out_keeps_its_infinities() -> None:
     with pytest.warns(UserWarning, match="no cache"):
         model = adapt(modules.RulesOut())

@@ -21,10 +21,15 @@ class Answer:
 
 
 class AnswerReader:
-    """Finds logits and cache in a tensor, a tuple, a mapping or an object with `.logits`."""
+    """Finds logits and cache in a tensor, a tuple, a mapping or an object with `.logits`.
+
+    time_first: the module's tensors are (time, batch, ...). Logits of all tokens in one axis, (batch * time,
+    vocabulary), and of the last token of each row alone, (batch, vocabulary), are read too.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self.time_first = False
         self._vocabularies = {m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)}
 
     def read(self, output: Any, ids: Tensor) -> Answer:
@@ -35,14 +40,15 @@ class AnswerReader:
         elif hasattr(output, "logits"):
             logits = output.logits
             past = next((getattr(output, n) for n in PAST_NAMES if getattr(output, n, None) is not None), None)
-        elif isinstance(output, Mapping):
-            logits = output.get("logits")
-            past = next((output[n] for n in PAST_NAMES if output.get(n) is not None), None)
         elif isinstance(output, (tuple, list)):
             logits = self._logits(output, ids)
             past = _past([item for item in output if item is not logits])
         else:
-            logits = None
+            named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+            logits = named["logits"] if "logits" in named else self._logits(list(named.values()), ids)
+            past = next((named[n] for n in PAST_NAMES if named.get(n) is not None), None)
+        if isinstance(logits, Tensor):
+            logits = self.shaped(logits, ids)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.is_floating_point():
             seen = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
             raise ModelError(
@@ -51,16 +57,32 @@ class AnswerReader:
             )
         return Answer(logits, past)
 
+    def shaped(self, values: Tensor, ids: Tensor) -> Tensor:
+        """Values for each token of ids (batch, time), or each row, with the axes (batch, time or 1, width)."""
+        rows, time = ids.shape
+        if values.dim() == 2 and len(values) == rows * time:
+            values = values.reshape(time, rows, -1) if self.time_first else values.reshape(rows, time, -1)
+        elif values.dim() == 2 and len(values) == rows:
+            return values[:, None]
+        return values.transpose(0, 1) if self.time_first and values.dim() == 3 else values
+
     def _logits(self, items: Any, ids: Tensor) -> Tensor | None:
         """The logits among a tuple's tensors (batch, time or 1, width).
 
         A tuple may also hold hidden states. The logits are the tensor as wide as an embedding has entries; where that
         does not tell them apart, the first.
         """
-        tensors = [item for item in items if isinstance(item, Tensor) and item.dim() == 3]
-        fitting = [one for one in tensors if len(one) == len(ids) and one.shape[1] in (1, ids.shape[1])] or tensors
-        known = [one for one in fitting if one.shape[2] in self._vocabularies]
+        found = [item for item in items if isinstance(item, Tensor) and item.is_floating_point()]
+        tensors = [item for item in found if item.dim() == 3]
+        flat = [item for item in found if item.dim() == 2]
+        fitting = [one for one in (*tensors, *flat) if _is_of(self.shaped(one, ids), ids)] or tensors
+        known = [one for one in fitting if one.shape[-1] in self._vocabularies]
         return next(iter(known or fitting), None)
+
+
+def _is_of(values: Tensor, ids: Tensor) -> bool:
+    """Whether values (batch, time or 1, width) belong to ids (batch, time)."""
+    return values.dim() == 3 and len(values) == len(ids) and values.shape[1] in (1, ids.shape[1])
 
 
 def _past(items: list[Any]) -> Any:

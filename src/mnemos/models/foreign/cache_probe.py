@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mnemos.models.foreign.cache_styles import (
     AttentionStyle,
     Axes,
     CacheStyle,
+    GivenStyle,
     HuggingFaceStyle,
     KVCacheStyle,
     NestedStyle,
@@ -24,6 +26,7 @@ from mnemos.models.foreign.cache_styles import (
 )
 from mnemos.models.foreign.call import Caller, advance
 from mnemos.models.foreign.comparison import difference
+from mnemos.models.foreign.conventions import empty_caches
 from mnemos.models.foreign.growing_cache import Buffer, make_room
 from mnemos.models.foreign.inner_cache import InnerStyle
 from mnemos.models.foreign.inner_probe import find_inner
@@ -114,24 +117,46 @@ class CacheProbe:
     def _find_given_style(self) -> tuple[CacheStyle | None, list[Axes], BaseException | None]:
         """A cache that is handed over as an argument, or why none of the styles fits."""
         reason: BaseException | None = None
-        for style in self._candidates():
+        named = self.caller.signature
+        for name, style in self._candidates():
+            self.caller.signature = replace(named, past=name)
             try:
                 axes = self._axes(style)
-                agrees = axes is not None and self._agrees(style, (3, 1, 1, 1))
+                agrees = axes is not None and self._agrees(style, (3, 1, 1, 1), quiet=name != named.past)
             except ModelError as error:
-                reason = error.__cause__ or error
+                reason = reason or error.__cause__ or error if name == named.past else reason
                 continue
             if axes is not None and agrees:
                 return style, axes, None
+        self.caller.signature = named
         return None, [], reason
 
-    def _candidates(self) -> list[CacheStyle]:
+    def _candidates(self) -> Iterator[tuple[str | None, CacheStyle]]:
+        """Names of arguments, and the styles of caches that may be handed over under them."""
+        caller, name = self.caller, self.caller.signature.past
+        attention = AttentionStyle(caller.module)
+        if attention.layers:
+            yield name, attention
+            return
+        if name is None:
+            returned = caller(self.ids[:1, :3], use_cache=True, positions=self._positions(0, 3)).past
+            if returned is not None and not isinstance(returned, Tensor):
+                for other in caller.signature.others:
+                    yield other, NestedStyle(returned, 3)
+            return
+        for style in self._styles():
+            yield name, style
+        for make in empty_caches(caller.inner):
+            given = make()
+            try:
+                caller(self.ids[:1, :3], past=given, use_cache=True, positions=self._positions(0, 3))
+            except ModelError:
+                continue
+            yield name, GivenStyle(make, given, 3)
+
+    def _styles(self) -> list[CacheStyle]:
+        """The styles that a cache under one of the names that people write may have."""
         caller = self.caller
-        style = AttentionStyle(caller.module)
-        if style.layers:
-            return [style]
-        if caller.signature.past is None:
-            return []
         if hasattr(caller.inner, "generation_config") and caller.signature.past in HUGGING_FACE_NAMES:
             return [HuggingFaceStyle()]
         try:
@@ -157,7 +182,7 @@ class CacheProbe:
             leaves.append(style.leaves(past) if past is not None else [])
         return find_axes(*leaves) if leaves[0] and len({len(item) for item in leaves}) == 1 else None
 
-    def _agrees(self, style: CacheStyle, pieces: tuple[int, ...]) -> bool:
+    def _agrees(self, style: CacheStyle, pieces: tuple[int, ...], quiet: bool = False) -> bool:
         """Whether the cache, fed in `pieces` and rebuilt between, gives the logits of the whole, within rounding."""
         whole = self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH)).logits
         past, start, apart = style.empty(), 0, 0.0
@@ -175,7 +200,7 @@ class CacheProbe:
                 apart = max(apart, difference(logits, whole[:, start - piece : start]))
             elif start == PROBE_LENGTH:
                 apart = max(apart, difference(logits[:, -1], whole[:, -1]))
-        if apart > self.tolerance and all(piece == 1 for piece in pieces[1:]):
+        if apart > self.tolerance and not quiet and all(piece == 1 for piece in pieces[1:]):
             warnings.warn(
                 f"{describe(self.caller.module)}: logits with its cache differ from those without by up to "
                 f"{apart:.3g} (allowed {self.tolerance:.3g}); it is not used, every step runs over all tokens",

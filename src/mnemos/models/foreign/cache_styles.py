@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,6 +71,20 @@ class NestedStyle:
 
     def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
         return self.build(leaves, length)
+
+
+class GivenStyle(NestedStyle):
+    """A list or mapping that the first call is given empty, and that each call changes in place.
+
+    make: an empty one; template: one after `length` tokens.
+    """
+
+    def __init__(self, make: Callable[[], Any], template: Any, length: int) -> None:
+        super().__init__(template, length)
+        self._make = make
+
+    def empty(self) -> Any:
+        return self._make()
 
 
 def _holds_number(item: Any, number: int) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mnemos.errors import ModelError
 from mnemos.models.foreign.answer import Answer, AnswerReader
-from mnemos.models.foreign.cache_styles import AttentionStyle, CacheStyle, KVCacheStyle
+from mnemos.models.foreign.cache_styles import AttentionStyle, CacheStyle, GivenStyle, KVCacheStyle
 from mnemos.models.foreign.inner_cache import Held, InnerState, InnerStyle
 from mnemos.models.foreign.native_steps import NativeOperators
 from mnemos.models.foreign.packed_layers import PackedLayers
@@ -23,6 +24,25 @@ from mnemos.models.foreign.stored_tensors import StoredTensors
 # A module is changed while an engine calls it, so it is lent to one engine at a time.
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
+
+
+CausalMask = Callable[[int, int, torch.device], Tensor]
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """What a module expects and the names of its arguments do not say.
+
+    time_first      its tensors are (time, batch)
+    row_positions   its positions are (time,), one row for all sequences
+    initial         makes the cache or state that a first call of so many sequences has to be given
+    causal          makes the mask of (new, all positions) that it has to be given; None: it makes its own
+    """
+
+    time_first: bool = False
+    row_positions: bool = False
+    initial: Callable[[int], Any] | None = None
+    causal: CausalMask | None = None
 
 
 class Caller:
@@ -39,10 +59,12 @@ class Caller:
             self.lock = _LOCKS.setdefault(self.inner, threading.RLock())
         self.head: nn.Module | None = None
         self.hidden: Tensor | None = None
+        self._hidden_like_answers = False
         self._packed = PackedLayers(module)
         self._stored: StoredTensors | None = StoredTensors(module)
         self._inference = False
         self.plain: InnerState | None = None  # what calls without a cache are isolated from, as they change it too
+        self.conventions = Conventions()
 
     @property
     def device(self) -> torch.device:
@@ -54,9 +76,26 @@ class Caller:
         """The native core's operators for calls of few tokens, where it has any part in the module."""
         return self._packed.native
 
-    def watch(self, head: nn.Module) -> None:
-        """From now on keeps what `head` (the output projection) reads as `hidden`, (batch, time, hidden size)."""
-        self.head = head
+    def watch(self, head: nn.Module, like_answers: bool = False) -> None:
+        """From now on keeps what `head` (the output projection) reads as `hidden`, (batch, time, hidden size).
+
+        like_answers: it has the axes of the module's answers, which may be others.
+        """
+        self.head, self._hidden_like_answers = head, like_answers
+
+    def shaped(self, values: Tensor, ids: Tensor) -> Tensor:
+        """Values in the module's own axes as (batch, time or 1, width)."""
+        return self._reader.shaped(values, ids)
+
+    @property
+    def conventions(self) -> Conventions:
+        """What its names do not say."""
+        return self._conventions
+
+    @conventions.setter
+    def conventions(self, found: Conventions) -> None:
+        self._conventions = found
+        self._reader.time_first = found.time_first
 
     def _keep_hidden(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.hidden = inputs[0]
@@ -78,17 +117,23 @@ class Caller:
         """
         names = self.signature
         arguments: dict[str, Any] = {}
+        known = self.conventions
+        if names.past and past is None and names.past in names.required and known.initial is not None:
+            past = known.initial(len(ids))
         if names.past and (past is not None or names.past in names.required):
             arguments[names.past] = past
         if names.use_cache:
-            arguments["use_cache"] = use_cache
+            arguments[names.use_cache] = use_cache
+        if names.causal and known.causal is not None:
+            before = 0 if (not use_cache and inner is None) or positions is None else int(positions[0, 0])
+            arguments[names.causal] = known.causal(ids.shape[1], before + ids.shape[1], ids.device)
         if names.mask and mask is None and names.mask in names.required:
             before = 0 if (past is None and inner is None) or positions is None else int(positions[0, 0])
             mask = torch.ones(len(ids), before + ids.shape[1], device=ids.device)
         if names.mask and mask is not None:
             arguments[names.mask] = mask.to(torch.int64)
         if names.positions and positions is not None:
-            arguments[names.positions] = positions
+            arguments[names.positions] = positions[0] if known.row_positions else positions
         if names.offset and positions is not None:
             arguments[names.offset] = int(positions[0, 0])
         drives = inner is not None and inner[0].drive.cache_positions
@@ -100,10 +145,13 @@ class Caller:
         if inner is None and self.plain is not None:
             inner = self.plain, self.plain.fresh(len(ids))
         with self.running(ids, inner):
-            if names.ids == "input_ids":
-                output = self.module(input_ids=ids, **arguments)
+            given = ids.T if known.time_first else ids
+            if names.by_keyword:
+                output = self.module(**{names.ids: given}, **arguments)
             else:
-                output = self.module(ids, **arguments)
+                output = self.module(given, **arguments)
+        if self.hidden is not None and self._hidden_like_answers:
+            self.hidden = self.shaped(self.hidden, ids)
         return self._reader.read(output, ids)
 
     @contextmanager
@@ -190,6 +238,8 @@ def advance(
         return drive(caller, style.state, ids, past, positions, mask, last_only)
     before = past.length if isinstance(style, KVCacheStyle) else 0
     answer = caller(ids, past=past, use_cache=True, mask=mask, positions=positions, last_only=last_only)
+    if isinstance(style, GivenStyle):
+        return answer.logits, past
     if isinstance(style, KVCacheStyle):
         if past.length == before:  # the module leaves the counting to its caller
             past.increment_length(ids.shape[1])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from mnemos.models.foreign.answer import Answer
 from mnemos.models.foreign.cache_probe import PROBE_LENGTH, CacheAbilities, CacheProbe
 from mnemos.models.foreign.call import Caller
 from mnemos.models.foreign.comparison import difference, tolerance
+from mnemos.models.foreign.conventions import find_causal_mask, find_conventions
 from mnemos.models.foreign.inner_probe import find_plain
 from mnemos.models.foreign.position_tables import PositionTables, common_positions
 from mnemos.models.foreign.signature import describe
@@ -54,6 +55,10 @@ class Probe:
 
         ModelError: it is not a causal language model.
         """
+        find_conventions(self.caller, self.ids)
+        return self._run(use_kv_cache, context)
+
+    def _run(self, use_kv_cache: bool, context: int) -> Abilities:
         caller = self.caller
         plain = find_plain(caller, self.ids, context)
         caller.plain = None if plain is None else plain.state
@@ -62,10 +67,15 @@ class Probe:
         last_only = logits.shape[1] == 1
         self.tolerance = tolerance(caller.module, logits)
         shorter, seen_shorter = self._watched(PROBE_LENGTH - 1)
-        if not last_only:
-            self._check_causal(logits, shorter.logits)
+        if not last_only and not self._is_causal(logits, shorter.logits):
+            if find_causal_mask(caller, self.ids):
+                return self._run(use_kv_cache, context)
+            self._refuse(logits, shorter.logits)
         batches = self._find_batches(logits)
-        self._find_head(logits)
+        if batches is None:
+            caller.conventions = replace(caller.conventions, time_first=True)
+            return self._run(use_kv_cache, context)
+        self._find_head(logits, batches)
         hidden = 0 if caller.head is None else int(self._hidden_size())
         cache = None
         if use_kv_cache:
@@ -95,7 +105,7 @@ class Probe:
             )
         return logits
 
-    def _check_causal(self, logits: Tensor, shorter: Tensor) -> None:
+    def _is_causal(self, logits: Tensor, shorter: Tensor) -> bool:
         """`shorter`: the logits of the ids without the last one, which no earlier logits may depend on."""
         name, last = describe(self.caller.module), PROBE_LENGTH - 1
         if shorter.shape != (1, last, logits.shape[2]):
@@ -103,9 +113,11 @@ class Probe:
                 f"{name} returned logits of shape {tuple(shorter.shape)} for ids of shape (1, {last}); expected "
                 f"(1, {last}, {logits.shape[2]})"
             )
-        apart = difference(shorter, logits[:, :-1])
-        if apart <= self.tolerance:
-            return
+        return difference(shorter, logits[:, :-1]) <= self.tolerance
+
+    def _refuse(self, logits: Tensor, shorter: Tensor) -> NoReturn:
+        """ModelError for a module that is not causal, as it is, or from call to call."""
+        name, apart = describe(self.caller.module), difference(shorter, logits[:, :-1])
         again = self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH)).logits
         if again.shape == logits.shape and difference(again, logits) > self.tolerance:
             raise ModelError(
@@ -114,12 +126,12 @@ class Probe:
                 "self.training, or is something real from call to call?)"
             )
         raise ModelError(
-            f"{name} is not causal: without token {last}, the logits of earlier tokens differ by up to "
+            f"{name} is not causal: without token {PROBE_LENGTH - 1}, the logits of earlier tokens differ by up to "
             f"{apart:.3g}; expected no difference (is a causal mask missing?)"
         )
 
-    def _find_batches(self, logits: Tensor) -> bool:
-        """Whether rows of a call are independent; `logits` are those of the first alone. ModelError: rows are time."""
+    def _find_batches(self, logits: Tensor) -> bool | None:
+        """Whether rows of a call are independent; `logits` are those of the first alone. None: rows are time."""
         name, positions = describe(self.caller.module), self._positions(0, PROBE_LENGTH)
         try:
             both = self.caller(self.ids, positions=positions.expand(self.ids.shape)).logits
@@ -134,11 +146,8 @@ class Probe:
         other = self.ids[:1].clone()
         other[0, 0] = (other[0, 0] + 1) % self.size
         changed = self.caller(other, positions=positions).logits
-        if difference(changed[:, -1], logits[:, -1]) <= self.tolerance:
-            raise ModelError(
-                f"{name} takes ids as (time, batch): a row's logits depend on the row before it and not on earlier "
-                "tokens of its own; expected (batch, time): wrap it in a module that transposes ids and logits"
-            )
+        if not self.caller.conventions.time_first and difference(changed[:, -1], logits[:, -1]) <= self.tolerance:
+            return None  # a row's logits depend on the row before it, and not on earlier tokens of its own
         warnings.warn(
             f"{name}: sequences of one call influence each other's logits, by up to {apart:.3g} (allowed "
             f"{self.tolerance:.3g}); each is run by itself",
@@ -146,7 +155,7 @@ class Probe:
         )
         return False
 
-    def _find_head(self, logits: Tensor) -> None:
+    def _find_head(self, logits: Tensor, batches: bool) -> None:
         """The linear layer whose output the logits are; contrastive search needs what it reads."""
         seen: list[tuple[nn.Module, Tensor]] = []
 
@@ -157,15 +166,18 @@ class Probe:
             m for m in self.caller.module.modules() if isinstance(m, nn.Linear) and m.out_features == logits.shape[2]
         ]
         handles = [linear.register_forward_hook(keep) for linear in linears]
+        ids = self.ids if batches else self.ids[:1]
         try:
-            answer = self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH))
+            answer = self.caller(ids, positions=self._positions(0, PROBE_LENGTH).expand(ids.shape))
         finally:
             for handle in handles:
                 handle.remove()
         for module, output in reversed(seen):
-            if output.shape == answer.logits.shape and torch.equal(output, answer.logits.to(output.dtype)):
-                self.caller.watch(module)
-                return
+            for like_answers in (False, True):
+                shaped = self.caller.shaped(output, ids) if like_answers else output
+                if shaped.shape == answer.logits.shape and torch.equal(shaped, answer.logits.to(output.dtype)):
+                    self.caller.watch(module, like_answers)
+                    return
 
     def _hidden_size(self) -> int:
         self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH))

@@ -11,9 +11,13 @@ from torch import nn
 from mnemos.errors import ModelError
 
 MASK_NAMES = ("attention_mask",)
-POSITION_NAMES = ("position_ids", "positions")
-OFFSET_NAMES = ("start_pos", "past_length")
+POSITION_NAMES = ("position_ids", "positions", "pos_ids", "position", "pos")
+OFFSET_NAMES = (
+    "start_pos", "past_length", "offset", "position_offset", "pos_offset", "start_index", "past_len", "cache_len",
+)  # fmt: skip
 CACHE_POSITION_NAMES = ("input_pos", "cache_position")
+CAUSAL_NAMES = ("mask", "causal_mask", "attn_mask", "src_mask", "tgt_mask")  # (time, time): what each position sees
+CACHE_FLAGS = ("use_cache", "return_cache", "return_kv_cache", "return_kv", "return_past", "return_state")
 PAST_NAMES = (
     "past_key_values",
     "past_kv",
@@ -42,20 +46,24 @@ PAST_NAMES = (
 class Signature:
     """The names under which a forward takes what the engine has to say; None where it takes no such thing.
 
-    positions: (batch, time); offset: one number, the position of the first new token of all sequences;
-    cache_positions (time,): where the new tokens of all sequences go in a cache; required: the names that have no
-    default.
+    mask (batch, time): what is text and not padding; causal (time, time): what each position sees; positions (batch,
+    time); offset: one number, the position of the first new token of all sequences; cache_positions (time,): where the
+    new tokens of all sequences go in a cache; required: the names that have no default; others: those whose meaning is
+    unknown and whose default is None.
     """
 
     ids: str
+    by_keyword: bool
     mask: str | None
+    causal: str | None
     positions: str | None
     offset: str | None
     cache_positions: str | None
     past: str | None
-    use_cache: bool
+    use_cache: str | None
     logits_to_keep: bool
     required: frozenset[str]
+    others: tuple[str, ...]
 
 
 def describe(module: nn.Module) -> str:
@@ -105,8 +113,8 @@ def read_signature(module: nn.Module) -> Signature:
     def first(names: tuple[str, ...]) -> str | None:
         return next((name for name in names if name in named and name != ids), None)
 
-    names = (MASK_NAMES, POSITION_NAMES, OFFSET_NAMES, CACHE_POSITION_NAMES, PAST_NAMES)
-    known = {ids, "use_cache", "logits_to_keep"}.union(*names)
+    names = (MASK_NAMES, CAUSAL_NAMES, POSITION_NAMES, OFFSET_NAMES, CACHE_POSITION_NAMES, PAST_NAMES, CACHE_FLAGS)
+    known = {ids, "logits_to_keep"}.union(*names)
     required = frozenset(name for name, p in named.items() if p.default is inspect.Parameter.empty)
     unknown = [name for name in named if name in required - known]
     if unknown:
@@ -114,14 +122,25 @@ def read_signature(module: nn.Module) -> Signature:
             f"{describe(module)} requires {', '.join(unknown)}, which the engine does not have; "
             f"expected forward(input_ids) with, at most, {', '.join(sorted(known - {ids}))} beside it"
         )
+    positions, offset = first(POSITION_NAMES), first(OFFSET_NAMES)
+    if positions is not None and offset is None and _is_number(named[positions]):
+        positions, offset = None, positions
     return Signature(
         ids=ids,
+        by_keyword=ids == "input_ids" or named[ids].kind is inspect.Parameter.KEYWORD_ONLY,
         mask=first(MASK_NAMES),
-        positions=first(POSITION_NAMES),
-        offset=first(OFFSET_NAMES),
+        causal=first(CAUSAL_NAMES),
+        positions=positions,
+        offset=offset,
         cache_positions=first(CACHE_POSITION_NAMES),
         past=first(PAST_NAMES),
-        use_cache="use_cache" in named,
+        use_cache=first(CACHE_FLAGS),
         logits_to_keep="logits_to_keep" in named,
         required=required,
+        others=tuple(name for name, p in named.items() if p.default is None and name not in known),
     )
+
+
+def _is_number(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter is annotated as an int, or has one as its default."""
+    return parameter.annotation in (int, "int") or type(parameter.default) is int
