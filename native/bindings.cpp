@@ -166,13 +166,6 @@ void pack_matrices(const Unpacked &matrices, Pool &pool) {
   });
 }
 
-std::shared_ptr<Matrix> make_matrix(Bytes data, int type, int64_t rows, int64_t columns, bool as_float32, bool release,
-                                    Pool &pool) {
-  const std::shared_ptr<Matrix> matrix = allocate_matrix(data, type, rows, columns, as_float32, std::nullopt);
-  pack_matrices({{matrix, data, std::nullopt, release}}, pool);
-  return matrix;
-}
-
 VectorPointer copy_vector(const std::optional<Floats> &array) {
   if (!array) return nullptr;
   return std::make_shared<const std::vector<float>>(array->data(), array->data() + array->size());
@@ -530,7 +523,6 @@ NB_MODULE(_native, m) {
       .def_ro("columns", &Matrix::columns)
       .def_prop_ro("bytes", &Matrix::bytes)
       .def_prop_ro("form", [](const Matrix &matrix) { return form_name(matrix.form); });
-  m.def("make_matrix", &make_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a, "release"_a, "pool"_a);
   m.def("allocate_matrix", &allocate_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a,
         "order"_a.none());
   m.def("pack_matrices", &pack_matrices, "matrices"_a, "pool"_a);

@@ -110,6 +110,21 @@ def test_no_imports_go_in_a_circle() -> None:
     assert not circles
 
 
+def test_every_public_class_and_function_says_what_it_is() -> None:
+    """Methods may go without: a name such as `free` or an operator's in a backend says enough."""
+    commands = {"add_arguments", "run"}  # of each module of `cli`, see cli/main.py
+    silent = [
+        f"{name}.{node.name}"
+        for name, path in MODULES.items()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and not node.name.startswith("_")
+        and not (name.startswith("cli.") and node.name in commands)
+        and not ast.get_docstring(node)
+    ]
+    assert not silent
+
+
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if name))
 def test_a_file_is_no_longer_than_its_subject(name: str) -> None:
     lines = len(MODULES[name].read_text(encoding="utf-8").splitlines())

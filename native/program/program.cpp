@@ -4,12 +4,9 @@
 #include <cstring>
 
 #include "system/error.h"
-#include "system/mapping.h"
 
 namespace mnemos {
 namespace {
-
-int64_t round_up(int64_t value) { return (value + 63) / 64 * 64; }
 
 std::string number(int64_t value) { return std::to_string(value); }
 
@@ -18,9 +15,6 @@ bool overlaps(const std::vector<int> &a, const std::vector<int> &b) {
 }
 
 }  // namespace
-
-Workspace::Workspace(size_t size) : data(map_memory(size, "the workspace of a step")), bytes(size) {}
-Workspace::~Workspace() { unmap_memory(data, bytes); }
 
 void Program::finish(std::vector<int> outputs) {
   if (finished_) throw config_error("the program is already finished");
@@ -36,68 +30,6 @@ void Program::finish(std::vector<int> outputs) {
   counters_ = std::make_unique<Counter[]>(schedule_.tasks.size() * static_cast<size_t>(pool_->threads()));
   pieces_.resize(schedule_.buffers.size());
   finished_ = true;
-}
-
-// Buffers whose lives do not overlap share a slot. Inputs and outputs have separate ones.
-void Program::assign_slots() {
-  const auto &buffers = schedule_.buffers;
-  const int count = static_cast<int>(schedule_.tasks.size());
-  std::vector<int> first(buffers.size(), count), last(buffers.size(), -1);
-  std::vector<char> copied(buffers.size(), 0);
-  for (int t = 0; t < count; t++) {
-    const Task &task = *schedule_.tasks[static_cast<size_t>(t)];
-    for (const auto *list : {&task.reads, &task.writes}) {
-      for (int b : *list) {
-        first[static_cast<size_t>(b)] = std::min(first[static_cast<size_t>(b)], t);
-        last[static_cast<size_t>(b)] = t;
-      }
-    }
-    for (int b : task.writes) copied[static_cast<size_t>(b)] = task.cheap_for_one_row;
-  }
-  for (int b : schedule_.input_buffers) first[static_cast<size_t>(b)] = -1;
-  for (int b : schedule_.output_buffers) last[static_cast<size_t>(b)] = count;
-  if (finds_argmax()) last[static_cast<size_t>(schedule_.argmax_buffer)] = count;
-  std::vector<int> order(buffers.size());
-  for (size_t b = 0; b < buffers.size(); b++) order[b] = static_cast<int>(b);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int a, int b) { return first[static_cast<size_t>(a)] < first[static_cast<size_t>(b)]; });
-  std::vector<int> free_after;  // by slot: the last task that uses it
-  slot_of_.assign(buffers.size(), -1);
-  for (int b : order) {
-    const size_t i = static_cast<size_t>(b);
-    const auto same_size = [&](const Slot &slot) {
-      const BufferSpec &other = buffers[static_cast<size_t>(slot.buffers.front())];
-      return slot.copies == static_cast<bool>(copied[i]) && other.kind == buffers[i].kind &&
-             other.rows == buffers[i].rows && other.row_floats == buffers[i].row_floats &&
-             other.row_multiple == buffers[i].row_multiple && other.form.columns == buffers[i].form.columns;
-    };
-    // The slot of what the buffer's first task reads for the last time, if that task works in place; or any free one.
-    const auto in_place = [&](const Slot &slot) {
-      if (first[i] < 0 || first[i] >= count) return false;
-      const Task &task = *schedule_.tasks[static_cast<size_t>(first[i])];
-      const int from = slot.buffers.back();
-      return last[static_cast<size_t>(from)] == first[i] &&
-             std::count(task.reads.begin(), task.reads.end(), from) == 1 &&
-             std::count(task.in_place.begin(), task.in_place.end(), std::make_pair(from, b)) == 1;
-    };
-    size_t chosen = slots_.size();
-    for (size_t s = 0; s < slots_.size(); s++) {
-      if (!same_size(slots_[s])) continue;
-      if (free_after[s] < first[i]) chosen = s;
-      if (in_place(slots_[s])) {
-        chosen = s;
-        break;
-      }
-    }
-    if (chosen == slots_.size()) {
-      slots_.emplace_back();
-      slots_.back().copies = copied[i];
-      free_after.push_back(-2);
-    }
-    slots_[chosen].buffers.push_back(b);
-    free_after[chosen] = std::max(last[i], first[i]);
-    slot_of_[i] = static_cast<int>(chosen);
-  }
 }
 
 // A task waits for the others only if it touches what a task since the last barrier wrote, or writes what one read.
@@ -129,63 +61,6 @@ void Program::place_barriers() {
 }
 
 int64_t Program::barriers() const { return std::count(barrier_before_[1].begin(), barrier_before_[1].end(), 1); }
-
-int64_t Program::buffer_bytes(const BufferSpec &spec, const BatchView &batch, const std::vector<TileSet> &tiles) const {
-  const int64_t rows = spec.rows == Rows::tokens ? batch.tokens : batch.chosen;
-  switch (spec.kind) {
-    case BufferSpec::floats: return round_up((rows * spec.row_floats + spec.extra_floats) * 4);
-    case BufferSpec::input:
-      return round_up(static_cast<int64_t>(input_bytes(spec.form.form, rows * spec.row_multiple, spec.form.columns)));
-    case BufferSpec::partials: {
-      int64_t most = 0;
-      for (size_t i = 0; i < tiles.size(); i++)
-        most = std::max(most, partials_bytes(tiles[i], schedule_.attentions[i]));
-      return round_up(most);
-    }
-  }
-  return 0;
-}
-
-// Places the slots one after the other, then each thread's scratch; returns the bytes needed.
-int64_t Program::layout(const BatchView &batch, const std::vector<TileSet> &tiles, bool one_row) {
-  int64_t offset = 0;
-  for (Slot &slot : slots_) {
-    slot.offset = offset;
-    slot.bytes = 0;
-    const BufferSpec *previous = nullptr;
-    for (int b : slot.buffers) {
-      const BufferSpec &spec = schedule_.buffers[static_cast<size_t>(b)];
-      // Forms of the same columns and kernels are the only ones that can differ in size within a slot.
-      if (previous && previous->form == spec.form && previous->extra_floats == spec.extra_floats) continue;
-      slot.bytes = std::max(slot.bytes, buffer_bytes(spec, batch, tiles));
-      previous = &spec;
-    }
-    offset += slot.bytes * (one_row && slot.copies ? pool_->threads() : 1);
-  }
-  scratch_offset_ = offset;
-  scratch_bytes_ = 0;
-  for (const auto &task : schedule_.tasks) {
-    scratch_bytes_ = std::max(scratch_bytes_, round_up(task->scratch_bytes(batch, pool_->threads())));
-  }
-  // Vectors are loaded whole and may reach a little beyond the last value.
-  return offset + scratch_bytes_ * pool_->threads() + 128;
-}
-
-int64_t Program::workspace_bytes(int64_t tokens, int64_t chosen) const {
-  BatchView batch;
-  batch.tokens = tokens;
-  batch.chosen = chosen;
-  int64_t bytes = 0;
-  for (const Slot &slot : slots_) {
-    int64_t most = 0;
-    for (int b : slot.buffers) {
-      const BufferSpec &spec = schedule_.buffers[static_cast<size_t>(b)];
-      if (spec.kind != BufferSpec::partials) most = std::max(most, buffer_bytes(spec, batch, {}));
-    }
-    bytes += most;
-  }
-  return bytes;
-}
 
 std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<InputView> &inputs) {
   if (!finished_) throw config_error("the program is still being recorded");

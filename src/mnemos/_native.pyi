@@ -73,9 +73,6 @@ class Matrix:
     def form(self) -> str:
         """The input form of its products: "float32", "bfloat16" or "int8" (in blocks with scales)."""
 
-def make_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool, release: bool, pool: Pool) -> Matrix:
-    """Repacks a weight; with `release`, the source's pages of the mapped file are released."""
-
 def allocate_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32: bool, order: Order | None) -> Matrix:
     """A matrix without memory, which cannot be used before `pack_matrices` has packed it.
 
@@ -83,9 +80,10 @@ def allocate_matrix(data: Bytes, type: int, rows: int, columns: int, as_float32:
     """
 
 def pack_matrices(matrices: list[tuple[Matrix, Bytes, Order | None, bool]], pool: Pool) -> None:
-    """Repacks weights from `allocate_matrix`: (matrix, data, order, release) each, as in that and `make_matrix`.
+    """Repacks weights from `allocate_matrix`: (matrix, data, order, release) each, data and order as given to that.
 
-    They share one piece of memory, which lives as long as any of them.
+    With `release`, the source's pages of the mapped file are released. The matrices share one piece of memory, which
+    lives as long as any of them.
     """
 
 class Cache:

@@ -13,6 +13,7 @@ import pytest
 
 from mnemos.contract import Batch, KVLayout, ModelSpec, Output
 from mnemos.engine.engine import InferenceEngine
+from mnemos.errors import ConfigError
 from mnemos.text.tokenizer import Tokenizer
 from tests.text.conftest import NAMES, tokenizer_of, vocabulary_file
 
@@ -202,6 +203,25 @@ def test_a_keyword_that_cannot_be_enforced_is_named(keyword: str, tokenizer_of: 
         with pytest.warns(UserWarning, match=re.escape(keyword)):
             text = engine.complete([1], max_new_tokens=100, json_schema=KEYWORDS[keyword]).text
         json.loads(text)
+
+
+@pytest.mark.parametrize("keyword", KEYWORDS)
+def test_strict_refuses_such_a_keyword(keyword: str, tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    pytest.importorskip("llguidance")
+    tokenizer = tokenizer_of("gpt-2")
+    refused = pytest.raises(ConfigError, match=f"json_schema cannot be enforced: strict is True.*{re.escape(keyword)}")
+    with InferenceEngine(Undecided(tokenizer.vocabulary_size), tokenizer) as engine, refused:
+        engine.complete([1], json_schema=KEYWORDS[keyword], strict=True)
+
+
+def test_strict_changes_nothing_for_a_schema_that_can_be_enforced(tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    pytest.importorskip("llguidance")
+    tokenizer = tokenizer_of("gpt-2")
+    schema = {"type": "string", "format": "password", "maxLength": 3}
+    with InferenceEngine(Undecided(tokenizer.vocabulary_size), tokenizer) as engine:
+        assert len(json.loads(engine.complete([1], max_new_tokens=100, json_schema=schema, strict=True).text)) <= 3
+        with pytest.raises(ConfigError, match="strict is True .* it needs json_schema"):
+            engine.complete([1], strict=True)
 
 
 def test_an_unknown_format_says_nothing_of_the_text(tokenizer_of: Callable[[str], Tokenizer]) -> None:

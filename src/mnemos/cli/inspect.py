@@ -120,6 +120,7 @@ def _inspect_machine(as_json: bool) -> int:
 
 
 def examine(checkpoint: Checkpoint, context: int | None = None, kv_dtype: str = "auto") -> Report:
+    """What a checkpoint holds and needs, from its headers alone. context: positions, for the size of the cache."""
     from mnemos.models.load import describe_model
 
     spec = describe_model(checkpoint, context_length=context, kv_dtype=kv_dtype)

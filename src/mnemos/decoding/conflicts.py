@@ -55,6 +55,10 @@ class Config(Protocol):
     @property
     def prompt_logprobs(self) -> int | None: ...
     @property
+    def json_schema(self) -> object: ...
+    @property
+    def strict(self) -> bool: ...
+    @property
     def guidance_scale(self) -> float | None: ...
     @property
     def negative_prompt(self) -> str | Sequence[int] | None: ...
@@ -151,6 +155,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda c: [name for name in CONSTRAINTS if active(c, name)][1:],
         "a request has one constraint: json_schema, regex, choice or grammar",
     ),
+    Conflict(lambda c: _if(c.strict and c.json_schema is None, "strict"), "it needs json_schema"),
     Conflict(
         lambda c: _if(c.draft_tokens is not None and c.speculative is None, "draft_tokens"), "it needs speculative"
     ),

@@ -392,6 +392,11 @@ FIELDS: tuple[Field, ...] = (
         only="one text", elsewhere=("response_format", "guided_json", "format"), metavar="JSON",
     ),
     Field(
+        "strict", "constraints", FLAG,
+        "Refuse a json_schema that cannot be enforced whole; by default a warning names what is not.", default=False,
+        only="one text",
+    ),
+    Field(
         "regex", "constraints", _LONG_TEXT,
         "The text matches this regular expression.",
         only="one text", elsewhere=("guided_regex",), metavar="REGEX",
@@ -458,7 +463,7 @@ RULES: dict[str, Rule] = {field.name: field.rule for field in FIELDS}
 ALIASES = {field.alias: field.name for field in FIELDS if field.alias}
 INACTIVE = {field.name: (None, field.default, *field.neutral) for field in FIELDS}
 HABITUAL = {field.name: field.habitual for field in FIELDS if field.habitual}
-CONSTRAINTS = tuple(field.name for field in FIELDS if field.group == "constraints")
+CONSTRAINTS = tuple(field.name for field in FIELDS if field.group == "constraints" and field.rule is not FLAG)
 SAMPLING_ONLY = tuple(field.name for field in FIELDS if field.only == "sampling")
 
 # Options of other libraries without an equivalent field, and what to do instead.

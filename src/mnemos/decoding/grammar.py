@@ -1,8 +1,9 @@
 """Texts that follow a JSON schema, a regular expression, a list of choices or a grammar, enforced by llguidance.
 
 Keywords of a JSON schema that cannot be enforced (`uniqueItems`, `not`, `if`, patterns with look-ahead, ...) are named
-in a warning, and the rest is enforced. An unknown `format` does not restrict the text, as JSON Schema says. Between
-two JSON tokens there are at most MOST_WHITE_SPACE characters of white space, so that a model cannot add it endlessly.
+in a warning, or refused with `strict`, and the rest is enforced. An unknown `format` does not restrict the text, as
+JSON Schema says. Between two JSON tokens there are at most MOST_WHITE_SPACE characters of white space, so that a model
+cannot add it endlessly.
 
 After each token, the set of allowed next tokens is computed in a separate thread while the model evaluates the token.
 Where a state cannot be computed within llguidance's limits of time and memory, the request ends with an error; it never
@@ -53,7 +54,7 @@ class GrammarCompiler:
         """The constraint that the config asks for. Raises ConfigError with the reason if it cannot be enforced."""
         field = config.constraint or ""
         try:
-            matcher = self._match(self._grammar(field, getattr(config, field)))
+            matcher = self._match(self._grammar(field, getattr(config, field), config.strict))
             first: Future[bytes] = Future()
             first.set_result(matcher.compute_bitmask())  # here, as it may take seconds and other texts need workers
             constraint = GrammarConstraint(matcher, self._workers, first, ends)
@@ -62,10 +63,10 @@ class GrammarCompiler:
             raise ConfigError(f"{field} cannot be enforced: {error}") from error
         return constraint
 
-    def _grammar(self, field: str, value: Any) -> Any:
+    def _grammar(self, field: str, value: Any, strict: bool) -> Any:
         match field:
             case "json_schema":
-                return self._json_grammar(json.loads(value) if isinstance(value, str) else value)
+                return self._json_grammar(json.loads(value) if isinstance(value, str) else value, strict)
             case "regex":
                 return self._matcher.grammar_from_regex(value)
             case "choice":
@@ -77,14 +78,16 @@ class GrammarCompiler:
     def _match(self, grammar: Any) -> Any:
         return self._matcher(self._tokenizer, grammar, log_level=0)
 
-    def _json_grammar(self, schema: Any) -> Any:
-        """The grammar of a schema's enforceable part; a warning names the rest."""
+    def _json_grammar(self, schema: Any, strict: bool) -> Any:
+        """The grammar of a schema's enforceable part. A warning names the rest, or if `strict` a ValueError."""
         patterns: list[str] = []
         grammar = self._compile_json(_without_patterns(schema, self._refuses_pattern, patterns))
         missing = [f"pattern {pattern!r}" for pattern in patterns]
         for remark in self._match(grammar).get_grammar_warnings():
             if not remark.startswith("Unknown format"):
                 missing.append(remark.removeprefix("Unimplemented keys: ").strip("[]").replace('"', ""))
+        if missing and strict:
+            raise ValueError(f"strict is True and the schema has {'; '.join(missing)}; leave that out, or strict")
         if missing:
             warnings.warn(f"json_schema: not enforced: {'; '.join(missing)}; the rest is enforced", stacklevel=2)
         return grammar

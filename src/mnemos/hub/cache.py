@@ -22,6 +22,7 @@ _ESCAPES = (("%", "%25"), ("/", "%2F"), (":", "%3A"))
 
 
 def models_folder() -> Path:
+    """Where fetched models are stored, a folder each; it need not exist."""
     return home() / "models"
 
 

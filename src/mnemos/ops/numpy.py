@@ -55,11 +55,14 @@ def round_to(x: Floats, dtype: str) -> Floats:
 
 
 def softmax(x: Floats) -> Floats:
+    """Along the last axis, of any shape; -inf stands for what has no probability."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return np.asarray(e / e.sum(axis=-1, keepdims=True))
 
 
 class NumpyOps:
+    """The reference: each operator as its definition reads, in float32, slow. Other backends are compared with it."""
+
     name = "numpy"
     cache_dtype = "float16"
 

@@ -50,6 +50,12 @@ class RopeParams:
 
 
 class Ops(Protocol):
+    """The operators of one backend. An architecture calls nothing else on arrays, and never asks which backend it has.
+
+    Arrays are (rows, width) float32 unless said otherwise, in the backend's own form: one row for each token of the
+    batch, whichever sequence it belongs to. Results of a row do not depend on the other rows.
+    """
+
     name: str
     cache_dtype: str  # for a cache without a requested type: "float16" or "bfloat16"
 
