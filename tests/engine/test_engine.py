@@ -149,7 +149,7 @@ class TestForms:
         assert len(engine.complete(PROMPT, config).token_ids) == 3
         assert len(engine.complete(PROMPT, config, max_new_tokens=5).token_ids) == 5
         with pytest.raises(ConfigError):
-            engine.complete(PROMPT, {"max_new_tokens": 3})
+            engine.complete(PROMPT, 3)
         with pytest.raises(ConfigError, match="max_new_tokens"):
             engine.complete(PROMPT, max_new_token=3)
 

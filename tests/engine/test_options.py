@@ -48,7 +48,7 @@ def test_the_keywords_for_type_checkers_are_the_options() -> None:
         ({"progress": 1}, "progress is 1; it must be a callable"),
         ({"draft": 1}, "draft is 1; it must be a name or a path"),
         ({"max_sequences": "8"}, "max_sequences is '8'"),
-        ({"generation_config": {"seed": 1}}, "generation_config is {'seed': 1}; it must be a GenerationConfig"),
+        ({"generation_config": 7}, "generation_config is 7; it must be a GenerationConfig"),
         ({"draft": "a", "draft_model": object()}, "draft is 'a' and draft_model is given too"),
         ({"context_lenght": 5}, "context_lenght is not an option of the engine; did you mean context_length?"),
         ({"what": 5}, "what is not an option of the engine; the options are"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from mnemos.decoding.conflicts import check_conflicts
 from mnemos.decoding.fields import ALIASES, CONSTRAINTS, FIELDS, SAMPLING_ONLY, STRATEGIES, active, refuse_unknown
+from mnemos.decoding.transformers_objects import derives
 from mnemos.errors import ConfigError
 
 LogitsProcessor = Callable[[Sequence[int], npt.NDArray[np.float32]], "npt.NDArray[np.float32] | None"]
@@ -229,13 +230,43 @@ def _described() -> str:
 GenerationConfig.__doc__ = f"{GenerationConfig.__doc__}\n{_described()}\n"
 
 
-def make_config(config: GenerationConfig | None = None, **overrides: Any) -> GenerationConfig:
+class TransformersConfig(Protocol):
+    """The GenerationConfig of transformers."""
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The values that differ from the defaults."""
+
+
+AnyConfig = GenerationConfig | Mapping[str, Any] | TransformersConfig
+
+
+def is_config(value: object) -> bool:
+    """True for what `as_config` accepts."""
+    return isinstance(value, (GenerationConfig, Mapping)) or derives(value, {"GenerationConfig"})
+
+
+def as_config(value: AnyConfig) -> GenerationConfig:
+    """A GenerationConfig as it is; one made from a mapping of fields, or from the GenerationConfig of transformers.
+
+    ConfigError for anything else, for values that are not allowed and for fields that do not exist.
+    """
+    if isinstance(value, GenerationConfig):
+        return value
+    if not is_config(value):
+        raise ConfigError(f"config is of type {type(value).__name__}; give a GenerationConfig, or a dict of its fields")
+    from mnemos.decoding.transformers_config import is_foreign, read_foreign
+
+    if is_foreign(value):
+        return GenerationConfig(**read_foreign(value))
+    return GenerationConfig(**cast("Mapping[str, Any]", value))
+
+
+def make_config(config: AnyConfig | None = None, **overrides: Any) -> GenerationConfig:
     """`config`, or the default one, with some fields replaced. Raises ConfigError for a value that is not allowed."""
     if config is None:
         return GenerationConfig(**overrides)
-    if not isinstance(config, GenerationConfig):
-        raise ConfigError(f"config is of type {type(config).__name__}; give a GenerationConfig")
-    return config.with_overrides(**overrides) if overrides else config
+    own = as_config(config)
+    return own.with_overrides(**overrides) if overrides else own
 
 
 def with_defaults(defaults: GenerationConfig, **given: Any) -> GenerationConfig:
@@ -251,11 +282,22 @@ def with_defaults(defaults: GenerationConfig, **given: Any) -> GenerationConfig:
         return defaults.with_overrides(**{**plain, "strategy": None, "do_sample": None}).with_overrides(**given)
 
 
-def choose_config(config: GenerationConfig | None, default: GenerationConfig | None, **given: Any) -> GenerationConfig:
+def choose_config(
+    config: AnyConfig | None,
+    default: GenerationConfig | None,
+    *,
+    generation_config: AnyConfig | None = None,
+    **given: Any,
+) -> GenerationConfig:
     """A request's config: its own, else `default`, with what is given in the place of their fields.
 
-    ConfigError where what is given contradicts the request's own config; a default gives way instead.
+    generation_config: another name of `config`. ConfigError where what is given contradicts the request's own config; a
+    default gives way instead.
     """
+    if generation_config is not None:
+        if config is not None:
+            raise ConfigError("config and generation_config are both given; they are two names of one thing")
+        config = generation_config
     if config is None and default is not None:
         return with_defaults(default, **given)
     return make_config(config, **given)

@@ -489,10 +489,11 @@ def refuse_unknown(names: Iterable[str]) -> None:
     """Raises ConfigError, with a hint, for the first name that is not a field."""
     for name in names:
         if name not in RULES and name not in ALIASES:
-            raise ConfigError(f"{name} is not a field of GenerationConfig; {_hint(str(name))}")
+            raise ConfigError(f"{name} is not a field of GenerationConfig; {advice(str(name))}")
 
 
-def _hint(name: str) -> str:
+def advice(name: str) -> str:
+    """What to do instead of giving a field of this name, which there is not."""
     if name in _INSTEAD:
         return _INSTEAD[name]
     for field in FIELDS:

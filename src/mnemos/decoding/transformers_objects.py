@@ -16,7 +16,7 @@ def plain_processor(function: Any) -> Callable[[Sequence[int], Floats], Any]:
 
     Theirs get all token ids, int64 (1, time), and the logits, float32 (1, vocabulary).
     """
-    if not _derives(function, _PROCESSORS):
+    if not derives(function, _PROCESSORS):
         return cast("Callable[[Sequence[int], Floats], Any]", function)
 
     def process(token_ids: Sequence[int], logits: Floats) -> Any:
@@ -33,7 +33,7 @@ def plain_criterion(function: Any) -> Callable[[Sequence[int]], Any]:
 
     Theirs get all token ids, int64 (1, time), and no scores.
     """
-    if not _derives(function, _CRITERIA):
+    if not derives(function, _CRITERIA):
         return cast("Callable[[Sequence[int]], Any]", function)
 
     def met(token_ids: Sequence[int]) -> Any:
@@ -45,7 +45,7 @@ def plain_criterion(function: Any) -> Callable[[Sequence[int]], Any]:
     return met
 
 
-def _derives(function: Any, names: set[str]) -> bool:
+def derives(function: Any, names: set[str]) -> bool:
     """Whether it is of one of transformers' classes; told by their names, as importing that library takes seconds."""
     return any(
         kind.__name__ in names and kind.__module__.partition(".")[0] == "transformers"

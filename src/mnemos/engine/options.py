@@ -17,7 +17,7 @@ from mnemos.rules import COUNT, DTYPE, FLAG, KV_DTYPE, Rule, hint
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from mnemos.decoding.config import GenerationConfig
+    from mnemos.decoding.config import AnyConfig, GenerationConfig
     from mnemos.hub.cache import Progress
 
 TRANSFORMERS = "transformers"
@@ -37,9 +37,9 @@ def _device(value: Any) -> str | None:
 
 
 def _config(value: Any) -> Any:
-    from mnemos.decoding.config import GenerationConfig  # imported late: the weights are being read meanwhile
+    from mnemos.decoding.config import as_config, is_config  # imported late: the weights are being read meanwhile
 
-    return value if isinstance(value, GenerationConfig) else None
+    return as_config(value) if is_config(value) else None
 
 
 ANYTHING = Rule(lambda value: value, "anything")
@@ -47,7 +47,7 @@ BACKEND = Rule(_backend, f"one of {', '.join(BACKENDS)}; torch and {TRANSFORMERS
 DEVICE = Rule(_device, f"one of {', '.join(DEVICES)}, also with a number, like cuda:1")
 PATH = Rule(lambda value: value if isinstance(value, (str, os.PathLike)) else None, "a name or a path")
 PROGRESS = Rule(lambda value: value if callable(value) else None, "a callable (stage, done, total)")
-CONFIG = Rule(_config, "a GenerationConfig")
+CONFIG = Rule(_config, "a GenerationConfig, or a dict of its fields")
 
 
 def row(rule: Rule, help: str, metavar: str | None = None) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class EngineKeywords(TypedDict, total=False):
     prefix_cache: bool
     queue_size: int
     draft_model: Any
-    generation_config: GenerationConfig | None
+    generation_config: AnyConfig | None
 
 
 class LoadKeywords(EngineKeywords, total=False):
