@@ -160,6 +160,7 @@ void expand(const uint8_t *panel, int64_t first, int64_t count, int which, Expan
     for (int block = 0; block < L.group; block++, at++) {
       const uint8_t *source = record + block * L.code_bytes();
       HighBits<S, L> high(source);
+#pragma GCC unroll 4
       for (int turn = 0; turn < turns<L>; turn++, high.advance())
         unroll<8 / turns<L>>([&](auto i) MNEMOS_INLINE {
           Arrangement::store(codes + at * 512 + (turn + i * turns<L>)*64, code_vector<S, L, i>(source, high, turn));

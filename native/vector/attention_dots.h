@@ -119,22 +119,28 @@ inline void make_weights(const AttentionTile &tile, const BlockRange &range, int
   }
 }
 
-// Lines of memory that will be needed soon, prefetched a few at a time.
+// Pieces of memory that will be needed soon, prefetched a few lines at a time. Past the end of a piece that is no
+// multiple of these lines, what follows it is prefetched too.
 struct Ahead {
   const uint8_t *parts[block_vectors];
   int64_t count = 0, bytes = 0, step = 0;  // of parts, of each part, for each call
   int64_t part = 0, at = 0;
 
   // Spreads the lines over this many calls.
-  void spread(int64_t calls) { step = calls <= 0 ? 0 : (count * bytes / line + calls - 1) / calls; }
-  void advance() {
-    for (int64_t i = 0; i < step && part < count; i++) {
-      prefetch(parts[part] + at);
-      at += line;
-      if (at >= bytes) at = 0, part++;
-    }
+  void spread(int64_t calls) {
+    const int64_t lines = calls <= 0 ? 0 : (count * bytes / line + calls - 1) / calls;
+    step = (lines + together - 1) / together * together * line;
   }
-  static constexpr int64_t line = 64;
+  void advance() {
+    if (part >= count || step == 0) return;
+    const uint8_t *data = parts[part] + at;
+    for (int64_t i = 0; i < step; i += together * line) {
+      for (int64_t j = 0; j < together; j++) prefetch(data + i + j * line);
+    }
+    at += step;
+    if (at >= bytes) at = 0, part++;
+  }
+  static constexpr int64_t line = 64, together = 4;
 };
 
 // sums[r][j] += a[r] b[j] for a pair of each of R rows, in `factors`, and N vectors of columns.

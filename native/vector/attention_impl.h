@@ -39,8 +39,11 @@ struct ByteElement {
 // elements: as many as the registers hold. A tile of many rows is cut into groups of this size.
 #if defined(__AVX512F__)
 constexpr int most_rows = 8, group_rows = 6, most_vectors = 4;
+// Inlined, it would share the registers with its caller's constants, and sums would be kept in memory.
+#define MNEMOS_OUTER_PRODUCT __attribute__((noinline))
 #else
 constexpr int most_rows = 4, group_rows = 4, most_vectors = 2;
+#define MNEMOS_OUTER_PRODUCT inline
 #endif
 // From this many rows on, a block of keys and values is converted to float32 once for all of them.
 constexpr int64_t rows_to_expand_for = 2 * group_rows;
@@ -57,9 +60,9 @@ struct Summed {
 // c[r][j] (+)= sum over i of a[r][i] b[i][column + j], for R rows and N vectors of columns. The sum runs over i one by
 // one, whatever R and N are, which is what makes a row's result independent of its neighbours.
 template <typename Element, int R, int N>
-inline void outer_product(const float *a, int64_t a_stride, const typename Element::Type *b, int64_t b_stride,
-                          int64_t column, Summed range, float *c, int64_t c_stride, bool accumulate,
-                          const uint8_t *ahead) {
+MNEMOS_OUTER_PRODUCT void outer_product(const float *a, int64_t a_stride, const typename Element::Type *b,
+                                        int64_t b_stride, int64_t column, Summed range, float *c, int64_t c_stride,
+                                        bool accumulate, const uint8_t *ahead) {
   constexpr int64_t line = 64, lines = (Element::bytes * N * width + line - 1) / line;
   Vec sums[R][N];
   for (int r = 0; r < R; r++) {
