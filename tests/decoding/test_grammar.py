@@ -59,6 +59,11 @@ def test_json_follows_its_schema(schema, sampling, seed):
     assert 1 <= len(value["tags"]) <= 3 and set(value["tags"]) <= {"x", "yy"}
 
 
+def test_any_json_is_json():
+    end, text = constrained(json_schema=True, bad_words_ids=[[PIECES.index(piece)] for piece in ' {[":'])
+    assert end.finish_reason == "stop" and not isinstance(json.loads(text), (dict, list))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_regex_choice_and_grammar(seed):
     assert re.fullmatch(r"[a-c]{3}-\d{2,4}", constrained(seed, regex=r"[a-c]{3}-\d{2,4}")[1])

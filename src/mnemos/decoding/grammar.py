@@ -93,6 +93,8 @@ class GrammarCompiler:
         return grammar
 
     def _compile_json(self, schema: Any) -> Any:
+        if schema is True:  # the library puts its options into the schema itself
+            schema = {}
         white_space = rf"[\x20\x0A\x0D\x09]{{1,{MOST_WHITE_SPACE}}}"
         options = {"lenient": True, "coerce_one_of": True, "whitespace_pattern": white_space}
         return self._matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)

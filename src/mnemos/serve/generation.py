@@ -186,7 +186,7 @@ def _whole_prompt(model: Served, task: Task) -> list[int]:
                     f"chat_template_kwargs.{name} is set, which the server decides itself; leave it out",
                     param=f"chat_template_kwargs.{name}",
                 )
-        return _tokenizer(model).encode_chat(
+        return _templated(model).encode_chat(
             prompt.messages,
             not prompt.continues,
             tools=[dict(tool) for tool in prompt.tools] or None,
@@ -240,7 +240,15 @@ def total(usages: Iterable[Usage]) -> Usage:
 def _tokenizer(model: Served) -> Tokenizer:
     tokenizer = model.engine.tokenizer
     if tokenizer is None:
-        raise UnsupportedError(f"the model {model.name} has no tokenizer; send token ids")
+        raise UnsupportedError(f"the model {model.name} has no tokenizer; send token ids to /v1/completions")
+    return tokenizer
+
+
+def _templated(model: Served) -> Tokenizer:
+    """The model's tokenizer, if it can write conversations."""
+    tokenizer = _tokenizer(model)
+    if not hasattr(tokenizer, "encode_chat"):
+        raise UnsupportedError(f"the tokenizer of {model.name} has no chat template; send texts to /v1/completions")
     return tokenizer
 
 

@@ -24,6 +24,7 @@ RENAMED = {
 }
 # The members of vLLM's structured_outputs.
 STRUCTURES = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+ANY_OBJECT = {"type": "object"}
 # What decides the kind of decoding.
 DECODING = ("temperature", "do_sample", "strategy", "num_beams", "penalty_alpha")
 
@@ -74,11 +75,13 @@ def _respond_in(fields: dict[str, Any], names: dict[str, str], wanted: dict[str,
     """OpenAI's `response_format`; a bare `schema` beside json_object is llama.cpp's."""
     kind = wanted.get("type")
     if kind == "json_object":
-        constrain(fields, names, wanted.get("schema", True), "response_format.schema")
+        constrain(fields, names, wanted.get("schema", ANY_OBJECT), "response_format.schema")
     elif kind == "json_schema":
         described = wanted.get("json_schema")
-        schema = described.get("schema") if isinstance(described, dict) else None
-        constrain(fields, names, schema, "response_format.json_schema.schema")
+        described = described if isinstance(described, dict) else {}
+        constrain(fields, names, described.get("schema"), "response_format.json_schema.schema")
+        if described.get("strict") is True:
+            _put(fields, names, "strict", True, "response_format.json_schema.strict")
     elif kind != "text":
         raise Refusal(
             400,
@@ -98,7 +101,7 @@ def _structure(fields: dict[str, Any], names: dict[str, str], wanted: dict[str, 
             param="structured_outputs",
         )
     for name in asked:
-        own, value = (STRUCTURES[name], wanted[name]) if name in STRUCTURES else ("json_schema", True)
+        own, value = (STRUCTURES[name], wanted[name]) if name in STRUCTURES else ("json_schema", ANY_OBJECT)
         _put(fields, names, own, value, f"structured_outputs.{name}")
 
 

@@ -1,0 +1,44 @@
+"""OpenAI's own client library against the server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+openai = pytest.importorskip("openai")
+
+
+@pytest.fixture(scope="module")
+def client(client: httpx.Client) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0) as own:
+        yield own
+
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="smollm2", messages=MESSAGES, max_tokens=12, logprobs=True)
+    with client.chat.completions.stream(model="smollm2", messages=MESSAGES, max_tokens=12, logprobs=True) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == whole.choices[0].message.content
+    assert [entry.logprob for entry in final.choices[0].logprobs.content] == [
+        entry.logprob for entry in whole.choices[0].logprobs.content
+    ]
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="smollm2", prompt=["a b c", "1 2 3"], max_tokens=3, echo=True, logprobs=2)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.choices[1].text.startswith("1 2 3") and answer.choices[1].logprobs.token_logprobs[0] is None
+
+
+def test_errors_are_the_librarys_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="smollm2", messages=MESSAGES, temperature=-1)
+    assert error.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-5")
+    assert [model.id for model in client.models.list()] == ["smollm2"]
