@@ -83,3 +83,13 @@ def test_the_end_of_text_is_found_under_the_names_that_people_use() -> None:
     assert adapted(Methods()).eos_ids == {2}
     assert adapted(Methods()).pad_id is None
     assert adapted(Letters()).eos_ids == set()
+
+
+def test_tokens_without_roles_play_those_of_their_names() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1, "b": 2}, unk_token="a"))
+    assert adapted(made).eos_ids == frozenset()  # not marked as special: text like any other
+    made.add_special_tokens(["</s>", "<pad>"])
+    tokenizer = adapted(made)
+    assert tokenizer.eos_ids == {1} and tokenizer.pad_id == 3
+    assert tokenizer.special_ids == {1, 3}

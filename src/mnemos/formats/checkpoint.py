@@ -6,13 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mnemos.errors import FormatError
 from mnemos.formats.gguf import GGUFFile
 from mnemos.formats.safetensors import INDEX_NAME, SINGLE_NAME, open_safetensors, open_safetensors_folder
 from mnemos.formats.strict_json import read_json_object
-from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor import Tensor, unwrapped
+
+if TYPE_CHECKING:
+    from mnemos.formats.pickled import PickledState
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -79,14 +82,31 @@ def _open_pickled(path: Path) -> Checkpoint:
             f"{path}: holds a state dict without hyperparameters; expected 'model_args' beside it or a config.json in "
             "the same folder, or load it into your own module and give that to InferenceEngine"
         )
-    return Checkpoint("huggingface", path, {"architectures": ["MiniLLM"], **state.arguments}, state.tensors)
+    return Checkpoint(
+        "huggingface", path, {"architectures": [_trained_by(path, state)], **state.arguments}, state.tensors
+    )
+
+
+def _trained_by(path: Path, state: PickledState) -> str:
+    """The architecture of a training script's checkpoint, by the names of its hyperparameters."""
+    for name, needed in _TRAINED.items():
+        if needed <= state.arguments.keys():
+            return name
+    forms = " or ".join(f"{', '.join(sorted(needed))} ({name})" for name, needed in _TRAINED.items())
+    raise FormatError(
+        f"{path}: its hyperparameters are {', '.join(sorted(state.arguments))[:200]}; expected {forms}, or a "
+        "config.json in the same folder: load another model into your own module and give that to InferenceEngine"
+    )
+
+
+_TRAINED = {"MiniLLM": {"dim", "n_layers", "n_heads"}, "NanoGPT": {"n_embd", "n_layer", "n_head", "block_size"}}
 
 
 def _open_huggingface(path: Path, folder: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
     config = read_json_object(folder / CONFIG_NAME)
     generation = folder / GENERATION_CONFIG_NAME
     generation_config = read_json_object(generation) if os.path.exists(generation) else {}
-    return Checkpoint("huggingface", path, config, tensors, generation_config)
+    return Checkpoint("huggingface", path, config, unwrapped(tensors), generation_config)
 
 
 def _open_folder(folder: Path) -> Checkpoint:

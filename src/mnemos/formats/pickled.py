@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mnemos.errors import FormatError, MissingDependencyError
-from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor import Tensor, unwrapped
 from mnemos.formats.tensor_types import TensorType
 
 # A class that only holds hyperparameters, as training scripts pickle them: module.path.ModelArgs and the like.
@@ -82,13 +82,13 @@ def _sort_out(path: Path, content: Any) -> PickledState:
     import torch
 
     tensors = {
-        name.removeprefix("_orig_mod."): _wrap(name, value)
+        name: _wrap(name, value)
         for name, value in state.items()
         if isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_complex()
     }
     if not tensors:
         raise FormatError(f"{path}: holds no tensors under names; expected a state dict, or a dict with one as 'model'")
-    return PickledState({str(name): value for name, value in arguments.items()}, tensors)
+    return PickledState({str(name): value for name, value in arguments.items()}, unwrapped(tensors))
 
 
 def _wrap(name: str, value: Any) -> Tensor:

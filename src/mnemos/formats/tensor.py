@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -63,3 +64,16 @@ class Tensor:
         """Rows start to stop as a view; the result has two axes."""
         width = self.type.row_bytes(self.columns)
         return Tensor(self.name, self.type, (stop - start, self.columns), self.data[start * width : stop * width])
+
+
+# What DistributedDataParallel, torch.compile and PEFT put in front of every name.
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors under the names that they have without the wrappers that the model was trained in."""
+    names = list(tensors)
+    while wrapper := next((one for one in _WRAPPERS if names and all(name.startswith(one) for name in names)), None):
+        names = [name.removeprefix(wrapper) for name in names]
+    names = [name.replace("._orig_mod.", ".") for name in names]
+    return tensors if names == list(tensors) else dict(zip(names, tensors.values(), strict=True))

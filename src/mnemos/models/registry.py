@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "olmo2:Olmo2": ("olmo2", "Olmo2ForCausalLM"),
     "phi3:Phi3": ("phi3", "Phi3ForCausalLM"),
     "gpt2:GPT2": ("gpt2", "GPT2LMHeadModel"),
+    "nano_gpt:NanoGPT": ("nanogpt", "NanoGPT"),
     "gpt_neox:GPTNeoX": ("gpt_neox", "gptneox", "GPTNeoXForCausalLM"),
 }
 

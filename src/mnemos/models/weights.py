@@ -195,9 +195,9 @@ class Weights:
         """The norm `name`, with `offset` added to its weight."""
         return RMSNorm(self.vector(name, size, offset=offset), epsilon)
 
-    def layer_norm(self, name: str, size: int, epsilon: float) -> LayerNorm:
-        """The norm `name`, which has a bias."""
-        return LayerNorm(self.vector(name, size), self.vector(name, size, ".bias"), epsilon)
+    def layer_norm(self, name: str, size: int, epsilon: float, *, bias: bool = True) -> LayerNorm:
+        """The norm `name`, with its bias if it has one."""
+        return LayerNorm(self.vector(name, size), self.vector(name, size, ".bias") if bias else None, epsilon)
 
     def stack(
         self, name: str, shape: tuple[int, int, int], *, take: slice | None = None, suffix: str = ".weight"

@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from mnemos.errors import ConfigError, RequestError, UnsupportedError
+from mnemos.text.core import END_NAMES
 
 _ANCHORS = ("\x02", "\n", ":")  # texts to continue, which hardly any token combines with what follows
+_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<PAD>")
 _HALF = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for a character whose last bytes are still missing
 
 
@@ -130,7 +132,16 @@ class ForeignTokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        return frozenset(getattr(self.inner, "all_special_ids", ()))
+        """Ids of tokens that are not text."""
+        return frozenset(getattr(self.inner, "all_special_ids", self._added.values()))
+
+    @cached_property
+    def _added(self) -> Mapping[str, int]:
+        """The special tokens by their texts, of a tokenizer of the tokenizers library, which gives them no roles."""
+        if not hasattr(self.inner, "get_added_tokens_decoder"):
+            return {}
+        added = self.inner.get_added_tokens_decoder()
+        return {entry.content: token for token, entry in added.items() if entry.special}
 
     @property
     def bos_id(self) -> int | None:
@@ -138,15 +149,21 @@ class ForeignTokenizer:
 
     @property
     def eos_id(self) -> int | None:
+        """The token that ends a text, if it names one."""
         return self._special("eos_token_id", "eos_id", "eot_token")
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        return frozenset(() if self.eos_id is None else (self.eos_id,))
+        """Every token that ends a generation: the one that it names, else those with the usual names."""
+        if self.eos_id is not None:
+            return frozenset((self.eos_id,))
+        return frozenset(token for text, token in self._added.items() if text in END_NAMES)
 
     @property
     def pad_id(self) -> int | None:
-        return self._special("pad_token_id", "pad_id")
+        """The token that pads shorter rows, by its role, else by its name."""
+        named = self._special("pad_token_id", "pad_id")
+        return named if named is not None else next((self._added[n] for n in _PAD_NAMES if n in self._added), None)
 
     def _special(self, *names: str) -> int | None:
         """The id that the tokenizer has under the first of these names, as a value or a method."""

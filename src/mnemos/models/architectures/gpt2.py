@@ -36,6 +36,7 @@ class GPT2Config(DecoderConfig):
     hidden_act: str
     scale_attn_weights: bool
     scale_attn_by_inverse_layer_idx: bool
+    bias: bool
 
     @property
     def position_limit(self) -> int:
@@ -59,6 +60,7 @@ class GPT2Config(DecoderConfig):
             hidden_act=read_activation(fields, "hidden_act", "gelu_new"),
             scale_attn_weights=fields.flag("scale_attn_weights", True),
             scale_attn_by_inverse_layer_idx=fields.flag("scale_attn_by_inverse_layer_idx", False),
+            bias=fields.flag("bias", True),
         )
 
     def attention_scale(self, layer: int) -> float:
@@ -68,28 +70,31 @@ class GPT2Config(DecoderConfig):
 
 
 class Layer:
-    """x + attention(norm(x)), then x + mlp(norm(x)); queries, keys and values are one projection."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); queries, keys and values are one projection.
 
-    def __init__(self, weights: Weights, i: int, config: GPT2Config) -> None:
+    transposed: the file holds matrices as (inputs, outputs).
+    """
+
+    def __init__(self, weights: Weights, i: int, config: GPT2Config, transposed: bool) -> None:
         name, size, inner, epsilon = f"h.{i}", config.hidden_size, config.intermediate_size, config.layer_norm_eps
-        transposed = not weights.is_gguf  # Hugging Face keeps these matrices as (inputs, outputs)
+        bias = config.bias
         q_proj, k_proj, v_proj = weights.split_linear(
-            f"{name}.attn.c_attn", (size, size, size), size, True, transposed=transposed
+            f"{name}.attn.c_attn", (size, size, size), size, bias, transposed=transposed
         )
-        self.ln_1 = weights.layer_norm(f"{name}.ln_1", size, epsilon)
+        self.ln_1 = weights.layer_norm(f"{name}.ln_1", size, epsilon, bias=bias)
         self.attention = Attention(
             q_proj,
             k_proj,
             v_proj,
-            o_proj=weights.linear(f"{name}.attn.c_proj", size, size, True, transposed=transposed),
+            o_proj=weights.linear(f"{name}.attn.c_proj", size, size, bias, transposed=transposed),
             layer=i,
             params=attention_params(config, i, config.attention_scale(i)),
             rope=None,
         )
-        self.ln_2 = weights.layer_norm(f"{name}.ln_2", size, epsilon)
+        self.ln_2 = weights.layer_norm(f"{name}.ln_2", size, epsilon, bias=bias)
         self.mlp = MLP(
-            up_proj=weights.linear(f"{name}.mlp.c_fc", inner, size, True, transposed=transposed),
-            down_proj=weights.linear(f"{name}.mlp.c_proj", size, inner, True, transposed=transposed),
+            up_proj=weights.linear(f"{name}.mlp.c_fc", inner, size, bias, transposed=transposed),
+            down_proj=weights.linear(f"{name}.mlp.c_proj", size, inner, bias, transposed=transposed),
             activation=config.hidden_act,
         )
 
@@ -115,13 +120,16 @@ class GPT2:
     }
     ignored: ClassVar[tuple[str, ...]] = ()
 
+    transposed: ClassVar[bool] = True  # Hugging Face keeps the layers' matrices as (inputs, outputs)
+
     def __init__(self, fields: Fields, weights: Weights) -> None:
         self.config = config = GPT2Config.read(fields)
         size, epsilon = config.hidden_size, config.layer_norm_eps
         self.wte = weights.matrix("wte", config.vocab_size, size)
         self.wpe = weights.matrix("wpe", config.max_position_embeddings, size)
-        self.layers = [Layer(weights, i, config) for i in range(config.num_hidden_layers)]
-        self.ln_f = weights.layer_norm("ln_f", size, epsilon)
+        transposed = self.transposed and not weights.is_gguf
+        self.layers = [Layer(weights, i, config, transposed) for i in range(config.num_hidden_layers)]
+        self.ln_f = weights.layer_norm("ln_f", size, epsilon, bias=config.bias)
         self.lm_head = load_head(weights, self.wte, config, embedding_name="wte")
 
     def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
