@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import difflib
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mnemos.decoding.config import GenerationConfig, choose_config
-from mnemos.decoding.fields import ALIASES, RULES
+from mnemos.decoding.fields import ALIASES, CONSTRAINTS, RULES
 from mnemos.engine.completion import Completion, StreamedToken, Usage
 from mnemos.engine.handle import RequestHandle
 from mnemos.errors import MnemosError, RequestError, UnsupportedError
@@ -18,11 +18,12 @@ from mnemos.serve.catalogue import Served
 from mnemos.serve.connection import Connection
 from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
 from mnemos.serve.refusal import Refusal, refusal_of
-from mnemos.serve.reply import PlainReply, Reply
+from mnemos.serve.reply import Reply, reply_to
 from mnemos.serve.settings import Settings
 from mnemos.serve.task import Conversation, Infill, Task
 from mnemos.text.infill import infill_ids
 from mnemos.text.tokenizer import Tokenizer
+from mnemos.text.tools.exchange import Exchange, exchange
 
 # Fields of GenerationConfig that a request may not set: they are functions, or the server decides them.
 RESERVED = ("logits_processors", "prefix_allowed_tokens_fn", "stopping_criteria", "tenant", "deadline")
@@ -56,18 +57,23 @@ class Result:
 
 
 class Running:
-    """A task in the engine. `prompt_ids`: the prompt as the model reads it; `config`: what it is continued by."""
+    """A task in the engine. `exchange`: the prompt as the model reads it; `config`: what it is continued by."""
 
     def __init__(
-        self, model: Served, handle: RequestHandle, prompt_ids: list[int], task: Task, config: GenerationConfig
+        self, model: Served, handle: RequestHandle, exchange: Exchange, task: Task, config: GenerationConfig
     ) -> None:
         self.model = model
         self.handle = handle
-        self.prompt_ids = prompt_ids
+        self.exchange = exchange
         self.task = task
         self.config = config
         self.completion: Completion | None = None  # once `results` has returned
         self._replies: dict[int, Reply] = {}
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's token ids, as the model reads them."""
+        return self.exchange.prompt_ids
 
     @property
     def usage(self) -> Usage:
@@ -99,7 +105,7 @@ class Running:
         for token in tokens:
             reply = self._replies.get(token.sequence)
             if reply is None:
-                reply = self._replies[token.sequence] = PlainReply()
+                reply = self._replies[token.sequence] = reply_to(self.exchange)
             events += reply.push(token)
         return events
 
@@ -137,14 +143,15 @@ def _submit(model: Served, task: Task, connection: Connection) -> Running:
     from mnemos.decoding.build import fit_prompt
 
     engine = model.engine
-    config = _config(model, task, connection)
-    prompt_ids = fit_prompt(config, prompt_of(model, task), engine.spec)
-    return Running(model, engine.submit(prompt_ids, config), prompt_ids, task, config)
+    read = exchange_of(model, task)
+    config = _config(model, task, read, connection)
+    read = replace(read, prompt_ids=fit_prompt(config, read.prompt_ids, engine.spec))
+    return Running(model, engine.submit(read.prompt_ids, config), read, task, config)
 
 
-def _config(model: Served, task: Task, connection: Connection) -> GenerationConfig:
+def _config(model: Served, task: Task, read: Exchange, connection: Connection) -> GenerationConfig:
     engine, caller = model.engine, connection.caller
-    fields = {**model.offer.defaults, **task.fields}
+    fields = _joined({**model.offer.defaults, **task.fields}, read.fields)
     salt = fields.pop("cache_salt", None)
     if salt is not None:
         RULES["cache_salt"].apply("cache_salt", salt)
@@ -160,6 +167,22 @@ def _config(model: Served, task: Task, connection: Connection) -> GenerationConf
     return config
 
 
+def _joined(fields: dict[str, Any], needed: Mapping[str, Any]) -> dict[str, Any]:
+    """The request's fields with those that its tools and its reasoning need."""
+    constraint = next((name for name in CONSTRAINTS if fields.get(name) is not None), None)
+    if "grammar" in needed and constraint is not None:
+        raise Refusal(
+            400,
+            f"tool_choice forces a call, and {constraint} constrains the text; leave one of them out",
+            param="tool_choice",
+        )
+    joined = {**fields, **needed}
+    if "stop" in needed and fields.get("stop"):
+        own = fields["stop"]
+        joined["stop"] = [*([own] if isinstance(own, str) else own), *needed["stop"]]
+    return joined
+
+
 def check_results(config: GenerationConfig, settings: Settings) -> None:
     """Refusal if one prompt would be given more texts than the server allows."""
     counts = {"n": config.num_return_sequences, "best_of": config.best_of or 0, "num_beams": config.beams}
@@ -170,13 +193,15 @@ def check_results(config: GenerationConfig, settings: Settings) -> None:
             )
 
 
-def prompt_of(model: Served, task: Task) -> list[int]:
-    """The prompt's token ids, as the model reads it."""
-    token_ids = _whole_prompt(model, task)
-    return token_ids if task.keep is None else token_ids[max(len(token_ids) - task.keep, 0) :]
+def exchange_of(model: Served, task: Task) -> Exchange:
+    """The prompt as the model reads it, and what its answer may consist of."""
+    found = _whole_exchange(model, task)
+    if task.keep is None:
+        return found
+    return replace(found, prompt_ids=found.prompt_ids[max(len(found.prompt_ids) - task.keep, 0) :])
 
 
-def _whole_prompt(model: Served, task: Task) -> list[int]:
+def _whole_exchange(model: Served, task: Task) -> Exchange:
     prompt = task.prompt
     if isinstance(prompt, Conversation):
         for name in prompt.template:
@@ -186,11 +211,16 @@ def _whole_prompt(model: Served, task: Task) -> list[int]:
                     f"chat_template_kwargs.{name} is set, which the server decides itself; leave it out",
                     param=f"chat_template_kwargs.{name}",
                 )
-        return _templated(model).encode_chat(
+        return exchange(
+            _templated(model),
             prompt.messages,
-            not prompt.continues,
-            tools=[dict(tool) for tool in prompt.tools] or None,
-            continue_final_message=prompt.continues,
+            prompt.tools,
+            mode=prompt.choice.mode,
+            name=prompt.choice.name,
+            parallel=prompt.parallel,
+            continues=prompt.continues,
+            thinking=prompt.thinking,
+            budget=prompt.budget,
             **prompt.template,
         )
     if isinstance(prompt, Infill):
@@ -202,13 +232,13 @@ def _whole_prompt(model: Served, task: Task) -> list[int]:
                 "tokens for that; leave it out",
                 param="suffix",
             )
-        return token_ids
+        return Exchange(token_ids)
     if isinstance(prompt, str):
         token_ids = _tokenizer(model).encode(prompt, task.begins, task.special)
         if not token_ids:
             raise RequestError("prompt is empty; it must have at least one token")
-        return token_ids
-    return list(prompt)
+        return Exchange(token_ids)
+    return Exchange(list(prompt))
 
 
 async def together(running: Sequence[Running]) -> AsyncIterator[tuple[int, list[Event]]]:

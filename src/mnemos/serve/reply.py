@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
+import string
 from typing import Protocol
 
 from mnemos.engine.completion import StreamedToken
-from mnemos.serve.events import End, Event, Piece
+from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
+from mnemos.text.tools.exchange import Exchange
+from mnemos.text.tools.fragments import CallArguments, CallName, Fragment, Reasoning, Text
+
+_LETTERS = string.ascii_letters + string.digits
 
 
 class Reply(Protocol):
@@ -13,6 +19,11 @@ class Reply(Protocol):
 
     def push(self, token: StreamedToken) -> list[Event]:
         """The events that a token completes."""
+
+
+def reply_to(exchange: Exchange | None) -> Reply:
+    """A reader for one result of a conversation, or of a plain prompt."""
+    return PlainReply() if exchange is None or exchange.plain else ReadReply(exchange)
 
 
 class PlainReply:
@@ -23,3 +34,54 @@ class PlainReply:
         if token.finish_reason is not None:
             events.append(End(token.sequence, token.finish_reason, token.stopped_by, token.error))
         return events
+
+
+class ReadReply:
+    """An answer in which there may be reasoning and tool calls."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._reader = exchange.reader()
+        self._marks = exchange.marks
+        self._short_ids = exchange.family is not None and exchange.family.short_ids
+        self._tokens: list[StreamedToken] = []  # whose text is held back
+        self._calls = 0
+
+    def push(self, token: StreamedToken) -> list[Event]:
+        text = token.text
+        if not text and token.token_id is not None:
+            text = self._marks.get(token.token_id, "")
+        self._tokens.append(token)
+        events = self._events(token.sequence, self._reader.push(text))
+        if token.finish_reason is None:
+            return events
+        events += self._events(token.sequence, self._reader.finish())
+        reason = token.finish_reason
+        if reason == "stop" and self._calls and not self._reader.open:
+            reason = "tool_calls"
+        return [*events, End(token.sequence, reason, token.stopped_by, token.error)]
+
+    def _events(self, sequence: int, fragments: list[Fragment]) -> list[Event]:
+        events: list[Event] = []
+        for fragment in fragments:
+            match fragment:
+                case Text(text):
+                    events.append(Piece(sequence, text, self._taken()))
+                case Reasoning(text):
+                    events.append(Piece(sequence, text, self._taken(), "reasoning"))
+                case CallName(name):
+                    self._taken()
+                    events.append(CallStart(sequence, self._calls, self._new_id(), name))
+                    self._calls += 1
+                case CallArguments(text):
+                    self._taken()
+                    events.append(CallPiece(sequence, self._calls - 1, text))
+        return events
+
+    def _taken(self) -> tuple[StreamedToken, ...]:
+        tokens, self._tokens = tuple(self._tokens), []
+        return tokens
+
+    def _new_id(self) -> str:
+        if self._short_ids:  # the templates of Mistral's models take nothing else
+            return "".join(secrets.choice(_LETTERS) for _ in range(9))
+        return f"call_{secrets.token_hex(12)}"

@@ -272,7 +272,7 @@ class Tokenizer:
         """
         from mnemos.text.conversation import check_messages
 
-        template = self._template_for(chat_template, variables.get("tools"))
+        template = self.template_for(chat_template, variables.get("tools"))
         return template.render(
             check_messages(messages),
             add_generation_prompt=add_generation_prompt,
@@ -318,7 +318,7 @@ class Tokenizer:
             self._controls = tuple(core.texts[token] for token in sorted(core.special_ids))
         return self._controls
 
-    def _template_for(self, source: str | None, tools: Any) -> ChatTemplate:
+    def template_for(self, source: str | None, tools: Any) -> ChatTemplate:
         """The template to use: the one asked for, the model's for tools if there are any, or the model's own."""
         from mnemos.text.chat import ChatTemplate, default_template
 
