@@ -12,7 +12,7 @@ namespace {
 // The data that a thread reads ahead should stay in its caches: the second level, and its share of the third.
 constexpr int64_t ahead_bytes = 4 << 20;
 // More weights than this do not stay in the caches until the next pass; keeping them there only costs the caller's code
-// and data their place.
+// and data their place, so they are read bypassing the caches where that is fast.
 constexpr int64_t passing_bytes = 32 << 20;
 constexpr int64_t piece_bytes = 1024;  // between two checks whether the thread is needed
 // Less than this is not worth waking another thread.
@@ -27,6 +27,8 @@ ForeignStep::ForeignStep(std::shared_ptr<Pool> pool)
       scores_(static_cast<size_t>(pool_->threads())) {}
 
 ForeignStep::~ForeignStep() { pool_->interrupt(); }
+
+bool ForeignStep::passes_by() const { return bytes_ > passing_bytes && bypassing_is_fast(); }
 
 ForeignStep::Link ForeignStep::checked(MatrixPointer matrix, VectorPointer bias) const {
   if (matrix->form != Form::f32)
@@ -72,7 +74,7 @@ void ForeignStep::multiply(int number, const float *x, int64_t rows, float *y) {
     input.values = padded_.data();
     prepare_rows(input, x, matrix.columns, 0, rows);
   }
-  input.passing = bytes_ > passing_bytes;
+  input.passing = passes_by();
   const float *bias = own.bias ? own.bias->data() : nullptr;
   const auto multiply_panels = [&](int64_t begin, int64_t end) {
     mnemos::multiply(matrix, input, 0, rows, begin, end, y, matrix.rows, bias, 0);
@@ -97,7 +99,7 @@ void ForeignStep::attend(const PlainAttention &a) {
   }
   std::lock_guard<std::mutex> lock(mutex_);
   // Neighbouring heads of the same keys find them in the caches.
-  const bool passing = bytes_ > passing_bytes && a.heads == a.kv_heads;
+  const bool passing = passes_by() && a.heads == a.kv_heads;
   const auto attend_head = [&](int64_t item, int thread) {
     const int64_t b = item / a.heads, h = item % a.heads, kv = h / (a.heads / a.kv_heads);
     std::vector<float> &scores = scores_[static_cast<size_t>(thread)];

@@ -58,6 +58,7 @@ class ForeignStep {
 
   Link &link(int number);
   Link checked(MatrixPointer matrix, VectorPointer bias) const;
+  bool passes_by() const;  // weights are read bypassing the caches
   void share(int64_t items, const std::function<void(int64_t item, int thread)> &body);
   void fetch_ahead();
   bool fetch(Link &link, int thread, int64_t *left) const;

@@ -180,6 +180,14 @@ Isa likely_isa(OperatorClass) {
   return available_levels().back();
 }
 
+bool bypassing_is_fast() {
+#if defined(__x86_64__)
+  return !__builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
+
 const char *class_name(OperatorClass which) {
   switch (which) {
     case OperatorClass::quantized: return "quantized";

@@ -42,6 +42,11 @@ void prefer_isas(const std::string &levels);
 // The processor's likely best level for an operator, from what is known about its maker's units.
 Isa likely_isa(OperatorClass which);
 
+// Whether reads that bypass the caches (non-temporal prefetches) are as fast as others. On Intel's processors they are
+// not: the second-level cache's prefetcher, which keeps most requests under way, does not take part in them, and
+// weights come at half the speed or less.
+bool bypassing_is_fast();
+
 // Whether the level's attention has bfloat16 dot products, for which caches keep bfloat16 rather than float16.
 inline bool keeps_bfloats(Isa isa) { return isa == Isa::avx512_bf16 || isa == Isa::amx; }
 
