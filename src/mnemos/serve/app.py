@@ -17,6 +17,7 @@ from mnemos import __version__
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import MnemosError
 from mnemos.serve import health, page_api
+from mnemos.serve.anthropic import messages as anthropic_messages
 from mnemos.serve.catalogue import Catalogue, Offer, given
 from mnemos.serve.connection import CheckedRequest
 from mnemos.serve.guard import Guard
@@ -29,7 +30,14 @@ from mnemos.serve.settings import Settings
 from mnemos.serve.state import State
 
 IDLE_CHECK = 5.0  # seconds between two looks for models to unload
-ROUTERS = (health.router, openai_models.router, chat.router, completions.router, page_api.router)
+ROUTERS = (
+    health.router,
+    openai_models.router,
+    chat.router,
+    completions.router,
+    anthropic_messages.router,
+    page_api.router,
+)
 MOST_PROBLEMS = 3  # of a request that are named in one error
 
 
