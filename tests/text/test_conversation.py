@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,50 @@ def test_a_call_without_arguments(arguments: Any) -> None:
     messages = [ASKS, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
     template = "{% for c in messages[1].tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}"
     assert ChatTemplate(template).render(messages) == "{}"
+
+
+@dataclass
+class Function:
+    """A client's object."""
+
+    name: str
+    arguments: str
+
+
+@dataclass
+class Call:
+    """A client's object."""
+
+    function: Function
+    type: str = "function"
+
+
+class Answer:
+    """A client's object, as of pydantic."""
+
+    def model_dump(self, exclude_none: bool = False) -> dict[str, Any]:
+        return {"role": "assistant", "tool_calls": [CALL], **({} if exclude_none else {"content": None, "audio": None})}
+
+
+def test_objects_of_clients_and_calls_of_an_older_interface(tokenizer_of: Callable[[str], Tokenizer]) -> None:
+    tokenizer, template = tokenizer_of("qwen2"), TEMPLATES["qwen2.5"]
+    result = {"role": "tool", "content": "3"}
+    tidy = [ASKS, {"role": "assistant", "content": "", "tool_calls": [CALL]}, result]
+    wanted = tokenizer.apply_chat_template(tidy, chat_template=template)
+    assert '<tool_call>\n{"name": "f", "arguments": {}}' in wanted and "<tool_response>\n3" in wanted
+    old = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    for answer in (Answer(), {"role": "assistant", "tool_calls": [Call(Function("f", "{}"))]}, old):
+        for role in ("tool", "function"):
+            messages: list[Any] = [ASKS, answer, {**result, "role": role}]
+            assert tokenizer.apply_chat_template(messages, chat_template=template) == wanted
+    knows = "{% for m in messages %}{{ 'F' if m.role in ['user', 'function'] else m.role }}{{ m.content }}{% endfor %}"
+    assert ChatTemplate(knows).render([{"role": "function", "content": "x"}]) == "Fx"
+
+
+def test_thoughts_in_parts_are_reasoning() -> None:
+    template = "{% for m in messages %}<{{ m.reasoning_content }}>{{ m.content }}{% endfor %}"
+    parts = [{"type": "thinking", "thinking": "so"}, {"type": "text", "text": "yes"}]
+    assert ChatTemplate(template).render([{"role": "assistant", "content": parts}]) == "<so>yes"
 
 
 @pytest.mark.parametrize("calls", ["f", {"name": "f"}, [5]])

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, is_dataclass
 from typing import Any, Protocol
 
 from mnemos.errors import RequestError
@@ -27,13 +28,24 @@ PLAIN_MARK = "\ufdd2"
 
 
 def check_messages(messages: Any) -> list[Message]:
-    """Messages as a list of mappings with a role. RequestError for anything else."""
+    """Messages as a list of mappings with a role; objects of a client's library (pydantic's, dataclasses) become such.
+
+    RequestError for anything else.
+    """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(f"messages is of type {type(messages).__name__}; it must be a list of {{'role', 'content'}}")
-    for index, message in enumerate(messages):
+    plain = [_plain(message) for message in messages]
+    for index, message in enumerate(plain):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise RequestError(f"messages[{index}] is {str(message)[:80]!r}; it must be a mapping with a 'role'")
-    return list(messages)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """An object that holds a client's data as a mapping, without what is null; anything else as it is."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(exclude_none=True)
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 class Habits(Protocol):
@@ -51,10 +63,10 @@ class Habits(Protocol):
 def prepare_messages(messages: Sequence[Message], template: Habits) -> list[dict[str, Any]]:
     """Messages in the form that a chat template expects; what is not a message stays as it is.
 
-    Content that is null becomes the empty text; parts are joined to one text, a line each, unless the template takes
-    parts. Reasoning is given under each name that the template asks for. A tool call's arguments are an object or JSON
-    text, whichever the template accepts. "developer" is "system" and "function" is "tool", unless the template knows
-    them.
+    Content that is null or absent becomes the empty text; parts are joined to one text, a line each, unless the
+    template takes parts. Reasoning, also in parts of type "thinking", is given under each name that the template asks
+    for. A tool call's arguments are an object or JSON text, whichever the template accepts; a function_call is one tool
+    call. "developer" is "system" and "function" is "tool", unless the template knows them.
     RequestError for parts that are not text and for malformed calls.
     """
     return [_prepare(message, index, template) for index, message in enumerate(messages)]
@@ -64,11 +76,15 @@ def _prepare(message: Message, index: int, template: Habits) -> dict[str, Any]:
     own = dict(message)
     if isinstance(own.get("role"), str):
         own["role"] = _role(own["role"], template.source)
-    if "content" in own:
-        own["content"] = _content(own["content"], f"messages[{index}].content", template)
+    content, thoughts = _without_thoughts(own.get("content"))
+    if "role" in own or "content" in own:
+        own["content"] = _content(content, f"messages[{index}].content", template)
+    if thoughts and not any(own.get(name) for name in REASONING_NAMES):
+        own["thinking"] = thoughts
     _spread_reasoning(own, template.source)
-    if "tool_calls" in own:
-        calls = own.pop("tool_calls")
+    old = own.pop("function_call", None)
+    if "tool_calls" in own or old:
+        calls = own.pop("tool_calls", None) or ([{"type": "function", "function": old}] if old else None)
         if calls:
             own["tool_calls"] = _tool_calls(calls, f"messages[{index}].tool_calls", template)
     return own
@@ -126,7 +142,9 @@ def refuse_lost_messages(messages: list[dict[str, Any]], text: str, label: str) 
 def _role(role: str, source: str) -> str:
     if role == "developer" and role not in source:
         return "system"
-    return role if role in source else _OLD_ROLES.get(role, role)
+    if role in _OLD_ROLES and not re.search(rf"""(==|[,(]|in\s*[\[(])\s*['"]{role}['"]""", source):
+        return _OLD_ROLES[role]
+    return role
 
 
 def _content(content: Any, label: str, template: Habits) -> Any:
@@ -138,6 +156,15 @@ def _content(content: Any, label: str, template: Habits) -> Any:
     if template.takes_parts():
         return [{"type": "text", "text": text} for text in texts]
     return "\n".join(texts)
+
+
+def _without_thoughts(content: Any) -> tuple[Any, str]:
+    """(content without its parts of type "thinking", their text)."""
+    if not isinstance(content, (list, tuple)):
+        return content, ""
+    thoughts = [part for part in content if isinstance(part, Mapping) and part.get("type") == "thinking"]
+    texts = [text for part in thoughts if isinstance(text := part.get("thinking"), str)]
+    return [part for part in content if part not in thoughts], "\n".join(texts)
 
 
 def _part(part: Any, label: str) -> str:
@@ -161,7 +188,7 @@ def _tool_calls(calls: Any, label: str, template: Habits) -> list[Any]:
     if isinstance(calls, (str, Mapping)) or not isinstance(calls, Sequence):
         raise RequestError(f"{label} is of type {type(calls).__name__}; it must be a list of calls")
     prepared = []
-    for index, call in enumerate(calls):
+    for index, call in enumerate(map(_plain, calls)):
         if not isinstance(call, Mapping):
             raise RequestError(f"{label}[{index}] is {str(call)[:80]!r}; it must be a mapping with a 'function'")
         function = call.get("function")
