@@ -28,6 +28,7 @@ class Script:
 
     wait      seconds before the first token
     pace      seconds between tokens
+    others    the alternatives to each token
     drop      the number of tokens after which the connection breaks, or None
     fail      the same for an error event in the stream
     key       the API key that is asked for; "" for none
@@ -43,6 +44,7 @@ class Script:
     loaded: bool = True
     models: tuple[str, ...] = ("smollm2-135m", "qwen3-0.6b")
     finish: str = "stop"
+    others: tuple[str, ...] = (" green", " red", " cold", " wide")
     seen: list[dict[str, Any]] = field(default_factory=list)
     running: int = 0
     most_running: int = 0
@@ -145,7 +147,7 @@ async def stream(body: dict[str, Any], script: Script) -> AsyncIterator[str]:
                 yield f"data: {json.dumps({'error': {'message': 'the model failed', 'code': None}})}\n\n"
                 yield "data: [DONE]\n\n"
                 return
-            own = [token(text, index, (" green", " red", " cold", " wide"))] if body.get("logprobs") else []
+            own = [token(text, index, script.others)] if body.get("logprobs") else []
             yield chunk({"content": text}, logprobs={"content": own} if own else None)
             script.generated += 1
             await asyncio.sleep(script.pace)

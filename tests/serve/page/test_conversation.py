@@ -106,7 +106,7 @@ def test_a_failure_is_told_and_tried_again(page: Any, script: Script) -> None:
 def test_a_refused_setting_is_told_in_the_servers_words(page: Any, script: Script) -> None:
     page.keyboard.press("Control+,")
     page.fill("#setting-temperature", "101")
-    assert "At most 100" in page.inner_text(".panel")
+    page.wait_for_selector(".panel >> text=At most 100")
     page.fill("#setting-temperature", "0.5")
     ask(page, "Go")
     assert script.seen[-1]["temperature"] == 0.5
@@ -121,7 +121,7 @@ def test_edits_and_other_tries_are_branches_that_stay(page: Any, script: Script)
     script.reply = "Second."
     page.click(".message.last [aria-label=Regenerate]")
     page.wait_for_selector(".message.last .markdown >> text=Second.")
-    assert page.inner_text(".message.last .branches") == "2/2"
+    page.wait_for_selector(".message.last .branches >> text=2/2")
     page.click(".message.last [aria-label='Previous branch']")
     shows_reply(page, "First.")
     page.hover(".message.user")
@@ -131,13 +131,13 @@ def test_edits_and_other_tries_are_branches_that_stay(page: Any, script: Script)
     page.keyboard.press("Enter")
     page.wait_for_selector(".message.last .markdown >> text=Third.")
     assert script.seen[-1]["messages"][-1] == {"role": "user", "content": "Two"}
-    assert page.inner_text(".message.user .branches") == "2/2"
+    page.wait_for_selector(".message.user .branches >> text=2/2")
     page.reload()
     page.wait_for_selector(".message.last .markdown >> text=Third.")
     page.hover(".message.user")
     page.click(".message.user [aria-label='Previous branch']")
     shows_reply(page, "First.")
-    assert page.inner_text(".message.last .branches") == "1/2"
+    page.wait_for_selector(".message.last .branches >> text=1/2")
 
 
 def test_an_edited_reply_is_a_branch_that_is_sent_on(page: Any, script: Script) -> None:
@@ -145,7 +145,7 @@ def test_an_edited_reply_is_a_branch_that_is_sent_on(page: Any, script: Script) 
     page.click(".message.last [aria-label=Edit]")
     page.fill("[aria-label='Edit the message']", "What I would have said")
     page.click("text=Save")
-    assert page.inner_text(".message.last .branches") == "2/2"
+    page.wait_for_selector(".message.last .branches >> text=2/2")
     ask(page, "Two")
     assert script.seen[-1]["messages"][1] == {"role": "assistant", "content": "What I would have said"}
 
@@ -180,7 +180,7 @@ def test_every_setting_that_the_server_describes_can_be_made(page: Any, script: 
     page.fill("[aria-label='Find a setting']", "")
     page.click("summary:has-text('Stopping')")
     page.select_option("#setting-ignore_eos", "true")
-    assert page.inner_text("summary:has-text('Stopping') .badge") == "2"
+    page.wait_for_selector("summary:has-text('Stopping') .badge >> text=2")
     ask(page, "Go")
     sent = script.seen[-1]
     assert (sent["xtc_probability"], sent["stop"], sent["ignore_eos"]) == (0.5, ["END\n", "STOP"], True)
@@ -191,12 +191,12 @@ def test_attached_files_are_sent_before_the_text(page: Any, script: Script, tmp_
     (tmp_path / "b.md").write_text("```\ncode\n```")
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe\x00")
     page.set_input_files(".composer input[type=file]", [tmp_path / "a.txt", tmp_path / "b.md", tmp_path / "c.bin"])
-    assert "c.bin" in page.inner_text("dialog")
+    page.wait_for_selector("dialog >> text=c.bin")
     page.click("dialog >> text=OK")
     page.click("[aria-label='Remove a.txt']")
     ask(page, "Read it")
     assert script.seen[-1]["messages"][-1]["content"] == "b.md:\n````\n```\ncode\n```\n````\n\nRead it"
-    assert page.inner_text(".message.user .attachments span") == "b.md"
+    page.wait_for_selector(".message.user .attachments >> text=b.md")
 
 
 def test_reasoning_is_folded_away_and_not_sent_back(page: Any, script: Script) -> None:
@@ -291,7 +291,7 @@ def test_an_export_holds_all_branches_and_comes_back_whole(
     conversations[0]["messages"].pop()
     file.write_text(json.dumps({"format": "mnemos-conversations", "version": 1, "conversations": conversations}))
     other.set_input_files(".sidebar input[type=file]", file)
-    assert "damaged" in other.inner_text("dialog")
+    other.wait_for_selector("dialog >> text=damaged")
 
 
 def test_a_fork_is_a_conversation_of_its_own(page: Any, script: Script) -> None:

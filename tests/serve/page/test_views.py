@@ -17,6 +17,7 @@ def test_look_inside_colours_tokens_and_goes_on_with_another(page: Any, script: 
     page.click(".message.last .inside-button")
     tokens = page.locator(".message.last .tokens .token")
     words = pieces(script.reply)
+    page.wait_for_selector(".message.last .tokens .token")
     assert tokens.all_inner_texts() == words
     levels = [tokens.nth(i).get_attribute("class").split()[1] for i in range(3)]
     assert levels == ["p0", "p5", "p4"], "0.98, 0.009 and 0.05"
@@ -29,12 +30,24 @@ def test_look_inside_colours_tokens_and_goes_on_with_another(page: Any, script: 
     sent = script.seen[-1]
     assert sent["messages"][-1] == {"role": "assistant", "content": "The sky is red"}
     assert sent["continue_final_message"] is True
-    assert page.inner_text(".message.last .branches") == "2/2"
+    page.wait_for_selector(".message.last .branches >> text=2/2")
     assert page.inner_text(".message.last .token.forced") == " red"
     page.click(".message.last .inside-button")
     shows_reply(page, "The sky is red and so on.")
     page.click(".message.last [aria-label='Previous branch']")
     page.wait_for_selector(".message.last >> text=blue")
+
+
+def test_a_reply_can_be_ended_where_its_end_was_an_alternative(page: Any, script: Script) -> None:
+    script.others = (" green", "<|im_end|>")
+    ask(page, "Why?")
+    page.click(".message.last .inside-button")
+    page.click(".message.last .tokens .token >> nth=3")
+    page.click("text=End the reply here")
+    page.wait_for_selector(".message.last .branches >> text=2/2")
+    page.click(".message.last .inside-button")
+    shows_reply(page, "The sky is")
+    assert len(script.seen) == 1
 
 
 def test_look_inside_by_keyboard(page: Any, script: Script) -> None:

@@ -3,7 +3,7 @@ import { ApiError, engineLive, streamChat } from "./api.js";
 import * as chats from "./chats.js";
 import { Signal, announce } from "./dom.js";
 import { contextOf, preferences, refreshModels } from "./settings.js";
-import { readTokens, textOf } from "./tokens.js";
+import { isSpecial, readTokens, textOf } from "./tokens.js";
 import { pathTo } from "./tree.js";
 
 const SAVE_EVERY = 1000; // ms
@@ -97,9 +97,12 @@ export async function goOnWith(conversation, id, index, alternative) {
   const before = (await chats.tokensOf(id)).slice(0, index);
   const tokens = [...before, { ...alternative, a: (await chats.tokensOf(id))[index].a, f: true }];
   const { parent, model } = conversation.nodes.get(id);
-  const node = chats.add(conversation, { parent, role: "assistant", model, content: textOf(tokens) });
+  const ends = isSpecial(alternative.t);
+  const content = textOf(ends ? before : tokens);
+  const node = chats.add(conversation, { parent, role: "assistant", model, content, finish: ends ? "stop" : null });
   chats.setTokens(node.id, tokens, true);
   chats.lookInside(node.id, true);
+  if (ends) return undefined;
   return run(conversation, node.id, pathTo(conversation.nodes, node.id), true, tokens);
 }
 

@@ -30,6 +30,11 @@ export function textOf(tokens) {
   }
 }
 
+/** Whether the text is that of a special token, such as the end of the reply, which cannot be continued. */
+export function isSpecial(text) {
+  return /^<(?:\|[^|]+\|?|\/?s|eos|bos|pad|unk|start_of_turn|end_of_turn)>$/.test(text);
+}
+
 /** From 0 (all but certain) to 5 (a surprise): the class of a token's colour. */
 export function level(logprob) {
   const p = Math.exp(logprob);

@@ -71,12 +71,10 @@ export function App() {
     return () => window.removeEventListener("hashchange", follow);
   }, []);
   useEffect(() => {
-    // A conversation gets its address with its first message.
-    if (route.view === "chat" && conversation.nodes.size > 1 && route.id !== conversation.record.id) {
-      const address = `#/chat/${conversation.record.id}`;
-      if (location.hash !== address) location.hash = address;
-    }
-  }, [conversation, conversation.nodes.size, route]);
+    // A conversation gets its address with its first message, or when it is opened by other means than its address.
+    const address = `#/chat/${conversation.record.id}`;
+    if (conversation.nodes.size > 1 && routeOf(location.hash).view === "chat" && location.hash !== address) location.hash = address;
+  }, [conversation, conversation.nodes.size > 1]);
   useEffect(() => {
     const names = { compare: "Side by side", engine: "The engine" };
     document.title = `${names[route.view] ?? (conversation.record.title || "New conversation")} · Mnemos`;

@@ -2,7 +2,7 @@
 import * as chats from "../chats.js";
 import { classes, html, memo, useEffect, useLayoutEffect, useRef, useState } from "../dom.js";
 import { goOnWith } from "../replies.js";
-import { level, percent, perplexity, textOf, visible } from "../tokens.js";
+import { isSpecial, level, percent, perplexity, textOf, visible } from "../tokens.js";
 import { IconButton } from "./icons.js";
 
 const GROUP = 128; // tokens that are drawn together, so that a new token redraws one group alone
@@ -57,7 +57,9 @@ function Alternatives({ token, anchor, busy, onChoose, onClose }) {
         ${own
           ? html`<span class="mark">${token.f ? "yours" : "written"}</span>`
           : html`<button type="button" disabled=${busy || one.p === -Infinity} onClick=${() => onChoose(one)}
-              aria-label=${`Go on from here with ${visible(one.t)}, ${percent(one.p)}`}>Go on from here with this one</button>`}
+              aria-label=${`${isSpecial(one.t) ? "End the reply here" : "Go on from here"} with ${visible(one.t)}, ${percent(one.p)}`}>${
+                isSpecial(one.t) ? "End the reply here" : "Go on from here with this one"
+              }</button>`}
       </li>`;
     })}</ol>
   </div>`;

@@ -144,7 +144,10 @@ function CopyButton({ text }) {
 /** Moves the focus to the branch that is shown instead of the message that had it, once it is drawn. */
 function focusBranch(conversation) {
   const parent = document.activeElement.dataset.parent;
-  const focus = () => document.querySelector(`[data-id="${conversation.nodes.get(parent)?.selected}"]`)?.focus();
+  const focus = () => {
+    const taken = document.activeElement !== document.body && document.activeElement.dataset.parent !== parent;
+    if (!taken) document.querySelector(`[data-id="${conversation.nodes.get(parent)?.selected}"]`)?.focus();
+  };
   requestAnimationFrame(() => requestAnimationFrame(focus));
 }
 
