@@ -62,9 +62,9 @@ def test_what_a_model_writes_is_never_more_than_text(page: Any, script: Script) 
 
 
 def test_stop_keeps_the_text_and_continue_goes_on(page: Any, script: Script) -> None:
-    script.pace = 0.05
+    script.reply, script.pace = " ".join(f"word{n}" for n in range(300)), 0.02
     ask(page, "Go", wait=False)
-    page.wait_for_function("() => document.querySelector('.message.last .markdown').innerText.includes('blue')")
+    page.wait_for_function("() => document.querySelector('.message.last .markdown').innerText.includes('word3')")
     page.keyboard.press("Escape")
     page.wait_for_selector("text=Stopped.")
     text = last_reply(page)

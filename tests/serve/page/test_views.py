@@ -26,7 +26,7 @@ def test_look_inside_colours_tokens_and_goes_on_with_another(page: Any, script: 
     assert box.locator("code").all_inner_texts() == ["·green", "·red", "·blue", "·cold", "·wide"]
     assert box.locator(".share").all_inner_texts()[:3] == ["42%", "21%", "17%"]
     box.locator("li", has_text="red").locator("button").click()
-    page.wait_for_selector(".message.last:not(.busy) .tokens")
+    page.wait_for_selector(".message.last:not(.busy) .tokens .forced")
     sent = script.seen[-1]
     assert sent["messages"][-1] == {"role": "assistant", "content": "The sky is red"}
     assert sent["continue_final_message"] is True
