@@ -22,6 +22,8 @@ from mnemos.serve.catalogue import Catalogue, Offer, given
 from mnemos.serve.connection import CheckedRequest
 from mnemos.serve.guard import Guard
 from mnemos.serve.keys import Keys
+from mnemos.serve.ollama import chat as ollama_chat
+from mnemos.serve.ollama import models as ollama_models
 from mnemos.serve.openai import chat, completions
 from mnemos.serve.openai import models as openai_models
 from mnemos.serve.page_files import page_files, page_routes
@@ -36,6 +38,8 @@ ROUTERS = (
     chat.router,
     completions.router,
     anthropic_messages.router,
+    ollama_chat.router,
+    ollama_models.router,
     page_api.router,
 )
 MOST_PROBLEMS = 3  # of a request that are named in one error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mnemos.engine.completion import StreamedToken
 
@@ -54,3 +55,11 @@ class End:
 
 
 Event = Piece | CallStart | CallPiece | End
+
+
+def arguments_value(text: str) -> Any:
+    """A call's arguments as an object; those of a call that was cut off as the text that is there."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"partial_json": text}

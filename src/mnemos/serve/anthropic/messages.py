@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from mnemos.engine.completion import Usage
 from mnemos.errors import MnemosError
 from mnemos.serve.anthropic.types import ACCEPTED, MessagesRequest, conversation_of
 from mnemos.serve.connection import Connection, connection_of
-from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
+from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece, arguments_value
 from mnemos.serve.generation import Running, exchange_of, extra_fields, start
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.state import server_of
@@ -86,7 +85,9 @@ class MessageAnswer:
         if result.text or not (result.calls or blocks):
             blocks.append({"type": "text", "text": result.text})
         for call in result.calls:
-            blocks.append({"type": "tool_use", "id": call.id, "name": call.name, "input": _parsed(call.arguments)})
+            blocks.append(
+                {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments_value(call.arguments)}
+            )
         return {**self._head(blocks), **self._ending(result.end), "usage": usage_object(self.running.usage)}
 
     async def events(self) -> AsyncIterator[str]:
@@ -175,11 +176,3 @@ def failed(refusal: Refusal) -> str:
 
 def _event(kind: str, **content: Any) -> str:
     return f"event: {kind}\ndata: {encode({'type': kind, **content})}\n\n"
-
-
-def _parsed(arguments: str) -> Any:
-    """A call's arguments as an object; an incomplete call's as far as they can be shown."""
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return {"partial_json": arguments}
