@@ -181,10 +181,9 @@ class TokenRules:
 class ModelSpec:
     """Facts about a model that requests are checked against, and what it promises, which the engine obeys.
 
-    `window` is the number of positions back that its attention reaches, 0 without such a limit (or if only some layers
-    have one). `position_limit` is the first position that it cannot take, if attention depends on distances alone, so
-    that positions may grow as long as no row sees more than the context; 0: they end with the context. `fingerprint`
-    changes whenever the weights or the computation do; saved caches are bound to it.
+    `position_limit` is the first position that it cannot take, if attention depends on distances alone, so that
+    positions may grow as long as no row sees more than the context; 0: they end with the context. `fingerprint` changes
+    whenever the weights or the computation do; saved caches are bound to it.
 
     The promises are about logits: batch invariance holds for a model as far as its promises go.
 
@@ -208,7 +207,6 @@ class ModelSpec:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     token_rules: TokenRules = TokenRules()
-    window: int = 0
     position_limit: int = 0
     parameters: int = 0
     fingerprint: str = ""
@@ -219,6 +217,11 @@ class ModelSpec:
     states: bool = False
     rewinds: bool = True
     details: dict[str, object] = field(default_factory=dict)  # for `inspect`: name and license
+
+    @property
+    def window(self) -> int:
+        """How many positions back the attention of any layer reaches, 0 without such a limit."""
+        return self.layout.groups[0].window
 
 
 class Model(Protocol):

@@ -42,6 +42,21 @@ def test_the_same_for_people(smollm2: Path, capsys: pytest.CaptureFixture[str]) 
     assert max(len(line) for line in text.splitlines()) < 120
 
 
+def test_layers_with_a_window_take_less_of_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.models.checkpoints import CONFIGS, build
+
+    config = CONFIGS["gemma3"]()
+    config.sliding_window, config.max_position_embeddings = 40, 1024
+    build(config, tmp_path)
+    report = json.loads(inspect([str(tmp_path), "--json"], capsys))
+    assert report["windows"] == {"40": 5}
+    a_layers_page = 32 * 2 * config.num_key_value_heads * config.head_dim * 2
+    assert report["cache_bytes"] == (1024 // 32 + 5 * (2 + 3)) * a_layers_page
+    assert "5 of 6 layers reach back 40 tokens" in inspect([str(tmp_path)], capsys)
+
+
 def test_an_architecture_that_is_not_built_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {f"setting_{number}": number for number in range(30)}
     config = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "hidden_size": 8, **settings}

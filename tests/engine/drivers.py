@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from mnemos.engine.request import Request, Timings
 from mnemos.engine.scheduler import Limits
 from mnemos.memory.capacity import Capacity
 from mnemos.memory.states import NO_STATE
-from tests.engine.toys import VOCABULARY, StateToy, ToyModel, toy_row
+from tests.engine.toys import VOCABULARY, StateToy, ToyModel, Windows, toy_text_row
 
 Toy = ToyModel | StateToy
 
@@ -68,7 +69,7 @@ class Greedy:
 class Wild:
     """Forks, truncates, drafts, drops and restarts at random, and checks every row against the toy model."""
 
-    def __init__(self, seed: int, steps: int, branches: int, window: int = 0, all_rows: bool = False) -> None:
+    def __init__(self, seed: int, steps: int, branches: int, window: Windows = 0, all_rows: bool = False) -> None:
         self.random = random.Random(seed)
         self.left = steps
         self.max_branches = branches
@@ -104,8 +105,7 @@ class Wild:
         for part, which in ((given.logits, 0), (given.hidden, 1)):
             for offset in range(len(part)):
                 position = end - len(part) + offset
-                first = max(0, position - self.window + 1) if self.window else 0
-                expected = toy_row(branch.tokens[first : position + 1], position)[which]
+                expected = toy_text_row(branch.tokens, position, self.window)[which]
                 np.testing.assert_array_equal(part[offset], expected)
 
     def _next(self) -> list[Branch]:
@@ -154,9 +154,9 @@ def reserve_toy(model: Toy, pages: int, states: int = 32) -> Capacity:
     """Reserves the pages or states that a double of its kind has."""
     if isinstance(model, ToyModel):
         model.reserve(pages)
-        return Capacity(pages)
+        return Capacity(model.spec.layout.counts(pages))
     model.reserve_states(states)
-    return Capacity(0, states)
+    return Capacity((0,), states)
 
 
 def run(core: EngineCore, limit: int = 10_000) -> None:
@@ -188,27 +188,37 @@ def check_pages(core: EngineCore) -> None:
     """Every reference is accounted for by a page table or the prefix tree."""
     check_states(core)
     tables = core.scheduler.tables
-    counts = [0] * tables.pool.total
-    for request in core.requests:
-        for sequence in request.sequences:
-            assert len(sequence.positions) == len(sequence.pages)
-            for page in sequence.pages:
-                counts[page] += 1
-    reclaimable = 0
-    for node in tables.tree.nodes() if tables.tree else ():
-        counts[node.page] += 1
-        reclaimable += counts[node.page] == 1
-    assert counts == tables.pool.references
-    assert tables.pool.free == counts.count(0)
-    assert tables.pool.reclaimable == reclaimable
+    for group, pool in enumerate(tables.pools):
+        counts = [0] * pool.total
+        for request in core.requests:
+            for sequence in request.sequences:
+                own = sequence.groups[group]
+                size, slid = tables.page_size, sequence.start
+                assert len(own.positions) == len(own.pages)
+                assert slid or all(b - a == size for a, b in pairwise(own.positions))
+                for page in own.pages:
+                    counts[page] += 1
+        cached = [node.pages[group] for node in tables.tree.nodes()] if tables.tree is not None else []
+        held = [page for page in cached if page is not None]
+        reclaimable = sum(counts[page] == 0 for page in held)
+        for page in held:
+            counts[page] += 1
+        assert counts == pool.references
+        assert pool.free == counts.count(0)
+        assert pool.reclaimable == reclaimable
+        assert tables.tree is None or tables.tree.held[group] == len(held)
+    for node in tables.tree.nodes() if tables.tree is not None else ():
+        assert any(page is not None for page in node.pages) or node.children
 
 
 def check_whole(core: EngineCore) -> None:
     """Nothing runs, and every page is free except those of the prefix tree, which can all be evicted."""
     check_pages(core)
-    pool, tree = core.scheduler.tables.pool, core.scheduler.tables.tree
+    pools, tree = core.scheduler.tables.pools, core.scheduler.tables.tree
     assert not core.has_work
-    assert pool.used == (len(tree) if tree else 0)
-    if tree:
-        tree.evict(pool.total)
-    assert pool.free == pool.total
+    assert [pool.used for pool in pools] == ([0] * len(pools) if tree is None else tree.held)
+    for group, pool in enumerate(pools):
+        if tree is not None:
+            tree.evict(pool.total, group)
+        assert pool.free == pool.total
+    assert tree is None or not list(tree.nodes())

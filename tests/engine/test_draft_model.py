@@ -48,7 +48,7 @@ def check_drafts_whole(core: EngineCore) -> None:
     scheduler = core.draft_model.scheduler
     assert not scheduler.running
     assert not len(scheduler.queue)
-    pool = scheduler.tables.pool
+    (pool,) = scheduler.tables.pools
     assert pool.free + pool.reclaimable == pool.total
 
 

@@ -86,7 +86,7 @@ def test_a_draft_is_loaded_as_its_model_is(smollm2: Path) -> None:
         assert draft is not None
         assert draft.model.spec.layout.dtype == engine.spec.layout.dtype == "float32"
         assert draft.scheduler.limits.context_length == 1024
-        assert draft.scheduler.tables.pool.total == plan_pages(engine.spec, 2048)
+        assert [pool.total for pool in draft.scheduler.tables.pools] == list(plan_pages(engine.spec, 2048))
 
 
 @pytest.mark.parametrize(

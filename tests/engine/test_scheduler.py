@@ -113,7 +113,7 @@ def sampling(results: int, prompt: list[int], tokens: int = 12) -> Strategy:
 
 def test_forks_share_pages_and_copy_what_they_write_to() -> None:
     core = make_core(ToyModel(page_size=4), prefix_cache=False)
-    pool = core.scheduler.tables.pool
+    (pool,) = core.scheduler.tables.pools
     prompt = [1] * 18
     request, _ = make_request(sampling(3, prompt), prompt)
     core.add(request)
@@ -121,7 +121,7 @@ def test_forks_share_pages_and_copy_what_they_write_to() -> None:
     assert pool.used == 5
     core.step()  # position 18 is on a shared page: two of three copy it
     assert pool.used == 7
-    tables = [sequence.pages for sequence in request.sequences]
+    tables = [sequence.groups[0].pages for sequence in request.sequences]
     assert [table[:4] for table in tables] == [tables[0][:4]] * 3
     assert len({table[4] for table in tables}) == 3
     run(core)
@@ -137,7 +137,7 @@ def test_recomputed_branches_share_again() -> None:
     run(calm)
 
     core = make_core(ToyModel(page_size=4), prefix_cache=False, pages=26, batch_tokens=16)
-    pool = core.scheduler.tables.pool
+    (pool,) = core.scheduler.tables.pools
     request, results = make_request(sampling(4, prompt), prompt, priority=1)
     core.add(request)
     while core.has_work:

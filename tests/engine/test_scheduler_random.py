@@ -14,7 +14,7 @@ from mnemos.decoding.strategy import Advance, Branch, Rows, Strategy
 from mnemos.engine.request import Request
 from mnemos.errors import CapacityError
 from tests.engine.drivers import Greedy, Results, Wild, check_pages, check_whole, make_core, make_request, run
-from tests.engine.toys import VOCABULARY, ToyModel, toy_greedy
+from tests.engine.toys import VOCABULARY, ToyModel, Windows, toy_greedy
 
 PAGES = 26
 CONTEXT = 80
@@ -49,8 +49,9 @@ class Failing(Greedy):
         return super().advance(rows)
 
 
-def alone(make: Callable[[], Strategy], prompt: list[int]) -> list[list[int]]:
-    core = make_core(ToyModel(page_size=16, context_length=CONTEXT), prefix_cache=False, batch_tokens=1000)
+def alone(make: Callable[[], Strategy], prompt: list[int], window: Windows) -> list[list[int]]:
+    """The results of a request that has an engine to itself, which keeps all pages."""
+    core = make_core(ToyModel(16, CONTEXT, window, drops=False), prefix_cache=False, batch_tokens=1000)
     request, results = make_request(make(), prompt)
     core.add(request)
     run(core)
@@ -65,13 +66,13 @@ class Workload(RuleBasedStateMachine):
         self.expected: list[tuple[Request, Results, Callable[[], list[list[int]]] | None]] = []
 
     @initialize(
-        window=st.sampled_from([0, 0, 9]),
+        window=st.sampled_from([0, 0, 9, (0, 9), (9, 0, 5), (13, 5)]),
         page_size=st.sampled_from([4, 4, 3, 80]),
         prefix_cache=st.booleans(),
         batch_tokens=st.sampled_from([16, 24, 64]),
         sequences=st.integers(2, 9),
     )
-    def begin(self, window: int, page_size: int, prefix_cache: bool, batch_tokens: int, sequences: int) -> None:
+    def begin(self, window: Windows, page_size: int, prefix_cache: bool, batch_tokens: int, sequences: int) -> None:
         self.window = window
         self.model = ToyModel(page_size, CONTEXT, window)
         self.model.fail_on = POISON
@@ -94,7 +95,7 @@ class Workload(RuleBasedStateMachine):
             return make_strategy(config, prompt, None, self.model.spec)
 
         request, results = self.submit(make(), prompt, fields)
-        self.expected.append((request, results, None if self.window else lambda: alone(make, prompt)))
+        self.expected.append((request, results, lambda: alone(make, prompt, self.window)))
 
     @rule(prompt=prompts, seed=st.integers(0, 999), branches=st.integers(1, 4), all_rows=st.booleans(), fields=options)
     def wild(self, prompt: list[int], seed: int, branches: int, all_rows: bool, fields: dict[str, object]) -> None:

@@ -14,37 +14,47 @@ FACTOR, MODULUS = 1_000_003, 2_147_483_647
 UNREADABLE = 95  # a token that a ReaderToy cannot read
 
 
+Windows = int | tuple[int, ...]  # one layer's, or those of several; 0: no limit
+
+
 class ToyCache:
-    """One integer per position: the token that was written there, or garbage."""
+    """One integer per position and layer group: the token that was written there, or garbage."""
 
-    def __init__(self, layout: KVLayout, pages: int) -> None:
+    def __init__(self, layout: KVLayout, pages: int | Sequence[int]) -> None:
         self.layout = layout
-        self.pages = pages
-        self.tokens = np.full((pages, layout.page_size), -7, dtype=np.int64)
+        self.pages = layout.counts(pages)
+        self.tokens = [np.full((count, layout.page_size), -7, dtype=np.int64) for count in self.pages]
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        self.tokens[list(targets)] = self.tokens[list(sources)]
+    def copy(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
+        self.tokens[group][list(targets)] = self.tokens[group][list(sources)]
 
-    def read(self, page: int) -> np.ndarray:
-        return self.tokens[page].copy().view(np.uint8)
+    def read(self, page: int, group: int = 0) -> np.ndarray:
+        return self.tokens[group][page].copy().view(np.uint8)
 
-    def write(self, page: int, content: np.ndarray) -> None:
-        self.tokens[page] = content.view(np.int64)
+    def write(self, page: int, content: np.ndarray, group: int = 0) -> None:
+        self.tokens[group][page] = content.view(np.int64)
 
 
 class ToyModel:
-    """Logits depend on every token that the window reaches, as read from the pages: a wrong page changes them."""
+    """Logits depend on every token that each layer's window reaches, as read from its group's pages: a wrong page
+    changes them.
+
+    drops: the layout says which layers have windows; if not, the engine keeps all pages.
+    """
 
     def __init__(
         self,
         page_size: int = 4,
         context_length: int = 256,
-        window: int = 0,
+        window: Windows = 0,
         fingerprint: str = "toy",
         position_limit: int = 0,
+        drops: bool = True,
         **promises: bool,
     ) -> None:
-        layout = KVLayout(layers=1, kv_heads=1, head_dim=1, page_size=page_size)
+        self.windows = window if isinstance(window, tuple) else (window,)
+        stated = self.windows if drops else ()
+        layout = KVLayout(layers=len(self.windows), kv_heads=1, head_dim=1, page_size=page_size, windows=stated)
         self.spec = ModelSpec(
             "toy",
             VOCABULARY,
@@ -52,7 +62,6 @@ class ToyModel:
             2,
             layout,
             eos_token_ids=(0,),
-            window=window,
             position_limit=position_limit,
             fingerprint=fingerprint,
             **promises,
@@ -61,35 +70,43 @@ class ToyModel:
         self.batches: list[Batch] = []
         self.fail_on: int | None = None  # a token id that makes forward raise
 
-    def reserve(self, pages: int) -> None:
+    def reserve(self, pages: int | Sequence[int]) -> None:
         self.cache = ToyCache(self.spec.layout, pages)
 
     def forward(self, batch: Batch) -> Output:
         self.batches.append(batch)
         if self.fail_on is not None and self.fail_on in batch.token_ids:
             raise ArithmeticError("the toy broke")
-        size = self.spec.layout.page_size
         hidden = np.zeros((len(batch.token_ids), 2), dtype=np.float32)
         logits = np.zeros((len(batch.token_ids), VOCABULARY), dtype=np.float32)
         for s in range(batch.sequences):
-            table = batch.pages[batch.page_starts[s] : batch.page_starts[s + 1]]
-            firsts = batch.page_positions[batch.page_starts[s] : batch.page_starts[s + 1]].tolist()
-            held = dict(zip(firsts, table.tolist(), strict=True))  # first position -> page
-            assert firsts == sorted(held) and all(first % size == 0 for first in firsts)
             rows = range(batch.sequence_starts[s], batch.sequence_starts[s + 1])
-            for row in rows:
-                offset = int(batch.positions[row]) % size
-                self.cache.tokens[held[batch.positions[row] - offset], offset] = batch.token_ids[row]
-            for row in rows:
-                position = int(batch.positions[row])
-                first = max(0, position - self.spec.window + 1) if self.spec.window else 0
-                past = [p for start in firsts for p in range(start, start + size) if first <= p <= position]
-                seen = [int(self.cache.tokens[held[p - p % size], p % size]) for p in past]
-                logits[row], hidden[row] = toy_row(seen, position)
+            seen = [self._attend(batch, s, layer) for layer in range(len(self.windows))]
+            for row, of_layers in zip(rows, zip(*seen, strict=True), strict=True):
+                logits[row], hidden[row] = row_of_layers(of_layers, int(batch.positions[row]))
         logits, hidden = logits[batch.logit_rows], hidden[batch.logit_rows]
         if batch.greedy:  # no logits: nothing that reads them belongs in such a batch
             return Output(logits[:, :0], hidden, logits.argmax(axis=1).astype(np.int32))
         return Output(logits, hidden)
+
+    def _attend(self, batch: Batch, s: int, layer: int) -> list[list[int]]:
+        """Stores a sequence's new tokens in a layer's pages; returns the tokens that each of its rows sees there."""
+        layout, window = self.spec.layout, self.windows[layer]
+        group, size = layout.place(layer)[0], layout.page_size
+        tokens, table = self.cache.tokens[group], batch.table(s, group, len(layout.groups))
+        firsts = batch.page_positions[table].tolist()
+        held = dict(zip(firsts, batch.pages[table].tolist(), strict=True))  # first position -> page
+        assert firsts == sorted(held) and all(first % size == 0 for first in firsts)
+        rows = range(batch.sequence_starts[s], batch.sequence_starts[s + 1])
+        for row in rows:
+            offset = int(batch.positions[row]) % size
+            tokens[held[batch.positions[row] - offset], offset] = batch.token_ids[row]
+        seen = []
+        for position in batch.positions[rows.start : rows.stop].tolist():
+            first = max(0, position - window + 1) if window else 0
+            past = [p for start in firsts for p in range(start, start + size) if first <= p <= position]
+            seen.append([int(tokens[held[p - p % size], p % size]) for p in past])
+        return seen
 
 
 class StateToy:
@@ -186,6 +203,19 @@ def toy_row(seen: Sequence[int], position: int) -> tuple[np.ndarray, np.ndarray]
     return row_of_sum(total, len(seen), position)
 
 
+def row_of_layers(seen: Sequence[Sequence[int]], position: int) -> tuple[np.ndarray, np.ndarray]:
+    """The row of a position whose layers see these tokens."""
+    joined = [token for tokens in seen for token in [*tokens, VOCABULARY]][:-1]
+    return toy_row(joined, position)
+
+
+def toy_text_row(tokens: Sequence[int], position: int, window: Windows = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The row of a position of a text."""
+    windows = window if isinstance(window, tuple) else (window,)
+    firsts = [max(0, position - one + 1) if one else 0 for one in windows]
+    return row_of_layers([tokens[first : position + 1] for first in firsts], position)
+
+
 def row_of_sum(total: int, count: int, position: int) -> tuple[np.ndarray, np.ndarray]:
     """A row of the position after `count` tokens that have this sum."""
     state = ((17 + position) * pow(FACTOR, count, MODULUS) + total) % MODULUS
@@ -194,12 +224,11 @@ def row_of_sum(total: int, count: int, position: int) -> tuple[np.ndarray, np.nd
     return logits, np.array([state % 1009, position], dtype=np.float32)
 
 
-def toy_greedy(prompt: Sequence[int], count: int, window: int = 0) -> list[int]:
+def toy_greedy(prompt: Sequence[int], count: int, window: Windows = 0) -> list[int]:
     """The result of greedy decoding, without an engine."""
     tokens = list(prompt)
     for _ in range(count):
-        first = max(0, len(tokens) - window) if window else 0
-        tokens.append(int(toy_row(tokens[first:], len(tokens) - 1)[0].argmax()))
+        tokens.append(int(toy_text_row(tokens, len(tokens) - 1, window)[0].argmax()))
     return tokens[len(prompt) :]
 
 

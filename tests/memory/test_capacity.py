@@ -11,7 +11,8 @@ import pytest
 
 from mnemos.contract import KVLayout, ModelSpec
 from mnemos.errors import CapacityError
-from mnemos.memory.capacity import DEFAULT_TOKENS, plan_pages
+from mnemos.memory import capacity
+from mnemos.memory.capacity import DEFAULT_TOKENS, cache_bytes, plan_pages, text_pages
 
 LIMIT = 2 << 30
 SPEC = ModelSpec("any", 100, 2048, 64, KVLayout(layers=30, kv_heads=8, head_dim=64))
@@ -31,7 +32,7 @@ def test_a_limit_of_the_address_space_counts() -> None:
     pages = limited("""
         from tests.memory.test_capacity import SPEC
         from mnemos.memory.capacity import plan_pages
-        print(plan_pages(SPEC, None))
+        print(*plan_pages(SPEC, None))
     """)
     assert 0 < int(pages) * SPEC.layout.page_bytes <= LIMIT // 4
     message = limited("""
@@ -52,7 +53,32 @@ def test_a_cache_beyond_the_machine_is_refused() -> None:
 
 
 def test_pages_for_what_is_asked_for() -> None:
-    assert plan_pages(SPEC, 1) == 1
-    assert plan_pages(SPEC, 33) == 2
+    assert plan_pages(SPEC, 1) == (1,)
+    assert plan_pages(SPEC, 33) == (2,)
     small = ModelSpec("any", 100, 2048, 64, KVLayout(layers=1, kv_heads=1, head_dim=8))
-    assert plan_pages(small, None) == DEFAULT_TOKENS // 32
+    assert plan_pages(small, None) == (DEFAULT_TOKENS // 32,)
+
+
+def test_layers_with_a_window_get_pages_for_the_windows_of_all_branches() -> None:
+    layout = KVLayout(layers=18, kv_heads=1, head_dim=256, windows=(512,) * 15 + (0,) * 3)
+    spec = ModelSpec("any", 100, 32768, 64, layout)
+    whole, windowed = plan_pages(spec, 10**6, sequences=8)
+    assert whole == 10**6 // 32
+    assert windowed == 2 * 8 * (17 + 3) + 16  # and a chunk of a prompt
+    assert plan_pages(spec, 1000, sequences=8) == (32, 32)  # never more than the positions need
+    assert text_pages(spec) == (1024, 20)
+    a_position = [group.page_bytes // 32 for group in layout.groups]
+    assert a_position == [3 * 1024, 15 * 1024]
+    assert cache_bytes(layout, text_pages(spec)) == 32768 * 3 * 1024 + 20 * 32 * 15 * 1024
+
+
+def test_a_plan_fills_its_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = KVLayout(layers=18, kv_heads=1, head_dim=256, windows=(512,) * 15 + (0,) * 3)
+    spec = ModelSpec("any", 100, 32768, 64, layout)
+    monkeypatch.setattr(capacity, "machine_memory", lambda: 1 << 30)
+    pages = plan_pages(spec, None)
+    assert pages[0] == pages[1]
+    assert (1 << 28) - layout.page_bytes < cache_bytes(layout, pages) <= 1 << 28
+    few = plan_pages(spec, None, sequences=4)
+    assert few[0] > pages[0] > few[1]
+    assert (1 << 28) - layout.page_bytes < cache_bytes(layout, few) <= 1 << 28

@@ -36,9 +36,10 @@ class Session:
             positions += range(self.lengths[text], self.lengths[text] + len(chunk))
             self.lengths[text] += len(chunk)
             starts.append(len(token_ids))
-            pages += self.pages[text]
-            firsts += range(0, page_size * len(self.pages[text]), page_size)
-            page_starts.append(len(pages))
+            for _ in self.model.spec.layout.groups:
+                pages += self.pages[text]
+                firsts += range(0, page_size * len(self.pages[text]), page_size)
+                page_starts.append(len(pages))
         wanted = range(len(token_ids)) if rows is None else rows
         arrays = token_ids, positions, starts, pages, firsts, page_starts, wanted
         return self.model.forward(Batch(*map(ints, arrays)))

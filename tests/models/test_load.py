@@ -152,6 +152,13 @@ def test_windows(reference: ReferenceFunction) -> None:
     assert windows == {"llama": 0, "mistral": 7, "gemma2": 0, "gemma3": 0, "qwen2-window": 0, "phi3": 9}
 
 
+def test_layers_with_equal_windows_are_a_group(reference: ReferenceFunction) -> None:
+    groups = describe_model(open_checkpoint(reference("gemma3").folder)).layout.groups
+    assert [(group.window, group.layers) for group in groups] == [(0, (5,)), (6, (0, 1, 2, 3, 4))]
+    short = describe_model(open_checkpoint(reference("gemma3").folder), context_length=6).layout
+    assert [group.window for group in short.groups] == [0]  # the window reaches every position
+
+
 def test_fingerprint(reference: ReferenceFunction) -> None:
     checkpoint = open_checkpoint(reference("llama").folder)
 

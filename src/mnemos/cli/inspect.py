@@ -40,7 +40,8 @@ class Report:
     layers: int
     kv_heads: int
     head_dim: int
-    window: int
+    window: int  # how many tokens back all layers reach; 0 if one has no limit
+    windows: dict[int, int]  # the number of layers with each window
     context_length: int
     tokenizer: str
     chat_template: bool
@@ -121,13 +122,13 @@ def _inspect_machine(as_json: bool) -> int:
 
 def examine(checkpoint: Checkpoint, context: int | None = None, kv_dtype: str = "auto") -> Report:
     """What a checkpoint holds and needs, from its headers alone. context: positions, for the size of the cache."""
+    from mnemos.memory.capacity import cache_bytes, text_pages
     from mnemos.models.load import describe_model
 
     spec = describe_model(checkpoint, context_length=context, kv_dtype=kv_dtype)
     own = describe_model(checkpoint)
     types = _types(checkpoint)
     layout = spec.layout
-    pages = -(-spec.context_length // layout.page_size)
     return Report(
         path=str(checkpoint.path),
         name=str(spec.details["name"]),
@@ -140,13 +141,14 @@ def examine(checkpoint: Checkpoint, context: int | None = None, kv_dtype: str = 
         kv_heads=layout.kv_heads,
         head_dim=layout.head_dim,
         window=spec.window,
+        windows={group.window: len(group.layers) for group in layout.groups if group.window},
         context_length=own.context_length,
         tokenizer=_tokenizer(checkpoint),
         chat_template=_has_chat_template(checkpoint),
         weight_bytes=sum(share.bytes for share in types.values()),
         cache_dtype=layout.dtype,
         context=spec.context_length,
-        cache_bytes=pages * layout.page_bytes,
+        cache_bytes=cache_bytes(layout, text_pages(spec)),
         types=types,
     )
 
@@ -195,7 +197,6 @@ def render_outside(report: OutsideReport) -> str:
 
 def render(report: Report) -> str:
     """The report as human-readable lines."""
-    window = f", attention reaches back {report.window:,} tokens" if report.window else ""
     a_token = report.cache_bytes / max(report.context, 1)
     cache = f"{human_bytes(report.cache_bytes)} of cache for {report.context:,} tokens in {report.cache_dtype}"
     rows = [
@@ -203,7 +204,7 @@ def render(report: Report) -> str:
         ("file", report.path),
         ("licence", report.licence),
         ("architecture", f"{report.architecture}: {report.layers} layers, hidden size {report.hidden_size}"),
-        ("attention", f"{report.kv_heads} key/value heads of {report.head_dim}{window}"),
+        ("attention", f"{report.kv_heads} key/value heads of {report.head_dim}{_reach(report)}"),
         ("parameters", f"{human_count(report.parameters)} ({report.parameters:,})"),
         ("context", f"{report.context_length:,} tokens"),
         ("vocabulary", f"{report.vocabulary:,} tokens"),
@@ -211,6 +212,13 @@ def render(report: Report) -> str:
         ("memory", f"{human_bytes(report.weight_bytes)} of weights + {cache} ({human_bytes(a_token)} per token)"),
     ]
     return "\n".join([f"{name:<13}{value}" for name, value in rows] + _weight_lines(report.types))
+
+
+def _reach(report: Report) -> str:
+    if report.window:
+        return f", attention reaches back {report.window:,} tokens"
+    reach = [f", {n} of {report.layers} layers reach back {window:,} tokens" for window, n in report.windows.items()]
+    return "".join(reach)
 
 
 def _weight_lines(types: dict[str, TypeShare]) -> list[str]:

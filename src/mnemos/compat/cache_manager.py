@@ -42,6 +42,7 @@ class CacheManager:
 
     @property
     def page_bytes(self) -> int:
+        """The most bytes that one page takes, of all layers; those with a window keep fewer pages."""
         return self._engine.spec.layout.page_bytes
 
     @property
@@ -67,7 +68,7 @@ class CacheManager:
     @property
     def memory_usage_mb(self) -> float:
         """The memory of the cached pages, in MB (2^20 bytes)."""
-        return len(self.episodic_cache) * self.page_bytes / 2**20
+        return self._engine.stats().prefix_bytes / 2**20
 
     def invalidate(self) -> None:
         """Empties the cache; running requests keep the pages that they use."""

@@ -15,7 +15,7 @@ class Admission:
     def __init__(self, branches: Branches, most: int) -> None:
         self._branches = branches
         self._most = most
-        self._refused: tuple[Request | None, tuple[int, int]] = (None, (0, 0))  # a request that did not fit in this
+        self._refused: tuple[Request, tuple[tuple[int, ...], int]] | None = None  # a request that did not fit in this
 
     def fits(self, request: Request, running: Sequence[Request]) -> bool:
         """True if there are branches, pages and states for the request, with a spare page for each running one.
@@ -31,7 +31,7 @@ class Admission:
         if self._refused == (request, available):
             return False
         fits = self._branches.fits(request, len(running))
-        self._refused = (None, (0, 0)) if fits else (request, available)
+        self._refused = None if fits else (request, available)
         return fits
 
 

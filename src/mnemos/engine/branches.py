@@ -72,7 +72,7 @@ class Branches:
         """Called after a step: caches a prompt's new pages, and frees those that have left the window."""
         if request.prefilling:
             self.remember(request)
-        if self.tables.window:
+        if self.tables.slides:
             for sequence in request.sequences:
                 self.tables.leave_behind(sequence)
 
@@ -84,7 +84,8 @@ class Branches:
         if self.tables.tree is not None:
             for sequence in request.sequences:
                 if not (sequence.dropped or sequence.start):
-                    self.tables.remember(sequence, request.salt, sequence.tokens(0, sequence.valid()))
+                    read = request.prefilling and sequence.done == sequence.goal  # the whole prompt
+                    self.tables.remember(sequence, request.salt, sequence.tokens(0, sequence.valid()), read)
 
     # A step's positions.
 
@@ -109,14 +110,16 @@ class Branches:
             return True
         if branches:
             longest = min(max(sequence.goal for sequence in branches) + 1, self.context_length)
-            needed = tables.count(longest) + 2 * (len(branches) - 1)
+            more = 2 * (len(branches) - 1)
         else:
-            needed = tables.count(len(request.prompt) + 1) + request.strategy.max_branches - 1
-        lacking = needed + spare - available
-        if lacking <= 0 or tables.tree is None:
-            return lacking <= 0
+            longest = len(request.prompt) + 1
+            more = request.strategy.max_branches - 1
+        lacking = [needed + more + spare - free for needed, free in zip(tables.needs(longest), available, strict=True)]
+        if max(lacking) <= 0 or tables.tree is None:
+            return max(lacking) <= 0
         tokens = branches[0].tokens(0, branches[0].first) if branches else request.prompt[:-1]
-        return tables.in_use(request.salt, tokens) >= lacking
+        in_use = tables.in_use(request.salt, tokens)
+        return all(held >= lack for held, lack in zip(in_use, lacking, strict=True))
 
     # Internals.
 
@@ -199,7 +202,7 @@ class Branches:
 
     def _fork(self, branch: Branch, known: dict[Branch, Sequence]) -> Sequence:
         """A sequence for a new branch that shares the pages of the nearest ancestor that has any."""
-        sequence = Sequence(branch)
+        sequence = Sequence(branch, len(self.tables.pools))
         ancestor = branch.parent
         while ancestor is not None and ancestor not in known:
             ancestor = ancestor.parent

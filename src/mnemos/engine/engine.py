@@ -84,8 +84,8 @@ class InferenceEngine:
             raise ConfigError(f"context_length is {length}; the model's is {spec.context_length}")
         self.spec = replace(spec, context_length=length)
         self.generation_config = chosen.generation_config
-        capacity = reserve(self.model, self.spec, chosen.cache_tokens, chosen.max_sequences)
         limits = Limits(length, chosen.max_batch_tokens, chosen.max_sequences)
+        capacity = reserve(self.model, self.spec, chosen.cache_tokens, limits.sequences, limits.batch_tokens)
         drafts = None
         if chosen.draft_model is not None:
             drafts = make_draft_model(chosen, self.spec, limits)

@@ -54,7 +54,8 @@ def make_draft_model(options: EngineOptions, spec: ModelSpec, limits: Limits) ->
     if isinstance(model, ConditionedModel):
         raise ConfigError(f"draft_model is a {own.architecture}, which has an encoder and cannot draft")
     length = min(own.context_length, spec.context_length)
-    capacity = reserve(model, replace(own, context_length=length), options.cache_tokens, limits.sequences)
+    shorter = replace(own, context_length=length)
+    capacity = reserve(model, shorter, options.cache_tokens, limits.sequences, limits.batch_tokens)
     return DraftModel(model, capacity, replace(limits, context_length=length))
 
 

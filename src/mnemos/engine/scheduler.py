@@ -53,7 +53,7 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self.chunks = model.spec.chunks
-        self.tables = PageTables(model, capacity, prefix_cache)
+        self.tables = PageTables(model, capacity, prefix_cache, limits.batch_tokens)
         self.branches = Branches(self.tables, limits.context_length)
         self.admission = Admission(self.branches, limits.sequences)
         self.queue = WaitingQueue()
@@ -122,7 +122,7 @@ class Scheduler:
         """Takes over a step's output; returns the requests whose strategies can be advanced."""
         ready: list[Request] = []
         logits, hidden = output.logits, output.hidden
-        charge, branches, window = self.queue.charge, self.branches, self.tables.window
+        charge, branches, slides = self.queue.charge, self.branches, self.tables.slides
         for request, parts, complete in step.items:
             rows = 0
             for sequence, number, start, end in parts:
@@ -132,7 +132,7 @@ class Scheduler:
                     sequence.take(logits[start:end], hidden[start:end], complete)
             request.pending -= rows
             charge(request.tenant, rows)
-            if request.prefilling or window:
+            if request.prefilling or slides:
                 branches.settle(request)
             if complete:
                 ready.append(request)

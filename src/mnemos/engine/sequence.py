@@ -26,8 +26,8 @@ class Sequence(PageTable):
 
     __slots__ = ("branch", "chosen", "dropped", "first", "goal", "leader", "parts", "resume", "seen", "sinks", "start")
 
-    def __init__(self, branch: Branch) -> None:
-        super().__init__()
+    def __init__(self, branch: Branch, groups: int) -> None:
+        super().__init__(groups)
         self.branch = branch
         self.goal = len(branch.tokens)
         self.first = 0

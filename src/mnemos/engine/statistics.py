@@ -89,7 +89,8 @@ class Statistics:
     inter_token_latency: Latency
     drafted_tokens: int
     accepted_tokens: int
-    prefix_pages: int = 0  # held by the prefix cache, including those in use
+    prefix_pages: int = 0  # held by the prefix cache, including those in use; of the layers that see farthest back
+    prefix_bytes: int = 0  # their memory and that of other layers' pages
     states_total: int = 0  # slots of a model that keeps state beside pages or instead of them
     states_used: int = 0
 

@@ -91,10 +91,11 @@ class Step:
         return sequence, rows, asked, len(self.logit_rows)
 
     def _add_table(self, sequence: Sequence) -> None:
-        """Adds the sequence's page table and its state slot."""
-        self.pages += sequence.pages
-        self.page_positions += sequence.positions
-        self.page_starts.append(len(self.pages))
+        """Adds the sequence's page tables and its state slot."""
+        for own in sequence.groups:
+            self.pages += own.pages
+            self.page_positions += own.positions
+            self.page_starts.append(len(self.pages))
         if sequence.state != NO_STATE:
             self.states.append(sequence.state)
 

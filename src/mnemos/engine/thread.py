@@ -17,7 +17,7 @@ from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits
 from mnemos.engine.statistics import Latency, Listener, Statistics
 from mnemos.errors import CapacityError, ConfigError, MnemosError, UnsupportedError
-from mnemos.memory.capacity import Capacity
+from mnemos.memory.capacity import Capacity, cache_bytes
 from mnemos.memory.prefix import PrefixTree
 
 T = TypeVar("T")
@@ -132,13 +132,13 @@ class EngineThread:
         """Statistics read while the engine runs: each number is right, but not necessarily at the same moment."""
         scheduler, counters = self.core.scheduler, self.core.counters
         tables = scheduler.tables
-        pool, tree, states = tables.pool, tables.tree, tables.states
+        pools, tree, states = tables.pools, tables.tree, tables.states
         return Statistics(
             waiting=len(scheduler.queue) + self._entering,
             running=len(scheduler.running),
-            pages_total=pool.total,
-            pages_used=pool.used,
-            pages_cached=pool.reclaimable,
+            pages_total=sum(pool.total for pool in pools),
+            pages_used=sum(pool.used for pool in pools),
+            pages_cached=sum(pool.reclaimable for pool in pools),
             states_total=0 if states is None else states.total,
             states_used=0 if states is None else states.used,
             submitted=counters.submitted,
@@ -156,6 +156,7 @@ class EngineThread:
             model_seconds=counters.model_seconds,
             prefix_evictions=0 if tree is None else tree.evicted,
             prefix_pages=0 if tree is None else len(tree),
+            prefix_bytes=0 if tree is None else cache_bytes(self.core.model.spec.layout, tree.held),
             time_to_first_token=Latency.of(counters.first_token_seconds),
             inter_token_latency=Latency.of(counters.inter_token_seconds),
             drafted_tokens=counters.drafted,

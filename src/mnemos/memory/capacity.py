@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from mnemos.contract import Model, ModelSpec, PagedModel, StatefulModel
+from mnemos.contract import KVLayout, Model, ModelSpec, PagedModel, StatefulModel
 from mnemos.errors import CapacityError
 from mnemos.machine.memory import address_space_left, machine_memory
 
@@ -14,46 +16,89 @@ DEFAULT_TOKENS = 65_536
 
 @dataclass(frozen=True)
 class Capacity:
-    """The numbers of cache pages and state slots; 0 for a model without them."""
+    """The numbers of cache pages of each layer group and of state slots; 0 for a model without them."""
 
-    pages: int
+    pages: tuple[int, ...]
     states: int = 0
 
 
-def reserve(model: Model, spec: ModelSpec, cache_tokens: int | None, sequences: int) -> Capacity:
+def reserve(
+    model: Model, spec: ModelSpec, cache_tokens: int | None, sequences: int, batch_tokens: int = 512
+) -> Capacity:
     """Reserves room in a model for `cache_tokens` positions (see `plan_pages`) and `sequences` branches at once.
 
-    spec: the model's own, or one with a shorter context. Each running branch has a state slot, and there are as many
-    again for a request with more branches than `sequences`.
+    spec: the model's own, or one with a shorter context. batch_tokens: the most positions that a step evaluates. Each
+    running branch has a state slot, and there are as many again for a request with more branches than `sequences`.
     """
+    paged = spec.layout.layers > 0
     capacity = Capacity(
-        pages=plan_pages(spec, cache_tokens) if spec.layout.layers else 0, states=2 * sequences if spec.states else 0
+        pages=plan_pages(spec, cache_tokens, sequences, batch_tokens) if paged else spec.layout.counts(0),
+        states=2 * sequences if spec.states else 0,
     )
-    if capacity.pages:
+    if paged:
         cast(PagedModel, model).reserve(capacity.pages)
     if capacity.states:
         cast(StatefulModel, model).reserve_states(capacity.states)
     return capacity
 
 
-def plan_pages(spec: ModelSpec, cache_tokens: int | None) -> int:
+def pages_at_once(positions: int, window: int, chunk: int, page_size: int) -> int:
+    """The most pages that a sequence of that many positions holds at once in a layer group with this window, or 0.
+
+    It reads its prompt in chunks of at most `chunk` tokens, and keeps one page more than it needs. After a slide its
+    first tokens have a page of their own.
+    """
+    pages = -(-positions // page_size)
+    return min(pages, -(-(window + chunk) // page_size) + 3) if window else pages
+
+
+def plan_pages(
+    spec: ModelSpec, cache_tokens: int | None, sequences: int = 64, batch_tokens: int = 512
+) -> tuple[int, ...]:
     """Pages for `cache_tokens` positions; None: two full contexts, at least DEFAULT_TOKENS, in a quarter of memory.
 
-    Backends commit a page's memory when it is first written, so a generous plan costs nothing. CapacityError if the
-    requested size exceeds the machine's memory.
+    A layer group with a window has no more than twice what `sequences` branches need, of which one reads a prompt, if
+    another group has none. Backends commit a page's memory when it is first written, so a generous plan costs nothing.
+    CapacityError if the requested size exceeds the machine's memory.
     """
     layout, memory = spec.layout, machine_memory()
+
+    def plan(pages: int) -> tuple[int, ...]:
+        chunk = batch_tokens if spec.chunks else spec.context_length
+        enough = -(-chunk // layout.page_size)
+        length = pages * layout.page_size
+        return tuple(
+            min(pages, 2 * sequences * pages_at_once(length, group.window, 1, layout.page_size) + enough)
+            if group.window and not spec.window
+            else pages
+            for group in layout.groups
+        )
+
+    def size(pages: int) -> int:
+        return cache_bytes(layout, plan(pages))
+
     if cache_tokens is not None:
         pages = -(-cache_tokens // layout.page_size)
-        if memory and pages * layout.page_bytes > memory:
+        if memory and size(pages) > memory:
             raise CapacityError(
-                f"cache_tokens is {cache_tokens}, which takes {pages * layout.page_bytes:,} bytes of keys and values; "
+                f"cache_tokens is {cache_tokens}, which takes {size(pages):,} bytes of keys and values; "
                 f"the machine has {memory:,}"
             )
-        return pages
+        return plan(pages)
     pages = -(-max(DEFAULT_TOKENS, 2 * spec.context_length) // layout.page_size)
     if memory:
         left = address_space_left()
         share = memory // 4 if left is None else min(memory // 4, left // 2)
-        pages = min(pages, share // max(layout.page_bytes, 1))
-    return max(pages, 1)
+        pages = bisect_right(range(pages + 1), share, key=size) - 1
+    return plan(max(pages, 1))
+
+
+def text_pages(spec: ModelSpec) -> tuple[int, ...]:
+    """The most pages of each layer group that a text of the whole context holds while it grows by single tokens."""
+    size = spec.layout.page_size
+    return tuple(pages_at_once(spec.context_length, group.window, 1, size) for group in spec.layout.groups)
+
+
+def cache_bytes(layout: KVLayout, pages: Sequence[int]) -> int:
+    """The size of these pages of each layer group."""
+    return sum(group.page_bytes * count for group, count in zip(layout.groups, pages, strict=True))

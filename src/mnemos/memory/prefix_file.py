@@ -2,7 +2,8 @@
 
 Layout: MAGIC, a version and the header's length (little-endian uint32 each), the header as JSON, the bytes of the pages
 one after the other, and the SHA-256 of everything before it. The header binds the file to a model: its fingerprint, its
-cache layout and the bytes per page. Its nodes are [parent's number or -1, salt's number, token ids], parents first.
+cache layout and the bytes per page of each layer group. Its nodes are [parent's number or -1, salt's number, token ids,
+the numbers of the layer groups whose page follows], parents first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mnemos.errors import FormatError, UnsupportedError
 from mnemos.memory.prefix import Node, PrefixTree
 
 MAGIC = b"MNEMOSPC"
-VERSION = 1
+VERSION = 2
 _START = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 _LONGEST_HEADER = 1 << 30
@@ -35,10 +36,11 @@ class _Entry:
     parent: int
     salt: str | None
     tokens: tuple[int, ...]
+    groups: tuple[int, ...]
 
 
 def save_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, spec: ModelSpec) -> int:
-    """Writes the tree's pages; the file is written whole or not at all. Returns the number of pages."""
+    """Writes the tree's pages; the file is written whole or not at all. Returns the number of nodes."""
     if not spec.fingerprint:
         raise UnsupportedError(f"the model ({spec.architecture}) has no fingerprint to bind a prefix cache to")
     nodes = list(tree.nodes())[::-1]
@@ -49,7 +51,7 @@ def save_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, 
         _write(target, nodes, cache, spec)
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
-        needed = len(nodes) * _page_bytes(cache) / 1e6
+        needed = sum(count * size for count, size in zip(tree.held, _page_bytes(cache), strict=True)) / 1e6
         raise FormatError(
             f"{path}: the prefix cache cannot be written: {problem}; it needs {needed:.0f} MB in a folder that can be "
             "written to"
@@ -75,7 +77,7 @@ def _write(target: Path, nodes: list[Node], cache: Cache, spec: ModelSpec) -> No
 
 
 def load_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, spec: ModelSpec) -> int:
-    """Adds a file's pages to the tree, the most recently used first, as far as pages are free. Returns how many.
+    """Adds a file's nodes to the tree, the most recently used first, as far as pages are free. Returns how many.
 
     FormatError, before anything is changed, if the file is missing, truncated, damaged or for another model.
     """
@@ -92,31 +94,46 @@ def load_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, 
 def _header(nodes: list[Node], cache: Cache, spec: ModelSpec) -> dict[str, Any]:
     numbers: dict[Node | None, int] = {node: number for number, node in enumerate(nodes)}
     salts = {salt: number for number, salt in enumerate(dict.fromkeys(node.salt for node in nodes))}
-    entries = [[numbers.get(node.parent, -1), salts[node.salt], list(node.tokens)] for node in nodes]
+    entries = [
+        [numbers.get(node.parent, -1), salts[node.salt], list(node.tokens), [group for group, _ in _pages(node)]]
+        for node in nodes
+    ]
     return {
         "fingerprint": spec.fingerprint,
-        "layout": asdict(spec.layout),
+        "layout": _layout(spec),
         "page_bytes": _page_bytes(cache),
         "salts": list(salts),
         "nodes": entries,
     }
 
 
-def _page_bytes(cache: Cache) -> int:
-    return int(cache.read(0).nbytes)
+def _layout(spec: ModelSpec) -> dict[str, Any]:
+    """The layout as it is read from JSON."""
+    return {**asdict(spec.layout), "windows": list(spec.layout.windows)}
+
+
+def _page_bytes(cache: Cache) -> list[int]:
+    """Of each layer group."""
+    return [int(cache.read(0, group).nbytes) for group in range(len(cache.layout.groups))]
+
+
+def _pages(node: Node) -> list[tuple[int, int]]:
+    """The layer groups for which the tree holds a page, and those pages."""
+    return [(group, page) for group, page in enumerate(node.pages) if page is not None]
 
 
 def _pieces(header: bytes, nodes: list[Node], cache: Cache) -> Iterator[bytes | memoryview]:
     yield _START.pack(MAGIC, VERSION, len(header))
     yield header
     for node in nodes:
-        yield np.ascontiguousarray(cache.read(node.page)).data
+        for group, page in _pages(node):
+            yield np.ascontiguousarray(cache.read(page, group)).data
 
 
 def _check(
     path: Path, file: BinaryIO, tree: PrefixTree, cache: Cache, spec: ModelSpec
-) -> tuple[list[_Entry], int, int]:
-    """The file's entries, where its pages begin and a page's bytes; the checksum and every field are verified."""
+) -> tuple[list[_Entry], int, list[int]]:
+    """The file's entries, where its pages begin and their bytes by group; the checksum and every field are verified."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(_START.size)
@@ -130,19 +147,21 @@ def _check(
     _check_digest(path, file, size)
     file.seek(_START.size)
     header = _read_header(path, file.read(header_bytes))
-    if header["fingerprint"] != spec.fingerprint or header["layout"] != asdict(spec.layout):
+    if header["fingerprint"] != spec.fingerprint or header["layout"] != _layout(spec):
         raise FormatError(
             f"{path}: made for the model {header['fingerprint']!r} with {header['layout']}; "
-            f"this one is {spec.fingerprint!r} with {asdict(spec.layout)}"
+            f"this one is {spec.fingerprint!r} with {_layout(spec)}"
         )
     if header["page_bytes"] != _page_bytes(cache):
         raise FormatError(f"{path}: pages of {header['page_bytes']} bytes; this backend's have {_page_bytes(cache)}")
-    entries = _read_entries(path, header, tree.page_size, spec.vocabulary_size)
+    page_bytes: list[int] = header["page_bytes"]
+    entries = _read_entries(path, header, tree, spec.vocabulary_size)
     pages_start = _START.size + header_bytes
-    expected = pages_start + len(entries) * header["page_bytes"] + _DIGEST_BYTES
+    stored = [group for entry in entries for group in entry.groups]
+    expected = pages_start + sum(page_bytes[group] for group in stored) + _DIGEST_BYTES
     if expected != size:
-        raise FormatError(f"{path}: {len(entries)} pages need {expected} bytes; the file has {size}")
-    return entries, pages_start, header["page_bytes"]
+        raise FormatError(f"{path}: {len(stored)} pages need {expected} bytes; the file has {size}")
+    return entries, pages_start, page_bytes
 
 
 def _check_digest(path: Path, file: BinaryIO, size: int) -> None:
@@ -160,7 +179,7 @@ def _read_header(path: Path, content: bytes) -> dict[str, Any]:
         header = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: the header is not JSON: {error}") from error
-    kinds = {"fingerprint": str, "layout": dict, "page_bytes": int, "salts": list, "nodes": list}
+    kinds = {"fingerprint": str, "layout": dict, "page_bytes": list, "salts": list, "nodes": list}
     if not isinstance(header, dict) or any(not isinstance(header.get(name), kind) for name, kind in kinds.items()):
         raise FormatError(f"{path}: the header lacks one of {', '.join(kinds)}, or one has the wrong type")
     if any(salt is not None and not isinstance(salt, str) for salt in header["salts"]):
@@ -168,41 +187,52 @@ def _read_header(path: Path, content: bytes) -> dict[str, Any]:
     return header
 
 
-def _read_entries(path: Path, header: dict[str, Any], page_size: int, vocabulary: int) -> list[_Entry]:
+def _read_entries(path: Path, header: dict[str, Any], tree: PrefixTree, vocabulary: int) -> list[_Entry]:
     entries: list[_Entry] = []
+    groups = range(len(tree.pools))
+    unlimited = [group for group in groups if not tree.windows[group]]
     for number, node in enumerate(header["nodes"]):
         match node:
-            case [int(parent), int(salt), list(tokens)] if (
+            case [int(parent), int(salt), list(tokens), list(held)] if (
                 -1 <= parent < number
                 and 0 <= salt < len(header["salts"])
-                and len(tokens) == page_size
+                and len(tokens) == tree.page_size
                 and all(type(token) is int and 0 <= token < vocabulary for token in tokens)
                 and (parent < 0 or entries[parent].salt == header["salts"][salt])
+                and held == [group for group in groups if group in held]
+                and all(group in held for group in unlimited)
             ):
-                entries.append(_Entry(parent, header["salts"][salt], tuple(tokens)))
+                entries.append(_Entry(parent, header["salts"][salt], tuple(tokens), tuple(held)))
             case _:
                 raise FormatError(
                     f"{path}: node {number} is {str(node)[:80]}; expected an earlier node's number or -1, a salt's "
-                    f"number and {page_size} token ids below {vocabulary}"
+                    f"number, {tree.page_size} token ids below {vocabulary} and layer groups out of {list(groups)}"
                 )
     return entries
 
 
-def _load(file: BinaryIO, entries: list[_Entry], start: int, page_bytes: int, tree: PrefixTree, cache: Cache) -> int:
+def _load(
+    file: BinaryIO, entries: list[_Entry], start: int, page_bytes: list[int], tree: PrefixTree, cache: Cache
+) -> int:
     """Loads nodes in order; parents come first, so a tree that is cut short is still a tree."""
-    pool = tree.pool
     nodes: list[Node | None] = []
     added = 0
-    for number, entry in enumerate(entries):
+    for entry in entries:
         parent = nodes[entry.parent] if entry.parent >= 0 else tree.root(entry.salt)
         node = None if parent is None else parent.children.get(entry.tokens)
-        if node is None and parent is not None and pool.free:
-            file.seek(start + number * page_bytes)
-            page = pool.allocate()
-            cache.write(page, np.frombuffer(file.read(page_bytes), dtype=np.uint8))
-            node = tree.attach(parent, entry.tokens, page)
-            pool.release((page,))
+        if node is None and parent is not None and all(tree.pools[group].free for group in entry.groups):
+            pages: list[int | None] = [None] * len(tree.pools)
+            at = start
+            for group in entry.groups:
+                page = pages[group] = tree.pools[group].allocate()
+                file.seek(at)
+                cache.write(page, np.frombuffer(file.read(page_bytes[group]), dtype=np.uint8), group)
+                at += page_bytes[group]
+            node = tree.attach(parent, entry.tokens, pages)
+            for group, page in _pages(node):
+                tree.pools[group].release((page,))
             added += 1
+        start += sum(page_bytes[group] for group in entry.groups)
         nodes.append(node)
     tree.touch([node for node in nodes if node is not None])
     return added

@@ -119,14 +119,20 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
     if kv_dtype == "auto":
         kv_dtype = "float32" if dtype == "float32" else "float16"
     config = model.config
-    layout = KVLayout(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype=kv_dtype)
+    windows = tuple(window if window < config.context_length else 0 for window in config.windows)
+    layout = KVLayout(
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.head_dim,
+        dtype=kv_dtype,
+        windows=windows if any(windows) else (),
+    )
     return ModelSpec(
         architecture=type(model).__module__.rpartition(".")[2],
         vocabulary_size=config.vocab_size,
         context_length=config.context_length,
         hidden_size=config.hidden_size,
         layout=layout,
-        window=0 if 0 in config.windows else max(config.windows),
         position_limit=config.position_limit,
         parameters=sum(tensor.size for tensor in checkpoint.tensors.values()),
         fingerprint=_fingerprint(checkpoint, config, (backend, dtype, kv_dtype)),
