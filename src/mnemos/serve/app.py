@@ -24,8 +24,9 @@ from mnemos.serve.guard import Guard
 from mnemos.serve.keys import Keys
 from mnemos.serve.ollama import chat as ollama_chat
 from mnemos.serve.ollama import models as ollama_models
-from mnemos.serve.openai import chat, completions
+from mnemos.serve.openai import chat, completions, embeddings, responses
 from mnemos.serve.openai import models as openai_models
+from mnemos.serve.openai.response_store import ResponseStore
 from mnemos.serve.page_files import page_files, page_routes
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.settings import Settings
@@ -37,6 +38,8 @@ ROUTERS = (
     openai_models.router,
     chat.router,
     completions.router,
+    embeddings.router,
+    responses.router,
     anthropic_messages.router,
     ollama_chat.router,
     ollama_models.router,
@@ -61,7 +64,8 @@ def app(
         models = [given(models, name)]
     catalogue = models if isinstance(models, Catalogue) else Catalogue(models)
     inner = FastAPI(title="Mnemos", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan)
-    inner.state.server = State(catalogue, chosen)
+    stored = ResponseStore(chosen.responses, chosen.responses_bytes, chosen.responses_seconds)
+    inner.state.server = State(catalogue, chosen, stored)
     inner.router.route_class = CheckedRoute
     for router in ROUTERS:
         inner.include_router(router)
@@ -88,12 +92,14 @@ class CheckedRoute(APIRoute):
 
 @asynccontextmanager
 async def _lifespan(inner: FastAPI) -> AsyncIterator[None]:
-    catalogue: Catalogue = inner.state.server.catalogue
+    server: State = inner.state.server
+    catalogue = server.catalogue
     tasks = [asyncio.create_task(_unload_idle(catalogue)), asyncio.create_task(_load_first(catalogue))]
     yield
     for task in tasks:
         task.cancel()
     await asyncio.to_thread(catalogue.close)
+    await asyncio.to_thread(server.responses.close)
 
 
 async def _load_first(catalogue: Catalogue) -> None:

@@ -17,6 +17,7 @@ from mnemos.errors import MnemosError, RequestError, UnsupportedError
 from mnemos.serve.catalogue import Served
 from mnemos.serve.connection import Connection
 from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
+from mnemos.serve.keys import Caller
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.reply import Reply, reply_to
 from mnemos.serve.settings import Settings
@@ -88,16 +89,19 @@ class Running:
         except MnemosError as error:
             raise refusal_of(error, dict(self.task.names)) from error
 
-    async def results(self) -> list[Result]:
-        """The whole answer, a result for each sequence."""
+    async def finished(self) -> list[Event]:
+        """The whole answer's events, once it is complete. Instead of `events`, not beside it."""
         try:
             self.completion = await self.handle
         except MnemosError as error:
             raise refusal_of(error, dict(self.task.names)) from error
-        events: list[Event] = []
-        async for arrived in self.events():
-            events += arrived
-        token_ids = {choice.index: choice.token_ids for choice in self.completion.choices}
+        return [event async for arrived in self.events() for event in arrived]
+
+    async def results(self) -> list[Result]:
+        """The whole answer, a result for each sequence. Instead of `events`, not beside it."""
+        events = await self.finished()
+        choices = self.completion.choices if self.completion is not None else []
+        token_ids = {choice.index: choice.token_ids for choice in choices}
         return [replace(result, token_ids=token_ids.get(result.end.sequence, ())) for result in results_of(events)]
 
     def _read(self, tokens: list[StreamedToken]) -> list[Event]:
@@ -161,10 +165,15 @@ def _config(model: Served, task: Task, read: Exchange, connection: Connection) -
     if isinstance(task.prompt, Conversation) and not limited:
         fields["max_length"] = engine.spec.context_length  # an answer ends by itself
     fields["tenant"] = caller.tenant
-    fields["cache_salt"] = hashlib.sha256(repr((caller.salt, salt)).encode()).hexdigest()
+    fields["cache_salt"] = salted(caller, salt)
     config = choose_config(None, own, **fields)
     check_results(config, connection.settings)
     return config
+
+
+def salted(caller: Caller, salt: str | None) -> str:
+    """The cache salt of a caller's requests, with what they choose themselves."""
+    return hashlib.sha256(repr((caller.salt, salt)).encode()).hexdigest()
 
 
 def _joined(fields: dict[str, Any], needed: Mapping[str, Any]) -> dict[str, Any]:
@@ -334,7 +343,15 @@ def extra_fields(given: dict[str, Any], known: tuple[str, ...], connection: Conn
         meant = difflib.get_close_matches(name, (*FIELDS, *known), n=1, cutoff=0.88)
         if meant:
             raise Refusal(400, f"{name[:80]} is not a field of this request; did you mean {meant[0]}?", param=name[:80])
-        ignored.append("".join(c for c in name[:64] if c.isalnum() or c in "_-."))
-    if ignored:
-        connection.headers["x-mnemos-ignored"] = ", ".join(ignored[:32])
+        ignored.append(name)
+    ignore(connection, ignored)
     return taken
+
+
+def ignore(connection: Connection, names: Iterable[str]) -> None:
+    """Names what was skipped in the response's header x-mnemos-ignored."""
+    known = connection.headers.get("x-mnemos-ignored")
+    named = ["".join(c for c in name[:64] if c.isascii() and (c.isalnum() or c in "_-.:")) for name in names]
+    if named:
+        shown = dict.fromkeys([*([known] if known else []), *named])
+        connection.headers["x-mnemos-ignored"] = ", ".join(list(shown)[:32])

@@ -42,6 +42,16 @@ class Settings(Options):
     request_seconds: float = field(default=3600.0, metadata=row(SECONDS, "longest time for a whole request", "S"))
     max_prompts: int = field(default=128, metadata=row(COUNT, "most prompts in one request", "N"))
     max_results: int = field(default=16, metadata=row(COUNT, "most results (n, best_of, beams) of one prompt", "N"))
+    responses: str = field(
+        default=":memory:",
+        metadata=row(text(4096), "the SQLite file of stored responses; in memory they end with the server", "FILE"),
+    )
+    responses_bytes: int = field(
+        default=64 << 20, metadata=row(COUNT, "size of all stored responses, above which the oldest go", "N")
+    )
+    responses_seconds: float = field(
+        default=30 * 86400.0, metadata=row(SECONDS, "seconds for which a response is stored", "S")
+    )
 
     def hosts(self) -> tuple[str, ...]:
         """The names in a Host header that are accepted; none means all."""

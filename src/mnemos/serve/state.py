@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from mnemos.serve.catalogue import Catalogue
+from mnemos.serve.openai.response_store import ResponseStore
 from mnemos.serve.settings import Settings
 
 
@@ -16,6 +17,7 @@ class State:
 
     catalogue: Catalogue
     settings: Settings
+    responses: ResponseStore
 
 
 def server_of(request: Request) -> State:

@@ -42,7 +42,7 @@ def fields_of(body: GenerationRequest, connection: Connection) -> tuple[dict[str
     if body.structured_outputs is not None:
         _structure(fields, names, body.structured_outputs)
     if body.response_format is not None:
-        _respond_in(fields, names, body.response_format)
+        respond_in(fields, names, body.response_format, "response_format")
     if body.truncate_prompt_tokens == -1:
         fields.setdefault("overflow", "truncate_left")
     results = max(_whole(fields, "n"), _whole(fields, "num_return_sequences"), _whole(fields, "best_of"))
@@ -62,32 +62,37 @@ def kept(body: GenerationRequest) -> int | None:
     return None if keep is None or keep < 1 else keep
 
 
-def constrain(fields: dict[str, Any], names: dict[str, str], schema: Any, name: str) -> None:
-    """Asks for JSON that fits a schema. Refusal if it is none."""
+def respond_in(fields: dict[str, Any], names: dict[str, str], wanted: dict[str, Any], label: str) -> None:
+    """Adds the constraint of OpenAI's `response_format`, which errors call `label`.
+
+    A bare `schema` beside json_object is llama.cpp's. Refusal for a type that is unknown, and for a missing schema.
+    """
+    kind = wanted.get("type")
+    if kind == "json_object":
+        _constrain(fields, names, wanted.get("schema", ANY_OBJECT), f"{label}.schema")
+    elif kind == "json_schema":
+        described = wanted.get("json_schema")
+        inner = f"{label}.json_schema"
+        if described is None:  # in /v1/responses, the schema stands beside the type
+            described, inner = wanted, label
+        described = described if isinstance(described, dict) else {}
+        _constrain(fields, names, described.get("schema"), f"{inner}.schema")
+        if described.get("strict") is True:
+            _put(fields, names, "strict", True, f"{inner}.strict")
+    elif kind != "text":
+        raise Refusal(
+            400,
+            f"{label}.type is {str(kind)[:80]!r}; it must be text, json_object or json_schema",
+            param=f"{label}.type",
+        )
+
+
+def _constrain(fields: dict[str, Any], names: dict[str, str], schema: Any, name: str) -> None:
     if not isinstance(schema, (dict, bool)):
         raise Refusal(
             400, f"{name} is {'missing' if schema is None else str(schema)[:80]}; it must be a JSON schema", param=name
         )
     _put(fields, names, "json_schema", schema, name)
-
-
-def _respond_in(fields: dict[str, Any], names: dict[str, str], wanted: dict[str, Any]) -> None:
-    """OpenAI's `response_format`; a bare `schema` beside json_object is llama.cpp's."""
-    kind = wanted.get("type")
-    if kind == "json_object":
-        constrain(fields, names, wanted.get("schema", ANY_OBJECT), "response_format.schema")
-    elif kind == "json_schema":
-        described = wanted.get("json_schema")
-        described = described if isinstance(described, dict) else {}
-        constrain(fields, names, described.get("schema"), "response_format.json_schema.schema")
-        if described.get("strict") is True:
-            _put(fields, names, "strict", True, "response_format.json_schema.strict")
-    elif kind != "text":
-        raise Refusal(
-            400,
-            f"response_format.type is {str(kind)[:80]!r}; it must be text, json_object or json_schema",
-            param="response_format.type",
-        )
 
 
 def _structure(fields: dict[str, Any], names: dict[str, str], wanted: dict[str, Any]) -> None:

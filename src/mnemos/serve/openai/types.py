@@ -109,6 +109,45 @@ class CompletionRequest(GenerationRequest):
     add_special_tokens: bool | None = None
 
 
+class EmbeddingRequest(Body):
+    """`POST /v1/embeddings`."""
+
+    input: Any = None
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    # others' names
+    pooling: str | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1)
+
+
+class ResponsesRequest(Body):
+    """`POST /v1/responses`."""
+
+    input: Any = None
+    model: str | None = None
+    instructions: str | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_logprobs: int | None = None
+    text: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = Field(default=None, max_length=512)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    max_tool_calls: int | None = None
+    reasoning: dict[str, Any] | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    include: list[str] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    background: bool | None = None
+    conversation: Any = None
+    prompt: Any = None
+
+
 def refuse_impossible(further: dict[str, Any]) -> dict[str, Any]:
     """Takes what OpenAI knows and the server does not out of a request's further fields. Refusal if it is needed."""
     rest = {}

@@ -1,0 +1,214 @@
+"""`/v1/responses`: answers in typed items, whole or streamed, stored so that a later request can continue them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from mnemos.serve.connection import Connection, connection_of
+from mnemos.serve.events import Event
+from mnemos.serve.generation import Running, extra_fields, start
+from mnemos.serve.openai.chat import choice_of
+from mnemos.serve.openai.extensions import respond_in
+from mnemos.serve.openai.response_items import items_of, messages_of
+from mnemos.serve.openai.response_store import ResponseStore, Stored
+from mnemos.serve.openai.response_writer import ResponseWriter
+from mnemos.serve.openai.types import ResponsesRequest, refuse_impossible
+from mnemos.serve.refusal import Refusal
+from mnemos.serve.state import server_of
+from mnemos.serve.streams import event_stream
+from mnemos.serve.task import Conversation, Task
+
+router = APIRouter(tags=["OpenAI"])
+ONE_RESULT = ("n", "num_return_sequences")
+# Fields that name things which only OpenAI's own servers have.
+IMPOSSIBLE = {
+    "background": "responses are made while the client waits",
+    "conversation": "send the items as input, or previous_response_id",
+    "prompt": "send the instructions and the input themselves",
+}
+
+
+@router.post("/v1/responses")
+async def respond(body: ResponsesRequest, request: Request) -> Response:
+    """Answers a conversation in items."""
+    state, connection = server_of(request), connection_of(request)
+    items = items_of(body.input)
+    before: list[dict[str, Any]] = []
+    if body.previous_response_id is not None:
+        before = await _history(state.responses, connection, body.previous_response_id)
+    task = task_of(body, [*before, *items], connection)
+    model = await connection.stack.enter_async_context(state.catalogue.use(body.model))
+    running = await start(model, task, connection)
+    writer = ResponseWriter(_head(body, model.name), model.engine.tokenizer, task.fields.get("logprobs"))
+
+    async def store(response: dict[str, Any]) -> None:
+        if body.store is not False:
+            stored = Stored(response, items, body.previous_response_id)
+            await asyncio.to_thread(state.responses.put, connection.caller.name, stored)
+
+    if body.stream:
+        return event_stream(_events(running, writer, store), state.settings.ping, writer.fail)
+    _write(writer, await running.finished())
+    response, _ = writer.end(running.usage)
+    await store(response)
+    return JSONResponse(response)
+
+
+@router.get("/v1/responses/{name}")
+async def show(name: str, request: Request) -> dict[str, Any]:
+    """A stored response."""
+    return (await _stored(request, name)).response
+
+
+@router.get("/v1/responses/{name}/input_items")
+async def show_input(name: str, request: Request) -> dict[str, Any]:
+    """The items that a stored response answers."""
+    items = (await _stored(request, name)).input
+    return {
+        "object": "list",
+        "data": items[::-1],
+        "first_id": items[-1]["id"],
+        "last_id": items[0]["id"],
+        "has_more": False,
+    }
+
+
+@router.delete("/v1/responses/{name}")
+async def delete(name: str, request: Request) -> dict[str, Any]:
+    """Forgets a stored response."""
+    caller = connection_of(request).caller.name
+    if not await asyncio.to_thread(server_of(request).responses.delete, caller, name):
+        raise _unknown(name, "response_id")
+    return {"id": name, "object": "response", "deleted": True}
+
+
+def task_of(body: ResponsesRequest, items: list[dict[str, Any]], connection: Connection) -> Task:
+    """The neutral request. items: the whole conversation."""
+    for name, instead in IMPOSSIBLE.items():
+        if getattr(body, name):
+            raise Refusal(400, f"{name} is set, which this server does not have; {instead}", param=name)
+    fields = extra_fields(refuse_impossible(body.further), tuple(ResponsesRequest.model_fields), connection)
+    names: dict[str, str] = {"prompt": "input", "messages": "input"}
+    fields |= body.given("temperature", "top_p")
+    for name in ONE_RESULT:
+        if fields.get(name, 1) != 1:
+            raise Refusal(400, f"{name} is {fields[name]}; a response has one result", param=name)
+    if body.max_output_tokens is not None:
+        fields["max_new_tokens"], names["max_new_tokens"] = body.max_output_tokens, "max_output_tokens"
+    if body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ()):
+        fields["logprobs"], names["logprobs"] = body.top_logprobs or 0, "top_logprobs"
+    if body.truncation == "auto":
+        fields["overflow"] = "truncate_left"
+    form = (body.text or {}).get("format")
+    if form is not None:
+        if not isinstance(form, dict):
+            raise Refusal(400, f"text.format is {str(form)[:80]!r}; it must be an object", param="text.format")
+        respond_in(fields, names, form, "text.format")
+    messages, skipped = messages_of(items)
+    if body.instructions:
+        messages.insert(0, {"role": "system", "content": body.instructions})
+    tools, others = tools_of(body.tools or [])
+    if skipped or others:
+        known = connection.headers.get("x-mnemos-ignored")
+        named = [
+            *([known] if known else []),
+            *(f"item:{kind}" for kind in skipped),
+            *(f"tool:{kind}" for kind in others),
+        ]
+        connection.headers["x-mnemos-ignored"] = ", ".join(dict.fromkeys(named))
+    wanted: Any = body.tool_choice
+    if isinstance(wanted, dict) and wanted.get("type") == "allowed_tools":
+        allowed = {tool.get("name") for tool in wanted.get("tools") or () if isinstance(tool, dict)}
+        tools = [tool for tool in tools if tool["function"].get("name") in allowed]
+        wanted = wanted.get("mode", "auto")
+    effort = (body.reasoning or {}).get("effort")
+    conversation = Conversation(
+        messages,
+        tools=tools,
+        choice=choice_of(wanted, tools),
+        parallel=body.parallel_tool_calls is not False,
+        thinking=None if effort is None else effort != "none",
+        template={} if effort is None else {"reasoning_effort": effort},
+    )
+    return Task(conversation, fields, names=names)
+
+
+def tools_of(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Function tools in the form of chat completions, and the types of all others, which a model cannot call here."""
+    functions, others = [], []
+    for tool in given:
+        if tool.get("type") == "function":
+            own = tool.get("function")
+            function = own if isinstance(own, dict) else {name: value for name, value in tool.items() if name != "type"}
+            functions.append({"type": "function", "function": function})
+        else:
+            others.append(str(tool.get("type")))
+    return functions, others
+
+
+def _head(body: ResponsesRequest, model: str) -> dict[str, Any]:
+    """What a response repeats of its request."""
+    return {
+        "model": model,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.further.get("metadata") or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
+        "service_tier": "default",
+        "store": body.store is not False,
+        "temperature": body.temperature,
+        "text": body.text or {"format": {"type": "text"}},
+        "tool_choice": body.tool_choice or "auto",
+        "tools": body.tools or [],
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": body.top_p,
+        "truncation": body.truncation or "disabled",
+    }
+
+
+def _write(writer: ResponseWriter, events: list[Event]) -> str:
+    return "".join(writer.add(event) for event in events)
+
+
+async def _events(
+    running: Running, writer: ResponseWriter, store: Callable[[dict[str, Any]], Any]
+) -> AsyncIterator[str]:
+    yield writer.begin()
+    async for events in running.events():
+        if text := _write(writer, events):
+            yield text
+    response, last = writer.end(running.usage)
+    await store(response)
+    yield last
+
+
+async def _history(store: ResponseStore, connection: Connection, name: str) -> list[dict[str, Any]]:
+    items = await asyncio.to_thread(store.history, connection.caller.name, name)
+    if items is None:
+        raise _unknown(name, "previous_response_id")
+    return items
+
+
+async def _stored(request: Request, name: str) -> Stored:
+    caller = connection_of(request).caller.name
+    stored = await asyncio.to_thread(server_of(request).responses.get, caller, name)
+    if stored is None:
+        raise _unknown(name, "response_id")
+    return stored
+
+
+def _unknown(name: str, param: str) -> Refusal:
+    code = "previous_response_not_found" if param == "previous_response_id" else "response_not_found"
+    return Refusal(
+        400 if param == "previous_response_id" else 404,
+        f"{param} is {name[:80]!r}; there is no such stored response, or not any longer",
+        param=param,
+        code=code,
+    )
