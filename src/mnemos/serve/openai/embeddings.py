@@ -68,9 +68,10 @@ async def embeddings(
 
 
 def _submit(model: Served, tasks: Sequence[Task], connection: Connection, pooling: str) -> list[EmbeddingHandle]:
-    scheduling = {"tenant": connection.caller.tenant, "cache_salt": salted(connection.caller, None)}
+    caller = connection.caller
     prompts = [exchange_of(model, task).prompt_ids for task in tasks]
-    return [model.engine.submit_embedding(prompt, pooling, **scheduling) for prompt in prompts]
+    salt = salted(caller, None)
+    return [model.engine.submit_embedding(one, pooling, tenant=caller.tenant, cache_salt=salt) for one in prompts]
 
 
 def _shown(vector: Floats, form: str | None) -> Any:

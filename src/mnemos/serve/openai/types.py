@@ -117,7 +117,7 @@ class EmbeddingRequest(Body):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     # others' names
-    pooling: str | None = None
+    pooling: Literal["mean", "last"] | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=1)
 
 
