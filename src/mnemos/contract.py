@@ -31,6 +31,7 @@ class Batch:
     logit_rows (R,)                  the rows whose logits (and last hidden states) are wanted, ascending
     greedy                           only the most probable tokens of those rows are wanted
     states (S,)                      each sequence's state slot, all different; empty for a model without `spec.states`
+    early_layers                     layers below `spec.layers` of whose input logits are wanted too, for the same rows
     """
 
     token_ids: Ints
@@ -42,6 +43,7 @@ class Batch:
     logit_rows: Ints
     greedy: bool = False
     states: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    early_layers: tuple[int, ...] = ()
 
     @property
     def sequences(self) -> int:
@@ -81,11 +83,14 @@ class Output:
 
     For a batch with `greedy`, a model that finds the most probable tokens without computing all logits returns them as
     `tokens` (R,), the lowest id on ties, and logits of shape (R, 0).
+
+    For a batch with `early_layers`, `early` (layers, R, vocabulary) is the output projection of their inputs.
     """
 
     logits: Floats
     hidden: Floats
     tokens: Ints | None = None
+    early: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,9 @@ class ModelSpec:
 
     `position_limit` is the first position that it cannot take, if attention depends on distances alone, so that
     positions may grow as long as no row sees more than the context; 0: they end with the context. `fingerprint` changes
-    whenever the weights or the computation do; saved caches are bound to it.
+    whenever the weights or the computation do; saved caches are bound to it. `layers` is the number of
+    layers that `Batch.early_layers` may name, 0 for a model that does not show them; `tied_embeddings` says whether its
+    output projection is its embedding.
 
     The promises are about logits: batch invariance holds for a model as far as its promises go.
 
@@ -216,6 +223,8 @@ class ModelSpec:
     batches: bool = True
     states: bool = False
     rewinds: bool = True
+    layers: int = 0
+    tied_embeddings: bool = False
     details: dict[str, object] = field(default_factory=dict)  # for `inspect`: name and license
 
     @property

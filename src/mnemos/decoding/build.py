@@ -163,7 +163,16 @@ class _Builder:
             logprobs=config.logprobs,
             constraint=self._constraint(),
             drafter=self._drafter(),
+            early_layers=self._early_layers(),
         )
+
+    def _early_layers(self) -> tuple[int, ...]:
+        wanted: Any = self.config.dola_layers
+        if wanted is None:
+            return ()
+        from mnemos.decoding.dola import early_layers
+
+        return early_layers(wanted, self.spec)
 
     def _negative_prompt(self) -> list[int]:
         """The negative prompt's tokens, by default the prompt's last one; fits `most` to it."""

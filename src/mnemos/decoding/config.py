@@ -115,6 +115,7 @@ class GenerationConfig:
     penalty_alpha: float | None = None
     guidance_scale: float | None = None
     negative_prompt: str | Sequence[int] | None = None
+    dola_layers: str | int | Sequence[int] | None = None
     json_schema: dict[str, Any] | str | bool | None = None
     strict: bool = False
     regex: str | None = None

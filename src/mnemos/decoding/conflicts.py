@@ -59,6 +59,8 @@ class Config(Protocol):
     @property
     def strict(self) -> bool: ...
     @property
+    def dola_layers(self) -> object: ...
+    @property
     def guidance_scale(self) -> float | None: ...
     @property
     def negative_prompt(self) -> str | Sequence[int] | None: ...
@@ -174,6 +176,14 @@ CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
         lambda c: _if(c.mode == "contrastive" and active(c, "guidance_scale"), "guidance_scale"),
         "contrastive search compares hidden states, which guidance does not change",
+    ),
+    Conflict(
+        lambda c: [
+            name
+            for name in ("guidance_scale", "speculative", "prompt_logprobs")
+            if c.dola_layers is not None and active(c, name)
+        ],
+        "it does not work with dola_layers",
     ),
     Conflict(
         lambda c: _if(active(c, "guidance_scale") and c.speculative == "draft", "speculative"),

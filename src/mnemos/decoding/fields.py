@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from mnemos.decoding.kinds import (
     BIAS,
     DECAY,
+    DOLA_LAYERS,
     EARLY_STOPPING,
     JSON_SCHEMA,
     MIROSTAT,
@@ -385,6 +386,12 @@ FIELDS: tuple[Field, ...] = (
         "negative_prompt", "search", PROMPT,
         "The prompt that guidance leads away from; by default the prompt's last token.",
         elsewhere=("negative_prompt_ids",), metavar="TEXT",
+    ),
+    Field(
+        "dola_layers", "search", DOLA_LAYERS,
+        "Prefer tokens that become more probable in the layers after an early one, the one of these that differs most: "
+        "low or high (of the lower or upper half), or layer numbers.",
+        only="one text", metavar="LAYERS",
     ),
     Field(
         "json_schema", "constraints", JSON_SCHEMA,

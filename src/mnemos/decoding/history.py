@@ -25,6 +25,7 @@ class History:
     """A sequence that only grows. Its tables are built on first use and then updated with new tokens only.
 
     tokens: the prompt (prompt_length tokens) and the generated ones; seed: that of the text's random numbers.
+    early: (layers, vocabulary) logits of early layers for the next token, where a processor needs them.
     """
 
     def __init__(self, tokens: Sequence[int], prompt_length: int | None = None, seed: int = 0) -> None:
@@ -32,6 +33,7 @@ class History:
         self.tokens = list(tokens)
         self.prompt_length = len(self.tokens) if prompt_length is None else prompt_length
         self.surprises: Surprises | None = None
+        self.early: Floats | None = None
         self._array = np.empty(0, np.int64)
         self._read = 0
         self._seen = _Counts()

@@ -48,6 +48,15 @@ def _prompt(value: Any) -> str | tuple[int, ...] | None:
     return ids or None
 
 
+def _dola_layers(value: Any) -> str | tuple[int, ...] | None:
+    if value in ("low", "high"):
+        return str(value)
+    if isinstance(value, str):  # from a command line
+        value = [int(word) if word.isdecimal() else None for word in value.split(",")]
+    layers: tuple[int, ...] | None = several(TOKEN, 4096).check(value)
+    return layers or None
+
+
 def _decay(value: Any) -> tuple[int, float] | None:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return None
@@ -88,6 +97,7 @@ SEQUENCE_BIAS = Rule(
     _sequence_bias, "a mapping from token sequences to numbers from -1000 to 1000, or a list of such pairs", "mapping"
 )
 PROMPT = Rule(_prompt, "a non-empty string or a list of token ids", "text")
+DOLA_LAYERS = Rule(_dola_layers, "low, high or a list of layer numbers", "text")
 DECAY = Rule(_decay, "a pair of a whole number of tokens and a factor from 0.001 to 1000", "pair")
 MIROSTAT = Rule(
     lambda value: whole(0, 2).check(value) if value != 1 else None,

@@ -302,6 +302,12 @@ def _dry(setting: Setting, multiplier: float) -> Processor:
     return DryPenalty(multiplier, config.dry_base, config.dry_allowed_length, setting.breakers, config.penalty_last_n)
 
 
+def _dola(setting: Setting, layers: object) -> Processor:
+    from mnemos.decoding.dola import Dola  # seldom used, like DRY
+
+    return Dola()
+
+
 def _decay(setting: Setting, decay: tuple[int, float]) -> Processor:
     return DecayingLength(tuple(sorted(setting.stop_ids)), *decay)
 
@@ -336,6 +342,7 @@ def _suppressed_first(setting: Setting) -> Processor | None:
 
 
 CHAIN: tuple[Maker, ...] = (
+    _for("dola_layers", _dola),
     _for("logit_bias", lambda setting, bias: LogitBias(bias)),
     _for("sequence_bias", lambda setting, bias: SequenceBias(bias)),
     _for("encoder_repetition_penalty", lambda setting, reward: SourceReward(setting.source, reward)),

@@ -57,6 +57,7 @@ class Sampling:
     samples     how many are generated (best_of); if more, the best by mean log probability are returned at the end
     logprobs    the number of most probable tokens to report, None for no log probabilities
     most        the maximum length of a text in tokens, which drafts do not exceed
+    early_layers  layers whose logits the chooser's processors need
     drafter     makes the guesser for one text, None without speculation. A draft is accepted where it equals the token
                 that is chosen anyway: random numbers depend on the position alone, so drafts never change the text.
     """
@@ -75,6 +76,7 @@ class Sampling:
         logprobs: int | None = None,
         constraint: Constraint | None = None,
         drafter: Callable[[], Drafter] | None = None,
+        early_layers: tuple[int, ...] = (),
     ) -> None:
         self.max_branches = samples
         self._chooser = chooser
@@ -86,11 +88,13 @@ class Sampling:
         self._logprobs = 0 if logprobs is None and samples > results else logprobs
         self._constraint = constraint
         self._drafter = drafter
+        self._early_layers = early_layers
         self._texts: list[_Text] = []
         self._live: list[_Text] = []
 
     def start(self, prompt: Sequence[int]) -> list[Branch]:
         branch = Branch(prompt)
+        branch.early_layers = self._early_layers
         self._texts = [self._text(branch, number) for number in range(self._samples)]
         self._live = list(self._texts)
         if self._samples == 1:
@@ -168,6 +172,8 @@ class Sampling:
         if rows.tokens is not None:
             token = rows.tokens[place]
         else:
+            if rows.early is not None:
+                history.early = rows.early[:, place]
             try:
                 token = self._chooser.choose(history, rows.logits[place], text.seed, text.constraint)
             except DeadEnd as error:

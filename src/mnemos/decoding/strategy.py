@@ -29,10 +29,11 @@ class Branch:
     draw       set where the choice depends on the row, a seed and the token's position alone: the engine then chooses
                the tokens of all such branches together and hands them over in `Rows.tokens`
     logits     whether the strategy reads logits although it has a draw; if not, `Rows.logits` may have no columns
+    early_layers  layers of whose input the strategy gets logits too, in `Rows.early`; forks have the same
     parent     the branch that this one was forked from, until the engine has shared its pages
     """
 
-    __slots__ = ("drafts", "draw", "evaluated", "logits", "parent", "tokens", "wanted")
+    __slots__ = ("drafts", "draw", "early_layers", "evaluated", "logits", "parent", "tokens", "wanted")
 
     def __init__(self, tokens: Sequence[int], parent: Branch | None = None) -> None:
         self.tokens = list(tokens)
@@ -41,6 +42,7 @@ class Branch:
         self.drafts = 0
         self.draw: Draw | None = None
         self.logits = True
+        self.early_layers: tuple[int, ...] = parent.early_layers if parent else ()
         self.parent = parent
 
     def fork(self) -> Branch:
@@ -59,11 +61,13 @@ class Rows(NamedTuple):
     logits (wanted, vocabulary); hidden (wanted, hidden size): the last hidden states. At the first step of a strategy
     with `needs_all_prompt_rows`, hidden has a row for every prompt token, in order; logits may hold the last row only.
     tokens: the choice of the branch's `draw` for each row of logits; None where the strategy has to choose.
+    early (layers, wanted, vocabulary): the logits of the branch's `early_layers`; None if it has none.
     """
 
     logits: Floats
     hidden: Floats
     tokens: list[int] | None = None
+    early: Floats | None = None
 
 
 class Emitted(NamedTuple):

@@ -82,7 +82,8 @@ def evaluate_apart(model: Model, step: Step, batch: Batch, error: Exception) -> 
 
 def _copy(output: Output) -> Output:
     """A copy of the output that the next forward pass does not overwrite."""
-    return Output(output.logits.copy(), output.hidden.copy(), None if output.tokens is None else output.tokens.copy())
+    tokens, early = (None if array is None else array.copy() for array in (output.tokens, output.early))
+    return Output(output.logits.copy(), output.hidden.copy(), tokens, early)
 
 
 def _join(outputs: list[Output]) -> Output:
@@ -90,8 +91,10 @@ def _join(outputs: list[Output]) -> Output:
     if not outputs:
         return Output(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32))
     tokens = [output.tokens for output in outputs if output.tokens is not None]
+    early = [output.early for output in outputs if output.early is not None]
     return Output(
         np.concatenate([output.logits for output in outputs]),
         np.concatenate([output.hidden for output in outputs]),
         np.concatenate(tokens) if len(tokens) == len(outputs) else None,
+        np.concatenate(early, axis=1) if len(early) == len(outputs) else None,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-from mnemos.contract import Model, Output
+from mnemos.contract import Floats, Model, Output
 from mnemos.decoding.strategy import Branch
 from mnemos.engine.admission import Admission, less_entitled
 from mnemos.engine.branches import Branches
@@ -136,6 +136,8 @@ class Scheduler:
                 branches.settle(request)
             if complete:
                 ready.append(request)
+        if output.early is not None:
+            _keep_early(step, output.early)
         return ready
 
     def _expire(self, now: float) -> None:
@@ -243,6 +245,14 @@ class Scheduler:
         self.queue.put_back(request)
         self.preemptions += 1
         request.preemptions += 1
+
+
+def _keep_early(step: Step, early: Floats) -> None:
+    """Gives each sequence a copy of its rows of the early layers that its branch names."""
+    for _, parts, _ in step.items:
+        for sequence, _, start, end in parts:
+            if start < end and (layers := sequence.branch.early_layers):
+                sequence.early = early[[step.early_layers.index(layer) for layer in layers], start:end]
 
 
 def _rank(request: Request) -> tuple[int, int]:

@@ -22,9 +22,23 @@ class Sequence(PageTable):
     seen     the branch's length when last complete; a lower count of the branch itself means that it was truncated
     leader   a sibling to share that many first positions with, once it has evaluated them
     chosen   the tokens that the branch's draw chose of this step's rows
+    early    the latest rows of the branch's early layers; None if it has none
     """
 
-    __slots__ = ("branch", "chosen", "dropped", "first", "goal", "leader", "parts", "resume", "seen", "sinks", "start")
+    __slots__ = (
+        "branch",
+        "chosen",
+        "dropped",
+        "early",
+        "first",
+        "goal",
+        "leader",
+        "parts",
+        "resume",
+        "seen",
+        "sinks",
+        "start",
+    )
 
     def __init__(self, branch: Branch, groups: int) -> None:
         super().__init__(groups)
@@ -39,6 +53,7 @@ class Sequence(PageTable):
         self.leader: tuple[Sequence, int] | None = None
         self.parts: list[tuple[Floats, Floats]] = []
         self.chosen: list[int] | None = None
+        self.early: Floats | None = None
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """The token ids at the cached positions start to stop."""
@@ -94,6 +109,6 @@ class Sequence(PageTable):
         parts, self.parts = self.parts, []
         chosen, self.chosen = self.chosen, None
         if len(parts) == 1:
-            return Rows(*parts[0], chosen)
+            return Rows(*parts[0], chosen, self.early)
         logits, hidden = zip(*parts, strict=True)
         return Rows(np.concatenate(logits), np.concatenate(hidden))

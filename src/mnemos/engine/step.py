@@ -21,10 +21,12 @@ class Step:
     items: each request with its parts, and whether they complete the rows that its strategy waits for.
     greedy: whether only the most probable token is wanted for every wanted row.
     known: in a greedy step, only ids below it are wanted; None: all.
+    early_layers: layers of whose input logits are wanted too.
     """
 
     __slots__ = (
         "decode_rows",
+        "early_layers",
         "greedy",
         "items",
         "known",
@@ -53,6 +55,7 @@ class Step:
         self.prefill_rows = 0
         self.greedy = True
         self.known: int | None = None
+        self.early_layers: tuple[int, ...] = ()
 
     def add(self, request: Request, planned: list[tuple[Sequence, int]], rows: int) -> None:
         """Takes the next positions of a request's sequences, `rows` in total; their pages are allocated."""
@@ -108,6 +111,8 @@ class Step:
         draw = branch.draw
         if draw is None or draw.cutoffs is not None or branch.logits or not alone:
             self.greedy = False
+            if branch.early_layers:
+                self.early_layers = tuple(sorted({*self.early_layers, *branch.early_layers}))
         elif draw.known is not None:
             self.known = draw.known if self.known is None else min(self.known, draw.known)
 
@@ -122,4 +127,5 @@ class Step:
             logit_rows=np.array(self.logit_rows, dtype=np.int32),
             greedy=self.greedy,
             states=np.array(self.states, dtype=np.int32),
+            early_layers=self.early_layers,
         )

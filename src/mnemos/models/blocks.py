@@ -23,6 +23,9 @@ class Architecture(Protocol):
     gguf_names: ClassVar[dict[str, str]]  # names of its GGUF tensors where they differ from the usual ones
     ignored: ClassVar[tuple[str, ...]]  # patterns of tensors that a file may have in addition to the model's
 
+    layers: list[DecoderLayer]
+    lm_head: Matrix
+
     @property
     def config(self) -> DecoderConfig: ...
 

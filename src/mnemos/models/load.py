@@ -20,9 +20,11 @@ from mnemos.ops.protocol import Ops
 from mnemos.rules import DTYPE, KV_DTYPE
 
 if TYPE_CHECKING:
+    from mnemos.models.config import DecoderConfig
     from mnemos.models.foreign.encoder_decoder import EncoderDecoderModel
     from mnemos.models.foreign.model import ForeignModel
 
+MOST_EARLY_STEPS = 4
 _COMPUTATION = "1"  # increased whenever an architecture's computation changes
 
 
@@ -35,6 +37,7 @@ class LoadedModel:
         self.ops = ops
         self._cache: Cache | None = None
         self._step: Callable[[Batch], Output] | None = None
+        self._early_steps: dict[tuple[int, ...], Callable[[Batch], Output]] = {}
 
     @property
     def cache(self) -> Cache:
@@ -64,7 +67,19 @@ class LoadedModel:
         """One step; the output's arrays are views that the next step overwrites."""
         if self._step is None:
             raise ConfigError("the model has no cache yet; call reserve(pages) first")
-        return self._step(batch)
+        return self._early_step(batch.early_layers)(batch) if batch.early_layers else self._step(batch)
+
+    def _early_step(self, layers: tuple[int, ...]) -> Callable[[Batch], Output]:
+        """The step with the logits of these layers' inputs; the latest MOST_EARLY_STEPS are kept."""
+        step = self._early_steps.pop(layers, None)
+        if step is None:
+            from mnemos.models.early_exits import EarlyExits
+
+            step = self.ops.compile(EarlyExits(self.architecture, layers), self._cache)
+        self._early_steps[layers] = step
+        if len(self._early_steps) > MOST_EARLY_STEPS:
+            del self._early_steps[next(iter(self._early_steps))]
+        return step
 
 
 def load_model(
@@ -136,9 +151,16 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
         position_limit=config.position_limit,
         parameters=sum(tensor.size for tensor in checkpoint.tensors.values()),
         fingerprint=_fingerprint(checkpoint, config, (backend, dtype, kv_dtype)),
+        layers=config.num_hidden_layers,
+        tied_embeddings=_is_tied(checkpoint, config),
         details=_details(checkpoint),
         **_special_tokens(checkpoint, config.vocab_size),
     )
+
+
+def _is_tied(checkpoint: Checkpoint, config: DecoderConfig) -> bool:
+    """Whether the output projection is the embedding: in GGUF, if there is no other."""
+    return "output.weight" not in checkpoint.tensors if checkpoint.kind == "gguf" else config.tie_word_embeddings
 
 
 def architecture_names(checkpoint: Checkpoint) -> list[str]:

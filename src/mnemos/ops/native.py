@@ -129,19 +129,19 @@ class NativeOps:
     def compile(self, forward: Forward, cache: NativeCache) -> Callable[[Batch], Output]:
         program = _native.Program(self.pool, cache.cores)
         batch = _RecordedBatch(*(_BatchArray(program, field) for field in ("token_ids", "positions", "logit_rows")))
-        hidden, logits = forward(self, batch, cache)
-        program.finish([hidden.number, logits.number])
+        hidden, logits, *early = forward(self, batch, cache)
+        program.finish([hidden.number, *(value.number for value in early), logits.number])
         self.finish()
 
         def step(batch: Batch) -> Output:
             if batch.greedy and program.finds_argmax and len(batch.logit_rows) >= ARGMAX_ALONE_FROM:
-                hidden, numbers = _run(program, batch, [], argmax=True)
+                hidden, *_, numbers = _run(program, batch, [], argmax=True)
                 tokens = numbers[:, 0]
                 if (tokens >= 0).all():
                     return Output(np.empty((len(tokens), 0), dtype=np.float32), hidden, tokens)
                 # Some row has no most probable token: the chooser needs the logits to report why.
-            hidden, logits = _run(program, batch, [])
-            return Output(logits=logits, hidden=hidden)
+            hidden, *rows, logits = _run(program, batch, [])
+            return Output(logits=logits, hidden=hidden, early=np.stack(rows) if rows else None)
 
         return step
 

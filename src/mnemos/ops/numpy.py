@@ -84,8 +84,8 @@ class NumpyOps:
 
     def compile(self, forward: Forward, cache: NumpyCache) -> Callable[[Batch], Output]:
         def step(batch: Batch) -> Output:
-            hidden, logits = forward(self, batch, cache)
-            return Output(logits=logits, hidden=hidden)
+            hidden, logits, *early = forward(self, batch, cache)
+            return Output(logits=logits, hidden=hidden, early=np.stack(early) if early else None)
 
         return step
 

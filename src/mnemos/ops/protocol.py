@@ -19,7 +19,7 @@ from mnemos.formats.tensor import Tensor
 Array = Any
 Rows = npt.NDArray[np.intp]
 Matrix = Any
-Forward = Callable[[Any, Any, Any], tuple[Array, Array]]  # (ops, batch, cache) -> (hidden, logits)
+Forward = Callable[[Any, Any, Any], tuple[Array, ...]]  # (ops, batch, cache) -> (hidden, logits, *early logits)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -78,6 +78,8 @@ class Ops(Protocol):
 
     def compile(self, forward: Forward, cache: Any) -> Callable[[Batch], Output]:
         """Turns an architecture's `forward(ops, batch, cache) -> (hidden, logits)` into a step on NumPy batches.
+
+        What it returns after the logits becomes the output's `early`.
 
         A backend may run `forward` at each step or record it once and replay it: `forward` must therefore not depend on
         the batch's content, and must do nothing but call ops on arrays.

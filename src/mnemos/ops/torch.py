@@ -173,8 +173,9 @@ class TorchOps:
     def compile(self, forward: Forward, cache: TorchCache) -> Callable[[Batch], Output]:
         def step(batch: Batch) -> Output:
             with torch.inference_mode():
-                hidden, logits = forward(self, TorchBatch(batch, cache.layout, self.device), cache)
-            return Output(logits=logits.float().cpu().numpy(), hidden=hidden.float().cpu().numpy())
+                outputs = forward(self, TorchBatch(batch, cache.layout, self.device), cache)
+            hidden, logits, *early = (output.float().cpu().numpy() for output in outputs)
+            return Output(logits=logits, hidden=hidden, early=np.stack(early) if early else None)
 
         return step
 

@@ -106,12 +106,12 @@ class GPTNeoX:
         self.embed_in = weights.matrix("embed_in", config.vocab_size, config.hidden_size)
         self.layers = [Layer(weights, i, config, rope) for i in range(config.num_hidden_layers)]
         self.final_layer_norm = weights.layer_norm("final_layer_norm", config.hidden_size, config.layer_norm_eps)
-        self.embed_out = load_head(weights, self.embed_in, config, "embed_out", "embed_in")
+        self.lm_head = load_head(weights, self.embed_in, config, "embed_out", "embed_in")
 
     def forward(self, ops: Ops, batch: Any, cache: Cache) -> tuple[Array, Array]:
         x = ops.embed(self.embed_in, batch.token_ids)
         hidden = self.final_layer_norm(ops, run_layers(self.layers, ops, x, batch, cache))
-        return hidden, ops.linear(hidden, self.embed_out)
+        return hidden, ops.linear(hidden, self.lm_head)
 
 
 def _split_rows(config: GPTNeoXConfig, is_gguf: bool) -> list[Rows]:
