@@ -35,8 +35,9 @@ class Launcher:
 
     def prepare(self, token_ids: Sequence[int], config: GenerationConfig) -> Callable[[], RequestHandle]:
         """Checks a request; returns a function that queues it. RequestError or ContextLengthError if it cannot run."""
-        from mnemos.decoding.build import fit_prompt, make_strategy
+        from mnemos.decoding.build import make_strategy
         from mnemos.decoding.fields import active
+        from mnemos.decoding.lengths import fit_prompt
 
         spec = self._spec
         if config.overflow == "sliding" and spec.context_length < SMALLEST_SLIDING:
@@ -84,7 +85,7 @@ class Launcher:
 
         UnsupportedError for a model with an encoder, ContextLengthError for a text that is too long.
         """
-        from mnemos.decoding.build import fit_prompt
+        from mnemos.decoding.lengths import fit_prompt
 
         spec = self._spec
         if isinstance(self._model, ConditionedModel):

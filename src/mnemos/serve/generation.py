@@ -144,7 +144,7 @@ def _submit_all(model: Served, tasks: Sequence[Task], connection: Connection) ->
 
 
 def _submit(model: Served, task: Task, connection: Connection) -> Running:
-    from mnemos.decoding.build import fit_prompt
+    from mnemos.decoding.lengths import fit_prompt
 
     engine = model.engine
     read = exchange_of(model, task)
