@@ -157,3 +157,12 @@ def test_memory_formula() -> None:
     assert round(KVCache.bytes(num_layers=16, max_length=512, num_kv_heads=6, head_dim=64) / 1e6, 1) == 12.6
     cache = KVCache(16, 1, 6, 64, 512, dtype=torch.bfloat16)
     assert sum(tensor.nbytes for tensor in (*cache.keys, *cache.values)) == KVCache.bytes(16, 512, 6, 64)
+
+
+def test_the_script(checkpoint: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str], numbers: Any) -> None:
+    from examples.generate import main
+
+    main(str(checkpoint), str(tokenizer_folder), "3 4 5")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:6] == ["Generator Ready.", "", "Prompt: 3 4 5", "-" * 30] and lines[-1] == "-" * 30
+    assert numbers(lines[6])[:3] == [3, 4, 5]

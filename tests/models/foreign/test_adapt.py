@@ -207,6 +207,8 @@ def test_a_module_that_cannot_be_a_language_model_is_named(module, message) -> N
 def test_vocabulary_and_device_that_do_not_fit() -> None:
     with pytest.raises(ModelError, match="tokenizer has 50 tokens but .* returns 29 logits"):
         adapt(modules.PastArgument(), vocabulary_size=50)
+    with pytest.warns(UserWarning, match="the tokenizer has 31 tokens but .* prompts with other tokens are refused"):
+        assert adapt(modules.PastArgument(), vocabulary_size=31).spec.vocabulary_size == 29
     with pytest.raises(ModelError, match=r"Plain\.forward.* has no values for embedding\.weight .*expected loaded"):
         adapt(modules.Plain().to("meta"))
     with pytest.raises(ConfigError, match="device is 'toaster', which PyTorch cannot use here: .*; expected 'cpu' or"):

@@ -17,6 +17,8 @@ from mnemos.models.foreign.settings import find_context, special_tokens
 from mnemos.models.foreign.signature import describe
 from mnemos.ops.torch import usable_device
 
+_FEW = 8  # one added token for so many of the model's is taken for a habit
+
 
 def adapt(
     module: nn.Module,
@@ -31,8 +33,8 @@ def adapt(
     forward(input_ids (batch, time) int64), also with attention_mask, position_ids and a cache; see
     mnemos.models.foreign.cache_styles for the styles. The module is tried once on a few tokens. device: where the
     module is moved to, itself and not a copy; "auto" is the best device that there is. context_length: the positions
-    of a module that does not say itself how many it has. vocabulary_size: of the tokenizer, must not exceed the
-    module's. Errors: ModelError with the module's class and signature.
+    of a module that does not say itself how many it has. vocabulary_size: of the tokenizer, which may exceed the
+    module's by a few. Errors: ModelError with the module's class and signature.
     """
     if not isinstance(module, nn.Module):
         raise ConfigError(f"model is a {type(module).__name__}; expected a torch.nn.Module or a mnemos Model")
@@ -47,11 +49,8 @@ def adapt(
         return adapt_encoder_decoder(caller, context_length)
     abilities = Probe(caller).run(use_kv_cache, find_context(inner, None, context_length))
     caller.settle()
-    if vocabulary_size is not None and vocabulary_size > abilities.vocabulary:
-        raise ModelError(
-            f"the tokenizer has {vocabulary_size} tokens but {describe(module)} returns {abilities.vocabulary} logits; "
-            "expected at least as many logits as tokens"
-        )
+    if vocabulary_size is not None:
+        _check_vocabulary(module, vocabulary_size, abilities.vocabulary)
     if use_kv_cache and abilities.cache is None:
         warnings.warn(
             f"{type(module).__name__} has no cache that can be used: every token runs over the whole text again, which "
@@ -73,6 +72,22 @@ def adapt(
         parameters=sum(p.numel() for p in module.parameters()),
     )
     return ForeignModel(caller, causal_calls(caller, abilities), spec)
+
+
+def _check_vocabulary(module: nn.Module, tokens: int, logits: int) -> None:
+    """A few tokens that only the tokenizer has, such as one for padding, are harmless; many are a mistake."""
+    if tokens <= logits:
+        return
+    if tokens - logits > logits // _FEW:
+        raise ModelError(
+            f"the tokenizer has {tokens} tokens but {describe(module)} returns {logits} logits; expected at least as "
+            "many logits as tokens"
+        )
+    warnings.warn(
+        f"the tokenizer has {tokens} tokens but {describe(module)} returns {logits} logits: prompts with other tokens "
+        "are refused",
+        stacklevel=4,
+    )
 
 
 def _move(module: nn.Module, name: str) -> None:
