@@ -148,3 +148,32 @@ def test_a_pattern_that_takes_too_long_is_an_error(tmp_path: Path) -> None:
     assert ours.encode("ab") == [0, 1]
     with pytest.raises(RequestError, match="tokenizer.json: this tokenizer cannot encode"):
         ours.encode("a" * 40 + "!")
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "WordPiece, no cleanup", "Fuse"])
+def test_words_their_parts_and_letters_are_joined_as_the_library_does(kind: str, tmp_path: Path) -> None:
+    special = ["<s>", "</s>", "[UNK]"]
+    if kind == "Fuse":
+        letters = sorted(set("".join(TEXTS[:12])))
+        vocabulary = {text: token for token, text in enumerate([*special, *letters])}
+        rust = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+        rust.pre_tokenizer, rust.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    else:
+        from tokenizers.trainers import WordPieceTrainer
+
+        rust = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        rust.normalizer, rust.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        rust.decoder = decoders.WordPiece(cleanup="no" not in kind)
+        sentences = ["don't stop, it's a quick fox . we've won !", "playing played plays ( and so on )"]
+        rust.train_from_iterator(sentences * 3, WordPieceTrainer(vocab_size=90, special_tokens=special))
+    rust.add_special_tokens(special)
+    rust.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = MnemosTokenizer.from_file(tmp_path)
+    assert tokenizer.special_ids == {0, 1, 2}
+    for text in [*TEXTS[:12], "Playing, it's (a) fox. Don't!", "we 've don ' t"]:
+        ids = rust.encode(text).ids
+        assert tokenizer.encode(text) == ids
+        wanted = rust.decode(ids)
+        assert tokenizer.decode(ids) == wanted
+        decoder = tokenizer.decoder()
+        assert "".join(map(decoder.push, ids)) + decoder.finish() == wanted

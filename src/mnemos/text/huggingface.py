@@ -21,6 +21,7 @@ from mnemos.text.core import (
     read_ids,
     share_model,
 )
+from mnemos.text.word_spellings import word_spelling
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,7 +30,7 @@ ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _SPARSEST = 16  # ids may be this many times as many as tokens; a file beyond that is only after our memory
 _SMALLEST = 1 << 16
 MAX_ADDED = 1 << 16
-_DECODERS = "ByteLevel, Metaspace, a Sequence of Replace, ByteFallback, Fuse and Strip, or none"
+_DECODERS = "ByteLevel, Metaspace, WordPiece, Fuse, a Sequence of Replace, ByteFallback, Fuse and Strip, or none"
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,9 @@ def _spelling(file: Path, encoder: tokenizers.Tokenizer) -> tuple[Spelling, bool
         strips = [step for step in steps if step["type"] == "Strip"]
         if all(step.get("content") == " " and step.get("start") == 1 and step.get("stop") == 0 for step in strips):
             return SentencePieceSpelling("ByteFallback" in kinds), bool(strips)
+    found = word_spelling(steps)
+    if found is not None:
+        return found
     raise UnsupportedError(f"{file}: decoder is {str(decoder)[:200]}; supported are {_DECODERS}")
 
 
