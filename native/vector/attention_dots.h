@@ -295,6 +295,13 @@ inline Ahead next_keys(const AttentionTile &tile, const KeyBlock &block, const K
   return ahead;
 }
 
+// The keys and values of the block after this one, or else of what the next tile begins with.
+inline Ahead next_cells(const AttentionTile &tile, const KeyBlock &block, const KeyBlock *next_block) {
+  Ahead ahead = next_keys(tile, block, next_block);
+  ahead.bytes = tile.cell->key_scale_offset;
+  return ahead;
+}
+
 // The addresses of a block's keys, for each vector of slots, and of its values, for each pair of slots.
 inline void point_to_pages(const AttentionTile &tile, const BlockRange &range, const uint32_t **keys,
                            const uint32_t **rows_of_values) {

@@ -138,6 +138,9 @@ inline void merge_shares(const AttentionTile &tile, const Shares &shares, int64_
   }
 }
 
+// Prefetches between two passes over the scores: memory should not stand still while they become weights.
+constexpr int64_t fetches_between = 4;
+
 // Calls visit(first row, rows, what they see) for the tiles of rows that see any of the block.
 template <typename Visit>
 inline void for_row_tiles(const AttentionTile &tile, const KeyBlock &block, AttentionShapes &shapes,
@@ -158,14 +161,20 @@ inline void attend_block_in_tiles(const AttentionTile &tile, const uint32_t *que
   const uint32_t *keys[block_vectors], *rows_of_values[attention_block / 2];
   point_to_pages(tile, all, keys, rows_of_values);
   const int64_t stride = tile.cell->value_stride, end = all.last - all.start;
-  Ahead values = values_ahead(tile, all), next = next_keys(tile, block, next_block);
-  values.spread((end / width + 1) * ((tile.cell->head_dim + 2 * tile_pairs - 1) / (2 * tile_pairs)));
-  next.spread((end / (2 * tile_pairs) + 1) * (stride / width));
+  Ahead next = next_cells(tile, block, next_block);
+  next.spread((end / width + 1) * ((tile.cell->head_dim + 2 * tile_pairs - 1) / (2 * tile_pairs)) +
+              (end / (2 * tile_pairs) + 1) * (stride / width) + 3 * fetches_between);
+  const auto fetch = [&next] {
+    for (int64_t i = 0; i < fetches_between; i++) next.advance();
+  };
   float most[max_tile_rows + rows_together], total[max_tile_rows + rows_together];
   for_row_tiles(tile, block, shapes, [&](int64_t row, int64_t rows, const BlockRange &range) {
-    score_tile(tile, range, queries, row, keys, values);
+    score_tile(tile, range, queries, row, keys, next);
+    fetch();
     find_maxima(tile, range, row, row + rows, most);
+    fetch();
     make_weights(tile, range, row, row + rows, most, total);
+    fetch();
   });
   const Shares shares(tile, block, most, total);
   for_row_tiles(tile, block, shapes, [&](int64_t row, int64_t rows, const BlockRange &range) {
