@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,15 @@ def floor_of(name: str) -> int:
 def test_every_room_has_a_floor() -> None:
     rooms = {name.partition(".")[0] for name in MODULES} - {"", "__main__"}
     assert rooms == {room for rooms in FLOORS for room in rooms}
+
+
+def test_the_architecture_page_names_every_room_and_only_files_that_exist() -> None:
+    page = (NATIVE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `(\w+)(?:/|\.py)` \|", page, re.MULTILINE))
+    assert rows == {room for rooms in FLOORS for room in rooms}
+    named = re.findall(r"\b(?:\w+/)+\w+\.(?:py|cpp|h)\b", page)
+    places = (PACKAGE, NATIVE.parent)
+    assert named and not [name for name in named if not any((place / name).is_file() for place in places)]
 
 
 def test_imports_go_down() -> None:
