@@ -41,7 +41,7 @@ def test_every_command_in_the_documents_and_in_the_help_is_understood(
             main([command, "--help"])
         examples += commands_in(capsys.readouterr().out)
     understood: list[Namespace] = []
-    for module in ("generate", "chat", "pull", "models", "inspect", "evaluate", "bench", "serve"):
+    for module in ("generate", "chat", "pull", "models", "inspect", "evaluate", "embed", "bench", "serve"):
         monkeypatch.setattr(f"mnemos.cli.{module}.run", lambda arguments: understood.append(arguments) or 0)
     assert {words[0] for words in examples} == set(COMMANDS)
     assert all(main(words) == 0 for words in examples)

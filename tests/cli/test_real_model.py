@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -59,6 +60,24 @@ def test_eval_is_the_mean_over_chunks(smollm2: Path, tmp_path: Path, capsys: pyt
     assert figures["tokens"] == len(losses) == len(ids) - -(-len(ids) // 8)
     assert figures["negative_log_likelihood"] == pytest.approx(np.mean(losses), abs=1e-4)
     assert figures["perplexity"] == pytest.approx(math.exp(figures["negative_log_likelihood"]))
+
+
+def test_embed_prints_a_vector_for_each_text(
+    smollm2: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with InferenceEngine.from_pretrained(smollm2) as engine:
+        expected = engine.embed(["Hello there", "Bye"], pooling="last")
+    assert main(["embed", str(smollm2), "Hello there", "Bye", "--pooling", "last"]) == 0
+    printed = capsys.readouterr().out
+    assert [json.loads(line) for line in printed.splitlines()] == [
+        pytest.approx(vector.tolist(), rel=1e-6) for vector in expected
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello there\n\nBye\n"))
+    assert main(["embed", str(smollm2), "--pooling", "last"]) == 0
+    assert capsys.readouterr().out == printed
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["embed", str(smollm2)]) == 2
+    assert "there are no texts" in capsys.readouterr().err
 
 
 def test_eval_keeps_to_a_short_context(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

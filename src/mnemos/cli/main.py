@@ -25,6 +25,7 @@ COMMANDS = {
     "pull": "fetch a model into the cache",
     "models": "list cached models, or remove one",
     "inspect": "show what a model file contains and what it needs",
+    "embed": "turn texts into vectors",
     "eval": "measure perplexity on a text file",
     "bench": "measure speed, startup time and memory",
 }

@@ -13,7 +13,6 @@ import numpy as np
 from mnemos.contract import ConditionedModel, PagedModel
 from mnemos.decoding.forced import ForcedEmbedding, ForcedLogits, ForcedScore, Score
 from mnemos.engine.completion import Completion, StreamedToken
-from mnemos.engine.embedding import EmbeddingHandle, check_embedding
 from mnemos.engine.handle import RequestHandle, run_all
 from mnemos.engine.launching import Launcher
 from mnemos.engine.options import EngineOptions, split
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
     from mnemos.contract import Floats
     from mnemos.decoding.config import AnyConfig, GenerationConfig
+    from mnemos.engine.embedding import EmbeddingHandle
     from mnemos.engine.options import EngineKeywords, LoadKeywords
     from mnemos.text.tokenizer import Tokenizer
 
@@ -258,6 +258,8 @@ class InferenceEngine:
         pooling: "mean" of the last hidden states (after the model's last norm) of all tokens, or the "last" token's.
         normalize: to length 1. UnsupportedError for a model that shows no hidden states.
         """
+        from mnemos.engine.embedding import check_embedding
+
         wanted = read_prompts(texts, None, self.tokenizer)
         check_embedding(self.spec, pooling)
         strategies = [ForcedEmbedding(pooling, normalize) for _ in wanted.token_ids]
@@ -273,6 +275,7 @@ class InferenceEngine:
         scheduling: priority, tenant, deadline and cache_salt, as in GenerationConfig.
         """
         from mnemos.decoding.config import GenerationConfig
+        from mnemos.engine.embedding import EmbeddingHandle, check_embedding
 
         config, prompt = GenerationConfig(**scheduling), read_prompts(text, None, self.tokenizer).only
         check_embedding(self.spec, pooling)
