@@ -74,8 +74,8 @@ function stored(conversation, nodes) {
   return nodes.map(({ live, waiting, ...node }) => ({ ...node, conversation: conversation.record.id }));
 }
 
-function redraw(conversation) {
-  if (open.value === conversation) open.changed();
+function redraw(conversation, calm = false) {
+  if (open.value === conversation) open.changed({ calm });
 }
 
 function showInList(record) {
@@ -98,7 +98,7 @@ export function save(conversation, nodes, touched = false) {
 /** Changes a message in memory alone, as for every token; `save` follows. */
 export function change(conversation, id, fields) {
   const node = tree.changeNode(conversation.nodes, id, fields);
-  redraw(conversation);
+  redraw(conversation, true);
   return node;
 }
 
@@ -113,7 +113,7 @@ export function add(conversation, fields) {
 
 function titleOf(node) {
   const line = node.content.trim().split("\n")[0] || node.attachments?.[0]?.name || "Conversation";
-  return line.length > 60 ? `${line.slice(0, 59).trimEnd()}…` : line;
+  return line.length > 60 ? `${line.slice(0, 59).replace(/[\s.,;:]+$/, "")}…` : line;
 }
 
 export function showSibling(conversation, id, step) {

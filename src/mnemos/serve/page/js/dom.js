@@ -17,12 +17,16 @@ export function memo(inner) {
   };
 }
 
+const CALM = 40; // ms between drawings of a text that streams: more frames would take time from the engine beside it
+
 /** A value with listeners, which are called at most once a frame however often it changes. */
 export class Signal {
   constructor(value) {
     this.current = value;
     this.listeners = new Set();
     this.scheduled = false;
+    this.timer = null;
+    this.drawn = 0;
   }
 
   get value() {
@@ -36,12 +40,20 @@ export class Signal {
     }
   }
 
-  /** Tells the listeners in the next frame; call it after a change inside the value. */
-  changed() {
-    if (this.scheduled) return;
+  /** Tells the listeners in the next frame; call it after a change inside the value. `calm`: not in every frame. */
+  changed({ calm = false } = {}) {
+    if (this.scheduled || (calm && this.timer)) return;
+    const wait = calm ? this.drawn + CALM - performance.now() : 0;
+    if (wait > 0) {
+      this.timer = setTimeout(() => this.changed(), wait);
+      return;
+    }
+    clearTimeout(this.timer);
     this.scheduled = true;
     nextFrame(() => {
       this.scheduled = false;
+      this.timer = null;
+      this.drawn = performance.now();
       for (const listener of [...this.listeners]) listener(this.current);
     });
   }

@@ -38,7 +38,9 @@ const state = new Signal({
 });
 
 function change(id, fields) {
-  state.value = { ...state.value, columns: state.value.columns.map((one) => (one.id === id ? { ...one, ...fields } : one)) };
+  const columns = state.value.columns.map((one) => (one.id === id ? { ...one, ...fields } : one));
+  state.current = { ...state.value, columns };
+  state.changed({ calm: true });
 }
 
 function configure(columns) {

@@ -60,7 +60,7 @@ export function Figures({ figures }) {
   const prompt = figures.prompt
     ? `Prompt: ${figures.prompt.toLocaleString("en")} tokens${figures.cached ? `, ${figures.cached.toLocaleString("en")} of them cached` : ""}`
     : undefined;
-  return html`<span class="figures" title=${prompt}>${parts.filter(Boolean).map((part, i, all) => html`<span>${part}${i < all.length - 1 ? " · " : ""}</span>`)}</span>`;
+  return html`<span class="figures" title=${prompt}>${parts.filter(Boolean).map((part, i, all) => html`<span>${part}${i < all.length - 1 ? " ·" : ""}</span>${" "}`)}</span>`;
 }
 
 const ENDS = {
