@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import httpx
@@ -42,3 +43,45 @@ def test_errors_are_the_librarys_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-5")
     assert [model.id for model in client.models.list()] == ["smollm2"]
+
+
+WEATHER = {
+    "name": "weather",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+}
+
+
+def test_calls_arrive_in_both_protocols(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "How is the weather in Paris?"}]
+    with client.chat.completions.stream(
+        model="smollm2",
+        messages=messages,
+        max_tokens=60,
+        tools=[{"type": "function", "function": WEATHER}],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+    ) as stream:
+        choice = stream.get_final_completion().choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert json.loads(choice.message.tool_calls[0].function.arguments)["city"] in ("Paris", "Rome")
+    with client.responses.stream(
+        model="smollm2",
+        input=messages,
+        max_output_tokens=60,
+        tools=[{"type": "function", **WEATHER}],
+        tool_choice={"type": "function", "name": "weather"},
+    ) as stream:
+        response = stream.get_final_response()
+    call = response.output[0]
+    assert response.status == "completed" and (call.type, call.name) == ("function_call", "weather")
+    answer = client.responses.create(
+        model="smollm2",
+        previous_response_id=response.id,
+        input=[{"type": "function_call_output", "call_id": call.call_id, "output": "sunny, 25 degrees"}],
+        max_output_tokens=20,
+    )
+    assert answer.output_text

@@ -142,6 +142,8 @@ def test_several_results_without_a_temperature_are_sampled(client: httpx.Client)
         ({"guided_regex": "(", "max_tokens": 5}, "guided_regex", "regex"),
         ({"guided_regex": "a", "regex": "b"}, "guided_regex", "both"),
         ({"structured_outputs": {}}, "structured_outputs", "json"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens", "max_tokens"),
+        ({"top_logprobs": 5}, "top_logprobs", "logprobs"),
         ({"chat_template": "{{ 1 }}"}, "chat_template", "model's own"),
     ],
 )

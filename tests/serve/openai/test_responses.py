@@ -38,7 +38,7 @@ def test_a_response_says_what_the_engine_does(client: httpx.Client, engine: Infe
     assert engine.tokenizer is not None
     own = engine.complete(engine.tokenizer.encode_chat(MESSAGES), max_new_tokens=12)
     response = ask(client)
-    assert text_of(response) == own.text
+    assert text_of(response) == own.text and response["id"].startswith("resp_")
     assert response["status"] == {"stop": "completed", "length": "incomplete"}[own.finish_reason]
     assert response["usage"]["input_tokens"] == own.usage.prompt_tokens
     assert response["usage"]["output_tokens"] == own.usage.completion_tokens
@@ -181,6 +181,9 @@ def test_a_format_is_kept(client: httpx.Client) -> None:
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "missing"),
         ({"text": {"format": "json"}}, "text.format", "object"),
         ({"tool_choice": {"type": "function", "name": "x"}}, "tool_choice", "one of the tools"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens", "max_output_tokens"),
+        ({"guided_regex": "("}, "guided_regex", "enforced"),
+        ({"messages": MESSAGES}, "messages", "input"),
         ({"truncation": "none"}, "truncation", "auto"),
     ],
 )

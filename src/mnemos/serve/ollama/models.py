@@ -13,9 +13,11 @@ from fastapi import APIRouter, Request
 from mnemos.errors import MnemosError
 from mnemos.serve.catalogue import FOREVER, Served
 from mnemos.serve.connection import connection_of
+from mnemos.serve.embedding import embeddings
 from mnemos.serve.ollama.types import EmbedRequest, NamedRequest, seconds_of
-from mnemos.serve.refusal import Refusal, refusal_of
+from mnemos.serve.refusal import Refusal
 from mnemos.serve.state import server_of
+from mnemos.serve.task import Task
 from mnemos.text.infill import infill_ids
 from mnemos.text.tools.families import thinking_of
 
@@ -57,11 +59,11 @@ async def embed(body: EmbedRequest, request: Request) -> dict[str, Any]:
     if body.input is None or body.input == []:
         raise Refusal(400, "input is missing; it must be a text or a list of texts", param="input")
     texts = [body.input] if isinstance(body.input, str) else body.input
-    name, embeddings, tokens = await _embeddings(body, texts, request)
+    name, vectors, tokens = await _embeddings(body, texts, request)
     spent = round((time.perf_counter() - began) * 1e9)
     return {
         "model": name,
-        "embeddings": embeddings,
+        "embeddings": vectors,
         "total_duration": spent,
         "load_duration": 1,
         "prompt_eval_count": tokens,
@@ -73,8 +75,8 @@ async def embed_one(body: EmbedRequest, request: Request) -> dict[str, Any]:
     """An embedding, as older clients ask for it."""
     if not body.prompt:
         raise Refusal(400, "prompt is missing; it must be a text", param="prompt")
-    _, embeddings, _ = await _embeddings(body, [body.prompt], request)
-    return {"embedding": embeddings[0]}
+    _, vectors, _ = await _embeddings(body, [body.prompt], request)
+    return {"embedding": vectors[0]}
 
 
 @router.post("/api/pull")
@@ -101,20 +103,9 @@ async def _embeddings(body: EmbedRequest, texts: list[str], request: Request) ->
     keep_alive = seconds_of(body.keep_alive)
     if keep_alive is not None:
         model.keep_alive = keep_alive
-    caller = connection.caller
-    try:
-        handles = await asyncio.to_thread(
-            lambda: [
-                model.engine.submit_embedding(text, tenant=caller.tenant, cache_salt=f"{caller.salt}:")
-                for text in texts
-            ]
-        )
-        for handle in handles:
-            connection.on_leave(handle.cancel)
-        embeddings = [(await handle).tolist() for handle in handles]
-    except MnemosError as error:
-        raise refusal_of(error, {"prompt": "input"}) from error
-    return model.name, embeddings, sum(handle.prompt_tokens for handle in handles)
+    tasks = [Task(text, names={"prompt": "input"}) for text in texts]
+    vectors, tokens = await embeddings(model, tasks, connection)
+    return model.name, [vector.tolist() for vector in vectors], tokens
 
 
 def _details(model: Served) -> dict[str, Any]:

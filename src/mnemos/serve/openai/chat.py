@@ -116,7 +116,7 @@ class ChatAnswer:
         self.top = top
         self.token_ids = token_ids
         self.head = {
-            "id": new_id("chatcmpl"),
+            "id": new_id("chatcmpl-"),
             "created": int(time.time()),
             "model": running.model.name,
             "system_fingerprint": FINGERPRINT,

@@ -44,7 +44,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         Answer(running, number, body) for number, running in enumerate(await start_all(model, tasks, connection))
     ]
     head = {
-        "id": new_id("cmpl"),
+        "id": new_id("cmpl-"),
         "object": "text_completion",
         "created": int(time.time()),
         "model": model.name,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,27 +10,24 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from mnemos.contract import Floats
-from mnemos.engine.embedding import EmbeddingHandle
-from mnemos.errors import MnemosError
-from mnemos.serve.catalogue import Served
-from mnemos.serve.connection import Connection, connection_of
-from mnemos.serve.generation import exchange_of, extra_fields, salted
+from mnemos.serve.connection import connection_of
+from mnemos.serve.embedding import embeddings
+from mnemos.serve.generation import extra_fields
 from mnemos.serve.openai.completions import prompts_of
 from mnemos.serve.openai.types import EmbeddingRequest, refuse_impossible
-from mnemos.serve.refusal import Refusal, refusal_of
+from mnemos.serve.refusal import Refusal
 from mnemos.serve.state import server_of
 from mnemos.serve.task import Task
 
 router = APIRouter(tags=["OpenAI"])
-NAMES = {"prompt": "input"}
 
 
 @router.post("/v1/embeddings")
 async def embed(body: EmbeddingRequest, request: Request) -> JSONResponse:
     """Embeddings of texts or token ids."""
     state, connection = server_of(request), connection_of(request)
-    extra_fields(refuse_impossible(body.further), tuple(EmbeddingRequest.model_fields), connection)
-    tasks = [Task(one, names=NAMES, keep=body.truncate_prompt_tokens)
+    extra_fields(refuse_impossible(body), tuple(EmbeddingRequest.model_fields), connection)
+    tasks = [Task(one, names={"prompt": "input"}, keep=body.truncate_prompt_tokens)
              for one in prompts_of(body.input, state.settings.max_prompts, "input")]  # fmt: skip
     async with state.catalogue.use(body.model) as model:
         size = model.engine.spec.hidden_size
@@ -48,30 +43,6 @@ async def embed(body: EmbeddingRequest, request: Request) -> JSONResponse:
     ]
     usage = {"prompt_tokens": used, "total_tokens": used}
     return JSONResponse({"object": "list", "data": data, "model": model.name, "usage": usage})
-
-
-async def embeddings(
-    model: Served, tasks: Sequence[Task], connection: Connection, pooling: str = "mean"
-) -> tuple[list[Floats], int]:
-    """The embeddings of prompts, float32 (hidden size,), and the number of their tokens.
-
-    They are computed together, and cancelled when the client goes away. Refusal for what cannot be embedded.
-    """
-    try:
-        handles = await asyncio.to_thread(_submit, model, tasks, connection, pooling)
-        for handle in handles:
-            connection.on_leave(handle.cancel)
-        connection.notes["model"] = model.name
-        return [await handle for handle in handles], sum(handle.prompt_tokens for handle in handles)
-    except MnemosError as error:
-        raise refusal_of(error, NAMES) from error
-
-
-def _submit(model: Served, tasks: Sequence[Task], connection: Connection, pooling: str) -> list[EmbeddingHandle]:
-    caller = connection.caller
-    prompts = [exchange_of(model, task).prompt_ids for task in tasks]
-    salt = salted(caller, None)
-    return [model.engine.submit_embedding(one, pooling, tenant=caller.tenant, cache_salt=salt) for one in prompts]
 
 
 def _shown(vector: Floats, form: str | None) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mnemos.serve.connection import Connection
 from mnemos.serve.generation import extra_fields
-from mnemos.serve.openai.types import GenerationRequest, refuse_impossible
+from mnemos.serve.openai.types import Extended, GenerationRequest, refuse_impossible
 from mnemos.serve.refusal import Refusal
 
 # OpenAI's fields that are the engine's too, by the same name.
@@ -29,19 +29,19 @@ ANY_OBJECT = {"type": "object"}
 DECODING = ("temperature", "do_sample", "strategy", "num_beams", "penalty_alpha")
 
 
-def fields_of(body: GenerationRequest, connection: Connection) -> tuple[dict[str, Any], dict[str, str]]:
+def fields_of(body: Extended, connection: Connection) -> tuple[dict[str, Any], dict[str, str]]:
     """The fields of GenerationConfig that a request sets, and the request's names of those that it calls differently.
 
     Refusal for a field that is misspelt, set twice under two names, or cannot be honoured.
     """
-    fields = extra_fields(refuse_impossible(body.further), tuple(type(body).model_fields), connection)
-    fields |= body.given(*SAME)
+    fields = extra_fields(refuse_impossible(body), tuple(type(body).model_fields), connection)
+    fields |= body.given(*(name for name in SAME if name in type(body).model_fields))
     names: dict[str, str] = {}
-    for name, value in body.given(*RENAMED).items():
+    for name, value in body.given(*(name for name in RENAMED if name in type(body).model_fields)).items():
         _put(fields, names, RENAMED[name], value, name)
     if body.structured_outputs is not None:
         _structure(fields, names, body.structured_outputs)
-    if body.response_format is not None:
+    if isinstance(body, GenerationRequest) and body.response_format is not None:
         respond_in(fields, names, body.response_format, "response_format")
     if body.truncate_prompt_tokens == -1:
         fields.setdefault("overflow", "truncate_left")
@@ -56,7 +56,7 @@ def fields_of(body: GenerationRequest, connection: Connection) -> tuple[dict[str
     return fields, names
 
 
-def kept(body: GenerationRequest) -> int | None:
+def kept(body: Extended) -> int | None:
     """How many tokens of the prompt are kept, or None for all."""
     keep = body.truncate_prompt_tokens
     return None if keep is None or keep < 1 else keep

@@ -9,7 +9,7 @@ from mnemos.serve.openai.shapes import new_id
 from mnemos.serve.refusal import Refusal
 
 # The beginnings of ids by the type of item.
-IDS = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+IDS = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_", "reasoning": "rs_"}
 
 
 def items_of(given: Any) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def items_of(given: Any) -> list[dict[str, Any]]:
                 400, f"input[{index}].type is 'item_reference'; send the item itself, or previous_response_id",
                 param=f"input[{index}]",
             )  # fmt: skip
-        items.append({"type": kind, "id": new_id(IDS.get(kind, "item")), **item})
+        items.append({"type": kind, "id": new_id(IDS.get(kind, "item_")), **item})
     return items
 
 

@@ -21,7 +21,7 @@ class ResponseWriter:
     """
 
     def __init__(self, head: dict[str, Any], tokenizer: Tokenizer | None, top: int | None) -> None:
-        self.id = new_id("resp")
+        self.id = new_id("resp_")
         self.output: list[dict[str, Any]] = []
         self._head = head
         self._tokenizer = tokenizer
@@ -107,14 +107,14 @@ class ResponseWriter:
     def _begin(self, kind: str) -> str:
         """Opens a message or a reasoning item, with its only part."""
         if kind == "message":
-            item: dict[str, Any] = {"type": kind, "id": new_id("msg"), "status": "in_progress", "role": "assistant"}
+            item: dict[str, Any] = {"type": kind, "id": new_id("msg_"), "status": "in_progress", "role": "assistant"}
         else:
-            item = {"type": kind, "id": new_id("rs"), "status": "in_progress", "summary": []}
+            item = {"type": kind, "id": new_id("rs_"), "status": "in_progress", "summary": []}
         added = self._item_added({**item, "content": []})
         return added + self._inside("response.content_part.added", content_index=0, part=self._part("", []))
 
     def _begin_call(self, call_id: str, name: str) -> str:
-        item = {"type": "function_call", "id": new_id("fc"), "status": "in_progress", "call_id": call_id, "name": name}
+        item = {"type": "function_call", "id": new_id("fc_"), "status": "in_progress", "call_id": call_id, "name": name}
         return self._item_added({**item, "arguments": ""})
 
     def _item_added(self, item: dict[str, Any]) -> str:

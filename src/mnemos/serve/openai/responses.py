@@ -11,13 +11,13 @@ from fastapi.responses import JSONResponse
 
 from mnemos.serve.connection import Connection, connection_of
 from mnemos.serve.events import Event
-from mnemos.serve.generation import Running, extra_fields, start
+from mnemos.serve.generation import Running, start
 from mnemos.serve.openai.chat import choice_of
-from mnemos.serve.openai.extensions import respond_in
+from mnemos.serve.openai.extensions import fields_of, kept, respond_in
 from mnemos.serve.openai.response_items import items_of, messages_of
 from mnemos.serve.openai.response_store import ResponseStore, Stored
 from mnemos.serve.openai.response_writer import ResponseWriter
-from mnemos.serve.openai.types import ResponsesRequest, refuse_impossible
+from mnemos.serve.openai.types import ResponsesRequest
 from mnemos.serve.refusal import Refusal
 from mnemos.serve.state import server_of
 from mnemos.serve.streams import event_stream
@@ -92,9 +92,8 @@ def task_of(body: ResponsesRequest, items: list[dict[str, Any]], connection: Con
     for name, instead in IMPOSSIBLE.items():
         if getattr(body, name):
             raise Refusal(400, f"{name} is set, which this server does not have; {instead}", param=name)
-    fields = extra_fields(refuse_impossible(body.further), tuple(ResponsesRequest.model_fields), connection)
-    names: dict[str, str] = {"prompt": "input", "messages": "input"}
-    fields |= body.given("temperature", "top_p")
+    fields, names = fields_of(body, connection)
+    names |= {"prompt": "input", "messages": "input"}
     for name in ONE_RESULT:
         if fields.get(name, 1) != 1:
             raise Refusal(400, f"{name} is {fields[name]}; a response has one result", param=name)
@@ -135,7 +134,7 @@ def task_of(body: ResponsesRequest, items: list[dict[str, Any]], connection: Con
         thinking=None if effort is None else effort != "none",
         template={} if effort is None else {"reasoning_effort": effort},
     )
-    return Task(conversation, fields, names=names)
+    return Task(conversation, fields, keep=kept(body), names=names)
 
 
 def tools_of(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:

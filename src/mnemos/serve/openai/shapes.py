@@ -21,9 +21,9 @@ FINGERPRINT = f"mnemos-{__version__}"
 LEAST = -9999.0  # JSON has no infinities
 
 
-def new_id(kind: str) -> str:
-    """An id that no client chose and that tells nothing."""
-    return f"{kind}-{secrets.token_hex(12)}"
+def new_id(beginning: str) -> str:
+    """An id that no client chose and that tells nothing but its kind."""
+    return beginning + secrets.token_hex(12)
 
 
 def usage_object(usage: Usage, reasoning_tokens: int | None = None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -42,22 +42,17 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(Body):
-    """What requests for chat and for plain completions share: OpenAI's fields, then other servers'."""
+class OpenAIBody(Body):
+    """A request of OpenAI's. elsewhere: fields of its other requests, and what they are called in this one."""
 
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
+    elsewhere: ClassVar[dict[str, str]] = {}
+
+
+class Extended(OpenAIBody):
+    """What all requests for texts share: fields of other servers. Those named like the engine's own need no row."""
+
     temperature: float | None = None
     top_p: float | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: dict[str, Any] | None = None
     # vLLM's
     structured_outputs: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -66,11 +61,27 @@ class GenerationRequest(Body):
     guided_grammar: str | None = None
     use_beam_search: bool | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
-    return_token_ids: bool | None = None
     # llama.cpp's
     repeat_penalty: float | None = None
     repeat_last_n: int | None = None
     typical: float | None = None
+
+
+class GenerationRequest(Extended):
+    """What requests for chat and for plain completions share."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
+    return_token_ids: bool | None = None  # vLLM's
 
     @model_validator(mode="after")
     def _needs_stream(self) -> Self:
@@ -81,6 +92,14 @@ class GenerationRequest(Body):
 
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
+
+    elsewhere: ClassVar = {
+        "prompt": "messages",
+        "input": "messages",
+        "instructions": "messages",
+        "max_output_tokens": "max_completion_tokens",
+        "text": "response_format",
+    }
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=10_000)
     max_completion_tokens: int | None = None
@@ -100,6 +119,14 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
+    elsewhere: ClassVar = {
+        "messages": "prompt",
+        "input": "prompt",
+        "max_completion_tokens": "max_tokens",
+        "max_output_tokens": "max_tokens",
+        "top_logprobs": "logprobs",
+    }
+
     prompt: Any = None
     suffix: str | None = None
     best_of: int | None = None
@@ -109,8 +136,13 @@ class CompletionRequest(GenerationRequest):
     add_special_tokens: bool | None = None
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(OpenAIBody):
     """`POST /v1/embeddings`."""
+
+    elsewhere: ClassVar = {
+        "prompt": "input",
+        "messages": "input",
+    }
 
     input: Any = None
     model: str | None = None
@@ -121,8 +153,17 @@ class EmbeddingRequest(Body):
     truncate_prompt_tokens: int | None = Field(default=None, ge=1)
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(Extended):
     """`POST /v1/responses`."""
+
+    elsewhere: ClassVar = {
+        "messages": "input",
+        "max_completion_tokens": "max_output_tokens",
+        "max_tokens": "max_output_tokens",
+        "response_format": "text.format",
+        "logprobs": "top_logprobs",
+        "reasoning_effort": "reasoning.effort",
+    }
 
     input: Any = None
     model: str | None = None
@@ -130,8 +171,6 @@ class ResponsesRequest(Body):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     top_logprobs: int | None = None
     text: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = Field(default=None, max_length=512)
@@ -148,10 +187,13 @@ class ResponsesRequest(Body):
     prompt: Any = None
 
 
-def refuse_impossible(further: dict[str, Any]) -> dict[str, Any]:
-    """Takes what OpenAI knows and the server does not out of a request's further fields. Refusal if it is needed."""
+def refuse_impossible(body: OpenAIBody) -> dict[str, Any]:
+    """A request's further fields without those that OpenAI knows and the server does not need.
+
+    Refusal for what cannot be honoured, and for a field of another of OpenAI's requests.
+    """
     rest = {}
-    for name, value in further.items():
+    for name, value in body.further.items():
         if name in REFUSED:
             if value not in REFUSED[name]:
                 raise Refusal(
@@ -159,6 +201,8 @@ def refuse_impossible(further: dict[str, Any]) -> dict[str, Any]:
                 )
         elif name in PROGRAMS and value is not None:
             raise Refusal(400, f"{name} is set; the server uses the model's own: leave it out", param=name)
+        elif name in body.elsewhere and value is not None:
+            raise Refusal(400, f"{name} is no field of this request; it is {body.elsewhere[name]} here", param=name)
         elif name not in ACCEPTED:
             rest[name] = value
     return rest
