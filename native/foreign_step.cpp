@@ -4,13 +4,12 @@
 #include <atomic>
 #include <string>
 
+#include "system/cpu.h"
 #include "system/error.h"
 
 namespace mnemos {
 namespace {
 
-// The data that a thread reads ahead should stay in its caches: the second level, and its share of the third.
-constexpr int64_t ahead_bytes = 4 << 20;
 // More weights than this do not stay in the caches until the next pass; keeping them there only costs the caller's code
 // and data their place, so they are read bypassing the caches where that is fast.
 constexpr int64_t passing_bytes = 32 << 20;
@@ -136,7 +135,7 @@ void ForeignStep::share(int64_t items, const std::function<void(int64_t item, in
 void ForeignStep::fetch_ahead() {
   if (last_ < 0) return;
   pool_->run_behind([this](int thread) {
-    int64_t left = ahead_bytes;
+    int64_t left = near_cache_bytes();
     const auto next_of = [this](int number) { return links_[static_cast<size_t>(number)].next; };
     for (int n = next_of(last_); n >= 0 && n != last_ && left > 0; n = next_of(n)) {
       if (!fetch(links_[static_cast<size_t>(n)], thread, &left)) return;

@@ -135,10 +135,13 @@ void store(std::atomic<int> (&into)[operator_classes], const Levels &levels) {
   for (size_t c = 0; c < levels.size(); c++) into[c].store(levels[c]);
 }
 
+bool is_intel() {
 #if defined(__x86_64__)
-// Its bfloat16 dot products have half the rate of float32's multiply-adds; those of AMD's Zen 4 and 5 have twice that.
-bool has_slow_bfloat_dots() { return __builtin_cpu_is("intel"); }
+  return __builtin_cpu_is("intel");
+#else
+  return false;
 #endif
+}
 
 }  // namespace
 
@@ -174,19 +177,14 @@ void select_isa(const std::string &levels) { store(selected, parse_levels(levels
 void prefer_isas(const std::string &levels) { store(preferred, parse_levels(levels, "the preferred instruction set")); }
 
 Isa likely_isa(OperatorClass) {
-#if defined(__x86_64__)
-  if (cpu_features().avx512_bf16 && !cpu_features().amx && has_slow_bfloat_dots()) return Isa::avx512;
-#endif
+  // Intel's bfloat16 dot products have half the rate of float32's multiply-adds; those of AMD's Zen 4 and 5 have twice.
+  if (cpu_features().avx512_bf16 && !cpu_features().amx && is_intel()) return Isa::avx512;
   return available_levels().back();
 }
 
-bool bypassing_is_fast() {
-#if defined(__x86_64__)
-  return !__builtin_cpu_is("intel");
-#else
-  return true;
-#endif
-}
+bool bypassing_is_fast() { return !is_intel(); }
+
+int64_t near_cache_bytes() { return is_intel() ? 1 << 20 : 4 << 20; }
 
 const char *class_name(OperatorClass which) {
   switch (which) {

@@ -1,6 +1,7 @@
 // Which instruction sets this processor has, and which one the kernels use.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,10 @@ Isa likely_isa(OperatorClass which);
 // not: the second-level cache's prefetcher, which keeps most requests under way, does not take part in them, and
 // weights come at half the speed or less.
 bool bypassing_is_fast();
+
+// How much a core can read ahead and then find in caches that are much faster than memory: where the third-level cache
+// is such a one (AMD), a share of it; where it is not (Intel's servers), part of the second-level one.
+int64_t near_cache_bytes();
 
 // Whether the level's attention has bfloat16 dot products, for which caches keep bfloat16 rather than float16.
 inline bool keeps_bfloats(Isa isa) { return isa == Isa::avx512_bf16 || isa == Isa::amx; }
