@@ -4,6 +4,7 @@
 #include <atomic>
 #include <string>
 
+#include "linear/layout.h"
 #include "system/cpu.h"
 #include "system/error.h"
 
@@ -30,8 +31,8 @@ ForeignStep::~ForeignStep() { pool_->interrupt(); }
 bool ForeignStep::passes_by() const { return bytes_ > passing_bytes && bypassing_is_fast(); }
 
 ForeignStep::Link ForeignStep::checked(MatrixPointer matrix, VectorPointer bias) const {
-  if (matrix->form != Form::f32)
-    throw config_error("a product outside a program needs weights that are multiplied in float32");
+  if (matrix->layout.type != WeightType::f32 && matrix->layout.type != WeightType::bf16)
+    throw config_error("a product outside a program needs weights in float32 or bfloat16");
   if (bias && static_cast<int64_t>(bias->size()) != matrix->rows) {
     throw config_error("a bias has " + std::to_string(bias->size()) + " values; its matrix has " +
                        std::to_string(matrix->rows) + " rows");
@@ -62,21 +63,46 @@ void ForeignStep::replace(int number, MatrixPointer matrix, VectorPointer bias) 
   bytes_ += static_cast<int64_t>(place.matrix->bytes()) - old;
 }
 
-void ForeignStep::multiply(int number, const float *x, int64_t rows, float *y) {
+// The caller's memory where the product can read it as it is, else a copy.
+Input ForeignStep::input_of(const Matrix &matrix, const void *x, int64_t rows) {
+  const bool bfloats = matrix.layout.type == WeightType::bf16, as_stored = !bfloats || matrix.form == Form::bf16;
+  const auto *halves = static_cast<const uint16_t *>(x);
+  Input input =
+      bind_input(matrix.kernels, matrix.form, rows, matrix.columns, const_cast<void *>(x));  // which is only read
+  if (as_stored && input.padded == matrix.columns) return input;
+  padded_.assign(input_bytes(matrix.form, rows, matrix.columns), 0);
+  input = bind_input(matrix.kernels, matrix.form, rows, matrix.columns, padded_.data());
+  if (!bfloats) {
+    prepare_rows(input, static_cast<const float *>(x), matrix.columns, 0, rows);
+    return input;
+  }
+  for (int64_t r = 0; r < rows; r++, halves += matrix.columns) {
+    if (as_stored) {
+      std::copy_n(halves, matrix.columns, input.halves + r * input.padded);
+    } else {
+      std::transform(halves, halves + matrix.columns, input.values + r * input.padded, bfloat_to_float);
+    }
+  }
+  return input;
+}
+
+void ForeignStep::multiply(int number, const void *x, int64_t rows, void *y) {
   std::lock_guard<std::mutex> lock(mutex_);
   Link &own = link(number);
   const Matrix &matrix = *own.matrix;
-  Input input =
-      bind_input(matrix.kernels, Form::f32, rows, matrix.columns, const_cast<float *>(x));  // which is only read
-  if (input.padded != matrix.columns) {
-    padded_.resize(static_cast<size_t>(rows * input.padded));
-    input.values = padded_.data();
-    prepare_rows(input, x, matrix.columns, 0, rows);
-  }
+  Input input = input_of(matrix, x, rows);
   input.passing = passes_by();
+  const bool bfloats = matrix.layout.type == WeightType::bf16;
+  if (bfloats) sums_.resize(static_cast<size_t>(rows * matrix.rows));
+  float *sums = bfloats ? sums_.data() : static_cast<float *>(y);
   const float *bias = own.bias ? own.bias->data() : nullptr;
   const auto multiply_panels = [&](int64_t begin, int64_t end) {
-    mnemos::multiply(matrix, input, 0, rows, begin, end, y, matrix.rows, bias, 0);
+    mnemos::multiply(matrix, input, 0, rows, begin, end, sums, matrix.rows, bias, 0);
+    const int64_t first = begin * panel_rows, count = std::min(end * panel_rows, matrix.rows) - first;
+    for (int64_t r = 0; bfloats && r < rows; r++) {
+      const float *row = sums + r * matrix.rows + first;
+      std::transform(row, row + count, static_cast<uint16_t *>(y) + r * matrix.rows + first, float_to_bfloat);
+    }
   };
   const int64_t panels = matrix.panels();
   if (static_cast<int64_t>(matrix.bytes()) < least_shared_bytes) return multiply_panels(0, panels);

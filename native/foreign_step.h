@@ -38,13 +38,14 @@ class ForeignStep {
   ForeignStep(const ForeignStep &) = delete;
   ForeignStep &operator=(const ForeignStep &) = delete;
 
-  // A product y = x W^T + bias; returns its number. Throws Error (config) if the matrix is not multiplied in float32,
-  // or the bias does not fit.
+  // A product y = x W^T + bias; returns its number. Throws Error (config) if the weights are neither float32 nor
+  // bfloat16, or the bias does not fit.
   int add(MatrixPointer matrix, VectorPointer bias);
   // Replaces a product.
   void replace(int number, MatrixPointer matrix, VectorPointer bias);
-  // x (rows, columns) and y (rows, the matrix's rows), contiguous. Throws Error (config) if there is no such product.
-  void multiply(int number, const float *x, int64_t rows, float *y);
+  // x (rows, columns) and y (rows, the matrix's rows), contiguous and of the weights' type; sums are float32. Throws
+  // Error (config) if there is no such product.
+  void multiply(int number, const void *x, int64_t rows, void *y);
   // Throws Error (config) if the sizes do not fit together.
   void attend(const PlainAttention &attention);
 
@@ -59,6 +60,7 @@ class ForeignStep {
   Link &link(int number);
   Link checked(MatrixPointer matrix, VectorPointer bias) const;
   bool passes_by() const;  // weights are read bypassing the caches
+  Input input_of(const Matrix &matrix, const void *x, int64_t rows);
   void share(int64_t items, const std::function<void(int64_t item, int thread)> &body);
   void fetch_ahead();
   bool fetch(Link &link, int thread, int64_t *left) const;
@@ -68,7 +70,8 @@ class ForeignStep {
   std::vector<Link> links_;
   int64_t bytes_ = 0;  // of all weights
   int last_ = -1;
-  std::vector<float> padded_;
+  std::vector<uint8_t> padded_;  // an input, as its product takes it
+  std::vector<float> sums_;  // of products whose results are rounded to bfloat16
   std::vector<std::vector<float>> scores_;  // per thread
   std::mutex mutex_;
 };

@@ -165,14 +165,15 @@ class Program:
         """Barriers of all threads in a step of one token."""
 
 class ForeignStep:
-    """Operators of a pass that is run elsewhere, one call each. Addresses are those of float32 values in memory.
+    """Operators of a pass that is run elsewhere, one call each. Addresses are those of values in memory, in float32
+    or, for products with bfloat16 weights, bfloat16.
 
     Between two products, the pool's other threads read ahead what the next one will need, as in the last pass.
     """
 
     def __init__(self, pool: Pool) -> None: ...
     def add(self, matrix: Matrix, bias: Floats | None) -> int:
-        """A product x W^T + bias; its number. ConfigError if the matrix is not multiplied in float32."""
+        """A product x W^T + bias; its number. ConfigError if the weights are of another type."""
 
     def replace(self, number: int, matrix: Matrix, bias: Floats | None) -> None: ...
     def multiply(self, number: int, x: int, rows: int, y: int) -> None:

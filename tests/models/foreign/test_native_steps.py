@@ -50,6 +50,23 @@ def test_products_are_right_in_any_order(native: NativeOperators) -> None:
                 assert torch.allclose(products[index](x), layers[index](x), atol=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(300, 1000), (70, 33), (2048, 64), (512, 512)])
+def test_bfloat16_products_are_sums_rounded_once(native: NativeOperators, rows: int, columns: int) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = (torch.randn(*shape).bfloat16() for shape in ((rows, columns), (rows,), (5, columns)))
+    product, _ = native.linear(weight, bias, None)
+    plain, _ = native.linear(weight, None, None)
+    native.finish()
+    for got, exact in (
+        (product(x), F.linear(x.double(), weight.double(), bias.double())),
+        (plain(x), F.linear(x.double(), weight.double())),
+    ):
+        assert got.dtype is torch.bfloat16
+        # Half of the last place, and the rounding of the sums, which matters where they cancel.
+        assert ((got.double() - exact).abs() <= exact.abs() / 2**8 + 1e-4).all()
+    assert torch.equal(product(x[2:3]), product(x)[2:3])
+
+
 def test_more_weights_than_caches_hold_are_multiplied_to_the_same_bits(native: NativeOperators) -> None:
     torch.manual_seed(0)
     weight, bias, x = torch.randn(1000, 520), torch.randn(1000), torch.randn(3, 520)

@@ -1,4 +1,4 @@
-"""What the native core does for a foreign module in calls of few tokens, in float32.
+"""What the native core does for a foreign module in calls of few tokens: products, and in float32 attention and norms.
 
 A step of one token reads all weights once and computes next to nothing, so what counts is how fast they are read, and
 what each of PyTorch's small operations costs beside it.
@@ -35,16 +35,17 @@ class NativeOperators:
         return _native is not None
 
     def linear(self, weight: Tensor, bias: Tensor | None, number: int | None) -> tuple[Multiply, int]:
-        """x W^T + bias for x (..., columns) of float32, and its number; given one, it takes that product's place.
+        """x W^T + bias for x (..., columns), and its number; given one, it takes that product's place.
 
-        It cannot be used before `finish`.
+        All are float32 or all bfloat16, whose results are rounded once, from sums in float32. It cannot be used before
+        `finish`.
         """
         rows, columns = weight.shape
         stored = weight.detach().contiguous().view(torch.uint8).numpy().reshape(-1)
-        kind = int(TensorType.F32)
-        matrix = _native.allocate_matrix(stored, kind, rows, columns, as_float32=True, order=None)
+        kind = TensorType.BF16 if weight.dtype is torch.bfloat16 else TensorType.F32
+        matrix = _native.allocate_matrix(stored, int(kind), rows, columns, as_float32=False, order=None)
         self._unpacked.append((matrix, stored, None, False))
-        offset = None if bias is None else bias.detach().contiguous().numpy()
+        offset = None if bias is None else bias.detach().float().contiguous().numpy()
         if number is None:
             number = self._step.add(matrix, offset)
         else:
