@@ -25,7 +25,7 @@ def running(application: Guard) -> Iterator[httpx.Client]:
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
     try:
-        with httpx.Client(base_url=address(listener), timeout=60) as client:
+        with httpx.Client(base_url=address(listener, Settings()), timeout=60) as client:
             yield client
     finally:
         server.should_exit = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,32 +14,59 @@ from mnemos.engine.options import LoadOptions, command_line
 from mnemos.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from mnemos.engine.engine import InferenceEngine
     from mnemos.serve.catalogue import Offer
+    from mnemos.serve.config_file import ServerFile
+
+UNIT = """[Unit]
+Description=Mnemos, a language model server
+After=network-online.target
+
+[Service]
+Type=notify
+ExecStart={command}
+Restart=on-failure
+TimeoutStopSec={stop}
+DynamicUser=yes
+CacheDirectory=mnemos
+Environment=MNEMOS_HOME=%C/mnemos
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+
+[Install]
+WantedBy=multi-user.target"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _need_the_extra()
     from mnemos.serve.settings import Settings
 
     parser.usage = "mnemos serve MODEL [MODEL ...] [options]"
     text = "a known name, hf:org/name[:file], a .gguf file or a Hugging Face folder; NAME=MODEL serves it as NAME"
-    parser.add_argument("models", metavar="MODEL", nargs="+", help=text)
-    parser.add_argument("--default", metavar="NAME", help="the model of requests that name none")
+    parser.add_argument("models", metavar="MODEL", nargs="*", help=text)
+    parser.add_argument("--config", metavar="FILE", help="a TOML file with settings and models; options here win")
+    parser.add_argument("--default", metavar="NAME", help="the model of requests that name none (a single one is)")
+    parser.add_argument(
+        "--alias", metavar="ALIAS=NAME", action="append", default=[], help="another name of a model; may be repeated"
+    )
     parser.add_argument("--keep-alive", metavar="S", type=float, help="unload models after S seconds without requests")
     parser.add_argument(
-        "--api-key-file", metavar="FILE", help="a file with an API key a line; MNEMOS_API_KEY holds a single one"
+        "--api-key-file", metavar="FILE", help="API keys, a line each or in TOML; MNEMOS_API_KEY holds a single one"
     )
+    parser.add_argument("--systemd", action="store_true", help="print a systemd unit that runs this command, and exit")
     group = parser.add_argument_group("server")
     for one in fields(Settings):
-        rule, metavar = one.metadata["rule"], one.metadata["metavar"]
-        how: dict[str, Any] = {
-            "help": f"{one.metadata['help']}" + ("" if one.default in ((), False) else f" (default {one.default})")
-        }
+        rule, help_text = one.metadata["rule"], one.metadata["help"]
+        shown = "" if one.default in ((), False, None) else f" (default {one.default})"
+        how: dict[str, Any] = {"help": help_text + shown, "default": None}
         if rule.kind == "flag":
-            how |= {"action": "store_true", "default": None}
+            how["action"] = "store_true"
         else:
-            how |= {"type": {"integer": int, "number": float}.get(rule.kind, str), "metavar": metavar}
+            how |= {"type": {"integer": int, "number": float}.get(rule.kind, str), "metavar": one.metadata["metavar"]}
             if rule.kind == "list":
-                how["action"] = "append"
+                how |= {"action": "append", "help": f"{help_text}; may be repeated"}
         group.add_argument("--" + one.name.replace("_", "-"), **how)
     running = parser.add_argument_group("running the models")
     add_loading_arguments(running)
@@ -47,65 +74,107 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
         "  mnemos serve smollm2-135m\n"
-        '  curl localhost:8000/v1/chat/completions -d \'{"messages": [{"role": "user", "content": "Hello"}]}\'\n'
-        "  mnemos serve small=smollm2-135m qwen3.gguf --default small --keep-alive 600"
+        "  mnemos serve small=smollm2-135m qwen3.gguf --default small --keep-alive 600\n"
+        "  mnemos serve --config server.toml\n\n"
+        "then, with any OpenAI client, or:\n"
+        '  curl localhost:8000/v1/chat/completions -d \'{"messages": [{"role": "user", "content": "Hello"}]}\''
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        from mnemos.serve.app import app
-        from mnemos.serve.run import address, listen, serve, warning
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("mnemos"):
-            raise
-        raise MissingDependencyError(
-            f"{error.name} is not installed; the server needs it: pip install 'mnemos[serve]'"
-        ) from error
+    _need_the_extra()
+    from mnemos.serve.app import app
     from mnemos.serve.catalogue import Catalogue
     from mnemos.serve.keys import Keys
+    from mnemos.serve.logs import set_up
+    from mnemos.serve.run import address, listen, serve, warning
     from mnemos.serve.settings import Settings
 
-    values = {one.name: getattr(arguments, one.name) for one in fields(Settings)}
-    settings = Settings(**{name: value for name, value in values.items() if value is not None})
-    keys = Keys(_keys(arguments.api_key_file), settings.share_cache)
-    catalogue = Catalogue([_offer(text, arguments) for text in arguments.models], arguments.default)
+    file = _file(arguments.config)
+    given = {one.name: getattr(arguments, one.name) for one in fields(Settings)}
+    values = {**(file.settings if file else {}), **{name: value for name, value in given.items() if value is not None}}
+    settings = Settings(**values)
+    if arguments.systemd:
+        words = [word for word in sys.argv[1:] if word != "--systemd"]
+        print(UNIT.format(command=" ".join([sys.argv[0], *words]), stop=round(settings.grace) + 10))
+        return 0
+    key = os.environ.get("MNEMOS_API_KEY")
+    path = arguments.api_key_file or (file.api_key_file if file else None)
+    keys = Keys([key] if key else [], settings.share_cache, path)
+    offers = [*(file.offers if file else []), *(_offer(text, arguments) for text in arguments.models)]
+    if not offers:
+        raise ConfigError("there is no model to serve; name one, such as smollm2-135m, or give --config FILE")
+    offers = _with_aliases([_checked(offer, arguments.keep_alive) for offer in offers], arguments.alias)
+    catalogue = Catalogue(offers, arguments.default or (file.default if file else None))
+    set_up(settings.log_format == "json")
     listener = listen(settings)
     application = app(catalogue, settings=settings, keys=keys)
     loud = warning(settings, bool(keys))
     if loud:
         print(f"mnemos: warning: {loud}", file=sys.stderr)
-    serve(
-        application,
-        listener,
-        lambda: print(f"mnemos: ready at {address(listener)}  (Ctrl-C stops)", file=sys.stderr, flush=True),
-    )
+
+    def say_ready() -> None:
+        print(f"mnemos: ready at {address(listener, settings)}  (Ctrl-C stops)", file=sys.stderr, flush=True)
+
+    serve(application, listener, say_ready)
     return 0
 
 
+def _need_the_extra() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"{error.name} is not installed; the server needs it: pip install 'mnemos[serve]'"
+        ) from error
+
+
+def _file(path: str | None) -> ServerFile | None:
+    if path is None:
+        return None
+    from mnemos.serve.config_file import read_server_file
+
+    return read_server_file(Path(path), _load)
+
+
 def _offer(text: str, arguments: argparse.Namespace) -> Offer:
-    from mnemos.serve.catalogue import FOREVER, Offer
+    """The offer of a model named on the command line, as MODEL or NAME=MODEL."""
+    from mnemos.serve.config_file import offer
 
     name, equals, source = text.partition("=")
-    if not equals:
-        source = text
-        name = Path(text).name.removesuffix(".gguf") if os.sep in text or text.endswith(".gguf") else text
     options = {row.name: getattr(arguments, row.name, None) for row in command_line(LoadOptions)}
     given = {key: value for key, value in options.items() if value is not None}
-
-    def make() -> Any:
-        from mnemos.engine.engine import InferenceEngine
-
-        return InferenceEngine.from_pretrained(source, **given)
-
-    keep_alive = FOREVER if arguments.keep_alive is None else arguments.keep_alive
-    return Offer(name, make, keep_alive=keep_alive, source=source)
+    return offer(source if equals else text, name if equals else None, given, _load)
 
 
-def _keys(path: str | None) -> list[str]:
-    keys = [os.environ["MNEMOS_API_KEY"]] if os.environ.get("MNEMOS_API_KEY") else []
-    if path is not None:
-        keys += [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not keys:
-            raise ConfigError(f"{path} has no keys; write one a line")
-    return keys
+def _load(source: str, **options: Any) -> InferenceEngine:
+    """The engine, with its download shown."""
+    from mnemos.cli.terminal import ProgressBar
+    from mnemos.engine.engine import InferenceEngine
+
+    with ProgressBar(source) as progress:
+        return InferenceEngine.from_pretrained(source, progress=progress, **options)
+
+
+def _checked(offer: Offer, keep_alive: float | None) -> Offer:
+    """The offer with its keep-alive time. FormatError now rather than later if its file does not exist."""
+    from mnemos.hub.known_models import KNOWN_MODELS
+    from mnemos.hub.sources import resolve
+
+    source = offer.source or offer.name
+    if source not in KNOWN_MODELS and not source.startswith("hf:"):
+        resolve(source)
+    return offer if keep_alive is None else replace(offer, keep_alive=keep_alive)
+
+
+def _with_aliases(offers: list[Offer], aliases: list[str]) -> list[Offer]:
+    for text in aliases:
+        alias, equals, name = text.partition("=")
+        position = next((n for n, offer in enumerate(offers) if offer.name == name), None)
+        if not equals or position is None:
+            names = ", ".join(offer.name for offer in offers)
+            raise ConfigError(f"alias is {text!r}; it must be ALIAS=NAME with one of the models {names}")
+        offers[position] = replace(offers[position], aliases=(*offers[position].aliases, alias))
+    return offers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -17,8 +17,10 @@ from mnemos import __version__
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import MnemosError
 from mnemos.serve import health, page_api
+from mnemos.serve import metrics as metrics_page
 from mnemos.serve.anthropic import messages as anthropic_messages
 from mnemos.serve.catalogue import Catalogue, Offer, given
+from mnemos.serve.collected import Metrics
 from mnemos.serve.connection import CheckedRequest
 from mnemos.serve.guard import Guard
 from mnemos.serve.keys import Keys
@@ -35,6 +37,7 @@ from mnemos.serve.state import State
 IDLE_CHECK = 5.0  # seconds between two looks for models to unload
 ROUTERS = (
     health.router,
+    metrics_page.router,
     openai_models.router,
     chat.router,
     completions.router,
@@ -64,8 +67,10 @@ def app(
         models = [given(models, name)]
     catalogue = models if isinstance(models, Catalogue) else Catalogue(models)
     inner = FastAPI(title="Mnemos", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan)
+    metrics = Metrics(catalogue)
+    catalogue.observe(metrics.watch)
     stored = ResponseStore(chosen.responses, chosen.responses_bytes, chosen.responses_seconds)
-    inner.state.server = State(catalogue, chosen, stored)
+    inner.state.server = State(catalogue, chosen, stored, metrics)
     inner.router.route_class = CheckedRoute
     for router in ROUTERS:
         inner.include_router(router)
@@ -73,7 +78,7 @@ def app(
     inner.router.routes.extend(page_routes(page))
     for kind in (MnemosError, Refusal, HTTPException, RequestValidationError, Exception):
         inner.add_exception_handler(kind, _refuse)
-    guard = Guard(inner, chosen, keys or Keys(), open_files=frozenset(page))
+    guard = Guard(inner, chosen, keys or Keys(), metrics, open_files=frozenset(page))
     inner.state.guard = guard
     return guard
 
@@ -94,7 +99,10 @@ class CheckedRoute(APIRoute):
 async def _lifespan(inner: FastAPI) -> AsyncIterator[None]:
     server: State = inner.state.server
     catalogue = server.catalogue
-    tasks = [asyncio.create_task(_unload_idle(catalogue)), asyncio.create_task(_load_first(catalogue))]
+    tasks = [
+        asyncio.create_task(_unload_idle(catalogue)),
+        asyncio.create_task(_load_first(inner.state.guard, catalogue)),
+    ]
     yield
     for task in tasks:
         task.cancel()
@@ -102,11 +110,16 @@ async def _lifespan(inner: FastAPI) -> AsyncIterator[None]:
     await asyncio.to_thread(server.responses.close)
 
 
-async def _load_first(catalogue: Catalogue) -> None:
-    """Loads the default model before anybody asks; a failure is logged there and told to whoever asks."""
-    if catalogue.default is not None:
-        with suppress(Refusal):
-            await catalogue.load(None)
+async def _load_first(guard: Guard, catalogue: Catalogue) -> None:
+    """Loads the default model before anybody asks. If the only model fails, that is the end of the server."""
+    if catalogue.default is None:
+        return
+    try:
+        await catalogue.load(None)
+    except Refusal as refusal:
+        if len(catalogue.models) == 1 and guard.on_failure is not None and isinstance(refusal.__cause__, Exception):
+            guard.failure = refusal.__cause__
+            guard.on_failure()
 
 
 async def _unload_idle(catalogue: Catalogue) -> None:

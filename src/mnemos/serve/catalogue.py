@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from mnemos.serve.refusal import Refusal
 
 logger = logging.getLogger("mnemos.serve")
 FOREVER = float("inf")
+Watch = Callable[[str, InferenceEngine], Callable[[], None]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class Served:
         self.users = 0
         self.last_used = time.monotonic()
         self.keep_alive = offer.keep_alive
+        self.ends: Counter[str] = Counter()  # finished results by their reason
+        self.watch: Watch | None = None
+        self._unwatch: Callable[[], None] | None = None
         self.error: Refusal | None = None  # why the last attempt to load it failed
         self._engine = offer.loaded
 
@@ -74,10 +79,18 @@ class Served:
     def load(self) -> None:
         """Makes the engine; blocks while files are read."""
         self._engine = self.offer.make()
+        self.observe()
+
+    def observe(self) -> None:
+        """Lets the watcher see the engine, if there are both."""
+        if self.watch is not None and self._engine is not None:
+            self._unwatch = self.watch(self.name, self._engine)
 
     def unload(self) -> None:
         """Closes the engine, which no request may be using."""
         engine, self._engine = self._engine, None
+        if self._unwatch is not None:
+            self._unwatch()
         if engine is not None:
             engine.close()
 
@@ -128,6 +141,15 @@ class Catalogue:
         finally:
             model.users -= 1
             model.last_used = time.monotonic()
+
+    def observe(self, watch: Watch) -> None:
+        """Calls `watch` with the name and the engine of each model that is loaded, now and later.
+
+        What it returns is called when the model is unloaded.
+        """
+        for model in self.models:
+            model.watch = watch
+            model.observe()
 
     async def load(self, name: str | None) -> None:
         """Loads a model ahead of its first request."""

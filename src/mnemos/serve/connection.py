@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from mnemos.engine.completion import Usage
 from mnemos.serve.keys import Caller
 from mnemos.serve.settings import Settings
 
@@ -33,7 +34,13 @@ class Connection:
     notes: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)  # of the response, set by whoever answers
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)  # closed once the answer has been sent
+    usages: list[Callable[[], Usage]] = field(default_factory=list)  # of what runs in the engine for the request
     _leaving: list[Callable[[], None]] = field(default_factory=list)
+
+    def tokens(self) -> tuple[int, int]:
+        """How many tokens of prompts and of answers the request has used."""
+        usages = [used() for used in self.usages]
+        return sum(one.prompt_tokens for one in usages), sum(one.completion_tokens for one in usages)
 
     def on_leave(self, callback: Callable[[], None]) -> None:
         """Calls `callback` when the client goes away, at once if it is away."""

@@ -111,6 +111,8 @@ class Running:
             if reply is None:
                 reply = self._replies[token.sequence] = reply_to(self.exchange)
             events += reply.push(token)
+            if token.finish_reason is not None:
+                self.model.ends[token.finish_reason] += 1
         return events
 
 
@@ -128,6 +130,7 @@ async def start_all(model: Served, tasks: Sequence[Task], connection: Connection
     connection.notes["model"] = model.name
     for one in running:
         connection.on_leave(one.handle.cancel)
+        connection.usages.append(lambda handle=one.handle: handle.usage)  # type: ignore[misc]
     return running
 
 

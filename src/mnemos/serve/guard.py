@@ -11,11 +11,13 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mnemos.serve.collected import Metrics
 from mnemos.serve.connection import Connection
 from mnemos.serve.keys import ANYONE, Keys
 from mnemos.serve.refusal import Refusal, refusal_of
@@ -23,6 +25,7 @@ from mnemos.serve.settings import Settings
 
 logger = logging.getLogger("mnemos.serve")
 OPEN_PATHS = ("/health", "/health/")  # answered without a key
+_METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _SAFE_PATH = re.compile(rb"/(?:[A-Za-z0-9._~:@\-]+/)*[A-Za-z0-9._~:@\-]*")
 
@@ -33,12 +36,22 @@ class Guard:
     open_files: paths of static files that are answered without a key.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, open_files: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        keys: Keys,
+        metrics: Metrics,
+        open_files: frozenset[str] = frozenset(),
+    ) -> None:
         self.app = app
         self.settings = settings
         self.keys = keys
+        self.metrics = metrics
         self.open_paths = {*OPEN_PATHS, *open_files}
         self.draining = False
+        self.failure: Exception | None = None  # why the only model cannot be loaded
+        self.on_failure: Callable[[], None] | None = None  # ends whoever runs the application
         self.active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,6 +72,9 @@ class Guard:
         reply = _Response(send, connection, self._cors(headers))
         scope["mnemos"] = connection
         watcher: asyncio.Task[None] | None = None
+        # A request that takes too long ends like one whose client left, but is answered with what there is.
+        timer = asyncio.get_running_loop().call_later(self.settings.request_seconds, connection.leave)
+        entered = False
         try:
             self._check_address(scope, headers)
             if scope["method"] == "OPTIONS" and headers.one("access-control-request-method") is not None:
@@ -70,6 +86,11 @@ class Guard:
                 if caller is None:
                     raise Refusal(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY")
                 connection.caller = caller
+                caller.enter()
+                entered = True
+                connection.headers |= caller.headers()
+            if self.active > self.settings.max_connections:
+                raise Refusal(503, "the server has too many requests at once", code="busy", retry_after=1)
             if self.draining and path not in self.open_paths:
                 raise Refusal(503, "the server is shutting down", code="shutting_down", retry_after=5)
             body = await self._body(scope, headers, receive, connection)
@@ -81,8 +102,11 @@ class Guard:
         finally:
             if watcher is not None:
                 watcher.cancel()
+            timer.cancel()
             connection.leave()  # whatever still works for this request has nobody to answer
             await connection.stack.aclose()
+            if entered:
+                connection.caller.leave(sum(connection.tokens()))
             self._log(scope, connection, reply)
 
     def _check_address(self, scope: Scope, headers: _Headers) -> None:
@@ -138,6 +162,12 @@ class Guard:
             await reply.document(refusal.status, refusal.body(scope["path"]), refusal.headers())
 
     def _log(self, scope: Scope, connection: Connection, reply: _Response) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self.metrics.responses[method, route, str(reply.status)] += 1
+        prompt_tokens, completion_tokens = connection.tokens()
+        if prompt_tokens:
+            connection.notes |= {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
         logger.info(
             "request",
             extra={

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -17,33 +20,52 @@ from mnemos.serve.settings import LOCAL, Settings
 
 
 def listen(settings: Settings) -> socket.socket:
-    """A socket that listens at the address. ConfigError if that cannot be had."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    """A socket that listens at the address, or at the UNIX socket. ConfigError if that cannot be done."""
+    if settings.uds is not None:
+        family, where, place = socket.AF_UNIX, settings.uds, f"at {settings.uds}"
+        if stat.S_ISSOCK(_mode(settings.uds)):  # of a server that has ended
+            os.unlink(settings.uds)
+    else:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        where, place = (settings.host, settings.port), f"at {settings.host} port {settings.port}"  # type: ignore[assignment]
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((settings.host, settings.port))
+        listener.bind(where)
         listener.listen(2048)
     except (OSError, OverflowError) as error:
         listener.close()
         problem = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"cannot listen at {settings.host} port {settings.port}: {problem}; choose another --host or --port"
-        ) from error
+        raise ConfigError(f"cannot listen {place}: {problem}; choose another --host, --port or --uds") from error
     listener.setblocking(False)
     return listener
 
 
-def address(listener: socket.socket) -> str:
+def _mode(path: str) -> int:
+    try:
+        return os.stat(path).st_mode
+    except OSError:
+        return 0
+
+
+def address(listener: socket.socket, settings: Settings) -> str:
     """The address as a browser takes it."""
+    if settings.uds is not None:
+        return settings.uds
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, host)
-    return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+    scheme = "https" if settings.tls_cert is not None else "http"
+    return f"{scheme}://{f'[{shown}]' if ':' in shown else shown}:{port}{(settings.root_path or '').rstrip('/')}"
 
 
 def serve(application: Guard, listener: socket.socket, on_start: Callable[[], None] = lambda: None) -> None:
-    """Answers until a signal: then running requests get the grace period; a second signal ends at once."""
+    """Answers until a signal: then running requests get the grace period; a second signal ends at once.
+
+    Raises the error of the only model, if it cannot be loaded.
+    """
     settings = application.settings
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        raise ConfigError("tls_cert and tls_key belong together; one of them is missing")
     config = uvicorn.Config(
         application,
         log_config=None,
@@ -52,9 +74,19 @@ def serve(application: Guard, listener: socket.socket, on_start: Callable[[], No
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(settings.grace)),
         h11_max_incomplete_event_size=settings.max_header_bytes,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+        root_path=(settings.root_path or "").rstrip("/"),
     )
+    try:
+        config.load()
+    except OSError as error:  # a certificate that cannot be read
+        raise ConfigError(f"tls_cert or tls_key cannot be used: {error}") from error
     server = _Server(config, application, on_start)
+    application.on_failure = server.stop
     asyncio.run(server.serve(sockets=[listener]))
+    if application.failure is not None:
+        raise application.failure
 
 
 class _Server(uvicorn.Server):
@@ -68,20 +100,34 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_start()
+        notify("READY=1")
+
+    def stop(self) -> None:
+        """Ends the server as a signal does."""
+        self._guard.draining = True
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._guard.draining:
             self.force_exit = True
-        else:
-            self._guard.draining = True
-            if sig == signal.SIGINT and self._guard.active:
-                print(f"\nmnemos: finishing {self._guard.active} requests; Ctrl-C again ends at once", file=sys.stderr)
-        self.should_exit = True
+        elif sig == signal.SIGINT and self._guard.active:
+            print(f"\nmnemos: finishing {self._guard.active} requests; Ctrl-C again ends at once", file=sys.stderr)
+        notify("STOPPING=1")
+        self.stop()
+
+
+def notify(state: str) -> None:
+    """Tells the service manager about the server's state, where there is one that listens (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path or not hasattr(socket, "AF_UNIX"):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger, suppress(OSError):
+        messenger.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
 def warning(settings: Settings, has_keys: bool) -> str | None:
     """What is said loudly once: the server is open to others and asks for no key."""
-    if settings.host in LOCAL or has_keys:
+    if settings.host in LOCAL or has_keys or settings.uds is not None:
         return None
     return (
         f"the server listens at {settings.host} WITHOUT an API key: everyone who can reach it may use it. "

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mnemos.engine.options import Options, row
-from mnemos.rules import COUNT, FLAG, real, several, text, whole
+from mnemos.rules import COUNT, FLAG, one_of, real, several, text, whole
+from mnemos.serve.logs import FORMATS
 
 SECONDS = real(0, 1e9)
 NAMES = several(text(255), 256)
@@ -36,6 +37,14 @@ class Settings(Options):
         default=5.0,
         metadata=row(real(0, 1e6, open_low=True), "seconds of silence after which a stream sends a ping", "S"),
     )
+    uds: str | None = field(default=None, metadata=row(text(100), "a UNIX socket to listen at instead", "PATH"))
+    tls_cert: str | None = field(default=None, metadata=row(text(4096), "a certificate file, for https", "FILE"))
+    tls_key: str | None = field(default=None, metadata=row(text(4096), "its private key", "FILE"))
+    root_path: str | None = field(
+        default=None, metadata=row(text(255), "the path under which a proxy offers the server", "PATH")
+    )
+    log_format: str = field(default="text", metadata=row(one_of(*FORMATS), "text or json, a line each", "FORMAT"))
+    max_connections: int = field(default=2048, metadata=row(COUNT, "most requests at once; more get 503", "N"))
     max_body_bytes: int = field(default=32 << 20, metadata=row(COUNT, "largest request body", "N"))
     max_header_bytes: int = field(default=32 << 10, metadata=row(COUNT, "largest request headers", "N"))
     body_seconds: float = field(default=30.0, metadata=row(SECONDS, "longest time for a body to arrive", "S"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from mnemos.serve.catalogue import Catalogue
+from mnemos.serve.collected import Metrics
 from mnemos.serve.openai.response_store import ResponseStore
 from mnemos.serve.settings import Settings
 
@@ -18,6 +19,7 @@ class State:
     catalogue: Catalogue
     settings: Settings
     responses: ResponseStore
+    metrics: Metrics
 
 
 def server_of(request: Request) -> State:
