@@ -188,9 +188,9 @@ class ModelSpec:
 
     `position_limit` is the first position that it cannot take, if attention depends on distances alone, so that
     positions may grow as long as no row sees more than the context; 0: they end with the context. `fingerprint` changes
-    whenever the weights or the computation do; saved caches are bound to it. `layers` is the number of
-    layers that `Batch.early_layers` may name, 0 for a model that does not show them; `tied_embeddings` says whether its
-    output projection is its embedding.
+    whenever the weights or the computation do; saved caches are bound to it. `layers` is the number of layers that
+    `Batch.early_layers` may name, 0 for a model that does not show them; `tied_embeddings` says whether its output
+    projection is its embedding.
 
     The promises are about logits: batch invariance holds for a model as far as its promises go.
 

@@ -45,9 +45,9 @@ class GenerationConfig:
     num_beams 1, ...), and beside a named strategy also other libraries' defaults: top_k 50 and top_p 0.9 where it does
     not sample, do_sample False where it does. With do_sample=False, all sampling parameters are ignored.
 
-    Logits are changed in Hugging Face's order: biases, repetition, presence and frequency penalties, DRY, n-grams, bad
-    words, lengths, allowed, forced and suppressed tokens, `logits_processors`, constraints, temperature, top_n_sigma,
-    top_k, top_p, min_p, typical_p, epsilon, eta, XTC, mirostat.
+    Logits are changed in Hugging Face's order: DoLa, biases, repetition, presence and frequency penalties, DRY,
+    n-grams, bad words, lengths, allowed, forced and suppressed tokens, `logits_processors`, constraints, temperature,
+    top_n_sigma, top_k, top_p, min_p, typical_p, epsilon, eta, XTC, mirostat.
 
     None for any field means its default. The fields, each with its allowed values and default:
     """
