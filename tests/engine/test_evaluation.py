@@ -7,6 +7,7 @@ import pytest
 from mnemos.contract import Batch, Output
 from mnemos.decoding.build import make_strategy
 from mnemos.decoding.config import GenerationConfig
+from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import MnemosError
 from tests.engine.drivers import Greedy, Toy, check_whole, make_core, make_request, run
 from tests.engine.toys import VOCABULARY, ReaderToy, StateToy, ToyModel, toy_greedy
@@ -96,3 +97,27 @@ def test_a_model_that_returns_too_few_rows_is_told_so() -> None:
     run(core)
     assert isinstance(collected.error, MnemosError)
     assert "0 rows of logits and 0 hidden states; 1 were asked for" in str(collected.error)
+
+
+class Leaves(ToyModel):
+    """Ends its thread, if it may."""
+
+    def forward(self, batch: Batch) -> Output:
+        if batch.token_ids.tolist().count(VOCABULARY - 1) > 2:
+            raise SystemExit(3)
+        return super().forward(batch)
+
+
+def test_what_would_end_the_engines_thread_ends_one_request() -> None:
+    def leave(token_ids: object, logits: object) -> None:
+        raise SystemExit(4)
+
+    with InferenceEngine(Leaves(), cache_tokens=4000) as engine:
+        handles = [engine.submit(prompt, max_new_tokens=5) for prompt in ([1, 2], [VOCABULARY - 1] * 3, [3])]
+        assert handles[0].result().token_ids == toy_greedy([1, 2], 5)
+        with pytest.raises(MnemosError, match="the request failed: SystemExit: 3"):
+            handles[1].result()
+        assert handles[2].result().token_ids == toy_greedy([3], 5)
+        with pytest.raises(MnemosError, match="SystemExit: 4"):
+            engine.submit([1, 2], logits_processors=[leave]).result()
+        assert engine.generate([3], max_new_tokens=5) == [3, *toy_greedy([3], 5)]

@@ -55,7 +55,7 @@ class EngineCore:
             self.counters.cancelled += 1
             self._end(request, None, "cancelled")
 
-    def fail(self, request: Request, error: Exception) -> None:
+    def fail(self, request: Request, error: BaseException) -> None:
         if request.state is not State.ENDED:
             self.scheduler.remove(request)
             self.counters.failed += 1
@@ -72,7 +72,7 @@ class EngineCore:
         entered = time.perf_counter()
         try:
             output = evaluate(self.model, batch, step.known)
-        except Exception as error:
+        except BaseException as error:  # in the engine's thread also SystemExit is a failure like any other
             output, failed = evaluate_apart(self.model, step, batch, error)
             for request, reason in failed.items():
                 self.fail(request, reason)
@@ -110,7 +110,7 @@ class EngineCore:
                     request.sink.deliver(advance.emitted, advance.finished)
                 self.scheduler.place(request, advance.branches)
                 return
-        except Exception as error:
+        except BaseException as error:  # also a panic of the grammars' library
             self.fail(request, error)
             return
         self.scheduler.finish(request)
@@ -154,7 +154,7 @@ class EngineCore:
             times.append(now)
         counters.generated_tokens += len(emitted)
 
-    def _end(self, request: Request, error: Exception | None, kind: str) -> None:
+    def _end(self, request: Request, error: BaseException | None, kind: str) -> None:
         self._forget_drafts(request)
         request.timings.finished = time.perf_counter()
         request.sink.end(error)

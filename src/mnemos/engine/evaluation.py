@@ -41,13 +41,16 @@ def _forward(model: Model, batch: Batch) -> Output:
     return output
 
 
-def evaluate_apart(model: Model, step: Step, batch: Batch, error: Exception) -> tuple[Output, dict[Request, Exception]]:
+def evaluate_apart(
+    model: Model, step: Step, batch: Batch, error: BaseException
+) -> tuple[Output, dict[Request, BaseException]]:
     """After the model failed with `error` on a step: its output for the requests that did not cause the failure.
 
     The step is evaluated again in halves, and those in halves, until each request that makes the model fail is alone;
     such requests leave the step and are returned with their errors. A state that does not rewind may have been half
     updated, so that nothing can be evaluated again: then all requests count as the cause.
     """
+    failed: dict[Request, BaseException] = {}
     if model.spec.states and not model.spec.rewinds:
         failed = {request: error for request, _, _ in step.items}
         step.items = []
@@ -55,9 +58,8 @@ def evaluate_apart(model: Model, step: Step, batch: Batch, error: Exception) -> 
     firsts = np.cumsum([0, *(len(parts) for _, parts, _ in step.items)]).tolist()  # each item's first sequence
     outputs: list[Output] = []
     items: list[Item] = []
-    failed = {}
 
-    def run(first: int, last: int, error: Exception) -> None:
+    def run(first: int, last: int, error: BaseException) -> None:
         """Evaluates the items `first` to `last` - 1, which together made the model fail."""
         if last - first == 1:
             failed[step.items[first][0]] = error
@@ -66,7 +68,7 @@ def evaluate_apart(model: Model, step: Step, batch: Batch, error: Exception) -> 
         for begin, end in ((first, middle), (middle, last)):
             try:
                 output = _copy(evaluate(model, batch.part(firsts[begin], firsts[end]), step.known))
-            except Exception as latest:
+            except BaseException as latest:
                 run(begin, end, latest)
                 continue
             row = sum(len(one.logits) for one in outputs)

@@ -198,7 +198,7 @@ class EngineThread:
                 while not inbox.empty():
                     inbox.get()()
                 core.step()
-            except Exception as error:  # a bug in the engine itself: no caller must be left waiting
+            except BaseException as error:  # a bug in the engine itself: no caller must be left waiting
                 log_exception("a step failed; all requests end")
                 self._fail_all(error)
 
@@ -212,7 +212,7 @@ class EngineThread:
         if not drain:
             self._fail_all(MnemosError("the engine was closed before the request was done"))
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_all(self, error: BaseException) -> None:
         for request in self.core.requests:
             self.core.fail(request, error)
 

@@ -274,3 +274,21 @@ def test_modules_that_cannot_take_several_sequences_say_so() -> None:
     mixing = adapt(modules.MixesStates())
     assert mixing.calls.abilities.batches and mixing.calls.able.rewinds is mixing.spec.batches is False
     assert adapt(modules.PastArgument()).spec.batches
+
+
+def test_logits_of_too_few_positions_are_refused() -> None:
+    class Drops(modules.Plain):
+        """Forgets the last position, later."""
+
+        whole = True
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids)[:, : ids.shape[1] - (not self.whole)]
+
+    module = Drops()
+    with pytest.warns(UserWarning, match="no cache"):
+        model = adapt(module)
+    model.reserve_states(1)
+    module.whole = False
+    with pytest.raises(ModelError, match=r"Drops.* returned logits of shape \(1, 3, 29\); expected \(1, 4, 29\)"):
+        step(model, (0, 0, [1, 2, 3, 4]))

@@ -76,10 +76,15 @@ def pad(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
 def split(jobs: list[Job], logits: Tensor, lengths: list[int], caller: Caller, vocabulary: int) -> list[JobOutput]:
     """Each job's part of the logits (batch, time or 1, vocabulary); `lengths`: the positions of each that were run.
 
-    ModelError: the last axis of the logits is not `vocabulary`.
+    ModelError: the last axis of the logits is not `vocabulary`, or they are not of all positions or of the last.
     """
     if logits.shape[-1] != vocabulary:
         raise ModelError(f"{describe(caller.module)} returned {logits.shape[-1]} logits; before, {vocabulary}")
+    if logits.shape[1] not in (1, max(lengths)) or len(logits) != len(jobs):
+        raise ModelError(
+            f"{describe(caller.module)} returned logits of shape {tuple(logits.shape)}; expected ({len(jobs)}, "
+            f"{max(lengths)}, {vocabulary})"
+        )
     hidden = caller.hidden
     answered = logits.shape[1]
     outputs = []
