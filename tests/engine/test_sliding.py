@@ -13,7 +13,7 @@ from mnemos.decoding.config import GenerationConfig
 from mnemos.engine.engine import InferenceEngine
 from mnemos.engine.sliding import Sliding
 from tests.engine.drivers import Greedy, check_pages, check_whole, make_core, make_request, run
-from tests.engine.toys import ToyModel, toy_row
+from tests.engine.toys import ToyModel, Windows, toy_row
 
 CONTEXT, LIMIT, PAGE, SINKS = 32, 96, 4, 4
 
@@ -67,10 +67,10 @@ def test_a_slide_evaluates_nothing_again_but_the_sinks() -> None:
     model = ToyModel(context_length=CONTEXT, position_limit=LIMIT)
     with InferenceEngine(model, cache_tokens=CONTEXT + PAGE, prefix_cache=False) as engine:
         engine.complete([1] * 10, overflow="sliding", max_new_tokens=LIMIT - 10, ignore_eos=True)
-        slides = Sliding.of(CONTEXT, LIMIT, PAGE).count(LIMIT - 2)
-        assert slides == 5
-        assert engine.stats().evaluated_tokens == LIMIT - 1 + slides * SINKS
-        assert engine.stats().pages_used == 0
+    slides = Sliding.of(CONTEXT, LIMIT, PAGE).count(LIMIT - 2)
+    assert slides == 5
+    assert engine.stats().evaluated_tokens == LIMIT - 1 + slides * SINKS
+    assert engine.stats().pages_used == 0
     rows = [
         (batch.positions.tolist(), batch.token_ids.tolist()) for batch in model.batches if len(batch.positions) == 4
     ]
@@ -87,10 +87,18 @@ CONFIGS = (
 
 
 def results_of(
-    requests: Sequence[tuple[GenerationConfig, list[int]]], limit: int, pages: int = 500, seed: int = 0
+    requests: Sequence[tuple[GenerationConfig, list[int]]],
+    limit: int,
+    window: Windows,
+    pages: int = 500,
+    seed: int = 0,
+    drops: bool = True,
 ) -> list[list[list[int]]]:
-    """Runs endless requests together, with urgent ones in between that preempt them if pages are scarce."""
-    model = ToyModel(context_length=CONTEXT, position_limit=limit)
+    """Runs endless requests together, with urgent ones in between that preempt them if pages are scarce.
+
+    drops: the pages that a layer's window has left.
+    """
+    model = ToyModel(context_length=CONTEXT, position_limit=limit, window=window, drops=drops)
     core = make_core(model, pages=pages, batch_tokens=16, prefix_cache=bool(seed % 2))
     all_results = []
     for config, prompt in requests:
@@ -116,13 +124,16 @@ prompts = st.lists(st.integers(1, 3), min_size=1, max_size=50)
 @given(
     requests=st.lists(st.tuples(st.sampled_from(CONFIGS), prompts), min_size=1, max_size=3),
     limit=st.sampled_from([LIMIT, 1000]),
+    window=st.sampled_from([0, (0, 9), (0, 20, 6)]),
     seed=st.integers(0, 99),
 )
 def test_preempted_together_and_with_drafts_as_alone(
-    requests: list[tuple[GenerationConfig, list[int]]], limit: int, seed: int
+    requests: list[tuple[GenerationConfig, list[int]]], limit: int, window: Windows, seed: int
 ) -> None:
-    alone = [results_of([request], limit)[0] for request in requests]
-    assert results_of(requests, limit, 21, seed) == alone
+    alone = [results_of([request], limit, window, drops=False)[0] for request in requests]
+    assert results_of(requests, limit, window, 21, seed) == alone
     for (config, prompt), tokens in zip(requests, alone, strict=True):
-        if config.n == 1 and (config.speculative is None or limit == 1000):  # a text restarts before its drafts
+        if (
+            window == 0 and config.n == 1 and (config.speculative is None or limit == 1000)
+        ):  # a text restarts before its drafts
             assert tokens == [endless(prompt, config.max_new_tokens or 0, limit=limit)]
