@@ -71,7 +71,8 @@ def open_page(chromium: Any, server: ScriptedServer) -> Iterator[Any]:
 
     def opened(**options: Any) -> Any:
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(30_000)
+        context.set_default_navigation_timeout(60_000)
         contexts.append(context)
         page = context.new_page()
         page.on("console", note)

@@ -307,6 +307,8 @@ def test_a_fork_is_a_conversation_of_its_own(page: Any, script: Script) -> None:
 def test_a_key_is_asked_for_once_and_kept(open_page: Any, script: Script) -> None:
     script.key = "secret"
     page = open_page()
+    page.click("dialog >> text=Cancel")
+    page.click(".banner >> text=Enter the key")
     page.fill("dialog input", "wrong")
     page.keyboard.press("Enter")
     page.wait_for_selector("dialog >> text=does not accept")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mnemos.decoding.config import GenerationConfig
 from mnemos.engine.engine import InferenceEngine
 from mnemos.serve.app import app
 from tests.serve.page.conftest import ask
@@ -50,5 +51,11 @@ def test_a_newcomers_first_minutes(chromium: Any, engine: InferenceEngine) -> No
         assert page.locator(".column .error").count() == 0
 
         page.click("text=The engine >> nth=0")
-        page.wait_for_selector(".engine-model .figure >> text=Tokens/s")
+        page.click("text=Send 8 requests at once")
+        page.wait_for_selector(".engine-model .figure:has-text('Running') >> text=8")
+        page.wait_for_selector(".engine-model >> text=idle")
+
+        strategies = page.evaluate("async () => (await import('/page/js/views/compare.js')).STRATEGIES")
+        for fields in strategies.values():
+            GenerationConfig(**fields, logprobs=8)  # raises ConfigError if the engine would refuse it
         assert not problems

@@ -230,6 +230,8 @@ export async function imported(text) {
     for (const { id, tokens } of messages) if (tokens) await database.saveTokens(id, tokens);
   }
   await start();
+  const now = file.conversations.find((one) => one.id === open.value.record.id);
+  if (now) open.value = await read(now.id);
   return file.conversations.length;
 }
 

@@ -2,8 +2,8 @@
 import { getJson } from "./api.js";
 import { Signal } from "./dom.js";
 
-/** What the server offers: models, the description of all settings, and why they are not known yet. */
-export const server = new Signal({ models: [], fields: [], problem: "" });
+/** What the server offers: models, the description of all settings, why they are not known yet, and whether for want of a key. */
+export const server = new Signal({ models: [], fields: [], problem: "", locked: false });
 
 /** This browser's preferences. `inside`: replies come with probabilities; `settings`: for new conversations. */
 export const preferences = new Signal({
@@ -43,10 +43,12 @@ export async function connect() {
     try {
       const [{ data }, fields] = await Promise.all([getJson("v1/models"), getJson("generation-fields")]);
       const editable = fields.filter((field) => !MANAGED.has(field.name) && field.kind !== "callable");
-      server.value = { models: data, fields: editable, problem: "" };
+      server.value = { models: data, fields: editable, problem: "", locked: false };
       return;
     } catch (error) {
-      server.value = { ...server.value, problem: error.message };
+      const locked = error.status === 401;
+      server.value = { ...server.value, problem: locked ? "This server asks for an API key." : error.message, locked };
+      if (locked) return;
       await new Promise((resolve) => setTimeout(resolve, 2000));
     }
   }

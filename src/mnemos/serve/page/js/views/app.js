@@ -2,7 +2,7 @@
 import * as chats from "../chats.js";
 import { announcement, classes, html, useEffect, useSignal, useState } from "../dom.js";
 import { running, stop } from "../replies.js";
-import { contextOf, prefer, preferences, server } from "../settings.js";
+import { connect, contextOf, prefer, preferences, server } from "../settings.js";
 import { shownPath } from "../tree.js";
 import { CompareView } from "./compare.js";
 import { ConversationView } from "./conversation.js";
@@ -45,7 +45,7 @@ function ModelPicker({ conversation }) {
 export function App() {
   const conversation = useSignal(chats.open);
   const { sidebar } = useSignal(preferences);
-  const { problem, models } = useSignal(server);
+  const { problem, locked, models } = useSignal(server);
   const said = useSignal(announcement);
   const [route, setRoute] = useState(routeOf(location.hash));
   const [panel, setPanel] = useState(false);
@@ -138,7 +138,10 @@ export function App() {
         <${IconButton} icon="plus" label="New conversation" shortcut="Ctrl+Shift+O" class="narrow-only" onClick=${newConversation} />
         ${chat && html`<${IconButton} icon="sliders" label="Settings" shortcut="Ctrl+," aria-expanded=${panel ? "true" : "false"} onClick=${togglePanel} />`}
       </header>
-      ${problem && html`<div class="banner" role="alert"><span class="pulse">${problem} Trying again …</span></div>`}
+      ${problem &&
+      html`<div class="banner" role="alert">${locked
+        ? html`${problem} <button type="button" class="button small" onClick=${connect}>Enter the key</button>`
+        : html`<span class="pulse">${problem} Trying again …</span>`}</div>`}
       ${chat ? html`<${ConversationView} />` : route.view === "compare" ? html`<${CompareView} />` : html`<${EngineView} />`}
     </div>
     ${panel && chat && html`<${SettingsPanel} key=${conversation.record.id} onClose=${() => setPanel(false)} />`}

@@ -13,7 +13,7 @@ import { Figures, Markdown } from "./message.js";
 
 const MOST = 4;
 const LONGEST = 512; // tokens of a reply, if its column has no limit of its own
-const STRATEGIES = {
+export const STRATEGIES = {
   Greedy: { temperature: 0 },
   "Sampling": { temperature: 0.8, top_p: 0.95 },
   "Hot sampling": { temperature: 1.5, min_p: 0.05 },
