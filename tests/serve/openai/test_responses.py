@@ -82,6 +82,11 @@ def test_the_client_library_reads_streams(client: httpx.Client) -> None:
         created = own.responses.create(model="smollm2", input=QUESTION, max_output_tokens=3)
         assert own.responses.retrieve(created.id).output_text == created.output_text
         assert own.responses.input_items.list(created.id).data[0].content == QUESTION
+        counted = own.responses.input_tokens.count(model="smollm2", input="Why?", previous_response_id=created.id)
+        answer = own.responses.create(
+            model="smollm2", input="Why?", previous_response_id=created.id, max_output_tokens=1
+        )
+        assert counted.input_tokens == answer.usage.input_tokens
         own.responses.delete(created.id)
         with pytest.raises(openai.NotFoundError):
             own.responses.retrieve(created.id)
@@ -155,6 +160,16 @@ def test_requests_of_coding_agents_are_answered(client: httpx.Client) -> None:
         ignored = response.headers["x-mnemos-ignored"].split(", ")
     assert ignored == ["client_metadata", "item:web_search_call", "tool:web_search", "tool:custom", "tool:namespace"]
     assert "event: response.incomplete" in lines
+
+
+def test_names_of_what_is_skipped_cannot_write_headers(client: httpx.Client) -> None:
+    hostile = "x\r\nset-cookie: a=b\u2028\u00e9"
+    items = [{"role": "user", "content": "a"}, {"type": hostile}]
+    request = {"input": items, "tools": [{"type": hostile}], hostile: 1, "max_output_tokens": 1}
+    response = client.post(PATH, json=request)
+    assert response.status_code == 200 and "set-cookie" not in response.headers
+    shown = response.headers["x-mnemos-ignored"].split(", ")
+    assert shown == ["xset-cookie:ab", "item:xset-cookie:ab", "tool:xset-cookie:ab"]
 
 
 def test_a_format_is_kept(client: httpx.Client) -> None:

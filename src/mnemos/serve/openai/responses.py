@@ -11,11 +11,11 @@ from fastapi.responses import JSONResponse
 
 from mnemos.serve.connection import Connection, connection_of
 from mnemos.serve.events import Event
-from mnemos.serve.generation import Running, start
+from mnemos.serve.generation import Running, exchange_of, ignore, start
 from mnemos.serve.openai.chat import choice_of
 from mnemos.serve.openai.extensions import fields_of, kept, respond_in
 from mnemos.serve.openai.response_items import items_of, messages_of
-from mnemos.serve.openai.response_store import ResponseStore, Stored
+from mnemos.serve.openai.response_store import Stored
 from mnemos.serve.openai.response_writer import ResponseWriter
 from mnemos.serve.openai.types import ResponsesRequest
 from mnemos.serve.refusal import Refusal
@@ -38,10 +38,7 @@ async def respond(body: ResponsesRequest, request: Request) -> Response:
     """Answers a conversation in items."""
     state, connection = server_of(request), connection_of(request)
     items = items_of(body.input)
-    before: list[dict[str, Any]] = []
-    if body.previous_response_id is not None:
-        before = await _history(state.responses, connection, body.previous_response_id)
-    task = task_of(body, [*before, *items], connection)
+    task = task_of(body, [*await _before(body, request), *items], connection)
     model = await connection.stack.enter_async_context(state.catalogue.use(body.model))
     running = await start(model, task, connection)
     writer = ResponseWriter(_head(body, model.name), model.engine.tokenizer, task.fields.get("logprobs"))
@@ -57,6 +54,16 @@ async def respond(body: ResponsesRequest, request: Request) -> Response:
     response, _ = writer.end(running.usage)
     await store(response)
     return JSONResponse(response)
+
+
+@router.post("/v1/responses/input_tokens")
+async def count(body: ResponsesRequest, request: Request) -> dict[str, Any]:
+    """The number of tokens of a request's prompt."""
+    items = [*await _before(body, request), *items_of(body.input)]
+    task = task_of(body, items, connection_of(request))
+    async with server_of(request).catalogue.use(body.model) as model:
+        read = await asyncio.to_thread(exchange_of, model, task)
+    return {"object": "response.input_tokens", "input_tokens": len(read.prompt_ids)}
 
 
 @router.get("/v1/responses/{name}")
@@ -112,14 +119,7 @@ def task_of(body: ResponsesRequest, items: list[dict[str, Any]], connection: Con
     if body.instructions:
         messages.insert(0, {"role": "system", "content": body.instructions})
     tools, others = tools_of(body.tools or [])
-    if skipped or others:
-        known = connection.headers.get("x-mnemos-ignored")
-        named = [
-            *([known] if known else []),
-            *(f"item:{kind}" for kind in skipped),
-            *(f"tool:{kind}" for kind in others),
-        ]
-        connection.headers["x-mnemos-ignored"] = ", ".join(dict.fromkeys(named))
+    ignore(connection, [*(f"item:{kind}" for kind in skipped), *(f"tool:{kind}" for kind in others)])
     wanted: Any = body.tool_choice
     if isinstance(wanted, dict) and wanted.get("type") == "allowed_tools":
         allowed = {tool.get("name") for tool in wanted.get("tools") or () if isinstance(tool, dict)}
@@ -188,8 +188,13 @@ async def _events(
     yield last
 
 
-async def _history(store: ResponseStore, connection: Connection, name: str) -> list[dict[str, Any]]:
-    items = await asyncio.to_thread(store.history, connection.caller.name, name)
+async def _before(body: ResponsesRequest, request: Request) -> list[dict[str, Any]]:
+    """The items of the conversation that a request continues."""
+    name = body.previous_response_id
+    if name is None:
+        return []
+    caller, store = connection_of(request).caller.name, server_of(request).responses
+    items = await asyncio.to_thread(store.history, caller, name)
     if items is None:
         raise _unknown(name, "previous_response_id")
     return items
