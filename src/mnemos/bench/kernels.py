@@ -33,7 +33,7 @@ WEIGHT_TYPES = (
 _WIDTH = 2048
 _WEIGHT_BYTES = 96 << 20  # more than the last-level cache of most machines, so that reads come from memory
 _CONTEXT = 1024
-_REPEATS = 3
+_REPEATS, _REPEATS_OF_FEW, _FEW = 3, 12, 8  # steps of few rows take milliseconds, which anything disturbs
 
 Forward = Callable[[Ops, Any, Any], tuple[Array, Array]]
 
@@ -128,7 +128,8 @@ def _time_steps(
     for t in (context, *rows) if context else rows:  # the first one fills the cache
         start = context if t != context else 0
         batch = _batch(t, start, pages, layout.page_size)
-        seconds = min(_seconds(lambda batch=batch: step(batch)) for _ in range(_REPEATS))  # type: ignore[misc]
+        repeats = _REPEATS_OF_FEW if t <= _FEW else _REPEATS
+        seconds = min(_seconds(lambda batch=batch: step(batch)) for _ in range(repeats))  # type: ignore[misc]
         if t != context:
             yield t, seconds
 
