@@ -14,7 +14,6 @@
 #include <optional>
 
 #include "foreign_step.h"
-#include "length_prefixed.h"
 #include "linear/product_kernels.h"
 #include "program/program.h"
 #include "sampler.h"
@@ -22,6 +21,7 @@
 #include "system/error.h"
 #include "system/mapping.h"
 #include "system/trial.h"
+#include "text/bind.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -558,20 +558,13 @@ NB_MODULE(_native, m) {
 
   bind_program(m);
   bind_relay(m);
+  bind_text(m);
 
   m.def("uniform", &uniform, "seed"_a, "position"_a, "draw"_a = 0);
   m.def("sample", &sample_rows, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "random"_a);
   m.def("greedy", &greedy_rows, "logits"_a);
   m.def("log_sum_exp", &log_sum_exp_rows, "logits"_a);
   m.def("top_tokens", &top_tokens, "logits"_a, "count"_a);
-  m.def(
-      "find_strings",
-      [](Bytes buffer, uint64_t count, const std::string &text, bool halves) {
-        const auto found =
-            find_strings({reinterpret_cast<const char *>(buffer.data()), buffer.size()}, count, text, halves);
-        return owned_array(found);
-      },
-      "buffer"_a, "count"_a, "text"_a, "halves"_a);
 }
 
 }  // namespace mnemos

@@ -1,7 +1,7 @@
 """The native core. Arrays must be contiguous and have exactly the stated type; errors are those of mnemos.errors."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -214,9 +214,81 @@ def log_sum_exp(logits: Floats) -> Doubles: ...
 def top_tokens(logits: Floats, count: int) -> Ints:
     """The most probable tokens of one row, descending, ties by ascending id."""
 
-def find_strings(buffer: Bytes, count: int, text: str, halves: bool) -> Ints:
-    """Indices of those of `count` length-prefixed strings that occur in `text`; the empty string always does.
+class Pieces:
+    """A vocabulary's texts, numbered from 0; empty ones stand for unused numbers. FormatError for a text that is there
+    twice or is not UTF-8."""
 
-    halves: a string is two halves with a space between, and must occur without it; one of another form always does.
-    FormatError if the strings reach beyond the buffer.
+    def __init__(self, texts: Sequence[str]) -> None: ...
+    @staticmethod
+    def of_strings(buffer: Bytes, count: int) -> Pieces:
+        """Of strings as GGUF stores them: each after its 64-bit length."""
+
+    def __len__(self) -> int: ...
+    def text(self, number: int) -> str: ...
+    def find(self, text: str) -> int:
+        """The number of a text; -1 if it is none of them."""
+
+    def empty_numbers(self) -> list[int]: ...
+
+class TextModel:
+    """How a word becomes tokens."""
+
+# unknown (-1: none), fuse_unknown, byte_fallback, ignore_merges, prefix of all characters but the first, last suffix
+BpeOptions: TypeAlias = tuple[int, bool, bool, bool, str, str]
+
+def bpe(pieces: Pieces, merges: Sequence[str], options: BpeOptions) -> TextModel:
+    """Merges of two tokens with a space between, the first one first. FormatError if one does not fit the pieces."""
+
+def bpe_of_strings(pieces: Pieces, merges: Bytes, count: int, options: BpeOptions) -> TextModel:
+    """The same, with merges as GGUF stores them."""
+
+def scored_bpe(pieces: Pieces, order: Ints, options: BpeOptions) -> TextModel:
+    """Two neighbours merge where they form a piece; order: each piece's rank, -1 for those that take no part."""
+
+def unigram(pieces: Pieces, scores: Doubles, hidden: Sequence[int], unknown: int, byte_fallback: bool) -> TextModel:
+    """The most probable pieces; `hidden` ones are never found, but count for the least score."""
+
+def word_piece(pieces: Pieces, unknown: int, prefix: str, most_characters: int) -> TextModel: ...
+def word_level(pieces: Pieces, unknown: int) -> TextModel: ...
+
+# text, id, single_word, left, right, normalized, ignored
+AddedToken: TypeAlias = tuple[str, int, bool, bool, bool, bool, bool]
+
+class Encoder:
+    """A tokenizer's way from text to ids. Steps are done in the order in which they were added; UnsupportedError for a
+    step that is not known. Added tokens are set after all normalizers."""
+
+    def __init__(self, model: TextModel) -> None: ...
+    def normalize(self, kind: str) -> None: ...
+    def normalize_bert(self, clean: bool, space_chinese: bool, strip_accents: bool, lowercase: bool) -> None: ...
+    def prepend(self, text: str) -> None: ...
+    def replace(self, pattern: str, literal: bool, content: str) -> None: ...
+    def map_characters(self, table: bytes) -> None: ...
+    def cut_at(self, pattern: str, literal: bool, use: str, inverted: bool) -> None: ...
+    def cut_at_characters(self, kind: str, use: str) -> None: ...
+    def cut_words(self) -> None: ...
+    def cut_bytes(self, adds_space: bool, splits: bool) -> None: ...
+    def cut_marks(self, mark: str, use: str, splits: bool) -> None: ...
+    def set_added(self, tokens: Sequence[AddedToken], plain: Sequence[AddedToken]) -> None: ...
+    def surround(self, before: Sequence[int], after: Sequence[int]) -> None: ...
+    def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        """Without the GIL. RequestError for a text that the model has no tokens for, or that takes too many steps."""
+
+class TokenizerJson:
+    """The large parts of a tokenizer.json. rest: the file with null for `model.vocab` and `model.merges`.
+
+    count: tokens of the vocabulary. last: the highest id. scored: the vocabulary is a list of texts and scores.
     """
+
+    def __init__(self, content: bytes) -> None: ...
+    @property
+    def rest(self) -> bytes: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+    @property
+    def scored(self) -> bool: ...
+    def pieces(self) -> Pieces: ...
+    def bpe(self, pieces: Pieces, options: BpeOptions) -> TextModel: ...
+    def unigram(self, pieces: Pieces, unknown: int, byte_fallback: bool) -> TextModel: ...

@@ -9,13 +9,12 @@ import threading
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from tests.ops.cases import AttentionCase, floats
 
 from mnemos import _native
 from mnemos.contract import Batch, KVLayout
-from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError, RequestError, UnsupportedError
+from mnemos.errors import CapacityError, ConfigError, MnemosError, RequestError, UnsupportedError
 from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
 from mnemos.machine.memory import check_memory
@@ -155,19 +154,6 @@ def test_an_instruction_set_that_is_not_there_is_refused(name: str) -> None:
     environment = {**os.environ, "MNEMOS_ISA": name}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and f"MNEMOS_ISA is '{name}'" in done.stderr and "scalar" in done.stderr
-
-
-def length_prefixed(*strings: bytes) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(b"".join(len(s).to_bytes(8, "little") + s for s in strings), dtype=np.uint8)
-
-
-def test_strings_that_reach_beyond_the_buffer_are_refused() -> None:
-    data = length_prefixed(b"one", b"", b"three")
-    assert _native.find_strings(data, 3, "three", False).tolist() == [1, 2]
-    assert _native.find_strings(data, 0, "three", False).tolist() == []
-    for buffer, count in ((data, 4), (data[:-1], 3), (data[:12], 2), (data[:7], 1), (data[-8:], 1)):
-        with pytest.raises(FormatError, match="beyond the end"):
-            _native.find_strings(buffer, count, "", False)
 
 
 def test_errors_are_of_the_one_hierarchy() -> None:

@@ -68,7 +68,7 @@ def load_pretrained(
         from mnemos.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        threading.Thread(target=_attempt, args=(tokenizer.warm_up,), daemon=True).start()
+        threading.Thread(target=_attempt, args=(tokenizer.prepare,), daemon=True).start()
     return model, tokenizer
 
 

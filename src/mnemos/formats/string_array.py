@@ -80,16 +80,6 @@ class StringArray(Sequence[str]):
             index = int(np.searchsorted(starts + np.arange(len(starts)), error.start, side="right")) - 1
             raise self._not_utf8(index) from error
 
-    def occurring_in(self, text: str, halves: bool = False) -> dict[int, str]:
-        """Index and string of those that are somewhere in `text`, in their order; the empty string always is.
-
-        halves: a string is two with a space between, which are in `text` without it; one of another form is given, too.
-        Needs the native core, which looks through a million strings in a tenth of a second.
-        """
-        from mnemos.native import require_core
-
-        return {i: self._decode(i) for i in require_core().find_strings(self.data, len(self), text, halves).tolist()}
-
     def _decode(self, index: int) -> str:
         text = self.bytes_at(index)
         try:

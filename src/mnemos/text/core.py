@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from mnemos.errors import FormatError, RequestError
-
-if TYPE_CHECKING:
-    import tokenizers
+from mnemos.text.encoder import Encoder
 
 # Names of tokens that end a generation, in the chat and base models in use; llama.cpp goes by the same.
 END_NAMES = (
@@ -73,11 +70,9 @@ class TokenizerCore:
     silent_ids     ids that decode to nothing at all (unused slots of the vocabulary)
     special_ids    ids that are not text: left out of decoded text unless asked for
     strips_space   decoded text loses one leading space, because encoding puts one there
-    encoder        recognises every special token that is written in a text
-    plain_encoder  recognises only tokens that a user added: special tokens' names are text like any other
+    encoder        text to ids
+    find           the id of a token by its text; None: there is none
     prefix_ids, suffix_ids   what add_special puts around a text; None: the encoder's own post-processor does it
-    whole          False: it encodes nothing but the text that it was made for; it decodes everything
-    moved_ids      ids that the encoders use for others
     """
 
     label: str
@@ -87,8 +82,8 @@ class TokenizerCore:
     silent_ids: frozenset[int]
     special_ids: frozenset[int]
     strips_space: bool
-    encoder: tokenizers.Tokenizer
-    plain_encoder: tokenizers.Tokenizer
+    encoder: Encoder
+    find: Callable[[str], int | None]
     prefix_ids: tuple[int, ...] | None
     suffix_ids: tuple[int, ...]
     bos_id: int | None
@@ -96,8 +91,6 @@ class TokenizerCore:
     pad_id: int | None
     unknown_id: int | None
     eos_ids: frozenset[int]
-    whole: bool = True
-    moved_ids: Mapping[int, int] = field(default_factory=dict)
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id < 0:
@@ -109,19 +102,14 @@ class TokenizerCore:
         return text.encode() if token_id in self.literal_ids else self.spelling.token_bytes(text)
 
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
-        encoder = self.encoder if parse_special else self.plain_encoder
+        surrounds = add_special and self.prefix_ids is None
         try:
-            ids: list[int] = encoder.encode(text, add_special_tokens=add_special and self.prefix_ids is None).ids
-        except BaseException as error:  # the library's panics are not of type Exception
-            if not isinstance(error, Exception) and not _is_panic(error):
-                raise
-            problem = f"this tokenizer cannot encode {text[:60]!r}: {str(error)[:400]}"
-            raise RequestError(f"{self.label}: {problem}") from error
-        if self.moved_ids:
-            ids = [self.moved_ids.get(token, token) for token in ids]
-        if self.prefix_ids is None:
+            ids = self.encoder.encode(text, surrounds, parse_special)
+        except (FormatError, RequestError) as error:
+            raise type(error)(f"{self.label}: this tokenizer cannot encode {text[:60]!r}: {error}") from error
+        if not add_special or self.prefix_ids is None:
             return ids
-        return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special else ids
+        return [*self.prefix_ids, *ids, *self.suffix_ids]
 
     def encode_marked(self, text: str, mark: str, names: Sequence[str]) -> list[int]:
         """Ids of a text in which the control tokens' `names` mean those tokens, unless they have a `mark` inside."""
@@ -171,46 +159,6 @@ def parse_byte_token(text: str) -> int | None:
         return int(text[3:5], 16) if text[3:5].isalnum() else None
     except ValueError:
         return None
-
-
-def share_model(
-    model: Any,
-    added: Sequence[tokenizers.AddedToken],
-    *,
-    normalizer: Any = None,
-    pre_tokenizer: Any = None,
-    post_processor: Any = None,
-) -> tokenizers.Tokenizer:
-    """A Rust tokenizer over `model`, which it shares with others; `added` tokens are found in raw text."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer(model)
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    if pre_tokenizer is not None:
-        tokenizer.pre_tokenizer = pre_tokenizer
-    if post_processor is not None:
-        tokenizer.post_processor = post_processor
-    tokenizer.add_tokens(list(added))
-    return tokenizer
-
-
-@contextmanager
-def library_errors(what: str) -> Iterator[None]:
-    """Turns what the Rust library raises on bad input, panics included, into a FormatError that begins with `what`."""
-    try:
-        yield
-    except Exception as error:
-        raise FormatError(f"{what}: {str(error)[:400]}") from error
-    except BaseException as error:
-        if not _is_panic(error):
-            raise
-        raise FormatError(f"{what}: {str(error)[:400]}") from error
-
-
-def _is_panic(error: BaseException) -> bool:
-    """Whether the Rust library panicked, for example because a regular expression took too long on a text."""
-    return type(error).__name__ == "PanicException"  # which no module exports
 
 
 def read_id(label: str, field: str, value: Any, size: int) -> int | None:

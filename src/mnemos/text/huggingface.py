@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mnemos.errors import FormatError, UnsupportedError
 from mnemos.text.core import (
@@ -17,18 +16,12 @@ from mnemos.text.core import (
     Spelling,
     TokenizerCore,
     WordSpelling,
-    library_errors,
     read_ids,
-    share_model,
 )
+from mnemos.text.tokenizer_json import Source, read_source
 from mnemos.text.word_spellings import word_spelling
 
-if TYPE_CHECKING:
-    import tokenizers
-
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
-_SPARSEST = 16  # ids may be this many times as many as tokens; a file beyond that is only after our memory
-_SMALLEST = 1 << 16
 MAX_ADDED = 1 << 16
 _DECODERS = "ByteLevel, Metaspace, WordPiece, Fuse, a Sequence of Replace, ByteFallback, Fuse and Strip, or none"
 
@@ -105,79 +98,49 @@ def read_chat_templates(folder: Path, settings: Settings) -> tuple[str | None, d
 
 def build_core(file: Path, settings: Settings) -> TokenizerCore:
     """The tokenizer in `file`."""
-    from tokenizers import Tokenizer
-
-    content = _read_text(file)
-    with library_errors(f"{file}: is not a tokenizer.json that the tokenizers library can read"):
-        encoder = Tokenizer.from_str(content)
-        encoder.no_truncation()
-        encoder.no_padding()
-        _add_missing(file, encoder, settings)
-        added = encoder.get_added_tokens_decoder()
-        vocabulary = encoder.get_vocab(with_added_tokens=True)
-    texts = _texts_by_id(file, vocabulary)
-    spelling, strips_space = _spelling(file, encoder)
-    bos, eos, pad, unknown = (_special_id(file, settings, vocabulary, name) for name in ROLES)
-    add_bos = encoder.post_processor is None and settings.tokenizer.get("add_bos_token") is True
+    source = read_source(file, _read_text(file), _missing(file, settings))
+    spelling, strips_space = _spelling(file, source.decoder)
+    bos, eos, pad, unknown = (_special_id(file, settings, source, name) for name in ROLES)
+    add_bos = not source.surrounds and settings.tokenizer.get("add_bos_token") is True
     return TokenizerCore(
         label=str(file),
-        texts=texts,
+        texts=source.texts,
         spelling=spelling,
-        literal_ids=frozenset(token for token, entry in added.items() if not _is_text(spelling, entry.content)),
-        silent_ids=frozenset(token for token, text in enumerate(texts) if not text),
-        special_ids=frozenset(token for token, entry in added.items() if entry.special),
+        literal_ids=frozenset(token.id for token in source.added if not _is_text(spelling, token.text)),
+        silent_ids=source.silent_ids,
+        special_ids=frozenset(token.id for token in source.added if token.special),
         strips_space=strips_space,
-        encoder=encoder,
-        plain_encoder=_plain_encoder(encoder, added, content),
-        prefix_ids=(bos,) if add_bos and bos is not None else None if encoder.post_processor is not None else (),
+        encoder=source.encoder,
+        find=source.find,
+        prefix_ids=(bos,) if add_bos and bos is not None else None if source.surrounds else (),
         suffix_ids=(),
         bos_id=bos,
         eos_id=eos,
         pad_id=pad,
         unknown_id=unknown,
-        eos_ids=_end_ids(file, settings, added, eos, len(texts)),
+        eos_ids=_end_ids(file, settings, source, eos),
     )
 
 
-def _add_missing(file: Path, encoder: tokenizers.Tokenizer, settings: Settings) -> None:
-    """Adds the tokens that only the files beside this one have, and those that play a role, at the end."""
-    from tokenizers import AddedToken
-
-    missing = {text: entry for text, entry in settings.added_tokens().items() if encoder.token_to_id(text) is None}
+def _missing(file: Path, settings: Settings) -> list[tuple[str, int | None, bool]]:
+    """Tokens of the files beside this one, and those that play a role, which it may lack."""
+    missing = dict(settings.added_tokens())
     for role in ROLES:
         text = settings.special_text(role)
-        if text and role != "unk_token" and encoder.token_to_id(text) is None:
+        if text and role != "unk_token":
             missing.setdefault(text, (None, True))
     if len(missing) > MAX_ADDED:
         raise FormatError(f"{file.parent}: the files beside {file.name} add {len(missing)} tokens; at most {MAX_ADDED}")
-    for text, (token, special) in sorted(missing.items(), key=lambda item: (item[1][0] is None, item[1][0] or 0)):
-        following = encoder.get_vocab_size(with_added_tokens=True)
-        if token not in (None, following):
-            problem = f"adds {text[:80]!r} as {token}, which is ignored: the next free id is {following}"
-            warnings.warn(f"{file.parent}: a file beside {file.name} {problem}", stacklevel=2)
-            continue
-        encoder.add_tokens([AddedToken(text, special=special, normalized=False)])
+    return [(text, stated, special) for text, (stated, special) in missing.items()]
 
 
-def _texts_by_id(file: Path, vocabulary: dict[str, int]) -> list[str]:
-    if not vocabulary:
-        raise FormatError(f"{file}: model.vocab is empty; a tokenizer needs at least one token")
-    size = max(vocabulary.values()) + 1
-    if size > max(_SPARSEST * len(vocabulary), _SMALLEST):
-        problem = f"has {len(vocabulary)} tokens, but an id of {size - 1}"
-        raise FormatError(f"{file}: model.vocab {problem}; ids must be dense")
-    texts = [""] * size
-    for text, token in vocabulary.items():
-        texts[token] = text
-    return texts
-
-
-def _spelling(file: Path, encoder: tokenizers.Tokenizer) -> tuple[Spelling, bool]:
+def _spelling(file: Path, decoder: Any) -> tuple[Spelling, bool]:
     """(how tokens spell bytes, whether decoding strips one leading space), from the file's `decoder`."""
-    if encoder.decoder is None:
+    if decoder is None:
         return WordSpelling(), True
-    decoder = json.loads(encoder.decoder.__getstate__())
-    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else None
+    if not isinstance(steps, list) or not all(isinstance(s, dict) and isinstance(s.get("type"), str) for s in steps):
+        raise FormatError(f"{file}: decoder is {str(decoder)[:200]}; it must be an object with a type")
     kinds = [step["type"] for step in steps]
     if "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Fuse"}:
         return ByteLevelSpelling(), False
@@ -206,47 +169,24 @@ def _is_text(spelling: Spelling, text: str) -> bool:
     return True
 
 
-def _plain_encoder(
-    encoder: tokenizers.Tokenizer, added: dict[int, tokenizers.AddedToken], content: str
-) -> tokenizers.Tokenizer:
-    """The same tokenizer, for which special tokens' names are text like any other."""
-    from tokenizers import Tokenizer
-
-    plain = share_model(
-        encoder.model,
-        [added[token] for token in sorted(added)],
-        normalizer=encoder.normalizer,
-        pre_tokenizer=encoder.pre_tokenizer,
-        post_processor=encoder.post_processor,
-    )
-    if any(plain.token_to_id(entry.content) != token for token, entry in added.items()):
-        plain = Tokenizer.from_str(content)
-        plain.no_truncation()
-        plain.no_padding()
-    plain.encode_special_tokens = True
-    return plain
-
-
-def _special_id(file: Path, settings: Settings, vocabulary: dict[str, int], name: str) -> int | None:
+def _special_id(file: Path, settings: Settings, source: Source, name: str) -> int | None:
     """The id of the token that plays the role `name`, such as eos_token: by its text, or by its id in another file."""
     text = settings.special_text(name)
-    if text is not None and text in vocabulary:
-        return vocabulary[text]
-    for origin, source in (("generation_config.json", settings.generation), ("config.json", settings.model)):
-        value = source.get(f"{name}_id")
-        ids = read_ids(str(file.parent / origin), f"{name}_id", value, max(vocabulary.values()) + 1)
+    found = None if text is None else source.find(text)
+    if found is not None:
+        return found
+    for origin, stated in (("generation_config.json", settings.generation), ("config.json", settings.model)):
+        ids = read_ids(str(file.parent / origin), f"{name}_id", stated.get(f"{name}_id"), len(source.texts))
         if ids:
             return ids[0]
     return None
 
 
-def _end_ids(
-    file: Path, settings: Settings, added: dict[int, tokenizers.AddedToken], eos_id: int | None, size: int
-) -> frozenset[int]:
-    ends = {token for token, entry in added.items() if entry.content in END_NAMES}
+def _end_ids(file: Path, settings: Settings, source: Source, eos_id: int | None) -> frozenset[int]:
+    ends = {token.id for token in source.added if token.text in END_NAMES}
     if eos_id is not None:
         ends.add(eos_id)
-    return frozenset(ends) | stated_ends(file.parent, settings, size)
+    return frozenset(ends) | stated_ends(file.parent, settings, len(source.texts))
 
 
 def stated_ends(folder: Path, settings: Settings, size: int) -> frozenset[int]:

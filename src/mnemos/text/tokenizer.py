@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from mnemos.errors import FormatError, RequestError
-from mnemos.text.core import ANCHOR, TokenizerCore
+from mnemos.text.core import TokenizerCore
 from mnemos.text.incremental import IncrementalDecoder, decode_tokens, flat_ids
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 
-# A tokenizer for one text is made in a twentieth of the time that the whole one takes; for this many, one by one.
-MOST_TEXTS = 8
-LONGEST_TEXT = 2048  # characters
 MOST_TEMPLATES = 8  # compiled ones that are kept
 _TEMPLATE = "tokenizer.chat_template"
 
@@ -30,8 +27,7 @@ class Tokenizer:
     """Text to token ids and back.
 
     Made by `from_gguf`, `from_file` or `from_checkpoint`, which only look at the file; the tokenizer is built by
-    `prepare()` or when it is needed, once, by whichever thread comes first. Where `build_for` gets by with less, it is
-    not needed for the first short texts. Safe to use from many threads.
+    `prepare()` or when it is needed, once, by whichever thread comes first. Safe to use from many threads.
     """
 
     def __init__(
@@ -39,17 +35,13 @@ class Tokenizer:
         build: Callable[[], TokenizerCore],
         vocabulary_size: int | None = None,
         chat_template: str | None = None,
-        build_for: Callable[[str], TokenizerCore] | None = None,
         named_templates: Mapping[str, str] | None = None,
     ) -> None:
         self.chat_template = chat_template
         self.named_templates = dict(named_templates or {})  # the model's others, such as "tool_use"
         self._vocabulary_size = vocabulary_size
         self._build = build
-        self._build_for = build_for
-        self._texts = 0  # for which `_build_for` was called
-        self._whole: TokenizerCore | None = None
-        self._latest: TokenizerCore | None = None  # the whole one, or one for a text
+        self._built: TokenizerCore | None = None
         self._templates: dict[str, ChatTemplate] = {}  # compiled, by their sources
         self._controls: tuple[str, ...] | None = None
         self._lock = threading.Lock()
@@ -65,7 +57,7 @@ class Tokenizer:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], label: str) -> Tokenizer:
         """The tokenizer that GGUF metadata describes; `label` is the file, for errors."""
-        from mnemos.text.gguf import build_core, build_core_for, can_build_for_text, model_name, named_templates
+        from mnemos.text.gguf import build_core, model_name, named_templates
         from mnemos.text.vocabulary import used_size
 
         model_name(metadata, label)
@@ -77,9 +69,8 @@ class Tokenizer:
         template = metadata.get(_TEMPLATE)
         if template is not None and not isinstance(template, str):
             raise FormatError(f"{label}: tokenizer.chat_template is {str(template)[:80]}; it must be a string")
-        build_for = (lambda text: build_core_for(text, metadata, label)) if can_build_for_text(metadata) else None
         size = used_size(metadata, len(tokens))
-        return cls(lambda: build_core(metadata, label), size, template, build_for, named_templates(metadata))
+        return cls(lambda: build_core(metadata, label), size, template, named_templates(metadata))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -101,38 +92,17 @@ class Tokenizer:
         return cls.from_file(path if path.is_dir() else path.parent)
 
     def prepare(self) -> Tokenizer:
-        """Builds the whole tokenizer now, as for a server that is going to encode many texts."""
-        self._whole_core()
-        return self
-
-    def warm_up(self) -> None:
-        """Does the work of the first use ahead of time, so that a thread can do it while weights load."""
+        """Builds the tokenizer now, as while weights load in another thread."""
         _ = self._core
+        return self
 
     @property
     def _core(self) -> TokenizerCore:
-        """One that can do everything but encode."""
-        return self._latest or self._core_for("")
-
-    def _core_for(self, text: str) -> TokenizerCore:
-        """One that can encode `text`."""
-        if self._whole is not None or self._build_for is None or len(text) > LONGEST_TEXT:
-            return self._whole_core()
-        with self._lock:
-            if self._whole is None and self._texts < MOST_TEXTS:
-                self._texts += 1
-                core = self._latest = self._build_for(text)
-                if core.whole:
-                    self._whole = core
-                return core
-        return self._whole_core()
-
-    def _whole_core(self) -> TokenizerCore:
-        if self._whole is None:
+        if self._built is None:
             with self._lock:
-                if self._whole is None:
-                    self._whole = self._latest = self._build()
-        return self._whole
+                if self._built is None:
+                    self._built = self._build()
+        return self._built
 
     @overload
     def encode(
@@ -192,8 +162,8 @@ class Tokenizer:
             made = encode_texts(lambda one: self.encode(one, add_special, parse_special, continues), text, 0, form)
             return made.input_ids
         if continues:
-            return self._core_for(ANCHOR + text).encode_inside(text, parse_special)
-        return self._core_for(text).encode(text, add_special, parse_special)
+            return self._core.encode_inside(text, parse_special)
+        return self._core.encode(text, add_special, parse_special)
 
     def __call__(
         self,
@@ -252,7 +222,7 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text; a special token's are its name."""
-        return self._whole_core().token_bytes(token_id)
+        return self._core.token_bytes(token_id)
 
     def apply_chat_template(
         self,
@@ -301,7 +271,7 @@ class Tokenizer:
         if not text:
             raise RequestError(f"{self._core.label}: the chat template makes no text at all of these messages")
         _check_surrogates(text)
-        core = self._core_for(text.replace(PLAIN_MARK, ""))
+        core = self._core
         ids = core.encode_marked(text, PLAIN_MARK, names) if PLAIN_MARK in text else core.encode(text, False, True)
         if core.bos_id is not None and core.prefix_ids == (core.bos_id,) and ids[:1] != [core.bos_id]:
             return [core.bos_id, *ids]
@@ -327,8 +297,8 @@ class Tokenizer:
         source = self.chat_template if source is None else self.named_templates.get(source, source)
         label = self._core.label
         if source is None:
-            whole = self._whole_core()
-            source = default_template(lambda text: whole.encoder.token_to_id(text) is not None, label)
+            find = self._core.find
+            source = default_template(lambda text: find(text) is not None, label)
         with self._lock:
             if source not in self._templates:
                 if len(self._templates) >= MOST_TEMPLATES:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mnemos.errors import FormatError
 from mnemos.formats.string_array import StringArray
+from mnemos.native import core
 from mnemos.text.core import END_NAMES, read_id
+from mnemos.text.pieces import PieceIds, PieceTexts
+
+if TYPE_CHECKING:
+    from mnemos._native import Pieces
 
 PREFIX = "tokenizer.ggml."
 TokenTypes = npt.NDArray[np.int32]
@@ -45,24 +50,22 @@ _FILL_ENDS = (
 )
 # Marks of OpenAI's harmony format, which are part of the text that a caller parses.
 _SHOWN_NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-# Every name that `mark_special_tokens` looks up.
-_KNOWN_NAMES = (*END_NAMES, *_FILL_NAMES, *(name for _, names in _FILL_ENDS for name in names), *_SHOWN_NAMES)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """texts: n unique strings. ids: their ids. types: int32 (n,). scores: float32 (n,), None if the file has none.
 
-    within: if it is not None, `ids` has only what occurs in this text.
+    pieces: the same texts in the native core; None without it.
     """
 
     label: str
     texts: Sequence[str]
-    ids: dict[str, int]
+    ids: Mapping[str, int]
     types: TokenTypes
     scores: npt.NDArray[np.float32] | None
     metadata: Mapping[str, Any]
-    within: str | None = None
+    pieces: Pieces | None
 
     def special_id(self, name: str, default: int | None = None) -> int | None:
         """The token id under `tokenizer.ggml.<name>`."""
@@ -79,25 +82,22 @@ class Vocabulary:
         return value
 
     def of_type(self, *types: TokenType) -> list[int]:
-        found: list[int] = np.flatnonzero(np.isin(self.types, types)).tolist()
+        """Ids of the tokens of these types, ascending."""
+        found: list[int] = self.are(*types).nonzero()[0].tolist()
         return found
 
+    def are(self, *types: TokenType) -> npt.NDArray[np.bool_]:
+        """For each token, whether it is of one of these types."""
+        return np.isin(self.types, types)
 
-def read_vocabulary(metadata: Mapping[str, Any], label: str, within: str | None = None) -> Vocabulary:
-    """Reads and checks the vocabulary; `label` is the file, for errors.
 
-    within: the text in which all tokens occur that will be looked up, except for those with a meaning by name.
-    The metadata's strings must be StringArrays then; a vocabulary with empty ones is read as a whole all the same.
-    """
-    if within is not None:
-        tokens: StringArray = metadata[PREFIX + "tokens"]
-        found = tokens.occurring_in("\0".join((within, *_KNOWN_NAMES)))
-        ids = {text: token for token, text in found.items()}
-        texts: Sequence[str] = tokens
-        if "" in ids or len(ids) != len(found):
-            within = None
-    if within is None:
+def read_vocabulary(metadata: Mapping[str, Any], label: str) -> Vocabulary:
+    """Reads and checks the vocabulary; `label` is the file, for errors."""
+    pieces = _read_pieces(metadata, label)
+    if pieces is None:
         texts, ids = _read_all(metadata, label)
+    else:
+        texts, ids = PieceTexts(pieces), PieceIds(pieces)
     types = _read_numbers(metadata, "token_type", label, len(texts), "iu")
     scores = _read_numbers(metadata, "scores", label, len(texts), "iuf")
     if types is None:
@@ -110,7 +110,7 @@ def read_vocabulary(metadata: Mapping[str, Any], label: str, within: str | None 
         np.where(known, types, TokenType.UNDEFINED).astype(np.int32),
         None if scores is None else scores.astype(np.float32),
         metadata,
-        within,
+        pieces,
     )
 
 
@@ -123,7 +123,23 @@ def used_size(metadata: Mapping[str, Any], size: int) -> int:
     return int(used[-1]) + 1 if used.size else size
 
 
-def _read_all(metadata: Mapping[str, Any], label: str) -> tuple[list[str], dict[str, int]]:
+def _read_pieces(metadata: Mapping[str, Any], label: str) -> Pieces | None:
+    """Every token's text, in the native core."""
+    if core is None:
+        return None
+    tokens = metadata.get(PREFIX + "tokens")
+    try:
+        if isinstance(tokens, StringArray) and len(tokens):
+            pieces = core.Pieces.of_strings(tokens.data, len(tokens))
+            if not pieces.empty_numbers():
+                return pieces
+        texts = read_strings(metadata, "tokens", label)
+        return core.Pieces([text or f"[EMPTY_{index}]" for index, text in enumerate(texts)])
+    except FormatError as error:
+        raise FormatError(f"{label}: {PREFIX}tokens {error}") from error
+
+
+def _read_all(metadata: Mapping[str, Any], label: str) -> tuple[Sequence[str], Mapping[str, int]]:
     """(every token's text, and their ids), the texts unique."""
     texts = read_strings(metadata, "tokens", label)
     ids = dict(zip(texts, range(len(texts)), strict=True))
