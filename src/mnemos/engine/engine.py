@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from mnemos.contract import Floats
     from mnemos.decoding.config import AnyConfig, GenerationConfig
+    from mnemos.engine.decide import DecisionHandle
     from mnemos.engine.embedding import EmbeddingHandle
     from mnemos.engine.options import EngineKeywords, LoadKeywords
     from mnemos.text.tokenizer import Tokenizer
@@ -281,6 +282,41 @@ class InferenceEngine:
         check_embedding(self.spec, pooling)
         strategy = ForcedEmbedding(pooling, normalize)
         return EmbeddingHandle(self._launcher.prepare_forced(strategy, prompt, config)(), strategy, len(prompt))
+
+    def decide(self, input: Any, questions: Any) -> Any:
+        """Answers typed questions about an input with probabilities, without generating text.
+
+        input: a text, or messages. questions: one `Predicate`, `Choice` or `Score` of `mnemos.engine.decide` (or a
+        mapping with type, instructions and criteria), a list of them, or a mapping by name; `Decision`s come back in
+        the same form. The input is evaluated once; every option is a row of the same batch.
+        """
+        one = not isinstance(questions, (list, tuple)) and not (
+            isinstance(questions, Mapping) and "type" not in questions
+        )
+        named = dict(questions) if isinstance(questions, Mapping) and not one else None
+        wanted = [questions] if one else list(named.values()) if named is not None else list(questions)
+        handles = [self.submit_decision(input, question) for question in wanted]
+        answers = [handle.result() for handle in handles]
+        return answers[0] if one else dict(zip(named, answers, strict=True)) if named is not None else answers
+
+    def submit_decision(self, input: Any, question: Any, **scheduling: Any) -> DecisionHandle:
+        """Queues one question and returns immediately; CapacityError if the queue is full.
+
+        scheduling: priority, tenant, deadline and cache_salt, as in GenerationConfig.
+        """
+        from mnemos.decoding.config import GenerationConfig
+        from mnemos.decoding.options import ForcedOptions
+        from mnemos.engine.decide import DecisionHandle, option_ids, prompt_of, question_of
+
+        if self.tokenizer is None:
+            raise RequestError("the engine has no tokenizer; decisions are about texts")
+        question = question_of(question, "question")
+        prompt, options = prompt_of(self.tokenizer, input, question), option_ids(self.tokenizer, question)
+        strategy = ForcedOptions(options, self.spec.rewinds)
+        longest = max(map(len, options))
+        config = GenerationConfig(**scheduling)
+        handle = self._launcher.prepare_forced(strategy, prompt, config, longest)()
+        return DecisionHandle(question, handle, strategy, [label for label, _ in question.options])
 
     # The engine itself.
 

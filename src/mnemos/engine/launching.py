@@ -79,9 +79,11 @@ class Launcher:
         run_all([self.prepare_forced(strategy, prompt, config) for strategy, prompt in pairs], self._thread.queue_size)
 
     def prepare_forced(
-        self, strategy: Strategy, prompt: list[int], config: GenerationConfig
+        self, strategy: Strategy, prompt: list[int], config: GenerationConfig, further: int = 0
     ) -> Callable[[], RequestHandle]:
         """`prepare` for a strategy that only evaluates its prompt; of the config, only scheduling counts.
+
+        further: how many tokens the strategy evaluates after the prompt.
 
         UnsupportedError for a model with an encoder, ContextLengthError for a text that is too long.
         """
@@ -93,10 +95,10 @@ class Launcher:
                 f"{spec.architecture} has an encoder for its prompt; a text alone has no score and no embedding"
             )
         fit_prompt(config, prompt, spec)
-        excess = len(prompt) - spec.context_length
+        excess = len(prompt) + further - spec.context_length
         if excess > 0:
             raise ContextLengthError(
-                f"the text has {len(prompt)} tokens, {excess} more than the context of {spec.context_length}"
+                f"the text has {len(prompt) + further} tokens, {excess} more than the context of {spec.context_length}"
             )
         return partial(self._launch, strategy, prompt, config)
 

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from mnemos import __version__
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import MnemosError
-from mnemos.serve import health, page_api
+from mnemos.serve import decisions, health, page_api
 from mnemos.serve import metrics as metrics_page
 from mnemos.serve.anthropic import messages as anthropic_messages
 from mnemos.serve.catalogue import Catalogue, Offer, given
@@ -46,6 +46,7 @@ ROUTERS = (
     anthropic_messages.router,
     ollama_chat.router,
     ollama_models.router,
+    decisions.router,
     page_api.router,
 )
 MOST_PROBLEMS = 3  # of a request that are named in one error
