@@ -259,3 +259,16 @@ def test_any_values_give_a_valid_config_or_an_error_that_names_a_field(given):
     else:
         assert config.mode in ("greedy", "sampling", "beam", "contrastive")
         assert config.with_overrides() == config
+
+
+def test_a_pydantic_model_is_its_schema() -> None:
+    class Person:
+        """What a class of pydantic's has."""
+
+        @classmethod
+        def model_json_schema(cls) -> dict[str, object]:
+            return {"type": "object", "properties": {"age": {"type": "integer"}}}
+
+    assert GenerationConfig(json_schema=Person).json_schema == Person.model_json_schema()  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="json_schema is .*; it must be a JSON schema: a dict, a pydantic model"):
+        GenerationConfig(json_schema=int)  # type: ignore[arg-type]

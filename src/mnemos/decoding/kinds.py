@@ -78,6 +78,8 @@ def _callable(value: Any) -> Any:
 
 
 def _schema(value: Any) -> Any:
+    if isinstance(value, type) and hasattr(value, "model_json_schema"):
+        value = value.model_json_schema()
     try:
         schema = json.loads(value) if isinstance(value, str) else value
         small = isinstance(schema, (dict, bool)) and len(json.dumps(schema, allow_nan=False)) <= 1 << 20
@@ -112,5 +114,7 @@ TEMPERATURE = Rule(
 EARLY_STOPPING = Rule(_early, 'True, False or "never"', "flag or name")
 BIAS = Rule(_bias, "a mapping from token ids to numbers from -100 to 100", "mapping")
 JSON_SCHEMA = Rule(
-    _schema, "a JSON schema: a dict, True or False, or JSON text of at most 1048576 characters", "schema"
+    _schema,
+    "a JSON schema: a dict, a pydantic model, True or False, or JSON text of at most 1048576 characters",
+    "schema",
 )
