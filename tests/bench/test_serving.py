@@ -65,6 +65,7 @@ def test_a_context_shorter_than_the_longest_request_is_refused(monkeypatch: pyte
         next(run_workload(tmp_path, "auto", Workload()))
 
 
+@pytest.mark.slow
 def test_figures_of_scheduling_on_any_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "RUNS", 1)
     with InferenceEngine(ToyModel(context_length=512), prefix_cache=False, cache_tokens=16_384) as engine:

@@ -110,6 +110,7 @@ def test_eval_refuses_what_it_cannot_score(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_prints_json_lines(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(smollm2), "--metrics", "pp16,tg4,b2", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -71,6 +71,7 @@ def test_vocabulary_only(write):
     assert GGUFFile.open(write(SmallGGUF(infos=[], data=b""))).tensors == {}
 
 
+@pytest.mark.slow
 def test_agrees_with_the_gguf_package(smollm2):
     gguf = pytest.importorskip("gguf")
     theirs, ours = gguf.GGUFReader(smollm2), GGUFFile.open(smollm2)

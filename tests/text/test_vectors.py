@@ -34,6 +34,7 @@ def test_ids_are_exact_and_decode_to_the_text(name: str, tokenizer_of: Tokenizer
         assert tokenizer.decode(ids, skip_special=False) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", PRE_TOKENIZED["groups"], ids=lambda group: group["names"][0])
 def test_each_pre_tokenizer_cuts_as_llama_cpp_does(
     group: dict[str, Any], vocabulary_file: Callable[[str], Path]
