@@ -162,6 +162,26 @@ def test_requests_of_coding_agents_are_answered(client: httpx.Client) -> None:
     assert "event: response.incomplete" in lines
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "tools": [{"type": "function", "name": {}}],
+            "tool_choice": {"type": "allowed_tools", "tools": [{"name": {}}]},
+        },
+        {"tool_choice": {"type": "allowed_tools", "tools": 1.5}},
+        {"input": [{"type": "reasoning", "content": 1.5}, {"role": "user", "content": "a"}]},
+        {"input": [{"type": "reasoning", "summary": [None, {"text": 1}]}, {"role": "user", "content": "a"}]},
+        {"input": [{"type": "function_call", "name": 1, "arguments": [1]}]},
+        {"input": [{"type": "function_call_output", "output": {}}]},
+        {"reasoning": {"effort": {}}},
+    ],
+)
+def test_malformed_parts_are_no_failure_of_the_server(client: httpx.Client, fields: dict[str, Any]) -> None:
+    response = client.post(PATH, json={"input": "a", "max_output_tokens": 1, **fields})
+    assert response.status_code in (200, 400), response.text
+
+
 def test_names_of_what_is_skipped_cannot_write_headers(client: httpx.Client) -> None:
     hostile = "x\r\nset-cookie: a=b\u2028\u00e9"
     items = [{"role": "user", "content": "a"}, {"type": hostile}]

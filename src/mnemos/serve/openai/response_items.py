@@ -72,7 +72,8 @@ def _add_reasoning(message: dict[str, Any], reasoning: list[str]) -> None:
 
 
 def _texts(parts: Any) -> list[str]:
-    return [part["text"] for part in parts or () if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    found = parts if isinstance(parts, list) else []
+    return [part["text"] for part in found if isinstance(part, dict) and isinstance(part.get("text"), str)]
 
 
 def _content(content: Any) -> Any:

@@ -122,10 +122,13 @@ def task_of(body: ResponsesRequest, items: list[dict[str, Any]], connection: Con
     ignore(connection, [*(f"item:{kind}" for kind in skipped), *(f"tool:{kind}" for kind in others)])
     wanted: Any = body.tool_choice
     if isinstance(wanted, dict) and wanted.get("type") == "allowed_tools":
-        allowed = {tool.get("name") for tool in wanted.get("tools") or () if isinstance(tool, dict)}
+        named = wanted.get("tools")
+        allowed = [tool.get("name") for tool in named if isinstance(tool, dict)] if isinstance(named, list) else []
         tools = [tool for tool in tools if tool["function"].get("name") in allowed]
         wanted = wanted.get("mode", "auto")
     effort = (body.reasoning or {}).get("effort")
+    if effort is not None and not isinstance(effort, str):
+        raise Refusal(400, f"reasoning.effort is {str(effort)[:80]}; it must be a text", param="reasoning.effort")
     conversation = Conversation(
         messages,
         tools=tools,
