@@ -9,10 +9,11 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find src/mnemos native -type f 
 # The bytecode of the tests is kept, whatever the environment says: compiling it costs every process some seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test quick lint pytest bench native native-tools native-tests sanitize test-neon wheel clean
+.PHONY: help demo serve test quick lint pytest bench native native-tools native-tests sanitize test-neon wheel clean
 
 help:
 	@echo 'make demo    build Mnemos, fetch a small model once and let it answer a question'
+	@echo 'make serve   serve the small model: a page, and the APIs that clients know'
 	@echo 'make test    lint, types and all tests'
 	@echo 'make quick   ruff, mypy, the tests that are fast and need no PyTorch, the kernels of one level: before each commit'
 	@echo 'make lint    ruff and mypy alone'
@@ -26,6 +27,10 @@ help:
 
 demo: $(VENV)/.done-install
 	@$(BIN)/mnemos generate smollm2-135m 'Why is the sky blue? Answer in two sentences.'
+
+serve: $(VENV)/.done-install
+	@$(BIN)/python -c 'import fastapi, uvicorn, prometheus_client' 2>/dev/null || $(PIP_INSTALL) fastapi uvicorn prometheus-client
+	@$(BIN)/mnemos serve smollm2-135m
 
 test: lint pytest
 

@@ -17,7 +17,7 @@ import uvicorn
 from playwright.sync_api import Page, sync_playwright
 
 from mnemos import InferenceEngine
-from mnemos.serve.app import app
+from mnemos.serve.application import app
 from mnemos.serve.run import address, listen
 from mnemos.serve.settings import Settings
 

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "mnemos"
 # From the bottom up. A module may import from its own floor or below.
 FLOORS = (
-    ("errors",),
+    ("errors", "version"),
     ("contract", "native", "rules"),
     ("machine",),
     ("formats", "hub"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mnemos.version import __version__ as __version__
+
 if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.compat.batching import (  # noqa: I001  names that are exported again, in one statement a module
         BatchInference as BatchInference,
@@ -18,6 +20,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.compat.generate import generate as generate, generate_batch as generate_batch
     from mnemos.compat.generator import Generator as Generator
     from mnemos.compat.inference_config import InferenceConfig as InferenceConfig
+    from mnemos.compat.model_server import InferenceAPI as InferenceAPI, ModelServer as ModelServer
     from mnemos.compat.optimized import OptimizedInferenceEngine as OptimizedInferenceEngine
     from mnemos.compat.sampling import (
         apply_temperature as apply_temperature,
@@ -32,7 +35,6 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.models.foreign.cached_attention import CachedAttention as CachedAttention, KVCache as KVCache
     from mnemos.text.tokenizer import Tokenizer as Tokenizer
 
-__version__ = "0.1.0"
 
 # The public names by the modules that they are imported from.
 _NAMES = {
@@ -42,6 +44,7 @@ _NAMES = {
     "mnemos.compat.generate": "generate generate_batch",
     "mnemos.compat.generator": "Generator",
     "mnemos.compat.inference_config": "InferenceConfig",
+    "mnemos.compat.model_server": "InferenceAPI ModelServer",
     "mnemos.compat.optimized": "OptimizedInferenceEngine",
     "mnemos.compat.sampling": "apply_temperature enforce_repetition_penalty sample_top_p top_k_top_p_filtering",
     "mnemos.compat.token_processor": "TokenProcessor",

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from mnemos.engine.engine import InferenceEngine
-from mnemos.serve.app import app
+from mnemos.serve.application import app
 from tests.serve.running import running
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from mnemos.engine.engine import InferenceEngine
-from mnemos.serve.app import app
+from mnemos.serve.application import app
 from mnemos.serve.keys import Keys
 from mnemos.serve.settings import Settings
 from tests.serve.running import running

@@ -12,7 +12,7 @@ import pytest
 
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import ConfigError
-from mnemos.serve.app import app
+from mnemos.serve.application import app
 from mnemos.serve.keys import ANYONE, Caller, Keys, Usage, read_keys
 from mnemos.serve.refusal import Refusal
 from tests.serve.running import running

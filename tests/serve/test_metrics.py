@@ -9,7 +9,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from mnemos.engine.engine import InferenceEngine
-from mnemos.serve.app import app
+from mnemos.serve.application import app
 from mnemos.serve.logs import LineFormatter
 from tests.serve.running import running
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from mnemos.engine.engine import InferenceEngine
-from mnemos.serve.app import app
+from mnemos.serve.application import app
 from mnemos.serve.keys import Keys
 from tests.serve.running import running
 

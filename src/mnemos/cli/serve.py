@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     _need_the_extra()
-    from mnemos.serve.app import app
+    from mnemos.serve.application import app
     from mnemos.serve.catalogue import Catalogue
     from mnemos.serve.keys import Keys
     from mnemos.serve.logs import set_up

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mnemos.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from mnemos.serve.app import app
+    from mnemos.serve.application import app
 
 __all__ = ["app"]
 
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from mnemos.serve.app import app
+        from mnemos.serve.application import app
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mnemos"):
             raise

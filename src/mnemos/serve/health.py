@@ -6,8 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from mnemos import __version__
 from mnemos.serve.state import server_of
+from mnemos.version import __version__
 
 router = APIRouter(tags=["server"])
 

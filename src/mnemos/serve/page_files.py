@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 FOLDER = Path(__file__).with_name("page")
+DESCRIPTION = Path(__file__).with_name("swagger")
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -37,7 +38,6 @@ POLICY = "; ".join(
     )
 )
 HEADERS = {
-    "content-security-policy": POLICY,
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-cache",  # asked for again each time, answered with 304 as long as it is the same
@@ -50,6 +50,7 @@ class PageFile:
     """A file of the page; read, and compressed, when it is first asked for."""
 
     path: Path
+    policy: str = POLICY
 
     @cached_property
     def content(self) -> bytes:
@@ -68,7 +69,7 @@ class PageFile:
 
     def response(self, headers: Mapping[str, str]) -> Response:
         """The answer to a request with these headers."""
-        own = {**HEADERS, "etag": self.tag}
+        own = {**HEADERS, "content-security-policy": self.policy, "etag": self.tag}
         if headers.get("if-none-match", "").removeprefix("W/") == self.tag:
             return Response(status_code=304, headers=own)
         own["content-type"] = TYPES[self.path.suffix]
@@ -88,6 +89,14 @@ def page_files(folder: Path = FOLDER) -> dict[str, PageFile]:
         if path.suffix in TYPES
     }
     return {"/": files.pop("/page/index.html"), **files}
+
+
+def description_files(folder: Path = DESCRIPTION) -> dict[str, PageFile]:
+    """The files of the API's description at /docs, which come from this server too."""
+    policy = POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")  # Swagger UI sets styles itself
+    names = ("swagger-ui-bundle.js", "swagger-ui.css", "start.js")
+    files = {f"/docs/{name}": PageFile(folder / name, policy) for name in names}
+    return {"/docs": PageFile(folder / "index.html", policy), **files}
 
 
 def page_routes(files: Mapping[str, PageFile]) -> list[Route]:

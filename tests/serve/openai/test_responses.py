@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from mnemos.engine.engine import InferenceEngine
-from mnemos.serve.app import app
+from mnemos.serve.application import app
 from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
 from mnemos.serve.keys import Keys
 from mnemos.serve.openai.response_items import items_of, messages_of

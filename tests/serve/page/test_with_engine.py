@@ -8,7 +8,7 @@ import pytest
 
 from mnemos.decoding.config import GenerationConfig
 from mnemos.engine.engine import InferenceEngine
-from mnemos.serve.app import app
+from mnemos.serve.application import app
 from tests.serve.page.conftest import ask
 from tests.serve.running import running
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mnemos import __version__
 from mnemos.decoding.prompt_scores import ScoredToken
 from mnemos.engine.completion import StreamedToken, Usage
 from mnemos.serve.events import End
@@ -16,6 +15,7 @@ from mnemos.serve.openai.types import FINISHES
 from mnemos.serve.refusal import Refusal
 from mnemos.serve.streams import encode
 from mnemos.text.tokenizer import Tokenizer
+from mnemos.version import __version__
 
 FINGERPRINT = f"mnemos-{__version__}"
 LEAST = -9999.0  # JSON has no infinities

@@ -13,10 +13,9 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from mnemos import __version__
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import MnemosError
-from mnemos.serve import decisions, health, page_api
+from mnemos.serve import decisions, generate, health, page_api
 from mnemos.serve import metrics as metrics_page
 from mnemos.serve.anthropic import messages as anthropic_messages
 from mnemos.serve.catalogue import Catalogue, Offer, given
@@ -29,14 +28,16 @@ from mnemos.serve.ollama import models as ollama_models
 from mnemos.serve.openai import chat, completions, embeddings, responses
 from mnemos.serve.openai import models as openai_models
 from mnemos.serve.openai.response_store import ResponseStore
-from mnemos.serve.page_files import page_files, page_routes
+from mnemos.serve.page_files import description_files, page_files, page_routes
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.settings import Settings
 from mnemos.serve.state import State
+from mnemos.version import __version__
 
 IDLE_CHECK = 5.0  # seconds between two looks for models to unload
 ROUTERS = (
     health.router,
+    generate.router,
     metrics_page.router,
     openai_models.router,
     chat.router,
@@ -75,7 +76,7 @@ def app(
     inner.router.route_class = CheckedRoute
     for router in ROUTERS:
         inner.include_router(router)
-    page = page_files()
+    page = {**page_files(), **description_files()}
     inner.router.routes.extend(page_routes(page))
     for kind in (MnemosError, Refusal, HTTPException, RequestValidationError, Exception):
         inner.add_exception_handler(kind, _refuse)
