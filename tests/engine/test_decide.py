@@ -47,6 +47,7 @@ def by_hand(engine: InferenceEngine, question: Any) -> list[float]:
         Score("How angry is the customer?", ["calm", "annoyed", "angry"]),
     ],
 )
+@pytest.mark.slow
 def test_probabilities_are_those_of_whole_labels(engine: InferenceEngine, question: Any) -> None:
     decision = engine.decide(TEXT, question)
     expected = np.array(by_hand(engine, question))
