@@ -1,5 +1,6 @@
 #include "text/pieces.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "system/error.h"
@@ -79,24 +80,35 @@ void Pieces::index(Twice twice) {
   while (3 * slots < 4 * size()) slots *= 2;
   slots_.assign(slots, empty_slot);
   mask_ = slots - 1;
-  for (size_t i = 0; i < size(); i++) {
-    const std::string_view piece = text(i);
-    if (piece.empty()) {
-      empty_.push_back(static_cast<int32_t>(i));
-      continue;
+  // The slots of some pieces are fetched before the first of them is needed, as nearly all are out of the cache.
+  constexpr size_t together = 32;
+  uint64_t hashes[together];
+  for (size_t first = 0; first < size(); first += together) {
+    const size_t count = std::min(together, size() - first);
+    for (size_t i = 0; i < count; i++) {
+      hashes[i] = hash_of(text(first + i));
+      __builtin_prefetch(&slots_[hashes[i] & mask_], 1);
     }
-    if (!is_utf8(piece)) throw format_error("string " + std::to_string(i) + " is not UTF-8");
-    const uint64_t hash = hash_of(piece);
-    size_t slot = hash & mask_;
-    for (; slots_[slot] != empty_slot; slot = (slot + 1) & mask_) {
-      const uint32_t other = static_cast<uint32_t>(slots_[slot]);
-      if (slots_[slot] >> 32 != hash >> 32 || text(other) != piece) continue;
-      if (twice == Twice::last) break;
-      throw format_error("holds " + shown(piece) + " at " + std::to_string(other) + " and at " + std::to_string(i) +
-                         "; tokens must be unique");
-    }
-    slots_[slot] = (hash >> 32) << 32 | i;
+    for (size_t i = 0; i < count; i++) add(first + i, hashes[i], twice);
   }
+}
+
+void Pieces::add(size_t number, uint64_t hash, Twice twice) {
+  const std::string_view piece = text(number);
+  if (piece.empty()) {
+    empty_.push_back(static_cast<int32_t>(number));
+    return;
+  }
+  if (!is_utf8(piece)) throw format_error("string " + std::to_string(number) + " is not UTF-8");
+  size_t slot = hash & mask_;
+  for (; slots_[slot] != empty_slot; slot = (slot + 1) & mask_) {
+    const uint32_t other = static_cast<uint32_t>(slots_[slot]);
+    if (slots_[slot] >> 32 != hash >> 32 || text(other) != piece) continue;
+    if (twice == Twice::last) break;
+    throw format_error("holds " + shown(piece) + " at " + std::to_string(other) + " and at " + std::to_string(number) +
+                       "; tokens must be unique");
+  }
+  slots_[slot] = (hash >> 32) << 32 | number;
 }
 
 }  // namespace mnemos

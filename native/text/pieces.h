@@ -38,6 +38,7 @@ class Pieces {
 
  private:
   void index(Twice twice);
+  void add(size_t number, uint64_t hash, Twice twice);
 
   static constexpr uint64_t empty_slot = ~uint64_t(0);
   std::string bytes_;
