@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
+from concurrent.futures import Future
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     _need_the_extra()
-    from mnemos.serve.application import app
     from mnemos.serve.catalogue import Catalogue
     from mnemos.serve.keys import Keys
     from mnemos.serve.logs import set_up
-    from mnemos.serve.run import address, listen, serve, warning
     from mnemos.serve.settings import Settings
 
     file = _file(arguments.config)
@@ -105,7 +106,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not offers:
         raise ConfigError("there is no model to serve; name one, such as smollm2-135m, or give --config FILE")
     offers = _with_aliases([_checked(offer, arguments.keep_alive) for offer in offers], arguments.alias)
-    catalogue = Catalogue(offers, arguments.default or (file.default if file else None))
+    default = arguments.default or (file.default if file else None)
+    offers = _started(offers, default)
+    from mnemos.serve.application import app  # imported late: the weights are being read meanwhile
+    from mnemos.serve.run import address, listen, serve, warning
+
+    catalogue = Catalogue(offers, default)
     set_up(settings.log_format == "json")
     listener = listen(settings)
     application = app(catalogue, settings=settings, keys=keys)
@@ -121,14 +127,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _need_the_extra() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"{error.name} is not installed; the server needs it: pip install 'mnemos[serve]'"
-        ) from error
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(name) is None:
+            raise MissingDependencyError(f"{name} is not installed; the server needs it: pip install 'mnemos[serve]'")
 
 
 def _file(path: str | None) -> ServerFile | None:
@@ -167,6 +168,26 @@ def _checked(offer: Offer, keep_alive: float | None) -> Offer:
     if source not in KNOWN_MODELS and not source.startswith("hf:"):
         resolve(source)
     return offer if keep_alive is None else replace(offer, keep_alive=keep_alive)
+
+
+def _started(offers: list[Offer], default: str | None) -> list[Offer]:
+    """The offers, of which the one that is loaded first is being loaded already, in a thread of its own."""
+    first = 0 if len(offers) == 1 else next((n for n, one in enumerate(offers) if one.name == default), None)
+    if first is None:
+        return offers
+    make = offers[first].make
+    started: list[Future[InferenceEngine]] = [Future()]
+    future = started[0]
+
+    def load() -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=load, daemon=True).start()
+    ahead = replace(offers[first], make=lambda: started.pop().result() if started else make())
+    return [*offers[:first], ahead, *offers[first + 1 :]]
 
 
 def _with_aliases(offers: list[Offer], aliases: list[str]) -> list[Offer]:
