@@ -33,6 +33,9 @@ class Results:
         self.emitted += emitted
         self.finished += finished
 
+    def ring(self) -> None:
+        """Nobody is woken."""
+
     def end(self, error: BaseException | None) -> None:
         assert not self.ended
         self.ended = True

@@ -82,6 +82,8 @@ class EngineCore:
         for request in ready:
             if request.state is State.RUNNING:
                 self._advance(request, left)
+        for request in ready:  # not sooner: a woken reader would take the interpreter from the other deliveries
+            request.sink.ring()
         if self.draft_model is not None:
             self._draft(self.draft_model, [request for request in ready if request.state is State.RUNNING])
         scheduler.budget.observe(step.decode_rows, step.prefill_rows, left - entered)

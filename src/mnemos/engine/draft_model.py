@@ -139,6 +139,9 @@ class _Nowhere:
     def deliver(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None:
         """Never called."""
 
+    def ring(self) -> None:
+        """Never called."""
+
     def end(self, error: BaseException | None) -> None:
         """Never called."""
 

@@ -14,11 +14,10 @@ from mnemos.decoding.strategy import Emitted, FinishedSequence
 from mnemos.engine.assembler import Delivery, TextStream, choices_of
 from mnemos.engine.completion import Completion, StreamedToken, Usage
 from mnemos.engine.request import Request, Timings
+from mnemos.engine.wakeups import LoopReader, Reader, ThreadReader
 from mnemos.errors import CapacityError, MnemosError
 
 if TYPE_CHECKING:
-    import asyncio
-
     from mnemos.decoding.prompt_scores import ScoredToken
     from mnemos.engine.thread import EngineThread
     from mnemos.text.tokenizer import Tokenizer
@@ -38,24 +37,32 @@ class Lease:
 class Channel:
     """A request's output as the engine's thread delivers it, for any number of readers.
 
-    Each reads from the beginning, at its own pace. Only streaming readers are woken for every delivery.
+    Each reads from the beginning, at its own pace. Only streaming readers are woken for every delivery, those in an
+    event loop once the step has made all its deliveries.
     """
 
     def __init__(self) -> None:
         self.items: list[Delivery] = []  # only ever appended to
         self.ended = False
         self.error: BaseException | None = None
-        self._readers: list[Callable[[], None]] = []  # wake streaming readers
+        self._readers: list[Reader] = []  # that stream
         self._callbacks: deque[Callable[[], None]] = deque()
 
     def deliver(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None:
         self.items.append((emitted, finished))
-        self._wake_readers()
+        for reader in self._readers[:]:  # they come and go in other threads
+            reader.note()
+
+    def ring(self) -> None:
+        for reader in self._readers[:]:
+            reader.ring()
 
     def end(self, error: BaseException | None) -> None:
         self.error = error
         self.ended = True
-        self._wake_readers()
+        for reader in self._readers[:]:
+            reader.note()
+            reader.ring()
         while self._callbacks:
             self._callbacks.popleft()()
 
@@ -67,18 +74,13 @@ class Channel:
                 self._callbacks.popleft()()
 
     @contextmanager
-    def reading(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Inside the block, `wake` is called after every delivery and at the end."""
-        self._readers.append(wake)
+    def reading(self, reader: Reader) -> Iterator[None]:
+        """Inside the block, `reader` is woken after every delivery and at the end."""
+        self._readers.append(reader)
         try:
             yield
         finally:
-            self._readers.remove(wake)
-
-    def _wake_readers(self) -> None:
-        if self._readers:
-            for wake in self._readers[:]:  # readers come and go in other threads
-                wake()
+            self._readers.remove(reader)
 
 
 class RequestHandle:
@@ -157,7 +159,7 @@ class RequestHandle:
     def _tokens(self) -> Iterator[StreamedToken]:
         channel, reader, arrived = self._channel, self._reader(), threading.Event()
         try:
-            with channel.reading(arrived.set):
+            with channel.reading(ThreadReader(arrived.set)):
                 ended = False
                 while not ended:
                     arrived.clear()
@@ -177,9 +179,10 @@ class RequestHandle:
     async def arrivals(self) -> AsyncIterator[list[StreamedToken]]:
         """All tokens that have come since the last turn of the loop, at least one, as a list."""
         channel, reader = self._channel, self._reader()
-        arrived, wake = _event_of_loop()
+        waiting = LoopReader()
+        arrived = waiting.arrived
         try:
-            with channel.reading(wake):
+            with channel.reading(waiting):
                 ended = False
                 while not ended:
                     arrived.clear()
@@ -196,10 +199,15 @@ class RequestHandle:
         return self._result_async().__await__()
 
     async def _result_async(self) -> Completion:
-        ended, wake = _event_of_loop()
+        waiting = LoopReader()
+
+        def wake() -> None:
+            waiting.note()
+            waiting.ring()
+
         try:
             self._channel.at_end(wake)
-            await ended.wait()
+            await waiting.arrived.wait()
         except BaseException:
             self.cancel()
             raise
@@ -238,19 +246,6 @@ class RequestHandle:
     def _usage(self, generated: int) -> Usage:
         request = self._request
         return Usage(len(request.source or request.prompt), request.cached_tokens, generated)
-
-
-def _event_of_loop() -> tuple[asyncio.Event, Callable[[], None]]:
-    """An event of the running event loop, and a function that sets it from any thread."""
-    import asyncio  # not at the top: it would double the time that a program without it takes to start
-
-    loop, event = asyncio.get_running_loop(), asyncio.Event()
-
-    def wake() -> None:
-        with suppress(RuntimeError):  # the loop is closed: there is no reader any more
-            loop.call_soon_threadsafe(event.set)
-
-    return event, wake
 
 
 Launch = Callable[[], RequestHandle]

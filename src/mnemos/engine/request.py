@@ -21,6 +21,9 @@ class Sink(Protocol):
 
     def deliver(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None: ...
 
+    def ring(self) -> None:
+        """Called after a step's deliveries, its own and those to other requests."""
+
     def end(self, error: BaseException | None) -> None:
         """Called last, with the request's error or None."""
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.responses import StreamingResponse
+from starlette.types import Send
 
 from mnemos.serve.refusal import Refusal, refusal_of
 
 logger = logging.getLogger("mnemos.serve")
 # No proxy may hold pieces back or change them.
 STREAM_HEADERS = {"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def encode(content: Any) -> str:
     """JSON on one line."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return _encoder.encode(content)
 
 
 def event_stream(
@@ -30,38 +33,55 @@ def event_stream(
     chunks: the events as text, ready to be sent. on_error: the last events of a stream that fails after its beginning.
     ping: seconds of silence after which a comment is sent, so that neither client nor proxy gives up.
     """
-    return StreamingResponse(
-        _kept_alive(chunks, ping, on_error, ping_text), media_type="text/event-stream", headers=dict(STREAM_HEADERS)
-    )
+    return _Stream(chunks, on_error, "text/event-stream", ping, ping_text)
 
 
 def line_stream(chunks: AsyncIterator[str], on_error: Callable[[Refusal], str]) -> StreamingResponse:
     """A response of one JSON document a line."""
-    return StreamingResponse(
-        _kept_alive(chunks, None, on_error, ""), media_type="application/x-ndjson", headers=dict(STREAM_HEADERS)
-    )
+    return _Stream(chunks, on_error, "application/x-ndjson")
 
 
-async def _kept_alive(
-    chunks: AsyncIterator[str], ping: float | None, on_error: Callable[[Refusal], str], ping_text: str
-) -> AsyncIterator[bytes]:
-    waiting: asyncio.Future[str] | None = None
-    try:
+class _Stream(StreamingResponse):
+    """A stream whose chunks are sent without a task for each; another task fills the silence between them."""
+
+    def __init__(
+        self,
+        chunks: AsyncIterator[str],
+        on_error: Callable[[Refusal], str],
+        media_type: str,
+        ping: float | None = None,
+        ping_text: str = "",
+    ) -> None:
+        super().__init__(chunks, media_type=media_type, headers=dict(STREAM_HEADERS))
+        self._chunks = chunks
+        self._on_error = on_error
+        self._ping = ping
+        self._ping_text = ping_text
+        self._sent = time.monotonic()  # when something was sent last
+
+    async def stream_response(self, send: Send) -> None:
+        """Sends everything, and the last events of a stream that fails."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        pinging = None if self._ping is None else asyncio.create_task(self._keep_alive(send, self._ping))
+        try:
+            async for chunk in self._chunks:
+                await self._write(send, chunk)
+        except Exception as error:
+            refusal = refusal_of(error)
+            if refusal.status >= 500 and not isinstance(error, Refusal):
+                logger.exception("a stream failed", exc_info=error)
+            await self._write(send, self._on_error(refusal))
+        finally:
+            if pinging is not None:
+                pinging.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, send: Send, text: str) -> None:
+        self._sent = time.monotonic()
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+    async def _keep_alive(self, send: Send, ping: float) -> None:
         while True:
-            waiting = waiting or asyncio.ensure_future(anext(chunks))
-            done, _ = await asyncio.wait({waiting}, timeout=ping)
-            if not done:
-                yield ping_text.encode()
-                continue
-            finished, waiting = waiting, None
-            yield finished.result().encode()
-    except StopAsyncIteration:
-        return
-    except Exception as error:
-        refusal = refusal_of(error)
-        if refusal.status >= 500 and not isinstance(error, Refusal):
-            logger.exception("a stream failed", exc_info=error)
-        yield on_error(refusal).encode()
-    finally:
-        if waiting is not None:
-            waiting.cancel()
+            await asyncio.sleep(max(0.0, self._sent + ping - time.monotonic()))
+            if time.monotonic() - self._sent >= ping:
+                await self._write(send, self._ping_text)
