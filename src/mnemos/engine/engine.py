@@ -85,6 +85,7 @@ class InferenceEngine:
             raise ConfigError(f"context_length is {length}; the model's is {spec.context_length}")
         self.spec = replace(spec, context_length=length)
         self.generation_config = chosen.generation_config
+        self.max_sequences = chosen.max_sequences
         limits = Limits(length, chosen.max_batch_tokens, chosen.max_sequences)
         capacity = reserve(self.model, self.spec, chosen.cache_tokens, limits.sequences, limits.batch_tokens)
         drafts = None

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import MnemosError
-from mnemos.serve import decisions, generate, health, page_api
+from mnemos.serve import decisions, generate, health, own, page_api
 from mnemos.serve import metrics as metrics_page
 from mnemos.serve.anthropic import messages as anthropic_messages
 from mnemos.serve.catalogue import Catalogue, Offer, given
@@ -38,6 +38,7 @@ IDLE_CHECK = 5.0  # seconds between two looks for models to unload
 ROUTERS = (
     health.router,
     generate.router,
+    own.router,
     metrics_page.router,
     openai_models.router,
     chat.router,

@@ -236,7 +236,7 @@ def _whole_exchange(model: Served, task: Task) -> Exchange:
             **prompt.template,
         )
     if isinstance(prompt, Infill):
-        token_ids = infill_ids(_tokenizer(model), prompt.prefix, prompt.suffix)
+        token_ids = infill_ids(tokenizer_of(model), prompt.prefix, prompt.suffix)
         if token_ids is None:
             raise Refusal(
                 400,
@@ -246,7 +246,7 @@ def _whole_exchange(model: Served, task: Task) -> Exchange:
             )
         return Exchange(token_ids)
     if isinstance(prompt, str):
-        token_ids = _tokenizer(model).encode(prompt, task.begins, task.special)
+        token_ids = tokenizer_of(model).encode(prompt, task.begins, task.special)
         if not token_ids:
             raise RequestError("prompt is empty; it must have at least one token")
         return Exchange(token_ids)
@@ -279,7 +279,8 @@ def total(usages: Iterable[Usage]) -> Usage:
     return Usage(*(sum(column) for column in zip(*counts, strict=True)))
 
 
-def _tokenizer(model: Served) -> Tokenizer:
+def tokenizer_of(model: Served) -> Tokenizer:
+    """The model's tokenizer. UnsupportedError if it has none."""
     tokenizer = model.engine.tokenizer
     if tokenizer is None:
         raise UnsupportedError(f"the model {model.name} has no tokenizer; send token ids to /v1/completions")
@@ -288,10 +289,18 @@ def _tokenizer(model: Served) -> Tokenizer:
 
 def _templated(model: Served) -> Tokenizer:
     """The model's tokenizer, if it can write conversations."""
-    tokenizer = _tokenizer(model)
+    tokenizer = tokenizer_of(model)
     if not hasattr(tokenizer, "encode_chat"):
         raise UnsupportedError(f"the tokenizer of {model.name} has no chat template; send texts to /v1/completions")
     return tokenizer
+
+
+def template_source(tokenizer: Tokenizer) -> str:
+    """The Jinja text of the chat template; empty for a tokenizer that cannot write conversations."""
+    try:
+        return tokenizer.template_for(None, None).source
+    except (MnemosError, AttributeError):  # another library's tokenizer has no such method
+        return ""
 
 
 def results_of(events: list[Event]) -> list[Result]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from mnemos.errors import MnemosError
 from mnemos.serve.catalogue import FOREVER, Served
 from mnemos.serve.connection import connection_of
 from mnemos.serve.embedding import embeddings
+from mnemos.serve.generation import template_source
 from mnemos.serve.ollama.types import EmbedRequest, NamedRequest, seconds_of
 from mnemos.serve.refusal import Refusal
 from mnemos.serve.state import server_of
@@ -143,7 +143,7 @@ def _described(model: Served) -> dict[str, Any]:
     spec, tokenizer = model.engine.spec, model.engine.tokenizer
     template, capabilities = "", ["completion"]
     if tokenizer is not None:
-        template = _template(model)
+        template = template_source(tokenizer)
         capabilities += ["tools"] if template else []
         capabilities += ["insert"] if infill_ids(tokenizer, "a", "b") is not None else []
         capabilities += ["thinking"] if thinking_of(template) is not None else []
@@ -164,13 +164,3 @@ def _described(model: Served) -> dict[str, Any]:
         "modified_at": _listed(model)["modified_at"],
         "license": str(spec.details.get("license") or ""),
     }
-
-
-def _template(model: Served) -> str:
-    """The chat template; empty for a model that cannot hold a conversation."""
-    tokenizer = model.engine.tokenizer
-    assert tokenizer is not None
-    try:
-        return tokenizer.template_for(None, None).source
-    except MnemosError:
-        return ""
