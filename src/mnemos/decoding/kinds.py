@@ -9,13 +9,18 @@ from typing import Any
 from mnemos.rules import Rule, filled, real, several, whole
 
 
+def _number(text: str) -> int | None:
+    """The whole number that a text of at most 20 digits is."""
+    return int(text) if len(text) <= 20 and text.isascii() and text.isdigit() else None
+
+
 def _bias(value: Any) -> dict[int, float] | None:
     if not isinstance(value, Mapping) or len(value) > 65536:
         return None
     token, amount = TOKEN.check, real(-100, 100).check
     pairs = {}
     for key, bias in value.items():
-        number = token(int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key)
+        number = token(_number(key) if isinstance(key, str) else key)
         strength = amount(bias)
         if number is None or strength is None:
             return None
@@ -52,7 +57,7 @@ def _dola_layers(value: Any) -> str | tuple[int, ...] | None:
     if value in ("low", "high"):
         return str(value)
     if isinstance(value, str):  # from a command line
-        value = [int(word) if word.isdecimal() else None for word in value.split(",")]
+        value = [_number(word) for word in value.split(",")]
     layers: tuple[int, ...] | None = several(TOKEN, 4096).check(value)
     return layers or None
 

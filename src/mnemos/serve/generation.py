@@ -30,7 +30,7 @@ from mnemos.text.tools.exchange import Exchange, exchange
 RESERVED = ("logits_processors", "prefix_allowed_tokens_fn", "stopping_criteria", "tenant", "deadline")
 FIELDS = tuple(name for name in (*RULES, *ALIASES) if name not in RESERVED)
 # Variables of a chat template that are not a request's to set: arguments of the function that renders it.
-RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt", "chat_template", "continue_final_message",
+RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt", "chat_template", "continue_final_message",
                       "allow_special", "control_texts", "tokenize", "bos_token", "eos_token", "pad_token",
                       "unk_token")  # fmt: skip
 
@@ -233,7 +233,7 @@ def _whole_exchange(model: Served, task: Task) -> Exchange:
             continues=prompt.continues,
             thinking=prompt.thinking,
             budget=prompt.budget,
-            **prompt.template,
+            template=prompt.template,
         )
     if isinstance(prompt, Infill):
         token_ids = infill_ids(tokenizer_of(model), prompt.prefix, prompt.suffix)

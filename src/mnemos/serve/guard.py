@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import re
 import secrets
 import time
@@ -286,9 +287,13 @@ class _Response:
 
 
 def parse_json(body: bytes, deepest: int = 200) -> Any:
-    """A JSON document. Refusal for anything else, for NaN and infinities, and for more nesting than `deepest`."""
+    """A JSON document.
+
+    Refusal for anything else, for NaN and numbers beyond the range of float64, for text with half of a surrogate pair,
+    which no answer could repeat, and for more nesting than `deepest`.
+    """
     try:
-        document = json.loads(body, parse_constant=_no_constant)
+        document = json.loads(body, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
         raise Refusal(400, f"the body is nested more than {deepest} levels deep") from None
     except UnicodeDecodeError:
@@ -302,7 +307,20 @@ def parse_json(body: bytes, deepest: int = 200) -> Any:
             raise Refusal(400, f"the body is nested more than {deepest} levels deep")
         containers = [item for item in level if isinstance(item, (dict, list))]
         level = [inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)]
+    if b"\\ud" in body or b"\\uD" in body:
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(error.object[error.start]):04X}"
+            raise Refusal(400, f"the body has the lone surrogate {half}; it must be Unicode text") from None
     return document
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is beyond the range of a number")
+    return value
 
 
 def _no_constant(name: str) -> Any:

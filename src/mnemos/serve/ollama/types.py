@@ -34,6 +34,7 @@ OPTIONS = {
 # These are decided when the server starts.
 RUNNING = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "num_keep", "use_mmap", "use_mlock", "numa",
            "low_vram", "f16_kv", "vocab_only", "penalize_newline", "tfs_z", "draft_num_predict")  # fmt: skip
+LONGEST = 1e9  # seconds of keep_alive: more is the same
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -138,7 +139,7 @@ def seconds_of(keep_alive: str | int | float | None) -> float | None:
         seconds = float(keep_alive) if plain else sum(float(number) * _UNITS[unit] for number, unit in parts)
         negative = keep_alive.startswith("-")
     else:
-        seconds, negative = float(keep_alive), keep_alive < 0
+        seconds, negative = float(min(keep_alive, LONGEST)), keep_alive < 0
     return FOREVER if negative else seconds
 
 

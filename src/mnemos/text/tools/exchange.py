@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from mnemos.errors import RequestError, shown
@@ -57,7 +58,7 @@ def exchange(
     continues: bool = False,
     thinking: bool | None = None,
     budget: int | None = None,
-    **template: Any,
+    template: Mapping[str, Any] = MappingProxyType({}),
 ) -> Exchange:
     """Renders a conversation whose answer may call tools or begin with reasoning.
 
