@@ -90,6 +90,18 @@ def test_tokenizer_info_is_what_a_remote_tokenizer_needs(client: httpx.Client, t
     assert info["chat_template"] == tokenizer.chat_template and info["model_max_length"] == 2048
 
 
+def test_a_harness_scores_continuations_as_the_engine_does(client: httpx.Client, engine: InferenceEngine) -> None:
+    """The requests of lm-evaluation-harness: tokens from /tokenize, then their echo and one token more."""
+    start, end = (
+        post(client, "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+        for text in ("The capital of France is", " Paris, of course")
+    )
+    body = {"prompt": [start + end], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    logprobs = post(client, "/v1/completions", body)["choices"][0]["logprobs"]["token_logprobs"]
+    own = engine.score([start + end])[0].logprobs[-len(end) :]
+    np.testing.assert_allclose(logprobs[len(start) : -1], own, atol=1e-4)
+
+
 def test_props_name_context_and_template(client: httpx.Client, engine: InferenceEngine, tokenizer: Tokenizer) -> None:
     props = client.get("/props", params={"model": "smollm2"}).json()
     assert props["default_generation_settings"]["n_ctx"] == 2048
@@ -113,6 +125,8 @@ def test_props_name_context_and_template(client: httpx.Client, engine: Inference
          "chat_template_kwargs.messages"),
         ("/score", {}, "text"),
         ("/score", {"texts": ["a", 3]}, "texts[1]"),
+        ("/score", {"texts": ["of the", "a"]}, "texts[1]"),
+        ("/score", {"text": "a"}, "text"),
         ("/score", {"text": "a", "texts": ["a"]}, "texts"),
         ("/score", {"text_1": "a", "text_2": "b"}, "text_1"),
         ("/score", {"text": "word " * 3000}, "text"),

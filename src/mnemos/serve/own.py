@@ -181,7 +181,10 @@ async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
         [],
         await start_all(model, [Task(one, fields, names={"prompt": name}) for one in prompts], connection),
     )
-    for running in runs:
+    for place, running in enumerate(runs):
+        if len(running.prompt_ids) < 2:
+            where = f"{name}[{place}]" if prompts is given else name
+            raise Refusal(400, f"{where} has 1 token; scoring needs at least 2", param=where)
         await running.results()
         logprobs = [None if one.logprob is None else max(one.logprob, LEAST) for one in running.handle.prompt_logprobs]
         scores.append(
