@@ -62,6 +62,30 @@ def test_options_stand_anywhere_among_the_arguments(words: list[str], monkeypatc
     assert (seen[0].model, seen[0].prompt, seen[0].raw, seen[0].seed) == ("m.gguf", "a prompt", True, 3)
 
 
+# What a process that only samples starts faster without.
+SELDOM = (
+    "mnemos.decoding.beam",
+    "mnemos.decoding.contrastive",
+    "mnemos.decoding.cutoffs",
+    "mnemos.decoding.dola",
+    "mnemos.decoding.dry",
+    "mnemos.decoding.forced",
+    "mnemos.decoding.grammar",
+    "mnemos.decoding.guidance",
+    "mnemos.decoding.options",
+    "mnemos.decoding.prompt_scores",
+    "mnemos.decoding.speculative",
+    "mnemos.engine.decide",
+    "mnemos.engine.embedding",
+    "mnemos.engine.statistics",
+    "jinja2",
+    "llguidance",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
 def test_help_lists_all_commands_and_version_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -161,6 +185,15 @@ def test_a_command_imports_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mnemos.cli.models" in loaded
     for heavy in ("numpy", "mnemos.cli.generate", "mnemos.decoding", "tokenizers", "jinja2"):
         assert f"'{heavy}'" not in loaded
+
+
+def test_an_engine_imports_only_what_generating_needs() -> None:
+    modules = "mnemos.cli.generate, mnemos.decoding.build, mnemos.engine.engine, mnemos.engine.thread"
+    code = f"import sys, {modules}; print([*sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "'mnemos.decoding.sampling'" in done.stdout
+    for module in SELDOM:
+        assert f"'{module}'" not in done.stdout
 
 
 def test_signals_do_not_leave_their_mark_on_threads() -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from mnemos import _native
 from mnemos.errors import ConfigError, UnsupportedError
-from mnemos.machine import levels
 from mnemos.machine.levels import (
     OPERATORS,
     Choice,
+    choice_path,
     describe_levels,
     machine_fingerprint,
     measure_levels,
@@ -40,22 +40,35 @@ def used(home: Path, **environment: str) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
+def _kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of this machine's choice in a folder of Mnemos."""
+    monkeypatch.setenv("MNEMOS_HOME", str(home))
+    return choice_path(machine_fingerprint())
+
+
 @several
-def test_the_first_process_measures_and_the_next_does_as_it_did(tmp_path: Path) -> None:
+def test_the_first_process_measures_and_the_next_does_as_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = _kept(tmp_path, monkeypatch)
     first = used(tmp_path)
-    choice = read_choice(tmp_path / "levels.json")
+    choice = read_choice(kept)
     assert choice is not None and choice.levels == first and choice.fingerprint == machine_fingerprint()
     lowest = dict.fromkeys(OPERATORS, LOWEST)
-    write_choice(tmp_path / "levels.json", Choice(machine_fingerprint(), lowest, choice.seconds))
+    write_choice(kept, Choice(machine_fingerprint(), lowest, choice.seconds))
     assert used(tmp_path) == lowest
 
 
 @several
 @pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": "another CPU", "levels": {}, "seconds": {}}'])
-def test_a_file_of_another_machine_or_none_is_measured_anew(tmp_path: Path, content: str) -> None:
-    (tmp_path / "levels.json").write_text(content)
+def test_a_file_of_another_machine_or_none_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    kept = _kept(tmp_path, monkeypatch)
+    kept.parent.mkdir()
+    kept.write_text(content)
     used(tmp_path)
-    choice = read_choice(tmp_path / "levels.json")
+    choice = read_choice(kept)
     assert choice is not None and choice.fingerprint == machine_fingerprint()
 
 
@@ -65,9 +78,20 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
 
 
 @several
+def test_installations_that_share_a_folder_keep_their_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MNEMOS_HOME", str(tmp_path))
+    other = choice_path("another build")
+    write_choice(other, Choice("another build", dict.fromkeys(OPERATORS, LOWEST), {}))
+    written = other.read_bytes()
+    used(tmp_path)
+    assert other.read_bytes() == written
+    assert {path.name for path in other.parent.iterdir()} == {other.name, choice_path(machine_fingerprint()).name}
+
+
+@several
 def test_the_environment_forces_all_or_some(tmp_path: Path) -> None:
     assert set(used(tmp_path, MNEMOS_ISA=LOWEST).values()) == {LOWEST}
-    assert not (tmp_path / "levels.json").exists()
+    assert not list(tmp_path.iterdir())
     some = used(tmp_path, MNEMOS_ISA=f"attention={LOWEST}")
     assert some["attention"] == LOWEST and some["quantized"] != LOWEST
 
@@ -113,6 +137,6 @@ def test_levels_are_named_once_where_they_are_the_same() -> None:
 
 
 def test_a_choice_for_levels_that_are_not_there_is_no_choice(tmp_path: Path) -> None:
-    path = tmp_path / levels.FILE
+    path = tmp_path / "levels.json"
     write_choice(path, Choice("here", dict.fromkeys(OPERATORS, "sse9"), {}))
     assert read_choice(path) is None

@@ -7,12 +7,12 @@ from functools import partial
 
 from mnemos.contract import ConditionedModel, Model
 from mnemos.decoding.strategy import Emitted
+from mnemos.engine.counters import Counters, Event, Listener
 from mnemos.engine.draft_model import DraftModel
 from mnemos.engine.drawing import draw_tokens
 from mnemos.engine.evaluation import evaluate, evaluate_apart
 from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits, Scheduler
-from mnemos.engine.statistics import Counters, Event, Listener
 from mnemos.memory.capacity import Capacity
 
 

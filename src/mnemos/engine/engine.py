@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 import numpy as np
 
 from mnemos.contract import ConditionedModel, PagedModel
-from mnemos.decoding.forced import ForcedEmbedding, ForcedLogits, ForcedScore, Score
 from mnemos.engine.completion import Completion, StreamedToken
+from mnemos.engine.counters import Listener
 from mnemos.engine.handle import RequestHandle, run_all
 from mnemos.engine.launching import Launcher
 from mnemos.engine.options import EngineOptions, split
@@ -20,7 +20,6 @@ from mnemos.engine.padding import filling_id, padding_id
 from mnemos.engine.prepare import default_length, make_draft_model, take_model, with_ends
 from mnemos.engine.pretrained import load_parts
 from mnemos.engine.prompts import Prompts, listed, read_prompts
-from mnemos.engine.statistics import Listener, Statistics
 from mnemos.errors import ConfigError, RequestError
 from mnemos.memory.capacity import reserve
 from mnemos.rules import COUNT
@@ -31,9 +30,11 @@ if TYPE_CHECKING:
 
     from mnemos.contract import Floats
     from mnemos.decoding.config import AnyConfig, GenerationConfig
+    from mnemos.decoding.forced import Score
     from mnemos.engine.decide import DecisionHandle
     from mnemos.engine.embedding import EmbeddingHandle
     from mnemos.engine.options import EngineKeywords, LoadKeywords
+    from mnemos.engine.statistics import Statistics
     from mnemos.text.tokenizer import Tokenizer
 
     Config = AnyConfig | None
@@ -240,12 +241,16 @@ class InferenceEngine:
 
     def logits(self, token_ids: Sequence[int]) -> Floats:
         """float32 (time, vocabulary): row i holds the logits of the token after token i (of a text, if given)."""
+        from mnemos.decoding.forced import ForcedLogits
+
         strategy = ForcedLogits(self.spec.vocabulary_size)
         self._launcher.force([read_prompts(token_ids, None, self.tokenizer).only], [strategy])
         return strategy.logits
 
     def score(self, texts: Any) -> list[Score]:
         """Log likelihoods of texts (or token ids), each token given those before it; the first is not scored."""
+        from mnemos.decoding.forced import ForcedScore
+
         wanted = read_prompts(texts, None, self.tokenizer)
         for token_ids in wanted.token_ids:
             if len(token_ids) < 2:
@@ -260,6 +265,7 @@ class InferenceEngine:
         pooling: "mean" of the last hidden states (after the model's last norm) of all tokens, or the "last" token's.
         normalize: to length 1. UnsupportedError for a model that shows no hidden states.
         """
+        from mnemos.decoding.forced import ForcedEmbedding
         from mnemos.engine.embedding import check_embedding
 
         wanted = read_prompts(texts, None, self.tokenizer)
@@ -277,6 +283,7 @@ class InferenceEngine:
         scheduling: priority, tenant, deadline and cache_salt, as in GenerationConfig.
         """
         from mnemos.decoding.config import GenerationConfig
+        from mnemos.decoding.forced import ForcedEmbedding
         from mnemos.engine.embedding import EmbeddingHandle, check_embedding
 
         config, prompt = GenerationConfig(**scheduling), read_prompts(text, None, self.tokenizer).only

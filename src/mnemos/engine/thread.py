@@ -8,17 +8,20 @@ import time
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from mnemos.contract import Model
 from mnemos.engine.core import EngineCore, log_exception
+from mnemos.engine.counters import Listener
 from mnemos.engine.draft_model import DraftModel
 from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits
-from mnemos.engine.statistics import Latency, Listener, Statistics
 from mnemos.errors import CapacityError, ConfigError, MnemosError, UnsupportedError
 from mnemos.memory.capacity import Capacity, cache_bytes
 from mnemos.memory.prefix import PrefixTree
+
+if TYPE_CHECKING:
+    from mnemos.engine.statistics import Statistics
 
 T = TypeVar("T")
 
@@ -130,6 +133,8 @@ class EngineThread:
 
     def statistics(self) -> Statistics:
         """Statistics read while the engine runs: each number is right, but not necessarily at the same moment."""
+        from mnemos.engine.statistics import Latency, Statistics  # not needed in most processes
+
         scheduler, counters = self.core.scheduler, self.core.counters
         tables = scheduler.tables
         pools, tree, states = tables.pools, tables.tree, tables.states

@@ -1,8 +1,9 @@
 """Which instruction set each class of operators runs with: the one that was fastest when this machine was measured.
 
 Processors with the same features differ in what their units are good at. So the best levels are timed once, in tens of
-milliseconds, and the choice is kept in Mnemos's folder with a fingerprint of the machine. It stays the same within a
-process, so that results do, too. `MNEMOS_ISA` overrides it.
+milliseconds, and the choice is kept in Mnemos's folder with a fingerprint of the machine and the kernels; machines and
+installations that share the folder have a file each. It stays the same within a process, so that results do, too.
+`MNEMOS_ISA` overrides it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +24,6 @@ from mnemos.native import require_core
 OPERATORS = ("quantized", "floats", "attention")
 """Products with quantized weights; with weights in float32, float16 or bfloat16; attention and everything else."""
 
-FILE = "levels.json"
 _CANDIDATES = 3  # levels: one that is so much lower than the best never wins
 _CLEARLY = 0.95  # of the likely best's seconds: below that another level is faster, rather than luckier
 _FORMAT = 1
@@ -64,7 +65,8 @@ def settle_levels() -> Choice | None:
     named = os.environ.get("MNEMOS_ISA", "")
     if (named and "=" not in named) or len(core.available_isas()) == 1:
         return None
-    path, fingerprint = home() / FILE, machine_fingerprint()
+    fingerprint = machine_fingerprint()
+    path = choice_path(fingerprint)
     choice = read_choice(path)
     if choice is None or choice.fingerprint != fingerprint:
         choice = measure_levels(fingerprint, core.trial_seconds)
@@ -94,6 +96,11 @@ def machine_fingerprint() -> str:
     built = Path(str(core.__file__)).stat()
     parts = (_FORMAT, cpu_name(), "+".join(core.available_isas()), built.st_size, built.st_mtime_ns)
     return "; ".join(str(part) for part in parts)
+
+
+def choice_path(fingerprint: str) -> Path:
+    """Where the choice for a fingerprint is kept."""
+    return home() / "levels" / f"{zlib.crc32(fingerprint.encode()):08x}.json"
 
 
 def read_choice(path: Path) -> Choice | None:

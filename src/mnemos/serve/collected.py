@@ -13,8 +13,9 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from mnemos.engine.counters import Event
 from mnemos.engine.engine import InferenceEngine
-from mnemos.engine.statistics import Event, Statistics
+from mnemos.engine.statistics import Statistics
 from mnemos.serve.catalogue import Catalogue
 
 # Name, help and value of each gauge of an engine.
