@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
+
+from mnemos.decoding.grammar import GrammarConstraint
+from mnemos.engine.engine import InferenceEngine
+from mnemos.serve.application import ROUTERS, app
+from mnemos.serve.keys import Keys
+from mnemos.serve.settings import Settings
+from tests.serve.running import running
 
 USER = {"role": "user", "content": "Hi"}
 CHAT = "/v1/chat/completions"
@@ -122,3 +132,184 @@ def test_other_variables_of_the_template_have_any_name(client: httpx.Client) -> 
     names = ("mode", "name", "thinking", "continues", "conversation", "tokenizer", "budget", "parallel", "__class__")
     response = post(client, CHAT, {**BODIES[CHAT], "chat_template_kwargs": dict.fromkeys(names, True)})
     assert response.status_code == 200, response.text
+
+
+BEYOND = 10**6  # no token id of the vocabulary
+FAILING: list[dict[str, Any]] = [
+    {"logit_bias": {str(BEYOND): 1}},
+    {"stop_token_ids": [BEYOND]},
+    {"bad_words_ids": [[BEYOND]]},
+    {"allowed_token_ids": [BEYOND]},
+    {"guided_grammar": "start: ["},
+    {"guided_regex": "a{5"},
+    {"guided_regex": "(?=a)b"},
+    {"guided_regex": "(" * 5000},
+    {"guided_json": "[" * 100_000},
+    {"guided_json": '{"items":' * 900 + "{}" + "}" * 900},
+    {"guided_json": {"$ref": "#"}},
+    {"guided_json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}},
+    {"guided_json": {"$ref": "http://127.0.0.1:9/schema"}},
+    {"guided_json": {"properties": 5}},
+    {"guided_json": {"allOf": [{"anyOf": [{"properties": {f"{i}{j}": {}}} for j in range(8)]} for i in range(12)]}},
+]
+
+
+def test_failing_requests_do_not_touch_the_ones_beside_them(client: httpx.Client) -> None:
+    healthy = {"messages": [USER], "max_tokens": 120, "ignore_eos": True, "logprobs": True, "top_logprobs": 2}
+    alone = post(client, CHAT, healthy).json()["choices"]
+    with ThreadPoolExecutor(1) as beside:
+        answer = beside.submit(post, client, CHAT, healthy)
+        for fields in FAILING:
+            assert_clean(post(client, CHAT, {**BODIES[CHAT], **fields}), 400)
+        assert answer.result().json()["choices"] == alone
+    assert client.get("/health").status_code == 200
+    assert_clean(post(client, "/v1/completions", {"prompt": [BEYOND], "max_tokens": 1}), 400)
+    assert_clean(post(client, "/v1/completions", {"prompt": [-1], "max_tokens": 1}), 400)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_regex": "(a+)+b"},
+        {"guided_regex": "(.*a){25}"},
+        {"guided_regex": "(.*a.{400}){30}"},
+        {"guided_json": {"type": "array", "minItems": 10**9}},
+        {"guided_json": {"type": "string", "minLength": 10**9}},
+        {"guided_json": {"type": "string", "pattern": "(a+)+b(.*a){40}"}},
+        {"guided_json": {"enum": [str(number) for number in range(20_000)]}},
+    ],
+)
+def test_constraints_that_could_take_for_ever_do_not(client: httpx.Client, fields: dict[str, Any]) -> None:
+    assert_clean(post(client, CHAT, {**BODIES[CHAT], **fields}), 200, 400)
+
+
+def test_nothing_is_kept_of_many_different_constraints(client: httpx.Client) -> None:
+    for number in range(30):
+        assert post(client, CHAT, {**BODIES[CHAT], "guided_json": {"const": number}}).status_code == 200
+    gc.collect()
+    assert sum(isinstance(one, GrammarConstraint) for one in gc.get_objects()) < 5
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "tool_calls": 5},
+        {"role": "assistant", "tool_calls": [5]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": 5, "arguments": 7}}]},
+        {"role": "assistant", "tool_calls": [{"id": 5, "function": {"name": "f", "arguments": "{not json"}}]},
+        {"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": "[" * 500}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "__import__('os')", "arguments": "1+1"}}]},
+        {"role": "tool", "content": {"a": 1}},
+        {"role": "tool", "tool_call_id": ["x"], "content": [[]]},
+    ],
+)
+def test_malformed_calls_in_a_conversation_do_no_harm(client: httpx.Client, message: dict[str, Any]) -> None:
+    body = {"messages": [USER, message, USER], "max_tokens": 1}
+    assert_clean(post(client, CHAT, body), 200, 400)
+    assert_clean(post(client, "/api/chat", {**body, "stream": False, "options": {"num_predict": 1}}), 200, 400, 422)
+
+
+def test_errors_do_not_repeat_the_prompt(client: httpx.Client) -> None:
+    secret = "the password is swordfish"
+    long = {"messages": [{"role": "user", "content": f"{secret} " * 1000}], "max_tokens": 1}
+    for response in (
+        post(client, CHAT, long),
+        post(client, CHAT, {"messages": [{"role": "user", "content": secret}], "temperature": -1}),
+        post(client, "/v1/completions", {"prompt": secret, "guided_regex": "(", "max_tokens": 1}),
+        post(client, CHAT, {**BODIES[CHAT], "model": "../../etc/passwd"}),
+    ):
+        assert_clean(response, 400, 404)
+        assert "swordfish" not in response.text
+
+
+@pytest.fixture(scope="module")
+def closed(engine: InferenceEngine) -> Iterator[httpx.Client]:
+    """A server with keys that gives bodies half a second."""
+    application = app(engine, keys=Keys(["secret"]), settings=Settings(body_seconds=0.5))
+    with running(application) as client:
+        yield client
+
+
+def test_every_route_of_the_application_needs_the_key(engine: InferenceEngine) -> None:
+    application = app(engine, keys=Keys(["secret"]))
+    inner: Any = application.app
+    routes = [*inner.routes, *(route for router in ROUTERS for route in router.routes)]
+    paths = {route.path.replace("{name}", "x") for route in routes if hasattr(route, "path")} - application.open_paths
+    assert paths >= {CHAT, "/metrics", "/openapi.json", "/engine/live"}
+    with running(application) as client:
+        for path in (*paths, "/x"):
+            for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PROPFIND"):
+                assert client.request(method, path).status_code == 401, (method, path)
+        for path in application.open_paths:
+            assert client.post(path).status_code == 401, path
+
+
+def test_requests_of_one_id_are_different_requests(client: httpx.Client) -> None:
+    def ask(text: str) -> str:
+        body = {"prompt": text, "max_tokens": 4, "echo": True}
+        response = client.post("/v1/completions", json=body, headers={"x-request-id": "same"})
+        assert response.headers["x-request-id"] == "same"
+        return str(response.json()["choices"][0]["text"])[: len(text)]
+
+    texts = [f"{number} apples" for number in range(4)]
+    with ThreadPoolExecutor(4) as beside:
+        assert list(beside.map(ask, texts)) == texts
+
+
+def first_line(client: httpx.Client, *parts: bytes) -> bytes:
+    """The first line of what a server answers to raw bytes; empty if it closes the connection."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as raw:
+        try:
+            for part in parts:
+                raw.sendall(part)
+            return raw.recv(200).split(b"\r\n")[0]
+        except ConnectionError:
+            return b""
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "codes"),
+    [
+        (b"GET http://evil.example/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", (b"401", b"400", b"404", b"403")),
+        (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", (b"400",)),
+        (b"GET /v1/models HTTP/1.1\r\n\r\n", (b"400",)),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 10_000 + b"\r\n", (b"400", b"431")),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: " + b"b" * 65_000 + b"\r\n\r\n", (b"400", b"431")),
+        (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: a\r\nX-Api-Key: b\r\n\r\n", (b"400", b"401")),
+        (b"GET /v1/models\x00/../health HTTP/1.1\r\nHost: localhost\r\n\r\n", (b"400", b"404")),
+    ],
+)
+def test_odd_requests_are_refused(closed: httpx.Client, request_bytes: bytes, codes: tuple[bytes, ...]) -> None:
+    line = first_line(closed, request_bytes)
+    assert line == b"" or line.split()[1] in codes
+    assert closed.get("/health").status_code == 200
+
+
+def test_a_body_that_does_not_arrive_is_given_up(closed: httpx.Client) -> None:
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: secret\r\nContent-Type: application/json\r\n"
+    )
+    assert first_line(closed, head + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n").split()[1] == b"408"
+    assert first_line(closed, head + b"Content-Length: 1000\r\n\r\n{").split()[1] == b"408"
+
+
+def test_clients_cannot_add_labels_to_the_metrics(closed: httpx.Client) -> None:
+    key = {"x-api-key": "secret"}
+
+    def series() -> set[str]:
+        lines = closed.get("/metrics", headers=key).text.splitlines()
+        return {line.rpartition(" ")[0] for line in lines if line.startswith("mnemos_http_responses")}
+
+    def send(start: int) -> None:
+        for number in range(start, start + 20):
+            closed.get(f"/path{number}", headers=key)
+            closed.get(f"/v1/models/name{number}", headers=key)
+            closed.request(f"VERB{number}", "/v1/models", headers=key)
+            closed.post(CHAT, json={**BODIES[CHAT], "model": f"model{number}"}, headers=key)
+
+    series()
+    send(0)
+    before = series()
+    send(20)
+    assert series() == before
+    assert not any(word in line for line in before for word in ("path1", "name1", "VERB1", "model1"))
