@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,7 +11,11 @@ import numpy as np
 import pytest
 
 from mnemos.engine.engine import InferenceEngine
+from mnemos.serve.application import app
 from mnemos.text.tokenizer import Tokenizer
+from tests.engine.toys import ToyModel
+from tests.serve.running import running
+from tests.text.test_sentencepiece import train
 
 TEXT = "The capital of France is Paris. 🦙"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say <|im_end|> or hi."}]
@@ -66,6 +72,21 @@ def test_an_applied_template_can_be_sent_as_a_prompt(client: httpx.Client, last:
         post(client, "/tokenize", {"prompt": prompt})["tokens"]
         == (post(client, "/tokenize", {"messages": messages})["tokens"])
     )
+
+
+def test_an_applied_template_leaves_out_what_encoding_adds(tmp_path: Path) -> None:
+    """A SentencePiece model adds a begin token and spaces, which must not be in the text as well."""
+    size = train(tmp_path).vocab_size()
+    added = {"2": {"content": "</s>", "special": True}, str(size): {"content": "<|im_start|>", "special": True}}
+    template = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
+    config = {"chat_template": template, "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_file(tmp_path / "tokenizer.model")
+    messages = [{"role": "user", "content": "a b"}]
+    with InferenceEngine(ToyModel(), tokenizer) as engine, running(app(engine)) as client:
+        prompt = post(client, "/apply-template", {"messages": messages})["prompt"]
+        assert prompt == "<|im_start|>a b"
+        assert post(client, "/tokenize", {"prompt": prompt}) == post(client, "/tokenize", {"messages": messages})
 
 
 def test_an_applied_template_names_the_tools(client: httpx.Client) -> None:

@@ -147,11 +147,12 @@ async def apply_template(body: ConversationRequest, request: Request) -> dict[st
 
     def rendered() -> dict[str, str]:
         tokenizer = tokenizer_of(model)
-        token_ids = exchange_of(model, task).prompt_ids
+        read = exchange_of(model, task)
+        text = read.render() if read.render is not None else ""
         begin = tokenizer.bos_id
-        if begin is not None and token_ids[:1] == [begin] and tokenizer.encode("a")[:1] == [begin]:
-            token_ids = token_ids[1:]
-        return {"prompt": tokenizer.decode(token_ids, skip_special=False)}
+        if begin is not None and tokenizer.encode("a")[:1] == [begin]:
+            text = text.removeprefix(token_name(begin, tokenizer))
+        return {"prompt": text}
 
     return await _in_thread(rendered, "messages")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -27,6 +27,7 @@ class Exchange:
 
     fields   of GenerationConfig: the grammar of forced calls, the end of a single call, the budget of reasoning
     marks    the ids of special tokens that are marks, with their texts, which the answer's text leaves out
+    render   returns the conversation as the text whose tokens the prompt is; None for a prompt that is none
     plain    True if an answer can only be text
     """
 
@@ -37,6 +38,7 @@ class Exchange:
     schemas: Schemas = field(default_factory=dict)
     inside: bool = False
     marks: Mapping[int, str] = field(default_factory=dict)
+    render: Callable[[], str] | None = field(default=None, compare=False, repr=False)
 
     @property
     def plain(self) -> bool:
@@ -81,9 +83,8 @@ def exchange(
     if thinking is not None:
         template = {"enable_thinking": thinking, "thinking": thinking, **template}
     shown_tools = [dict(tool) for tool in tools] if native and functions and mode != "none" else None
-    prompt_ids = tokenizer.encode_chat(
-        messages, not continues, tools=shown_tools, continue_final_message=continues, **template
-    )
+    variables = {**template, "tools": shown_tools, "continue_final_message": continues}
+    prompt_ids = tokenizer.encode_chat(messages, not continues, **variables)
     inside = marks is not None and _opens_reasoning(tokenizer, prompt_ids, marks)
     wanted = [function for function in functions if name is None or function["name"] == name]
     fields: dict[str, Any] = {}
@@ -109,6 +110,7 @@ def exchange(
         {one["name"]: one.get("parameters") or {} for one in functions},
         inside,
         known,
+        partial(tokenizer.apply_chat_template, messages, not continues, **variables),
     )
 
 
