@@ -104,3 +104,18 @@ def test_an_unknown_model_is_not_found(client: httpx.Client) -> None:
 def test_fields_of_other_servers_are_named_and_skipped(client: httpx.Client) -> None:
     response = ask(client, user="me", client_metadata={"a": 1})
     assert response.status_code == 200 and response.headers["x-mnemos-ignored"] == "client_metadata"
+
+
+def test_chunks_of_text_alone_have_the_fields_of_all_chunks(client: httpx.Client) -> None:
+    request = {"model": "smollm2", "messages": MESSAGES, "max_tokens": 12, "stream": True, "n": 2, "temperature": 0}
+    plain = events_of(client, PATH, request)[:-1]
+    more = events_of(client, PATH, {**request, "stream_options": {"continuous_usage_stats": True}})[:-1]
+    seen = [{**chunk, "id": "", "created": 0} for chunk in plain]
+    for chunk in more:
+        chunk.pop("usage", None)
+    wanted = [{**chunk, "id": "", "created": 0} for chunk in more]
+
+    def order(chunk: dict[str, Any]) -> int:  # results arrive in any order among themselves
+        return chunk["choices"][0]["index"]
+
+    assert sorted(seen, key=order) == sorted(wanted, key=order)
