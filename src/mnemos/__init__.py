@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mnemos.version import __version__ as __version__
-
 if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.compat.batching import (  # noqa: I001  names that are exported again, in one statement a module
         BatchInference as BatchInference,
@@ -34,6 +32,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.errors import MnemosError as MnemosError
     from mnemos.models.foreign.cached_attention import CachedAttention as CachedAttention, KVCache as KVCache
     from mnemos.text.tokenizer import Tokenizer as Tokenizer
+    from mnemos.version import __version__ as __version__
 
 
 # The public names by the modules that they are imported from.
@@ -53,9 +52,10 @@ _NAMES = {
     "mnemos.errors": "MnemosError",
     "mnemos.models.foreign.cached_attention": "CachedAttention KVCache",
     "mnemos.text.tokenizer": "Tokenizer",
+    "mnemos.version": "__version__",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
-__all__ = sorted([*_HOMES, "__version__"])
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

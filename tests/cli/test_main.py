@@ -164,7 +164,7 @@ def test_the_process_ends_with_its_command(tmp_path: Path) -> None:
     assert run(["models"], last_words) == (0, "last words")
     assert run(["inspect", str(tmp_path / "none.gguf")], last_words) == (1, "last words")
     for still_needed in (
-        "import threading, time; threading.Thread(target=time.sleep, args=(0.2,)).start()",
+        "import threading; threading.Thread(target=threading.main_thread().join).start()",
         "sys.setprofile(lambda *event: None)",
     ):
         assert run(["models"], still_needed) == (0, "on")

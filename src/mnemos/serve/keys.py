@@ -157,10 +157,9 @@ class Keys:
         stamp = _stamp(path)
         known = {caller.name: caller.usage for _, caller in self._callers}
         rows = [self._salted(row) for row in read_keys(path)]
-        for _, caller in rows:  # what a caller has used stays counted
-            if caller.name in known:
-                object.__setattr__(caller, "usage", known[caller.name])
-        self._callers, self._stamp = [*self._fixed, *rows], stamp
+        # What a caller has used stays counted.
+        kept = [(digest, replace(one, usage=known.get(one.name, one.usage))) for digest, one in rows]
+        self._callers, self._stamp = [*self._fixed, *kept], stamp
 
     def _salted(self, row: tuple[bytes, Caller]) -> tuple[bytes, Caller]:
         digest, caller = row
