@@ -81,6 +81,7 @@ class TestTransformers:
             as_config(make(chat_format="chatml"))
 
     def test_a_model_s_own_config_is_taken(self, make: Any) -> None:
+        pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
         config = transformers.T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         config.decoder_start_token_id = 0

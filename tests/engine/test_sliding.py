@@ -127,6 +127,7 @@ prompts = st.lists(st.integers(1, 3), min_size=1, max_size=50)
     window=st.sampled_from([0, (0, 9), (0, 20, 6)]),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_preempted_together_and_with_drafts_as_alone(
     requests: list[tuple[GenerationConfig, list[int]]], limit: int, window: Windows, seed: int
 ) -> None:

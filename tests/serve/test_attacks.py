@@ -20,6 +20,8 @@ from mnemos.serve.keys import Keys
 from mnemos.serve.settings import Settings
 from tests.serve.running import running
 
+pytestmark = pytest.mark.slow
+
 USER = {"role": "user", "content": "Hi"}
 CHAT = "/v1/chat/completions"
 # Paths with a small body that each answers, and where its numbers are.

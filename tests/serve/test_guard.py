@@ -24,6 +24,7 @@ def guarded(engine: InferenceEngine) -> Iterator[httpx.Client]:
         yield client
 
 
+@pytest.mark.slow
 def test_every_route_but_health_needs_the_key(guarded: httpx.Client) -> None:
     paths = guarded.get("/openapi.json", headers={"x-api-key": "secret"}).json()["paths"]
     assert "/v1/chat/completions" in paths

@@ -94,6 +94,7 @@ def test_limits_are_those_of_the_last_minute() -> None:
         busy.enter()
 
 
+@pytest.mark.slow
 def test_callers_do_not_see_each_others_cache(engine: InferenceEngine, tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text("[one]\nkey = 'k1'\nrequests_per_minute = 3\n[two]\nkey = 'k2'\n")

@@ -56,6 +56,7 @@ WEATHER = {
 }
 
 
+@pytest.mark.slow
 def test_calls_arrive_in_both_protocols(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "How is the weather in Paris?"}]
     with client.chat.completions.stream(

@@ -171,6 +171,7 @@ def test_the_names_of_other_servers_are_understood(client: httpx.Client, fields:
     assert re.fullmatch(pattern, answer["choices"][0]["text"].strip()), answer
 
 
+@pytest.mark.slow
 def test_a_prompt_is_cut_to_its_last_tokens(client: httpx.Client, tokenizer: Tokenizer) -> None:
     cut = ask(client, truncate_prompt_tokens=3, return_token_ids=True)
     assert cut["choices"][0]["prompt_token_ids"] == tokenizer.encode(PROMPT)[-3:] and cut["usage"]["prompt_tokens"] == 3
@@ -191,6 +192,7 @@ def test_the_prompt_is_scored_on_request(client: httpx.Client, tokenizer: Tokeni
         assert str(token) in row and any(one["rank"] == 1 for one in row.values())
 
 
+@pytest.mark.slow
 def test_numbers_of_any_size_are_refused_or_answered(client: httpx.Client) -> None:
     for value in (-1, 2**31, 2**64, True, [1], "1", 1.5):
         for name in ("n", "best_of", "max_tokens", "top_k", "logprobs", "prompt_logprobs", "priority", "min_tokens"):
