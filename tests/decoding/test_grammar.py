@@ -169,6 +169,7 @@ EXPLOSIVE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPLOSIVE)
 def test_explosive_grammars_are_refused_or_followed(name):
     """Either it is refused, or every token is one that the grammar allows."""

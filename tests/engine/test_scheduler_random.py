@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -149,5 +150,5 @@ class Workload(RuleBasedStateMachine):
         check_whole(self.core)
 
 
-TestWorkload = Workload.TestCase
+TestWorkload = pytest.mark.slow(Workload.TestCase)
 TestWorkload.settings = settings(max_examples=60, stateful_step_count=30)

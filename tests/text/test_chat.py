@@ -132,6 +132,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", BOMBS)
 def test_hostile_templates_end(name: str) -> None:
