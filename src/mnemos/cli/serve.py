@@ -85,7 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    _need_the_extra()
     from mnemos.serve.catalogue import Catalogue
     from mnemos.serve.keys import Keys
     from mnemos.serve.logs import set_up

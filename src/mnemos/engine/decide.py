@@ -112,7 +112,6 @@ class DecisionHandle:
 
     def result(self) -> Decision:
         """The answer. Raises the request's error; MnemosError if it was cancelled."""
-        self.handle.wait()
         return self._decision(self.handle.result().finish_reason)
 
     def __await__(self) -> Any:

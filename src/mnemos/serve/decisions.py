@@ -13,6 +13,7 @@ from mnemos.engine.decide import Choice, Decision, Predicate, Question, Score, q
 from mnemos.errors import MnemosError, shown
 from mnemos.serve.body import Body
 from mnemos.serve.connection import connection_of
+from mnemos.serve.generation import salted
 from mnemos.serve.openai.response_items import items_of, messages_of
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.state import server_of
@@ -81,9 +82,9 @@ async def _answers(
     name: str | None, about: Any, questions: list[Question], request: Request
 ) -> tuple[str, list[Decision]]:
     state, connection = server_of(request), connection_of(request)
-    model = await connection.stack.enter_async_context(state.catalogue.use(name))
+    model = await state.hold(name, connection)
     caller = connection.caller
-    scheduling = {"tenant": caller.tenant, "cache_salt": f"decide:{caller.salt}"}
+    scheduling = {"tenant": caller.tenant, "cache_salt": salted(caller, "decide")}
     # The first question brings the input into the cache; the others, which begin with it, find it there.
     found: list[Decision] = []
     try:

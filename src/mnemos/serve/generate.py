@@ -31,7 +31,7 @@ async def generate(body: GenerateRequest, request: Request) -> dict[str, Any]:
     state, connection = server_of(request), connection_of(request)
     fields = extra_fields(body.further, tuple(GenerateRequest.model_fields), connection)
     fields |= body.given("max_length", "max_tokens", "temperature")
-    model = await connection.stack.enter_async_context(state.catalogue.use(body.model))
+    model = await state.hold(body.model, connection)
     running = await start(model, Task(body.text, fields, names={"prompt": "text"}), connection)
     results = await running.results()
     return {"generated_text": results[0].text, "finish_reason": results[0].end.reason}

@@ -303,39 +303,30 @@ def template_source(tokenizer: Tokenizer) -> str:
         return ""
 
 
-def results_of(events: list[Event]) -> list[Result]:
-    """Finished results from all their events."""
-    texts: dict[int, dict[str, list[str]]] = {}
-    tokens: dict[int, list[StreamedToken]] = {}
-    calls: dict[int, dict[int, list[Any]]] = {}
-    ends: dict[int, End] = {}
-    thought: dict[int, int] = {}
+def results_of(events: Iterable[Event]) -> list[Result]:
+    """Finished results from all their events, in the order of their numbers."""
+    by_sequence: dict[int, list[Event]] = {}
     for event in events:
-        own = texts.setdefault(event.sequence, {"text": [], "reasoning": []})
-        match event:
-            case Piece(sequence, text, made_of, kind):
-                own[kind].append(text)
-                if kind == "text":
-                    tokens.setdefault(sequence, []).extend(made_of)
-                else:
-                    thought[sequence] = thought.get(sequence, 0) + len(made_of)
-            case CallStart(sequence, index, call_id, name):
-                calls.setdefault(sequence, {})[index] = [call_id, name, []]
-            case CallPiece(sequence, index, text):
-                calls[sequence][index][2].append(text)
-            case End(sequence):
-                ends[sequence] = event
-    return [
-        Result(
-            "".join(texts[sequence]["text"]),
-            "".join(texts[sequence]["reasoning"]),
-            tuple(Call(one[0], one[1], "".join(one[2])) for one in calls.get(sequence, {}).values()),
-            ends.get(sequence, End(sequence, "cancelled")),
-            tuple(tokens.get(sequence, ())),
-            thought.get(sequence, 0),
-        )
-        for sequence in sorted(texts)
-    ]
+        by_sequence.setdefault(event.sequence, []).append(event)
+    return [_result(sequence, by_sequence[sequence]) for sequence in sorted(by_sequence)]
+
+
+def _result(sequence: int, events: list[Event]) -> Result:
+    texts = [event for event in events if isinstance(event, Piece) and event.kind == "text"]
+    thoughts = [event for event in events if isinstance(event, Piece) and event.kind == "reasoning"]
+    arguments = [event for event in events if isinstance(event, CallPiece)]
+    return Result(
+        "".join(piece.text for piece in texts),
+        "".join(piece.text for piece in thoughts),
+        tuple(
+            Call(call.id, call.name, "".join(part.text for part in arguments if part.index == call.index))
+            for call in events
+            if isinstance(call, CallStart)
+        ),
+        next((event for event in events if isinstance(event, End)), End(sequence, "cancelled")),
+        tuple(token for piece in texts for token in piece.tokens),
+        sum(len(piece.tokens) for piece in thoughts),
+    )
 
 
 def extra_fields(given: dict[str, Any], known: tuple[str, ...], connection: Connection) -> dict[str, Any]:

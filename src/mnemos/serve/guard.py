@@ -106,9 +106,10 @@ class Guard:
             timer.cancel()
             connection.leave()  # whatever still works for this request has nobody to answer
             await connection.stack.aclose()
+            used = connection.tokens()
             if entered:
-                connection.caller.leave(sum(connection.tokens()))
-            self._log(scope, connection, reply)
+                connection.caller.leave(sum(used))
+            self._log(scope, connection, reply, *used)
 
     def _check_address(self, scope: Scope, headers: _Headers) -> None:
         raw: bytes = scope.get("raw_path") or scope["path"].encode()
@@ -162,11 +163,12 @@ class Guard:
         if not reply.started:
             await reply.document(refusal.status, refusal.body(scope["path"]), refusal.headers())
 
-    def _log(self, scope: Scope, connection: Connection, reply: _Response) -> None:
+    def _log(
+        self, scope: Scope, connection: Connection, reply: _Response, prompt_tokens: int, completion_tokens: int
+    ) -> None:
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self.metrics.responses[method, route, str(reply.status)] += 1
-        prompt_tokens, completion_tokens = connection.tokens()
         if prompt_tokens:
             connection.notes |= {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
         logger.info(

@@ -13,6 +13,7 @@ from mnemos.errors import MnemosError
 from mnemos.serve.catalogue import Served
 from mnemos.serve.connection import connection_of
 from mnemos.serve.generation import exchange_of, extra_fields, start_all, template_source, tokenizer_of, total
+from mnemos.serve.openai.chat import goes_on
 from mnemos.serve.openai.completions import prompts_of
 from mnemos.serve.openai.shapes import LEAST, token_name, usage_object
 from mnemos.serve.openai.types import OpenAIBody, refuse_impossible
@@ -42,9 +43,7 @@ class ConversationRequest(OpenAIBody):
         if self.messages is None:
             raise Refusal(400, "messages is missing; it must be a list of messages", param="messages")
         template = dict(self.chat_template_kwargs or {})
-        continues = self.continue_final_message
-        if continues is None:
-            continues = self.messages[-1].get("role") == "assistant" and self.add_generation_prompt is not True
+        continues = goes_on(self.messages, self.continue_final_message, self.add_generation_prompt)
         conversation = Conversation(self.messages, tools=self.tools or (), continues=continues, template=template)
         return Task(conversation, names={"prompt": "messages"})
 
@@ -178,10 +177,8 @@ async def score(body: ScoreRequest, request: Request) -> dict[str, Any]:
     prompts = prompts_of(given, state.settings.max_prompts, name)
     fields = {"max_new_tokens": 0, "prompt_logprobs": 0}
     model = await _used(body, request)
-    scores, runs = (
-        [],
-        await start_all(model, [Task(one, fields, names={"prompt": name}) for one in prompts], connection),
-    )
+    runs = await start_all(model, [Task(one, fields, names={"prompt": name}) for one in prompts], connection)
+    scores = []
     for place, running in enumerate(runs):
         if len(running.prompt_ids) < 2:
             where = f"{name}[{place}]" if prompts is given else name
@@ -237,7 +234,7 @@ async def _used(body: ConversationRequest | DetokenizeRequest | ScoreRequest, re
 
 async def _loaded(name: str | None, request: Request) -> Served:
     connection = connection_of(request)
-    model = await connection.stack.enter_async_context(server_of(request).catalogue.use(name))
+    model = await server_of(request).hold(name, connection)
     connection.notes["model"] = model.name
     return model
 

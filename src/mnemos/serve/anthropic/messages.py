@@ -35,7 +35,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
     if body.max_tokens is None:
         raise Refusal(400, "max_tokens is missing; it must be a whole number of at least 1", param="max_tokens")
     task = _task(body, connection)
-    model = await connection.stack.enter_async_context(state.catalogue.use(body.model))
+    model = await state.hold(body.model, connection)
     running = await start(model, task, connection)
     answer = MessageAnswer(running)
     if body.stream:
@@ -49,7 +49,7 @@ async def count_tokens(body: MessagesRequest, request: Request) -> dict[str, int
     state, connection = server_of(request), connection_of(request)
     connection.headers["request-id"] = connection.id
     task = _task(body, connection)
-    model = await connection.stack.enter_async_context(state.catalogue.use(body.model))
+    model = await state.hold(body.model, connection)
     try:
         exchange = await asyncio.to_thread(exchange_of, model, task)
     except MnemosError as error:

@@ -85,7 +85,7 @@ async def _answer(
     task = Task(prompt, fields_of(body), names={**names_of(), "prompt": "messages" if in_message else "prompt"})
     keep_alive = seconds_of(body.keep_alive)
     began = time.perf_counter()
-    model = await connection.stack.enter_async_context(state.catalogue.use(body.wanted))
+    model = await state.hold(body.wanted, connection)
     if keep_alive is not None:
         model.keep_alive = keep_alive
     loaded = time.perf_counter() - began

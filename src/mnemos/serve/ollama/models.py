@@ -48,7 +48,7 @@ async def running(request: Request) -> dict[str, Any]:
 async def show(body: NamedRequest, request: Request) -> dict[str, Any]:
     """One model: what it can do, its context and its template. Loads it."""
     connection = connection_of(request)
-    model = await connection.stack.enter_async_context(server_of(request).catalogue.use(body.wanted))
+    model = await server_of(request).hold(body.wanted, connection)
     return await asyncio.to_thread(_described, model)
 
 
@@ -99,7 +99,7 @@ async def _embeddings(body: EmbedRequest, texts: list[str], request: Request) ->
         raise Refusal(
             400, f"input has {len(texts)} texts; it must be at most {state.settings.max_prompts}", param="input"
         )
-    model = await connection.stack.enter_async_context(state.catalogue.use(body.wanted))
+    model = await state.hold(body.wanted, connection)
     keep_alive = seconds_of(body.keep_alive)
     if keep_alive is not None:
         model.keep_alive = keep_alive

@@ -38,7 +38,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     """Answers a conversation."""
     state, connection = server_of(request), connection_of(request)
     task = task_of(body, connection)
-    model = await connection.stack.enter_async_context(state.catalogue.use(body.model))
+    model = await state.hold(body.model, connection)
     running = await start(model, task, connection)
     answer = ChatAnswer(running, body.top_logprobs or 0 if body.logprobs else None, body.return_token_ids is True)
     if not body.stream:
@@ -67,7 +67,7 @@ def task_of(body: ChatRequest, connection: Connection) -> Task:
         tools=body.tools or (),
         choice=choice_of(body.tool_choice, body.tools),
         parallel=body.parallel_tool_calls is not False,
-        continues=_continues(body),
+        continues=goes_on(body.messages, body.continue_final_message, body.add_generation_prompt),
         thinking=None if effort is None else effort != "none",
         budget=body.thinking_token_budget,
         template=template,
@@ -98,11 +98,14 @@ def choice_of(given: str | dict[str, Any] | None, tools: list[dict[str, Any]] | 
     return ToolChoice("required", str(name))
 
 
-def _continues(body: ChatRequest) -> bool:
-    """Whether the last message is continued: asked for, or the assistant's."""
-    if body.continue_final_message is not None:
-        return body.continue_final_message
-    return body.messages[-1].get("role") == "assistant" and body.add_generation_prompt is not True
+def goes_on(messages: list[dict[str, Any]], asked: bool | None, prompted: bool | None) -> bool:
+    """Whether the last message is continued: if `asked`, or, unasked, if it is the assistant's.
+
+    asked, prompted: continue_final_message and add_generation_prompt.
+    """
+    if asked is not None:
+        return asked
+    return messages[-1].get("role") == "assistant" and prompted is not True
 
 
 class ChatAnswer:

@@ -39,7 +39,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continues prompts."""
     state, connection = server_of(request), connection_of(request)
     tasks = tasks_of(body, connection)
-    model = await connection.stack.enter_async_context(state.catalogue.use(body.model))
+    model = await state.hold(body.model, connection)
     answers = [
         Answer(running, number, body) for number, running in enumerate(await start_all(model, tasks, connection))
     ]

@@ -39,7 +39,7 @@ async def respond(body: ResponsesRequest, request: Request) -> Response:
     state, connection = server_of(request), connection_of(request)
     items = items_of(body.input)
     task = task_of(body, [*await _before(body, request), *items], connection)
-    model = await connection.stack.enter_async_context(state.catalogue.use(body.model))
+    model = await state.hold(body.model, connection)
     running = await start(model, task, connection)
     writer = ResponseWriter(_head(body, model.name), model.engine.tokenizer, task.fields.get("logprobs"))
 

@@ -208,7 +208,6 @@ def refuse_impossible(body: OpenAIBody) -> dict[str, Any]:
     return rest
 
 
-Finish = Literal["stop", "length", "tool_calls"]
 # How OpenAI calls the ends of results.
 FINISHES = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "repetition": "stop", "time": "length",
             "error": "stop", "cancelled": "length"}  # fmt: skip

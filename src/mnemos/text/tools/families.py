@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mnemos.text.tools.forms import (
-    BracedCall,
     CallReader,
     JsonCalls,
     NamedJson,
-    PythonCalls,
     Schemas,
-    TaggedCall,
+    WholeCalls,
+    braced_call,
+    python_calls,
+    tagged_call,
 )
 
 
@@ -50,6 +51,14 @@ class Family:
 
 def _json(schemas: Schemas) -> CallReader:
     return JsonCalls()
+
+
+def _tagged(name: str, pair: str) -> Callable[[Schemas], CallReader]:
+    return lambda schemas: WholeCalls(lambda text: tagged_call(text, schemas, name, pair))
+
+
+def _braced(escape: str) -> Callable[[Schemas], CallReader]:
+    return lambda schemas: WholeCalls(lambda text: braced_call(text, escape))
 
 
 _NAME_TAG = r"<function=([^>]*)>"
@@ -88,7 +97,7 @@ FAMILIES = (
         ("<minimax:tool_call>",),
         "<invoke",
         "</invoke>",
-        lambda schemas: TaggedCall(schemas, r'name="([^"]*)">', r'<parameter name="([^"]*)">(.*?)</parameter>'),
+        _tagged(r'name="([^"]*)">', r'<parameter name="([^"]*)">(.*?)</parameter>'),
         around=("<minimax:tool_call>", "</minimax:tool_call>"),
     ),
     Family(
@@ -96,32 +105,30 @@ FAMILIES = (
         ("<arg_key>", "<arg_value>"),
         "<tool_call>",
         "</tool_call>",
-        lambda schemas: TaggedCall(
-            schemas, r"^\s*([^\s<]+)", r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"
-        ),
+        _tagged(r"^\s*([^\s<]+)", r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>"),
     ),
     Family(
         "qwen3-coder",
         ("<function=", "<parameter=", "<tool_call>"),
         "<tool_call>",
         "</tool_call>",
-        lambda schemas: TaggedCall(schemas, _NAME_TAG, _PAIR_TAG),
+        _tagged(_NAME_TAG, _PAIR_TAG),
     ),
     Family(
         "tagged",
         ("<function=", "<parameter="),
         "<function=",
         "</function>",
-        lambda schemas: TaggedCall(schemas, r"^([^>]*)>", _PAIR_TAG),
+        _tagged(r"^([^>]*)>", _PAIR_TAG),
     ),
     Family(
         "gemma",
         ("<start_function_call>",),
         "<start_function_call>",
         "<end_function_call>",
-        lambda schemas: BracedCall("<escape>"),
+        _braced("<escape>"),
     ),
-    Family("gemma-4", ("<|tool_call>",), "<|tool_call>", "<tool_call|>", lambda schemas: BracedCall('<|"|>')),
+    Family("gemma-4", ("<|tool_call>",), "<|tool_call>", "<tool_call|>", _braced('<|"|>')),
     Family(
         "mistral-args",
         ("[TOOL_CALLS]", "[ARGS]"),
@@ -181,7 +188,7 @@ FAMILIES = (
         opens=("{",),
         as_json=("name", "parameters"),
     ),
-    Family("pythonic", ("[func_name1(",), "", "", lambda schemas: PythonCalls(), opens=("[",)),
+    Family("pythonic", ("[func_name1(",), "", "", lambda schemas: WholeCalls(python_calls), opens=("[",)),
 )
 
 

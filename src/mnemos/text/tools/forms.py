@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from mnemos.text.tools.fragments import CallArguments, CallName, Fragment
@@ -167,83 +167,65 @@ class NamedJson:
         return [] if self._begun else [CallArguments("{}")]
 
 
-class TaggedCall:
+class WholeCalls:
+    """Calls that only their whole text makes clear; `read` gets it at the end, and raises ValueError for no call."""
+
+    def __init__(self, read: Callable[[str], list[Fragment]]) -> None:
+        self._read = read
+        self._text: list[str] = []
+
+    def push(self, text: str) -> list[Fragment]:
+        self._text.append(text)
+        return []
+
+    def finish(self) -> list[Fragment]:
+        return self._read("".join(self._text))
+
+
+def tagged_call(text: str, schemas: Schemas, name: str, pair: str) -> list[Fragment]:
     """`<function=name><parameter=key>value</parameter></function>` and its relatives: values are raw text.
 
-    Their types are those of the tool's parameters. The call is passed on at its end.
+    Their types are those of the tool's parameters. name, pair: patterns of the name, and of a key with its value.
     """
-
-    def __init__(self, schemas: Schemas, name: str, pair: str) -> None:
-        self._schemas = schemas
-        self._name, self._pair = re.compile(name, re.DOTALL), re.compile(pair, re.DOTALL)
-        self._text: list[str] = []
-
-    def push(self, text: str) -> list[Fragment]:
-        self._text.append(text)
-        return []
-
-    def finish(self) -> list[Fragment]:
-        text = "".join(self._text)
-        name = self._name.search(text)
-        if name is None:
-            raise ValueError("a call without a name")
-        schema = self._schemas.get(name[1].strip(), {})
-        properties = schema.get("properties")
-        typed = properties if isinstance(properties, dict) else {}
-        pairs = self._pair.findall(text[name.end() :])
-        arguments = {key.strip(): typed_value(value, typed.get(key.strip())) for key, value in pairs}
-        return call(name[1].strip(), arguments)
+    found = re.search(name, text, re.DOTALL)
+    if found is None:
+        raise ValueError("a call without a name")
+    called = found[1].strip()
+    properties = schemas.get(called, {}).get("properties")
+    typed = properties if isinstance(properties, dict) else {}
+    pairs = re.findall(pair, text[found.end() :], re.DOTALL)
+    return call(called, {key.strip(): typed_value(value, typed.get(key.strip())) for key, value in pairs})
 
 
-class PythonCalls:
+def python_calls(text: str) -> list[Fragment]:
     """`[f(a=1), g(b="x")]`: calls in Python's syntax with literal arguments, read with a parser, never run."""
-
-    def __init__(self) -> None:
-        self._text: list[str] = []
-
-    def push(self, text: str) -> list[Fragment]:
-        self._text.append(text)
-        return []
-
-    def finish(self) -> list[Fragment]:
-        source = "".join(self._text).strip()
-        try:
-            tree = ast.parse(source, mode="eval").body
-        except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
-            raise ValueError("not Python calls") from error
-        fragments: list[Fragment] = []
-        for node in tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]:
-            if not isinstance(node, ast.Call) or node.args:
-                raise ValueError("not a call by keywords")
-            arguments = {word.arg: ast.literal_eval(word.value) for word in node.keywords if word.arg is not None}
-            fragments += call(ast.unparse(node.func), arguments)
-        if not fragments:
-            raise ValueError("no call")
-        return fragments
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
+        raise ValueError("not Python calls") from error
+    fragments: list[Fragment] = []
+    for node in tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]:
+        if not isinstance(node, ast.Call) or node.args:
+            raise ValueError("not a call by keywords")
+        arguments = {word.arg: ast.literal_eval(word.value) for word in node.keywords if word.arg is not None}
+        fragments += call(ast.unparse(node.func), arguments)
+    if not fragments:
+        raise ValueError("no call")
+    return fragments
 
 
-class BracedCall:
-    """`call:name{key:<escape>text<escape>,count:3}`: keys without quotes, strings between escape marks."""
-
-    def __init__(self, escape: str) -> None:
-        self._escape = re.escape(escape)
-        self._text: list[str] = []
-
-    def push(self, text: str) -> list[Fragment]:
-        self._text.append(text)
-        return []
-
-    def finish(self) -> list[Fragment]:
-        text = "".join(self._text).strip()
-        head = re.match(r"(?:call:)?([\w.\-]+)\{", text)
-        if head is None or not text.endswith("}"):
-            raise ValueError("not a call")
-        body = text[head.end() - 1 :]
-        quoted = re.split(rf"{self._escape}(.*?){self._escape}", body, flags=re.DOTALL)
-        parts = []
-        for index, part in enumerate(quoted):
-            parts.append(json.dumps(part) if index % 2 else re.sub(r"([{,]\s*)([\w\-]+)\s*:", r'\1"\2":', part))
-        return call(head[1], json.loads("".join(parts)))
+def braced_call(text: str, escape: str) -> list[Fragment]:
+    """`call:name{key:<escape>text<escape>,count:3}`: keys without quotes, strings between marks (`escape`)."""
+    text, mark = text.strip(), re.escape(escape)
+    head = re.match(r"(?:call:)?([\w.\-]+)\{", text)
+    if head is None or not text.endswith("}"):
+        raise ValueError("not a call")
+    quoted = re.split(rf"{mark}(.*?){mark}", text[head.end() - 1 :], flags=re.DOTALL)
+    parts = [
+        json.dumps(part) if index % 2 else re.sub(r"([{,]\s*)([\w\-]+)\s*:", r'\1"\2":', part)
+        for index, part in enumerate(quoted)
+    ]
+    return call(head[1], json.loads("".join(parts)))
 
 
 def call(name: str, arguments: Any) -> list[Fragment]:

@@ -38,11 +38,6 @@ class AnswerReader:
         self.calls = 0
         self.open = False  # the answer ended in the middle of a call
 
-    @property
-    def pending(self) -> bool:
-        """True if text is held back."""
-        return bool(self._held) or self._call is not None
-
     def push(self, text: str) -> list[Fragment]:
         """The fragments that `text` completes."""
         self._held += text
