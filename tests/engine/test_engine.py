@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,6 +174,15 @@ class TestCompletion:
         content = json.loads(completion.to_json())
         assert content["text"] == completion.text
         assert content["usage"]["total_tokens"] == 11
+
+    @pytest.mark.parametrize(
+        "fields", [{}, {"n": 3, "temperature": 1.0, "seed": 1}, {"num_beams": 3, "num_return_sequences": 2}]
+    )
+    def test_a_handle_counts_as_its_completion_does(self, speaker: InferenceEngine, fields: dict[str, Any]) -> None:
+        handle = speaker.submit("Hello", max_new_tokens=12, stop="e", **fields)
+        completion = handle.result()
+        assert handle.usage == completion.usage
+        assert completion.usage.completion_tokens == sum(len(choice.token_ids) for choice in completion.choices) > 0
 
     def test_beams_have_scores_and_texts(self, speaker: InferenceEngine) -> None:
         completion = speaker.complete("Hello", max_new_tokens=5, num_beams=3, num_return_sequences=2)

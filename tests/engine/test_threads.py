@@ -174,7 +174,7 @@ def test_a_cancelled_request_keeps_what_it_had() -> None:
         assert completion.finish_reason == "cancelled"
         count = len(completion.token_ids)
         assert 3 <= count < 10
-        assert completion.token_ids == toy_greedy(PROMPT, count)
+        assert completion.token_ids == toy_greedy(PROMPT, count) and completion.usage.completion_tokens == count
         assert handle.done
         handle.cancel()  # cancelling again does no harm
 

@@ -45,11 +45,18 @@ class Channel:
         self.items: list[Delivery] = []  # only ever appended to
         self.ended = False
         self.error: BaseException | None = None
+        self.generated = 0  # tokens of all results so far
+        self._unfinished: dict[int, int] = {}  # how many of them are of which result that has not ended
         self._readers: list[Reader] = []  # that stream
         self._callbacks: deque[Callable[[], None]] = deque()
 
     def deliver(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> None:
         self.items.append((emitted, finished))
+        for token in emitted:
+            self._unfinished[token.sequence] = self._unfinished.get(token.sequence, 0) + 1
+        self.generated += len(emitted)
+        for end in finished:  # which says how many it has in all; some may not have been emitted before
+            self.generated += len(end.tokens) - self._unfinished.pop(end.sequence, 0)
         for reader in self._readers[:]:  # they come and go in other threads
             reader.note()
 
@@ -120,13 +127,8 @@ class RequestHandle:
     @property
     def usage(self) -> Usage:
         """The numbers of tokens so far; final once the request is done."""
-        generated: dict[int, int] = {}
-        for emitted, finished in self._channel.items:
-            for token in emitted:
-                generated[token.sequence] = generated.get(token.sequence, 0) + 1
-            for end in finished:
-                generated[end.sequence] = len(end.tokens)
-        return self._usage(sum(generated.values()))
+        request = self._request
+        return Usage(len(request.source or request.prompt), request.cached_tokens, self._channel.generated)
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once the request has ended, in the engine's thread or right away; it must not raise."""
@@ -240,12 +242,7 @@ class RequestHandle:
         self._check()
         request = self._request
         choices = choices_of(self._channel.items, self._tokenizer, request.skip_special)
-        generated = sum(len(choice.token_ids) for choice in choices)
-        return Completion(choices, request.prompt, self._usage(generated), request.timings, request.prompt_scores)
-
-    def _usage(self, generated: int) -> Usage:
-        request = self._request
-        return Usage(len(request.source or request.prompt), request.cached_tokens, generated)
+        return Completion(choices, request.prompt, self.usage, request.timings, request.prompt_scores)
 
 
 Launch = Callable[[], RequestHandle]
