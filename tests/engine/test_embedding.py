@@ -64,7 +64,7 @@ class TestSubmitted:
         expected = engine.embed(TEXTS)
         assert np.array_equal(asyncio.run(together()), expected)
         handle = engine.submit_embedding(TEXTS[1])
-        assert np.array_equal(handle.result(), expected[1]) and handle.prompt_tokens == 7 and handle.done
+        assert np.array_equal(handle.result(), expected[1]) and handle.usage.prompt_tokens == 7 and handle.done
 
     def test_a_cancelled_one_has_no_value(self) -> None:
         model = SlowModel()

@@ -51,6 +51,21 @@ def test_system_one_answers_by_name(client: httpx.Client, engine: InferenceEngin
 
 
 @pytest.mark.parametrize(
+    ("path", "questions"),
+    [
+        ("/v1/decisions", [{"type": "predicate", "instructions": "Is it late?", "weight": 2}]),
+        ("/v1/systemone", {"late": {"type": "noul", "instructions": "Is it late?", "weight": 2}}),
+    ],
+)
+def test_skipped_fields_are_named(client: httpx.Client, path: str, questions: Any) -> None:
+    body = {"input": "x", "state": "x", "questions": questions, "temperature": 0.5, "colour": "blue"}
+    del body["state" if path == "/v1/decisions" else "input"]
+    response = client.post(path, json=body)
+    assert response.status_code == 200
+    assert response.headers["x-mnemos-ignored"] == "colour, temperature, questions.weight"
+
+
+@pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
         ("/v1/decisions", {"questions": [{"type": "box"}]}, 400, "predicate, choice"),

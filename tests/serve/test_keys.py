@@ -13,7 +13,7 @@ import pytest
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import ConfigError
 from mnemos.serve.application import app
-from mnemos.serve.keys import ANYONE, Caller, Keys, Usage, read_keys
+from mnemos.serve.keys import ANYONE, Caller, Keys, Usage, Window, read_keys
 from mnemos.serve.refusal import Refusal
 from tests.serve.running import running
 
@@ -71,7 +71,8 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, content: str, words: s
 
 def test_limits_are_those_of_the_last_minute() -> None:
     now = [0.0]
-    caller = Caller("a", "a", "a", requests_per_minute=2, tokens_per_minute=100, usage=Usage(lambda: now[0]))
+    usage = Usage(Window(lambda: now[0]), Window(lambda: now[0]))
+    caller = Caller("a", "a", "a", requests_per_minute=2, tokens_per_minute=100, usage=usage)
     caller.enter()
     caller.leave(60)
     now[0] = 30.0
@@ -92,6 +93,21 @@ def test_limits_are_those_of_the_last_minute() -> None:
     busy.enter()
     with pytest.raises(Refusal, match="at the same time"):
         busy.enter()
+
+
+def test_embeddings_and_decisions_use_tokens_too(engine: InferenceEngine, tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text("[one]\nkey = 'k1'\ntokens_per_minute = 1000\n")
+    left = "x-ratelimit-remaining-tokens"
+    question = {"type": "predicate", "instructions": "Is it late?"}
+    with running(app(engine, keys=Keys(path=path))) as client:
+        embedded = client.post("/v1/embeddings", json={"input": ["one two three", "four"]}, headers=as_key("k1"))
+        assert embedded.headers[left] == "1000"
+        decided = client.post("/v1/decisions", json={"input": "x", "questions": [question]}, headers=as_key("k1"))
+        used = embedded.json()["usage"]["prompt_tokens"]
+        assert int(decided.headers[left]) == 1000 - used < 1000
+        after = client.get("/v1/models", headers=as_key("k1"))
+        assert int(after.headers[left]) == 1000 - used - decided.json()["usage"]["input_tokens"]
 
 
 @pytest.mark.slow

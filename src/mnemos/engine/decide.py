@@ -7,18 +7,18 @@ probability is proportional to the product of its tokens' probabilities, whole l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnemos.errors import MnemosError, RequestError, shown
+from mnemos.errors import RequestError, shown
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mnemos.decoding.options import ForcedOptions
-    from mnemos.engine.handle import RequestHandle
+    from mnemos.engine.completion import Usage
     from mnemos.text.tokenizer import Tokenizer
 
 MOST_OPTIONS = 255
@@ -97,39 +97,16 @@ class Decision:
         return max(self.probabilities.values())
 
 
-@dataclass
-class DecisionHandle:
-    """A submitted question: wait for `result()` or, in asyncio, `await` it. Dropping it cancels it."""
-
-    question: Question
-    handle: RequestHandle
-    strategy: ForcedOptions
-    _names: list[str] = field(default_factory=list)
-
-    def cancel(self) -> None:
-        """Ends the work within one step."""
-        self.handle.cancel()
-
-    def result(self) -> Decision:
-        """The answer. Raises the request's error; MnemosError if it was cancelled."""
-        return self._decision(self.handle.result().finish_reason)
-
-    def __await__(self) -> Any:
-        completion = yield from self.handle.__await__()
-        return self._decision(completion.finish_reason)
-
-    def _decision(self, finish_reason: str) -> Decision:
-        if finish_reason == "cancelled":
-            raise MnemosError("the decision was cancelled before it was made")
-        names, logprobs, usage = self._names, self.strategy.logprobs, self.handle.usage
-        probabilities = _normalized(logprobs)
-        return Decision(
-            self.question,
-            dict(zip(names, probabilities.tolist(), strict=True)),
-            dict(zip(names, logprobs.tolist(), strict=True)),
-            usage.prompt_tokens,
-            usage.cached_tokens,
-        )
+def decision(question: Question, strategy: ForcedOptions, usage: Usage) -> Decision:
+    """The answer to a question whose options `strategy` has evaluated."""
+    labels = [label for label, _ in question.options]
+    return Decision(
+        question,
+        dict(zip(labels, _normalized(strategy.logprobs).tolist(), strict=True)),
+        dict(zip(labels, strategy.logprobs.tolist(), strict=True)),
+        usage.prompt_tokens,
+        usage.cached_tokens,
+    )
 
 
 def _normalized(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from mnemos.contract import Floats
     from mnemos.decoding.config import AnyConfig, GenerationConfig
     from mnemos.decoding.forced import Score
-    from mnemos.engine.decide import DecisionHandle
-    from mnemos.engine.embedding import EmbeddingHandle
+    from mnemos.engine.decide import Decision
     from mnemos.engine.options import EngineKeywords, LoadKeywords
     from mnemos.engine.statistics import Statistics
+    from mnemos.engine.value_handle import ValueHandle
     from mnemos.text.tokenizer import Tokenizer
 
     Config = AnyConfig | None
@@ -277,19 +277,21 @@ class InferenceEngine:
 
     def submit_embedding(
         self, text: Any, pooling: str = "mean", normalize: bool = True, **scheduling: Any
-    ) -> EmbeddingHandle:
+    ) -> ValueHandle[Floats]:
         """Queues one text's embedding and returns immediately; CapacityError if the queue is full.
 
         scheduling: priority, tenant, deadline and cache_salt, as in GenerationConfig.
         """
         from mnemos.decoding.config import GenerationConfig
         from mnemos.decoding.forced import ForcedEmbedding
-        from mnemos.engine.embedding import EmbeddingHandle, check_embedding
+        from mnemos.engine.embedding import check_embedding
+        from mnemos.engine.value_handle import ValueHandle
 
         config, prompt = GenerationConfig(**scheduling), read_prompts(text, None, self.tokenizer).only
         check_embedding(self.spec, pooling)
         strategy = ForcedEmbedding(pooling, normalize)
-        return EmbeddingHandle(self._launcher.prepare_forced(strategy, prompt, config)(), strategy, len(prompt))
+        handle = self._launcher.prepare_forced(strategy, prompt, config)()
+        return ValueHandle(handle, "embedding", lambda usage: strategy.embedding)
 
     def decide(self, input: Any, questions: Any) -> Any:
         """Answers typed questions about an input with probabilities, without generating text.
@@ -307,14 +309,15 @@ class InferenceEngine:
         answers = [handle.result() for handle in handles]
         return answers[0] if one else dict(zip(named, answers, strict=True)) if named is not None else answers
 
-    def submit_decision(self, input: Any, question: Any, **scheduling: Any) -> DecisionHandle:
+    def submit_decision(self, input: Any, question: Any, **scheduling: Any) -> ValueHandle[Decision]:
         """Queues one question and returns immediately; CapacityError if the queue is full.
 
         scheduling: priority, tenant, deadline and cache_salt, as in GenerationConfig.
         """
         from mnemos.decoding.config import GenerationConfig
         from mnemos.decoding.options import ForcedOptions
-        from mnemos.engine.decide import DecisionHandle, option_ids, prompt_of, question_of
+        from mnemos.engine.decide import decision, option_ids, prompt_of, question_of
+        from mnemos.engine.value_handle import ValueHandle
 
         if self.tokenizer is None:
             raise RequestError("the engine has no tokenizer; decisions are about texts")
@@ -324,7 +327,7 @@ class InferenceEngine:
         longest = max(map(len, options))
         config = GenerationConfig(**scheduling)
         handle = self._launcher.prepare_forced(strategy, prompt, config, longest)()
-        return DecisionHandle(question, handle, strategy, [label for label, _ in question.options])
+        return ValueHandle(handle, "decision", partial(decision, question, strategy))
 
     # The engine itself.
 

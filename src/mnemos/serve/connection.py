@@ -6,13 +6,24 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 
 from mnemos.engine.completion import Usage
 from mnemos.serve.keys import Caller
 from mnemos.serve.settings import Settings
+
+
+class Work(Protocol):
+    """What runs in the engine for a request: a handle."""
+
+    @property
+    def usage(self) -> Usage:
+        """The numbers of tokens so far."""
+
+    def cancel(self) -> None:
+        """Ends the work within one step."""
 
 
 @dataclass(eq=False)
@@ -34,12 +45,17 @@ class Connection:
     notes: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)  # of the response, set by whoever answers
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)  # closed once the answer has been sent
-    usages: list[Callable[[], Usage]] = field(default_factory=list)  # of what runs in the engine for the request
+    _works: list[Work] = field(default_factory=list)
     _leaving: list[Callable[[], None]] = field(default_factory=list)
+
+    def start(self, work: Work) -> None:
+        """Work that is cancelled when the client goes away, and whose tokens are the caller's."""
+        self._works.append(work)
+        self.on_leave(work.cancel)
 
     def tokens(self) -> tuple[int, int]:
         """How many tokens of prompts and of answers the request has used."""
-        usages = [used() for used in self.usages]
+        usages = [work.usage for work in self._works]
         return sum(one.prompt_tokens for one in usages), sum(one.completion_tokens for one in usages)
 
     def on_leave(self, callback: Callable[[], None]) -> None:

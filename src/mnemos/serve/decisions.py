@@ -12,14 +12,16 @@ from pydantic import Field
 from mnemos.engine.decide import Choice, Decision, Predicate, Question, Score, question_of
 from mnemos.errors import MnemosError, shown
 from mnemos.serve.body import Body
-from mnemos.serve.connection import connection_of
-from mnemos.serve.generation import salted
+from mnemos.serve.connection import Connection, connection_of
+from mnemos.serve.generation import extra_fields, ignore, salted
 from mnemos.serve.openai.response_items import items_of, messages_of
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.state import server_of
 
 router = APIRouter(tags=["decisions"])
 MOST_QUESTIONS = 400
+_OPENAI_QUESTION = ("type", "name", "instructions", "choices", "levels")
+_SYSTEM_ONE_QUESTION = ("type", "instructions", "criteria")
 
 
 class DecisionsRequest(Body):
@@ -41,6 +43,7 @@ class SystemOneRequest(Body):
 @router.post("/v1/decisions")
 async def decisions(body: DecisionsRequest, request: Request) -> dict[str, Any]:
     """Answers questions about an input, in their order."""
+    _name_skipped(body, body.questions, _OPENAI_QUESTION, connection_of(request))
     if isinstance(body.input, str):
         about: Any = body.input
     else:
@@ -62,6 +65,7 @@ async def decisions(body: DecisionsRequest, request: Request) -> dict[str, Any]:
 @router.post("/v1/systemone")
 async def system_one(body: SystemOneRequest, request: Request) -> dict[str, Any]:
     """Answers named questions about a state."""
+    _name_skipped(body, list(body.questions.values()), _SYSTEM_ONE_QUESTION, connection_of(request))
     try:
         questions = [
             question_of({**given, "instructions": _text(given.get("instructions"))}, f"questions.{name[:80]}")
@@ -76,6 +80,13 @@ async def system_one(body: SystemOneRequest, request: Request) -> dict[str, Any]
         "answers": {name: _system_one_answer(answer) for name, answer in named},
         "usage": {"input_tokens": sum(answer.prompt_tokens for answer in answers), "output_tokens": 0},
     }
+
+
+def _name_skipped(body: Body, questions: list[dict[str, Any]], known: tuple[str, ...], connection: Connection) -> None:
+    """Names the fields that are left out: unknown ones, and those of generation, which decisions do without."""
+    ignore(connection, extra_fields(body.further, tuple(type(body).model_fields), connection))
+    further = {name: None for question in questions for name in question if name not in known}
+    ignore(connection, [f"questions.{name}" for name in further])
 
 
 async def _answers(
@@ -93,7 +104,7 @@ async def _answers(
                 lambda some: [model.engine.submit_decision(about, one, **scheduling) for one in some], wave
             )
             for handle in handles:
-                connection.on_leave(handle.cancel)
+                connection.start(handle)
             found += [await handle for handle in handles]
     except MnemosError as error:
         raise refusal_of(error) from error

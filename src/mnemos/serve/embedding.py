@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from mnemos.contract import Floats
-from mnemos.engine.embedding import EmbeddingHandle
+from mnemos.engine.value_handle import ValueHandle
 from mnemos.errors import MnemosError
 from mnemos.serve.catalogue import Served
 from mnemos.serve.connection import Connection
@@ -27,13 +27,13 @@ async def embeddings(
         handles = await asyncio.to_thread(_submit, model, tasks, connection, pooling)
         connection.notes["model"] = model.name
         for handle in handles:
-            connection.on_leave(handle.cancel)
-        return [await handle for handle in handles], sum(handle.prompt_tokens for handle in handles)
+            connection.start(handle)
+        return [await handle for handle in handles], sum(handle.usage.prompt_tokens for handle in handles)
     except MnemosError as error:
         raise refusal_of(error, dict(tasks[0].names)) from error
 
 
-def _submit(model: Served, tasks: Sequence[Task], connection: Connection, pooling: str) -> list[EmbeddingHandle]:
+def _submit(model: Served, tasks: Sequence[Task], connection: Connection, pooling: str) -> list[ValueHandle[Floats]]:
     caller = connection.caller
     prompts = [exchange_of(model, task).prompt_ids for task in tasks]
     salt = salted(caller, None)

@@ -129,8 +129,7 @@ async def start_all(model: Served, tasks: Sequence[Task], connection: Connection
     running = await asyncio.to_thread(_submit_all, model, tasks, connection)
     connection.notes["model"] = model.name
     for one in running:
-        connection.on_leave(one.handle.cancel)
-        connection.usages.append(lambda handle=one.handle: handle.usage)  # type: ignore[misc]
+        connection.start(one.handle)
     return running
 
 

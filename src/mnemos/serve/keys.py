@@ -44,66 +44,74 @@ class Caller:
 
     def enter(self) -> None:
         """Counts a request that begins. Refusal if it is one too many."""
-        self.usage.enter(self)
+        used = self.usage
+        if self.concurrent is not None and used.running >= self.concurrent:
+            raise _too_many(f"{self.concurrent} requests at the same time", 1.0)
+        for limit, window, what in self._limits():
+            if window.total >= limit:
+                raise _too_many(f"{limit} {what} a minute", window.seconds)
+        used.running += 1
+        used.requests.add(1)
 
     def leave(self, tokens: int) -> None:
         """Counts a request that has ended, with the tokens that it used."""
-        self.usage.leave(tokens)
+        self.usage.running -= 1
+        self.usage.tokens.add(tokens)
 
     def headers(self) -> dict[str, str]:
         """What is left, under the names that OpenAI's clients read."""
-        return self.usage.headers(self)
+        shown = {}
+        for limit, window, what in self._limits():
+            shown[f"x-ratelimit-limit-{what}"] = str(limit)
+            shown[f"x-ratelimit-remaining-{what}"] = str(max(limit - window.total, 0))
+        return shown
+
+    def _limits(self) -> list[tuple[int, Window, str]]:
+        """The limits by the minute that there are, and what they limit."""
+        used = self.usage
+        rows = ((self.requests_per_minute, used.requests, "requests"), (self.tokens_per_minute, used.tokens, "tokens"))
+        return [(limit, window, what) for limit, window, what in rows if limit is not None]
 
 
-class Usage:
-    """What a caller used in the last minute. In the event loop only."""
+class Window:
+    """A sum over the last minute."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._requests: deque[float] = deque()
-        self._tokens: deque[tuple[float, int]] = deque()
-        self._token_count = 0
-        self.running = 0
+        self._parts: deque[tuple[float, int]] = deque()
+        self._total = 0
 
-    def enter(self, caller: Caller) -> None:
-        now = self._forget()
-        if caller.concurrent is not None and self.running >= caller.concurrent:
-            raise _too_many(f"{caller.concurrent} requests at the same time", 1.0)
-        if caller.requests_per_minute is not None and len(self._requests) >= caller.requests_per_minute:
-            raise _too_many(f"{caller.requests_per_minute} requests a minute", self._requests[0] + MINUTE - now)
-        if caller.tokens_per_minute is not None and self._token_count >= caller.tokens_per_minute:
-            raise _too_many(f"{caller.tokens_per_minute} tokens a minute", self._tokens[0][0] + MINUTE - now)
-        self.running += 1
-        if caller.requests_per_minute is not None:
-            self._requests.append(now)
-
-    def leave(self, tokens: int) -> None:
-        self.running -= 1
-        if tokens:
-            self._tokens.append((self._clock(), tokens))
-            self._token_count += tokens
-
-    def headers(self, caller: Caller) -> dict[str, str]:
+    def add(self, amount: int) -> None:
+        """Adds an amount, which is forgotten in a minute."""
         self._forget()
-        rows = (
-            ("requests", caller.requests_per_minute, len(self._requests)),
-            ("tokens", caller.tokens_per_minute, self._token_count),
-        )
-        shown = {}
-        for name, limit, used in rows:
-            if limit is not None:
-                shown[f"x-ratelimit-limit-{name}"] = str(limit)
-                shown[f"x-ratelimit-remaining-{name}"] = str(max(limit - used, 0))
-        return shown
+        if amount:
+            self._parts.append((self._clock(), amount))
+            self._total += amount
 
-    def _forget(self) -> float:
-        """Drops what is older than a minute; returns the time."""
+    @property
+    def total(self) -> int:
+        """What was added in the last minute."""
+        self._forget()
+        return self._total
+
+    @property
+    def seconds(self) -> float:
+        """After which the oldest amount is forgotten."""
+        return self._parts[0][0] + MINUTE - self._clock() if self._parts else 0.0
+
+    def _forget(self) -> None:
         now = self._clock()
-        while self._requests and self._requests[0] <= now - MINUTE:
-            self._requests.popleft()
-        while self._tokens and self._tokens[0][0] <= now - MINUTE:
-            self._token_count -= self._tokens.popleft()[1]
-        return now
+        while self._parts and self._parts[0][0] <= now - MINUTE:
+            self._total -= self._parts.popleft()[1]
+
+
+@dataclass
+class Usage:
+    """What a caller uses: requests and tokens of the last minute, and requests that run. In the event loop only."""
+
+    requests: Window = field(default_factory=Window)
+    tokens: Window = field(default_factory=Window)
+    running: int = 0
 
 
 ANYONE = Caller("anyone", "default", "")
