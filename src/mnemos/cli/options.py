@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Mapping
 from dataclasses import Field
 from typing import TYPE_CHECKING, Any
 
-from mnemos.engine.options import LoadOptions, command_line
+from mnemos.engine.options import LoadOptions, command_line, split
 from mnemos.errors import FormatError
 
 if TYPE_CHECKING:
@@ -26,37 +27,50 @@ def add_loading_arguments(group: argparse._ActionsContainer) -> None:
     """Adds the options for loading and running a model, except --draft."""
     for row in command_line(LoadOptions):
         if row.name != "draft":
-            _add_option(group, row)
+            add_option(group, row)
 
 
 def add_draft_argument(parser: argparse._ActionsContainer) -> None:
     """Adds --draft, for a command that generates."""
-    _add_option(parser, next(row for row in command_line(LoadOptions) if row.name == "draft"))
+    add_option(parser, next(row for row in command_line(LoadOptions) if row.name == "draft"))
 
 
-def _add_option(parser: argparse._ActionsContainer, row: Field[Any]) -> None:
-    """Adds a loading option; if unset, it stays None, so that its default is defined in one place."""
+def add_option(parser: argparse._ActionsContainer, row: Field[Any], note: str = "") -> None:
+    """Adds an option, with a note after its help; if unset, it is None, so that its default is defined in one place."""
     flags = ["--" + row.name.replace("_", "-"), *(["--context"] if row.name == "context_length" else [])]
-    kind, text, metavar = row.metadata["rule"].kind, row.metadata["help"], row.metadata["metavar"]
+    kind, text, metavar = row.metadata["rule"].kind, row.metadata["help"] + note, row.metadata["metavar"]
     if kind == "flag":
         parser.add_argument(*flags, dest=row.name, action="store_true", default=None, help=text)
+    elif kind == "list":
+        text += "; may be repeated"
+        parser.add_argument(*flags, dest=row.name, action="append", metavar=metavar, help=text)
     else:
-        parse = int if kind == "integer" else str
+        parse = {"integer": int, "number": float}.get(kind, str)
         parser.add_argument(*flags, dest=row.name, type=parse, metavar=metavar, help=text)
+
+
+def given(arguments: argparse.Namespace, rows: Iterable[Field[Any]]) -> dict[str, Any]:
+    """The values of the options that were set."""
+    values = {row.name: getattr(arguments, row.name, None) for row in rows}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
     """The engine for `arguments.model`, fetched first if necessary, with progress on standard error."""
+    return load(arguments.model, given(arguments, command_line(LoadOptions)))
+
+
+def load(source: str, options: Mapping[str, Any]) -> InferenceEngine:
+    """The engine for a model with these options of `from_pretrained`, with progress on standard error."""
     from mnemos.cli.terminal import ProgressBar
     from mnemos.engine.pretrained import load_parts
 
-    values = {row.name: getattr(arguments, row.name, None) for row in command_line(LoadOptions)}
-    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-    with ProgressBar(arguments.model) as progress:
-        parts = load_parts(arguments.model, LoadOptions(**given, progress=progress))
+    with ProgressBar(source) as progress:
+        loading, running = split({**options, "progress": progress})
+        parts = load_parts(source, loading)
     from mnemos.engine.engine import InferenceEngine  # imported late, while the weights are being read
 
-    return InferenceEngine(**parts)
+    return InferenceEngine(**parts, **running)
 
 
 def tokenizer_of(engine: InferenceEngine, model: str) -> Tokenizer:

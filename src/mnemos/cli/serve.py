@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnemos.cli.options import add_draft_argument, add_loading_arguments
+from mnemos.cli.options import add_draft_argument, add_loading_arguments, add_option, given, load
 from mnemos.engine.options import LoadOptions, command_line
 from mnemos.errors import ConfigError, MissingDependencyError
 
@@ -60,17 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--systemd", action="store_true", help="print a systemd unit that runs this command, and exit")
     group = parser.add_argument_group("server")
-    for one in fields(Settings):
-        rule, help_text = one.metadata["rule"], one.metadata["help"]
-        shown = "" if one.default in ((), False, None) else f" (default {one.default})"
-        how: dict[str, Any] = {"help": help_text + shown, "default": None}
-        if rule.kind == "flag":
-            how["action"] = "store_true"
-        else:
-            how |= {"type": {"integer": int, "number": float}.get(rule.kind, str), "metavar": one.metadata["metavar"]}
-            if rule.kind == "list":
-                how |= {"action": "append", "help": f"{help_text}; may be repeated"}
-        group.add_argument("--" + one.name.replace("_", "-"), **how)
+    for row in fields(Settings):
+        add_option(group, row, "" if row.default in ((), False, None) else f" (default {row.default})")
     running = parser.add_argument_group("running the models")
     add_loading_arguments(running)
     add_draft_argument(running)
@@ -91,9 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mnemos.serve.settings import Settings
 
     file = _file(arguments.config)
-    given = {one.name: getattr(arguments, one.name) for one in fields(Settings)}
-    values = {**(file.settings if file else {}), **{name: value for name, value in given.items() if value is not None}}
-    settings = Settings(**values)
+    settings = Settings(**{**(file.settings if file else {}), **given(arguments, fields(Settings))})
     if arguments.systemd:
         words = [word for word in sys.argv[1:] if word != "--systemd"]
         print(UNIT.format(command=" ".join([sys.argv[0], *words]), stop=round(settings.grace) + 10))
@@ -144,18 +133,12 @@ def _offer(text: str, arguments: argparse.Namespace) -> Offer:
     from mnemos.serve.config_file import offer
 
     name, equals, source = text.partition("=")
-    options = {row.name: getattr(arguments, row.name, None) for row in command_line(LoadOptions)}
-    given = {key: value for key, value in options.items() if value is not None}
-    return offer(source if equals else text, name if equals else None, given, _load)
+    options = given(arguments, command_line(LoadOptions))
+    return offer(source if equals else text, name if equals else None, options, _load)
 
 
 def _load(source: str, **options: Any) -> InferenceEngine:
-    """The engine, with its download shown."""
-    from mnemos.cli.terminal import ProgressBar
-    from mnemos.engine.engine import InferenceEngine
-
-    with ProgressBar(source) as progress:
-        return InferenceEngine.from_pretrained(source, progress=progress, **options)
+    return load(source, options)
 
 
 def _checked(offer: Offer, keep_alive: float | None) -> Offer:
