@@ -21,6 +21,7 @@ FLOORS = (
     ("memory",),
     ("models",),
     ("engine",),
+    ("compress",),
     ("serve",),
     ("compat", "bench"),
     ("cli",),

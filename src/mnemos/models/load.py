@@ -99,10 +99,28 @@ def load_model(
     stretched (see mnemos.models.rope). threads: None uses all cores that the process may use.
     Errors: FormatError, UnsupportedError, ConfigError.
     """
+    return load_model_on(
+        lambda: get_ops(backend, dtype=dtype, threads=threads),
+        checkpoint,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        context_length=context_length,
+    )
+
+
+def load_model_on(
+    make_ops: Callable[[], Ops],
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    kv_dtype: str = "auto",
+    context_length: int | None = None,
+) -> LoadedModel:
+    """As `load_model`, on operators of the caller's own, which are made after the checkpoint has been checked."""
     _check_dtypes(dtype, kv_dtype)
     architecture, fields = _describe(checkpoint, context_length)
     checked = _build(architecture, fields, checkpoint, None)
-    ops = get_ops(backend, dtype=dtype, threads=threads)
+    ops = make_ops()
     _check_memory(checkpoint, ops, dtype)
     kv_dtype = ops.cache_dtype if kv_dtype == "auto" and dtype != "float32" else kv_dtype
     # Before the weights are read: a backend releases a mapped file's pages as it goes, and this touches many.

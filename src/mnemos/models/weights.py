@@ -107,11 +107,7 @@ class Weights:
                 names = [prefix + name + suffix for prefix in _HEAD_PREFIXES]
                 return next((n for n in names if n in self.tensors), names[0])
             return self._prefix + name + suffix
-        head, _, rest = name.partition(".")
-        if head in ("layers", "h") and rest:
-            layer, _, rest = rest.partition(".")
-            return f"blk.{layer}.{self._gguf_names.get(rest, rest)}{suffix}"
-        return self._gguf_names.get(name, name) + suffix
+        return _gguf_name(name, self._gguf_names) + suffix
 
     def has(self, name: str, suffix: str = ".weight") -> bool:
         """Whether the file holds this tensor."""
@@ -244,6 +240,24 @@ class Weights:
             raise FormatError(f"{self.path}: tensor {_and_more(inside)} has no place in a model with this config")
         if extra and self.ops is None:
             warnings.warn(f"{self.path}: tensor {_and_more(extra)} is not in the model and is left out", stacklevel=2)
+
+
+def gguf_tensor_name(name: str, gguf_names: Mapping[str, str]) -> str:
+    """GGUF's name for a tensor of a Hugging Face checkpoint.
+
+    gguf_names: the architecture's own, as `Architecture.gguf_names`. A name that GGUF does not have is left as it is.
+    """
+    prefix = next((p for p in _PREFIXES if p and name.startswith(p)), "")
+    stem, _, suffix = name.removeprefix(prefix).rpartition(".")
+    return f"{_gguf_name(stem, {**GGUF_TENSORS, **gguf_names})}.{suffix}" if stem else name
+
+
+def _gguf_name(name: str, gguf_names: Mapping[str, str]) -> str:
+    head, _, rest = name.partition(".")
+    if head in ("layers", "h") and rest:
+        layer, _, rest = rest.partition(".")
+        return f"blk.{layer}.{gguf_names.get(rest, rest)}"
+    return gguf_names.get(name, name)
 
 
 def _and_more(names: Sequence[str]) -> str:

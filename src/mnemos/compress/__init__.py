@@ -1,0 +1,1 @@
+"""Smaller models, and what making them smaller has cost."""
