@@ -30,6 +30,7 @@ LONGEST = 400
 # Files that are longer because their subject is, and why.
 LONG_FILES: dict[str, str] = {
     "decoding.fields": "a table with a row for each field",
+    "engine.engine": "what programs call: mostly signatures and their documentation",
 }
 NATIVE = PACKAGE.parents[1] / "native"
 LONG_NATIVE_FILES = {

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mnemos.contract import Floats
     from mnemos.decoding.config import AnyConfig, GenerationConfig
     from mnemos.decoding.forced import Score
+    from mnemos.engine.answers import AnswerEvent
+    from mnemos.engine.chat import ChatCompletion, ChatHandle
     from mnemos.engine.decide import Decision
     from mnemos.engine.options import EngineKeywords, LoadKeywords
     from mnemos.engine.statistics import Statistics
@@ -236,6 +238,55 @@ class InferenceEngine:
         """Queues one prompt and returns immediately; CapacityError if the queue is full."""
         config = self._config(config, overrides)
         return self._launcher.prepare(self._read(prompt, None, config).only, config)()
+
+    # Conversations.
+
+    def chat(self, messages: Any, config: Config = None, **options: Any) -> ChatCompletion:
+        """The answer to a conversation: its text, its reasoning and its tool calls; `options` as in `submit_chat`."""
+        return self.submit_chat(messages, config, **options).result()
+
+    def stream_chat(self, messages: Any, config: Config = None, **options: Any) -> Iterator[AnswerEvent]:
+        """The events of the answer (see `mnemos.engine.answers`) as they arrive; `options` as in `submit_chat`."""
+        return iter(self.submit_chat(messages, config, **options))
+
+    def submit_chat(
+        self,
+        messages: Any,
+        config: Config = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
+        continue_final_message: bool | None = None,
+        thinking: bool | None = None,
+        thinking_token_budget: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> ChatHandle:
+        """Queues a conversation and returns immediately; CapacityError if the queue is full.
+
+        messages: [{"role", "content"}, ...], as OpenAI's clients have them. tools: functions that may be called, in
+        OpenAI's form; tool_choice: none, auto, required, or the name of the tool that must be called, which a grammar
+        enforces. continue_final_message: the answer continues the last message, by default if it is the assistant's.
+        thinking: whether the model reasons first, by default as its template has it. thinking_token_budget: most tokens
+        of reasoning. chat_template_kwargs: variables of the chat template. Without a length, an answer may fill the
+        context. RequestError for messages or tools that are wrong, UnsupportedError for a tokenizer without templates.
+        """
+        from mnemos.engine.chat import ChatHandle, check_tokenizer, config_for, conversation_of
+
+        conversation = conversation_of(
+            messages,
+            tools,
+            tool_choice,
+            parallel=parallel_tool_calls,
+            continues=continue_final_message,
+            thinking=thinking,
+            budget=thinking_token_budget,
+            template=chat_template_kwargs,
+        )
+        read = conversation.exchange(check_tokenizer(self.tokenizer))
+        chosen = config_for(self._config(config, overrides), read, self.spec.context_length)
+        return ChatHandle(self._launcher.prepare(read.prompt_ids, chosen)(), read)
 
     # Evaluation of given tokens.
 

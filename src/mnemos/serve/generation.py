@@ -5,26 +5,27 @@ from __future__ import annotations
 import asyncio
 import difflib
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mnemos.decoding.config import GenerationConfig, choose_config
-from mnemos.decoding.fields import ALIASES, CONSTRAINTS, RULES
+from mnemos.decoding.fields import ALIASES, RULES
+from mnemos.engine.answers import Answer, AnswerEvent, answers_of
+from mnemos.engine.chat import Conversation, check_tokenizer, config_for
 from mnemos.engine.completion import Completion, StreamedToken, Usage
 from mnemos.engine.handle import RequestHandle
+from mnemos.engine.reply import Replies
 from mnemos.errors import MnemosError, RequestError, UnsupportedError
 from mnemos.serve.catalogue import Served
 from mnemos.serve.connection import Connection
-from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
 from mnemos.serve.keys import Caller
 from mnemos.serve.refusal import Refusal, refusal_of
-from mnemos.serve.reply import Reply, reply_to
 from mnemos.serve.settings import Settings
-from mnemos.serve.task import Conversation, Infill, Task
+from mnemos.serve.task import Infill, Task
 from mnemos.text.infill import infill_ids
 from mnemos.text.tokenizer import Tokenizer
-from mnemos.text.tools.exchange import Exchange, exchange
+from mnemos.text.tools.exchange import Exchange
 
 # Fields of GenerationConfig that a request may not set: they are functions, or the server decides them.
 RESERVED = ("logits_processors", "prefix_allowed_tokens_fn", "stopping_criteria", "tenant", "deadline")
@@ -33,28 +34,6 @@ FIELDS = tuple(name for name in (*RULES, *ALIASES) if name not in RESERVED)
 RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt", "chat_template", "continue_final_message",
                       "allow_special", "control_texts", "tokenize", "bos_token", "eos_token", "pad_token",
                       "unk_token")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Call:
-    """A tool call of a finished answer; `arguments` is JSON text."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished result: its text, the reasoning before it, its calls, why it ended, and its tokens."""
-
-    text: str
-    reasoning: str
-    calls: tuple[Call, ...]
-    end: End
-    tokens: tuple[StreamedToken, ...]  # of the text
-    reasoning_tokens: int
-    token_ids: Sequence[int] = ()  # all, with those of reasoning, calls and the end
 
 
 class Running:
@@ -69,7 +48,7 @@ class Running:
         self.task = task
         self.config = config
         self.completion: Completion | None = None  # once `results` has returned
-        self._replies: dict[int, Reply] = {}
+        self._replies = Replies(exchange)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -81,7 +60,7 @@ class Running:
         """The numbers of tokens so far."""
         return self.handle.usage
 
-    async def events(self) -> AsyncIterator[list[Event]]:
+    async def events(self) -> AsyncIterator[list[AnswerEvent]]:
         """The answer as it arrives. Refusal if the engine ends it with an error; leaving early cancels it."""
         try:
             async for tokens in self.handle.arrivals():
@@ -89,7 +68,7 @@ class Running:
         except MnemosError as error:
             raise refusal_of(error, dict(self.task.names)) from error
 
-    async def finished(self) -> list[Event]:
+    async def finished(self) -> list[AnswerEvent]:
         """The whole answer's events, once it is complete. Instead of `events`, not beside it."""
         try:
             self.completion = await self.handle
@@ -97,23 +76,16 @@ class Running:
             raise refusal_of(error, dict(self.task.names)) from error
         return [event async for arrived in self.events() for event in arrived]
 
-    async def results(self) -> list[Result]:
+    async def results(self) -> list[Answer]:
         """The whole answer, a result for each sequence. Instead of `events`, not beside it."""
         events = await self.finished()
-        choices = self.completion.choices if self.completion is not None else []
-        token_ids = {choice.index: choice.token_ids for choice in choices}
-        return [replace(result, token_ids=token_ids.get(result.end.sequence, ())) for result in results_of(events)]
+        return answers_of(events, self.completion.choices if self.completion is not None else ())
 
-    def _read(self, tokens: list[StreamedToken]) -> list[Event]:
-        events: list[Event] = []
+    def _read(self, tokens: list[StreamedToken]) -> list[AnswerEvent]:
         for token in tokens:
-            reply = self._replies.get(token.sequence)
-            if reply is None:
-                reply = self._replies[token.sequence] = reply_to(self.exchange)
-            events += reply.push(token)
             if token.finish_reason is not None:
                 self.model.ends[token.finish_reason] += 1
-        return events
+        return self._replies.read(tokens)
 
 
 async def start(model: Served, task: Task, connection: Connection) -> Running:
@@ -157,18 +129,15 @@ def _submit(model: Served, task: Task, connection: Connection) -> Running:
 
 def _config(model: Served, task: Task, read: Exchange, connection: Connection) -> GenerationConfig:
     engine, caller = model.engine, connection.caller
-    fields = _joined({**model.offer.defaults, **task.fields}, read.fields)
+    fields = {**model.offer.defaults, **task.fields}
     salt = fields.pop("cache_salt", None)
     if salt is not None:
         RULES["cache_salt"].apply("cache_salt", salt)
-    own = engine.generation_config
-    lengths = ("max_new_tokens", "max_tokens", "max_length")
-    limited = any(fields.get(name) is not None or getattr(own, name, None) is not None for name in lengths)
-    if isinstance(task.prompt, Conversation) and not limited:
-        fields["max_length"] = engine.spec.context_length  # an answer ends by itself
     fields["tenant"] = caller.tenant
     fields["cache_salt"] = salted(caller, salt)
-    config = choose_config(None, own, **fields)
+    config = choose_config(None, engine.generation_config, **fields)
+    if isinstance(task.prompt, Conversation):
+        config = config_for(config, read, engine.spec.context_length)
     check_results(config, connection.settings)
     return config
 
@@ -176,22 +145,6 @@ def _config(model: Served, task: Task, read: Exchange, connection: Connection) -
 def salted(caller: Caller, salt: str | None) -> str:
     """The cache salt of a caller's requests, with what they choose themselves."""
     return hashlib.sha256(repr((caller.salt, salt)).encode()).hexdigest()
-
-
-def _joined(fields: dict[str, Any], needed: Mapping[str, Any]) -> dict[str, Any]:
-    """The request's fields with those that its tools and its reasoning need."""
-    constraint = next((name for name in CONSTRAINTS if fields.get(name) is not None), None)
-    if "grammar" in needed and constraint is not None:
-        raise Refusal(
-            400,
-            f"tool_choice forces a call, and {constraint} constrains the text; leave one of them out",
-            param="tool_choice",
-        )
-    joined = {**fields, **needed}
-    if "stop" in needed and fields.get("stop"):
-        own = fields["stop"]
-        joined["stop"] = [*([own] if isinstance(own, str) else own), *needed["stop"]]
-    return joined
 
 
 def check_results(config: GenerationConfig, settings: Settings) -> None:
@@ -222,18 +175,7 @@ def _whole_exchange(model: Served, task: Task) -> Exchange:
                     f"chat_template_kwargs.{name} is set, which the server decides itself; leave it out",
                     param=f"chat_template_kwargs.{name}",
                 )
-        return exchange(
-            _templated(model),
-            prompt.messages,
-            prompt.tools,
-            mode=prompt.choice.mode,
-            name=prompt.choice.name,
-            parallel=prompt.parallel,
-            continues=prompt.continues,
-            thinking=prompt.thinking,
-            budget=prompt.budget,
-            template=prompt.template,
-        )
+        return prompt.exchange(check_tokenizer(model.engine.tokenizer, f"the model {model.name}"))
     if isinstance(prompt, Infill):
         token_ids = infill_ids(tokenizer_of(model), prompt.prefix, prompt.suffix)
         if token_ids is None:
@@ -252,7 +194,7 @@ def _whole_exchange(model: Served, task: Task) -> Exchange:
     return Exchange(list(prompt))
 
 
-async def together(running: Sequence[Running]) -> AsyncIterator[tuple[int, list[Event]]]:
+async def together(running: Sequence[Running]) -> AsyncIterator[tuple[int, list[AnswerEvent]]]:
     """The events of several tasks as they arrive, each with the task's number."""
     streams = [one.events() for one in running]
     waiting = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
@@ -286,46 +228,12 @@ def tokenizer_of(model: Served) -> Tokenizer:
     return tokenizer
 
 
-def _templated(model: Served) -> Tokenizer:
-    """The model's tokenizer, if it can write conversations."""
-    tokenizer = tokenizer_of(model)
-    if not hasattr(tokenizer, "encode_chat"):
-        raise UnsupportedError(f"the tokenizer of {model.name} has no chat template; send texts to /v1/completions")
-    return tokenizer
-
-
 def template_source(tokenizer: Tokenizer) -> str:
     """The Jinja text of the chat template; empty for a tokenizer that cannot write conversations."""
     try:
         return tokenizer.template_for(None, None).source
     except (MnemosError, AttributeError):  # another library's tokenizer has no such method
         return ""
-
-
-def results_of(events: Iterable[Event]) -> list[Result]:
-    """Finished results from all their events, in the order of their numbers."""
-    by_sequence: dict[int, list[Event]] = {}
-    for event in events:
-        by_sequence.setdefault(event.sequence, []).append(event)
-    return [_result(sequence, by_sequence[sequence]) for sequence in sorted(by_sequence)]
-
-
-def _result(sequence: int, events: list[Event]) -> Result:
-    texts = [event for event in events if isinstance(event, Piece) and event.kind == "text"]
-    thoughts = [event for event in events if isinstance(event, Piece) and event.kind == "reasoning"]
-    arguments = [event for event in events if isinstance(event, CallPiece)]
-    return Result(
-        "".join(piece.text for piece in texts),
-        "".join(piece.text for piece in thoughts),
-        tuple(
-            Call(call.id, call.name, "".join(part.text for part in arguments if part.index == call.index))
-            for call in events
-            if isinstance(call, CallStart)
-        ),
-        next((event for event in events if isinstance(event, End)), End(sequence, "cancelled")),
-        tuple(token for piece in texts for token in piece.tokens),
-        sum(len(piece.tokens) for piece in thoughts),
-    )
 
 
 def extra_fields(given: dict[str, Any], known: tuple[str, ...], connection: Connection) -> dict[str, Any]:

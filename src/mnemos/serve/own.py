@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from pydantic import Field
 
+from mnemos.engine.chat import Conversation
 from mnemos.errors import MnemosError
 from mnemos.serve.catalogue import Served
 from mnemos.serve.connection import connection_of
@@ -19,7 +20,7 @@ from mnemos.serve.openai.shapes import LEAST, token_name, usage_object
 from mnemos.serve.openai.types import OpenAIBody, refuse_impossible
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.state import server_of
-from mnemos.serve.task import Conversation, Task
+from mnemos.serve.task import Task
 from mnemos.text.tokenizer import Tokenizer
 from mnemos.version import __version__
 

@@ -123,4 +123,4 @@ def _field(message: str) -> str:
 
     found = re.match(r"[a-z_]+", message)
     name = found.group() if found else ""
-    return name if name in RULES or name in ALIASES or name in ("messages", "tools", "prompt") else ""
+    return name if name in RULES or name in ALIASES or name in ("messages", "tools", "tool_choice", "prompt") else ""

@@ -4,37 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-
-@dataclass(frozen=True)
-class ToolChoice:
-    """Whether the answer may, must or must not be tool calls. `name`: the one tool that must be called."""
-
-    mode: Literal["none", "auto", "required"] = "auto"
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages to answer, in the form that `mnemos.text.conversation` takes.
-
-    tools      function tools: {"type": "function", "function": {"name", "description", "parameters"}}
-    parallel   several calls may be made in one answer
-    continues  the last message is the assistant's, and the answer continues it
-    thinking   whether the model reasons first; None leaves it to the template
-    budget     most tokens of reasoning, or None
-    template   further variables for the chat template
-    """
-
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]] = ()
-    choice: ToolChoice = ToolChoice()
-    parallel: bool = True
-    continues: bool = False
-    thinking: bool | None = None
-    budget: int | None = None
-    template: Mapping[str, Any] = field(default_factory=dict)
+from mnemos.engine.chat import Conversation
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+from mnemos.engine.answers import AnswerEvent, CallPiece, CallStart, End, Piece
 from mnemos.engine.engine import InferenceEngine
 from mnemos.serve.application import app
-from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
 from mnemos.serve.keys import Keys
 from mnemos.serve.openai.response_items import items_of, messages_of
 from mnemos.serve.openai.response_store import ResponseStore, Stored
@@ -231,7 +231,7 @@ def test_what_is_wrong_is_named(client: httpx.Client, fields: dict[str, Any], pa
 
 def test_calls_and_reasoning_become_items_of_their_own() -> None:
     writer = ResponseWriter({}, None, None)
-    arriving: list[Event] = [
+    arriving: list[AnswerEvent] = [
         Piece(0, "hm", (), "reasoning"), Piece(0, "m", (), "reasoning"), Piece(0, "Let me see."),
         CallStart(0, 0, "c0", "add"), CallPiece(0, 0, '{"a"'), CallPiece(0, 0, ": 1}"),
         CallStart(0, 1, "c1", "now"), CallPiece(0, 1, "{}"), End(0, "tool_calls"),

@@ -10,11 +10,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from mnemos.engine.answers import AnswerEvent, CallPiece, CallStart, End, Piece, arguments_value
 from mnemos.engine.completion import Usage
 from mnemos.errors import MnemosError
 from mnemos.serve.anthropic.types import ACCEPTED, MessagesRequest, conversation_of
 from mnemos.serve.connection import Connection, connection_of
-from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece, arguments_value
 from mnemos.serve.generation import Running, exchange_of, extra_fields, start
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.state import server_of
@@ -127,7 +127,7 @@ class Blocks:
         self._index = -1
         self._kind: str | None = None
 
-    def chunks(self, event: Event) -> list[str]:
+    def chunks(self, event: AnswerEvent) -> list[str]:
         """The events that show one event of the answer."""
         match event:
             case Piece(_, text, _, "reasoning"):

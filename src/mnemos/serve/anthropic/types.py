@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import Field
 
+from mnemos.engine.chat import Conversation, ToolChoice
 from mnemos.errors import shown
 from mnemos.serve.body import Body
 from mnemos.serve.refusal import Refusal
-from mnemos.serve.task import Conversation, ToolChoice
 
 # Accepted without effect: they concern Anthropic's accounts, hosting and caching.
 ACCEPTED = ("metadata", "service_tier", "container", "context_management", "mcp_servers", "cache_control", "betas",

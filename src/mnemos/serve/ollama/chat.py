@@ -11,8 +11,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from mnemos.engine.answers import AnswerEvent, CallPiece, CallStart, End, Piece, arguments_value
+from mnemos.engine.chat import Conversation, ToolChoice
 from mnemos.serve.connection import Connection, connection_of
-from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece, arguments_value
 from mnemos.serve.generation import Running, start
 from mnemos.serve.ollama.types import (
     ChatRequest,
@@ -28,7 +29,7 @@ from mnemos.serve.openai.shapes import logprob_entries
 from mnemos.serve.refusal import Refusal
 from mnemos.serve.state import State, server_of
 from mnemos.serve.streams import encode, line_stream
-from mnemos.serve.task import Conversation, Infill, Task, ToolChoice
+from mnemos.serve.task import Infill, Task
 
 router = APIRouter(tags=["Ollama"])
 LENGTHS = ("length", "time")
@@ -144,7 +145,7 @@ class Lines:
                     yield encode({**self._head(), **shown, "done": False}) + "\n"
         yield encode({**self._head(), **self._shown("", "", []), **self._last(end)}) + "\n"
 
-    def _pieces(self, event: Event) -> list[dict[str, Any]]:
+    def _pieces(self, event: AnswerEvent) -> list[dict[str, Any]]:
         """What an event of the first result shows; a call is shown once it is complete."""
         if event.sequence:
             return []

@@ -9,10 +9,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from mnemos.engine.answers import Answer, AnswerEvent, CallPiece, CallStart, End, Piece
+from mnemos.engine.chat import Conversation, ToolChoice
 from mnemos.engine.completion import StreamedToken
 from mnemos.serve.connection import Connection, connection_of
-from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
-from mnemos.serve.generation import Result, Running, start
+from mnemos.serve.generation import Running, start
 from mnemos.serve.openai.extensions import fields_of, kept
 from mnemos.serve.openai.shapes import (
     FINGERPRINT,
@@ -27,7 +28,7 @@ from mnemos.serve.openai.types import ChatRequest, StreamOptions
 from mnemos.serve.refusal import Refusal
 from mnemos.serve.state import server_of
 from mnemos.serve.streams import encode, event_stream
-from mnemos.serve.task import Conversation, Task, ToolChoice
+from mnemos.serve.task import Task
 
 router = APIRouter(tags=["OpenAI"])
 _MARK = "\x00"  # stands for the text where a chunk's other parts are written
@@ -127,20 +128,16 @@ class ChatAnswer:
         }
         self._frames: dict[tuple[int, str], tuple[str, str]] = {}  # what surrounds the text in a chunk
 
-    def whole(self, results: list[Result]) -> dict[str, Any]:
+    def whole(self, results: list[Answer]) -> dict[str, Any]:
         """`chat.completion`."""
         thought = sum(result.reasoning_tokens for result in results)
         choices = []
         for index, result in enumerate(results):
-            message: dict[str, Any] = {"role": "assistant", "content": result.text or (None if result.calls else "")}
-            if result.reasoning:
-                message["reasoning_content"] = result.reasoning
-            if result.calls:
-                message["tool_calls"] = [
-                    {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                    for call in result.calls
-                ]
-            choice: dict[str, Any] = {"index": index, "message": message, "logprobs": self._logprobs(result.tokens)}
+            choice: dict[str, Any] = {
+                "index": index,
+                "message": result.message,
+                "logprobs": self._logprobs(result.tokens),
+            }
             if self.token_ids:
                 choice["token_ids"] = result.token_ids
             choices.append({**choice, **finish(result.end)})
@@ -174,7 +171,7 @@ class ChatAnswer:
             yield f"data: {encode({**last, 'usage': usage_object(self.running.usage, thought)})}\n\n"
         yield "data: [DONE]\n\n"
 
-    def _choice(self, event: Event) -> dict[str, Any] | None:
+    def _choice(self, event: AnswerEvent) -> dict[str, Any] | None:
         """A chunk's choice; None if the event adds nothing that is seen."""
         logprobs, more = None, {}
         match event:

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from mnemos.decoding.prompt_scores import ScoredToken
+from mnemos.engine.answers import AnswerEvent, End, Piece
 from mnemos.serve.connection import Connection, connection_of
-from mnemos.serve.events import End, Event, Piece
 from mnemos.serve.generation import Running, start_all, together, total
 from mnemos.serve.openai.extensions import fields_of, kept
 from mnemos.serve.openai.shapes import (
@@ -124,7 +124,7 @@ class Answer:
             choices.append(choice)
         return choices
 
-    def pieces(self, event: Event) -> list[dict[str, Any]]:
+    def pieces(self, event: AnswerEvent) -> list[dict[str, Any]]:
         """The choices of the chunks that an event becomes."""
         shown = []
         if event.sequence not in self._lengths:

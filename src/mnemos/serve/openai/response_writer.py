@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from mnemos.engine.answers import AnswerEvent, CallPiece, CallStart, End, Piece
 from mnemos.engine.completion import Usage
-from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
 from mnemos.serve.openai.shapes import logprob_entries, new_id
 from mnemos.serve.refusal import Refusal
 from mnemos.serve.streams import encode
@@ -41,7 +41,7 @@ class ResponseWriter:
             "response.in_progress", response=response
         )
 
-    def add(self, event: Event) -> str:
+    def add(self, event: AnswerEvent) -> str:
         """The events that one of the answer's becomes."""
         match event:
             case Piece(_, text, tokens, "reasoning"):

@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from mnemos.engine.answers import AnswerEvent
+from mnemos.engine.chat import Conversation
 from mnemos.serve.connection import Connection, connection_of
-from mnemos.serve.events import Event
 from mnemos.serve.generation import Running, exchange_of, ignore, start
 from mnemos.serve.openai.chat import choice_of
 from mnemos.serve.openai.extensions import fields_of, kept, respond_in
@@ -21,7 +22,7 @@ from mnemos.serve.openai.types import ResponsesRequest
 from mnemos.serve.refusal import Refusal
 from mnemos.serve.state import server_of
 from mnemos.serve.streams import event_stream
-from mnemos.serve.task import Conversation, Task
+from mnemos.serve.task import Task
 
 router = APIRouter(tags=["OpenAI"])
 ONE_RESULT = ("n", "num_return_sequences")
@@ -175,7 +176,7 @@ def _head(body: ResponsesRequest, model: str) -> dict[str, Any]:
     }
 
 
-def _write(writer: ResponseWriter, events: list[Event]) -> str:
+def _write(writer: ResponseWriter, events: list[AnswerEvent]) -> str:
     return "".join(writer.add(event) for event in events)
 
 

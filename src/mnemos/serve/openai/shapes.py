@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mnemos.decoding.prompt_scores import ScoredToken
+from mnemos.engine.answers import End
 from mnemos.engine.completion import StreamedToken, Usage
-from mnemos.serve.events import End
 from mnemos.serve.generation import Running
 from mnemos.serve.openai.types import FINISHES
 from mnemos.serve.refusal import Refusal

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 import string
+from collections.abc import Iterable
 from typing import Protocol
 
+from mnemos.engine.answers import AnswerEvent, CallPiece, CallStart, End, Piece
 from mnemos.engine.completion import StreamedToken
-from mnemos.serve.events import CallPiece, CallStart, End, Event, Piece
 from mnemos.text.tools.exchange import Exchange
 from mnemos.text.tools.fragments import CallArguments, CallName, Fragment, Reasoning, Text
 
@@ -17,20 +18,34 @@ _LETTERS = string.ascii_letters + string.digits
 class Reply(Protocol):
     """Reads the tokens of one result."""
 
-    def push(self, token: StreamedToken) -> list[Event]:
+    def push(self, token: StreamedToken) -> list[AnswerEvent]:
         """The events that a token completes."""
 
 
-def reply_to(exchange: Exchange | None) -> Reply:
-    """A reader for one result of a conversation, or of a plain prompt."""
-    return PlainReply() if exchange is None or exchange.plain else ReadReply(exchange)
+class Replies:
+    """Reads the tokens of all results of one request."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._replies: dict[int, Reply] = {}
+
+    def read(self, tokens: Iterable[StreamedToken]) -> list[AnswerEvent]:
+        """The events that tokens complete, in their order."""
+        events: list[AnswerEvent] = []
+        for token in tokens:
+            reply = self._replies.get(token.sequence)
+            if reply is None:
+                plain = self._exchange.plain
+                reply = self._replies[token.sequence] = PlainReply() if plain else ReadReply(self._exchange)
+            events += reply.push(token)
+        return events
 
 
 class PlainReply:
     """An answer that is text throughout."""
 
-    def push(self, token: StreamedToken) -> list[Event]:
-        events: list[Event] = [Piece(token.sequence, token.text, (token,))]
+    def push(self, token: StreamedToken) -> list[AnswerEvent]:
+        events: list[AnswerEvent] = [Piece(token.sequence, token.text, (token,))]
         if token.finish_reason is not None:
             events.append(End(token.sequence, token.finish_reason, token.stopped_by, token.error))
         return events
@@ -46,7 +61,7 @@ class ReadReply:
         self._tokens: list[StreamedToken] = []  # whose text is held back
         self._calls = 0
 
-    def push(self, token: StreamedToken) -> list[Event]:
+    def push(self, token: StreamedToken) -> list[AnswerEvent]:
         text = token.text
         if not text and token.token_id is not None:
             text = self._marks.get(token.token_id, "")
@@ -60,8 +75,8 @@ class ReadReply:
             reason = "tool_calls"
         return [*events, End(token.sequence, reason, token.stopped_by, token.error)]
 
-    def _events(self, sequence: int, fragments: list[Fragment]) -> list[Event]:
-        events: list[Event] = []
+    def _events(self, sequence: int, fragments: list[Fragment]) -> list[AnswerEvent]:
+        events: list[AnswerEvent] = []
         for fragment in fragments:
             match fragment:
                 case Text(text):
