@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -107,6 +109,24 @@ def quantize_banks(banks: nn.ModuleList, bits: int) -> None:
         if isinstance(inner, QuantizedBank):
             continue
         quantized = QuantizedBank.of(inner(), bits)
+        if isinstance(bank, ChapteredBank):
+            bank.base_bank = quantized
+        else:
+            banks[number] = quantized
+
+
+def adopt_quantized(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook before a state dict is loaded: banks that it holds in quantized form become quantized here."""
+    banks = module.memory_banks
+    assert isinstance(banks, nn.ModuleList)
+    for number, bank in enumerate(banks):
+        inner = bank.base_bank if isinstance(bank, ChapteredBank) else bank
+        name = f"{prefix}memory_banks.{number}." + ("base_bank." if isinstance(bank, ChapteredBank) else "")
+        codes = state_dict.get(name + "quantized_memory")
+        if codes is None or isinstance(inner, QuantizedBank):
+            continue
+        tokens, width = inner().shape
+        quantized = QuantizedBank(tokens, width, 8 if codes.shape[-1] == width else 4)
         if isinstance(bank, ChapteredBank):
             bank.base_bank = quantized
         else:

@@ -100,8 +100,10 @@ def router_of(routers: nn.ModuleDict, layer: int) -> ChapterRouter | None:
     return router
 
 
-def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Next-token cross-entropy; labels (B, T) are shifted here, and -100 is ignored."""
-    return nn.functional.cross_entropy(
+def total_loss(logits: Tensor, labels: Tensor, call: MemoryCall) -> Tensor:
+    """Next-token cross-entropy plus the router losses; labels (B, T) are shifted here, and -100 is ignored."""
+    loss = nn.functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100
     )
+    extra = call.router_loss()
+    return loss if extra is None else loss + extra

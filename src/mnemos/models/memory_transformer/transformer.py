@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch.nn import functional as F
 
 from mnemos.errors import ConfigError, RequestError
 from mnemos.models.memory_transformer.attention import MemoryAttention
-from mnemos.models.memory_transformer.banks import make_bank, quantize_banks
+from mnemos.models.memory_transformer.banks import adopt_quantized, make_bank, quantize_banks
 from mnemos.models.memory_transformer.config import Config, ModelConfig
-from mnemos.models.memory_transformer.reading import MemoryCall, Windows, loss_of, make_routers, router_of
-from mnemos.models.memory_transformer.routing import Route
+from mnemos.models.memory_transformer.output import MemoryOutput
+from mnemos.models.memory_transformer.reading import MemoryCall, Windows, make_routers, router_of, total_loss
 
 Layer = tuple[Tensor, Tensor]  # keys and values (B, S, kv_heads, head_dim), rotated
 
@@ -29,28 +28,6 @@ class MemoryCache(list[Layer]):
     def __init__(self, layers: Sequence[Layer] = (), windows: Windows | None = None) -> None:
         super().__init__(layers)
         self.windows: Windows = windows or {}
-
-
-@dataclass
-class MemoryOutput:
-    """What a forward call returns; fields can also be read by name, as in a dict, or by number among those that are set.
-
-    logits (B, T, vocabulary); loss where labels were given; past_key_values of a cached call; hidden (B, T, H): the
-    input of the output projection; routes: the chapters of each memory layer.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden: Tensor | None = None
-    routes: dict[int, Route] | None = None
-
-    def keys(self) -> list[str]:
-        """The names of the fields that are set."""
-        return [entry.name for entry in fields(self) if getattr(self, entry.name) is not None]
-
-    def __getitem__(self, key: str | int) -> Any:
-        return getattr(self, key if isinstance(key, str) else self.keys()[key])
 
 
 class RotaryEmbedding(nn.Module):
@@ -198,6 +175,7 @@ class MemoryTransformer(nn.Module):
         self.norm = _norm(model)
         self.lm_head = nn.Linear(model.hidden_dim, model.vocab_size, bias=False)
         self._initialize()
+        self.register_load_state_dict_pre_hook(adopt_quantized)
         if model.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -260,7 +238,7 @@ class MemoryTransformer(nn.Module):
         hidden = self.norm(x)
         logits = self.lm_head(hidden)
         return MemoryOutput(
-            loss=None if labels is None else _loss(logits, labels, call),
+            loss=None if labels is None else total_loss(logits, labels, call),
             logits=logits,
             past_key_values=kept if use_cache else None,
             hidden=hidden,
@@ -287,11 +265,6 @@ def _visible(length: int, held: int, mask: Tensor | None, device: torch.device) 
         visible = visible & (mask != 0)[:, None, None]
         visible = visible | ~visible.any(-1, keepdim=True)
     return visible
-
-
-def _loss(logits: Tensor, labels: Tensor, call: MemoryCall) -> Tensor:
-    loss, extra = loss_of(logits, labels), call.router_loss()
-    return loss if extra is None else loss + extra
 
 
 def _norm(config: ModelConfig) -> nn.Module:
