@@ -18,8 +18,22 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.compat.generate import generate as generate, generate_batch as generate_batch
     from mnemos.compat.generator import Generator as Generator
     from mnemos.compat.inference_config import InferenceConfig as InferenceConfig
+    from mnemos.compat.merge import (
+        extract_memory_weights as extract_memory_weights,
+        load_memory_weights as load_memory_weights,
+        merge_adapter_weights as merge_adapter_weights,
+        quantize_memory_for_deployment as quantize_memory_for_deployment,
+    )
     from mnemos.compat.model_server import InferenceAPI as InferenceAPI, ModelServer as ModelServer
     from mnemos.compat.optimized import OptimizedInferenceEngine as OptimizedInferenceEngine
+    from mnemos.compat.routing_strategies import (
+        HybridRouter as HybridRouter,
+        RollingWindowRouter as RollingWindowRouter,
+        SequenceLevelRouter as SequenceLevelRouter,
+        SequenceRollingRouter as SequenceRollingRouter,
+        TokenLevelRouter as TokenLevelRouter,
+        create_inference_router as create_inference_router,
+    )
     from mnemos.compat.sampling import (
         apply_temperature as apply_temperature,
         enforce_repetition_penalty as enforce_repetition_penalty,
@@ -31,6 +45,9 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.engine.engine import InferenceEngine as InferenceEngine
     from mnemos.errors import MnemosError as MnemosError
     from mnemos.models.foreign.cached_attention import CachedAttention as CachedAttention, KVCache as KVCache
+    from mnemos.models.memory_transformer.adapter import MemoryAdapter as MemoryAdapter
+    from mnemos.models.memory_transformer.config import load_config as load_config
+    from mnemos.models.memory_transformer.transformer import MemoryTransformer as MemoryTransformer
     from mnemos.text.tokenizer import Tokenizer as Tokenizer
     from mnemos.version import __version__ as __version__
 
@@ -43,14 +60,24 @@ _NAMES = {
     "mnemos.compat.generate": "generate generate_batch",
     "mnemos.compat.generator": "Generator",
     "mnemos.compat.inference_config": "InferenceConfig",
+    "mnemos.compat.merge": (
+        "extract_memory_weights load_memory_weights merge_adapter_weights quantize_memory_for_deployment"
+    ),
     "mnemos.compat.model_server": "InferenceAPI ModelServer",
     "mnemos.compat.optimized": "OptimizedInferenceEngine",
+    "mnemos.compat.routing_strategies": (
+        "HybridRouter RollingWindowRouter SequenceLevelRouter SequenceRollingRouter TokenLevelRouter "
+        "create_inference_router"
+    ),
     "mnemos.compat.sampling": "apply_temperature enforce_repetition_penalty sample_top_p top_k_top_p_filtering",
     "mnemos.compat.token_processor": "TokenProcessor",
     "mnemos.decoding.config": "GenerationConfig",
     "mnemos.engine.engine": "InferenceEngine",
     "mnemos.errors": "MnemosError",
     "mnemos.models.foreign.cached_attention": "CachedAttention KVCache",
+    "mnemos.models.memory_transformer.adapter": "MemoryAdapter",
+    "mnemos.models.memory_transformer.config": "load_config",
+    "mnemos.models.memory_transformer.transformer": "MemoryTransformer",
     "mnemos.text.tokenizer": "Tokenizer",
     "mnemos.version": "__version__",
 }

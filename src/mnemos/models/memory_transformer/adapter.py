@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ class MemoryBlock(nn.Module):
 class MemoryAdapter(nn.Module):
     """A base model with memory after its layers, and with LoRA, as the `Config` says.
 
-    base_model: a transformers module; None loads the config's `base_model_name`, a folder (also one beside the config's)
-    or a name on the Hugging Face hub, in the type of `mixed_precision`. Memory is computed in the type of its own
+    base_model: a transformers module; None loads the config's `base_model_name`, a folder (also beside the config's) or
+    a name on the Hugging Face hub, in the type of `mixed_precision`. Memory is computed in the type of its own
     parameters, float32 at first. State dicts are those of the published checkpoints: `base_model.*`, `memory_banks.*`,
     `memory_adapters.*`, `routers.*`; `load_state_dict(..., strict=False)` takes one without the base.
     """
@@ -62,7 +63,10 @@ class MemoryAdapter(nn.Module):
         self.memory_adapters = nn.ModuleDict({str(i): MemoryBlock(config, hidden, shape) for i in self.bank_of_layer})
         self.routers = make_routers(memory, hidden, self.bank_of_layer)
         self._initialize()
-        self.register_load_state_dict_pre_hook(adopt_quantized)
+        self.register_load_state_dict_pre_hook(adopt_quantized)  # type: ignore[no-untyped-call]
+        # transformers 5 calls it `cache`.
+        named = "past_key_values" in signature(self.base_model.forward).parameters
+        self._past = "past_key_values" if named else "cache"
         self._call: MemoryCall | None = None
         self._hidden: Tensor | None = None
         layers = decoder_layers(self.base_model, base.num_hidden_layers)
@@ -78,7 +82,9 @@ class MemoryAdapter(nn.Module):
                     nn.init.normal_(module.weight, std=self.config.model.initializer_range)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-                if isinstance(module, MemoryAttention) and self.config.memory.wo_init_zero:
+        if self.config.memory.wo_init_zero:
+            for module in self.memory_adapters.modules():
+                if isinstance(module, MemoryAttention):
                     nn.init.zeros_(module.last.weight)
 
     def quantize_memory(self, bits: int) -> None:
@@ -105,8 +111,8 @@ class MemoryAdapter(nn.Module):
     ) -> MemoryOutput:
         """Logits of input_ids (B, T). The arguments are transformers'; positions are the base model's business.
 
-        position_offset has no effect. labels (B, T): the loss too, with the routers' in training. The windows of rolling
-        and hybrid routers are kept with `past_key_values`.
+        position_offset has no effect. labels (B, T): the loss too, with the routers' in training. The windows of
+        rolling and hybrid routers are kept with `past_key_values`.
         """
         windows = None if past_key_values is None else getattr(past_key_values, "memory_windows", {})
         self._call = call = MemoryCall(self.config.memory, self.training, use_cache, windows, attention_mask)
@@ -115,13 +121,13 @@ class MemoryAdapter(nn.Module):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{self._past: past_key_values},
             )
             hidden = self._hidden
         finally:
             self._call = self._hidden = None
-        past = getattr(out, "past_key_values", None) if use_cache else None
+        past = getattr(out, self._past, None) if use_cache else None
         if past is not None:
             past.memory_windows = call.kept
         return MemoryOutput(
@@ -165,7 +171,9 @@ def decoder_layers(base: nn.Module, count: int) -> nn.ModuleList:
 def _load_base(config: Config) -> nn.Module:
     name = config.model.base_model_name
     if name is None:
-        raise ConfigError("model.base_model_name is null; an adapter needs a base model: give one, or use MemoryTransformer")
+        raise ConfigError(
+            "model.base_model_name is null; an adapter needs a base model: give one, or use MemoryTransformer"
+        )
     from mnemos.models.foreign.pretrained import load_module
 
     dtype = PRECISIONS.get(config.mixed_precision, "float32")
@@ -179,4 +187,3 @@ def base_folder(config: Config) -> Path:
     name = str(config.model.base_model_name)
     places = [] if config.path is None else [config.path.parent / name, config.path.parent.parent / name]
     return next((place for place in (Path(name), *places) if place.is_dir()), None) or Path(resolve(name))
-

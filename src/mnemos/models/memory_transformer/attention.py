@@ -55,13 +55,12 @@ class MemoryAttention(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, heads, T, head_dim)"""
-        return self.project("q", x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        return self.project("q", x).view(*x.shape[:-1], self.heads, self.head_dim).transpose(1, 2)
 
     def answers(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (..., kv_heads, N, head_dim) of memory vectors (..., N, width)."""
-        k, v = (
-            self.project(name, memory).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(-3, -2) for name in "kv"
-        )
+        heads = (*memory.shape[:-1], self.kv_heads, self.head_dim)
+        k, v = (self.project(name, memory).view(heads).transpose(-3, -2) for name in "kv")
         return k, v
 
     def output(self, mixed: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ def attend_to_chapters(
     the total, and multiply their chapters' vectors. Returned with the output: the chapters and weights as used.
     """
     route = with_shared(route, settings)
-    chosen = memory.unflatten(0, (settings.num_chapters, -1))[route.indices]  # (B, k, P, width)
+    chosen = memory.view(settings.num_chapters, -1, memory.shape[-1])[route.indices]  # (B, k, P, width)
     chosen = (normalized(chosen, settings) * route.weights[..., None, None].to(chosen.dtype)).flatten(1, 2)
     return attention(x, chosen), route
 

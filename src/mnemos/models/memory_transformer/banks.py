@@ -53,7 +53,7 @@ class QuantizedBank(nn.Module):
     def of(cls, memory: Tensor, bits: int) -> QuantizedBank:
         """The quantized form of a matrix. ConfigError: bits other than 4 and 8, an odd width at 4 bits."""
         rows = QuantizedRows.of(memory.detach().float().cpu().numpy(), bits)
-        bank = cls(*memory.shape, bits)
+        bank = cls(memory.shape[0], memory.shape[1], bits)
         bank.quantized_memory, bank.scales = torch.from_numpy(rows.codes), torch.from_numpy(rows.scales)
         return bank.to(memory.device)
 
@@ -64,10 +64,10 @@ class QuantizedBank(nn.Module):
             codes = torch.stack((codes << 4 >> 4, codes >> 4), dim=-1).flatten(1)
         return codes.to(self.scales.dtype) * self.scales[:, None]
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves and converts as usual, but leaves the scales in float32: halving them would move every value."""
         scales = self.scales
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scales = scales.to(self.scales.device)
         return self
 

@@ -12,22 +12,22 @@ from mnemos.models.memory_transformer.yaml_file import read_yaml
 from mnemos.rules import FLAG, Rule, hint, one_of, real, several, text, whole
 
 STRATEGIES = ("sequence", "sequence-rolling", "rolling", "hybrid", "token")
+SECTIONS = ("model", "memory", "training")
 _COUNT = whole(1)
 _NATURAL = whole(0)
 _SHARE = real(0, 1, open_high=True)
 _POSITIVE = real(0, 1e12, open_low=True)
 _AMOUNT = real(0, 1e12)
 _NAME = text(4096)
-_BITS = Rule(lambda value: value if type(value) is int and value in (4, 8) else None, "4 or 8", "integer", low=4, high=8)
+_BITS = Rule(
+    lambda value: value if type(value) is int and value in (4, 8) else None, "4 or 8", "integer", low=4, high=8
+)
 Section = TypeVar("Section", bound="ModelConfig | MemorySettings")
 
 
 def _row(rule: Rule, default: Any, *, optional: bool = False) -> Any:
     """A field with its rule; `optional`: null is allowed."""
-    metadata = {"rule": rule, "optional": optional}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"rule": rule, "optional": optional})
 
 
 @dataclass
@@ -75,7 +75,9 @@ class ModelConfig:
             raise ConfigError(f"model.num_kv_heads is {self.num_kv_heads}; it must divide num_heads, {self.num_heads}")
         if self.use_rope and self.hidden_dim // self.num_heads % 2:
             size = self.hidden_dim // self.num_heads
-            raise ConfigError(f"model.num_heads is {self.num_heads}; a rotary embedding needs even heads, not of {size}")
+            raise ConfigError(
+                f"model.num_heads is {self.num_heads}; a rotary embedding needs even heads, not of {size}"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -104,7 +106,9 @@ class MemorySettings:
     memory_layer_placement: str = _row(one_of("all", "first_k", "last_k", "every_n", "custom", "none"), "all")
     memory_layer_k: int = _row(_NATURAL, 5)
     memory_layer_n: int = _row(_COUNT, 3)
-    memory_layer_indices: list[int] | None = _row(several(whole(-(2**31)), 100_000, single=False), None, optional=True)
+    memory_layer_indices: list[int] | None = field(
+        default=None, metadata={"rule": several(whole(-(2**31)), 100_000, single=False), "optional": True}
+    )
     memory_sharing: str = _row(one_of("shared", "per_layer", "every_k_layers"), "shared")
     memory_sharing_k: int = _row(_COUNT, 2)
     memory_block_variant: str = _row(one_of("A", "B"), "A")
@@ -142,7 +146,9 @@ class MemorySettings:
     lora_rank: int = _row(_COUNT, 16)
     lora_alpha: float = _row(_POSITIVE, 32)
     lora_dropout: float = _row(_SHARE, 0.05)
-    lora_targets: list[str] = _row(several(_NAME, 1000), ["q_proj", "v_proj"])
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"rule": several(_NAME, 1000), "optional": False}
+    )
 
     def check(self) -> None:
         """ConfigError for values that do not fit each other."""
@@ -157,7 +163,8 @@ class MemorySettings:
             return
         if self.num_memory_tokens % self.num_chapters:
             raise ConfigError(
-                f"memory.num_chapters is {self.num_chapters}; it must divide num_memory_tokens, {self.num_memory_tokens}"
+                f"memory.num_chapters is {self.num_chapters}; it must divide num_memory_tokens, "
+                f"{self.num_memory_tokens}"
             )
         for name in ("top_k_chapters", "num_shared_chapters"):
             if getattr(self, name) > self.num_chapters:
@@ -281,8 +288,10 @@ def parse_config(content: Any, path: Path) -> Config:
     if not isinstance(content, dict):
         raise FormatError(f"{path}: holds no map; expected the maps model, memory and training")
     for name, value in content.items():
-        if name not in ("model", "memory", "training"):
-            raise ConfigError(f"{path}: field {name!r} is unknown; {hint(name, ('model', 'memory', 'training'), 'known')}")
+        if name not in SECTIONS:
+            raise ConfigError(
+                f"{path}: field {name!r} is unknown; {hint(name, ('model', 'memory', 'training'), 'known')}"
+            )
         if not isinstance(value, dict | None):
             raise ConfigError(f"{path}: {name} is {value!r}; it must be a map")
     try:

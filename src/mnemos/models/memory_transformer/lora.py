@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + (alpha / rank) * B (A x), with the names `weight`, `bias`, `lora_A` (rank, in), `lora_B` (out, rank).
+    """y = W x + b + (alpha / rank) * B (A x); parameters `weight`, `bias`, `lora_A` (rank, in), `lora_B` (out, rank).
 
     Once merged, its state dict is that of the linear layer: W holds the addition, and the factors are not saved, which
     would add it again where they are loaded.
@@ -40,7 +40,7 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Adds the product of the factors to the weight, once."""
         if not self.merged:
-            self.weight += self._addition()
+            self.weight.copy_(self.merged_weight())
             self.merged = True
 
     @torch.no_grad()
@@ -50,11 +50,16 @@ class LoRALinear(nn.Module):
             self.weight -= self._addition()
             self.merged = False
 
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The weight with the product of the factors added."""
+        return self.weight.detach().clone() if self.merged else self.weight + self._addition()
+
     def _addition(self) -> Tensor:
         return (self.scaling * (self.lora_B.float() @ self.lora_A.float())).to(self.weight.dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             for name in ("lora_A", "lora_B"):
                 destination.pop(prefix + name)

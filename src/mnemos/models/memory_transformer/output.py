@@ -12,7 +12,7 @@ from mnemos.models.memory_transformer.routing import Route
 
 @dataclass
 class MemoryOutput:
-    """What a forward call returns; fields can also be read by name, as in a dict, or by number among those that are set.
+    """What a forward call returns. Fields can be read by name too, as in a dict, or by number among those that are set.
 
     logits (B, T, vocabulary); loss where labels were given; past_key_values of a cached call; hidden (B, T, H): the
     input of the output projection; routes: the chapters of each memory layer.

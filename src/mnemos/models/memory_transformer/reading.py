@@ -40,28 +40,35 @@ class MemoryCall:
         return name.replace("_", "-")
 
     def read(
-        self, layer: int, attention: MemoryAttention, bank: nn.Module, router: ChapterRouter | None, x: Tensor, states: Tensor
+        self,
+        layer: int,
+        attention: MemoryAttention,
+        bank: nn.Module,
+        router: ChapterRouter | None,
+        x: Tensor,
+        states: Tensor,
     ) -> Tensor:
         """What layer number `layer` reads for x (B, T, hidden); a router chooses by `states` (B, T, hidden)."""
         if router is None:
-            return self._checkpointed(attention, x, bank())
+            read: Tensor = self._checkpointed(attention, x, bank())
+            return read
         settings, strategy = self.settings, self.strategy
         shared = settings.num_shared_chapters
         if strategy == "token":
             route = router.route(states, self.training, shared)
             self.routes[layer] = Route(route.indices - shared, route.weights, route.losses)
-            return self._checkpointed(attend_by_token, attention, x, bank(), route, settings)
+            read = self._checkpointed(attend_by_token, attention, x, bank(), route, settings)
+            return read
         held = None if self.windows is None else self.windows.get(layer)
         pooled, recent = pool(
             strategy, states, settings.routing_window_size, cached=self.cached, held=held, mask=self.mask
         )
         if recent is not None:
             self.kept[layer] = recent
-        output: Tensor
-        output, self.routes[layer] = self._checkpointed(
+        read, self.routes[layer] = self._checkpointed(
             attend_to_chapters, attention, x, bank(), router.route(pooled, self.training, shared), settings
         )
-        return output
+        return read
 
     def _checkpointed(self, function: Any, *arguments: Any) -> Any:
         """The function's result; in training, with its inner results computed again for the gradients if so wanted."""
@@ -95,7 +102,8 @@ def make_routers(settings: MemorySettings, hidden: int, layers: Iterable[int]) -
 
 def router_of(routers: nn.ModuleDict, layer: int) -> ChapterRouter | None:
     """The router of a layer, None without chapters."""
-    router = routers[str(layer)] if str(layer) in routers else None
+    name = str(layer)
+    router = routers[name] if name in routers else None  # noqa: SIM401  a ModuleDict has no `get`
     assert router is None or isinstance(router, ChapterRouter)
     return router
 

@@ -45,9 +45,10 @@ def choose(logits: Tensor, top_k: int, excluded: int = 0) -> tuple[Tensor, Tenso
 
 
 def router_losses(logits: Tensor, indices: Tensor) -> dict[str, Tensor]:
-    """What keeps a router from collapsing, from its logits (..., C) and the chapters chosen (..., k), all chapters counted.
+    """What keeps a router from collapsing, from its logits (..., C) and the chapters chosen (..., k).
 
-    load_balance   C * sum over c of (selections of c per row) * (mean probability of c); Fedus et al. 2021, arXiv:2101.03961
+    load_balance   C * sum over c of (selections of c per row) * (mean probability of c);
+                   Fedus et al. 2021, arXiv:2101.03961
     auxiliary      the mean over c of (mean squared probability of c - 1 / C) squared
     z_loss         the mean of logsumexp(logits) squared; Zoph et al. 2022, arXiv:2202.08906
     entropy        the mean entropy, to watch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,15 @@ class MemoryCache(list[Layer]):
         self.windows: Windows = windows or {}
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
 class RotaryEmbedding(nn.Module):
     """Rotates halves of heads by their positions. Su et al. 2021, arXiv:2104.09864."""
 
@@ -54,8 +63,8 @@ class SelfAttention(nn.Module):
         hidden, self.heads, self.kv_heads = config.hidden_dim, config.num_heads, config.kv_heads
         self.head_dim = hidden // self.heads
         self.dropout = config.attention_dropout
-        for name, rows in (("q_proj", hidden), ("k_proj", self.kv_heads * self.head_dim)):
-            self.add_module(name, nn.Linear(hidden, rows, bias=False))
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
         self.rotary = RotaryEmbedding(self.head_dim, config.rope_theta) if config.use_rope else None
@@ -69,7 +78,9 @@ class SelfAttention(nn.Module):
         if past is not None:
             k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
         mixed = F.scaled_dot_product_attention(
-            *(side.transpose(1, 2) for side in (q, k, v)),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             attn_mask=visible,
             is_causal=visible is None and x.shape[1] > 1,
             dropout_p=self.dropout if self.training else 0.0,
@@ -83,20 +94,19 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        sizes = config.hidden_dim, config.intermediate_dim
+        hidden, inner = config.hidden_dim, config.intermediate_dim
         self.activation = config.hidden_activation
         if self.activation == "swiglu":
-            self.gate_proj = nn.Linear(*sizes, bias=False)
-        self.up_proj = nn.Linear(*sizes, bias=False)
-        self.down_proj = nn.Linear(*reversed(sizes), bias=False)
+            self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, hidden)."""
         if self.activation == "swiglu":
             inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
         else:
-            function = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "sigmoid": F.sigmoid, "tanh": F.tanh}
-            inner = function[self.activation](self.up_proj(x))
+            inner = ACTIVATIONS[self.activation](self.up_proj(x))
         down: Tensor = self.down_proj(inner)
         return down
 
@@ -148,7 +158,8 @@ class Block(nn.Module):
 
     def _read(self, x: Tensor, states: Tensor, call: MemoryCall, bank: nn.Module, router: Any) -> Tensor:
         read = call.read(self.layer, self.memory_attn, bank, router, self.memory_layernorm(x), states)
-        return x + self.memory_dropout(read)
+        added: Tensor = x + self.memory_dropout(read)
+        return added
 
 
 class MemoryTransformer(nn.Module):
@@ -175,7 +186,7 @@ class MemoryTransformer(nn.Module):
         self.norm = _norm(model)
         self.lm_head = nn.Linear(model.hidden_dim, model.vocab_size, bias=False)
         self._initialize()
-        self.register_load_state_dict_pre_hook(adopt_quantized)
+        self.register_load_state_dict_pre_hook(adopt_quantized)  # type: ignore[no-untyped-call]
         if model.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -186,6 +197,7 @@ class MemoryTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=model.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        for module in self.modules():  # after all linear layers, their own included
             if isinstance(module, SelfAttention) and model.self_attn_wo_init_std is not None:
                 nn.init.normal_(module.o_proj.weight, std=model.self_attn_wo_init_std)
             if isinstance(module, FeedForward) and model.mlp_down_proj_init_std is not None:
@@ -209,17 +221,17 @@ class MemoryTransformer(nn.Module):
     ) -> MemoryOutput:
         """Logits of input_ids (B, T), which follow those that `past_key_values` come from.
 
-        attention_mask (B, S) is over all S positions, 1 where one counts; position_ids (T,) or (B, T) are position_offset
-        and up by default, and without an offset those after the past. labels (B, T): the loss too, with the routers' in
-        training. RequestError for a mask of another length, or positions below 0.
+        attention_mask (B, S) is over all S positions, 1 where one counts. position_ids (T,) or (B, T) count from
+        position_offset by default, without an offset from the end of the past. labels (B, T): the loss too, with the
+        routers' in training. RequestError for a mask of another length, or positions below 0.
         """
         past = past_key_values or None
         held = 0 if past is None else past[0][0].shape[1]
         length = input_ids.shape[1]
-        if attention_mask is not None and attention_mask.shape != (len(input_ids), held + length):
+        shape = (len(input_ids), held + length)
+        if attention_mask is not None and attention_mask.shape != shape:
             raise RequestError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(len(input_ids), held + length)}, "
-                "over all positions so far"
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {shape}, over all positions so far"
             )
         positions = self._positions(input_ids, position_ids, held if position_offset is None else position_offset)
         visible = _visible(length, held, attention_mask, input_ids.device)

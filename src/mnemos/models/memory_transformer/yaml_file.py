@@ -31,7 +31,7 @@ def parse_yaml(text: str, path: Path | str) -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise MissingDependencyError(f"{path}: reading YAML needs PyYAML: pip install pyyaml") from error
+        raise MissingDependencyError(f"{path}: reading YAML needs PyYAML: pip install 'mnemos[memory]'") from error
     try:
         content = yaml.load(text, Loader=_loader())
     except (yaml.YAMLError, RecursionError, ValueError) as error:
