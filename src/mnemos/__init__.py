@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
         top_k_top_p_filtering as top_k_top_p_filtering,
     )
     from mnemos.compat.token_processor import TokenProcessor as TokenProcessor
+    from mnemos.compress.modules.pruned_model import PrunedModel as PrunedModel
     from mnemos.decoding.config import GenerationConfig as GenerationConfig
     from mnemos.engine.engine import InferenceEngine as InferenceEngine
     from mnemos.errors import MnemosError as MnemosError
@@ -71,6 +72,7 @@ _NAMES = {
     ),
     "mnemos.compat.sampling": "apply_temperature enforce_repetition_penalty sample_top_p top_k_top_p_filtering",
     "mnemos.compat.token_processor": "TokenProcessor",
+    "mnemos.compress.modules.pruned_model": "PrunedModel",
     "mnemos.decoding.config": "GenerationConfig",
     "mnemos.engine.engine": "InferenceEngine",
     "mnemos.errors": "MnemosError",

@@ -1,0 +1,1 @@
+"""A user's own `nn.Module`, made smaller: pruned, distilled, quantized."""

@@ -1,0 +1,167 @@
+"""`PrunedModel`: a module with fewer weights, or with zeros among them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from mnemos.compress.modules.batches import listed
+from mnemos.compress.modules.kept_zeros import hold_zeros, is_held, mask_held, release_zeros
+from mnemos.compress.modules.layers import check_module, matrices, matrix_of, set_values
+from mnemos.compress.modules.masks import Pattern, fit_masked, magnitude_masks
+from mnemos.compress.modules.moments import measure
+from mnemos.compress.modules.own_text import own_text
+from mnemos.errors import ConfigError, ModelError
+from mnemos.rules import one_of, real
+
+RATIO = real(0, 1, open_low=True, open_high=True)
+METHOD = one_of("magnitude", "structured")
+CRITERION = one_of("weights", "activations")
+SCOPE = one_of("global", "layer")
+
+
+class PrunedModel(nn.Module):
+    """A pruned copy of a module, called like the module itself.
+
+    model          any nn.Module; the copy is `self.model`, or with `inplace` the module itself
+    pruning_ratio  the share of weights to set to zero, above 0 and below 1
+    method         "magnitude": single weights become zero and stay so in training, until `make_permanent`
+    criterion      "weights": the smallest go. "activations": those that matter least for the products with the layer's
+                   inputs, and the others are fitted anew. None: "activations" where the inputs can be known
+    batches        what the inputs are measured on: token ids (batch, time), (ids, labels), or mappings of what forward
+                   takes. None: a language model's own guesses
+    scope          with criterion "weights": "global", one threshold for all layers (the default), or "layer"
+    pattern        None, or "2:4" (two of every four weights of a row stay; this sets the ratio), or "4x8" (blocks of 4
+                   rows and 8 columns)
+    skip           layers that are left alone, by name or pattern such as "*head*"
+
+    Errors: ConfigError for a value that is not allowed, ModelError for a module without matrices or with NaN weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pruning_ratio: float = 0.3,
+        method: str = "magnitude",
+        *,
+        criterion: str | None = None,
+        batches: Any = None,
+        scope: str | None = None,
+        pattern: str | None = None,
+        skip: Sequence[str] = (),
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        check_module(model)
+        ratio = RATIO.apply("pruning_ratio", pruning_ratio)
+        METHOD.apply("method", method)
+        zeros = Pattern.read(pattern)
+        if criterion is not None:
+            CRITERION.apply("criterion", criterion)
+        if scope is not None:
+            SCOPE.apply("scope", scope)
+            if criterion == "activations" or (criterion is None and batches is not None):
+                raise ConfigError(f"scope is {scope!r} with criterion 'activations', which prunes each layer alike")
+            criterion = "weights"
+        given = None if batches is None else listed(batches)
+        self._layers = _chosen(matrices(model), zeros, skip)
+        self.model = model if inplace else copy.deepcopy(model)
+        layers = {name: self.model.get_submodule(name) for name in self._layers}
+        if given is None and criterion != "weights":
+            text = own_text(self.model)
+            if text is None and criterion == "activations":
+                raise ConfigError(
+                    f"criterion is 'activations' and {type(model).__name__} is no language model whose own text could "
+                    "be measured; give batches"
+                )
+            given = None if text is None else [text]
+        if given is None or criterion == "weights":
+            weights = {name: matrix_of(layer) for name, layer in layers.items()}
+            for name, mask in magnitude_masks(weights, ratio, zeros, together=scope != "layer").items():
+                hold_zeros(layers[name], mask)
+        else:
+            _prune_by_activations(self.model, layers, given, ratio, zeros)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module answers."""
+        return self.model(*args, **kwargs)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Which weights stay, (out, in) bool, by the name of their layer; empty after `make_permanent`."""
+        return {name: mask_held(layer) for name, layer in self._held()}
+
+    def sparsity(self) -> float:
+        """The share of the pruned layers' weights that are zero."""
+        zeros = total = 0
+        for name in self._layers:
+            layer = self.model.get_submodule(name)
+            weight = matrix_of(layer)
+            nonzero = weight != 0
+            if is_held(layer):
+                nonzero &= mask_held(layer)
+            zeros += weight.numel() - int(nonzero.sum())
+            total += weight.numel()
+        return zeros / total
+
+    def make_permanent(self) -> nn.Module:
+        """Lets go of the masks and returns the module: the zeros are weights like any other from now on."""
+        for _, layer in list(self._held()):
+            release_zeros(layer)
+        return self.model
+
+    def _held(self) -> Iterator[tuple[str, nn.Module]]:
+        for name in self._layers:
+            layer = self.model.get_submodule(name)
+            if is_held(layer):
+                yield name, layer
+
+
+def _chosen(layers: dict[str, nn.Module], zeros: Pattern, skip: Sequence[str]) -> list[str]:
+    """The names of the layers to prune. ConfigError: the pattern divides none of them, or `skip` leaves none."""
+    kept = [name for name in layers if not any(fnmatchcase(name, one) for one in skip)]
+    fitting = [name for name in kept if zeros.fits(matrix_of(layers[name]).shape)]
+    if not kept:
+        raise ConfigError(
+            f"skip is {list(skip)!r}, which leaves no layer; expected some of {', '.join(layers)} to stay"
+        )
+    if not fitting:
+        shapes = ", ".join(sorted({"x".join(map(str, matrix_of(layers[name]).shape)) for name in kept}))
+        raise ConfigError(f"pattern divides none of the matrices ({shapes}); expected one that does")
+    return fitting
+
+
+def _prune_by_activations(
+    model: nn.Module, layers: dict[str, nn.Module], batches: list[Any], ratio: float, zeros: Pattern
+) -> None:
+    """Prunes the layers of one block after those of the block before, so that each sees its actual inputs."""
+    seen = 0
+    for names in _stages(model, layers):
+        measured = measure(model, {name: layers[name] for name in names}, batches)
+        seen += len(measured)
+        for name in names:
+            layer, weight = layers[name], matrix_of(layers[name])
+            bias: Tensor | None = getattr(layer, "bias", None)
+            if name not in measured:  # an expert that no token chose: its weights alone decide
+                hold_zeros(layer, zeros.mask(weight.float().square(), ratio))
+                continue
+            fitted, mask, shift = fit_masked(weight.float(), measured[name], ratio, zeros, has_bias=bias is not None)
+            set_values(layer, fitted, None if bias is None else bias.detach() + shift)
+            hold_zeros(layer, mask)
+    if not seen:
+        raise ModelError(f"{type(model).__name__} calls none of its layers as modules on the batches given")
+
+
+def _stages(model: nn.Module, layers: dict[str, nn.Module]) -> list[list[str]]:
+    """The layers' names by the member of the outermost list of blocks that they are in, in the module's order."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    stages: dict[str, list[str]] = {}
+    for name in layers:
+        outer = next((one for one in lists if name.startswith(f"{one}.")), None)
+        stage = "" if outer is None else ".".join(name.split(".")[: outer.count(".") + 2])
+        stages.setdefault(stage, []).append(name)
+    return list(stages.values())
