@@ -238,6 +238,63 @@ def test_one_compiler_serves_all_ends_of_texts_and_goes_with_its_tokenizer():
     assert known() is None
 
 
+def test_a_grammar_is_compiled_once_and_its_texts_are_independent(monkeypatch):
+    letters = LetterTokenizer(PIECES, special=[len(PIECES) - 1])
+    model, compiled = random_model(len(PIECES), 3, scale=3.0), []
+    compile_ = grammar.GrammarCompiler._compile
+    monkeypatch.setattr(
+        grammar.GrammarCompiler, "_compile", lambda self, *given: compiled.append(given) or compile_(self, *given)
+    )
+    fields = {"temperature": 1.0, "max_new_tokens": 200, "bad_words_ids": [[PIECES.index(" ")]]}
+    runs = [generate([1, 2], model, SPEC, letters, seed=seed, json_schema=PERSON, **fields) for seed in (1, 2, 1)]
+    assert len(compiled) == 1
+    assert runs[0].tokens == runs[2].tokens != runs[1].tokens
+    for run in runs:
+        assert set(json.loads(letters.decode(run.tokens))) == {"name", "age", "tags"}
+    generate([1, 2], model, SPEC, letters, json_schema={**PERSON, "strict": 1}, strict=False, **fields)
+    assert len(compiled) == 2
+
+
+def test_what_is_compiled_is_kept_within_bounds(monkeypatch):
+    letters = LetterTokenizer(PIECES, special=[len(PIECES) - 1])
+    monkeypatch.setattr(grammar, "KEPT", 2)
+    monkeypatch.setattr(grammar, "KEPT_LENGTH", 10)
+    for regex in ("aaa", "bbb", "aaa", "ccc", "dddddd", "e" * 11):
+        generate([1, 2], random_model(len(PIECES)), SPEC, letters, regex=regex, max_new_tokens=2)
+    kept = grammar._compilers[letters]._kept
+    assert [source for _, source, _ in kept] == ["ccc", "dddddd"]
+
+
+def test_what_would_take_long_to_compile_is_refused():
+    optional = {f"k{n}": {"type": "string"} for n in range(2001)}
+    needed = {"type": "object", "properties": optional, "required": list(optional)}
+    end, text = constrained(json_schema=needed, max_new_tokens=3)
+    assert text.startswith("{") and end.finish_reason == "length"
+    schemas = [
+        {"properties": optional},
+        {"items": [{"properties": {"enum": {"properties": optional}}}]},
+        {"allOf": [needed, {"properties": {f"other{n}": {} for n in range(2001)}}]},
+    ]
+    for schema in schemas:
+        with pytest.raises(ConfigError, match="2001 optional properties; it may have 2000"):
+            constrained(json_schema=schema)
+    many = {f"k{n}": {"type": "string", "pattern": f"x{n}(?=y)"} for n in range(2001)}
+    with pytest.raises(ConfigError, match="2001 patterns"):
+        constrained(json_schema={"properties": many, "required": list(many)})
+
+
+def test_properties_may_be_called_as_keywords():
+    names = {"pattern": {"type": "string", "pattern": "^x(?=y)"}, "enum": {"type": "string", "pattern": "^q$"}}
+    with pytest.warns(UserWarning, match=r"not enforced: pattern '\^x\(\?=y\)';"):
+        text = constrained(
+            json_schema={"type": "object", "properties": names, "required": list(names)},
+            bad_words_ids=[[PIECES.index(" ")]],
+            temperature=1.0,
+            seed=1,
+        )[1]
+    assert json.loads(text)["enum"] == "q"
+
+
 def test_a_token_that_is_text_ends_texts_only_where_they_are_complete():
     digit = PIECES.index("7")
     ends = spec(len(PIECES), 4096, eos=(digit,))
