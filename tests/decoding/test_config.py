@@ -139,7 +139,6 @@ def test_another_librarys_defaults_beside_a_named_strategy_are_no_contradiction(
         ({"best_of": 2}, "best_of"),
         ({"temperature": 1.0, "n": 3, "best_of": 2}, "best_of"),
         ({"regex": "a", "choice": ["b"]}, "choice"),
-        ({"regex": "a", "num_beams": 2}, "regex"),
         ({"speculative": "prompt_lookup", "num_beams": 2}, "speculative"),
         ({"draft_tokens": 4}, "draft_tokens"),
         ({"max_new_tokens": 4, "min_new_tokens": 5}, "min_new_tokens"),

@@ -85,6 +85,76 @@ def test_choices_are_meant_literally_and_may_be_many():
     assert constrained(5, choice=many, temperature=1.0, seed=2)[1] in many
 
 
+SEARCHES = {
+    "beams": {"num_beams": 3, "n": 2},
+    "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0, "n": 4},
+    "beam sampling": {"num_beams": 3, "do_sample": True, "top_k": 4, "seed": 1},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+    "guidance": {"guidance_scale": 2.0, "negative_prompt": [3, 4]},
+    "guided beams": {"num_beams": 2, "guidance_scale": 2.0},
+    "best_of": {"best_of": 3, "temperature": 1.0, "seed": 3},
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("seed", range(2))
+def test_every_search_follows_the_schema(search, seed):
+    model = random_model(len(PIECES), seed, scale=3.0)
+    fields = {**SEARCHES[search], "max_new_tokens": 300, "bad_words_ids": [[PIECES.index(" ")]]}
+    run = generate([1, 2], model, SPEC, TOKENIZER, json_schema=PERSON, **fields)
+    assert len(run.finished) == SEARCHES[search].get("n", 1)
+    for end in run.finished:
+        assert end.finish_reason == "stop"
+        value = json.loads(TOKENIZER.decode(end.tokens[: end.text_tokens]))
+        assert set(value) == {"name", "age", "tags"} and len(value["name"]) <= 8
+        assert 0 <= value["age"] <= 120 and 1 <= len(value["tags"]) <= 3
+
+
+def _spellings(text):
+    """All token sequences of a text."""
+    if not text:
+        return [()]
+    return [
+        (token, *rest)
+        for token, piece in enumerate(PIECES[:-1])
+        if text.startswith(piece)
+        for rest in _spellings(text[len(piece) :])
+    ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_wide_beams_find_the_most_probable_texts_of_a_grammar(seed):
+    model = random_model(len(PIECES), seed, scale=3.0)
+    choices = ["ab12", "true", "nullab", "12", 'ab{"']
+
+    def score(tokens):
+        total = 0.0
+        for place, token in enumerate(tokens):
+            row = model([1, 2, *tokens[:place]])[0].astype(np.float64)
+            total += row[token] - row.max() - np.log(np.exp(row - row.max()).sum())
+        return total
+
+    spelt = sorted((tokens for text in choices for tokens in _spellings(text)), key=score, reverse=True)
+    fields = {"num_beams": 32, "n": 4, "length_penalty": 0.0, "early_stopping": "never"}
+    found = generate([1, 2], model, SPEC, TOKENIZER, choice=choices, max_new_tokens=20, **fields).finished
+    assert [tuple(end.tokens) for end in found] == spelt[:4]
+    assert [end.score for end in found] == pytest.approx([score(tokens) for tokens in spelt[:4]], abs=1e-3)
+
+
+def test_a_beam_that_nothing_may_follow_leaves_the_others_alone():
+    flat = lambda tokens: (np.zeros(len(PIECES), np.float32), np.zeros(8, np.float32))  # noqa: E731
+    fields = {"regex": "x{3}y|c{6}", "bad_words_ids": [[PIECES.index("y")]], "num_beams": 2, "max_new_tokens": 9}
+    end = generate([1, 2], flat, SPEC, TOKENIZER, **fields).finished[0]
+    assert (TOKENIZER.decode(end.tokens), end.finish_reason) == ("cccccc", "stop")
+    dead = {**fields, "regex": "xxxy"}
+    end = generate([1, 2], flat, SPEC, TOKENIZER, **dead).finished[0]
+    assert (TOKENIZER.decode(end.tokens), end.finish_reason) == ("xxx", "error")
+    assert "every token is forbidden" in end.error
+    contrastive = {name: value for name, value in dead.items() if name != "num_beams"} | {"penalty_alpha": 0.5}
+    end = generate([1, 2], flat, SPEC, TOKENIZER, **contrastive).finished[0]
+    assert (TOKENIZER.decode(end.tokens), end.finish_reason) == ("xxx", "error")
+
+
 def test_several_results_and_drafts_follow_the_grammar_alike():
     model = random_model(len(PIECES), 3, scale=3.0)
     fields = {"regex": "(ab|12){10}", "temperature": 1.0, "seed": 5, "n": 3, "max_new_tokens": 60}

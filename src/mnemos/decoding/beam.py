@@ -7,16 +7,16 @@ replacement by Gumbel noise).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mnemos.contract import Floats
-from mnemos.decoding.choice import DeadEnd, no_choice
+from mnemos.decoding.choice import Constraint, DeadEnd, no_choice
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import Processor
 from mnemos.decoding.ranking import largest
-from mnemos.decoding.sampling import with_logprobs
+from mnemos.decoding.sampling import accept, with_logprobs
 from mnemos.decoding.stopping import End, TextEnds
 from mnemos.decoding.strategy import Advance, Branch, Emitted, FinishedSequence, Rows
 
@@ -53,6 +53,7 @@ class _Beam:
     branch: Branch
     history: History
     score: np.float32
+    constraint: Constraint | None
     emitted: tuple[Emitted, ...] = ()
 
 
@@ -61,6 +62,7 @@ class _Candidate:
     parent: _Beam
     token: int
     score: np.float32
+    constraint: Constraint | None = None  # after the token, of a candidate that continues
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,10 @@ class _Group:
 
 
 class BeamSearch:
-    """The strategy for every kind of beam search. All results are returned at the end."""
+    """The strategy for every kind of beam search. All results are returned at the end.
+
+    filters: the cut-offs, which count after the constraint.
+    """
 
     needs_all_prompt_rows = False
 
@@ -113,18 +118,22 @@ class BeamSearch:
         settings: BeamSettings,
         processors: Sequence[Processor],
         ends: TextEnds,
+        filters: Sequence[Processor] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         self.max_branches = settings.beams
         self._settings = settings
         self._processors = processors
         self._ends = ends
+        self._filters = filters
+        self._constraint = constraint
         self._groups: list[_Group] = []
         self._generated = 0
 
     def start(self, prompt: Sequence[int]) -> list[Branch]:
-        branch = Branch(prompt)
+        branch, seed = Branch(prompt), self._settings.seed or 0
         self._groups = [
-            _Group(self._settings, [_Beam(branch, History(prompt, seed=self._settings.seed or 0), np.float32(0))])
+            _Group(self._settings, [_Beam(branch, History(prompt, seed=seed), np.float32(0), self._constraint)])
             for _ in range(self._settings.groups)
         ]
         return [branch]
@@ -160,14 +169,11 @@ class BeamSearch:
             group.done = True
             return []
         for rank, candidate in enumerate(candidates):
-            parent = candidate.parent
-            parent.history.tokens.append(candidate.token)
-            end = self._ends.of(parent.history.tokens, parent.history.prompt_length)
-            parent.history.tokens.pop()
+            end, constraint = self._ending(candidate)
             if end is None:
-                kept.append(candidate)
+                kept.append(replace(candidate, constraint=constraint))
             elif rank < size:
-                group.add(self._hypothesis(candidate, rows[parent.branch].logits[-1], *end))
+                group.add(self._hypothesis(candidate, rows[candidate.parent.branch].logits[-1], *end))
             if len(kept) == size:
                 break
         # As in Hugging Face: with several groups, a text that has just ended still counts as unfinished.
@@ -175,19 +181,38 @@ class BeamSearch:
         group.done = not kept or group.is_settled(float(leading[0].score), self._generated)
         return kept
 
+    def _ending(self, candidate: _Candidate) -> tuple[tuple[End, str | None] | None, Constraint | None]:
+        """The end of a candidate's text and the text, or None if it continues, then with its constraint."""
+        history, constraint = candidate.parent.history, candidate.parent.constraint
+        history.tokens.append(candidate.token)
+        end = self._ends.of(history.tokens, history.prompt_length)
+        history.tokens.pop()
+        if end is not None or constraint is None:
+            return end, None
+        constraint = constraint.fork()
+        last = accept(constraint, candidate.token)
+        return None if last is None else (last, None), constraint
+
     def _candidates(self, group: _Group, rows: Mapping[Branch, Rows], chosen: list[int]) -> list[_Candidate]:
         """The best continuations of the group's beams, best first: enough of them that group_size do not end a text."""
         count = max(2, 1 + self._settings.stop_tokens) * self._settings.group_size
         found = []
+        reason = DeadEnd(
+            "every token is forbidden here; loosen bad_words, logit_bias, the constraint or the processors"
+        )
         for number, beam in enumerate(group.beams):
-            scores = self._scores(beam, rows[beam.branch].logits[-1], chosen)
+            try:
+                scores = self._scores(beam, rows[beam.branch].logits[-1], chosen)
+            except DeadEnd as error:
+                reason = error  # nothing follows this beam
+                continue
             keys = scores if self._settings.seed is None else self._noisy(scores, beam, number)
             tokens = largest(keys, min(count, len(keys)))
             found += [
                 (keys[t], -number, -int(t), _Candidate(beam, int(t), scores[t])) for t in tokens if scores[t] > -np.inf
             ]
         if not found:
-            raise DeadEnd("every token is forbidden here; loosen bad_words, logit_bias or the processors")
+            raise reason
         best = [entry[3] for entry in sorted(found, key=lambda entry: entry[:3], reverse=True)[:count]]
         return best if self._settings.seed is None else sorted(best, key=lambda c: -c.score)
 
@@ -203,6 +228,10 @@ class BeamSearch:
             shifted[tokens] -= (self._settings.diversity_penalty * counts).astype(np.float32)
         for processor in self._processors:
             processor(beam.history, shifted)
+        if beam.constraint is not None:
+            beam.constraint.forbid(shifted)
+        for filter_ in self._filters:
+            filter_(beam.history, shifted)
         return np.asarray(shifted + beam.score, dtype=np.float32)
 
     def _noisy(self, scores: Floats, beam: _Beam, number: int) -> Floats:
@@ -229,7 +258,7 @@ class BeamSearch:
         history = candidate.parent.history.fork()
         history.append(candidate.token)
         emitted = (*candidate.parent.emitted, self._emitted(row, candidate.token))
-        return _Beam(branch, history, candidate.score, emitted)
+        return _Beam(branch, history, candidate.score, candidate.constraint, emitted)
 
     def _emitted(self, row: Floats, token: int) -> Emitted:
         return Emitted(token) if self._settings.logprobs is None else with_logprobs(row, token, self._settings.logprobs)

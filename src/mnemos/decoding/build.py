@@ -172,14 +172,14 @@ class _Builder:
             pad_id=self._pad_id(),
             stop_tokens=len(self.stop_ids),
         )
-        processors = self._processors_for_search()
+        filters: Sequence[Processor] = ()
         if config.samples:
             from mnemos.decoding.cutoffs import filters_of
 
-            processors += filters_of(config, keep=len(self.stop_ids) + 1)
+            filters = filters_of(config, keep=len(self.stop_ids) + 1)
         rules = self._rules()
-        decode = self._pieces if rules.strings else None
-        return BeamSearch(settings, processors, TextEnds(rules, decode))
+        ends = TextEnds(rules, self._pieces if rules.strings else None)
+        return BeamSearch(settings, self._processors_for_search(), ends, filters, self._constraint())
 
     def _contrastive_search(self) -> ContrastiveSearch:
         from mnemos.decoding.contrastive import ContrastiveSearch
@@ -187,7 +187,7 @@ class _Builder:
         config = self.config
         processors = self._processors_for_search()
         alpha, top_k = config.penalty_alpha or 0.0, config.top_k or DEFAULT_CANDIDATES
-        return ContrastiveSearch(top_k, alpha, processors, self.watch, config.logprobs)
+        return ContrastiveSearch(top_k, alpha, processors, self.watch, config.logprobs, self._constraint())
 
     def _seed(self) -> int:
         return fresh_seed() if self.config.seed is None else self.config.seed

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mnemos.contract import Floats
-from mnemos.decoding.choice import DeadEnd, no_choice
+from mnemos.decoding.choice import Constraint, DeadEnd, no_choice
 from mnemos.decoding.history import History
 from mnemos.decoding.processors import Processor
 from mnemos.decoding.ranking import largest
-from mnemos.decoding.sampling import with_logprobs
+from mnemos.decoding.sampling import accept, with_logprobs
 from mnemos.decoding.stopping import End, StopWatch
 from mnemos.decoding.strategy import Advance, Branch, Emitted, Rows
 
@@ -40,6 +40,7 @@ class ContrastiveSearch:
         processors: Sequence[Processor],
         watch: Callable[[], StopWatch],
         logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.max_branches = top_k
         self._top_k = top_k
@@ -47,6 +48,7 @@ class ContrastiveSearch:
         self._processors = processors
         self._make_watch = watch
         self._logprobs = logprobs
+        self._constraint = constraint
 
     def start(self, prompt: Sequence[int]) -> list[Branch]:
         self._history = History(prompt)
@@ -81,6 +83,8 @@ class ContrastiveSearch:
         row = logits.copy()
         for processor in self._processors:
             processor(self._history, row)
+        if self._constraint is not None:
+            self._constraint.forbid(row)
         peak = row.max()
         if not np.isfinite(peak):
             raise no_choice(row)
@@ -106,6 +110,8 @@ class ContrastiveSearch:
     def _accept(self, token: int) -> tuple[Emitted, End | None]:
         self._history.append(token)
         piece, end = self._watch.push(token, self._history.tokens)
+        if self._constraint is not None and end is None:
+            end = accept(self._constraint, token)
         if self._logprobs is None:
             return Emitted(token, text=piece), end
         return with_logprobs(self._row, token, self._logprobs, piece=piece), end

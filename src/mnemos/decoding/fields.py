@@ -396,25 +396,24 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "json_schema", "constraints", JSON_SCHEMA,
         "The text is JSON that fits this schema; true allows any JSON.",
-        only="one text", elsewhere=("response_format", "guided_json", "format"), metavar="JSON",
+        elsewhere=("response_format", "guided_json", "format"), metavar="JSON",
     ),
     Field(
         "strict", "constraints", FLAG,
         "Refuse a json_schema that cannot be enforced whole; by default a warning names what is not.", default=False,
-        only="one text",
     ),
     Field(
         "regex", "constraints", _LONG_TEXT,
         "The text matches this regular expression.",
-        only="one text", elsewhere=("guided_regex",), metavar="REGEX",
+        elsewhere=("guided_regex",), metavar="REGEX",
     ),
     Field(
         "choice", "constraints", filled(several(text(65536), 16384, single=False)),
-        "The text is one of these.", only="one text", elsewhere=("guided_choice",), metavar="TEXT",
+        "The text is one of these.", elsewhere=("guided_choice",), metavar="TEXT",
     ),
     Field(
         "grammar", "constraints", _LONG_TEXT,
-        "The text follows this Lark grammar.", only="one text", elsewhere=("guided_grammar",), metavar="TEXT",
+        "The text follows this Lark grammar.", elsewhere=("guided_grammar",), metavar="TEXT",
     ),
     Field(
         "num_return_sequences", "results", whole(1, 1024),

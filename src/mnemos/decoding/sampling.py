@@ -184,7 +184,7 @@ class Sampling:
         history.tokens.append(token)
         piece, text.end = text.watch.push(token, history.tokens)
         if text.constraint is not None and text.end is None:
-            text.end = _accept(text.constraint, token)
+            text.end = accept(text.constraint, token)
         if self._logprobs is None:
             text.emitted.append(Emitted(token, None, (), text.sequence, piece))
         else:
@@ -219,8 +219,8 @@ class Sampling:
         ]
 
 
-def _accept(constraint: Constraint, token: int) -> End | None:
-    """Advances the constraint by a token, which is the end if nothing more may follow."""
+def accept(constraint: Constraint, token: int) -> End | None:
+    """Advances the constraint by a token, which is the end of the text if nothing more may follow."""
     try:
         constraint.accept(token)
     except DeadEnd as error:
