@@ -16,6 +16,7 @@
 #include "foreign_step.h"
 #include "linear/product_kernels.h"
 #include "program/program.h"
+#include "quantize/encode.h"
 #include "sampler.h"
 #include "system/bounds.h"
 #include "system/error.h"
@@ -373,6 +374,30 @@ void bind_relay(nb::module_ &m) {
       "x"_a, "weight"_a, "epsilon"_a, "y"_a, "rows"_a, "width"_a);
 }
 
+// The first row that the type cannot hold, or -1.
+int64_t encode_matrix(FloatRows values, int32_t type, std::optional<Floats> importance,
+                      nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> out, Pool &pool) {
+  if (!is_weight_type(type)) throw config_error("type " + std::to_string(type) + " has no encoder");
+  const WeightType weight_type = static_cast<WeightType>(type);
+  const int64_t rows = static_cast<int64_t>(values.shape(0)), columns = static_cast<int64_t>(values.shape(1));
+  const int64_t block = block_columns(weight_type);
+  if (columns == 0 || columns % block != 0) {
+    throw config_error("rows have " + std::to_string(columns) + " values; the type needs a multiple of " +
+                       std::to_string(block));
+  }
+  if (importance && static_cast<int64_t>(importance->size()) != columns) {
+    throw config_error("importance has " + std::to_string(importance->size()) + " values; it must have one a column, " +
+                       std::to_string(columns));
+  }
+  if (static_cast<int64_t>(out.shape(0)) != rows ||
+      static_cast<int64_t>(out.shape(1)) != row_bytes(weight_type, columns)) {
+    throw config_error("the encoded rows have another size than `out`");
+  }
+  nb::gil_scoped_release release_gil;
+  return encode_rows(weight_type, values.data(), rows, columns, importance ? importance->data() : nullptr, out.data(),
+                     pool);
+}
+
 void bind_program(nb::module_ &m) {
   using ProgramClass = nb::class_<Program>;
   ProgramClass(m, "Program")
@@ -526,6 +551,7 @@ NB_MODULE(_native, m) {
   m.def("allocate_matrix", &allocate_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a,
         "order"_a.none());
   m.def("pack_matrices", &pack_matrices, "matrices"_a, "pool"_a);
+  m.def("encode_rows", &encode_matrix, "values"_a, "type"_a, "importance"_a.none(), "out"_a, "pool"_a);
 
   nb::class_<Cache>(m, "Cache")
       .def(

@@ -12,12 +12,14 @@
 namespace mnemos {
 
 // In effect while it lives. All threads that work on one result have one, so that its bits do not depend on the thread.
-class DenormalsAreZero {
+class Denormals {
  public:
-  DenormalsAreZero() : before_(state()) { set_state(before_ | flags); }
-  ~DenormalsAreZero() { set_state(before_); }
-  DenormalsAreZero(const DenormalsAreZero &) = delete;
-  DenormalsAreZero &operator=(const DenormalsAreZero &) = delete;
+  Denormals(const Denormals &) = delete;
+  Denormals &operator=(const Denormals &) = delete;
+  ~Denormals() { set_state(before_); }
+
+ protected:
+  explicit Denormals(bool are_zero) : before_(state()) { set_state(are_zero ? before_ | flags : before_ & ~flags); }
 
  private:
 #if defined(__x86_64__)
@@ -38,6 +40,13 @@ class DenormalsAreZero {
   static void set_state(uint64_t) {}
 #endif
   const uint64_t before_;
+};
+
+struct DenormalsAreZero : Denormals {
+  DenormalsAreZero() : Denormals(true) {}
+};
+struct DenormalsCount : Denormals {
+  DenormalsCount() : Denormals(false) {}
 };
 
 }  // namespace mnemos

@@ -86,6 +86,14 @@ def pack_matrices(matrices: list[tuple[Matrix, Bytes, Order | None, bool]], pool
     lives as long as any of them.
     """
 
+def encode_rows(
+    values: npt.NDArray[np.float32], type: int, importance: Floats | None, out: npt.NDArray[np.uint8], pool: Pool
+) -> int:
+    """Encodes (rows, columns) into `out`, (rows, bytes per row), in the storage type with that number.
+
+    Returns the first row that the type cannot hold (not finite, or a scale beyond float16), or -1.
+    """
+
 class Cache:
     def __init__(self, layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: str, pages: int) -> None: ...
     @property
