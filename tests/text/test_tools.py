@@ -16,6 +16,7 @@ from mnemos.text.tools.families import FAMILIES, HERMES, THINKING, family_of
 from mnemos.text.tools.forcing import forced_calls
 from mnemos.text.tools.fragments import CallName, Reasoning, Text
 from mnemos.text.tools.reader import AnswerReader
+from mnemos.text.tools.schemas import closed
 
 BY_NAME = {family.name: family for family in FAMILIES}
 ARGUMENTS = {"city": 'Paris "x" }', "days": 3}
@@ -216,3 +217,30 @@ def test_reasoning_ends_with_its_budget() -> None:
     assert len(allowed([])) == 10 and len(allowed([1, 1])) == 10
     assert allowed([1, 1, 1]) == [7] and allowed([1, 1, 1, 7]) == [8] and len(allowed([1, 1, 1, 7, 8])) == 10
     assert len(allowed([7, 8, 1])) == 10  # it has ended by itself
+
+
+def test_objects_of_a_closed_schema_have_the_listed_properties_only() -> None:
+    point = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    shut = {**point, "additionalProperties": False}
+    nested = {
+        "type": "object",
+        "properties": {"at": point, "all": {"type": "array", "items": point}},
+        "$defs": {"p": point},
+    }
+    assert closed(nested) == {
+        "type": "object",
+        "properties": {"at": shut, "all": {"type": "array", "items": shut}},
+        "$defs": {"p": shut},
+        "additionalProperties": False,
+    }
+    assert closed({"anyOf": [point, {"type": "null"}]}) == {"anyOf": [shut, {"type": "null"}]}
+    for schema in (
+        {**point, "additionalProperties": {"type": "string"}},
+        {**point, "patternProperties": {"^y": {}}},
+        {"allOf": [point, {"properties": {"y": {}}}]},
+        {**point, "allOf": [{"properties": {"y": {}}}]},
+        {"type": "object"},
+        {"enum": [{"properties": {}}]},
+        True,
+    ):
+        assert closed(schema) == schema

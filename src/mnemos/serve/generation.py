@@ -26,6 +26,7 @@ from mnemos.serve.task import Infill, Task
 from mnemos.text.infill import infill_ids
 from mnemos.text.tokenizer import Tokenizer
 from mnemos.text.tools.exchange import Exchange
+from mnemos.text.tools.schemas import closed
 
 # Fields of GenerationConfig that a request may not set: they are functions, or the server decides them.
 RESERVED = ("logits_processors", "prefix_allowed_tokens_fn", "stopping_criteria", "tenant", "deadline")
@@ -133,6 +134,8 @@ def _config(model: Served, task: Task, read: Exchange, connection: Connection) -
     salt = fields.pop("cache_salt", None)
     if salt is not None:
         RULES["cache_salt"].apply("cache_salt", salt)
+    if "json_schema" in fields:
+        fields["json_schema"] = closed(fields["json_schema"])
     fields["tenant"] = caller.tenant
     fields["cache_salt"] = salted(caller, salt)
     config = choose_config(None, engine.generation_config, **fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,3 +113,21 @@ def test_errors_have_the_protocols_form(client: httpx.Client, fields: dict[str, 
     content = response.json()
     assert content["type"] == "error" and content["error"]["type"] == "invalid_request_error"
     assert words in content["error"]["message"]
+
+
+@pytest.mark.parametrize("field", ["output_config", "output_format"])
+def test_an_answer_follows_a_schema(sdk: anthropic.Anthropic, field: str) -> None:
+    wanted = {"type": "json_schema", "schema": SCHEMA}
+    body = {field: {"format": wanted} if field == "output_config" else wanted}
+    message = sdk.messages.create(model="smollm2", max_tokens=40, messages=ASKED, extra_body=body)
+    (block,) = message.content
+    assert block.type == "text" and set(json.loads(block.text)) == {"city"}
+    with pytest.raises(anthropic.BadRequestError, match=f"{field}.* must be .*json_schema"):
+        body = {field: {"format": {"type": "x"}} if field == "output_config" else {"type": "x"}}
+        sdk.messages.create(model="smollm2", max_tokens=40, messages=ASKED, extra_body=body)
+
+
+def test_models_are_listed(sdk: anthropic.Anthropic) -> None:
+    (model,) = sdk.models.list()
+    assert model.id == model.display_name == "smollm2" and model.created_at.year >= 2025
+    assert sdk.models.retrieve("smollm2") == model

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from mnemos.engine.answers import AnswerEvent, CallPiece, CallStart, End, Piece, arguments_value
 from mnemos.engine.completion import Usage
 from mnemos.errors import MnemosError
-from mnemos.serve.anthropic.types import ACCEPTED, MessagesRequest, conversation_of
+from mnemos.serve.anthropic.types import ACCEPTED, MessagesRequest, conversation_of, schema_of
 from mnemos.serve.connection import Connection, connection_of
 from mnemos.serve.generation import Running, exchange_of, extra_fields, start
 from mnemos.serve.refusal import Refusal, refusal_of
@@ -65,7 +65,15 @@ def _task(body: MessagesRequest, connection: Connection) -> Task:
         fields["max_new_tokens"] = body.max_tokens
     if body.stop_sequences:
         fields["stop"] = body.stop_sequences
-    names = {"max_new_tokens": "max_tokens", "stop": "stop_sequences", "prompt": "messages"}
+    schema, name = schema_of(body)
+    if schema is not None:
+        fields["json_schema"] = schema
+    names = {
+        "max_new_tokens": "max_tokens",
+        "stop": "stop_sequences",
+        "prompt": "messages",
+        "json_schema": name,
+    }
     return Task(conversation_of(body), fields, names=names)
 
 

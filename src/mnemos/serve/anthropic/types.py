@@ -15,7 +15,7 @@ from mnemos.serve.refusal import Refusal
 
 # Accepted without effect: they concern Anthropic's accounts, hosting and caching.
 ACCEPTED = ("metadata", "service_tier", "container", "context_management", "mcp_servers", "cache_control", "betas",
-            "output_config", "inference_geo")  # fmt: skip
+            "inference_geo")  # fmt: skip
 # The first system block of some agents: different in each request, and nothing that a model should read. With it, no
 # prompt would have a prefix in common with the one before.
 BILLING = "x-anthropic-billing-header"
@@ -36,6 +36,23 @@ class MessagesRequest(Body):
     tools: list[dict[str, Any]] | None = Field(default=None, max_length=512)
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None  # the former name of output_config.format
+
+
+def schema_of(body: MessagesRequest) -> tuple[dict[str, Any] | None, str]:
+    """The schema that the answer must follow, if one is asked for, and the name of the field that holds it."""
+    name, wanted = "output_config.format", (body.output_config or {}).get("format")
+    if wanted is None:
+        name, wanted = "output_format", body.output_format
+    if wanted is None:
+        return None, name
+    schema = wanted.get("schema") if isinstance(wanted, dict) and wanted.get("type") == "json_schema" else None
+    if not isinstance(schema, dict):
+        raise Refusal(
+            400, f"{name} is {shown(wanted)}; it must be {{'type': 'json_schema', 'schema': a JSON schema}}", param=name
+        )
+    return schema, f"{name}.schema"
 
 
 def conversation_of(body: MessagesRequest) -> Conversation:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mnemos.text.tools.families import HERMES, Family, Thinking
+from mnemos.text.tools.schemas import closed
 
 MOST_CALLS = 8  # in one answer: a small model may repeat itself for ever
 # No white space but the usual one, so that arguments do not end in endless blanks.
@@ -58,7 +59,7 @@ def forced_calls(
         rules.append(f"thought[suffix={_quoted(thinking.end)}]: /(?s:.*)/")
     for index, tool in enumerate(tools):
         head = f'{{"{name_key}": {json.dumps(tool["name"])}, "{arguments_key}": '
-        schema = {**(tool.get("parameters") or {"type": "object"}), "x-guidance": _COMPACT}
+        schema = {**closed(tool.get("parameters") or {"type": "object", "properties": {}}), "x-guidance": _COMPACT}
         rules.append(f'call_{index}: {_quoted(head)} arguments_{index} "}}"')
         rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
     return "\n".join(rules)
