@@ -253,7 +253,7 @@ def extra_fields(given: dict[str, Any], known: tuple[str, ...], connection: Conn
             if value is not None:
                 taken[name] = value
             continue
-        meant = difflib.get_close_matches(name, (*FIELDS, *known), n=1, cutoff=0.88)
+        meant = difflib.get_close_matches(name, (*FIELDS, *known), n=1, cutoff=0.9)
         if meant:
             raise Refusal(400, f"{name[:80]} is not a field of this request; did you mean {meant[0]}?", param=name[:80])
         ignored.append(name)

@@ -15,6 +15,7 @@ from jinja2.ext import loopcontrols
 from mnemos.errors import ConfigError, FormatError, MnemosError, RequestError
 from mnemos.text.conversation import (
     Message,
+    TemplateRefusal,
     cut_at_end,
     mark_control_texts,
     mark_end,
@@ -114,7 +115,7 @@ class ChatTemplate:
             try:
                 return self._template.render(values)
             except _Raised as error:
-                raise RequestError(f"{self.label}: the chat template refuses the messages: {error}") from None
+                raise TemplateRefusal(f"{self.label}: the chat template refuses the messages: {error}") from None
             except (BudgetError, RecursionError, MemoryError) as error:
                 problem = str(error) or type(error).__name__
                 raise FormatError(f"{self.label}: the chat template was stopped{_line(error)}: {problem}") from None

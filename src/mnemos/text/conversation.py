@@ -18,6 +18,11 @@ from mnemos.errors import RequestError
 
 Message = Mapping[str, Any]
 
+
+class TemplateRefusal(RequestError):
+    """A chat template itself refuses a conversation: the order of its roles, for example."""
+
+
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 ROLES = ("system", "user", "assistant", "tool")
 _OLD_ROLES = {"function": "tool"}

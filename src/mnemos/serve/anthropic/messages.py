@@ -15,7 +15,7 @@ from mnemos.engine.completion import Usage
 from mnemos.errors import MnemosError
 from mnemos.serve.anthropic.types import ACCEPTED, MessagesRequest, conversation_of, schema_of
 from mnemos.serve.connection import Connection, connection_of
-from mnemos.serve.generation import Running, exchange_of, extra_fields, start
+from mnemos.serve.generation import Running, exchange_of, extra_fields, ignore, start
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.state import server_of
 from mnemos.serve.streams import encode, event_stream
@@ -74,7 +74,9 @@ def _task(body: MessagesRequest, connection: Connection) -> Task:
         "prompt": "messages",
         "json_schema": name,
     }
-    return Task(conversation_of(body), fields, names=names)
+    conversation, skipped = conversation_of(body)
+    ignore(connection, skipped)
+    return Task(conversation, fields, names=names)
 
 
 class MessageAnswer:

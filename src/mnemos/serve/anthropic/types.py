@@ -15,7 +15,10 @@ from mnemos.serve.refusal import Refusal
 
 # Accepted without effect: they concern Anthropic's accounts, hosting and caching.
 ACCEPTED = ("metadata", "service_tier", "container", "context_management", "mcp_servers", "cache_control", "betas",
-            "inference_geo")  # fmt: skip
+            "inference_geo", "speed", "diagnostics", "fallbacks")  # fmt: skip
+# Blocks that are there to be read, though not all by a model of text. Others (calls of Anthropic's own tools and their
+# results, encrypted reasoning, ...) are skipped.
+READABLE = (None, "text", "image", "document", "audio", "video", "file", "search_result", "tool_reference")
 # The first system block of some agents: different in each request, and nothing that a model should read. With it, no
 # prompt would have a prefix in common with the one before.
 BILLING = "x-anthropic-billing-header"
@@ -55,14 +58,15 @@ def schema_of(body: MessagesRequest) -> tuple[dict[str, Any] | None, str]:
     return schema, f"{name}.schema"
 
 
-def conversation_of(body: MessagesRequest) -> Conversation:
-    """The neutral conversation."""
+def conversation_of(body: MessagesRequest) -> tuple[Conversation, list[str]]:
+    """The neutral conversation, and the types of tools and blocks that have no place in it."""
     messages: list[dict[str, Any]] = []
+    skipped = [f"tool:{tool.get('type')}" for tool in body.tools or () if "input_schema" not in tool]
     system = _system(body.system)
     if system:
         messages.append({"role": "system", "content": system})
     for index, message in enumerate(body.messages):
-        messages += _messages(message, f"messages[{index}]")
+        messages += _messages(message, f"messages[{index}]", skipped)
     tools = [_tool(tool) for tool in body.tools or () if "input_schema" in tool]
     choice, parallel = _choice(body.tool_choice, [tool["function"]["name"] for tool in tools])
     thinking = body.thinking or {}
@@ -73,7 +77,10 @@ def conversation_of(body: MessagesRequest) -> Conversation:
             400, f"thinking.budget_tokens is {shown(budget)}; it must be a whole number of at least 1", param="thinking"
         )
     continues = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
-    return Conversation(messages, tools, choice, parallel=parallel, continues=continues, thinking=asked, budget=budget)
+    conversation = Conversation(
+        messages, tools, choice, parallel=parallel, continues=continues, thinking=asked, budget=budget
+    )
+    return conversation, skipped
 
 
 def _system(system: str | Sequence[Mapping[str, Any]] | None) -> str:
@@ -83,7 +90,7 @@ def _system(system: str | Sequence[Mapping[str, Any]] | None) -> str:
     return "\n\n".join(text for text in texts if not text.startswith(BILLING))
 
 
-def _messages(message: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
+def _messages(message: Mapping[str, Any], label: str, skipped: list[str]) -> list[dict[str, Any]]:
     """A message as one or several: results of tools are messages of their own, before what the user adds."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
@@ -102,7 +109,7 @@ def _messages(message: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
         where = f"{label}.content[{index}]"
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "tool_result":
-            results.append(_result(block, where))
+            results.append(_result(block, where, skipped))
         elif kind == "tool_use":
             function = {
                 "name": block.get("name"),
@@ -111,8 +118,10 @@ def _messages(message: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "thinking":
             thoughts.append(str(block.get("thinking", "")))
-        elif kind not in ("redacted_thinking", "server_tool_use", "web_search_tool_result"):
+        elif kind in READABLE:
             texts.append(_text(block, where))
+        else:
+            skipped.append(f"block:{kind}")
     own: dict[str, Any] = {"role": role, "content": "\n\n".join(texts)}
     if thoughts:
         own["reasoning_content"] = "\n\n".join(thoughts)
@@ -122,21 +131,34 @@ def _messages(message: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
 
 
 def _text(block: Any, where: str) -> str:
+    """A block's text. Refusal for one that holds something else for the model to read."""
     if isinstance(block, str):
         return block
     kind = block.get("type", "text") if isinstance(block, Mapping) else type(block).__name__
     if kind == "text" and isinstance(block.get("text"), str):
         return str(block["text"])
+    if kind == "tool_reference":  # a tool that a search has found
+        return str(block.get("tool_name", ""))
+    if kind == "search_result" and isinstance(block.get("content"), list):
+        parts = [_text(one, f"{where}.content[{index}]") for index, one in enumerate(block["content"])]
+        return "\n".join([str(block.get("title", "")), str(block.get("source", "")), *parts])
     source = block.get("source") if kind == "document" else None
     if isinstance(source, Mapping) and source.get("type") == "text" and isinstance(source.get("data"), str):
         return str(source["data"])
     raise Refusal(400, f"{where} is of type {shown(kind)}; this server's models read text only", param="messages")
 
 
-def _result(block: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _result(block: Mapping[str, Any], where: str, skipped: list[str]) -> dict[str, Any]:
     content = block.get("content")
     if isinstance(content, list):
-        content = "\n".join(_text(one, f"{where}.content[{index}]") for index, one in enumerate(content))
+        texts = []
+        for index, one in enumerate(content):
+            kind = one.get("type") if isinstance(one, dict) else None
+            if kind in READABLE:
+                texts.append(_text(one, f"{where}.content[{index}]"))
+            else:
+                skipped.append(f"block:{kind}")
+        content = "\n".join(texts)
     text = "" if content is None else str(content)
     if block.get("is_error") is True:
         text = f"Error: {text}"

@@ -13,7 +13,7 @@ from mnemos.engine.answers import Answer, AnswerEvent, CallPiece, CallStart, End
 from mnemos.engine.chat import Conversation, ToolChoice
 from mnemos.engine.completion import StreamedToken
 from mnemos.serve.connection import Connection, connection_of
-from mnemos.serve.generation import Running, start
+from mnemos.serve.generation import Running, ignore, start
 from mnemos.serve.openai.extensions import fields_of, kept
 from mnemos.serve.openai.shapes import (
     FINGERPRINT,
@@ -63,10 +63,13 @@ def task_of(body: ChatRequest, connection: Connection) -> Task:
     template = dict(body.chat_template_kwargs or {})
     if effort is not None:
         template.setdefault("reasoning_effort", effort)
+    tools, others = tools_of(body.tools or [])
+    ignore(connection, [f"tool:{kind}" for kind in others])
+    tools, choice = choice_of(body.tool_choice, tools)
     conversation = Conversation(
         body.messages,
-        tools=body.tools or (),
-        choice=choice_of(body.tool_choice, body.tools),
+        tools=tools,
+        choice=choice,
         parallel=body.parallel_tool_calls is not False,
         continues=goes_on(body.messages, body.continue_final_message, body.add_generation_prompt),
         thinking=None if effort is None else effort != "none",
@@ -76,18 +79,38 @@ def task_of(body: ChatRequest, connection: Connection) -> Task:
     return Task(conversation, fields, keep=kept(body), names={**names, "prompt": "messages"})
 
 
-def choice_of(given: str | dict[str, Any] | None, tools: list[dict[str, Any]] | None) -> ToolChoice:
-    """Whether and which tool must be called."""
-    names = [
-        str(tool.get("function", {}).get("name")) for tool in tools or () if isinstance(tool.get("function"), dict)
-    ]
-    if given is None:
-        return ToolChoice("auto" if tools else "none")
-    if given in ("none", "auto", "required"):
-        if given == "required" and not names:
+def tools_of(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Function tools in the form of chat completions, and the types of all others, which a model cannot call here."""
+    functions, others = [], []
+    for tool in given:
+        if tool.get("type", "function") == "function":
+            own = tool.get("function")
+            function = own if isinstance(own, dict) else {name: value for name, value in tool.items() if name != "type"}
+            functions.append({"type": "function", "function": function})
+        else:
+            others.append(str(tool["type"]))
+    return functions, others
+
+
+def choice_of(given: Any, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], ToolChoice]:
+    """The tools that may be called, and whether and which one must be."""
+    wanted = given
+    if isinstance(given, dict) and given.get("type") == "allowed_tools":
+        inner = given.get("allowed_tools", given)  # nested in chat completions, not in responses
+        inner = inner if isinstance(inner, dict) else {}
+        named = inner.get("tools")
+        named = [tool for tool in named if isinstance(tool, dict)] if isinstance(named, list) else []
+        allowed = [(tool.get("function") or tool).get("name") for tool in named]
+        tools = [tool for tool in tools if tool["function"].get("name") in allowed]
+        wanted = inner.get("mode", "auto")
+    names = [str(tool["function"].get("name")) for tool in tools]
+    if wanted is None:
+        return tools, ToolChoice("auto" if tools else "none")
+    if wanted in ("none", "auto", "required"):
+        if wanted == "required" and not names:
             raise Refusal(400, "tool_choice is 'required' and there are no tools", param="tool_choice")
-        return ToolChoice("none" if not names else given)  # type: ignore[arg-type]
-    function = given.get("function", given) if isinstance(given, dict) else {}
+        return tools, ToolChoice("none" if not names else wanted)
+    function = wanted.get("function", wanted) if isinstance(wanted, dict) else {}
     name = function.get("name") if isinstance(function, dict) else None
     if name not in names:
         raise Refusal(
@@ -96,7 +119,7 @@ def choice_of(given: str | dict[str, Any] | None, tools: list[dict[str, Any]] | 
             f"({', '.join(names) or 'there are none'})",
             param="tool_choice",
         )
-    return ToolChoice("required", str(name))
+    return tools, ToolChoice("required", str(name))
 
 
 def goes_on(messages: list[dict[str, Any]], asked: bool | None, prompted: bool | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,19 +51,27 @@ def messages_of(items: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], 
                 messages.append(message)
             case "reasoning":
                 reasoning += _texts(item.get("content")) or _texts(item.get("summary"))
-            case "function_call":
+            case "function_call" | "custom_tool_call" | "local_shell_call":
                 if not messages or messages[-1]["role"] != "assistant" or reasoning:
                     messages.append({"role": "assistant", "content": None})
                     _add_reasoning(messages[-1], reasoning)
-                function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
-                call = {"id": item.get("call_id"), "type": "function", "function": function}
+                call = {"id": item.get("call_id"), "type": "function", "function": _function(item)}
                 messages[-1].setdefault("tool_calls", []).append(call)
-            case "function_call_output":
+            case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
                 output = _content(item.get("output"))
-                messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
+                messages.append({"role": "tool", "tool_call_id": item.get("call_id", item["id"]), "content": output})
             case other:
                 skipped.append(other)
     return messages, skipped
+
+
+def _function(item: dict[str, Any]) -> dict[str, Any]:
+    """A call as that of a function, also of other kinds of tools: another model may have made it."""
+    if item["type"] == "custom_tool_call":
+        return {"name": item.get("name"), "arguments": json.dumps({"input": item.get("input")}, ensure_ascii=False)}
+    if item["type"] == "local_shell_call":
+        return {"name": "local_shell", "arguments": json.dumps(item.get("action") or {}, ensure_ascii=False)}
+    return {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
 
 
 def _add_reasoning(message: dict[str, Any], reasoning: list[str]) -> None:

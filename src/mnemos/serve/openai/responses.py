@@ -13,7 +13,7 @@ from mnemos.engine.answers import AnswerEvent
 from mnemos.engine.chat import Conversation
 from mnemos.serve.connection import Connection, connection_of
 from mnemos.serve.generation import Running, exchange_of, ignore, start
-from mnemos.serve.openai.chat import choice_of
+from mnemos.serve.openai.chat import choice_of, tools_of
 from mnemos.serve.openai.extensions import fields_of, kept, respond_in
 from mnemos.serve.openai.response_items import items_of, messages_of
 from mnemos.serve.openai.response_store import Stored
@@ -121,37 +121,19 @@ def task_of(body: ResponsesRequest, items: list[dict[str, Any]], connection: Con
         messages.insert(0, {"role": "system", "content": body.instructions})
     tools, others = tools_of(body.tools or [])
     ignore(connection, [*(f"item:{kind}" for kind in skipped), *(f"tool:{kind}" for kind in others)])
-    wanted: Any = body.tool_choice
-    if isinstance(wanted, dict) and wanted.get("type") == "allowed_tools":
-        named = wanted.get("tools")
-        allowed = [tool.get("name") for tool in named if isinstance(tool, dict)] if isinstance(named, list) else []
-        tools = [tool for tool in tools if tool["function"].get("name") in allowed]
-        wanted = wanted.get("mode", "auto")
+    tools, choice = choice_of(body.tool_choice, tools)
     effort = (body.reasoning or {}).get("effort")
     if effort is not None and not isinstance(effort, str):
         raise Refusal(400, f"reasoning.effort is {str(effort)[:80]}; it must be a text", param="reasoning.effort")
     conversation = Conversation(
         messages,
         tools=tools,
-        choice=choice_of(wanted, tools),
+        choice=choice,
         parallel=body.parallel_tool_calls is not False,
         thinking=None if effort is None else effort != "none",
         template={} if effort is None else {"reasoning_effort": effort},
     )
     return Task(conversation, fields, keep=kept(body), names=names)
-
-
-def tools_of(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Function tools in the form of chat completions, and the types of all others, which a model cannot call here."""
-    functions, others = [], []
-    for tool in given:
-        if tool.get("type") == "function":
-            own = tool.get("function")
-            function = own if isinstance(own, dict) else {name: value for name, value in tool.items() if name != "type"}
-            functions.append({"type": "function", "function": function})
-        else:
-            others.append(str(tool.get("type")))
-    return functions, others
 
 
 def _head(body: ResponsesRequest, model: str) -> dict[str, Any]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from mnemos.errors import RequestError, shown
-from mnemos.text.conversation import Message
+from mnemos.text.conversation import Message, TemplateRefusal, check_messages
 from mnemos.text.tokenizer import Tokenizer
 from mnemos.text.tools.families import HERMES, Family, Thinking, family_of, thinking_of
 from mnemos.text.tools.forcing import forced_calls, forcible
 from mnemos.text.tools.forms import Schemas
 from mnemos.text.tools.reader import AnswerReader
+from mnemos.text.turns import with_turns
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 
@@ -84,7 +86,7 @@ def exchange(
         template = {"enable_thinking": thinking, "thinking": thinking, **template}
     shown_tools = [dict(tool) for tool in tools] if native and functions and mode != "none" else None
     variables = {**template, "tools": shown_tools, "continue_final_message": continues}
-    prompt_ids = tokenizer.encode_chat(messages, not continues, **variables)
+    prompt_ids, messages = _encoded(tokenizer, messages, not continues, variables)
     inside = marks is not None and _opens_reasoning(tokenizer, prompt_ids, marks)
     wanted = [function for function in functions if name is None or function["name"] == name]
     fields: dict[str, Any] = {}
@@ -112,6 +114,19 @@ def exchange(
         known,
         partial(tokenizer.apply_chat_template, messages, not continues, **variables),
     )
+
+
+def _encoded(
+    tokenizer: Tokenizer, messages: Sequence[Message], prompted: bool, variables: Mapping[str, Any]
+) -> tuple[list[int], Sequence[Message]]:
+    """The conversation's token ids, and its messages in the form in which the template takes them."""
+    try:
+        return tokenizer.encode_chat(messages, prompted, **variables), messages
+    except TemplateRefusal:
+        for form in with_turns(check_messages(messages)):
+            with suppress(TemplateRefusal):
+                return tokenizer.encode_chat(form, prompted, **variables), form
+        raise
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
