@@ -45,10 +45,10 @@ def test_a_step_wakes_the_loop_once_for_all_its_readers(monkeypatch: pytest.Monk
             for context in with_readers:
                 context.__enter__()
             in_thread(step)
-            await asyncio.wait_for(asyncio.gather(*(reader.arrived.wait() for reader in readers)), 5)
+            await asyncio.wait_for(asyncio.gather(*(reader.wait() for reader in readers)), 5)
             for context, reader in zip(with_readers, readers, strict=True):
                 context.__exit__(None, None, None)
-                reader.arrived.clear()
+                reader.clear()
             assert len(calls) == turn + 1
         return len(calls), sum(len(channel.items) for channel in channels)
 
@@ -60,7 +60,20 @@ def test_the_end_wakes_a_reader_without_a_ring() -> None:
         channel, reader = Channel(), LoopReader()
         with channel.reading(reader):
             in_thread(lambda: channel.end(None))
-            return await asyncio.wait_for(reader.arrived.wait(), 5)
+            await asyncio.wait_for(reader.wait(), 5)
+            return True
+
+    assert asyncio.run(read())
+
+
+def test_what_comes_between_a_look_and_the_wait_is_not_missed() -> None:
+    async def read() -> bool:
+        reader = LoopReader()
+        reader.clear()
+        in_thread(lambda: (reader.note(), reader.ring()))  # type: ignore[func-returns-value]
+        await asyncio.sleep(0.01)  # the loop turns, and nobody waits yet
+        await asyncio.wait_for(reader.wait(), 5)
+        return True
 
     assert asyncio.run(read())
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+from mnemos.serve.connection import Connection
+from mnemos.serve.keys import ANYONE
 from mnemos.serve.refusal import Refusal
 from mnemos.serve.streams import event_stream, line_stream
 
@@ -37,6 +39,24 @@ async def pieces(*texts: str, silence: float = 0.0, error: Exception | None = No
 
 def test_chunks_are_sent_one_by_one_and_the_body_ends() -> None:
     assert sent(line_stream(pieces("a\n", "b\n"), str)) == ["a\n", "b\n", ""]
+
+
+def test_a_body_goes_past_the_layers_between_guard_and_response() -> None:
+    through, past = [], []
+
+    async def layered(message: Any) -> None:
+        through.append(message["type"].removeprefix("http.response."))
+
+    async def direct(message: Any) -> None:
+        past.append(message["body"])
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "mnemos": Connection("request", ANYONE, send=direct)}
+    asyncio.run(line_stream(pieces("a\n", "b\n"), str)(scope, receive, layered))
+    assert past == [b"a\n", b"b\n"]
+    assert through == ["start", "body"]  # whoever counts responses sees the beginning and the end
 
 
 def test_a_silent_stream_pings_and_loses_nothing() -> None:

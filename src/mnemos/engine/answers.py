@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mnemos.engine.completion import Choice, StreamedToken
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Text of an answer or of the reasoning before it, with the tokens that it was made of.
 
     sequence: the number of the result. The text may be empty: of a token that completes no character, for example.

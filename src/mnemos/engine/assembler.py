@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mnemos.decoding.strategy import Emitted, FinishedSequence
@@ -27,6 +26,12 @@ class TextStream:
 
     def push(self, emitted: list[Emitted], finished: list[FinishedSequence]) -> list[StreamedToken]:
         """The next tokens of the stream."""
+        if not finished and len(emitted) == 1:  # what most steps bring
+            (token,) = emitted
+            piece, sequence = self._piece(token), token.sequence
+            offset = self._shown.get(sequence, 0)
+            self._shown[sequence] = offset + len(piece)
+            return [StreamedToken(piece, token.token_id, token.logprob, token.top_logprobs, sequence, None, offset)]
         ends = {one.sequence: one for one in finished}
         wholes = {one.sequence: self._text_of(one) for one in finished if one.emitted}  # texts that come all at once
         tokens = [*emitted, *(token for one in finished for token in one.emitted)]
@@ -72,8 +77,8 @@ class TextStream:
 def _ended(token: StreamedToken, end: FinishedSequence) -> StreamedToken:
     """A result's last token."""
     ends_only = token.token_id is not None and end.text_tokens is not None and end.text_tokens < len(end.tokens)
-    return replace(
-        token, finish_reason=end.finish_reason, stopped_by=end.stopped_by, error=end.error, ends_only=ends_only
+    return token._replace(
+        finish_reason=end.finish_reason, stopped_by=end.stopped_by, error=end.error, ends_only=ends_only
     )
 
 

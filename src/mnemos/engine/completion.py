@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from math import isnan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mnemos.engine.request import Timings
 
@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from mnemos.decoding.prompt_scores import ScoredToken
 
 
-@dataclass(frozen=True)
-class StreamedToken:
+class StreamedToken(NamedTuple):  # a dataclass would take microseconds to make, for each token
     """A token once it is final.
 
     text           the text to show now: whole characters, possibly none, never a part of a stop string

@@ -159,14 +159,14 @@ class RequestHandle:
         return self._tokens()
 
     def _tokens(self) -> Iterator[StreamedToken]:
-        channel, reader, arrived = self._channel, self._reader(), threading.Event()
+        channel, read, arrived = self._channel, self._reader(), threading.Event()
         try:
             with channel.reading(ThreadReader(arrived.set)):
                 ended = False
                 while not ended:
                     arrived.clear()
                     ended = channel.ended
-                    yield from reader()
+                    yield from read()
                     if not ended:
                         arrived.wait()
             self._check()
@@ -180,19 +180,17 @@ class RequestHandle:
 
     async def arrivals(self) -> AsyncIterator[list[StreamedToken]]:
         """All tokens that have come since the last turn of the loop, at least one, as a list."""
-        channel, reader = self._channel, self._reader()
-        waiting = LoopReader()
-        arrived = waiting.arrived
+        channel, read, waiting = self._channel, self._reader(), LoopReader()
         try:
             with channel.reading(waiting):
                 ended = False
                 while not ended:
-                    arrived.clear()
+                    waiting.clear()
                     ended = channel.ended
-                    if tokens := list(reader()):
+                    if tokens := read():
                         yield tokens
                     if not ended:
-                        await arrived.wait()
+                        await waiting.wait()
             self._check()
         finally:
             self.cancel()
@@ -209,7 +207,7 @@ class RequestHandle:
 
         try:
             self._channel.at_end(wake)
-            await waiting.arrived.wait()
+            await waiting.wait()
         except BaseException:
             self.cancel()
             raise
@@ -219,15 +217,17 @@ class RequestHandle:
         if not self._channel.ended:  # no name of this module: the interpreter may have cleared them while it exits
             self.cancel()
 
-    def _reader(self) -> Callable[[], Iterator[StreamedToken]]:
+    def _reader(self) -> Callable[[], list[StreamedToken]]:
         """A function that returns the tokens that have come since its last call, at the first call all so far."""
         items, stream, known = self._channel.items, TextStream(self._tokenizer, self._request.skip_special), 0
 
-        def read() -> Iterator[StreamedToken]:
+        def read() -> list[StreamedToken]:
             nonlocal known
+            tokens: list[StreamedToken] = []
             while known < len(items):
                 known += 1
-                yield from stream.push(*items[known - 1])
+                tokens += stream.push(*items[known - 1])
+            return tokens
 
         return read
 

@@ -45,10 +45,10 @@ class PlainReply:
     """An answer that is text throughout."""
 
     def push(self, token: StreamedToken) -> list[AnswerEvent]:
-        events: list[AnswerEvent] = [Piece(token.sequence, token.text, (token,))]
-        if token.finish_reason is not None:
-            events.append(End(token.sequence, token.finish_reason, token.stopped_by, token.error))
-        return events
+        piece = Piece(token.sequence, token.text, (token,))
+        if token.finish_reason is None:
+            return [piece]
+        return [piece, End(token.sequence, token.finish_reason, token.stopped_by, token.error)]
 
 
 class ReadReply:

@@ -33,33 +33,56 @@ class ThreadReader:
 
 
 class LoopReader:
-    """A reader in the running event loop, whose `arrived` is set soon after `ring`."""
+    """A reader in the running event loop, which wakes soon after `ring`. `clear` and `wait` are the loop's alone."""
 
     def __init__(self) -> None:
         import asyncio  # not at the top: it would double the time that a program without it takes to start
 
-        self.arrived = asyncio.Event()
         self._bell = _bell_of(asyncio.get_running_loop())
+        self._woken = False
+        self._waiting: asyncio.Future[None] | None = None
 
     def note(self) -> None:
         """There is something to read."""
-        self._bell.noted.append(self.arrived)
+        self._bell.noted.append(self)
 
     def ring(self) -> None:
         """Wakes the loop, if no other reader in it has done so."""
         self._bell.ring()
+
+    def clear(self) -> None:
+        """Forgets what was noted: `wait` returns once something comes after this."""
+        self._woken = False
+
+    async def wait(self) -> None:
+        """Returns when something has been noted since `clear`. One task at a time may wait."""
+        if self._woken:
+            return
+        loop = self._bell.loop()
+        assert loop is not None, "it runs this"
+        self._waiting = loop.create_future()
+        try:
+            await self._waiting
+        finally:
+            self._waiting = None
+
+    def wake(self) -> None:
+        """Called in the loop, after `ring`."""
+        self._woken = True
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 class _Bell:
     """Wakes an event loop: with one system call, and one turn of the loop, for all readers noted until that turn."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.noted: deque[asyncio.Event] = deque()
-        self._loop = weakref.ref(loop)
+        self.noted: deque[LoopReader] = deque()
+        self.loop = weakref.ref(loop)
         self._rung = False
 
     def ring(self) -> None:
-        loop = self._loop()
+        loop = self.loop()
         if not self.noted or self._rung or loop is None:
             return
         self._rung = True
@@ -69,7 +92,7 @@ class _Bell:
     def _turn(self) -> None:
         self._rung = False  # first: what is noted from here on rings again
         while self.noted:
-            self.noted.popleft().set()
+            self.noted.popleft().wake()
 
 
 _bells: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell] = weakref.WeakKeyDictionary()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.requests import Request
+from starlette.types import Send
 
 from mnemos.engine.completion import Usage
 from mnemos.serve.keys import Caller
@@ -32,6 +33,7 @@ class Connection:
 
     caller    whose key it was
     settings  the server's
+    send      what the guard itself answers with: a response's body may be sent past all layers between
     document  the JSON body, parsed; None without one
     notes     for the log line: the model, the numbers of tokens, ...
     """
@@ -39,6 +41,7 @@ class Connection:
     id: str
     caller: Caller
     settings: Settings = field(default_factory=Settings)
+    send: Send | None = None
     document: Any = None
     started: float = field(default_factory=time.perf_counter)
     gone: bool = False

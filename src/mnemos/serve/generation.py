@@ -199,6 +199,10 @@ def _whole_exchange(model: Served, task: Task) -> Exchange:
 
 async def together(running: Sequence[Running]) -> AsyncIterator[tuple[int, list[AnswerEvent]]]:
     """The events of several tasks as they arrive, each with the task's number."""
+    if len(running) == 1:  # no task for each arrival
+        async for events in running[0].events():
+            yield 0, events
+        return
     streams = [one.events() for one in running]
     waiting = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
     try:

@@ -69,7 +69,7 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = _Headers(scope)
-        connection = Connection(_request_id(headers), ANYONE, self.settings)
+        connection = Connection(_request_id(headers), ANYONE, self.settings, send)
         reply = _Response(send, connection, self._cors(headers))
         scope["mnemos"] = connection
         watcher: asyncio.Task[None] | None = None

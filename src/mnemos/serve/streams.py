@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.responses import StreamingResponse
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
+from mnemos.serve.connection import Connection
 from mnemos.serve.refusal import Refusal, refusal_of
 
 logger = logging.getLogger("mnemos.serve")
@@ -42,7 +43,10 @@ def line_stream(chunks: AsyncIterator[str], on_error: Callable[[Refusal], str]) 
 
 
 class _Stream(StreamingResponse):
-    """A stream whose chunks are sent without a task for each; another task fills the silence between them."""
+    """A stream whose chunks are sent without a task for each; another task fills the silence between them.
+
+    What comes after the headers goes past the framework's layers, each of which would cost something for every token.
+    """
 
     def __init__(
         self,
@@ -59,29 +63,34 @@ class _Stream(StreamingResponse):
         self._ping_text = ping_text
         self._sent = time.monotonic()  # when something was sent last
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection: Connection | None = scope.get("mnemos")
+        self._send = connection.send if connection is not None and connection.send is not None else send
+        await super().__call__(scope, receive, send)
+
     async def stream_response(self, send: Send) -> None:
         """Sends everything, and the last events of a stream that fails."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        pinging = None if self._ping is None else asyncio.create_task(self._keep_alive(send, self._ping))
+        pinging = None if self._ping is None else asyncio.create_task(self._keep_alive(self._ping))
         try:
             async for chunk in self._chunks:
-                await self._write(send, chunk)
+                await self._write(chunk)
         except Exception as error:
             refusal = refusal_of(error)
             if refusal.status >= 500 and not isinstance(error, Refusal):
                 logger.exception("a stream failed", exc_info=error)
-            await self._write(send, self._on_error(refusal))
+            await self._write(self._on_error(refusal))
         finally:
             if pinging is not None:
                 pinging.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _write(self, send: Send, text: str) -> None:
+    async def _write(self, text: str) -> None:
         self._sent = time.monotonic()
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
-    async def _keep_alive(self, send: Send, ping: float) -> None:
+    async def _keep_alive(self, ping: float) -> None:
         while True:
             await asyncio.sleep(max(0.0, self._sent + ping - time.monotonic()))
             if time.monotonic() - self._sent >= ping:
-                await self._write(send, self._ping_text)
+                await self._write(self._ping_text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mnemos.errors import FormatError, RequestError
@@ -20,6 +20,7 @@ END_NAMES = (
 
 
 _NO_TOKEN = (-1, 2**32 - 1)
+_MOST_BYTES = 1 << 14  # tokens whose bytes are kept: those of a text are few and come again
 ANCHOR = "\x02"  # a text to continue: a byte that no token combines with others
 
 
@@ -91,8 +92,17 @@ class TokenizerCore:
     pad_id: int | None
     unknown_id: int | None
     eos_ids: frozenset[int]
+    _bytes: dict[int, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def token_bytes(self, token_id: int) -> bytes:
+        piece = self._bytes.get(token_id)
+        if piece is None:
+            if len(self._bytes) >= _MOST_BYTES:
+                self._bytes.clear()
+            piece = self._bytes[token_id] = self._read_bytes(token_id)
+        return piece
+
+    def _read_bytes(self, token_id: int) -> bytes:
         if token_id < 0:
             size = len(self.texts)
             raise RequestError(f"token id {token_id} is outside of the vocabulary of {size} tokens ({self.label})")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from mnemos.engine.answers import AnswerEvent, End, Piece
 from mnemos.engine.engine import InferenceEngine
+from mnemos.serve.openai.chat import ChatAnswer
 from tests.serve.running import events_of
 
 PATH = "/v1/chat/completions"
@@ -119,3 +124,25 @@ def test_chunks_of_text_alone_have_the_fields_of_all_chunks(client: httpx.Client
         return chunk["choices"][0]["index"]
 
     assert sorted(seen, key=order) == sorted(wanted, key=order)
+
+
+def test_what_arrives_together_is_one_write() -> None:
+    arrivals = [[Piece(0, "a")], [Piece(0, "b"), Piece(0, "c"), End(0, "stop")]]
+
+    async def events() -> AsyncIterator[list[AnswerEvent]]:
+        for arrived in arrivals:
+            yield arrived
+
+    running: Any = SimpleNamespace(
+        events=events,
+        model=SimpleNamespace(name="m", engine=SimpleNamespace(tokenizer=None)),
+        config=SimpleNamespace(prompt_logprobs=None),
+    )
+
+    async def written() -> list[str]:
+        return [text async for text in ChatAnswer(running, None, False).chunks(usage=False, continuous=False)]
+
+    first, rest, last = asyncio.run(written())
+    assert first.count("data: ") == 2 and '"content":"a"' in first  # with the role before it
+    assert rest.count("data: ") == 3 and '"finish_reason":"stop"' in rest
+    assert last == "data: [DONE]\n\n"

@@ -109,13 +109,10 @@ class MessageAnswer:
         blocks = Blocks()
         end = End(0, "stop")
         async for arrived in self.running.events():
-            for event in arrived:
-                if isinstance(event, End):
-                    end = event
-                for chunk in blocks.chunks(event):
-                    yield chunk
-        for chunk in blocks.close():
-            yield chunk
+            end = next((event for event in arrived if isinstance(event, End)), end)
+            if written := "".join(chunk for event in arrived for chunk in blocks.chunks(event)):
+                yield written
+        yield "".join(blocks.close())
         yield _event("message_delta", delta=self._ending(end), usage=usage_object(self.running.usage))
         yield _event("message_stop")
 

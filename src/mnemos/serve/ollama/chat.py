@@ -138,11 +138,10 @@ class Lines:
         """An object a step, and a last one with the numbers."""
         end = End(0, "stop")
         async for events in self.running.events():
-            for event in events:
-                if isinstance(event, End):
-                    end = event
-                for shown in self._pieces(event):
-                    yield encode({**self._head(), **shown, "done": False}) + "\n"
+            end = next((event for event in events if isinstance(event, End)), end)
+            pieces = [shown for event in events for shown in self._pieces(event)]
+            if pieces:
+                yield "".join(encode({**self._head(), **shown, "done": False}) + "\n" for shown in pieces)
         yield encode({**self._head(), **self._shown("", "", []), **self._last(end)}) + "\n"
 
     def _pieces(self, event: AnswerEvent) -> list[dict[str, Any]]:

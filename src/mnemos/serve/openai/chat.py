@@ -168,27 +168,30 @@ class ChatAnswer:
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage, **self._prompt()}
 
     async def chunks(self, usage: bool, continuous: bool) -> AsyncIterator[str]:
-        """`chat.completion.chunk` events, up to the end mark."""
+        """`chat.completion.chunk` events as they arrive, those of one arrival together, up to the end mark."""
         started: set[int] = set()
         thought = 0
         frames = self.top is None and not self.token_ids and not continuous
         async for events in self.running.events():
+            written = []
             for event in events:
                 if event.sequence not in started:
                     started.add(event.sequence)
                     opening = {"index": event.sequence, "delta": {"role": "assistant", "content": ""}}
                     shown = self._prompt() if len(started) == 1 else {}
-                    yield self._chunk({**opening, "logprobs": None, "finish_reason": None}, shown)
+                    written.append(self._chunk({**opening, "logprobs": None, "finish_reason": None}, shown))
                 if isinstance(event, Piece) and event.kind == "reasoning":
                     thought += len(event.tokens)
                 if frames and isinstance(event, Piece):
                     if event.text:
-                        yield self._framed(event)
+                        written.append(self._framed(event))
                     continue
                 choice = self._choice(event)
                 if choice is not None:
                     shown = {"usage": usage_object(self.running.usage, thought)} if continuous else {}
-                    yield self._chunk(choice, shown)
+                    written.append(self._chunk(choice, shown))
+            if written:
+                yield "".join(written)
         if usage:
             last = {**self.head, "object": "chat.completion.chunk", "choices": []}
             yield f"data: {encode({**last, 'usage': usage_object(self.running.usage, thought)})}\n\n"

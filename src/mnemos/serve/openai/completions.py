@@ -199,10 +199,10 @@ async def chunks(answers: list[Answer], head: dict[str, Any], options: StreamOpt
         return usage_object(total(answer.running.usage for answer in answers))
 
     async for number, events in together([answer.running for answer in answers]):
-        for event in events:
-            for choice in answers[number].pieces(event):
-                chunk = {**head, "choices": [choice]}
-                yield f"data: {encode({**chunk, 'usage': usage()} if options.continuous_usage_stats else chunk)}\n\n"
+        shown = {"usage": usage()} if options.continuous_usage_stats else {}
+        choices = [choice for event in events for choice in answers[number].pieces(event)]
+        if choices:
+            yield "".join(f"data: {encode({**head, 'choices': [choice], **shown})}\n\n" for choice in choices)
     if options.include_usage:
         yield f"data: {encode({**head, 'choices': [], 'usage': usage()})}\n\n"
     yield "data: [DONE]\n\n"
