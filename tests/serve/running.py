@@ -11,17 +11,17 @@ from typing import Any
 
 import httpx
 import uvicorn
+from starlette.types import ASGIApp
 
-from mnemos.serve.guard import Guard
 from mnemos.serve.run import address, listen
 from mnemos.serve.settings import Settings
 
 
 @contextmanager
-def running(application: Guard) -> Iterator[httpx.Client]:
-    """A client whose base address is the server's."""
+def running(application: ASGIApp, **options: Any) -> Iterator[httpx.Client]:
+    """A client whose base address is the server's; options are uvicorn's."""
     listener = listen(Settings(port=0))
-    server = uvicorn.Server(uvicorn.Config(application, log_config=None, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(application, log_config=None, timeout_graceful_shutdown=1, **options))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
     try:

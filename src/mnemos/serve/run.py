@@ -16,6 +16,7 @@ import uvicorn
 
 from mnemos.errors import ConfigError
 from mnemos.serve.guard import Guard
+from mnemos.serve.header_limits import limited_protocol
 from mnemos.serve.settings import LOCAL, Settings
 
 
@@ -68,6 +69,7 @@ def serve(application: Guard, listener: socket.socket, on_start: Callable[[], No
         raise ConfigError("tls_cert and tls_key belong together; one of them is missing")
     config = uvicorn.Config(
         application,
+        http=limited_protocol(settings.header_seconds, settings.max_header_bytes),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -47,6 +47,7 @@ class Settings(Options):
     max_connections: int = field(default=2048, metadata=row(COUNT, "most requests at once; more get 503", "N"))
     max_body_bytes: int = field(default=32 << 20, metadata=row(COUNT, "largest request body", "N"))
     max_header_bytes: int = field(default=32 << 10, metadata=row(COUNT, "largest request headers", "N"))
+    header_seconds: float = field(default=10.0, metadata=row(SECONDS, "longest time for headers to arrive", "S"))
     body_seconds: float = field(default=30.0, metadata=row(SECONDS, "longest time for a body to arrive", "S"))
     request_seconds: float = field(default=3600.0, metadata=row(SECONDS, "longest time for a whole request", "S"))
     max_prompts: int = field(default=128, metadata=row(COUNT, "most prompts in one request", "N"))
