@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -76,3 +77,14 @@ def check_module(model: object, field: str = "model") -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{field} is a {type(model).__name__}; expected a torch.nn.Module")
     return model
+
+
+def stages(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """Names of layers by the member of the outermost list of blocks that they are in, in the order given."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        outer = next((one for one in lists if name.startswith(f"{one}.")), None)
+        stage = "" if outer is None else ".".join(name.split(".")[: outer.count(".") + 2])
+        found.setdefault(stage, []).append(name)
+    return list(found.values())

@@ -5,33 +5,40 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import listed
+from mnemos.compress.modules.depth import Stack, find_stack
 from mnemos.compress.modules.kept_zeros import hold_zeros, is_held, mask_held, release_zeros
-from mnemos.compress.modules.layers import check_module, matrices, matrix_of, set_values
+from mnemos.compress.modules.layers import check_module, is_matrix, matrices, matrix_of, set_values, stages
 from mnemos.compress.modules.masks import Pattern, fit_masked, magnitude_masks
 from mnemos.compress.modules.moments import measure
 from mnemos.compress.modules.own_text import own_text
+from mnemos.compress.modules.shrink import shrink
+from mnemos.compress.modules.structured import Removed
 from mnemos.errors import ConfigError, ModelError
-from mnemos.rules import one_of, real
+from mnemos.rules import one_of, real, several
 
 RATIO = real(0, 1, open_low=True, open_high=True)
 METHOD = one_of("magnitude", "structured")
 CRITERION = one_of("weights", "activations")
 SCOPE = one_of("global", "layer")
+PARTS = several(one_of("neurons", "heads", "layers"), 3)
 
 
 class PrunedModel(nn.Module):
-    """A pruned copy of a module, called like the module itself.
+    """A pruned copy of a module, called like the module itself; `removed` says what was taken out of it.
 
     model          any nn.Module; the copy is `self.model`, or with `inplace` the module itself
     pruning_ratio  the share of weights to set to zero, above 0 and below 1
-    method         "magnitude": single weights become zero and stay so in training, until `make_permanent`
+    method         "magnitude": single weights become zero and stay so in training, until `make_permanent`.
+                   "structured": whole neurons, heads or layers are removed; the module is smaller and faster at once
     criterion      "weights": the smallest go. "activations": those that matter least for the products with the layer's
                    inputs, and the others are fitted anew. None: "activations" where the inputs can be known
+    parts          with method "structured": which of "neurons" (of feed-forward layers), "heads" (with the keys and
+                   values that they share) and "layers" to remove that share of
     batches        what the inputs are measured on: token ids (batch, time), (ids, labels), or mappings of what forward
                    takes. None: a language model's own guesses
     scope          with criterion "weights": "global", one threshold for all layers (the default), or "layer"
@@ -49,6 +56,7 @@ class PrunedModel(nn.Module):
         method: str = "magnitude",
         *,
         criterion: str | None = None,
+        parts: Sequence[str] = ("neurons",),
         batches: Any = None,
         scope: str | None = None,
         pattern: str | None = None,
@@ -67,8 +75,19 @@ class PrunedModel(nn.Module):
             if criterion == "activations" or (criterion is None and batches is not None):
                 raise ConfigError(f"scope is {scope!r} with criterion 'activations', which prunes each layer alike")
             criterion = "weights"
+        chosen = PARTS.apply("parts", parts)
+        if method == "structured" and (pattern is not None or scope is not None or skip):
+            raise ConfigError("method is 'structured', which takes no pattern, scope or skip; leave them out")
         given = None if batches is None else listed(batches)
-        self._layers = _chosen(matrices(model), zeros, skip)
+        found = matrices(model)
+        self._before = {name: matrix_of(layer).numel() for name, layer in found.items()}
+        self.removed: list[Removed] = []
+        if method == "structured":
+            self.model = model if inplace else copy.deepcopy(model)
+            self.removed = self._remove(ratio, chosen, given, criterion)
+            self._layers = list(self._before)
+            return
+        self._layers = _chosen(found, zeros, skip)
         self.model = model if inplace else copy.deepcopy(model)
         layers = {name: self.model.get_submodule(name) for name in self._layers}
         if given is None and criterion != "weights":
@@ -96,23 +115,45 @@ class PrunedModel(nn.Module):
         return {name: mask_held(layer) for name, layer in self._held()}
 
     def sparsity(self) -> float:
-        """The share of the pruned layers' weights that are zero."""
-        zeros = total = 0
-        for name in self._layers:
-            layer = self.model.get_submodule(name)
-            weight = matrix_of(layer)
-            nonzero = weight != 0
-            if is_held(layer):
-                nonzero &= mask_held(layer)
-            zeros += weight.numel() - int(nonzero.sum())
-            total += weight.numel()
-        return zeros / total
+        """The share of the weights that the pruned layers had which are zero or gone."""
+        left = 0
+        for name, layer in self.model.named_modules():
+            if is_matrix(layer) and (self.removed or name in self._layers):
+                stays = matrix_of(layer) != 0
+                left += int((stays & mask_held(layer) if is_held(layer) else stays).sum())
+        return 1 - left / sum(self._before[name] for name in self._layers)
 
     def make_permanent(self) -> nn.Module:
         """Lets go of the masks and returns the module: the zeros are weights like any other from now on."""
         for _, layer in list(self._held()):
             release_zeros(layer)
         return self.model
+
+    def _remove(
+        self, ratio: float, parts: Sequence[str], given: list[Any] | None, criterion: str | None
+    ) -> list[Removed]:
+        """What method "structured" does to the module."""
+        batches = given
+        if batches is None:
+            text = own_text(self.model)
+            if text is None:
+                raise ConfigError(
+                    f"method is 'structured' and {type(self.model).__name__} is no language model that could be run "
+                    "over its own text; give batches"
+                )
+            batches = [text]
+        layers = 0
+        if "layers" in parts:
+            before = len(cast(Stack, self.model.get_submodule(find_stack(self.model))))
+            layers = min(max(round(before * ratio), 1), before - 1)
+        return shrink(
+            self.model,
+            batches,
+            neurons=ratio if "neurons" in parts else 0.0,
+            heads=ratio if "heads" in parts else 0.0,
+            layers=layers,
+            measured=criterion != "weights",
+        )
 
     def _held(self) -> Iterator[tuple[str, nn.Module]]:
         for name in self._layers:
@@ -140,7 +181,7 @@ def _prune_by_activations(
 ) -> None:
     """Prunes the layers of one block after those of the block before, so that each sees its actual inputs."""
     seen = 0
-    for names in _stages(model, layers):
+    for names in stages(model, layers):
         measured = measure(model, {name: layers[name] for name in names}, batches)
         seen += len(measured)
         for name in names:
@@ -154,14 +195,3 @@ def _prune_by_activations(
             hold_zeros(layer, mask)
     if not seen:
         raise ModelError(f"{type(model).__name__} calls none of its layers as modules on the batches given")
-
-
-def _stages(model: nn.Module, layers: dict[str, nn.Module]) -> list[list[str]]:
-    """The layers' names by the member of the outermost list of blocks that they are in, in the module's order."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
-    stages: dict[str, list[str]] = {}
-    for name in layers:
-        outer = next((one for one in lists if name.startswith(f"{one}.")), None)
-        stage = "" if outer is None else ".".join(name.split(".")[: outer.count(".") + 2])
-        stages.setdefault(stage, []).append(name)
-    return list(stages.values())
