@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", action="store_true", help="time each kernel separately instead")
     parser.add_argument("--serving", action="store_true", help="measure many requests at once instead (see below)")
     parser.add_argument("--busy", action="store_true", help="measure alongside busy programs instead")
+    parser.add_argument("--server", action="store_true", help="measure the model through `mnemos serve` instead")
     parser.add_argument("--requests", type=int, default=64, metavar="N", help="with --serving: how many (default 64)")
     parser.add_argument("--rate", type=float, default=4.0, metavar="R", help="with --serving: arrivals per second")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --serving: seed of arrivals and lengths")
@@ -47,12 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  mnemos bench model.gguf --metrics pp512,tg128,tg128@d1024 --json\n"
         "  mnemos bench smollm2-135m --serving --requests 100 --rate 8\n"
         "  mnemos bench smollm2-135m --busy\n"
+        "  mnemos bench smollm2-135m --server\n"
         "  mnemos bench --ops"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    others = [f"--{name}" for name in ("ops", "serving", "busy") if getattr(arguments, name)]
+    others = [f"--{name}" for name in ("ops", "serving", "server", "busy") if getattr(arguments, name)]
     if len(others) > 1:
         raise ConfigError(f"{' and '.join(others)} are separate measurements; give one of them")
     if arguments.metrics is not None and others:
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with ProgressBar(arguments.model) as progress:
         path = resolve(arguments.model, progress)
-    if arguments.serving or arguments.busy:
+    if arguments.serving or arguments.server or arguments.busy:
         return _print_results(arguments, path)
     return _measure(arguments, path)
 
@@ -95,6 +97,10 @@ def _print_results(arguments: argparse.Namespace, path: Path) -> int:
         from mnemos.bench.busy import measure_beside
 
         results = measure_beside(path, arguments.backend)
+    elif arguments.server:
+        from mnemos.bench.server import measure_server
+
+        results = measure_server(path, arguments.backend)
     else:
         from mnemos.bench.serving import Workload, run_workload
 
