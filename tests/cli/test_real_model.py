@@ -87,9 +87,29 @@ def test_eval_keeps_to_a_short_context(smollm2: Path, tmp_path: Path, capsys: py
     assert json.loads(capsys.readouterr().out)["chunk"] == 64
 
 
+@pytest.mark.slow
+def test_eval_against_another_model(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, picture = tmp_path / "text.txt", tmp_path / "loss.svg"
+    file.write_text(TEXT)
+    command = ["eval", str(smollm2), "--against", str(smollm2), "--text", str(file), "--picture", str(picture)]
+    assert main([*command, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert 0 < figures["kl_mean"] < 0.02  # activations are rounded to 8 bits, in float32 they are not
+    assert figures["kl_mean"] <= figures["kl_99"]
+    assert figures["top1_agreement"] > 0.8
+    assert figures["tensor_bytes"] == figures["against_tensor_bytes"] > 90e6
+    assert figures["tokens_per_second"] > 0
+    assert picture.read_text().startswith("<svg")
+    assert main([*command, "--dtype", "float32"]) == 0
+    table = capsys.readouterr().out
+    assert "divergence            0.000000 nats per token" in table and "same most probable    100.00%" in table
+
+
 @pytest.mark.parametrize(
     ("content", "options", "words"),
     [
+        (b"text", ["--text", "other.txt"], "2 text files are given; expected one"),
+        (b"text", ["--picture", "loss.svg"], "--picture is given without --against"),
         (b"text", ["--chunk", "1"], "--chunk is 1; it must be from 2"),
         (b"text", ["--chunk", "100000"], "--chunk is 100000"),
         (b"", [], "at least 2 are needed"),

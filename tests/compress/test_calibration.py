@@ -61,7 +61,7 @@ def inputs(reference: Reference, modules: list[str]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_moments_are_those_of_the_inputs(name: str, backend: str, reference: Callable[[str], Reference]) -> None:
     own = reference(name)
-    found = moments(open_checkpoint(own.folder), TEXT, full=lambda name: "ffn" in name, chunk=CHUNK, backend=backend)
+    found = moments(open_checkpoint(own.folder), TEXT, full=lambda name: "ffn" in name and "gate" not in name, chunk=CHUNK, backend=backend)
     for module, x in inputs(own, list(WEIGHTS[name])).items():
         tensor = WEIGHTS[name][module]
         assert found[tensor].tokens == len(TEXT)

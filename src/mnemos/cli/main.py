@@ -26,7 +26,7 @@ COMMANDS = {
     "models": "list cached models, or remove one",
     "inspect": "show what a model file contains and what it needs",
     "embed": "turn texts into vectors",
-    "eval": "measure perplexity on a text file",
+    "eval": "measure perplexity on a text file, and what a smaller model has lost",
     "bench": "measure speed, startup time and memory",
 }
 MODULES = {"eval": "evaluate"}

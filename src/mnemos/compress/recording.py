@@ -110,13 +110,15 @@ class RecordingOps:
 
     def _note(self, x: Floats, matrix: _Recorded) -> None:
         key = matrix.tensor, matrix.expert
-        sums = self.sums.get(key)
-        if self._latest is not None and self._latest[0] is x and (sums is None or sums is self._latest[1]):
-            self.sums[key] = self._latest[1]
-            return
+        sums, full = self.sums.get(key), self.full(matrix.tensor)
+        if self._latest is not None and self._latest[0] is x:
+            shared = self._latest[1]
+            if sums is shared or (sums is None and (shared.products is not None or not full)):
+                self.sums[key] = shared
+                return
         if sums is None:
             columns = x.shape[1]
-            products = np.zeros((columns, columns), dtype=np.float32) if self.full(matrix.tensor) else None
+            products = np.zeros((columns, columns), dtype=np.float32) if full else None
             sums = self.sums[key] = Sums(np.zeros(columns), products)
         sums.add(x)
         self._latest = x, sums
