@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mnemos.cli.main import COMMANDS, main
+from mnemos.cli.main import COMMANDS, MODULES, main
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -42,7 +42,8 @@ def test_every_command_in_the_documents_and_in_the_help_is_understood(
             main([command, "--help"])
         examples += commands_in(capsys.readouterr().out)
     understood: list[Namespace] = []
-    for module in ("generate", "chat", "pull", "models", "inspect", "evaluate", "embed", "bench", "serve"):
+    for name in COMMANDS:
+        module = MODULES.get(name, name)
         monkeypatch.setattr(f"mnemos.cli.{module}.run", lambda arguments: understood.append(arguments) or 0)
     assert {words[0] for words in examples} == set(COMMANDS)
     assert all(main(words) == 0 for words in examples)

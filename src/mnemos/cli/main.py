@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "show what a model file contains and what it needs",
     "embed": "turn texts into vectors",
     "eval": "measure perplexity on a text file, and what a smaller model has lost",
+    "quantize": "write a model in a smaller storage type",
     "bench": "measure speed, startup time and memory",
 }
 MODULES = {"eval": "evaluate"}

@@ -53,6 +53,7 @@ class GGUFFile:
     `metadata` has plain Python scalars and strings; numeric arrays are read-only NumPy views, string arrays are
     `StringArray`s, which decode on request. `tensors` are in the file's order, with row-major shapes: GGUF's
     dimensions reversed. Everything views the map of the file, which lives as long as its last view.
+    `stored_metadata` are the metadata's bytes: each value's type and content, for copying it unchanged.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class GGUFFile:
     alignment: int
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    stored_metadata: Mapping[str, memoryview]
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -72,10 +74,11 @@ class GGUFFile:
 def _read(path: Path) -> GGUFFile:
     cursor = _Cursor(path, map_file(path))
     version, tensor_count, pair_count = _read_header(cursor)
-    metadata = _read_metadata(cursor, pair_count)
+    stored: dict[str, memoryview] = {}
+    metadata = _read_metadata(cursor, pair_count, stored)
     alignment = _check_alignment(path, metadata)
     tensors = _read_tensors(cursor, tensor_count, alignment)
-    return GGUFFile(path, version, alignment, metadata, tensors)
+    return GGUFFile(path, version, alignment, metadata, tensors, stored)
 
 
 class _Cursor:
@@ -137,15 +140,18 @@ def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
     return version, tensor_count, pair_count
 
 
-def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+def _read_metadata(cursor: _Cursor, count: int, stored: dict[str, memoryview]) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
+    content = memoryview(cursor.content)
     for index in range(count):
         key = cursor.string(f"metadata key {index}")
         if key in metadata:
             raise cursor.error(f"metadata key {excerpt(key)}", "appears twice")
         field = f"metadata {excerpt(key)}"
+        start = cursor.position
         (kind,) = cursor.unpack(_U32, field)
         metadata[key] = _read_array(cursor, field) if kind == _ARRAY else _read_value(cursor, field, kind)
+        stored[key] = content[start : cursor.position]
     return metadata
 
 
@@ -274,4 +280,4 @@ def _join_parts(first: GGUFFile, parts: int) -> GGUFFile:
     total = _integer(first, "split.tensors.count", len(tensors))
     if total != len(tensors):
         raise FormatError(f"{first.path}: split.tensors.count is {total}, but the parts hold {len(tensors)} tensors")
-    return GGUFFile(first.path, first.version, first.alignment, first.metadata, tensors)
+    return GGUFFile(first.path, first.version, first.alignment, first.metadata, tensors, first.stored_metadata)

@@ -1,0 +1,172 @@
+"""`mnemos quantize`: a model file in a smaller storage type, and what each of its tensors became."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mnemos.cli.terminal import ProgressBar, human_bytes
+from mnemos.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    from mnemos.compress.plan import Row
+    from mnemos.compress.quantize import Importance
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from mnemos.compress.mixes import MIXES
+
+    parser.usage = "mnemos quantize MODEL --type TYPE --out FILE [options]"
+    parser.add_argument("model", metavar="MODEL", help="a known name, hf:org/name:file, a .gguf file or its folder")
+    parser.add_argument("--type", required=True, metavar="TYPE", help=f"{', '.join(MIXES)}")
+    parser.add_argument("--out", metavar="FILE", help="the GGUF file to write")
+    parser.add_argument("--calibrate", metavar="TEXT", help="a text file on which the weights' importance is measured")
+    parser.add_argument("--imatrix", metavar="FILE", help="a file with that importance, as llama-imatrix writes it")
+    parser.add_argument("--save-imatrix", metavar="FILE", help="keep what --calibrate measured, for later or llama.cpp")
+    parser.add_argument(
+        "--tensor",
+        action="append",
+        default=[],
+        metavar="PATTERN=TYPE",
+        help="the type of all matrices in whose names this regular expression is found; repeatable, the first wins",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse what the type cannot store, and use no other type"
+    )
+    parser.add_argument(
+        "--allow-requantize",
+        action="store_true",
+        help="also quantize a model that is quantized, with the errors of both",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only show what each tensor would become")
+    parser.epilog = (
+        "The types are llama.cpp's and give the same files. An importance matrix lowers the loss of all types below\n"
+        "q8_0 and costs nothing later: give a text of the kind that the model will see.\n\n"
+        "examples:\n"
+        "  mnemos quantize model-f16.gguf --type q4_k_m --calibrate text.txt --out model-q4_k_m.gguf\n"
+        "  mnemos quantize model-f16.gguf --type q4_k_s --tensor ffn_down=q6_k --out small.gguf\n"
+        "  mnemos quantize model-f16.gguf --type q2_k --dry-run"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mnemos.compress.plan import mix_named, override_of
+    from mnemos.hub.sources import resolve
+
+    mix_named(arguments.type)
+    overrides = [override_of(text) for text in arguments.tensor]
+    if arguments.out is None and not arguments.dry_run:
+        raise ConfigError("--out is missing; give the file to write, or --dry-run to see what would be in it")
+    if arguments.calibrate is not None and arguments.imatrix is not None:
+        raise ConfigError("--calibrate measures what --imatrix reads; give one of them")
+    if arguments.save_imatrix is not None and arguments.calibrate is None:
+        raise ConfigError("--save-imatrix keeps what --calibrate measures; give that too")
+    with ProgressBar(arguments.model) as progress:
+        source = resolve(arguments.model, progress)
+    if arguments.dry_run:
+        return _show_plan(source, arguments, overrides)
+    importance = _importance(source, arguments)
+    from mnemos.compress.quantize import quantize_file
+
+    began = time.monotonic()
+    with ProgressBar(arguments.model, unit="weights") as progress:
+        result = quantize_file(
+            source,
+            Path(arguments.out),
+            arguments.type,
+            importance=importance,
+            overrides=overrides,
+            strict=arguments.strict,
+            allow_requantize=arguments.allow_requantize,
+            progress=progress,
+        )
+    print("\n".join(table(result.rows)))
+    print(f"{arguments.out} written in {time.monotonic() - began:.1f} s")
+    return 0
+
+
+def _show_plan(source: Path, arguments: argparse.Namespace, overrides: Sequence[tuple[str, object]]) -> int:
+    from mnemos.compress.plan import mix_named, override_of, plan
+    from mnemos.compress.quantize import open_gguf
+
+    file = open_gguf(source)
+    calibrated = arguments.calibrate is not None or arguments.imatrix is not None
+    chosen = [override_of(text) for text in arguments.tensor]
+    _, mix = mix_named(arguments.type)
+    print("\n".join(table(plan(file.tensors, file.metadata, mix, calibrated=calibrated, overrides=chosen))))
+    return 0
+
+
+def _importance(source: Path, arguments: argparse.Namespace) -> Importance | None:
+    from mnemos.compress.quantize import Importance
+
+    if arguments.imatrix is not None:
+        from mnemos.formats.imatrix import read_imatrix
+
+        matrix = read_imatrix(Path(arguments.imatrix))
+        return Importance(matrix.values, matrix.source or Path(arguments.imatrix).name)
+    if arguments.calibrate is None:
+        return None
+    from mnemos.compress.calibration import CHUNK, importance
+
+    path = Path(arguments.calibrate)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: cannot be read as text in UTF-8: {error}") from error
+    with ProgressBar(str(path), unit="tokens") as progress:
+        values = importance(source, text, progress=progress)
+    if arguments.save_imatrix is not None:
+        from mnemos.formats.imatrix import ImportanceMatrix, write_imatrix
+
+        write_imatrix(Path(arguments.save_imatrix), ImportanceMatrix(values, path.name, 1), CHUNK)
+    return Importance(values, path.name)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The rows as lines of text: tensors that differ only in their layer and became the same are one line."""
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        name = re.sub(r"^blk\.\d+\.", "blk.*.", row.name)
+        groups.setdefault((name, row.source.name, row.type.name, row.reason), []).append(row)
+    lines = []
+    for (name, source, type_, reason), members in groups.items():
+        layers = _spans(int(row.name.split(".")[1]) for row in members) if name.startswith("blk.*.") else ""
+        label = name.replace("blk.*.", f"blk.{layers}.") if len(members) == 1 else f"{name} {layers}"
+        change = type_ if source == type_ else f"{source} -> {type_}"
+        size = human_bytes(sum(row.bytes for row in members))
+        lines.append((label, change, size, reason))
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    shown = [
+        f"{label:<{widths[0]}}  {change:<{widths[1]}}  {size:>{widths[2]}}  {reason}".rstrip()
+        for label, change, size, reason in lines
+    ]
+    before, after = sum(row.source_bytes for row in rows), sum(row.bytes for row in rows)
+    weights = sum(_size(row) for row in rows)
+    other = sum(1 for row in rows if row.reason and row.reason != "by override")
+    summary = f"{human_bytes(before)} -> {human_bytes(after)}, {8 * after / weights:.2f} bits a weight"
+    if other:
+        summary += f"; {other} of {len(rows)} tensors have another type than the mix's"
+    return [*shown, summary]
+
+
+def _size(row: Row) -> int:
+    size = 1
+    for extent in row.shape:
+        size *= extent
+    return size
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """0-3,7,9-12"""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,221 @@
+"""Quantizes a model file: a plan, then one tensor after the other, in pieces of bounded size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos import __version__
+from mnemos.compress.plan import Override, Row, mix_named, plan
+from mnemos.contract import Floats
+from mnemos.errors import ConfigError, FormatError, UnsupportedError
+from mnemos.formats.blocks import encode_rows, unfit_because
+from mnemos.formats.gguf import MAGIC, GGUFFile
+from mnemos.formats.gguf_writer import GGUFWriter, RawValue, writing_gguf
+from mnemos.formats.mapping import map_file
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
+from mnemos.hub.cache import Progress
+
+Bytes = npt.NDArray[np.uint8]
+
+PIECE = 1 << 24  # weights in memory at a time, as float32
+QUANTIZATION_VERSION = 2  # of ggml's block formats, as `general.quantization_version`
+_WIDE = (TensorType.F32, TensorType.F16, TensorType.BF16)  # what a quantized tensor may become without losing more
+_WIDER = (TensorType.Q8_0, TensorType.BF16, TensorType.F32)  # tried in turn where a type cannot hold a tensor
+_SPLIT = re.compile(r"split\.(no|count|tensors\.count)")
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much the error of each input column counts, by tensor; `origin` is what it was measured on.
+
+    values: float32 (columns,), or (experts, columns), by GGUF's names; tensors that are missing go without.
+    """
+
+    values: Mapping[str, Floats]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A file that was written, and what each of its tensors became."""
+
+    path: Path
+    type: str
+    rows: Sequence[Row]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(row.bytes for row in self.rows)
+
+
+def quantize_file(
+    source: Path,
+    out: Path,
+    type: str,
+    *,
+    importance: Importance | None = None,
+    overrides: Sequence[Override] = (),
+    strict: bool = False,
+    allow_requantize: bool = False,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Writes `source`, a GGUF file, to the GGUF file `out` in one of the mixes of `compress.mixes`.
+
+    importance        weighs the errors of the columns
+    overrides         see `plan`
+    strict            refuses a tensor that cannot have the type that the mix gives it, in place of the next better one
+    allow_requantize  quantizes tensors that are quantized already, adding the second error to the first
+    progress          called with (what, weights done, weights)
+
+    `out` appears when it is whole. ConfigError, FormatError and UnsupportedError name the tensor and the reason.
+    """
+    name, mix = mix_named(type)
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ConfigError(f"out is {str(out)!r}, the model itself; give another file")
+    file = open_gguf(source)
+    rows = plan(file.tensors, file.metadata, mix, calibrated=importance is not None, overrides=overrides)
+    _check(rows, strict, allow_requantize)
+    if importance is not None:
+        _check_importance(file.tensors, importance)
+    metadata = _metadata(file, mix.number, name, importance, overrides)
+    total = sum(tensor.size for tensor in file.tensors.values())
+    written, done = [], 0
+    with writing_gguf(out, metadata, [(row.name, row.shape) for row in rows]) as writer:
+        for row in rows:
+            if progress is not None:
+                progress("quantizing", done, total)
+            tensor = file.tensors[row.name]
+            written.append(_write(writer, tensor, row, importance, strict))
+            done += tensor.size
+    if progress is not None:
+        progress("quantizing", total, total)
+    return Quantized(out, name, written)
+
+
+def open_gguf(source: Path) -> GGUFFile:
+    """The GGUF file at `source`, or the only one in that folder. UnsupportedError for another kind of model."""
+    if source.is_dir():
+        found = sorted(source.glob("*.gguf"))
+        whole = [path for path in found if "-of-" not in path.name or "-00001-of-" in path.name]
+        if len(whole) != 1:
+            problem = f"holds {len(whole)} GGUF models"
+            raise UnsupportedError(f"{source}: {problem}; a GGUF file, or a folder with one, is needed")
+        source = whole[0]
+    if map_file(source)[: len(MAGIC)] != MAGIC:
+        raise UnsupportedError(f"{source}: is no GGUF file; only GGUF files can be quantized to GGUF")
+    return GGUFFile.open(source)
+
+
+def _check(rows: Sequence[Row], strict: bool, allow_requantize: bool) -> None:
+    again = [r for r in rows if r.changes and r.source.is_quantized and r.type not in _WIDE]
+    if again and not allow_requantize:
+        first = again[0]
+        raise ConfigError(
+            f"{first.name} is {first.source.name} already ({len(again)} of {len(rows)} tensors are quantized), and "
+            f"{first.type.name} would add its error to that; start from the original model, or allow it "
+            "(--allow-requantize)"
+        )
+    fallbacks = [r for r in rows if r.reason and r.reason != "by override"]
+    if strict and fallbacks:
+        first = fallbacks[0]
+        raise ConfigError(
+            f"{first.name} would be {first.type.name} ({len(fallbacks)} of {len(rows)} tensors cannot have the mix's "
+            f"type): {first.reason}; choose another type, override them, or do without strict"
+        )
+
+
+def _check_importance(tensors: Mapping[str, Tensor], importance: Importance) -> None:
+    known = [name for name in importance.values if name in tensors]
+    if not known:
+        example = next(iter(importance.values), "nothing")
+        raise ConfigError(
+            f"importance of {importance.origin} is for other tensors ({example}, ...); it fits none of these"
+        )
+    for name in known:
+        tensor, size = tensors[name], importance.values[name].size
+        experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+        if size not in (tensor.columns, tensor.columns * experts):
+            raise ConfigError(
+                f"importance of {importance.origin} has {size} values for {name}, whose rows have {tensor.columns}: "
+                "it was measured on another model"
+            )
+
+
+def _metadata(
+    file: GGUFFile, number: int, name: str, importance: Importance | None, overrides: Sequence[Override]
+) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        key: RawValue(bytes(stored)) for key, stored in file.stored_metadata.items() if not _SPLIT.fullmatch(key)
+    }
+    metadata["general.quantization_version"] = QUANTIZATION_VERSION
+    metadata["general.file_type"] = number
+    made = [name, *(f"{pattern}={type_.name.lower()}" for pattern, type_ in overrides)]
+    if importance is not None:
+        made.append(f"importance of {importance.origin}")
+        metadata["quantize.imatrix.dataset"] = importance.origin
+        metadata["quantize.imatrix.entries_count"] = len(importance.values)
+    metadata["mnemos.quantized"] = f"{', '.join(made)} (Mnemos {__version__})"
+    return metadata
+
+
+def _write(writer: GGUFWriter, tensor: Tensor, row: Row, importance: Importance | None, strict: bool) -> Row:
+    """Writes a tensor in its row's type, or in one that can hold it; returns what it became."""
+    if not row.changes:
+        writer.write(row.name, row.type, [tensor.data])
+        return row
+    weights = importance.values.get(row.name) if importance is not None else None
+    problem = ""
+    for type_ in (row.type, *([] if strict else _wider(row.type, tensor.columns))):
+        try:
+            writer.write(row.name, type_, encoded(tensor, type_, weights))
+            return row if type_ is row.type else replace(row, type=type_, reason=problem)
+        except Unfit as error:
+            if error.hopeless:
+                raise FormatError(f"{row.name}: {error}") from None
+            problem = problem or str(error)
+    raise FormatError(f"{row.name}: {problem}")
+
+
+def _wider(type: TensorType, columns: int) -> list[TensorType]:
+    """The types with more bits that hold larger values, for rows of `columns`."""
+
+    def bits(t: TensorType) -> float:
+        return 8 * t.block[1] / t.block[0]
+
+    return [t for t in _WIDER if bits(t) > bits(type) and columns % t.block[0] == 0]
+
+
+class Unfit(Exception):
+    """A row that a type cannot hold; hopeless if no type can."""
+
+    def __init__(self, problem: str, hopeless: bool) -> None:
+        super().__init__(problem)
+        self.hopeless = hopeless
+
+
+def encoded(tensor: Tensor, type: TensorType, importance: Floats | None) -> Iterator[Bytes]:
+    """The tensor's bytes in another type, (rows, bytes per row) at a time, of about PIECE weights."""
+    columns = tensor.columns
+    experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+    per_expert = tensor.rows // experts
+    weights = None if importance is None else np.broadcast_to(importance.reshape(-1, columns), (experts, columns))
+    step = max(1, PIECE // columns)
+    for expert in range(experts):
+        end = (expert + 1) * per_expert
+        for start in range(expert * per_expert, end, step):
+            values = tensor.slice_rows(start, min(start + step, end)).dequantize()
+            out = np.empty((len(values), type.row_bytes(columns)), dtype=np.uint8)
+            failed = encode_rows(values, type, None if weights is None else weights[expert], out)
+            if failed >= 0:
+                problem = unfit_because(values[failed], type)
+                raise Unfit(f"row {start + failed} {problem}", not np.isfinite(values[failed]).all())
+            yield out

@@ -1,0 +1,48 @@
+"""A file is there whole or not at all."""
+
+import errno
+import os
+
+import pytest
+
+from mnemos.errors import CapacityError, FormatError
+from mnemos.formats.atomic import replacing
+
+
+def test_the_file_appears_when_the_block_ends(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"before")
+    with replacing(path) as file:
+        file.write(b"after")
+        assert path.read_bytes() == b"before"
+    assert path.read_bytes() == b"after" and os.listdir(tmp_path) == ["model.gguf"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FormatError])
+def test_nothing_is_left_when_the_block_raises(tmp_path, error):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"before")
+    with pytest.raises(error), replacing(path) as file:
+        file.write(b"half")
+        raise error
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["model.gguf"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    problem = "model.gguf: cannot be written whole: No space left on device"
+    with pytest.raises(CapacityError, match=problem), replacing(tmp_path / "model.gguf") as file:
+        file.write(b"data")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    path = tmp_path / "nowhere" / "model.gguf"
+    with pytest.raises(FormatError, match="model.gguf: cannot be written: No such file or directory"), replacing(path):
+        pass
