@@ -22,7 +22,7 @@ FLOORS = (
     ("models",),
     ("engine",),
     ("compress",),
-    ("serve",),
+    ("serve", "cluster"),
     ("compat", "bench"),
     ("cli",),
 )

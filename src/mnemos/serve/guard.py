@@ -146,7 +146,7 @@ class Guard:
         if stated is not None and stated.isascii() and stated.isdigit() and int(stated[:20]) > limit:
             raise Refusal(413, f"the body is larger than {limit} bytes")
         try:
-            body = await asyncio.wait_for(_read_all(receive, limit), self.settings.body_seconds)
+            body = await asyncio.wait_for(read_all(receive, limit), self.settings.body_seconds)
         except TimeoutError:
             raise Refusal(408, f"the body did not arrive within {self.settings.body_seconds:g} seconds") from None
         if body:
@@ -329,7 +329,8 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-async def _read_all(receive: Receive, limit: int) -> bytes:
+async def read_all(receive: Receive, limit: int) -> bytes:
+    """A request's whole body. Refusal if it is larger than `limit` bytes, or its client leaves."""
     parts: list[bytes] = []
     size = 0
     while True:
