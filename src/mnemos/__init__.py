@@ -41,7 +41,11 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
         top_k_top_p_filtering as top_k_top_p_filtering,
     )
     from mnemos.compat.token_processor import TokenProcessor as TokenProcessor
+    from mnemos.compress.modules.distill import distill as distill
+    from mnemos.compress.modules.distilled_model import DistilledModel as DistilledModel
+    from mnemos.compress.modules.optimize import OptimizationConfig as OptimizationConfig, optimize as optimize
     from mnemos.compress.modules.pruned_model import PrunedModel as PrunedModel
+    from mnemos.compress.modules.student import student_of as student_of
     from mnemos.decoding.config import GenerationConfig as GenerationConfig
     from mnemos.engine.engine import InferenceEngine as InferenceEngine
     from mnemos.errors import MnemosError as MnemosError
@@ -72,7 +76,11 @@ _NAMES = {
     ),
     "mnemos.compat.sampling": "apply_temperature enforce_repetition_penalty sample_top_p top_k_top_p_filtering",
     "mnemos.compat.token_processor": "TokenProcessor",
+    "mnemos.compress.modules.distill": "distill",
+    "mnemos.compress.modules.distilled_model": "DistilledModel",
+    "mnemos.compress.modules.optimize": "OptimizationConfig optimize",
     "mnemos.compress.modules.pruned_model": "PrunedModel",
+    "mnemos.compress.modules.student": "student_of",
     "mnemos.decoding.config": "GenerationConfig",
     "mnemos.engine.engine": "InferenceEngine",
     "mnemos.errors": "MnemosError",

@@ -78,7 +78,12 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 def logits_of(model: nn.Module, inputs: Any) -> Tensor:
     """The module's logits (batch, time, vocabulary) for a batch's inputs. ModelError if it returns none."""
-    return AnswerReader(model).read(call(model, inputs), ids_of(inputs)).logits
+    answer = call(model, inputs)
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():  # no tokens: rows (batch, values) and their classes
+        found: Any = answer[0] if isinstance(answer, (tuple, list)) else getattr(answer, "logits", answer)
+        logits: Tensor = found[:, None] if found.dim() == 2 else found
+        return logits
+    return AnswerReader(model).read(answer, ids_of(inputs)).logits
 
 
 @contextmanager

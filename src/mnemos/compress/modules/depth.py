@@ -41,6 +41,8 @@ def least_needed(model: nn.Module, stack: str, batches: Sequence[Any], count: in
     gone: list[int] = []
     while len(gone) < count:
         influence = _influences(model, layers, gone, batches)
+        if not influence:  # lists of a layer's parts, which are never called themselves
+            return spread_out(len(layers), count)
         gone.append(min(influence, key=lambda i: influence[i]))
     return sorted(gone)
 

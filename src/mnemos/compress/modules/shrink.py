@@ -49,7 +49,7 @@ def shrink(
     wanted = [kind for kind, share in shares.items() if share]
     if not wanted:
         return done
-    example = _few_tokens(batches[0])
+    example = few_tokens(batches[0])
     found = [one for one in find_units(model, matrices(model), example) if one.kind in wanted]
     removable: dict[str, tuple[Units, Numbers]] = {}
     for units in found:
@@ -104,7 +104,8 @@ def _update_config(model: nn.Module, done: list[Removed]) -> None:
         resize_heads(model, heads)
 
 
-def _few_tokens(batch: Any) -> Any:
+def few_tokens(batch: Any) -> Any:
+    """The inputs of a batch, cut down to a few tokens of a few rows."""
     inputs, _ = split_batch(batch)
     if isinstance(inputs, Tensor):
         return inputs[:TRACED_ROWS, :TRACED_TOKENS]
