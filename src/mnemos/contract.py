@@ -203,6 +203,9 @@ class ModelSpec:
                      is kept, since a state belongs to one position
     rewinds          for a model with states: a state that has gone beyond a batch's first position returns to it by
                      itself; if not, the engine evaluates such a sequence again, from its first token in a new slot
+    rewind_limit     by how many positions at most it returns by itself; 0: by any number
+    pools_prompts    what is computed for a prompt depends on all of it: the call that begins a sequence ends with the
+                     prompt's last token, also when the sequence is evaluated again, and does not chunk
     """
 
     architecture: str
@@ -223,6 +226,8 @@ class ModelSpec:
     batches: bool = True
     states: bool = False
     rewinds: bool = True
+    rewind_limit: int = 0
+    pools_prompts: bool = False
     layers: int = 0
     tied_embeddings: bool = False
     details: dict[str, object] = field(default_factory=dict)  # for `inspect`: name and license

@@ -63,7 +63,7 @@ class Branches:
             self._restart(sequence)
             sequence.parts = []
             # A sequence that slides shares no prefix, because its positions begin after a gap.
-            shares = self.tables.rewinds and sequence.goal <= self.context_length
+            shares = self.tables.rewinds and not sequence.whole and sequence.goal <= self.context_length
             sequence.leader = _leader(sequence, request.sequences[:index]) if shares else None
         request.pending = sum(self._missing(sequence) for sequence in request.sequences)
         request.prefilling = True
@@ -209,10 +209,11 @@ class Branches:
         branch.parent = None
         if ancestor is None:
             branch.evaluated = 0
+            sequence.whole = len(branch.tokens) if self.tables.pools_prompts else 0
             return sequence
         parent = known[ancestor]
         sequence.dropped, sequence.start, sequence.sinks = parent.dropped, parent.start, parent.sinks
-        sequence.seen = branch.evaluated
+        sequence.seen, sequence.whole = branch.evaluated, parent.whole
         length = min(parent.done, sequence.position(branch.evaluated), _common(sequence, parent, parent.done))
         self.tables.share(parent, sequence, length)
         self.tables.trim(sequence, length)

@@ -15,6 +15,7 @@ from mnemos.errors import ConfigError, FormatError, MissingDependencyError, Mnem
 if TYPE_CHECKING:
     from mnemos.contract import Model
     from mnemos.formats.checkpoint import Checkpoint
+    from mnemos.text.tokenizer import Tokenizer
 
 
 def load_parts(source: str | os.PathLike[str], options: LoadOptions) -> dict[str, Any]:
@@ -64,12 +65,21 @@ def load_pretrained(
     )
     threading.Thread(target=_attempt, args=(model.finish,)).start()  # reads the weights while the caller continues
     tokenizer = read_tokenizer(options.tokenizer)
-    if tokenizer is None:
-        from mnemos.text.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    if tokenizer is None and (tokenizer := _own_tokenizer(checkpoint)) is not None:
         threading.Thread(target=_attempt, args=(tokenizer.prepare,), daemon=True).start()
     return model, tokenizer
+
+
+def _own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer of a model's files. A config.yaml may have none beside it: then its base's, or None."""
+    from mnemos.text.tokenizer import Tokenizer
+
+    if "memory_config" not in checkpoint.metadata:
+        return Tokenizer.from_checkpoint(checkpoint)
+    for folder in (checkpoint.folder, checkpoint.base):
+        if folder is not None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+            return Tokenizer.from_file(folder)
+    return None
 
 
 def read_tokenizer(tokenizer: Any) -> Any:

@@ -179,6 +179,8 @@ class Scheduler:
             total = 0
             for sequence in request.sequences:
                 rows = self.branches.prepare(request, sequence)
+                if sequence.done < sequence.whole:
+                    rows = min(rows, sequence.whole - sequence.done)
                 if request.prefilling:
                     rows = min(rows, chunk - total) if self.chunks or total >= chunk else rows
                 if rows <= 0:

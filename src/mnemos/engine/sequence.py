@@ -91,6 +91,8 @@ class Sequence(PageTable):
     def begin_anew(self, context_length: int) -> None:
         """Restarts the text: keeps the first SINKS tokens and as many of the newest as fill half the context."""
         self.dropped = len(self.branch.tokens) - max(context_length // 2, SINKS + 1)
+        if self.whole:  # what is left is a prompt of its own
+            self.whole = len(self.branch.tokens) - self.dropped
 
     def take(self, logits: Floats, hidden: Floats, complete: bool) -> None:
         """Takes rows of a step's output, which the next step overwrites.

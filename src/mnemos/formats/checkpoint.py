@@ -30,6 +30,7 @@ class Checkpoint:
     path                what was opened: a file, or the folder of a Hugging Face model
     metadata            GGUF's key-value pairs (large arrays decoded lazily), or the parsed config.json
     generation_config   the parsed generation_config.json, if there is one
+    base                the folder of the model that an adapter belongs to
     """
 
     kind: Literal["gguf", "huggingface"]
@@ -37,6 +38,7 @@ class Checkpoint:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+    base: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -49,7 +51,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a GGUF file, a Hugging Face folder, a folder with one GGUF, or a .safetensors file beside a config.json.
+    """Opens a GGUF file, a folder (of Hugging Face, with one GGUF, with a config.yaml), a .safetensors beside a config.json.
 
     Raises FormatError that says what is there and what would be right, UnsupportedError for storage types that are
     known but not supported. Nothing but headers is read: tensors are read when they are used.
@@ -114,6 +116,11 @@ def _open_folder(folder: Path) -> Checkpoint:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise FormatError(f"{folder}: cannot be listed: {error}") from error
+    if "config.yaml" in names and CONFIG_NAME not in names:
+        from mnemos.formats.memory_checkpoint import open_memory_folder
+
+        metadata, tensors, generation_config, base = open_memory_folder(folder)
+        return Checkpoint("huggingface", folder, metadata, tensors, generation_config, base)
     if SINGLE_NAME in names or INDEX_NAME in names:
         return _open_huggingface(folder, folder, open_safetensors_folder(folder))
     models = [name for name in names if name.endswith(".gguf") and ("-of-" not in name or "-00001-of-" in name)]

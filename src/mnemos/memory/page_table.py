@@ -35,14 +35,16 @@ class PageTable:
     groups  its pages in each of the model's layer groups; a group without a window has a page for each that another has
     state   its state slot, NO_STATE before it has one
     done    the next position to evaluate; pages and state hold what it sees
+    whole   how many first positions are evaluated together or not at all: the prompt, where its model pools it
     """
 
-    __slots__ = ("done", "groups", "state")
+    __slots__ = ("done", "groups", "state", "whole")
 
     def __init__(self, groups: int) -> None:
         self.groups = tuple(GroupPages() for _ in range(groups))
         self.state = NO_STATE
         self.done = 0
+        self.whole = 0
 
 
 class PageTables:
@@ -58,6 +60,7 @@ class PageTables:
     def __init__(self, model: Model, capacity: Capacity, prefix_cache: bool, chunk: int = 1) -> None:
         spec = model.spec
         self.paged = spec.layout.layers > 0
+        self.pools_prompts = spec.pools_prompts
         self.page_size = spec.layout.page_size
         self.windows = tuple(group.window for group in spec.layout.groups)
         self.slides = any(self.windows)  # pages leave sequences while they grow
@@ -67,6 +70,7 @@ class PageTables:
         self.pools = tuple(PagePool(pages) for pages in capacity.pages)
         self.states = StateSlots(cast(StatefulModel, model), capacity.states) if spec.states else None
         self.rewinds = spec.rewinds or not spec.states
+        self.rewind_limit = spec.rewind_limit if spec.states else 0
         self.shares_prefixes = self.paged and spec.shares_prefixes and spec.chunks and not spec.states
         shared = prefix_cache and self.shares_prefixes
         self.tree = PrefixTree(self.pools, self.page_size, self.windows) if shared else None
@@ -135,7 +139,7 @@ class PageTables:
 
         It stays empty if the source's state is past them and does not rewind.
         """
-        if length < source.done and not self.rewinds:
+        if not self.can_return(source, length):
             return
         target.done = length
         for theirs, own, pool in zip(source.groups, target.groups, self.pools, strict=True):
@@ -178,12 +182,19 @@ class PageTables:
         """Keeps the first `length` cached positions; none if a window or the state no longer covers them."""
         if self.slides and not self._covers(table, length):
             length = 0
-        if length < table.done and not self.rewinds:
+        if not self.can_return(table, length):
             length = 0
             self._release_state(table)
         table.done = min(table.done, length)
         for own, pool in zip(table.groups, self.pools, strict=True):
             _drop(own, pool, bisect_left(own.positions, table.done), len(own.pages))
+
+    def can_return(self, table: PageTable, length: int) -> bool:
+        """Whether a sequence can go on from its first `length` positions with what is kept of it."""
+        back = table.done - length
+        if back <= 0:
+            return True
+        return self.rewinds and length >= table.whole and (not self.rewind_limit or back <= self.rewind_limit)
 
     def leave_behind(self, table: PageTable) -> None:
         """Frees the pages that no later position can see, except one, as strategies may truncate a few tokens."""

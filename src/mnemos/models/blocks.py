@@ -24,7 +24,10 @@ class Architecture(Protocol):
     ignored: ClassVar[tuple[str, ...]]  # patterns of tensors that a file may have in addition to the model's
 
     layers: list[DecoderLayer]
-    lm_head: Matrix
+
+    @property
+    def lm_head(self) -> Matrix:
+        """The output projection."""
 
     @property
     def config(self) -> DecoderConfig: ...

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from mnemos.models.config import DecoderConfig
     from mnemos.models.foreign.encoder_decoder import EncoderDecoderModel
     from mnemos.models.foreign.model import ForeignModel
+    from mnemos.models.memory_transformer.reader import Routing
+    from mnemos.ops.protocol import Windows
 
 MOST_EARLY_STEPS = 4
 _COMPUTATION = "1"  # increased whenever an architecture's computation changes
@@ -50,6 +52,26 @@ class LoadedModel:
     def device(self) -> str:
         """The device that it computes on: "cpu", or a PyTorch device."""
         return str(getattr(self.ops, "device", "cpu"))
+
+    def reserve_states(self, slots: int) -> None:
+        """See `StatefulModel`, as for the next two: states are the windows of routers."""
+        self._windows.reserve(slots)
+
+    def copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Forks sequences."""
+        self._windows.copy(sources, targets)
+
+    def clear_states(self, slots: Sequence[int]) -> None:
+        """Forgets sequences."""
+        self._windows.clear(slots)
+
+    @property
+    def _windows(self) -> Windows:
+        routing = _routing(self.architecture)
+        windows = None if routing is None else routing.windows
+        if windows is None:
+            raise ConfigError(f"{self.spec.architecture} keeps no states")
+        return windows
 
     def finish(self) -> None:
         """Reads the weights now, if the backend would otherwise wait until `reserve`; another thread may call it."""
@@ -173,7 +195,13 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
         tied_embeddings=_is_tied(checkpoint, config),
         details=_details(checkpoint),
         **_special_tokens(checkpoint, config.vocab_size),
+        **({} if (routing := _routing(model)) is None else routing.promises),
     )
+
+
+def _routing(model: Architecture) -> Routing | None:
+    """How the model's chapter routers go with the engine; None if it has none."""
+    return getattr(model, "routing", None)
 
 
 def _is_tied(checkpoint: Checkpoint, config: DecoderConfig) -> bool:

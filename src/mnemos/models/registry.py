@@ -24,6 +24,8 @@ ARCHITECTURES = {
     "phi3:Phi3": ("phi3", "Phi3ForCausalLM"),
     "gpt2:GPT2": ("gpt2", "GPT2LMHeadModel"),
     "nano_gpt:NanoGPT": ("nanogpt", "NanoGPT"),
+    "memory_transformer:MemoryTransformer": ("MemoryTransformer",),
+    "memory_adapter:MemoryAdapter": ("MemoryAdapter",),
     "gpt_neox:GPTNeoX": ("gpt_neox", "gptneox", "GPTNeoXForCausalLM"),
 }
 

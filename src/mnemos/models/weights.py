@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from mnemos.errors import FormatError
 from mnemos.formats.tensor import Tensor
@@ -93,7 +94,8 @@ class Weights:
         self.used: set[str] = set()
         self._gguf_names = None if gguf_names is None else {**GGUF_TENSORS, **gguf_names}
         anchors = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-        self._prefix = next((p for p in _PREFIXES if any(p + a in tensors for a in anchors)), _PREFIXES[0])
+        # Before the names of the decoder's tensors in the file.
+        self.prefix = next((p for p in _PREFIXES if any(p + a in tensors for a in anchors)), _PREFIXES[0])
 
     @property
     def is_gguf(self) -> bool:
@@ -106,7 +108,7 @@ class Weights:
             if name in ("lm_head", "embed_out"):
                 names = [prefix + name + suffix for prefix in _HEAD_PREFIXES]
                 return next((n for n in names if n in self.tensors), names[0])
-            return self._prefix + name + suffix
+            return self.prefix + name + suffix
         return _gguf_name(name, self._gguf_names) + suffix
 
     def has(self, name: str, suffix: str = ".weight") -> bool:
@@ -129,6 +131,18 @@ class Weights:
                 f"{self.path}: tensor {key!r} is of type {tensor.type.name}; expected floating point or quantized"
             )
         return tensor
+
+    def codes(self, name: str, suffix: str, rows: int, widths: Sequence[int]) -> npt.NDArray[np.int8]:
+        """An int8 tensor (rows, one of `widths`) as it is; FormatError if there is none."""
+        key = self.file_name(name, suffix)
+        tensor = self.tensors.get(key)
+        shapes = [(rows, width) for width in widths]
+        if tensor is None or tensor.type is not TensorType.I8 or tensor.shape not in shapes:
+            found = "is missing" if tensor is None else f"has type {tensor.type.name} and shape {list(tensor.shape)}"
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise FormatError(f"{self.path}: tensor {key!r} {found}; expected I8 of shape {expected}")
+        self.used.add(key)
+        return tensor.data.view(np.int8).reshape(tensor.shape)
 
     def matrix(
         self,
@@ -225,7 +239,7 @@ class Weights:
         if self._gguf_names is not None:
             return name.startswith("cls.")
         part = name.partition(".")[0]
-        return self._prefix != "" and all(part != used.partition(".")[0] for used in (self._prefix, *self.used))
+        return self.prefix != "" and all(part != used.partition(".")[0] for used in (self.prefix, *self.used))
 
     def finish(self, ignored: Sequence[str] = ()) -> None:
         """Raises FormatError if the model has tensors that were not used and match no pattern of `ignored`.

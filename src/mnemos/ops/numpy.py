@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mnemos.contract import Batch, Floats, Ints, KVLayout, Output
 from mnemos.formats.tensor import Tensor
-from mnemos.ops.protocol import AttentionParams, Forward, RopeParams, Rows
+from mnemos.ops.protocol import AttentionParams, Forward, MemoryParams, PoolParams, RopeParams, Rows
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 
@@ -37,6 +37,30 @@ class NumpyCache:
     def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None:
         target = self.values[group][:, :, page]
         target[:] = content.view(np.float32).reshape(target.shape)
+
+
+class NumpyWindows:
+    """Rows at the latest positions: for each slot (layers, length, width), position p at p % length."""
+
+    def __init__(self, layers: int, width: int, length: int) -> None:
+        self.shape = layers, length, width
+        self.slots: dict[int, Floats] = {}
+
+    def reserve(self, slots: int) -> None:
+        """Memory is allocated when a slot is first written."""
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            if source in self.slots:
+                self.slots[target] = self.slots[source].copy()
+
+    def clear(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self.slots.pop(slot, None)
+
+    def layer(self, slot: int, layer: int) -> Floats:
+        """A view of a slot's rows in one layer."""
+        return np.asarray(self.slots.setdefault(slot, np.zeros(self.shape, dtype=np.float32))[layer])
 
 
 def round_to(x: Floats, dtype: str) -> Floats:
@@ -81,6 +105,13 @@ class NumpyOps:
 
     def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> NumpyCache:
         return NumpyCache(layout, pages)
+
+    def bank(self, keys: Floats, values: Floats, params: MemoryParams, compact: bool) -> tuple[Floats, Floats]:
+        shape = (params.rows, params.kv_heads, params.head_dim)
+        return keys.reshape(shape), values.reshape(shape)
+
+    def windows(self, layers: int, width: int, length: int) -> NumpyWindows:
+        return NumpyWindows(layers, width, length)
 
     def compile(self, forward: Forward, cache: NumpyCache) -> Callable[[Batch], Output]:
         def step(batch: Batch) -> Output:
@@ -183,6 +214,66 @@ class NumpyOps:
         weights = np.take_along_axis(probabilities, ids, axis=-1)
         return ids, weights / weights.sum(axis=-1, keepdims=True) if normalise else weights
 
+    def choose(self, logits: Floats, top_k: int) -> tuple[Ints, Floats]:
+        probabilities = softmax(logits)
+        ids = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top_k].astype(np.int32)
+        weights = np.take_along_axis(probabilities, ids, axis=-1)
+        return ids, weights / weights.sum(axis=-1, keepdims=True)
+
+    def pool(self, x: Floats, batch: Batch, windows: NumpyWindows | None, layer: int, params: PoolParams) -> Floats:
+        out = x.copy()
+        for s in range(batch.sequences):
+            rows = slice(batch.sequence_starts[s], batch.sequence_starts[s + 1])
+            positions, states = batch.positions[rows], x[rows]
+            held = windows.layer(int(batch.states[s]), layer) if windows is not None else np.empty((0, 0), np.float32)
+            if positions[0] == 0:
+                out[rows] = _pooled(states, params)
+            for position, row, pooled in zip(positions, states, out[rows], strict=True):
+                if len(held):
+                    held[position % len(held)] = row
+                if positions[0] > 0 and params.remembers:
+                    past = np.arange(max(0, position - params.window + 1), position + 1)
+                    pooled[:] = held[past % len(held)].mean(axis=0)
+        return np.asarray(out)
+
+    def memory_attention(
+        self,
+        q: Floats,
+        bank: tuple[Floats, Floats],
+        ids: Ints | None,
+        weights: Floats | None,
+        params: MemoryParams,
+    ) -> Floats:
+        keys, values = (side.repeat(params.heads // params.kv_heads, axis=1) for side in bank)
+        queries = q.reshape(len(q), params.heads, params.head_dim) * np.float32(params.scale)
+        out = np.zeros_like(queries)
+
+        def attend(query: Floats, rows: Rows, share: Floats) -> Floats:
+            """softmax(query . (share * keys)) (share * values) over some of the rows; share (rows,)."""
+            chances = softmax(np.einsum("hd,jhd->hj", query, keys[rows]) * share)
+            return np.asarray(np.einsum("hj,jhd->hd", chances * share, values[rows]))
+
+        if ids is None or weights is None:
+            every = np.arange(params.rows)
+            for t, query in enumerate(queries):
+                out[t] = attend(query, every, np.ones(params.rows, dtype=np.float32))
+            return np.asarray(out.reshape(q.shape))
+        length, shared = params.rows // params.chapters, params.shared
+        for t, query in enumerate(queries):
+            shares = np.concatenate((np.ones(shared), params.scaling * weights[t])).astype(np.float32)
+            chapters = np.concatenate((np.arange(shared), shared + ids[t]))
+            rows = (chapters[:, None] * length + np.arange(length)).reshape(-1)
+            if not params.separate:
+                joint = shares / shares.sum() if shared else weights[t]
+                out[t] = attend(query, rows, joint.repeat(length))
+                continue
+            one = np.ones(length, dtype=np.float32)
+            if shared:
+                out[t] = attend(query, rows[: shared * length], one.repeat(shared))
+            for share, chapter in zip(shares[shared:], chapters[shared:], strict=True):
+                out[t] += share * attend(query, chapter * length + np.arange(length), one)
+        return np.asarray(out.reshape(q.shape))
+
     def experts(
         self,
         x: Floats,
@@ -200,3 +291,13 @@ class NumpyOps:
                 inner = self.gated_activation(self.linear(one, gate[expert]), self.linear(one, up[expert]), kind)
                 y[row] += weight * self.linear(inner, down[expert])[0]
         return y
+
+
+def _pooled(states: Floats, params: PoolParams) -> Floats:
+    """What a whole prompt is routed by."""
+    if params.kind == "rolling":
+        states = states[-params.window :]
+    if params.kind == "sequence-rolling":
+        ends = range(1, len(states) + 1)
+        states = np.stack([states[max(0, end - params.window) : end].mean(axis=0) for end in ends])
+    return np.asarray(states.mean(axis=0))

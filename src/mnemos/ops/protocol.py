@@ -19,6 +19,7 @@ from mnemos.formats.tensor import Tensor
 Array = Any
 Rows = npt.NDArray[np.intp]
 Matrix = Any
+Bank = Any  # a backend's own form of a memory bank's keys and values
 Forward = Callable[[Any, Any, Any], tuple[Array, ...]]  # (ops, batch, cache) -> (hidden, logits, *early logits)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -49,6 +50,55 @@ class RopeParams:
     magnitude: float = 1.0
 
 
+@dataclass(frozen=True)
+class MemoryParams:
+    """Attention to a bank of `rows` keys and values, divided into `chapters` of equal length; 0: undivided.
+
+    The first `shared` chapters are always read, the others where they are chosen, with their weights times `scaling`.
+    separate: each chosen chapter has a softmax of its own. If not, all chapters of a row, the shared ones with weight
+    1, have one together; the weights are divided by their sum, and each multiplies its chapter's keys and values.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rows: int
+    chapters: int = 0
+    shared: int = 0
+    scaling: float = 1.0
+    separate: bool = False
+
+
+@dataclass(frozen=True)
+class PoolParams:
+    """By what a router chooses for a row; `window` is a number of positions.
+
+    For a prompt, whose rows begin at position 0 and are all of it, each row gets the same: the mean of all rows
+    ("sequence", "hybrid"), of the last `window` ("rolling"), or over all rows of the mean of the `window` up to each
+    ("sequence-rolling"). After it, a row gets the mean of the `window` positions up to its own ("rolling",
+    "hybrid") or itself.
+    """
+
+    kind: str
+    window: int
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a sequence's latest rows have to be kept."""
+        return self.kind in ("rolling", "hybrid")
+
+
+class Windows(Protocol):
+    """For each state slot, the rows at a sequence's latest positions, for some layers; see `StatefulModel`."""
+
+    def reserve(self, slots: int) -> None: ...
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None: ...
+
+    def clear(self, slots: Sequence[int]) -> None: ...
+
+
 class Ops(Protocol):
     """The operators of one backend. An architecture calls nothing else on arrays, and never asks which backend it has.
 
@@ -75,6 +125,15 @@ class Ops(Protocol):
 
     def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> Cache:
         """A cache with this many pages in each of the layout's groups, or these many."""
+
+    def bank(self, keys: Floats, values: Floats, params: MemoryParams, compact: bool) -> Bank:
+        """A bank's keys and values (rows, kv_heads * head_dim), in the form that this backend attends to fastest.
+
+        compact: in as few bytes as it can, since the bank is itself quantized.
+        """
+
+    def windows(self, layers: int, width: int, length: int) -> Windows:
+        """Room for the rows (width,) at the latest `length` positions of each of `layers`."""
 
     def compile(self, forward: Forward, cache: Any) -> Callable[[Batch], Output]:
         """Turns an architecture's `forward(ops, batch, cache) -> (hidden, logits)` into a step on NumPy batches.
@@ -129,6 +188,26 @@ class Ops(Protocol):
         """Experts of each row: (ids (T, top_k), weights (T, top_k)), most probable first, ties to the lower id.
 
         Weights are softmax probabilities over all experts; with `normalise` they are divided by their sum.
+        """
+
+    def choose(self, logits: Array, top_k: int) -> tuple[Array, Array]:
+        """The largest logits of each row as ids and weights (T, top_k), the largest first, ties to the lower id.
+
+        Weights are softmax probabilities divided by their sum.
+        """
+
+    def pool(self, x: Array, batch: Any, windows: Any, layer: int, params: PoolParams) -> Array:
+        """What `params` says each row of x is routed by, (T, columns), and keeps in `windows` what later rows need.
+
+        layer: counted among the layers of `windows`, which is None if nothing is remembered.
+        """
+
+    def memory_attention(
+        self, q: Array, bank: Bank, ids: Array | None, weights: Array | None, params: MemoryParams
+    ) -> Array:
+        """q (T, heads * head_dim) attends to the bank's keys and values, whatever its position.
+
+        ids and weights (T, k): the chosen chapters, counted after the shared ones; None: the whole bank is read.
         """
 
     def experts(

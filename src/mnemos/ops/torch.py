@@ -17,7 +17,8 @@ from mnemos.contract import Batch, KVLayout, Output
 from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.formats.tensor import Tensor as StoredTensor
 from mnemos.formats.tensor_types import TensorType
-from mnemos.ops.protocol import AttentionParams, Forward, RopeParams, Rows
+from mnemos.ops.protocol import AttentionParams, Forward, MemoryParams, PoolParams, RopeParams, Rows
+from mnemos.ops.torch_memory import TorchWindows, attend_memory, pool_rows
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {TensorType.F32: torch.float32, TensorType.F16: torch.float16, TensorType.BF16: torch.bfloat16}
@@ -132,6 +133,7 @@ class TorchBatch:
             torch.from_numpy(array.astype(np.int64)).to(device)
             for array in (batch.token_ids, batch.positions, batch.logit_rows)
         )
+        self.host = batch
         self.tables = [TorchTables(batch, layout, group, device) for group in range(len(layout.groups))]
 
 
@@ -169,6 +171,18 @@ class TorchOps:
 
     def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> TorchCache:
         return TorchCache(layout, pages, self.device)
+
+    def bank(
+        self, keys: npt.NDArray[np.float32], values: npt.NDArray[np.float32], params: MemoryParams, compact: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (kv_heads, rows, head_dim), in the type of the activations."""
+        shape = (params.rows, params.kv_heads, params.head_dim)
+        sides = (torch.from_numpy(np.ascontiguousarray(side)).reshape(shape).transpose(0, 1) for side in (keys, values))
+        first, second = (side.contiguous().to(self.device, self.dtype) for side in sides)
+        return first, second
+
+    def windows(self, layers: int, width: int, length: int) -> TorchWindows:
+        return TorchWindows(layers, width, length, self.device, self.dtype)
 
     def compile(self, forward: Forward, cache: TorchCache) -> Callable[[Batch], Output]:
         def step(batch: Batch) -> Output:
@@ -246,6 +260,21 @@ class TorchOps:
         weights, ids = probabilities.sort(dim=-1, descending=True, stable=True)
         weights, ids = weights[:, :top_k], ids[:, :top_k]
         return ids, weights / weights.sum(-1, keepdim=True) if normalise else weights
+
+    def choose(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        weights, ids = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+        weights, ids = weights[:, :top_k], ids[:, :top_k]
+        return ids, weights / weights.sum(-1, keepdim=True)
+
+    def pool(
+        self, x: Tensor, batch: TorchBatch, windows: TorchWindows | None, layer: int, params: PoolParams
+    ) -> Tensor:
+        return pool_rows(x, batch.host, windows, layer, params)
+
+    def memory_attention(
+        self, q: Tensor, bank: tuple[Tensor, Tensor], ids: Tensor | None, weights: Tensor | None, params: MemoryParams
+    ) -> Tensor:
+        return attend_memory(q, bank, ids, weights, params)
 
     def experts(
         self,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mnemos.errors import ConfigError
+from mnemos.formats.memory_checkpoint import base_folder
 from mnemos.models.memory_transformer.attention import MemoryAttention
 from mnemos.models.memory_transformer.banks import adopt_quantized, make_bank, quantize_banks
 from mnemos.models.memory_transformer.config import Config
@@ -177,13 +177,5 @@ def _load_base(config: Config) -> nn.Module:
     from mnemos.models.foreign.pretrained import load_module
 
     dtype = PRECISIONS.get(config.mixed_precision, "float32")
-    return load_module(base_folder(config), dtype=dtype, device="cpu", trust_remote_code=False)
-
-
-def base_folder(config: Config) -> Path:
-    """Where the base model is: a folder as named, one beside the config's folder or in it, or one of the hub's."""
-    from mnemos.hub.sources import resolve
-
-    name = str(config.model.base_model_name)
-    places = [] if config.path is None else [config.path.parent / name, config.path.parent.parent / name]
-    return next((place for place in (Path(name), *places) if place.is_dir()), None) or Path(resolve(name))
+    folder = base_folder(name, None if config.path is None else config.path.parent)
+    return load_module(folder, dtype=dtype, device="cpu", trust_remote_code=False)

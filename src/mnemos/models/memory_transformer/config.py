@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mnemos.errors import ConfigError, FormatError
-from mnemos.models.memory_transformer.yaml_file import read_yaml
+from mnemos.formats.yaml_file import read_yaml
 from mnemos.rules import FLAG, Rule, hint, one_of, real, several, text, whole
 
 STRATEGIES = ("sequence", "sequence-rolling", "rolling", "hybrid", "token")
