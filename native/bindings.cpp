@@ -205,7 +205,8 @@ InputView input_view(nb::handle object) {
 }
 
 nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages,
-                     Ints page_positions, Ints page_starts, Ints logit_rows, nb::list inputs, bool argmax) {
+                     Ints page_positions, Ints page_starts, Ints logit_rows, nb::list inputs, bool argmax,
+                     std::optional<Ints> states) {
   BatchView batch;
   batch.argmax = argmax;
   batch.tokens = static_cast<int64_t>(positions.size());
@@ -230,6 +231,7 @@ nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequ
   batch.page_positions = page_positions.data();
   batch.page_starts = page_starts.data();
   batch.logit_rows = logit_rows.data();
+  if (states) batch.states = states->data(), batch.state_slots = static_cast<int64_t>(states->size());
   std::vector<InputView> views;
   for (nb::handle input : inputs) views.push_back(input_view(input));
   std::vector<OutputView> outputs;
@@ -240,6 +242,25 @@ nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequ
   nb::list result;
   for (const OutputView &output : outputs) result.append(as_array(output));
   return result;
+}
+
+PoolKind pool_kind(const std::string &name) {
+  if (name == "sequence") return PoolKind::sequence;
+  if (name == "sequence-rolling") return PoolKind::sequence_rolling;
+  if (name == "rolling") return PoolKind::rolling;
+  if (name == "hybrid") return PoolKind::hybrid;
+  throw config_error("pooling is '" + name + "'; it must be sequence, sequence-rolling, rolling or hybrid");
+}
+
+void store_rows(Cache &bank, int64_t first, FloatRows keys, FloatRows values) {
+  const int64_t count = static_cast<int64_t>(keys.shape(0)), width = bank.kv_heads * bank.cell().head_dim;
+  const bool fits = first >= 0 && first + count <= bank.pages * bank.cell().slots && values.shape(0) == keys.shape(0) &&
+                    static_cast<int64_t>(keys.shape(1)) == width && static_cast<int64_t>(values.shape(1)) == width;
+  if (!fits || bank.layers != 1)
+    throw config_error("rows " + std::to_string(first) + " to " + std::to_string(first + count) + " of " +
+                       std::to_string(keys.shape(1)) + " columns do not fit the bank");
+  nb::gil_scoped_release release_gil;
+  store_bank_rows(bank, first, count, keys.data(), values.data());
 }
 
 Norm make_norm_params(Norm::Kind kind, const Floats &weight, const std::optional<Floats> &bias, float epsilon) {
@@ -505,10 +526,29 @@ void bind_program(nb::module_ &m) {
             return p.experts(x, ids, weights, std::move(experts));
           },
           "x"_a, "ids"_a, "weights"_a, "gate"_a, "up"_a, "down"_a, "kind"_a)
+      .def("choose", &Program::choose, "logits"_a, "top_k"_a)
+      .def(
+          "pool",
+          [](Program &p, int x, std::shared_ptr<Windows> windows, int64_t layer, const std::string &kind,
+             int64_t window) {
+            return p.pool(x, {pool_kind(kind), window, layer, std::move(windows)});
+          },
+          "x"_a, "windows"_a.none(), "layer"_a, "kind"_a, "window"_a)
+      .def(
+          "memory_attention",
+          [](Program &p, int q, int ids, int weights, std::shared_ptr<Cache> bank, int64_t heads, int64_t kv_heads,
+             int64_t head_dim, float scale, int64_t rows, int64_t chapters, int64_t shared, float scaling,
+             bool separate) {
+            MemoryAttention memory{heads, kv_heads, head_dim, scale,    rows,
+                                   chapters, shared, scaling, separate, std::move(bank)};
+            return p.memory(q, ids, weights, std::move(memory));
+          },
+          "q"_a, "ids"_a, "weights"_a, "bank"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "rows"_a,
+          "chapters"_a, "shared"_a, "scaling"_a, "separate"_a)
       .def("width", &Program::width, "value"_a)
       .def("finish", &Program::finish, "outputs"_a)
       .def("run", &run_program, "token_ids"_a, "positions"_a, "sequence_starts"_a, "pages"_a, "page_positions"_a,
-           "page_starts"_a, "logit_rows"_a, "inputs"_a, "argmax"_a = false)
+           "page_starts"_a, "logit_rows"_a, "inputs"_a, "argmax"_a = false, "states"_a = nb::none())
       .def_prop_ro("finds_argmax", &Program::finds_argmax)
       .def("poison", &Program::poison, "on"_a)
       .def("workspace_bytes", &Program::workspace_bytes, "tokens"_a, "chosen"_a)
@@ -553,6 +593,12 @@ NB_MODULE(_native, m) {
   m.def("pack_matrices", &pack_matrices, "matrices"_a, "pool"_a);
   m.def("encode_rows", &encode_matrix, "values"_a, "type"_a, "importance"_a.none(), "out"_a, "pool"_a);
 
+  nb::class_<Windows>(m, "Windows")
+      .def(nb::init<int64_t, int64_t, int64_t>(), "layers"_a, "width"_a, "length"_a)
+      .def("reserve", &Windows::reserve, "slots"_a)
+      .def("copy", &Windows::copy, "source"_a, "target"_a)
+      .def("clear", &Windows::clear, "slot"_a);
+
   nb::class_<Cache>(m, "Cache")
       .def(
           "__init__",
@@ -563,6 +609,7 @@ NB_MODULE(_native, m) {
       .def_ro("pages", &Cache::pages)
       .def_prop_ro("page_bytes", &Cache::page_bytes)
       .def("copy", &Cache::copy, "source"_a, "target"_a)
+      .def("store_rows", &store_rows, "first"_a, "keys"_a, "values"_a)
       .def(
           "read",
           [](const Cache &cache, int64_t page) {

@@ -17,7 +17,9 @@ struct Value {
   ValueType type;
 };
 
-enum class OperatorKind { input, embed, choose_rows, linear, norm, rope, attention, elementwise, route, experts };
+enum class OperatorKind {
+  input, embed, choose_rows, linear, norm, rope, attention, elementwise, route, experts, choose, pool, memory
+};
 
 // Which fields are used depends on the kind.
 struct Operator {
@@ -32,6 +34,8 @@ struct Operator {
   int64_t head_dim = 0;  // for rope
   Attention attention{};
   std::shared_ptr<const Experts> experts;
+  Pooling pooling{};
+  std::shared_ptr<const MemoryAttention> memory;
   int64_t top_k = 0;
   bool normalise = false;
 };

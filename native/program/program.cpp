@@ -184,13 +184,19 @@ void Program::check_inputs(const BatchView &batch, const std::vector<InputView> 
   }
   if (index != inputs.size()) throw config_error("the program has fewer inputs than were given");
   for (const Operator &op : graph_.operators) {
-    if (op.kind != OperatorKind::experts) continue;
-    const int64_t count = static_cast<int64_t>(op.experts->gate.size());
+    if (op.kind != OperatorKind::experts && op.kind != OperatorKind::memory) continue;
+    if (op.inputs.size() < 3) continue;
+    const bool memory = op.kind == OperatorKind::memory;
+    const int64_t count =
+        memory ? op.memory->chapters - op.memory->shared : static_cast<int64_t>(op.experts->gate.size());
     size_t at = 0;
     for (const Operator &source : graph_.operators) {
       if (source.kind != OperatorKind::input) {
         const bool routed = source.kind == OperatorKind::route && source.outputs[0] == op.inputs[1];
         if (routed && source.matrix->rows > count) throw config_error("the router knows more experts than there are");
+        const bool chosen = source.kind == OperatorKind::choose && source.outputs[0] == op.inputs[1];
+        if (chosen && graph_.values[static_cast<size_t>(source.inputs[0])].width > count)
+          throw config_error("the router knows more chapters than there are");
         continue;
       }
       const InputView &input = inputs[at++];
@@ -198,7 +204,7 @@ void Program::check_inputs(const BatchView &batch, const std::vector<InputView> 
       const int32_t *ids = static_cast<const int32_t *>(input.data);
       for (int64_t i = 0; i < input.rows * input.width; i++) {
         if (ids[i] < 0 || ids[i] >= count)
-          throw request_error("expert " + number(ids[i]) + " is not one of " + number(count));
+          throw request_error((memory ? "chapter " : "expert ") + number(ids[i]) + " is not one of " + number(count));
       }
     }
   }
@@ -224,12 +230,28 @@ void Program::check_batch(const BatchView &batch) const {
       throw request_error("row " + number(batch.logit_rows[r]) + " is not one of the batch's " + number(batch.tokens));
     }
   }
-  if (schedule_.attentions.empty()) return;
+  bool pools = false;
+  for (const Operator &op : graph_.operators) {
+    if (op.kind != OperatorKind::pool) continue;
+    pools = true;
+    if (!op.pooling.windows) continue;
+    if (batch.state_slots != batch.sequences)
+      throw request_error("the batch has " + number(batch.state_slots) + " states; it needs one for each of its " +
+                          number(batch.sequences) + " sequences");
+    for (int64_t s = 0; s < batch.sequences; s++) {
+      if (batch.states[s] < 0 || batch.states[s] >= op.pooling.windows->slots())
+        throw request_error("state slot " + number(batch.states[s]) + " is not one of " +
+                            number(op.pooling.windows->slots()));
+    }
+  }
+  if (schedule_.attentions.empty() && !pools) return;
   const auto monotonic = [&](const int32_t *starts, int64_t count, int64_t end, const char *name) {
     bool good = starts[0] == 0 && starts[count] == end;
     for (int64_t i = 0; i < count; i++) good = good && starts[i] <= starts[i + 1];
     if (!good) throw request_error(std::string(name) + " must rise from 0 to " + number(end));
   };
+  if (pools) monotonic(batch.sequence_starts, batch.sequences, batch.tokens, "sequence_starts");
+  if (schedule_.attentions.empty()) return;
   const int64_t tables = batch.sequences * static_cast<int64_t>(caches_.size());
   if (batch.tables != tables) {
     throw request_error("page_starts has " + number(batch.tables) + " page tables; " + number(batch.sequences) +

@@ -50,6 +50,9 @@ class Program {
   int attention(int q, int k, int v, Attention attention);
   int elementwise(Elementwise operation, int x, int second);
   std::pair<int, int> route(int x, MatrixPointer matrix, int64_t top_k, bool normalise);
+  std::pair<int, int> choose(int logits, int64_t top_k);
+  int pool(int x, Pooling pooling);
+  int memory(int q, int ids, int weights, MemoryAttention memory);  // ids and weights: -1 without chapters
   int experts(int x, int ids, int weights, Experts experts);
   int64_t width(int value) const;
   // Ends the recording.

@@ -184,6 +184,70 @@ std::pair<int, int> Program::route(int x, MatrixPointer matrix, int64_t top_k, b
   return {first, first + 1};
 }
 
+std::pair<int, int> Program::choose(int logits, int64_t top_k) {
+  const Value value = checked_value(logits);
+  require(top_k >= 1 && top_k <= value.width,
+          "top_k is " + number(top_k) + "; it must be 1 to " + number(value.width) + ", the number of logits");
+  Operator op{};
+  op.kind = OperatorKind::choose;
+  op.inputs = {logits};
+  op.top_k = top_k;
+  const int first =
+      add_operator(std::move(op), {{top_k, value.rows, ValueType::int32}, {top_k, value.rows, ValueType::float32}});
+  return {first, first + 1};
+}
+
+int Program::pool(int x, Pooling pooling) {
+  const Value value = checked_value(x);
+  require(value.rows == Rows::tokens, "a router pools over all rows of a batch");
+  require(pooling.window >= 1, "the window is " + number(pooling.window) + "; it must be at least 1");
+  const bool remembers = pooling.kind == PoolKind::rolling || pooling.kind == PoolKind::hybrid;
+  require(remembers == static_cast<bool>(pooling.windows), "windows are needed by rolling and hybrid pooling alone");
+  if (pooling.windows) {
+    const Windows &windows = *pooling.windows;
+    require(windows.width == value.width && windows.length >= pooling.window && pooling.layer >= 0 &&
+                pooling.layer < windows.layers,
+            "the windows do not fit layer " + number(pooling.layer) + " with " + number(value.width) + " columns and " +
+                number(pooling.window) + " positions");
+  }
+  Operator op{};
+  op.kind = OperatorKind::pool;
+  op.inputs = {x};
+  op.pooling = std::move(pooling);
+  return add_operator(std::move(op), {value});
+}
+
+int Program::memory(int q, int ids, int weights, MemoryAttention memory) {
+  const Value value = checked_value(q);
+  const Cache &bank = *memory.bank;
+  require(memory.head_dim >= 1 && memory.kv_heads >= 1 && memory.heads >= 1 && memory.heads % memory.kv_heads == 0 &&
+              memory.heads / memory.kv_heads <= max_tile_rows && value.width == memory.heads * memory.head_dim,
+          "memory attention with " + number(memory.heads) + " heads, " + number(memory.kv_heads) +
+              " of keys, of width " + number(memory.head_dim) + " does not fit queries of " + number(value.width));
+  require(bank.layers == 1 && bank.kv_heads == memory.kv_heads && bank.cell().head_dim == memory.head_dim &&
+              memory.rows >= 1 && memory.rows <= bank.pages * bank.cell().slots,
+          "the bank does not hold " + number(memory.rows) + " rows of those heads");
+  Operator op{};
+  op.kind = OperatorKind::memory;
+  op.inputs = {q};
+  require((ids >= 0) == (memory.chapters > 0) && (ids >= 0) == (weights >= 0),
+          "a bank with chapters needs the ids and weights of those chosen, and any other has none");
+  if (ids >= 0) {
+    const Value chosen = checked_value(ids), shares = checked_value(weights);
+    memory.chosen = chosen.width;
+    require(chosen.type == ValueType::int32 && chosen.width == shares.width && chosen.rows == value.rows &&
+                shares.rows == value.rows,
+            "memory attention needs ids and weights of the same shape, with as many rows as its queries");
+    require(memory.rows % memory.chapters == 0 && memory.span_rows() % bank.cell().slots == 0 && memory.shared >= 0 &&
+                memory.shared < memory.chapters,
+            "a bank of " + number(memory.rows) + " rows cannot have " + number(memory.chapters) + " chapters, " +
+                number(memory.shared) + " of them shared, in pages of " + number(bank.cell().slots));
+    op.inputs = {q, ids, weights};
+  }
+  op.memory = std::make_shared<const MemoryAttention>(std::move(memory));
+  return add_operator(std::move(op), {value});
+}
+
 int Program::experts(int x, int ids, int weights, Experts experts) {
   const Value value = checked_value(x), chosen = checked_value(ids), shares = checked_value(weights);
   const size_t count = experts.gate.size();

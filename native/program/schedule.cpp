@@ -58,7 +58,8 @@ class Scheduler {
   void add(std::unique_ptr<Task> task) { schedule_.tasks.push_back(std::move(task)); }
 
   // Products whose rounding shows most take finer activations: those whose results are an output of the program
-  // (logits), or the keys or values that later tokens attend to, perhaps normalised, rotated or scaled in between; and
+  // (logits), that choose chapters, or the keys or values that later tokens attend to, perhaps normalised, rotated or
+  // scaled in between; and
   // those after the last attention, whose errors are not evened out: in a prompt they run for the chosen rows alone.
   // Queries, of which there are more, gain little.
   void mark_precise() {
@@ -71,6 +72,7 @@ class Scheduler {
       precise_[i] = op(static_cast<int>(i)).kind == OperatorKind::linear;
     for (int v : graph_.outputs) mark_source(v);
     for (const Operator &o : graph_.operators) {
+      if (o.kind == OperatorKind::choose) mark_source(o.inputs[0]);
       if (o.kind == OperatorKind::attention)
         std::for_each(o.inputs.begin() + 1, o.inputs.end(), [&](int v) { mark_source(v); });
     }
@@ -200,6 +202,14 @@ class Scheduler {
       }
       case OperatorKind::route: return schedule_route(o);
       case OperatorKind::experts: return schedule_experts(o);
+      case OperatorKind::choose: {
+        const Value &x = value(o.inputs[0]);
+        const int ids = buffer(o.outputs[0]), weights = buffer(o.outputs[1]);
+        return add(make_route(buffer(o.inputs[0]), x.width, o.top_k, true, ids, weights, x.rows));
+      }
+      case OperatorKind::pool:
+        return add(make_pool(o.pooling, buffer(o.inputs[0]), value(o.inputs[0]).width, buffer(o.outputs[0])));
+      case OperatorKind::memory: return schedule_memory(o);
     }
   }
 
@@ -356,6 +366,15 @@ class Scheduler {
     product.y.buffer = logits;
     add(make_products({product}, input, form, value(x).rows));
     add(make_route(logits, experts, o.top_k, o.normalise, buffer(o.outputs[0]), buffer(o.outputs[1]), value(x).rows));
+  }
+
+  void schedule_memory(const Operator &o) {
+    const Rows rows = value(o.inputs[0]).rows;
+    const bool routed = o.inputs.size() > 1;
+    const int ids = routed ? buffer(o.inputs[1]) : -1, weights = routed ? buffer(o.inputs[2]) : -1;
+    const int partials = float_buffer(rows, 0, memory_partial_floats(*o.memory)), y = buffer(o.outputs[0]);
+    add(make_read(o.memory, buffer(o.inputs[0]), ids, weights, rows, partials, y));
+    add(make_join(o.memory, ids, weights, rows, partials, y));
   }
 
   void schedule_experts(const Operator &o) {

@@ -20,6 +20,8 @@ struct BatchView {
   int64_t tokens = 0, chosen = 0, sequences = 0, tables = 0, table_pages = 0;
   const int32_t *token_ids = nullptr, *positions = nullptr, *sequence_starts = nullptr;
   const int32_t *pages = nullptr, *page_positions = nullptr, *page_starts = nullptr, *logit_rows = nullptr;
+  int64_t state_slots = 0;
+  const int32_t *states = nullptr;  // a slot for each sequence, where the model keeps any
   bool argmax = false;  // only the index of each row's largest logit is wanted; see Program::finds_argmax
 };
 

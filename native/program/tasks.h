@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "linear/linear.h"
+#include "program/memory.h"
 #include "program/step.h"
 
 namespace mnemos {
@@ -132,6 +133,16 @@ int64_t partials_bytes(const TileSet &tiles, const Attention &attention);
 // ids (T, top_k) and weights (T, top_k) from logits (T, experts).
 std::unique_ptr<Task> make_route(int logits, int64_t experts, int64_t top_k, bool normalise, int ids, int weights,
                                  Rows rows);
+
+// y = what the rows of x are routed by.
+std::unique_ptr<Task> make_pool(Pooling pooling, int x, int64_t width, int y);
+// y = attention from q to a bank; ids and weights: -1 without chapters. The blocks that a few rows read are shared out
+// among threads, and their parts joined: `partials` has memory_partial_floats.
+std::unique_ptr<Task> make_read(std::shared_ptr<const MemoryAttention> memory, int q, int ids, int weights, Rows rows,
+                                int partials, int y);
+std::unique_ptr<Task> make_join(std::shared_ptr<const MemoryAttention> memory, int ids, int weights, Rows rows,
+                                int partials, int y);
+int64_t memory_partial_floats(const MemoryAttention &memory);
 
 struct Experts {
   std::vector<MatrixPointer> gate, up, down;

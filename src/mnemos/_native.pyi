@@ -101,8 +101,18 @@ class Cache:
     @property
     def page_bytes(self) -> int: ...
     def copy(self, source: int, target: int) -> None: ...
+    def store_rows(self, first: int, keys: Floats, values: Floats) -> None:
+        """Writes keys and values (n, kv_heads * head_dim) as a bank's rows `first` and up, in a cache of one layer."""
     def read(self, page: int) -> Bytes: ...
     def write(self, page: int, content: Bytes) -> None: ...
+
+class Windows:
+    """The rows (width,) at a sequence's latest `length` positions, for some layers, in a slot for each sequence."""
+
+    def __init__(self, layers: int, width: int, length: int) -> None: ...
+    def reserve(self, slots: int) -> None: ...
+    def copy(self, source: int, target: int) -> None: ...
+    def clear(self, slot: int) -> None: ...
 
 class Program:
     """A forward pass that is recorded and then run. Values are numbers, in the order of recording."""
@@ -135,6 +145,24 @@ class Program:
     def scale(self, x: int, factor: float) -> int: ...
     def softcap(self, x: int, cap: float) -> int: ...
     def route(self, x: int, router: Matrix, top_k: int, normalise: bool) -> tuple[int, int]: ...
+    def choose(self, logits: int, top_k: int) -> tuple[int, int]: ...
+    def pool(self, x: int, windows: Windows | None, layer: int, kind: str, window: int) -> int: ...
+    def memory_attention(
+        self,
+        q: int,
+        ids: int,
+        weights: int,
+        bank: Cache,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        rows: int,
+        chapters: int,
+        shared: int,
+        scaling: float,
+        separate: bool,
+    ) -> int: ...
     def experts(
         self, x: int, ids: int, weights: int, gate: list[Matrix], up: list[Matrix], down: list[Matrix], kind: str
     ) -> int: ...
@@ -151,6 +179,7 @@ class Program:
         logit_rows: Ints,
         inputs: list[npt.NDArray[Any]],
         argmax: bool = False,
+        states: Ints | None = None,
     ) -> list[npt.NDArray[Any]]:
         """One step on a checked batch; the results are views that the next step overwrites.
 

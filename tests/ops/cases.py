@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from mnemos.contract import Batch
 from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
-from mnemos.ops.protocol import ACTIVATIONS, AttentionParams, RopeParams
+from mnemos.ops.protocol import ACTIVATIONS, AttentionParams, MemoryParams, PoolParams, RopeParams
 
 ROWS = (1, 2, 3, 7, 33)
 Run = Callable[[Any, np.random.Generator, int], Any]
@@ -85,6 +85,44 @@ def _experts(ops: Any, g: np.random.Generator, t: int) -> Any:
     return ops.experts(x, ids, shares, gate, up, down, "silu")
 
 
+def _choose(ops: Any, g: np.random.Generator, t: int) -> Any:
+    logits = floats(g, t, 9)
+    logits[:, 5] = logits[:, 2]  # ties go to the lower id
+    return ops.choose(3 * logits, 4)
+
+
+def _memory(params: MemoryParams, chosen: int) -> Run:
+    """The rows of a tile choose alike or not, as those of a text or those of several do."""
+
+    def run(ops: Any, g: np.random.Generator, t: int) -> Any:
+        keys, values = floats(g, 2, params.rows, params.kv_heads * params.head_dim)
+        bank = ops.bank(keys, values, params, False)
+        q = 2 * floats(g, t, params.heads * params.head_dim)
+        if not params.chapters:
+            return ops.memory_attention(q, bank, None, None, params)
+        sets = np.stack([g.permutation(params.chapters - params.shared)[:chosen] for _ in range(3)]).astype(np.int32)
+        weights = np.abs(floats(g, 3, chosen))
+        member = np.sort(g.integers(0, 3, t))
+        return ops.memory_attention(q, bank, sets[member], (weights / weights.sum(1)[:, None])[member], params)
+
+    return run
+
+
+MEMORIES = {
+    "memory": (MemoryParams(6, 2, 24, 0.2, rows=300), 0),
+    "memory of one row": (MemoryParams(3, 3, 8, 0.4, rows=1), 0),
+    "memory by chapters": (MemoryParams(4, 1, 32, 0.2, rows=12 * 17, chapters=12), 3),
+    "memory by chapters, some shared": (
+        MemoryParams(4, 2, 16, 0.3, rows=6 * 160, chapters=6, shared=2, scaling=2.5),
+        2,
+    ),
+    "memory by token": (MemoryParams(4, 2, 20, 0.3, rows=8 * 24, chapters=8, scaling=0.7, separate=True), 3),
+    "memory by token, some shared": (
+        MemoryParams(2, 1, 64, 0.1, rows=5 * 130, chapters=5, shared=1, scaling=1.3, separate=True),
+        2,
+    ),
+}
+
 CASES = (
     Case("embed", _embed),
     Case("rows", _rows),
@@ -107,7 +145,30 @@ CASES = (
     Case("route", _route(False)),
     Case("route normalised", _route(True)),
     Case("experts", _experts),
+    Case("choose", _choose),
+    *(Case(name, _memory(*memory)) for name, memory in MEMORIES.items()),
 )
+
+
+@dataclass(frozen=True)
+class PoolCase:
+    """Two texts that are read, go on, return by two positions and go on again, one beside a third that is new."""
+
+    params: PoolParams
+    width: int = 37
+    length: int = 9  # of the windows
+
+    def batches(self) -> list[Batch]:
+        steps = [[range(12), range(3)], [range(12, 13), range(3, 7)], [range(11, 14), range(6, 7), range(5)]]
+        states = [[2, 0], [2, 0], [2, 0, 1]]
+        nothing = Table(np.empty(0, np.int32), np.empty(0, np.int32))
+        return [
+            replace(batch_of(step, [nothing] * len(step)), states=np.array(slots, dtype=np.int32))
+            for step, slots in zip(steps, states, strict=True)
+        ]
+
+
+POOL_CASES = tuple(PoolCase(PoolParams(kind, 4)) for kind in ("sequence", "sequence-rolling", "rolling", "hybrid"))
 
 
 @dataclass(frozen=True)

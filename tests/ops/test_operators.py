@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from zlib import crc32
 
 import numpy as np
 import pytest
-from tests.ops.cases import ATTENTION_CASES, CASES, ROWS, AttentionCase, Case, floats
+from tests.ops.cases import ATTENTION_CASES, CASES, MEMORIES, POOL_CASES, ROWS, AttentionCase, Case, PoolCase, floats
 
 from mnemos.contract import Batch, KVLayout
+from mnemos.errors import ConfigError, RequestError
 from mnemos.ops.native import NativeOps
 from mnemos.ops.numpy import NumpyOps
 
@@ -39,6 +40,84 @@ def test_operator_equals_the_reference(case: Case, isa: str) -> None:
     for rows in ROWS:
         expected = case.run(REFERENCE, _generator(f"{case.name} {rows}"), rows)
         _assert_close(case.run(ops, _generator(f"{case.name} {rows}"), rows), expected)
+
+
+@pytest.mark.parametrize("case", POOL_CASES, ids=lambda case: case.params.kind)
+def test_pooling_equals_the_reference(case: PoolCase) -> None:
+    backends = (REFERENCE, NativeOps(dtype="float32"))
+    layers = [ops.windows(2, case.width, case.length) if case.params.remembers else None for ops in backends]
+    for windows in filter(None, layers):
+        windows.reserve(4)
+    generator = np.random.default_rng(1)
+    for batch in case.batches():
+        x = floats(generator, len(batch.positions), case.width)
+        expected, result = (ops.pool_rows(x, batch, w, 1, case.params) for ops, w in zip(backends, layers, strict=True))
+        _assert_close(result, expected)
+    if case.params.remembers:  # a fork goes on as its original does
+        for windows in filter(None, layers):
+            windows.copy([2], [3])
+            windows.clear([2])
+        batch = replace(
+            case.batches()[1].part(0, 1), positions=np.array([14], np.int32), states=np.array([3], np.int32)
+        )
+        x = floats(generator, 1, case.width)
+        expected, result = (ops.pool_rows(x, batch, w, 1, case.params) for ops, w in zip(backends, layers, strict=True))
+        _assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_memory_rows_do_not_depend_on_each_other(name: str, isa: str) -> None:
+    """A row's bits are the same alone, where threads share its blocks, and among many."""
+    params, chosen = MEMORIES[name]
+    g, ops = _generator(name), NativeOps()
+    keys, values = floats(g, 2, params.rows, params.kv_heads * params.head_dim)
+    bank = ops.bank(keys, values, params, False)
+    q = floats(g, 70, params.heads * params.head_dim)
+    ids = weights = None
+    if chosen:
+        rows = [g.permutation(params.chapters - params.shared)[:chosen] for _ in range(3)]
+        ids = np.repeat(np.stack(rows), [40, 29, 1], axis=0).astype(np.int32)
+        weights = np.repeat(np.abs(floats(g, 3, chosen)), [40, 29, 1], axis=0)
+    together = ops.memory_attention(q, bank, ids, weights, params)
+    for row in (0, 13, 39, 40, 69):
+        own = (None, None) if ids is None or weights is None else (ids[row : row + 1], weights[row : row + 1])
+        alone = ops.memory_attention(q[row : row + 1], bank, *own, params)
+        np.testing.assert_array_equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_banks_in_their_own_types(compact: bool, isa: str) -> None:
+    params, chosen = MEMORIES["memory by chapters, some shared"]
+    g, ops = _generator("types"), NativeOps()
+    keys, values = floats(g, 2, params.rows, params.kv_heads * params.head_dim)
+    q, ids = floats(g, 5, params.heads * params.head_dim), np.tile(np.array([1, 3], np.int32), (5, 1))
+    weights = np.full((5, chosen), 0.5, np.float32)
+    result, expected = (
+        backend.memory_attention(q, backend.bank(keys, values, params, compact), ids, weights, params)
+        for backend in (ops, REFERENCE)
+    )
+    _assert_close(result, expected, 0.02)
+
+
+def test_chapters_and_states_out_of_range_are_refused() -> None:
+    params, chosen = MEMORIES["memory by chapters"]
+    ops = NativeOps()
+    keys = np.zeros((params.rows, params.kv_heads * params.head_dim), np.float32)
+    bank = ops.bank(keys, keys, params, False)
+    q, weights = np.zeros((1, params.heads * params.head_dim), np.float32), np.ones((1, chosen), np.float32)
+    with pytest.raises(RequestError, match="chapter 12 is not one of 12"):
+        ops.memory_attention(q, bank, np.array([[0, 1, 12]], np.int32), weights, params)
+    with pytest.raises(ConfigError, match="needs the ids and weights"):
+        ops.memory_attention(q, bank, None, None, params)
+    case = POOL_CASES[-1]
+    windows, batch = ops.windows(1, case.width, case.length), case.batches()[0]
+    windows.reserve(2)
+    with pytest.raises(RequestError, match="state slot 2 is not one of 2"):
+        ops.pool_rows(np.zeros((15, case.width), np.float32), batch, windows, 0, case.params)
+    with pytest.raises(RequestError, match="needs one for each of its 2 sequences"):
+        ops.pool_rows(
+            np.zeros((15, case.width), np.float32), replace(batch, states=batch.states[:1]), windows, 0, case.params
+        )
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -11,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.ops.cases import ATTENTION_CASES, CASES, ROWS, AttentionCase, Case, floats  # noqa: E402
+from tests.ops.cases import ATTENTION_CASES, CASES, POOL_CASES, ROWS, AttentionCase, Case, PoolCase, floats  # noqa: E402
 
 from mnemos.contract import KVLayout  # noqa: E402
 from mnemos.errors import ConfigError, UnsupportedError  # noqa: E402
@@ -42,7 +43,7 @@ class OnArrays:
             result = method(*(self.put(argument) for argument in arguments))
             return tuple(map(self.take, result)) if isinstance(result, tuple) else self.take(result)
 
-        return method if name in ("matrix", "vector", "cache") else call
+        return method if name in ("matrix", "vector", "cache", "bank", "windows") else call
 
     def put(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
@@ -111,3 +112,17 @@ def test_what_cannot_be_had_is_named() -> None:
     with pytest.raises(UnsupportedError, match="kv_dtype 'int8' is not supported"):
         TorchOps("cpu").cache(KVLayout(1, 1, 8, 4, "int8"), 1)
     assert isinstance(get_ops("torch", dtype="float32"), TorchOps)
+
+
+@pytest.mark.parametrize("case", POOL_CASES, ids=lambda case: case.params.kind)
+def test_pooling_equals_the_reference(case: PoolCase) -> None:
+    ops = TorchOps("cpu")
+    reference, own = (
+        backend.windows(2, case.width, case.length) if case.params.remembers else None for backend in (REFERENCE, ops)
+    )
+    generator = np.random.default_rng(1)
+    for batch in case.batches():
+        x = floats(generator, len(batch.positions), case.width)
+        expected = REFERENCE.pool_rows(x, batch, reference, 1, case.params)
+        result = ops.pool_rows(torch.from_numpy(x), SimpleNamespace(host=batch), own, 1, case.params)
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)

@@ -51,7 +51,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a GGUF file, a folder (of Hugging Face, with one GGUF, with a config.yaml), a .safetensors beside a config.json.
+    """Opens a GGUF file; a folder of Hugging Face, with one GGUF or with a config.yaml; a .safetensors or a .pt file.
 
     Raises FormatError that says what is there and what would be right, UnsupportedError for storage types that are
     known but not supported. Nothing but headers is read: tensors are read when they are used.

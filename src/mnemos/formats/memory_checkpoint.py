@@ -21,7 +21,8 @@ BASE = "base_model."  # before the names of an adapter's base model's tensors
 def open_memory_folder(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor], dict[str, Any], Path | None]:
     """(metadata, tensors, the base's generation_config, the base's folder) of a checkpoint.
 
-    The metadata are `architectures`, `memory_config` (the file's content) and an adapter's `base`, its config.json. An adapter's tensors include its base's, from the base's folder if the weights are of memory and LoRA alone.
+    The metadata are `architectures`, `memory_config` (the file's content) and an adapter's `base`, its config.json. An
+    adapter's tensors include its base's, from the base's folder if the weights are of memory and LoRA alone.
     FormatError: a file is missing or damaged.
     """
     content = read_yaml(folder / CONFIG_NAME)

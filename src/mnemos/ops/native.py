@@ -17,13 +17,14 @@ from mnemos.formats.tensor import Tensor
 from mnemos.machine.levels import settle_levels
 from mnemos.native import core as _native
 from mnemos.native import require_core
-from mnemos.ops.protocol import AttentionParams, Forward, RopeParams, Rows
+from mnemos.ops.protocol import AttentionParams, Forward, MemoryParams, PoolParams, RopeParams, Rows
 from mnemos.rules import COUNT
 
 require_core()  # this module is useless without it
 NATIVE_DTYPES = ("auto", "float32")
 # From this many rows on, finding the most probable tokens without all logits is faster; fewer are memory-bound anyway.
 ARGMAX_ALONE_FROM = 8
+LARGEST_PAGE = 32  # rows of a memory bank's pages
 _NO_INTS = np.zeros(0, dtype=np.int32)
 _STARTS = np.zeros(1, dtype=np.int32)
 
@@ -50,6 +51,24 @@ class NativeCache:
 
     def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None:
         self.cores[group].write(page, content)
+
+
+class NativeWindows:
+    """Rows at the latest positions, in native memory; see `Windows`."""
+
+    def __init__(self, layers: int, width: int, length: int) -> None:
+        self.core = _native.Windows(layers, width, length)
+
+    def reserve(self, slots: int) -> None:
+        self.core.reserve(slots)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            self.core.copy(int(source), int(target))
+
+    def clear(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self.core.clear(int(slot))
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +144,19 @@ class NativeOps:
 
     def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> NativeCache:
         return NativeCache(layout, pages)
+
+    def bank(self, keys: Floats, values: Floats, params: MemoryParams, compact: bool) -> _native.Cache:
+        """A cache of one layer, in pages that divide a chapter."""
+        length = params.rows // params.chapters if params.chapters else LARGEST_PAGE
+        page_size = min(length & -length, LARGEST_PAGE)  # the largest power of two that divides the length
+        dtype = "float32" if self.as_float32 else "int8" if compact else self.cache_dtype
+        pages = -(-params.rows // page_size)
+        bank = _native.Cache(1, params.kv_heads, params.head_dim, page_size, dtype, pages)
+        bank.store_rows(0, *(np.ascontiguousarray(side, dtype=np.float32) for side in (keys, values)))
+        return bank
+
+    def windows(self, layers: int, width: int, length: int) -> NativeWindows:
+        return NativeWindows(layers, width, length)
 
     def compile(self, forward: Forward, cache: NativeCache) -> Callable[[Batch], Output]:
         program = _native.Program(self.pool, cache.cores)
@@ -209,6 +241,40 @@ class NativeOps:
         ids, weights = self._apply((x,), lambda program, x: program.route(x, router, top_k, normalise))
         return ids, weights
 
+    def choose(self, logits: Any, top_k: int) -> tuple[Any, Any]:
+        ids, weights = self._apply((logits,), lambda program, logits: program.choose(logits, top_k))
+        return ids, weights
+
+    def pool_rows(self, x: Any, batch: Any, windows: NativeWindows | None, layer: int, params: PoolParams) -> Any:
+        core = None if windows is None else windows.core
+
+        def record(program: _native.Program, x: int) -> int:
+            return program.pool(x, core, layer, params.kind, params.window)
+
+        if isinstance(x, Value):
+            return self._apply((x,), record)
+        return self._eager((x,), record, batch=batch)
+
+    def memory_attention(self, q: Any, bank: _native.Cache, ids: Any, weights: Any, params: MemoryParams) -> Any:
+        def record(program: _native.Program, q: int, ids: int = -1, weights: int = -1) -> int:
+            return program.memory_attention(
+                q,
+                ids,
+                weights,
+                bank,
+                params.heads,
+                params.kv_heads,
+                params.head_dim,
+                params.scale,
+                params.rows,
+                params.chapters,
+                params.shared,
+                params.scaling,
+                params.separate,
+            )
+
+        return self._apply((q,) if ids is None else (q, ids, weights), record)
+
     def experts(
         self,
         x: Any,
@@ -270,6 +336,7 @@ def _run(
         batch.logit_rows,
         inputs,
         argmax,
+        batch.states if len(batch.states) else None,
     )
 
 

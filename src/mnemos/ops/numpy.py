@@ -220,7 +220,9 @@ class NumpyOps:
         weights = np.take_along_axis(probabilities, ids, axis=-1)
         return ids, weights / weights.sum(axis=-1, keepdims=True)
 
-    def pool(self, x: Floats, batch: Batch, windows: NumpyWindows | None, layer: int, params: PoolParams) -> Floats:
+    def pool_rows(
+        self, x: Floats, batch: Batch, windows: NumpyWindows | None, layer: int, params: PoolParams
+    ) -> Floats:
         out = x.copy()
         for s in range(batch.sequences):
             rows = slice(batch.sequence_starts[s], batch.sequence_starts[s + 1])

@@ -196,7 +196,7 @@ class Ops(Protocol):
         Weights are softmax probabilities divided by their sum.
         """
 
-    def pool(self, x: Array, batch: Any, windows: Any, layer: int, params: PoolParams) -> Array:
+    def pool_rows(self, x: Array, batch: Any, windows: Any, layer: int, params: PoolParams) -> Array:
         """What `params` says each row of x is routed by, (T, columns), and keeps in `windows` what later rows need.
 
         layer: counted among the layers of `windows`, which is None if nothing is remembered.

@@ -18,7 +18,7 @@ from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.formats.tensor import Tensor as StoredTensor
 from mnemos.formats.tensor_types import TensorType
 from mnemos.ops.protocol import AttentionParams, Forward, MemoryParams, PoolParams, RopeParams, Rows
-from mnemos.ops.torch_memory import TorchWindows, attend_memory, pool_rows
+from mnemos.ops.torch_memory import TorchWindows, attend_memory, pooled_rows
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {TensorType.F32: torch.float32, TensorType.F16: torch.float16, TensorType.BF16: torch.bfloat16}
@@ -266,10 +266,10 @@ class TorchOps:
         weights, ids = weights[:, :top_k], ids[:, :top_k]
         return ids, weights / weights.sum(-1, keepdim=True)
 
-    def pool(
+    def pool_rows(
         self, x: Tensor, batch: TorchBatch, windows: TorchWindows | None, layer: int, params: PoolParams
     ) -> Tensor:
-        return pool_rows(x, batch.host, windows, layer, params)
+        return pooled_rows(x, batch.host, windows, layer, params)
 
     def memory_attention(
         self, q: Tensor, bank: tuple[Tensor, Tensor], ids: Tensor | None, weights: Tensor | None, params: MemoryParams

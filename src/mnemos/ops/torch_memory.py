@@ -41,8 +41,8 @@ class TorchWindows:
         return self._slots[slot][layer]
 
 
-def pool_rows(x: Tensor, batch: Batch, windows: TorchWindows | None, layer: int, params: PoolParams) -> Tensor:
-    """See `Ops.pool`."""
+def pooled_rows(x: Tensor, batch: Batch, windows: TorchWindows | None, layer: int, params: PoolParams) -> Tensor:
+    """See `Ops.pool_rows`."""
     out = x.clone()
     for s, (first, last) in enumerate(pairwise(batch.sequence_starts.tolist())):
         rows, begin = x[first:last], int(batch.positions[first])

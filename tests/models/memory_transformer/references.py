@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mnemos.models.memory_transformer.config import Config, parse_config
 from mnemos.formats.yaml_file import parse_yaml
+from mnemos.models.memory_transformer.config import Config, parse_config
 
 DATA = Path(__file__).parents[2] / "data" / "memory_transformer"
 PLAIN = ("03_per_layer_memdim48", "05_factorized", "07_lowrank_proj_untied", "15_memory_heads_8_1",

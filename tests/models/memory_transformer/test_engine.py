@@ -12,19 +12,17 @@ pytest.importorskip("yaml")
 pytest.importorskip("safetensors")
 
 from mnemos import InferenceEngine
-from mnemos.errors import ConfigError, FormatError
 from tests.models.memory_transformer.folders import write_folder
 from tests.models.memory_transformer.references import (
     ADAPTERS,
     CASES,
-    CHAPTERED,
     columns,
     read_reference,
     strategies_of,
 )
 
 EVERY = [*CASES, *((name, strategy) for name in ADAPTERS for strategy in strategies_of(name))]
-BACKENDS = ("numpy", "torch:cpu")
+BACKENDS = ("native", "numpy", "torch:cpu")
 
 
 @pytest.fixture

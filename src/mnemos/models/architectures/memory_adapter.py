@@ -97,7 +97,7 @@ def merged(tensors: dict[str, Tensor], settings: MemorySettings, weights: Weight
         rows, columns = weight.shape
         if a.shape != (settings.lora_rank, columns) or b.shape != (rows, settings.lora_rank):
             raise FormatError(
-                f"{weights.path}: the LoRA factors of {BASE + layer!r} have shapes {list(a.shape)} and {list(b.shape)}; "
+                f"{weights.path}: the LoRA factors of {layer!r} have shapes {list(a.shape)} and {list(b.shape)}; "
                 f"the config requires {[settings.lora_rank, columns]} and {[rows, settings.lora_rank]}"
             )
         if weights.ops is None:

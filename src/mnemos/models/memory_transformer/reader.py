@@ -41,7 +41,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Router:
-    """Chooses chapters for rows: for each by itself, or by what `pool` says."""
+    """Chooses chapters for rows: for each by itself, or by what `pool_rows` says."""
 
     linear: Linear
     top_k: int
@@ -51,7 +51,7 @@ class Router:
 
     def __call__(self, ops: Ops, states: Array, batch: Any, wanted: Array | None) -> tuple[Array, Array]:
         if self.pool is not None:
-            states = ops.pool(states, batch, self.routing.windows, self.place, self.pool)
+            states = ops.pool_rows(states, batch, self.routing.windows, self.place, self.pool)
         return ops.choose(self.linear(ops, only(ops, states, wanted)), self.top_k)
 
 
