@@ -539,8 +539,8 @@ void bind_program(nb::module_ &m) {
           [](Program &p, int q, int ids, int weights, std::shared_ptr<Cache> bank, int64_t heads, int64_t kv_heads,
              int64_t head_dim, float scale, int64_t rows, int64_t chapters, int64_t shared, float scaling,
              bool separate) {
-            MemoryAttention memory{heads, kv_heads, head_dim, scale,    rows,
-                                   chapters, shared, scaling, separate, std::move(bank)};
+            MemoryAttention memory{heads,    kv_heads, head_dim, scale,    rows,
+                                   chapters, shared,   scaling,  separate, std::move(bank)};
             return p.memory(q, ids, weights, std::move(memory));
           },
           "q"_a, "ids"_a, "weights"_a, "bank"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "rows"_a,

@@ -36,6 +36,7 @@ NATIVE = PACKAGE.parents[1] / "native"
 LONG_NATIVE_FILES = {
     "bindings.cpp": "the list of all that Python sees, function by function",
     "linear/product_quantized.h": "one tile, whose steps share its registers",
+    "program/schedule.cpp": "one walk over the operators, which decides what is fused",
     "program/attention_task.cpp": "one operator: how its work is cut, done and put together",
     "text/unicode_data.cpp": "tables that tools/unicode_tables.py writes",
     "vector/attention_impl.h": "one kernel, for each type of cache",

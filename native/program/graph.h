@@ -18,7 +18,19 @@ struct Value {
 };
 
 enum class OperatorKind {
-  input, embed, choose_rows, linear, norm, rope, attention, elementwise, route, experts, choose, pool, memory
+  input,
+  embed,
+  choose_rows,
+  linear,
+  norm,
+  rope,
+  attention,
+  elementwise,
+  route,
+  experts,
+  choose,
+  pool,
+  memory
 };
 
 // Which fields are used depends on the kind.

@@ -1,6 +1,6 @@
-// Attention to a memory bank. A row reads spans: the shared chapters, then those chosen for it, or the whole bank. Every
-// block of a span is attended to by itself and merged in order, so that a row's result depends on nothing else, and the
-// blocks of a few rows may be shared out among threads.
+// Attention to a memory bank. A row reads spans: the shared chapters, then those chosen for it, or the whole bank.
+// Every block of a span is attended to by itself and merged in order, so that a row's result depends on nothing else,
+// and the blocks of a few rows may be shared out among threads.
 #include "program/memory.h"
 
 #include <algorithm>
