@@ -160,6 +160,67 @@ class Encoder(nn.Module):
         return self.head(self.layers(5 * self.embedding(src), src_mask))
 
 
+class VocabularySecond(Plain):
+    """Logits as cross_entropy takes them, after hidden states of the same number of axes."""
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.embed(ids, 0), super().forward(ids).transpose(1, 2)
+
+
+class VocabularySecondWithCache(WritesIntoList):
+    """The same with a cache, and nothing before."""
+
+    def forward(self, ids: Tensor, kv_caches: list[Any]) -> Tensor:
+        return super().forward(ids, kv_caches).transpose(1, 2)
+
+
+class OneRow(WithCache):
+    """A batch of one only, with a cache of its own."""
+
+    def forward(self, ids: Tensor, past_kv: Any = None) -> Any:
+        assert len(ids) == 1, "one at a time"
+        new: list[Any] = []
+
+        def keep(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            if past_kv is not None:
+                k, v = (torch.cat((old, now), 2) for old, now in zip(past_kv[index], (k, v), strict=True))
+            new.append((k, v))
+            return k, v
+
+        return self.run(ids, 0 if past_kv is None else past_kv[0][0].shape[2], keep), new
+
+
+class OneSequence(OneRow):
+    """Ids (time,), and no axis for a batch anywhere."""
+
+    def forward(self, ids: Tensor, past_kv: Any = None) -> Any:
+        (length,) = ids.shape
+        past = None if past_kv is None else [(k[None], v[None]) for k, v in past_kv]
+        logits, new = super().forward(ids[None], past)
+        assert logits.shape == (1, length, VOCABULARY)
+        return logits[0], [(k[0], v[0]) for k, v in new]
+
+
+class OneSequenceLast(Plain):
+    """Ids (time,), logits (vocabulary,)."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        (_,) = ids.shape
+        return super().forward(ids[None])[0, -1]
+
+
+class OneSequenceRNN(CharacterRNN):
+    """Ids (time,), and a first state for them."""
+
+    def forward(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> Any:
+        (_,) = x.shape
+        logits, (h, c) = super().forward(x[None], (hidden[0][:, None], hidden[1][:, None]))
+        return logits, (h[:, 0], c[:, 0])
+
+    def init_hidden(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return torch.zeros(2, 24), torch.zeros(2, 24)
+
+
 def seen(ids: Tensor) -> Tensor:
     return torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
 
@@ -173,6 +234,20 @@ KINDS: dict[str, tuple[type[nn.Module], Callable[[Any, Tensor], Tensor], type | 
     "list changed in place": (WritesIntoList, lambda m, ids: m(ids, [None] * len(m.layers))[0, -1], GivenStyle),
     "names of its own": (OtherNames, lambda m, ids: m(tokens=ids)["scores"][0, -1], NestedStyle),
     "last row": (LastRow, lambda m, ids: m(ids)[0], None),
+    "vocabulary second": (VocabularySecond, lambda m, ids: m(ids)[1][0, :, -1], None),
+    "vocabulary second, list changed in place": (
+        VocabularySecondWithCache,
+        lambda m, ids: m(ids, [None] * len(m.layers))[0, :, -1],
+        GivenStyle,
+    ),
+    "one row": (OneRow, lambda m, ids: m(ids)[0][0, -1], NestedStyle),
+    "one sequence": (OneSequence, lambda m, ids: m(ids[0])[0][-1], NestedStyle),
+    "one sequence, last row": (OneSequenceLast, lambda m, ids: m(ids[0]), None),
+    "one sequence, first state by a method": (
+        OneSequenceRNN,
+        lambda m, ids: m(ids[0], m.init_hidden())[0][-1],
+        NestedStyle,
+    ),
     "positions": (NeedsPositions, lambda m, ids: m(ids, torch.arange(ids.shape[1]))[0, -1], None),
     "mask of what is seen": (TakesMask, lambda m, ids: m(ids, seen(ids))[0, -1], None),
     "mask of what is hidden": (Encoder, lambda m, ids: m(ids, ~seen(ids))[0, -1], None),
@@ -217,3 +292,19 @@ def test_the_error_of_the_plainest_call_is_told() -> None:
     with warnings.catch_warnings(), pytest.raises(ModelError, match="raised ValueError: no good: None"):
         warnings.simplefilter("error")
         adapt(Refuses())
+
+    class Fails(Plain):
+        def forward(self, ids: Tensor) -> Tensor:
+            raise ValueError(f"no good: {tuple(ids.shape)}")
+
+    with pytest.raises(ModelError, match=r"raised ValueError: no good: \(1, 6\)"):
+        adapt(Fails())
+
+
+def test_other_axes_make_no_other_module_causal() -> None:
+    class Looks(TakesMask):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).transpose(1, 2)
+
+    with pytest.raises(ModelError, match=r"Looks\.forward\(x: .*is not causal"):
+        adapt(Looks())

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mnemos.errors import ModelError
 from mnemos.models.foreign.signature import PAST_NAMES, describe
+
+CausalMask = Callable[[int, int, torch.device], Tensor]
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """What a module expects and returns, and the names of its arguments do not say.
+
+    time_first         its tensors are (time, batch)
+    vocabulary_second  its logits are (batch, vocabulary, time), as cross_entropy takes them
+    one_sequence       it takes the ids (time,) of one sequence, and its tensors have no axis for the batch
+    row_positions      its positions are (time,), one row for all sequences
+    initial            makes the cache or state that a first call of so many sequences has to be given
+    causal             makes the mask of (new, all positions) that it has to be given; None: it makes its own
+    """
+
+    time_first: bool = False
+    vocabulary_second: bool = False
+    one_sequence: bool = False
+    row_positions: bool = False
+    initial: Callable[[int], Any] | None = None
+    causal: CausalMask | None = None
 
 
 @dataclass
@@ -23,13 +46,13 @@ class Answer:
 class AnswerReader:
     """Finds logits and cache in a tensor, a tuple, a mapping or an object with `.logits`.
 
-    time_first: the module's tensors are (time, batch, ...). Logits of all tokens in one axis, (batch * time,
-    vocabulary), and of the last token of each row alone, (batch, vocabulary), are read too.
+    conventions: of the module's tensors. Logits of all tokens in one axis, (batch * time, vocabulary), and of the last
+    token of each row alone, (batch, vocabulary), are read too.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self.time_first = False
+        self.conventions = Conventions()
         self._vocabularies = {m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)}
 
     def read(self, output: Any, ids: Tensor) -> Answer:
@@ -59,12 +82,16 @@ class AnswerReader:
 
     def shaped(self, values: Tensor, ids: Tensor) -> Tensor:
         """Values for each token of ids (batch, time), or each row, with the axes (batch, time or 1, width)."""
-        rows, time = ids.shape
+        (rows, time), known = ids.shape, self.conventions
+        if known.vocabulary_second and values.dim() == 3 - known.one_sequence:
+            values = values.transpose(-1, -2)
+        if values.dim() == 1 and known.one_sequence:
+            return values[None, None]
         if values.dim() == 2 and len(values) == rows * time:
-            values = values.reshape(time, rows, -1) if self.time_first else values.reshape(rows, time, -1)
+            values = values.reshape(time, rows, -1) if known.time_first else values.reshape(rows, time, -1)
         elif values.dim() == 2 and len(values) == rows:
             return values[:, None]
-        return values.transpose(0, 1) if self.time_first and values.dim() == 3 else values
+        return values.transpose(0, 1) if known.time_first and values.dim() == 3 else values
 
     def _logits(self, items: Any, ids: Tensor) -> Tensor | None:
         """The logits among a tuple's tensors (batch, time or 1, width).
@@ -73,11 +100,12 @@ class AnswerReader:
         does not tell them apart, the first.
         """
         found = [item for item in items if isinstance(item, Tensor) and item.is_floating_point()]
-        tensors = [item for item in found if item.dim() == 3]
-        flat = [item for item in found if item.dim() == 2]
-        fitting = [one for one in (*tensors, *flat) if _is_of(self.shaped(one, ids), ids)] or tensors
-        known = [one for one in fitting if one.shape[-1] in self._vocabularies]
-        return next(iter(known or fitting), None)
+        tensors = [item for axes in (3, 2, 1) for item in found if item.dim() == axes]
+        fitting = [one for one in tensors if _is_of(self.shaped(one, ids), ids)]
+        known = [one for one in fitting if self.shaped(one, ids).shape[-1] in self._vocabularies]
+        # Logits in other axes than those known so far, beside hidden states that fit.
+        other = [one for one in tensors if one.dim() == 3 and one.shape[1] in self._vocabularies]
+        return next(iter(known or (other if other and fitting else fitting) or tensors), None)
 
 
 def _is_of(values: Tensor, ids: Tensor) -> bool:

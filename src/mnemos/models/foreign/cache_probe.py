@@ -69,12 +69,14 @@ class CacheProbe:
         self.caller = caller
         self.ids = ids
         self.tolerance = tolerance
+        self.batches = True
 
     def run(self, batches: bool, last_only: bool, context: int, plain: InnerStyle | None) -> CacheAbilities | None:
         """None: the module has no cache that can be used. For `batches` and `last_only` see `Abilities`.
 
         context: its positions; plain: the style of a cache that every call uses.
         """
+        self.batches = batches
         style, axes = self._find_style(context, plain)
         if style is None:
             return None
@@ -176,11 +178,19 @@ class CacheProbe:
         )
 
     def _axes(self, style: CacheStyle) -> list[Axes] | None:
-        leaves = []
-        for rows, length in ((1, 3), (1, 4), (2, 3)):
-            _, past = self.step(style, self.ids[:rows, :length], style.empty(), 0)
-            leaves.append(style.leaves(past) if past is not None else [])
-        return find_axes(*leaves) if leaves[0] and len({len(item) for item in leaves}) == 1 else None
+        short, longer = self._leaves(style, 1, 3), self._leaves(style, 1, 4)
+        wider: list[Tensor] | None = None
+        try:
+            wider = self._leaves(style, 2, 3)
+        except ModelError:
+            if self.batches:
+                raise
+        alike = len(short) == len(longer) and (wider is None or len(wider) == len(short))
+        return find_axes(short, longer, wider) if short and alike else None
+
+    def _leaves(self, style: CacheStyle, rows: int, length: int) -> list[Tensor]:
+        _, past = self.step(style, self.ids[:rows, :length], style.empty(), 0)
+        return style.leaves(past) if past is not None else []
 
     def _agrees(self, style: CacheStyle, pieces: tuple[int, ...], quiet: bool = False) -> bool:
         """Whether the cache, fed in `pieces` and rebuilt between, gives the logits of the whole, within rounding."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,19 +55,12 @@ class NestedStyle:
         return found
 
     def build(self, leaves: list[Tensor], length: int) -> Any:
-        return self._fill(self.template, iter(leaves), length)
-
-    def _fill(self, template: Any, leaves: Iterator[Tensor], length: int) -> Any:
-        if isinstance(template, Tensor):
-            return next(leaves)
-        if isinstance(template, (tuple, list)):
-            filled = [self._fill(value, leaves, length) for value in template]
-            if isinstance(template, list):
-                return filled
-            return type(template)(*filled) if hasattr(template, "_fields") else tuple(filled)
-        if isinstance(template, Mapping):
-            return {name: self._fill(value, leaves, length) for name, value in template.items()}
-        return length if type(template) is int and template == self.template_length else template
+        waiting, known = iter(leaves), self.template_length
+        return mapped(
+            self.template,
+            lambda _: next(waiting),
+            lambda value: length if type(value) is int and value == known else value,
+        )
 
     def replace(self, past: Any, leaves: list[Tensor], length: int) -> Any:
         return self.build(leaves, length)
@@ -85,6 +78,20 @@ class GivenStyle(NestedStyle):
 
     def empty(self) -> Any:
         return self._make()
+
+
+def mapped(item: Any, tensor: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda value: value) -> Any:
+    """A tuple, list or mapping of any depth with `tensor` applied to its tensors and `other` to what else it holds."""
+    if isinstance(item, Tensor):
+        return tensor(item)
+    if isinstance(item, (tuple, list)):
+        filled = [mapped(value, tensor, other) for value in item]
+        if isinstance(item, list):
+            return filled
+        return type(item)(*filled) if hasattr(item, "_fields") else tuple(filled)
+    if isinstance(item, Mapping):
+        return {name: mapped(value, tensor, other) for name, value in item.items()}
+    return other(item)
 
 
 def _holds_number(item: Any, number: int) -> bool:
@@ -201,14 +208,20 @@ class Axes:
     time: int | None
 
 
-def find_axes(short: list[Tensor], longer: list[Tensor], wider: list[Tensor]) -> list[Axes] | None:
-    """The axes of each leaf, from caches of one more position and of two sequences instead of one; None: not found."""
+def find_axes(short: list[Tensor], longer: list[Tensor], wider: list[Tensor] | None) -> list[Axes] | None:
+    """The axes of each leaf, from caches of one more position and of two sequences instead of one; None: not found.
+
+    wider: None for a module that takes one sequence; any axis of length 1 stands for the batch, then.
+    """
     found = []
-    for a, b, c in zip(short, longer, wider, strict=True):
+    for a, b, c in zip(short, longer, wider or short, strict=True):
         if not a.dim() == b.dim() == c.dim():
             return None
         time = [i for i in range(a.dim()) if b.shape[i] != a.shape[i]]
-        batch = [i for i in range(a.dim()) if c.shape[i] != a.shape[i]]
+        if wider is None:
+            batch = [i for i in range(a.dim()) if a.shape[i] == 1 and i not in time][:1]
+        else:
+            batch = [i for i in range(a.dim()) if c.shape[i] != a.shape[i]]
         if len(batch) != 1 or len(time) > 1 or time == batch:
             return None
         if time and b.shape[time[0]] != a.shape[time[0]] + 1:

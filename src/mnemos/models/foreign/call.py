@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.errors import ModelError
-from mnemos.models.foreign.answer import Answer, AnswerReader
-from mnemos.models.foreign.cache_styles import AttentionStyle, CacheStyle, GivenStyle, KVCacheStyle
+from mnemos.models.foreign.answer import Answer, AnswerReader, Conventions
+from mnemos.models.foreign.cache_styles import AttentionStyle, CacheStyle, GivenStyle, KVCacheStyle, mapped
 from mnemos.models.foreign.inner_cache import Held, InnerState, InnerStyle
 from mnemos.models.foreign.native_steps import NativeOperators
 from mnemos.models.foreign.packed_layers import PackedLayers
@@ -24,25 +23,6 @@ from mnemos.models.foreign.stored_tensors import StoredTensors
 # A module is changed while an engine calls it, so it is lent to one engine at a time.
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
-
-
-CausalMask = Callable[[int, int, torch.device], Tensor]
-
-
-@dataclass(frozen=True)
-class Conventions:
-    """What a module expects and the names of its arguments do not say.
-
-    time_first      its tensors are (time, batch)
-    row_positions   its positions are (time,), one row for all sequences
-    initial         makes the cache or state that a first call of so many sequences has to be given
-    causal          makes the mask of (new, all positions) that it has to be given; None: it makes its own
-    """
-
-    time_first: bool = False
-    row_positions: bool = False
-    initial: Callable[[int], Any] | None = None
-    causal: CausalMask | None = None
 
 
 class Caller:
@@ -64,7 +44,6 @@ class Caller:
         self._stored: StoredTensors | None = StoredTensors(module)
         self._inference = False
         self.plain: InnerState | None = None  # what calls without a cache are isolated from, as they change it too
-        self.conventions = Conventions()
 
     @property
     def device(self) -> torch.device:
@@ -90,12 +69,11 @@ class Caller:
     @property
     def conventions(self) -> Conventions:
         """What its names do not say."""
-        return self._conventions
+        return self._reader.conventions
 
     @conventions.setter
     def conventions(self, found: Conventions) -> None:
-        self._conventions = found
-        self._reader.time_first = found.time_first
+        self._reader.conventions = found
 
     def _keep_hidden(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.hidden = inputs[0]
@@ -118,6 +96,10 @@ class Caller:
         names = self.signature
         arguments: dict[str, Any] = {}
         known = self.conventions
+        if known.one_sequence and len(ids) > 1:
+            raise ModelError(f"{describe(self.module)} takes one sequence; it was given {len(ids)}")
+        if known.one_sequence:
+            past = mapped(past, lambda tensor: tensor.squeeze(0))
         if names.past and past is None and names.past in names.required and known.initial is not None:
             past = known.initial(len(ids))
         if names.past and (past is not None or names.past in names.required):
@@ -131,9 +113,9 @@ class Caller:
             before = 0 if (past is None and inner is None) or positions is None else int(positions[0, 0])
             mask = torch.ones(len(ids), before + ids.shape[1], device=ids.device)
         if names.mask and mask is not None:
-            arguments[names.mask] = mask.to(torch.int64)
+            arguments[names.mask] = (mask[0] if known.one_sequence else mask).to(torch.int64)
         if names.positions and positions is not None:
-            arguments[names.positions] = positions[0] if known.row_positions else positions
+            arguments[names.positions] = positions[0] if known.row_positions or known.one_sequence else positions
         if names.offset and positions is not None:
             arguments[names.offset] = int(positions[0, 0])
         drives = inner is not None and inner[0].drive.cache_positions
@@ -145,14 +127,17 @@ class Caller:
         if inner is None and self.plain is not None:
             inner = self.plain, self.plain.fresh(len(ids))
         with self.running(ids, inner):
-            given = ids.T if known.time_first else ids
+            given = ids.T if known.time_first else ids[0] if known.one_sequence else ids
             if names.by_keyword:
                 output = self.module(**{names.ids: given}, **arguments)
             else:
                 output = self.module(given, **arguments)
         if self.hidden is not None and self._hidden_like_answers:
             self.hidden = self.shaped(self.hidden, ids)
-        return self._reader.read(output, ids)
+        answer = self._reader.read(output, ids)
+        if known.one_sequence:
+            answer.past = mapped(answer.past, lambda tensor: tensor[None])
+        return answer
 
     @contextmanager
     def running(self, ids: Tensor, inner: tuple[InnerState, Held] | None = None) -> Iterator[None]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.errors import ModelError
-from mnemos.models.foreign.call import Caller, CausalMask, Conventions
+from mnemos.models.foreign.answer import CausalMask, Conventions
+from mnemos.models.foreign.call import Caller
 from mnemos.models.foreign.inner_cache import LayerCache
 
 # Methods that make a first state, for a number of sequences or for any.
@@ -41,6 +42,27 @@ def find_conventions(caller: Caller, ids: Tensor) -> None:
     caller.conventions = Conventions()
     if first is not None:
         raise first
+
+
+def find_axes(caller: Caller, ids: Tensor) -> bool:
+    """Whether the module's axes are others than those known so far, which its logits contradict; they are set then."""
+    known = caller.conventions
+    if _has_logits(caller, ids):
+        return False
+    for one_sequence, vocabulary_second in ((False, True), (True, False), (True, True)):
+        caller.conventions = replace(known, one_sequence=one_sequence, vocabulary_second=vocabulary_second)
+        if _has_logits(caller, ids):
+            return True
+    caller.conventions = known
+    return False
+
+
+def _has_logits(caller: Caller, ids: Tensor) -> bool:
+    try:
+        _logits(caller, ids)
+    except ModelError:
+        return False
+    return True
 
 
 def find_causal_mask(caller: Caller, ids: Tensor) -> bool:
@@ -79,10 +101,10 @@ def _possible(caller: Caller) -> Iterator[Conventions]:
     rows = [False, True] if names.positions in names.required else [False]
     masks: list[CausalMask | None] = [*_masks()] if names.causal in names.required else [None]
     for initial in _initials(caller) if names.past in names.required else [None]:
-        for time_first in (False, True):
+        for axes in ((False, False, False), (True, False, False), (False, True, False), (False, False, True)):
             for row in rows:
                 for mask in masks:
-                    yield Conventions(time_first, row, initial, mask)
+                    yield Conventions(*axes, row, initial, mask)
 
 
 def _initials(caller: Caller) -> Iterator[Callable[[int], Any] | None]:

@@ -14,7 +14,7 @@ from mnemos.models.foreign.answer import Answer
 from mnemos.models.foreign.cache_probe import PROBE_LENGTH, CacheAbilities, CacheProbe
 from mnemos.models.foreign.call import Caller
 from mnemos.models.foreign.comparison import difference, tolerance
-from mnemos.models.foreign.conventions import find_causal_mask, find_conventions
+from mnemos.models.foreign.conventions import find_axes, find_causal_mask, find_conventions
 from mnemos.models.foreign.inner_probe import find_plain
 from mnemos.models.foreign.position_tables import PositionTables, common_positions
 from mnemos.models.foreign.signature import describe
@@ -56,6 +56,11 @@ class Probe:
         ModelError: it is not a causal language model.
         """
         find_conventions(self.caller, self.ids)
+        try:
+            return self._run(use_kv_cache, context)
+        except ModelError:
+            if not find_axes(self.caller, self.ids):
+                raise
         return self._run(use_kv_cache, context)
 
     def _run(self, use_kv_cache: bool, context: int) -> Abilities:
