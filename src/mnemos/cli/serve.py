@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from mnemos.cli.options import add_draft_argument, add_loading_arguments, add_option, given, load
 from mnemos.engine.options import LoadOptions, command_line
-from mnemos.errors import ConfigError, MissingDependencyError
+from mnemos.errors import ConfigError, MissingDependencyError, MnemosError
 
 if TYPE_CHECKING:
     from mnemos.engine.engine import InferenceEngine
     from mnemos.serve.catalogue import Offer
     from mnemos.serve.config_file import ServerFile
+    from mnemos.serve.keys import Keys
+    from mnemos.serve.run import Application
+    from mnemos.serve.settings import Settings
 
 UNIT = """[Unit]
 Description=Mnemos, a language model server
@@ -58,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key-file", metavar="FILE", help="API keys, a line each or in TOML; MNEMOS_API_KEY holds a single one"
     )
+    parser.add_argument(
+        "--replicas",
+        metavar="N",
+        type=int,
+        default=1,
+        help="server processes, each on a share of the cores (default 1)",
+    )
     parser.add_argument("--systemd", action="store_true", help="print a systemd unit that runs this command, and exit")
     group = parser.add_argument_group("server")
     for row in fields(Settings):
@@ -69,15 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  mnemos serve smollm2-135m\n"
         "  mnemos serve small=smollm2-135m qwen3.gguf --default small --keep-alive 600\n"
-        "  mnemos serve --config server.toml\n\n"
+        "  mnemos serve --config server.toml\n"
+        "  mnemos serve smollm2-135m --replicas 2\n\n"
         "then, with any OpenAI client, or:\n"
         '  curl localhost:8000/v1/chat/completions -d \'{"messages": [{"role": "user", "content": "Hello"}]}\''
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from mnemos.serve.catalogue import Catalogue
-    from mnemos.serve.keys import Keys
     from mnemos.serve.logs import set_up
     from mnemos.serve.settings import Settings
 
@@ -87,23 +96,62 @@ def run(arguments: argparse.Namespace) -> int:
         words = [word for word in sys.argv[1:] if word != "--systemd"]
         print(UNIT.format(command=" ".join([sys.argv[0], *words]), stop=round(settings.grace) + 10))
         return 0
-    key = os.environ.get("MNEMOS_API_KEY")
-    path = arguments.api_key_file or (file.api_key_file if file else None)
-    keys = Keys([key] if key else [], settings.share_cache, path)
-    offers = [*(file.offers if file else []), *(_offer(text, arguments) for text in arguments.models)]
-    if not offers:
-        raise ConfigError("there is no model to serve; name one, such as smollm2-135m, or give --config FILE")
-    offers = _with_aliases([_checked(offer, arguments.keep_alive) for offer in offers], arguments.alias)
-    default = arguments.default or (file.default if file else None)
+    if arguments.replicas < 1:
+        raise ConfigError(f"replicas is {arguments.replicas}; it must be a whole number of at least 1")
+    if arguments.replicas > 1:
+        return _run_replicas(arguments, file, settings)
+    keys = _keys(arguments, file, settings)
+    offers, default = _offers(arguments, file)
     offers = _started(offers, default)
     from mnemos.serve.application import app  # imported late: the weights are being read meanwhile
+    from mnemos.serve.catalogue import Catalogue
+
+    set_up(settings.log_format == "json")
+    _listen_and_serve(app(Catalogue(offers, default), settings=settings, keys=keys), bool(keys))
+    return 0
+
+
+def _run_replicas(arguments: argparse.Namespace, file: ServerFile | None, settings: Settings) -> int:
+    """Several server processes behind this one."""
+    from mnemos.cluster.front import Front
+    from mnemos.cluster.local import Replicas
+    from mnemos.serve.logs import set_up
+
+    _offers(arguments, file)  # what is wrong with them is said here, once
+    keys = _keys(arguments, file, settings)
+    set_up(settings.log_format == "json")
+    with Replicas(arguments.replicas, run_replica, arguments, settings) as replicas:
+        _listen_and_serve(Front(replicas.answer, settings), bool(keys))
+    return 0
+
+
+def run_replica(path: str, stored: str, arguments: argparse.Namespace, settings: Settings) -> None:
+    """One of several processes: serves at the UNIX socket `path`, and stores responses where all of them do."""
+    from mnemos.serve.application import app
+    from mnemos.serve.catalogue import Catalogue
+    from mnemos.serve.logs import set_up
+    from mnemos.serve.run import listen, serve
+
+    responses = stored if settings.responses == ":memory:" else settings.responses
+    settings = replace(settings, uds=path, tls_cert=None, tls_key=None, responses=responses)
+    set_up(settings.log_format == "json")
+    try:
+        file = _file(arguments.config)
+        offers, default = _offers(arguments, file)
+        application = app(Catalogue(offers, default), settings=settings, keys=_keys(arguments, file, settings))
+        serve(application, listen(settings))
+    except MnemosError as error:
+        print(f"mnemos: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _listen_and_serve(application: Application, has_keys: bool) -> None:
+    """Serves at the settings' address until a signal."""
     from mnemos.serve.run import address, listen, serve, warning
 
-    catalogue = Catalogue(offers, default)
-    set_up(settings.log_format == "json")
+    settings = application.settings
     listener = listen(settings)
-    application = app(catalogue, settings=settings, keys=keys)
-    loud = warning(settings, bool(keys))
+    loud = warning(settings, has_keys)
     if loud:
         print(f"mnemos: warning: {loud}", file=sys.stderr)
 
@@ -111,7 +159,23 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"mnemos: ready at {address(listener, settings)}  (Ctrl-C stops)", file=sys.stderr, flush=True)
 
     serve(application, listener, say_ready)
-    return 0
+
+
+def _keys(arguments: argparse.Namespace, file: ServerFile | None, settings: Settings) -> Keys:
+    from mnemos.serve.keys import Keys
+
+    key = os.environ.get("MNEMOS_API_KEY")
+    path = arguments.api_key_file or (file.api_key_file if file else None)
+    return Keys([key] if key else [], settings.share_cache, path)
+
+
+def _offers(arguments: argparse.Namespace, file: ServerFile | None) -> tuple[list[Offer], str | None]:
+    """The models on offer and the name of the default one."""
+    offers = [*(file.offers if file else []), *(_offer(text, arguments) for text in arguments.models)]
+    if not offers:
+        raise ConfigError("there is no model to serve; name one, such as smollm2-135m, or give --config FILE")
+    offers = _with_aliases([_checked(offer, arguments.keep_alive) for offer in offers], arguments.alias)
+    return offers, arguments.default or (file.default if file else None)
 
 
 def _need_the_extra() -> None:

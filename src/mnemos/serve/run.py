@@ -11,13 +11,26 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
 
 from mnemos.errors import ConfigError
-from mnemos.serve.guard import Guard
 from mnemos.serve.header_limits import limited_protocol
 from mnemos.serve.settings import LOCAL, Settings
+
+
+class Application(Protocol):
+    """What `serve` runs: an ASGI application that can refuse new requests while those that run finish."""
+
+    settings: Settings
+    draining: bool
+    active: int  # requests that run
+    failure: Exception | None  # why it cannot go on
+    on_failure: Callable[[], None] | None  # it calls this then
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -59,7 +72,7 @@ def address(listener: socket.socket, settings: Settings) -> str:
     return f"{scheme}://{f'[{shown}]' if ':' in shown else shown}:{port}{(settings.root_path or '').rstrip('/')}"
 
 
-def serve(application: Guard, listener: socket.socket, on_start: Callable[[], None] = lambda: None) -> None:
+def serve(application: Application, listener: socket.socket, on_start: Callable[[], None] = lambda: None) -> None:
     """Answers until a signal: then running requests get the grace period; a second signal ends at once.
 
     Raises the error of the only model, if it cannot be loaded.
@@ -92,11 +105,11 @@ def serve(application: Guard, listener: socket.socket, on_start: Callable[[], No
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, whose guard refuses new requests while it stops."""
+    """uvicorn, whose application refuses new requests while it stops."""
 
-    def __init__(self, config: uvicorn.Config, guard: Guard, on_start: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, application: Application, on_start: Callable[[], None]) -> None:
         super().__init__(config)
-        self._guard = guard
+        self._application = application
         self._on_start = on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -106,14 +119,16 @@ class _Server(uvicorn.Server):
 
     def stop(self) -> None:
         """Ends the server as a signal does."""
-        self._guard.draining = True
+        self._application.draining = True
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._guard.draining:
+        if self._application.draining:
             self.force_exit = True
-        elif sig == signal.SIGINT and self._guard.active:
-            print(f"\nmnemos: finishing {self._guard.active} requests; Ctrl-C again ends at once", file=sys.stderr)
+        elif sig == signal.SIGINT and self._application.active:
+            print(
+                f"\nmnemos: finishing {self._application.active} requests; Ctrl-C again ends at once", file=sys.stderr
+            )
         notify("STOPPING=1")
         self.stop()
 
