@@ -167,6 +167,20 @@ void pack_matrices(const Unpacked &matrices, Pool &pool) {
   });
 }
 
+// The values of `count` rows by the int64 numbers at `ids`, into (count, columns) floats at `y`.
+void gather_rows(const Matrix &matrix, uintptr_t ids, int64_t count, uintptr_t y) {
+  nb::gil_scoped_release release_gil;
+  const auto *rows = reinterpret_cast<const int64_t *>(ids);
+  auto *out = reinterpret_cast<float *>(y);
+  for (int64_t i = 0; i < count; i++, out += matrix.columns) {
+    if (rows[i] < 0 || rows[i] >= matrix.rows) {
+      throw request_error("index " + std::to_string(rows[i]) + " is outside of a table of " +
+                          std::to_string(matrix.rows) + " rows; expected 0 to " + std::to_string(matrix.rows - 1));
+    }
+    dequantize_row(matrix, rows[i], out);
+  }
+}
+
 VectorPointer copy_vector(const std::optional<Floats> &array) {
   if (!array) return nullptr;
   return std::make_shared<const std::vector<float>>(array->data(), array->data() + array->size());
@@ -343,10 +357,10 @@ void bind_relay(nb::module_ &m) {
       .def(nb::init<std::shared_ptr<Pool>>(), "pool"_a)
       .def(
           "add",
-          [](ForeignStep &step, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
-            return step.add(matrix, copy_vector(bias));
+          [](ForeignStep &step, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias, bool precise) {
+            return step.add(matrix, copy_vector(bias), precise);
           },
-          "matrix"_a, "bias"_a.none())
+          "matrix"_a, "bias"_a.none(), "precise"_a = false)
       .def(
           "replace",
           [](ForeignStep &step, int number, std::shared_ptr<Matrix> matrix, std::optional<Floats> bias) {
@@ -592,6 +606,7 @@ NB_MODULE(_native, m) {
         "order"_a.none());
   m.def("pack_matrices", &pack_matrices, "matrices"_a, "pool"_a);
   m.def("encode_rows", &encode_matrix, "values"_a, "type"_a, "importance"_a.none(), "out"_a, "pool"_a);
+  m.def("gather_rows", &gather_rows, "matrix"_a, "ids"_a, "count"_a, "y"_a);
 
   nb::class_<Windows>(m, "Windows")
       .def(nb::init<int64_t, int64_t, int64_t>(), "layers"_a, "width"_a, "length"_a)

@@ -17,6 +17,10 @@ constexpr int64_t passing_bytes = 32 << 20;
 constexpr int64_t piece_bytes = 1024;  // between two checks whether the thread is needed
 // Less than this is not worth waking another thread.
 constexpr int64_t least_shared_bytes = 128 << 10;
+// Nor are fewer activations to round.
+constexpr int64_t least_shared_values = 16 << 10;
+// With fewer rows, a piece of a product spends too much of its time on unpacking weights.
+constexpr int64_t least_rows = 48;
 
 int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -30,14 +34,14 @@ ForeignStep::~ForeignStep() { pool_->interrupt(); }
 
 bool ForeignStep::passes_by() const { return bytes_ > passing_bytes && bypassing_is_fast(); }
 
-ForeignStep::Link ForeignStep::checked(MatrixPointer matrix, VectorPointer bias) const {
-  if (matrix->layout.type != WeightType::f32 && matrix->layout.type != WeightType::bf16)
-    throw config_error("a product outside a program needs weights in float32 or bfloat16");
+ForeignStep::Link ForeignStep::checked(MatrixPointer matrix, VectorPointer bias, bool precise) const {
+  if (matrix->layout.type == WeightType::f16)
+    throw config_error("a product outside a program needs weights in float32, bfloat16 or quantized ones");
   if (bias && static_cast<int64_t>(bias->size()) != matrix->rows) {
     throw config_error("a bias has " + std::to_string(bias->size()) + " values; its matrix has " +
                        std::to_string(matrix->rows) + " rows");
   }
-  return {std::move(matrix), std::move(bias), -1, std::vector<int64_t>(static_cast<size_t>(pool_->threads()))};
+  return {std::move(matrix), std::move(bias), precise, -1, std::vector<int64_t>(static_cast<size_t>(pool_->threads()))};
 }
 
 ForeignStep::Link &ForeignStep::link(int number) {
@@ -46,10 +50,10 @@ ForeignStep::Link &ForeignStep::link(int number) {
   return links_[static_cast<size_t>(number)];
 }
 
-int ForeignStep::add(MatrixPointer matrix, VectorPointer bias) {
+int ForeignStep::add(MatrixPointer matrix, VectorPointer bias, bool precise) {
   std::lock_guard<std::mutex> lock(mutex_);
   pool_->interrupt();
-  links_.push_back(checked(std::move(matrix), std::move(bias)));
+  links_.push_back(checked(std::move(matrix), std::move(bias), precise));
   bytes_ += static_cast<int64_t>(links_.back().matrix->bytes());
   return static_cast<int>(links_.size()) - 1;
 }
@@ -59,12 +63,14 @@ void ForeignStep::replace(int number, MatrixPointer matrix, VectorPointer bias) 
   pool_->interrupt();
   Link &place = link(number);
   const auto old = static_cast<int64_t>(place.matrix->bytes());
-  place = checked(std::move(matrix), std::move(bias));
+  place = checked(std::move(matrix), std::move(bias), place.precise);
   bytes_ += static_cast<int64_t>(place.matrix->bytes()) - old;
 }
 
 // The caller's memory where the product can read it as it is, else a copy.
-Input ForeignStep::input_of(const Matrix &matrix, const void *x, int64_t rows) {
+Input ForeignStep::input_of(const Link &link, const void *x, int64_t rows) {
+  const Matrix &matrix = *link.matrix;
+  if (matrix.layout.quantized()) return quantized_input(link, static_cast<const float *>(x), rows);
   const bool bfloats = matrix.layout.type == WeightType::bf16, as_stored = !bfloats || matrix.form == Form::bf16;
   const auto *halves = static_cast<const uint16_t *>(x);
   Input input =
@@ -86,33 +92,57 @@ Input ForeignStep::input_of(const Matrix &matrix, const void *x, int64_t rows) {
   return input;
 }
 
+Input ForeignStep::quantized_input(const Link &link, const float *x, int64_t rows) {
+  const Matrix &matrix = *link.matrix;
+  const Form form = matrix.input_form(link.precise);
+  const size_t bytes = input_bytes(form, rows, matrix.columns);
+  if (padded_.size() < bytes + 64) padded_.resize(bytes + 64);
+  auto *aligned = reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(padded_.data()) + 63) / 64 * 64);
+  const Input input = bind_input(matrix.kernels, form, rows, matrix.columns, aligned);
+  constexpr int64_t together = 4;
+  if (rows < 2 * together || rows * matrix.columns < least_shared_values) {
+    prepare_rows(input, x, matrix.columns, 0, rows);
+  } else {
+    pool_->interrupt();
+    share(parts_of(rows, together), [&](int64_t item, int) {
+      prepare_rows(input, x, matrix.columns, item * together, std::min(rows, (item + 1) * together));
+    });
+  }
+  return input;
+}
+
 void ForeignStep::multiply(int number, const void *x, int64_t rows, void *y) {
   std::lock_guard<std::mutex> lock(mutex_);
   Link &own = link(number);
   const Matrix &matrix = *own.matrix;
-  Input input = input_of(matrix, x, rows);
+  Input input = input_of(own, x, rows);
   input.passing = passes_by();
   const bool bfloats = matrix.layout.type == WeightType::bf16;
   if (bfloats) sums_.resize(static_cast<size_t>(rows * matrix.rows));
   float *sums = bfloats ? sums_.data() : static_cast<float *>(y);
   const float *bias = own.bias ? own.bias->data() : nullptr;
-  const auto multiply_panels = [&](int64_t begin, int64_t end) {
-    mnemos::multiply(matrix, input, 0, rows, begin, end, sums, matrix.rows, bias, 0);
+  const auto multiply_part = [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
+    mnemos::multiply(matrix, input, row_begin, row_end, begin, end, sums, matrix.rows, bias, 0);
     const int64_t first = begin * panel_rows, count = std::min(end * panel_rows, matrix.rows) - first;
-    for (int64_t r = 0; bfloats && r < rows; r++) {
+    for (int64_t r = row_begin; bfloats && r < row_end; r++) {
       const float *row = sums + r * matrix.rows + first;
       std::transform(row, row + count, static_cast<uint16_t *>(y) + r * matrix.rows + first, float_to_bfloat);
     }
   };
   const int64_t panels = matrix.panels();
-  if (static_cast<int64_t>(matrix.bytes()) < least_shared_bytes) return multiply_panels(0, panels);
+  const int64_t work = static_cast<int64_t>(matrix.bytes()) * (rows > least_rows ? rows / least_rows : 1);
+  if (work < least_shared_bytes) return multiply_part(0, rows, 0, panels);
   pool_->interrupt();
   std::fill(own.fetched.begin(), own.fetched.end(), 0);
   if (last_ >= 0) link(last_).next = number;
   last_ = number;
   const int64_t size = panels >= 32 * pool_->threads() ? 4 : 2;  // panels of an item
-  share(parts_of(panels, size),
-        [&](int64_t item, int) { multiply_panels(item * size, std::min(panels, (item + 1) * size)); });
+  const int64_t columns = parts_of(panels, size);  // of items; rows are divided if there are too few
+  const int64_t parts = std::clamp<int64_t>(rows / least_rows, 1, parts_of(8 * pool_->threads(), columns));
+  share(columns * parts, [&](int64_t item, int) {
+    const int64_t column = item / parts * size, part = item % parts;
+    multiply_part(rows * part / parts, rows * (part + 1) / parts, column, std::min(panels, column + size));
+  });
   fetch_ahead();
 }
 

@@ -1,5 +1,4 @@
-// Operators of a forward pass that is run elsewhere, one call each: products with few rows, attention of single
-// queries.
+// Operators of a forward pass that is run elsewhere, one call each: products, attention of single queries.
 //
 // Between two calls the caller works on one core, and the others have nothing to do but read what the next products
 // will need into their caches: all passes go the same way, so the order of the last one predicts the next.
@@ -38,13 +37,13 @@ class ForeignStep {
   ForeignStep(const ForeignStep &) = delete;
   ForeignStep &operator=(const ForeignStep &) = delete;
 
-  // A product y = x W^T + bias; returns its number. Throws Error (config) if the weights are neither float32 nor
-  // bfloat16, or the bias does not fit.
-  int add(MatrixPointer matrix, VectorPointer bias);
+  // A product y = x W^T + bias; returns its number. With `precise`, activations that quantized weights meet are rounded
+  // to 15 bits instead of 8. Throws Error (config) if the weights are in float16, or the bias does not fit.
+  int add(MatrixPointer matrix, VectorPointer bias, bool precise);
   // Replaces a product.
   void replace(int number, MatrixPointer matrix, VectorPointer bias);
-  // x (rows, columns) and y (rows, the matrix's rows), contiguous and of the weights' type; sums are float32. Throws
-  // Error (config) if there is no such product.
+  // x (rows, columns) and y (rows, the matrix's rows), contiguous and of the weights' type, with quantized weights
+  // float32; sums are float32. Throws Error (config) if there is no such product.
   void multiply(int number, const void *x, int64_t rows, void *y);
   // Throws Error (config) if the sizes do not fit together.
   void attend(const PlainAttention &attention);
@@ -53,14 +52,16 @@ class ForeignStep {
   struct Link {
     MatrixPointer matrix;
     VectorPointer bias;
+    bool precise = false;
     int next = -1;  // the product that followed it the last time
     std::vector<int64_t> fetched;  // per thread: bytes of its part that it has read ahead since the last product
   };
 
   Link &link(int number);
-  Link checked(MatrixPointer matrix, VectorPointer bias) const;
+  Link checked(MatrixPointer matrix, VectorPointer bias, bool precise) const;
   bool passes_by() const;  // weights are read bypassing the caches
-  Input input_of(const Matrix &matrix, const void *x, int64_t rows);
+  Input input_of(const Link &link, const void *x, int64_t rows);
+  Input quantized_input(const Link &link, const float *x, int64_t rows);
   void share(int64_t items, const std::function<void(int64_t item, int thread)> &body);
   void fetch_ahead();
   bool fetch(Link &link, int thread, int64_t *left) const;

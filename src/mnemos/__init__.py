@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.compress.modules.distilled_model import DistilledModel as DistilledModel
     from mnemos.compress.modules.optimize import OptimizationConfig as OptimizationConfig, optimize as optimize
     from mnemos.compress.modules.pruned_model import PrunedModel as PrunedModel
+    from mnemos.compress.modules.quantized_model import QuantizedModel as QuantizedModel
     from mnemos.compress.modules.student import student_of as student_of
     from mnemos.decoding.config import GenerationConfig as GenerationConfig
     from mnemos.engine.engine import InferenceEngine as InferenceEngine
@@ -80,6 +81,7 @@ _NAMES = {
     "mnemos.compress.modules.distilled_model": "DistilledModel",
     "mnemos.compress.modules.optimize": "OptimizationConfig optimize",
     "mnemos.compress.modules.pruned_model": "PrunedModel",
+    "mnemos.compress.modules.quantized_model": "QuantizedModel",
     "mnemos.compress.modules.student": "student_of",
     "mnemos.decoding.config": "GenerationConfig",
     "mnemos.engine.engine": "InferenceEngine",

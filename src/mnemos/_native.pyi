@@ -94,6 +94,12 @@ def encode_rows(
     Returns the first row that the type cannot hold (not finite, or a scale beyond float16), or -1.
     """
 
+def gather_rows(matrix: Matrix, ids: int, count: int, y: int) -> None:
+    """Rows of a matrix by their numbers, as float32: addresses of `count` int64 and of (count, columns) float32.
+
+    RequestError: there is no such row; some of the results are written then.
+    """
+
 class Cache:
     def __init__(self, layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: str, pages: int) -> None: ...
     @property
@@ -203,14 +209,17 @@ class Program:
 
 class ForeignStep:
     """Operators of a pass that is run elsewhere, one call each. Addresses are those of values in memory, in float32
-    or, for products with bfloat16 weights, bfloat16.
+    or, for products with bfloat16 weights, bfloat16; quantized weights take and give float32.
 
     Between two products, the pool's other threads read ahead what the next one will need, as in the last pass.
     """
 
     def __init__(self, pool: Pool) -> None: ...
-    def add(self, matrix: Matrix, bias: Floats | None) -> int:
-        """A product x W^T + bias; its number. ConfigError if the weights are of another type."""
+    def add(self, matrix: Matrix, bias: Floats | None, precise: bool = False) -> int:
+        """A product x W^T + bias; its number. ConfigError if the weights are float16.
+
+        precise: activations that quantized weights meet are rounded to 15 bits instead of 8.
+        """
 
     def replace(self, number: int, matrix: Matrix, bias: Floats | None) -> None: ...
     def multiply(self, number: int, x: int, rows: int, y: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from mmap import mmap
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -41,6 +42,26 @@ _TYPES = {
 def open_safetensors(path: str | Path) -> dict[str, Tensor]:
     """The tensors of one file, in the header's order, as views of its map."""
     path = Path(path)
+    content, start, header = _read_header(path)
+    infos = {name: _read_info(f"{path}: tensor {excerpt(name)}", info) for name, info in header.items()}
+    _check_coverage(path, {name: span for name, (_, _, span) in infos.items()}, len(content) - start)
+    data = np.frombuffer(content, dtype=np.uint8)[start:]
+    return {name: Tensor(name, type_, shape, data[begin:end]) for name, (type_, shape, (begin, end)) in infos.items()}
+
+
+def read_notes(path: str | Path) -> dict[str, str]:
+    """What the header of a file says besides its tensors, its `__metadata__`."""
+    path = Path(path)
+    content, _, _ = _read_header(path)
+    length = int.from_bytes(content[:_PREFIX], "little")
+    notes: dict[str, str] = parse_json_object(content[_PREFIX : _PREFIX + length], f"{path}: header").get(
+        "__metadata__", {}
+    )
+    return notes
+
+
+def _read_header(path: Path) -> tuple[mmap, int, dict[str, Any]]:
+    """The file's content, where its tensors begin, and their entries."""
     content = map_file(path)
     if len(content) < _PREFIX:
         raise FormatError(f"{path}: has {len(content)} bytes; a safetensors file has at least {_PREFIX}")
@@ -51,11 +72,7 @@ def open_safetensors(path: str | Path) -> dict[str, Tensor]:
     start = _PREFIX + length
     header = parse_json_object(content[_PREFIX:start], f"{path}: header")
     _check_notes(path, header.pop("__metadata__", {}))
-
-    infos = {name: _read_info(f"{path}: tensor {excerpt(name)}", info) for name, info in header.items()}
-    _check_coverage(path, {name: span for name, (_, _, span) in infos.items()}, len(content) - start)
-    data = np.frombuffer(content, dtype=np.uint8)[start:]
-    return {name: Tensor(name, type_, shape, data[begin:end]) for name, (type_, shape, (begin, end)) in infos.items()}
+    return content, start, header
 
 
 def open_safetensors_folder(folder: Path) -> dict[str, Tensor]:

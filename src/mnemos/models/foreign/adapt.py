@@ -69,9 +69,15 @@ def adapt(
         batches=abilities.batches if cache is None else cache.batches,
         rewinds=cache is None or cache.rewinds,
         **special_tokens(inner, abilities.vocabulary),
-        parameters=sum(p.numel() for p in module.parameters()),
+        parameters=_count(module),
     )
     return ForeignModel(caller, causal_calls(caller, abilities), spec)
+
+
+def _count(module: nn.Module) -> int:
+    """Parameters, and the weights that quantized layers keep in other forms."""
+    quantized = sum(getattr(member, "stored_values", 0) for member in module.modules())
+    return quantized + sum(p.numel() for p in module.parameters())
 
 
 def _check_vocabulary(module: nn.Module, tokens: int, logits: int) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from mnemos.machine.large_pages import in_large_pages
 from mnemos.machine.memory import machine_memory
 from mnemos.models.foreign.native_steps import MOST_ROWS, Multiply, NativeOperators, rms_norm, takes_rms_norm
+from mnemos.models.foreign.threads import hold_threads, release_threads
 
 MEMORY_SHARE = 4  # the copies may take a quarter of the machine's memory
 LARGE_COPIES = 64 << 20  # bytes from which on large pages are worth making: of less, many stay in the caches
@@ -81,7 +82,7 @@ class PackedLayers:
             self._packed = [packed for layer in layers if (packed := _pack(layer, native, None)) is not None]
         if native is not None:
             native.finish()
-        self._threads = torch.get_num_threads()
+        self._holds_threads = False
         self.native = native if any(one.number is not None for one in self._packed) else None
         self._norms: list[tuple[nn.Module, Multiply]] = []
         if self.native is not None:
@@ -91,13 +92,10 @@ class PackedLayers:
     def install(self, rows: int) -> None:
         """The layers multiply by the copies from now on, in a call of `rows` tokens.
 
-        With few tokens the native core does what is worth sharing among threads. PyTorch's, which spin for work after
-        each of its operations, would only take the cores from it.
+        With few tokens the native core does what is worth sharing among threads.
         """
-        self._threads = torch.get_num_threads()
         if self.native is not None and rows <= MOST_ROWS:
-            if self._threads > 1:
-                torch.set_num_threads(1)
+            self._holds_threads = hold_threads()
             for norm, forward in self._norms:
                 if takes_rms_norm(norm):
                     norm.__dict__["forward"] = forward
@@ -123,8 +121,9 @@ class PackedLayers:
 
     def remove(self) -> None:
         """The layers are as they were."""
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
+        if self._holds_threads:
+            release_threads()
+            self._holds_threads = False
         for one in self._packed:
             one.attributes.pop("forward", None)
         for norm, _ in self._norms:

@@ -167,9 +167,7 @@ class Probe:
         def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             seen.append((module, output))
 
-        linears = [
-            m for m in self.caller.module.modules() if isinstance(m, nn.Linear) and m.out_features == logits.shape[2]
-        ]
+        linears = [m for m in self.caller.module.modules() if _is_linear(m) and m.out_features == logits.shape[2]]
         handles = [linear.register_forward_hook(keep) for linear in linears]
         ids = self.ids if batches else self.ids[:1]
         try:
@@ -188,3 +186,8 @@ class Probe:
         self.caller(self.ids[:1], positions=self._positions(0, PROBE_LENGTH))
         assert self.caller.hidden is not None
         return self.caller.hidden.shape[-1]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is nn.Linear, or one of quantized weights that stands where that stood."""
+    return isinstance(module, nn.Linear) or hasattr(module, "rounds_inputs")

@@ -1,0 +1,223 @@
+"""Layers over weights in 8, 5 or 4 bits, computed by the native core; they stand where nn.Linear and others stood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnemos.compress.modules.block_weights import BLOCK, TYPES, BlockWeights
+from mnemos.errors import ConfigError, RequestError
+from mnemos.machine.levels import settle_levels
+from mnemos.models.foreign.threads import outer_threads
+from mnemos.native import core as _native
+
+
+class Products:
+    """The native products of one model's layers, which learn in which order they are called; for each thread count."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, Any] = {}
+
+    def step(self, threads: int) -> Any:
+        """The native core's object for so many threads."""
+        if threads not in self._steps:
+            settle_levels()
+            pool = _native.shared_pool(min(threads, _native.usable_cores()))
+            self._steps[threads] = _native.ForeignStep(pool)
+        return self._steps[threads]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Products:
+        return Products()
+
+    def __reduce__(self) -> Any:
+        return Products, ()
+
+
+class QuantizedWeight(nn.Module):
+    """BlockWeights as buffers, and the copy of them that the native core multiplies by.
+
+    It is shared where a module shares its weight, as an embedding and a head may.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    row_scales: Tensor
+    minima: Tensor | None
+    row_minima: Tensor | None
+
+    def __init__(self, weights: BlockWeights) -> None:
+        super().__init__()
+        self.bits, self.columns = weights.bits, weights.columns
+        for name in ("codes", "scales", "row_scales", "minima", "row_minima"):
+            self.register_buffer(name, getattr(weights, name))
+        self._matrix: Any = None
+        self._values: Tensor | None = None
+        self.requires_grad_(False)
+
+    @property
+    def weights(self) -> BlockWeights:
+        """What it holds."""
+        buffers = (self.codes, self.scales, self.row_scales, self.minima, self.row_minima)
+        return BlockWeights(self.bits, self.columns, *buffers)
+
+    @property
+    def padded(self) -> int:
+        """Columns, rounded up to whole blocks."""
+        return -(-self.columns // BLOCK) * BLOCK
+
+    @property
+    def stored_values(self) -> int:
+        """How many weights there are."""
+        return len(self.codes) * self.columns
+
+    @property
+    def matrix(self) -> Any:
+        """The native core's copy, (rows, padded)."""
+        if self._matrix is None:
+            stored = self.weights.gguf_blocks().numpy()
+            type_ = int(TYPES[self.bits])
+            matrix = _native.allocate_matrix(stored, type_, len(self.codes), self.padded, as_float32=False, order=None)
+            _native.pack_matrices([(matrix, stored, None, False)], _native.shared_pool(1))
+            self._matrix = matrix
+        return self._matrix
+
+    def values(self) -> Tensor:
+        """(rows, columns) float32; kept from the first call on, as modules that ask once ask in each call."""
+        if self._values is None:
+            self._values = self.weights.values()
+        return self._values
+
+    @property
+    def is_expanded(self) -> bool:
+        """Whether `values` was called, so that the weights are kept in float32 too."""
+        return self._values is not None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._matrix = self._values = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedWeight:
+        """Moving is refused; a change of dtype is for what is left in float."""
+        place = fn(torch.zeros(1)).device
+        if place.type != "cpu":
+            raise ConfigError(
+                f"device is {str(place)!r}; weights in the native core's blocks stay on the CPU: quantize the float "
+                "module again when it is on the GPU"
+            )
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_matrix": None, "_values": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
+        weights = self.weights
+        parts = (weights.codes, weights.scales, weights.row_scales, weights.minima, weights.row_minima)
+        copies = (None if part is None else part.clone() for part in parts)
+        memo[id(self)] = copy = QuantizedWeight(BlockWeights(self.bits, self.columns, *copies))  # type: ignore[arg-type]
+        return copy
+
+
+class QuantizedLinear(nn.Module):
+    """x W^T + bias for x (..., in_features) in float32, float16 or bfloat16, whose dtype the result has.
+
+    The activations are rounded to 8 bits in blocks of 32 with a scale each when they come in, or to 15 bits with
+    `precise`. A row's result does not depend on the other rows. There are no gradients.
+    """
+
+    rounds_inputs = True  # for `models.foreign.comparison`
+
+    def __init__(
+        self,
+        quantized: QuantizedWeight,
+        bias: Tensor | None,
+        *,
+        precise: bool = False,
+        products: Products | None = None,
+    ) -> None:
+        super().__init__()
+        self.quantized = quantized
+        self.in_features, self.out_features = quantized.columns, len(quantized.codes)
+        self.precise = precise
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.products = products or Products()
+        self._numbers: dict[int, tuple[Any, int]] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights as the products use them, (out_features, in_features) float32."""
+        return self.quantized.values()
+
+    def bind(self, threads: int) -> tuple[Any, int]:
+        """Makes the native product for so many threads, where there is none: (how to multiply, its number)."""
+        if threads not in self._numbers:
+            step = self.products.step(threads)
+            bias = None if self.bias is None else self.bias.detach().float().contiguous().numpy()
+            self._numbers[threads] = step.multiply, step.add(self.quantized.matrix, bias, self.precise)
+        return self._numbers[threads]
+
+    def forward(self, input: Tensor) -> Tensor:
+        shape, width = input.shape, self.in_features
+        if shape[-1:] != (width,):
+            raise RequestError(f"input has shape {tuple(shape)}; expected {width} values in its last axis")
+        if input.requires_grad and torch.is_grad_enabled():
+            raise ConfigError("input requires gradients, which quantized layers do not have; train the float module")
+        x = input if input.dtype is torch.float32 else input.float()
+        if self.quantized.padded != width:
+            x = F.pad(x, (0, self.quantized.padded - width))
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = x.new_empty((*shape[:-1], self.out_features))
+        threads = outer_threads()
+        multiply, number = self._numbers.get(threads) or self.bind(threads)
+        if y.numel():
+            multiply(number, x.data_ptr(), y.numel() // self.out_features, y.data_ptr())
+        return y if input.dtype is torch.float32 else y.to(input.dtype)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._numbers = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_numbers": {}}
+
+    def extra_repr(self) -> str:
+        bits = f"bits={self.quantized.bits}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {bits}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a table in 8, 5 or 4 bits by their ids (...) int64: (..., embedding_dim) in `dtype`."""
+
+    def __init__(self, quantized: QuantizedWeight, padding_idx: int | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.quantized = quantized
+        self.num_embeddings, self.embedding_dim = len(quantized.codes), quantized.columns
+        self.padding_idx = padding_idx
+        self.dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole table, (num_embeddings, embedding_dim) in `dtype`."""
+        return self.quantized.values().to(self.dtype)
+
+    @property
+    def expanded(self) -> Tensor | None:
+        """The table in float32 if `weight` was ever read."""
+        return self.quantized.values() if self.quantized.is_expanded else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        ids = input.to(torch.int64).contiguous()
+        y = torch.empty((*ids.shape, self.quantized.padded), dtype=torch.float32)
+        _native.gather_rows(self.quantized.matrix, ids.data_ptr(), ids.numel(), y.data_ptr())
+        return y[..., : self.embedding_dim].to(self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedEmbedding:
+        self.dtype = fn(torch.zeros(1, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.quantized.bits}"

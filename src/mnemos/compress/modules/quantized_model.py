@@ -1,0 +1,160 @@
+"""A module of one's own with its weights in 8 or 4 bits, on the native core's products."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mnemos.compress.modules.batches import listed
+from mnemos.compress.modules.conversion import convert, fill, restore, split_attention
+from mnemos.compress.modules.layers import check_module
+from mnemos.compress.modules.moments import measure
+from mnemos.compress.modules.quantizable import check_request, find_layers
+from mnemos.compress.modules.quantized_file import make_module, read_model, write_model
+from mnemos.compress.modules.quantized_layers import QuantizedLinear
+from mnemos.compress.modules.report import LayerReport, Report
+from mnemos.errors import ConfigError
+from mnemos.models.foreign.native_steps import MOST_ROWS
+from mnemos.models.foreign.threads import hold_threads, outer_threads, release_threads
+from mnemos.native import require_core
+
+
+class QuantizedModel(nn.Module):
+    """A copy of `model` whose nn.Linear, nn.Embedding and Conv1D layers have weights in 8 or 4 bits; called like it.
+
+    bits: 8 or 4. With 4, tables and heads get 5 or 8 bits where the file stays within 0.15 of the float32 one.
+    method: "dynamic" needs no data; "static" waits for `calibrate(batches)`, which rounds each weight for the inputs
+    that its layer has seen. In both, activations are rounded when a layer is called, in blocks of 32 with a scale each,
+    so a row's result does not depend on the others.
+
+    The model is in evaluation mode and has no gradients; it runs on the CPU. What stays in float is in `report()`.
+    Errors: ConfigError for a request that cannot be; ModelError for a module with nothing to quantize, or with NaN.
+    """
+
+    bits: int
+    method: str
+    is_calibrated: bool
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, bits: int = 8, method: str = "dynamic") -> None:
+        super().__init__()
+        check_request(bits, method)
+        check_module(model)
+        if type(model) is QuantizedModel:
+            raise ConfigError(
+                f"model is quantized to {model.bits} bits already; expected the float module that it was made of"
+            )
+        require_core()
+        self.bits, self.method = bits, method
+        self._reports: list[LayerReport] = []
+        self.is_calibrated = method == "dynamic"
+        self.model = split_attention(model)
+        layers = find_layers(self.model, bits)
+        if self.is_calibrated:
+            self.model, self._reports = convert(self.model, layers)
+        elif self.model is model:
+            self.model = copy.deepcopy(model)
+        self._finish()
+
+    def calibrate(self, batches: Any, progress: Callable[[str], None] | None = None) -> QuantizedModel:
+        """Quantizes a "static" model by what its layers read in `batches`; returns the model itself.
+
+        batches: what the module is called with, token ids (batch, time), (ids, labels), or mappings of what forward
+        takes. A few thousand positions are enough. progress: told each layer's name when it is quantized.
+        """
+        if self.is_calibrated:
+            raise ConfigError("calibrate: the model is quantized already; expected method='static', once")
+        layers = find_layers(self.model, self.bits)
+        read = {layer.name: layer.module for layer in layers if layer.kind != "embedding"}
+        moments = {name: found.second for name, found in measure(self.model, read, listed(batches)).items()}
+        self.model, self._reports = convert(self.model, layers, moments, progress)
+        self.is_calibrated = True
+        self._finish()
+        return self
+
+    def _finish(self) -> None:
+        self.requires_grad_(False)
+        super().train(False)
+        self.bind()
+
+    def bind(self) -> None:
+        """Makes all native products, so that the first call is as fast as the others."""
+        threads = outer_threads()
+        for layer in self.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.bind(threads)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_calibrated:
+            raise ConfigError("method is 'static' and the model is not calibrated; expected calibrate(batches) first")
+        held = _rows_of((*args, *kwargs.values())) <= MOST_ROWS and hold_threads()
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            if held:
+                release_threads()
+
+    def train(self, mode: bool = True) -> QuantizedModel:
+        """Only `train(False)`, which changes nothing, is possible."""
+        if mode:
+            raise ConfigError(
+                "mode is True; quantized weights cannot be trained: train the float module and quantize it again"
+            )
+        super().train(False)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("model", "__setstate__") or "_modules" not in self.__dict__:
+                raise
+            return getattr(super().__getattr__("model"), name)
+
+    def report(self) -> Report:
+        """What became of each layer, as a table: iterate over its rows, or print it."""
+        return Report(self._reports)
+
+    def dequantize(self) -> nn.Module:
+        """A copy with ordinary layers that hold the rounded weights in float32, for exporters and for training on."""
+        return restore(self.model)
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, whatever its name ends in, that `load` reads; without pickle.
+
+        It appears under its name only when it is complete.
+        """
+        if not self.is_calibrated:
+            raise ConfigError("save: the model is not calibrated; expected calibrate(batches) first")
+        write_model(Path(path), self.model, self.bits, self.method, self._reports)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model_class: nn.Module | Callable[..., nn.Module] | None = None, **arguments: Any
+    ) -> QuantizedModel:
+        """The model that `save` has written.
+
+        model_class: what makes the float module, called with `arguments`, whose values do not matter; or such a module,
+        which is not changed. None for transformers' models, of which the file holds the config.
+        Errors: FormatError for a file that is none of these; ModelError for a module that does not fit.
+        """
+        stored = read_model(Path(path))
+        module = split_attention(make_module(stored, model_class, arguments))
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.bits, self.method, self.is_calibrated = stored.bits, stored.method, True
+        self.model, self._reports = fill(module, stored), stored.reports
+        self._finish()
+        return self
+
+
+def _rows_of(values: Iterable[Any]) -> int:
+    """The tokens or rows of the first tensor among a call's arguments."""
+    for value in values:
+        if isinstance(value, Tensor):
+            return value.numel() // (value.shape[-1] if value.is_floating_point() and value.dim() else 1)
+    return MOST_ROWS + 1
