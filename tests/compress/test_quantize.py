@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from mnemos import InferenceEngine
 from mnemos.cli.main import main
 from mnemos.compress import quantize
 from mnemos.compress.plan import override_of
@@ -170,13 +171,32 @@ def test_importance_of_another_model_is_refused(source, tmp_path):
             quantize_file(source, tmp_path / "small.gguf", "q4_0", importance=Importance(values, "text"))
 
 
-def test_what_is_no_gguf_file_is_refused(source, tmp_path):
-    other = tmp_path / "model.safetensors"
-    other.write_bytes(b"12345678")
-    with pytest.raises(UnsupportedError, match="model.safetensors: is no GGUF file"):
-        quantize_file(other, tmp_path / "small.gguf", "q4_0")
+def test_the_model_itself_is_never_written_over(source):
     with pytest.raises(ConfigError, match="the model itself"):
         quantize_file(source, source, "q4_0")
+
+
+def test_a_hugging_face_folder_becomes_a_gguf_file(tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.models.checkpoints import CONFIGS, build
+    from tests.text.test_gguf_form import STEPS, make
+
+    folder, out = tmp_path / "model", tmp_path / "small.gguf"
+    build(CONFIGS["llama"](), folder)
+    with pytest.raises(UnsupportedError, match="its tokenizer cannot be converted to GGUF"):
+        quantize_file(folder, out, "q8_0")
+    make(folder, STEPS["gpt-2"])
+    config = CONFIGS["llama"]()
+    config.vocab_size = 800
+    build(config, folder)
+    rows = {row.name: row for row in quantize_file(folder, out, "q8_0").rows}
+    assert rows["blk.0.attn_q.weight"].type is T.Q8_0 and rows["output_norm.weight"].type is T.F32
+    with InferenceEngine.from_pretrained(folder) as before, InferenceEngine.from_pretrained(out) as after:
+        ids = before.tokenizer.encode("Hello world")
+        assert after.tokenizer.encode("Hello world") == ids
+        difference = np.abs(before.logits(ids) - after.logits(ids)).max()
+        assert 0 < difference < 0.05 * np.abs(before.logits(ids)).max()
 
 
 def test_on_the_command_line(source, tmp_path, capsys):

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from mnemos.compress.mixes import MIXES
 
     parser.usage = "mnemos quantize MODEL --type TYPE --out FILE [options]"
-    parser.add_argument("model", metavar="MODEL", help="a known name, hf:org/name:file, a .gguf file or its folder")
+    parser.add_argument("model", metavar="MODEL", help="a known name, hf:org/name[:file], a .gguf file or a folder")
     parser.add_argument("--type", required=True, metavar="TYPE", help=f"{', '.join(MIXES)}")
     parser.add_argument("--out", metavar="FILE", help="the GGUF file to write")
     parser.add_argument("--calibrate", metavar="TEXT", help="a text file on which the weights' importance is measured")
@@ -91,13 +91,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _show_plan(source: Path, arguments: argparse.Namespace, overrides: Sequence[tuple[str, object]]) -> int:
     from mnemos.compress.plan import mix_named, override_of, plan
-    from mnemos.compress.quantize import open_gguf
+    from mnemos.compress.quantize import open_model
 
-    file = open_gguf(source)
+    model = open_model(source)
     calibrated = arguments.calibrate is not None or arguments.imatrix is not None
     chosen = [override_of(text) for text in arguments.tensor]
     _, mix = mix_named(arguments.type)
-    print("\n".join(table(plan(file.tensors, file.metadata, mix, calibrated=calibrated, overrides=chosen))))
+    print("\n".join(table(plan(model.tensors, model.metadata, mix, calibrated=calibrated, overrides=chosen))))
     return 0
 
 

@@ -6,13 +6,28 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 from mnemos.compress.mixes import ALIASES, FALLBACKS, MIXES, Mix, Part, Place, is_quantizable, part_of
 from mnemos.errors import ConfigError
-from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
 from mnemos.rules import hint
+
+
+class Described(Protocol):
+    """What a plan needs to know of a tensor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> TensorType: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+
 
 Override = tuple[str, TensorType]  # (regular expression searched for in the tensor's name, type)
 
@@ -68,7 +83,7 @@ def override_of(text: str) -> Override:
 
 
 def plan(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Described],
     metadata: Mapping[str, Any],
     mix: Mix,
     *,
@@ -103,11 +118,11 @@ def plan(
     return rows
 
 
-def _example(tensors: Mapping[str, Tensor]) -> str:
+def _example(tensors: Mapping[str, Described]) -> str:
     return next((repr(name) for name in reversed(list(tensors)) if tensors[name].rows > 1), "'blk.0.ffn_up.weight'")
 
 
-def _overridden(tensor: Tensor, override: Override) -> Row:
+def _overridden(tensor: Described, override: Override) -> Row:
     pattern, type_ = override
     if tensor.columns % type_.block[0]:
         raise ConfigError(
@@ -117,7 +132,7 @@ def _overridden(tensor: Tensor, override: Override) -> Row:
     return Row(tensor.name, tensor.shape, tensor.type, type_, "by override")
 
 
-def _by_mix(tensor: Tensor, wanted: TensorType) -> Row:
+def _by_mix(tensor: Described, wanted: TensorType) -> Row:
     block = wanted.block[0]
     if tensor.columns % block == 0:
         return Row(tensor.name, tensor.shape, tensor.type, wanted)
@@ -128,7 +143,7 @@ def _by_mix(tensor: Tensor, wanted: TensorType) -> Row:
     return Row(tensor.name, tensor.shape, tensor.type, instead, reason)
 
 
-def _places(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], calibrated: bool) -> dict[str, Place]:
+def _places(tensors: Mapping[str, Described], metadata: Mapping[str, Any], calibrated: bool) -> dict[str, Place]:
     architecture = metadata.get("general.architecture", "")
     layers = _first(metadata.get(f"{architecture}.block_count"), 0)
     experts = _first(metadata.get(f"{architecture}.expert_count"), 0)

@@ -14,14 +14,15 @@ import numpy.typing as npt
 from mnemos import __version__
 from mnemos.compress.plan import Override, Row, mix_named, plan
 from mnemos.contract import Floats
-from mnemos.errors import ConfigError, FormatError, UnsupportedError
+from mnemos.errors import ConfigError, FormatError
 from mnemos.formats.blocks import encode_rows, unfit_because
-from mnemos.formats.gguf import MAGIC, GGUFFile
+from mnemos.formats.checkpoint import open_checkpoint
+from mnemos.formats.gguf import GGUFFile
 from mnemos.formats.gguf_writer import GGUFWriter, RawValue, writing_gguf
-from mnemos.formats.mapping import map_file
 from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
 from mnemos.hub.cache import Progress
+from mnemos.models.gguf_form import Entry, gguf_form
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -68,7 +69,7 @@ def quantize_file(
     allow_requantize: bool = False,
     progress: Progress | None = None,
 ) -> Quantized:
-    """Writes `source`, a GGUF file, to the GGUF file `out` in one of the mixes of `compress.mixes`.
+    """Writes a GGUF file or Hugging Face folder to the GGUF file `out`, in one of the mixes of `compress.mixes`.
 
     importance        weighs the errors of the columns
     overrides         see `plan`
@@ -81,19 +82,20 @@ def quantize_file(
     name, mix = mix_named(type)
     if out.exists() and source.exists() and out.samefile(source):
         raise ConfigError(f"out is {str(out)!r}, the model itself; give another file")
-    file = open_gguf(source)
-    rows = plan(file.tensors, file.metadata, mix, calibrated=importance is not None, overrides=overrides)
+    model = open_model(source)
+    rows = plan(model.tensors, model.metadata, mix, calibrated=importance is not None, overrides=overrides)
     _check(rows, strict, allow_requantize)
     if importance is not None:
-        _check_importance(file.tensors, importance)
-    metadata = _metadata(file, mix.number, name, importance, overrides)
-    total = sum(tensor.size for tensor in file.tensors.values())
+        _check_importance(model.tensors, importance)
+    metadata = _metadata(model.written, mix.number, name, importance, overrides)
+    total = sum(tensor.size for tensor in model.tensors.values())
     written, done = [], 0
     with writing_gguf(out, metadata, [(row.name, row.shape) for row in rows]) as writer:
         for row in rows:
             if progress is not None:
                 progress("quantizing", done, total)
-            tensor = file.tensors[row.name]
+            entry = model.tensors[row.name]
+            tensor = entry if isinstance(entry, Tensor) else entry.load()
             written.append(_write(writer, tensor, row, importance, strict))
             done += tensor.size
     if progress is not None:
@@ -101,18 +103,24 @@ def quantize_file(
     return Quantized(out, name, written)
 
 
-def open_gguf(source: Path) -> GGUFFile:
-    """The GGUF file at `source`, or the only one in that folder. UnsupportedError for another kind of model."""
-    if source.is_dir():
-        found = sorted(source.glob("*.gguf"))
-        whole = [path for path in found if "-of-" not in path.name or "-00001-of-" in path.name]
-        if len(whole) != 1:
-            problem = f"holds {len(whole)} GGUF models"
-            raise UnsupportedError(f"{source}: {problem}; a GGUF file, or a folder with one, is needed")
-        source = whole[0]
-    if map_file(source)[: len(MAGIC)] != MAGIC:
-        raise UnsupportedError(f"{source}: is no GGUF file; only GGUF files can be quantized to GGUF")
-    return GGUFFile.open(source)
+@dataclass(frozen=True)
+class Model:
+    """A model to be quantized: its metadata to read and to write, and its tensors, by GGUF's names."""
+
+    metadata: Mapping[str, Any]
+    written: Mapping[str, Any]
+    tensors: Mapping[str, Tensor | Entry]
+
+
+def open_model(source: Path) -> Model:
+    """A GGUF file or a Hugging Face folder, in GGUF's form. Errors: those of `open_checkpoint` and `gguf_form`."""
+    checkpoint = open_checkpoint(source)
+    if checkpoint.kind != "gguf":
+        metadata, entries = gguf_form(checkpoint)
+        return Model(metadata, metadata, entries)
+    file = GGUFFile.open(checkpoint.path)
+    stored = {k: RawValue(bytes(v)) for k, v in file.stored_metadata.items() if not _SPLIT.fullmatch(k)}
+    return Model(file.metadata, stored, file.tensors)
 
 
 def _check(rows: Sequence[Row], strict: bool, allow_requantize: bool) -> None:
@@ -133,7 +141,7 @@ def _check(rows: Sequence[Row], strict: bool, allow_requantize: bool) -> None:
         )
 
 
-def _check_importance(tensors: Mapping[str, Tensor], importance: Importance) -> None:
+def _check_importance(tensors: Mapping[str, Tensor | Entry], importance: Importance) -> None:
     known = [name for name in importance.values if name in tensors]
     if not known:
         example = next(iter(importance.values), "nothing")
@@ -151,11 +159,9 @@ def _check_importance(tensors: Mapping[str, Tensor], importance: Importance) -> 
 
 
 def _metadata(
-    file: GGUFFile, number: int, name: str, importance: Importance | None, overrides: Sequence[Override]
+    source: Mapping[str, Any], number: int, name: str, importance: Importance | None, overrides: Sequence[Override]
 ) -> dict[str, Any]:
-    metadata: dict[str, Any] = {
-        key: RawValue(bytes(stored)) for key, stored in file.stored_metadata.items() if not _SPLIT.fullmatch(key)
-    }
+    metadata = dict(source)
     metadata["general.quantization_version"] = QUANTIZATION_VERSION
     metadata["general.file_type"] = number
     made = [name, *(f"{pattern}={type_.name.lower()}" for pattern, type_ in overrides)]

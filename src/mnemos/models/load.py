@@ -160,6 +160,12 @@ def describe_model(
     return _specify(checkpoint, checked, "", dtype, kv_dtype)
 
 
+def open_architecture(checkpoint: Checkpoint) -> Architecture:
+    """The checkpoint's architecture with all of `load_model`'s checks, and without weights."""
+    architecture, fields = _describe(checkpoint, None)
+    return _build(architecture, fields, checkpoint, None)
+
+
 def is_built_in(checkpoint: Checkpoint) -> bool:
     """Whether `load_model` supports the checkpoint's architecture. FormatError if it names none."""
     return any(is_known(name) for name in architecture_names(checkpoint))

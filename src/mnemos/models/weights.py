@@ -38,7 +38,7 @@ GGUF_TENSORS = {
 _PREFIXES = ("model.", "", "transformer.", "gpt_neox.", "language_model.model.", "model.language_model.")
 _HEAD_PREFIXES = ("", "language_model.", "model.")
 # Buffers that old versions of transformers saved, and what gguf_fields reads.
-_HARMLESS = (
+HARMLESS = (
     "*rotary_emb.inv_freq", "*.attn.bias", "*.attn.masked_bias", "*.attention.bias", "*.attention.masked_bias",
     "*.attn_rot_embd.weight", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight",
 )  # fmt: skip
@@ -247,7 +247,7 @@ class Weights:
         Those outside the model, such as the value head of a training run, are left out with a warning: nothing that the
         model computes can need them.
         """
-        patterns = (*_HARMLESS, *ignored)
+        patterns = (*HARMLESS, *ignored)
         extra = [n for n in self.tensors if n not in self.used and not any(fnmatchcase(n, p) for p in patterns)]
         inside = [name for name in extra if not self._is_beside(name)]
         if inside:

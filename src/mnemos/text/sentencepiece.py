@@ -34,6 +34,12 @@ _DEFAULT_IDS = {"unknown": (40, 0), "bos": (41, 1), "eos": (42, 2), "padding": (
 
 def build_core(file: Path, settings: Settings) -> TokenizerCore:
     """The tokenizer in `file`, with the tokens that the files beside it add."""
+    core = build_from_metadata(metadata_with_settings(file, settings), str(file))
+    return replace(core, eos_ids=core.eos_ids | stated_ends(file.parent, settings, len(core.texts)))
+
+
+def metadata_with_settings(file: Path, settings: Settings) -> dict[str, Any]:
+    """What a GGUF file would say of the tokenizer, with what the files beside it add and say of its special tokens."""
     metadata = read_metadata(file)
     _add_tokens(file, metadata, settings)
     _set_roles(metadata, settings)
@@ -41,8 +47,7 @@ def build_core(file: Path, settings: Settings) -> TokenizerCore:
     for flag, default in (("add_bos_token", merges), ("add_eos_token", False)):
         value = settings.tokenizer.get(flag)
         metadata[PREFIX + flag] = default if value is None else value
-    core = build_from_metadata(metadata, str(file))
-    return replace(core, eos_ids=core.eos_ids | stated_ends(file.parent, settings, len(core.texts)))
+    return metadata
 
 
 def read_metadata(file: Path) -> dict[str, Any]:

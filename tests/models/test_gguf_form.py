@@ -1,0 +1,110 @@
+"""Checkpoints converted to GGUF are the same models: their logits are equal, and the files say all that matters."""
+
+import numpy as np
+import pytest
+
+from mnemos.errors import UnsupportedError
+from mnemos.formats.checkpoint import open_checkpoint
+from mnemos.formats.gguf_writer import encode_value, writing_gguf
+from mnemos.models.gguf_form import gguf_form
+from mnemos.models.load import load_model
+from tests.models.checkpoints import CONFIGS, build, token_ids
+from tests.models.stepping import whole
+
+CONVERTED = {
+    "llama": "llama", "llama-tied": "llama", "llama-biases": "llama", "mistral": "llama", "qwen2": "qwen2",
+    "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "olmo2": "olmo2",
+}  # fmt: skip
+REFUSED = {
+    "phi3": "phi3 models are not converted",
+    "mixtral": "mixtral models are not converted",
+    "gpt2": "gpt2 models are not converted",
+    "qwen2-window": "windows is",
+    "gemma2-scalar": "query_pre_attn_scalar is",
+    "smollm3": "another rotary embedding in layer 1",
+}
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 500000.0,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def without_tokenizer(monkeypatch):
+    """These models have none; tests/text/test_gguf_form.py converts tokenizers."""
+    monkeypatch.setattr("mnemos.models.gguf_form.tokenizer_metadata", lambda folder, size: {})
+
+
+def logits(path, ids):
+    model = load_model(open_checkpoint(path), backend="numpy", dtype="float32")
+    model.reserve(2)
+    return whole(model, ids, [0, 1])
+
+
+def converted(folder, tmp_path):
+    """The folder's model, as a file of its converted form."""
+    metadata, entries = gguf_form(open_checkpoint(folder))
+    path = tmp_path / "model.gguf"
+    with writing_gguf(path, metadata, [(e.name, e.shape) for e in entries.values()]) as writer:
+        for entry in entries.values():
+            tensor = entry.load()
+            assert (tensor.name, tensor.type, tensor.shape) == (entry.name, entry.type, entry.shape)
+            writer.write(entry.name, entry.type, [tensor.data])
+    return path
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_tensors_are_those_of_llama_cpp_s_converter(name, tmp_path):
+    pytest.importorskip("gguf")
+    from tests.models.gguf_files import write_gguf
+
+    module = build(CONFIGS[name](), tmp_path).module
+    theirs = open_checkpoint(write_gguf(module, tmp_path / "reference.gguf")).tensors
+    _, entries = gguf_form(open_checkpoint(tmp_path / "model.safetensors"))
+    assert entries.keys() == theirs.keys()
+    for key, entry in entries.items():
+        assert np.array_equal(entry.load().dequantize(), theirs[key].dequantize()), key
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_logits_are_those_of_the_checkpoint(name, tmp_path):
+    folder = tmp_path / "model"
+    build(CONFIGS[name](), folder)
+    path = converted(folder, tmp_path)
+    assert open_checkpoint(path).metadata["general.architecture"] == CONVERTED[name]
+    ids = token_ids(24)
+    assert np.allclose(logits(path, ids), logits(folder, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_scaled_rotations_are_kept(kind, tmp_path):
+    folder = tmp_path / "model"
+    config = CONFIGS["llama"]()
+    config.rope_parameters = ROPES[kind]
+    build(config, folder)
+    ids = token_ids(40)
+    assert np.allclose(logits(converted(folder, tmp_path), ids), logits(folder, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_gguf_cannot_say_is_refused(name, tmp_path):
+    build(CONFIGS[name](), tmp_path)
+    with pytest.raises(UnsupportedError, match=REFUSED[name]):
+        gguf_form(open_checkpoint(tmp_path))
+
+
+def test_values_have_the_types_that_llama_cpp_expects(tmp_path):
+    build(CONFIGS["qwen3"](), tmp_path)
+    metadata, entries = gguf_form(open_checkpoint(tmp_path))
+    types = {key: int.from_bytes(encode_value(key, value)[:4], "little") for key, value in metadata.items()}
+    assert types["qwen3.block_count"] == types["qwen3.attention.key_length"] == 4  # uint32
+    assert types["qwen3.rope.freq_base"] == types["qwen3.attention.layer_norm_rms_epsilon"] == 6  # float32
+    assert all(entry.type.name == "F32" for entry in entries.values() if len(entry.shape) == 1)
