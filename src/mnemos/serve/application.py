@@ -35,18 +35,18 @@ from mnemos.serve.state import State
 from mnemos.version import __version__
 
 IDLE_CHECK = 5.0  # seconds between two looks for models to unload
-ROUTERS = (
+ROUTERS = (  # the busiest first: the framework tries one after the other
+    chat.router,
+    completions.router,
+    anthropic_messages.router,
+    ollama_chat.router,
+    responses.router,
     health.router,
     generate.router,
     own.router,
     metrics_page.router,
     openai_models.router,
-    chat.router,
-    completions.router,
     embeddings.router,
-    responses.router,
-    anthropic_messages.router,
-    ollama_chat.router,
     ollama_models.router,
     decisions.router,
     page_api.router,

@@ -8,9 +8,12 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import CapacityError, ConfigError, MnemosError
@@ -18,6 +21,8 @@ from mnemos.serve.refusal import Refusal
 
 logger = logging.getLogger("mnemos.serve")
 FOREVER = float("inf")
+PREPARING = 4  # threads that read a model's prompts
+T = TypeVar("T")
 Watch = Callable[[str, InferenceEngine], Callable[[], None]]
 
 
@@ -63,6 +68,7 @@ class Served:
         self._unwatch: Callable[[], None] | None = None
         self.error: Refusal | None = None  # why the last attempt to load it failed
         self._engine = offer.loaded
+        self._threads = ThreadPoolExecutor(PREPARING, "mnemos-prompts")
 
     @property
     def loaded(self) -> bool:
@@ -75,6 +81,11 @@ class Served:
         if self._engine is None:
             raise MnemosError(f"the model {self.name} is not loaded")
         return self._engine
+
+    async def in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Reads prompts in a worker thread: one of a few, since the others would only wait for the interpreter."""
+        run = partial(copy_context().run, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, run)
 
     def load(self) -> None:
         """Makes the engine; blocks while files are read."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -100,7 +99,7 @@ async def _answers(
     found: list[Decision] = []
     try:
         for wave in (questions[:1], questions[1:]):
-            handles = await asyncio.to_thread(
+            handles = await model.in_thread(
                 lambda some: [model.engine.submit_decision(about, one, **scheduling) for one in some], wave
             )
             for handle in handles:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from mnemos.contract import Floats
@@ -24,7 +23,7 @@ async def embeddings(
     pooling: see `InferenceEngine.embed`. Refusal for what cannot be embedded; then nothing is.
     """
     try:
-        handles = await asyncio.to_thread(_submit, model, tasks, connection, pooling)
+        handles = await model.in_thread(_submit, model, tasks, connection, pooling)
         connection.notes["model"] = model.name
         for handle in handles:
             connection.start(handle)

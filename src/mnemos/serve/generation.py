@@ -99,7 +99,7 @@ async def start(model: Served, task: Task, connection: Connection) -> Running:
 
 async def start_all(model: Served, tasks: Sequence[Task], connection: Connection) -> list[Running]:
     """`start` for several tasks; if one of them cannot run, none does."""
-    running = await asyncio.to_thread(_submit_all, model, tasks, connection)
+    running = await model.in_thread(_submit_all, model, tasks, connection)
     connection.notes["model"] = model.name
     for one in running:
         connection.start(one.handle)

@@ -23,9 +23,11 @@ from mnemos.serve.connection import Connection
 from mnemos.serve.keys import ANYONE, Keys
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.settings import Settings
+from mnemos.serve.turnstile import Turnstile
 
 logger = logging.getLogger("mnemos.serve")
 OPEN_PATHS = ("/health", "/health/")  # answered without a key
+BEGINNING = 8  # requests that begin in one turn of the event loop: some milliseconds of work
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _SAFE_PATH = re.compile(rb"/(?:[A-Za-z0-9._~:@\-]+/)*[A-Za-z0-9._~:@\-]*")
@@ -54,6 +56,7 @@ class Guard:
         self.failure: Exception | None = None  # why the only model cannot be loaded
         self.on_failure: Callable[[], None] | None = None  # ends whoever runs the application
         self.active = 0
+        self._turnstile = Turnstile(BEGINNING)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -97,6 +100,8 @@ class Guard:
             body = await self._body(scope, headers, receive, connection)
             inner = _Inbox(body, receive, connection)
             watcher = asyncio.create_task(inner.watch())
+            if path not in self.open_paths:
+                await self._turnstile()
             await self.app(scope, inner, reply)
         except Exception as error:
             await self._refuse(error, scope, connection, reply)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -51,7 +50,7 @@ async def count_tokens(body: MessagesRequest, request: Request) -> dict[str, int
     task = _task(body, connection)
     model = await state.hold(body.model, connection)
     try:
-        exchange = await asyncio.to_thread(exchange_of, model, task)
+        exchange = await model.in_thread(exchange_of, model, task)
     except MnemosError as error:
         raise refusal_of(error) from error
     return {"input_tokens": len(exchange.prompt_ids)}

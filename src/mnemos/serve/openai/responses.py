@@ -63,7 +63,7 @@ async def count(body: ResponsesRequest, request: Request) -> dict[str, Any]:
     items = [*await _before(body, request), *items_of(body.input)]
     task = task_of(body, items, connection_of(request))
     async with server_of(request).catalogue.use(body.model) as model:
-        read = await asyncio.to_thread(exchange_of, model, task)
+        read = await model.in_thread(exchange_of, model, task)
     return {"object": "response.input_tokens", "input_tokens": len(read.prompt_ids)}
 
 
