@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from mnemos.engine.engine import InferenceEngine
-from mnemos.errors import MnemosError
+from mnemos.errors import MissingDependencyError, MnemosError
 from mnemos.serve import decisions, generate, health, own, page_api
 from mnemos.serve import metrics as metrics_page
 from mnemos.serve.anthropic import messages as anthropic_messages
@@ -33,6 +33,11 @@ from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.settings import Settings
 from mnemos.serve.state import State
 from mnemos.version import __version__
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
+    from mnemos.serve.tracing import Tracing
 
 IDLE_CHECK = 5.0  # seconds between two looks for models to unload
 ROUTERS = (  # the busiest first: the framework tries one after the other
@@ -60,10 +65,12 @@ def app(
     name: str = "model",
     settings: Settings | None = None,
     keys: Keys | None = None,
+    tracer_provider: TracerProvider | None = None,
 ) -> Guard:
     """A plain ASGI application that serves models, to be run by any ASGI server or mounted in another application.
 
     models: an engine, which stays the caller's, or what `Catalogue` takes. name: what requests call the engine.
+    tracer_provider: OpenTelemetry's, which gets a span for each request; without one, `settings` say where spans go.
     """
     chosen = settings or Settings()
     if isinstance(models, InferenceEngine):
@@ -81,9 +88,25 @@ def app(
     inner.router.routes.extend(page_routes(page))
     for kind in (MnemosError, Refusal, HTTPException, RequestValidationError, Exception):
         inner.add_exception_handler(kind, _refuse)
-    guard = Guard(inner, chosen, keys or Keys(), metrics, open_files=frozenset(page))
+    tracing = _tracing(chosen, tracer_provider)
+    guard = Guard(inner, chosen, keys or Keys(), metrics, open_files=frozenset(page), tracing=tracing)
     inner.state.guard = guard
     return guard
+
+
+def _tracing(settings: Settings, provider: TracerProvider | None) -> Tracing | None:
+    if provider is None and settings.otlp_traces_endpoint is None:
+        return None
+    try:
+        from mnemos.serve.tracing import Tracing, exporting_to
+
+        return Tracing(provider) if provider is not None else exporting_to(settings.otlp_traces_endpoint or "")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mnemos"):
+            raise
+        raise MissingDependencyError(
+            f"{error.name} is not installed; traces need it: pip install 'mnemos[otel]'", name=error.name
+        ) from error
 
 
 class CheckedRoute(APIRoute):
@@ -110,6 +133,8 @@ async def _lifespan(inner: FastAPI) -> AsyncIterator[None]:
     for task in tasks:
         task.cancel()
     await asyncio.to_thread(catalogue.close)
+    if inner.state.guard.tracing is not None:
+        await asyncio.to_thread(inner.state.guard.tracing.close)
     await asyncio.to_thread(server.responses.close)
 
 

@@ -48,17 +48,18 @@ class Connection:
     notes: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)  # of the response, set by whoever answers
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)  # closed once the answer has been sent
-    _works: list[Work] = field(default_factory=list)
+    works: list[Work] = field(default_factory=list)  # that the request has started
+    status: int | None = None  # of the response, once it has begun
     _leaving: list[Callable[[], None]] = field(default_factory=list)
 
     def start(self, work: Work) -> None:
         """Work that is cancelled when the client goes away, and whose tokens are the caller's."""
-        self._works.append(work)
+        self.works.append(work)
         self.on_leave(work.cancel)
 
     def tokens(self) -> tuple[int, int]:
         """How many tokens of prompts and of answers the request has used."""
-        usages = [work.usage for work in self._works]
+        usages = [work.usage for work in self.works]
         return sum(one.prompt_tokens for one in usages), sum(one.completion_tokens for one in usages)
 
     def on_leave(self, callback: Callable[[], None]) -> None:

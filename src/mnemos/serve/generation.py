@@ -49,6 +49,7 @@ class Running:
         self.task = task
         self.config = config
         self.completion: Completion | None = None  # once `results` has returned
+        self.finishes: list[str] = []  # why the results have ended that were read
         self._replies = Replies(exchange)
 
     @property
@@ -60,6 +61,10 @@ class Running:
     def usage(self) -> Usage:
         """The numbers of tokens so far."""
         return self.handle.usage
+
+    def cancel(self) -> None:
+        """Ends the task within one step."""
+        self.handle.cancel()
 
     async def events(self) -> AsyncIterator[list[AnswerEvent]]:
         """The answer as it arrives. Refusal if the engine ends it with an error; leaving early cancels it."""
@@ -86,6 +91,7 @@ class Running:
         for token in tokens:
             if token.finish_reason is not None:
                 self.model.ends[token.finish_reason] += 1
+                self.finishes.append(token.finish_reason)
         return self._replies.read(tokens)
 
 
@@ -102,7 +108,7 @@ async def start_all(model: Served, tasks: Sequence[Task], connection: Connection
     running = await model.in_thread(_submit_all, model, tasks, connection)
     connection.notes["model"] = model.name
     for one in running:
-        connection.start(one.handle)
+        connection.start(one)
     return running
 
 

@@ -13,7 +13,8 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +25,9 @@ from mnemos.serve.keys import ANYONE, Keys
 from mnemos.serve.refusal import Refusal, refusal_of
 from mnemos.serve.settings import Settings
 from mnemos.serve.turnstile import Turnstile
+
+if TYPE_CHECKING:
+    from mnemos.serve.tracing import Tracing
 
 logger = logging.getLogger("mnemos.serve")
 OPEN_PATHS = ("/health", "/health/")  # answered without a key
@@ -36,7 +40,7 @@ _SAFE_PATH = re.compile(rb"/(?:[A-Za-z0-9._~:@\-]+/)*[A-Za-z0-9._~:@\-]*")
 class Guard:
     """The outermost layer of the application.
 
-    open_files: paths of static files that are answered without a key.
+    open_files: paths of static files that are answered without a key. tracing: writes a span for each request.
     """
 
     def __init__(
@@ -46,11 +50,13 @@ class Guard:
         keys: Keys,
         metrics: Metrics,
         open_files: frozenset[str] = frozenset(),
+        tracing: Tracing | None = None,
     ) -> None:
         self.app = app
         self.settings = settings
         self.keys = keys
         self.metrics = metrics
+        self.tracing = tracing
         self.open_paths = {*OPEN_PATHS, *open_files}
         self.draining = False
         self.failure: Exception | None = None  # why the only model cannot be loaded
@@ -64,7 +70,8 @@ class Guard:
         elif scope["type"] == "http":
             self.active += 1
             try:
-                await self._answer(scope, receive, send)
+                with nullcontext() if self.tracing is None else self.tracing.request(scope):
+                    await self._answer(scope, receive, send)
             finally:
                 self.active -= 1
         else:  # there are no WebSockets here
@@ -111,6 +118,7 @@ class Guard:
             timer.cancel()
             connection.leave()  # whatever still works for this request has nobody to answer
             await connection.stack.aclose()
+            connection.status = reply.status
             used = connection.tokens()
             if entered:
                 connection.caller.leave(sum(used))

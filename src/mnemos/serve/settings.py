@@ -44,6 +44,10 @@ class Settings(Options):
         default=None, metadata=row(text(255), "the path under which a proxy offers the server", "PATH")
     )
     log_format: str = field(default="text", metadata=row(one_of(*FORMATS), "text or json, a line each", "FORMAT"))
+    otlp_traces_endpoint: str | None = field(
+        default=None,
+        metadata=row(text(4096), "where OpenTelemetry traces are sent, such as http://localhost:4318", "URL"),
+    )
     max_connections: int = field(default=2048, metadata=row(COUNT, "most requests at once; more get 503", "N"))
     max_body_bytes: int = field(default=32 << 20, metadata=row(COUNT, "largest request body", "N"))
     max_header_bytes: int = field(default=32 << 10, metadata=row(COUNT, "largest request headers", "N"))
