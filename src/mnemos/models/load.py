@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mnemos.models.config import DecoderConfig
     from mnemos.models.foreign.encoder_decoder import EncoderDecoderModel
     from mnemos.models.foreign.model import ForeignModel
+    from mnemos.models.memory_transformer.model import MemoryModel
     from mnemos.models.memory_transformer.reader import Routing
     from mnemos.ops.protocol import Windows
 
@@ -304,7 +305,7 @@ def _details(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def adapt(module: Any, **options: Any) -> ForeignModel | EncoderDecoderModel:
+def adapt(module: Any, **options: Any) -> ForeignModel | EncoderDecoderModel | MemoryModel:
     """A `Model` around an nn.Module; for the options, see `mnemos.models.foreign.adapt.adapt`.
 
     PyTorch is imported here, and only for such a module.

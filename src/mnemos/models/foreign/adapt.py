@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,6 +18,9 @@ from mnemos.models.foreign.settings import find_context, special_tokens
 from mnemos.models.foreign.signature import describe
 from mnemos.ops.torch import usable_device
 
+if TYPE_CHECKING:
+    from mnemos.models.memory_transformer.model import MemoryModel
+
 _FEW = 8  # one added token for so many of the model's is taken for a habit
 
 
@@ -27,7 +31,7 @@ def adapt(
     use_kv_cache: bool = True,
     context_length: int | None = None,
     vocabulary_size: int | None = None,
-) -> ForeignModel | EncoderDecoderModel:
+) -> ForeignModel | EncoderDecoderModel | MemoryModel:
     """Makes any causal nn.Module that returns logits a `Model`, or a Hugging Face encoder-decoder module.
 
     forward(input_ids (batch, time) int64), also with attention_mask, position_ids and a cache; see
@@ -43,6 +47,9 @@ def adapt(
         raise ModelError(f"{describe(module)} has no values for {empty} (its device is meta); expected loaded weights")
     if device is not None:
         _move(module, device)
+    own = _memory_model(module, use_kv_cache, context_length)
+    if own is not None:
+        return own
     caller = Caller(module)
     inner = caller.inner
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
@@ -78,6 +85,20 @@ def _count(module: nn.Module) -> int:
     """Parameters, and the weights that quantized layers keep in other forms."""
     quantized = sum(getattr(member, "stored_values", 0) for member in module.modules())
     return quantized + sum(p.numel() for p in module.parameters())
+
+
+def _memory_model(module: nn.Module, use_kv_cache: bool, context_length: int | None) -> MemoryModel | None:
+    """The model of a module of Mnemos's own; probing would be misled by a router that sees a whole prompt."""
+    if not type(module).__module__.startswith("mnemos.models.memory_transformer."):
+        return None
+    from mnemos.models.memory_transformer.model import MemoryModel, MemoryModule
+
+    if not isinstance(module, MemoryModule):
+        return None
+    if not use_kv_cache:
+        name = type(module).__name__
+        raise ConfigError(f"use_kv_cache is False for a {name}, which routes by what it keeps; leave it out")
+    return MemoryModel(module, context_length)
 
 
 def _check_vocabulary(module: nn.Module, tokens: int, logits: int) -> None:

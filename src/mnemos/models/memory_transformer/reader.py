@@ -15,8 +15,7 @@ from mnemos.models.memory_transformer.config import Config
 from mnemos.models.weights import Linear, Weights
 from mnemos.ops.protocol import Array, Bank, MemoryParams, Ops, PoolParams, Windows
 
-# A window keeps so many more positions than it averages: a sequence may return by that many without being read again.
-SPARE_POSITIONS = 64
+SPARE_POSITIONS = 64  # that a sequence's window keeps beyond those that are averaged: it may return by so many
 
 
 @dataclass

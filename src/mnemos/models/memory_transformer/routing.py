@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mnemos.errors import ConfigError
 
 SMALLEST_SUM = 1e-12
+SPARE_POSITIONS = 64  # that a text's window keeps beyond those that are averaged: it may return by so many
 
 
 @dataclass
@@ -152,7 +153,8 @@ def pool(
         return rolling_mean(states, window), None
     if strategy == "sequence" or not cached:
         return states.mean(1), None
-    recent = (states if held is None else torch.cat((held, states), dim=1))[:, -window:].detach()
+    kept = (states if held is None else torch.cat((held, states), dim=1))[:, -window - SPARE_POSITIONS :].detach()
+    recent = kept[:, -window:]
     if strategy == "hybrid" and held is None:
-        return masked_mean(states, mask), recent
-    return masked_mean(recent, mask), recent
+        return masked_mean(states, mask), kept
+    return masked_mean(recent, mask), kept
