@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
@@ -132,11 +133,73 @@ def test_words_are_joined_by_spaces(tmp_path: Path) -> None:
     assert ours.decode([0, 1, 0]) == rust.decode([0, 1, 0]) == "one two one"
 
 
-def test_unknown_decoders_are_named(tmp_path: Path) -> None:
-    rust = Tokenizer(models.WordLevel({"one": 0}, unk_token="one"))
-    rust.decoder = decoders.CTC()
+STEPS: dict[str, Callable[[], decoders.Decoder]] = {
+    "end of word": lambda: decoders.BPEDecoder("</w>"),
+    "another mark": lambda: decoders.Metaspace("_"),
+    "another mark, no space before": lambda: decoders.Metaspace("_", prepend_scheme="never"),
+    "bytes": lambda: decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),
+    "replaced": lambda: decoders.Replace("h", "th"),
+    "replaced, bytes": lambda: decoders.Sequence([decoders.Replace("_", " "), decoders.ByteFallback()]),
+    "replaced twice": lambda: decoders.Sequence([decoders.Replace("</w>", "_"), decoders.Replace("_", "-")]),
+    "stripped, each": lambda: decoders.Sequence([decoders.Strip("h", 1, 0), decoders.Fuse()]),
+    "stripped at the beginning": lambda: decoders.Sequence(
+        [decoders.Fuse(), decoders.Replace("_", " "), decoders.Strip(" ", 1, 0)]
+    ),
+    "stripped at the end": lambda: decoders.Sequence(
+        [decoders.Replace("</w>", " "), decoders.Fuse(), decoders.Strip(" ", 0, 1)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_decoders(name: str, tmp_path: Path) -> None:
+    words = ["h", "i", "hi", "_hi", "_h", "i</w>", "hi</w>", "ih", "hhi", "\u00e9", "</s>"]
+    vocabulary = {text: token for token, text in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *words])}
+    rust = Tokenizer(models.BPE(vocabulary, []))
+    rust.decoder = STEPS[name]()
+    rust.add_special_tokens(["</s>"])
     rust.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UnsupportedError, match=r"decoder is .*CTC.*supported are ByteLevel"):
+    ours, random = MnemosTokenizer.from_file(tmp_path), np.random.default_rng(1)
+    for length in [1, 1, 2, 2, *range(1, 40)]:
+        ids = [0xC3, 0xA9, *random.integers(256, len(vocabulary), length).tolist()][:: random.choice((1, -1))]
+        ids = ids[2:] if length % 2 else ids
+        for skipped in (True, False):
+            wanted = rust.decode(ids, skip_special_tokens=skipped)
+            assert ours.decode(ids, skip_special=skipped) == wanted
+            decoder = ours.decoder(skip_special=skipped)
+            assert "".join(map(decoder.push, ids)) + decoder.finish() == wanted
+
+
+def test_words_with_a_suffix_as_gpt_has_them(tmp_path: Path) -> None:
+    from tokenizers.trainers import BpeTrainer
+
+    rust = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    rust.normalizer, rust.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    rust.decoder = decoders.BPEDecoder("</w>")
+    rust.train_from_iterator(TEXTS, BpeTrainer(vocab_size=400, special_tokens=["<unk>"], end_of_word_suffix="</w>"))
+    rust.save(str(tmp_path / "tokenizer.json"))
+    ours = MnemosTokenizer.from_file(tmp_path)
+    for text in TEXTS[:12]:
+        ids = rust.encode(text).ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == rust.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.CTC(),
+        decoders.Replace(Regex("e+"), "e"),
+        decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")]),
+        decoders.Sequence([decoders.Fuse(), decoders.Strip("x", 1, 0)]),
+    ],
+    ids=str,
+)
+def test_unknown_decoders_are_named(decoder: decoders.Decoder, tmp_path: Path) -> None:
+    rust = Tokenizer(models.WordLevel({"one": 0}, unk_token="one"))
+    rust.decoder = decoder
+    rust.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UnsupportedError, match=r"decoder is {'type': .*supported are ByteLevel"):
         MnemosTokenizer.from_file(tmp_path).prepare()
 
 

@@ -71,6 +71,7 @@ class TokenizerCore:
     silent_ids     ids that decode to nothing at all (unused slots of the vocabulary)
     special_ids    ids that are not text: left out of decoded text unless asked for
     strips_space   decoded text loses one leading space, because encoding puts one there
+    strips_end     decoded text loses one trailing space, because each word's last token has one
     encoder        text to ids
     find           the id of a token by its text; None: there is none
     prefix_ids, suffix_ids   what add_special puts around a text; None: the encoder's own post-processor does it
@@ -92,6 +93,7 @@ class TokenizerCore:
     pad_id: int | None
     unknown_id: int | None
     eos_ids: frozenset[int]
+    strips_end: bool = False
     _bytes: dict[int, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def token_bytes(self, token_id: int) -> bytes:

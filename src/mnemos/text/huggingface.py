@@ -19,11 +19,11 @@ from mnemos.text.core import (
     read_ids,
 )
 from mnemos.text.tokenizer_json import Source, read_source
-from mnemos.text.word_spellings import word_spelling
+from mnemos.text.word_spellings import Reading, word_spelling
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 MAX_ADDED = 1 << 16
-_DECODERS = "ByteLevel, Metaspace, WordPiece, Fuse, a Sequence of Replace, ByteFallback, Fuse and Strip, or none"
+_DECODERS = "ByteLevel, Metaspace, WordPiece, BPEDecoder, or a Sequence of Replace, ByteFallback, Strip and Fuse"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def read_chat_templates(folder: Path, settings: Settings) -> tuple[str | None, d
 def build_core(file: Path, settings: Settings) -> TokenizerCore:
     """The tokenizer in `file`."""
     source = read_source(file, _read_text(file), _missing(file, settings))
-    spelling, strips_space = _spelling(file, source.decoder)
+    spelling, strips_space, strips_end = _spelling(file, source.decoder)
     bos, eos, pad, unknown = (_special_id(file, settings, source, name) for name in ROLES)
     add_bos = not source.surrounds and settings.tokenizer.get("add_bos_token") is True
     return TokenizerCore(
@@ -110,6 +110,7 @@ def build_core(file: Path, settings: Settings) -> TokenizerCore:
         silent_ids=source.silent_ids,
         special_ids=frozenset(token.id for token in source.added if token.special),
         strips_space=strips_space,
+        strips_end=strips_end,
         encoder=source.encoder,
         find=source.find,
         prefix_ids=(bos,) if add_bos and bos is not None else None if source.surrounds else (),
@@ -134,18 +135,18 @@ def _missing(file: Path, settings: Settings) -> list[tuple[str, int | None, bool
     return [(text, stated, special) for text, (stated, special) in missing.items()]
 
 
-def _spelling(file: Path, decoder: Any) -> tuple[Spelling, bool]:
-    """(how tokens spell bytes, whether decoding strips one leading space), from the file's `decoder`."""
+def _spelling(file: Path, decoder: Any) -> Reading:
+    """What the file's `decoder` means. UnsupportedError for one that is not supported."""
     if decoder is None:
-        return WordSpelling(), True
+        return Reading(WordSpelling(), True)
     steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else None
     if not isinstance(steps, list) or not all(isinstance(s, dict) and isinstance(s.get("type"), str) for s in steps):
         raise FormatError(f"{file}: decoder is {str(decoder)[:200]}; it must be an object with a type")
     kinds = [step["type"] for step in steps]
     if "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Fuse"}:
-        return ByteLevelSpelling(), False
+        return Reading(ByteLevelSpelling())
     if kinds == ["Metaspace"] and steps[0].get("replacement", "\u2581") == "\u2581":
-        return SentencePieceSpelling(byte_fallback=False), steps[0].get("prepend_scheme", "always") != "never"
+        return Reading(SentencePieceSpelling(False), steps[0].get("prepend_scheme", "always") != "never")
     replaces_space = any(
         step["type"] == "Replace" and step.get("pattern") == {"String": "\u2581"} and step.get("content") == " "
         for step in steps
@@ -153,7 +154,7 @@ def _spelling(file: Path, decoder: Any) -> tuple[Spelling, bool]:
     if replaces_space and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} and kinds.count("Replace") == 1:
         strips = [step for step in steps if step["type"] == "Strip"]
         if all(step.get("content") == " " and step.get("start") == 1 and step.get("stop") == 0 for step in strips):
-            return SentencePieceSpelling("ByteFallback" in kinds), bool(strips)
+            return Reading(SentencePieceSpelling("ByteFallback" in kinds), bool(strips))
     found = word_spelling(steps)
     if found is not None:
         return found

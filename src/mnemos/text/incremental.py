@@ -22,6 +22,7 @@ class IncrementalDecoder:
         self._core = core
         self._skipped = core.special_ids if skip_special else frozenset[int]()
         self._strips_space = core.strips_space and not continues
+        self._held = b""  # a space that is no part of the text if nothing follows
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
@@ -32,6 +33,10 @@ class IncrementalDecoder:
         if self._strips_space:
             self._strips_space = False
             piece = piece.removeprefix(b" ")
+        if self._core.strips_end:
+            piece = self._held + piece
+            self._held = b" " if piece.endswith(b" ") else b""
+            piece = piece.removesuffix(b" ")
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
@@ -46,6 +51,8 @@ def decode_tokens(core: TokenizerCore, ids: Iterable[int], skip_special: bool, c
     text = b"".join(piece for piece, token in zip(pieces, ids, strict=True) if token not in skipped)
     if core.strips_space and not continues:
         text = text.removeprefix(b" ")
+    if core.strips_end:
+        text = text.removesuffix(b" ")
     return text.decode("utf-8", errors="replace")
 
 
