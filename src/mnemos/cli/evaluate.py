@@ -66,6 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def compare_files(model: str, against: str, text: str) -> int:
+    """What `mnemos eval MODEL --against AGAINST --text TEXT` prints, at the end of what made one of the other."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    print()
+    return run(parser.parse_args([model, "--against", against, "--text", text]))
+
+
 def _file(arguments: argparse.Namespace) -> str:
     given = [file for file in (arguments.file, arguments.text) if file is not None]
     if len(given) != 1:

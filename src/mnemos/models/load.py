@@ -141,7 +141,7 @@ def load_model_on(
 ) -> LoadedModel:
     """As `load_model`, on operators of the caller's own, which are made after the checkpoint has been checked."""
     _check_dtypes(dtype, kv_dtype)
-    architecture, fields = _describe(checkpoint, context_length)
+    architecture, fields = describe_architecture(checkpoint, context_length)
     checked = _build(architecture, fields, checkpoint, None)
     ops = make_ops()
     _check_memory(checkpoint, ops, dtype)
@@ -156,14 +156,14 @@ def describe_model(
 ) -> ModelSpec:
     """The description of the model that `load_model` would load, with the same checks; nothing is loaded."""
     _check_dtypes(dtype, kv_dtype)
-    architecture, fields = _describe(checkpoint, context_length)
+    architecture, fields = describe_architecture(checkpoint, context_length)
     checked = _build(architecture, fields, checkpoint, None)
     return _specify(checkpoint, checked, "", dtype, kv_dtype)
 
 
 def open_architecture(checkpoint: Checkpoint) -> Architecture:
     """The checkpoint's architecture with all of `load_model`'s checks, and without weights."""
-    architecture, fields = _describe(checkpoint, None)
+    architecture, fields = describe_architecture(checkpoint)
     return _build(architecture, fields, checkpoint, None)
 
 
@@ -233,7 +233,7 @@ def architecture_names(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def _describe(checkpoint: Checkpoint, context_length: int | None) -> tuple[type[Any], Fields]:
+def describe_architecture(checkpoint: Checkpoint, context_length: int | None = None) -> tuple[type[Any], Fields]:
     """The architecture's class and its hyperparameters."""
     names = architecture_names(checkpoint)
     architecture = find_architecture(names, checkpoint.path)

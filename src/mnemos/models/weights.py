@@ -261,9 +261,13 @@ def gguf_tensor_name(name: str, gguf_names: Mapping[str, str]) -> str:
 
     gguf_names: the architecture's own, as `Architecture.gguf_names`. A name that GGUF does not have is left as it is.
     """
-    prefix = next((p for p in _PREFIXES if p and name.startswith(p)), "")
-    stem, _, suffix = name.removeprefix(prefix).rpartition(".")
+    stem, _, suffix = without_prefix(name).rpartition(".")
     return f"{_gguf_name(stem, {**GGUF_TENSORS, **gguf_names})}.{suffix}" if stem else name
+
+
+def without_prefix(name: str) -> str:
+    """A name in a Hugging Face checkpoint as architectures give it to `Weights`: "layers.3.self_attn.q_proj"."""
+    return name.removeprefix(next((p for p in _PREFIXES if p and name.startswith(p)), ""))
 
 
 def _gguf_name(name: str, gguf_names: Mapping[str, str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,6 +14,7 @@ from mnemos.compress.modules.distill import distill
 from mnemos.compress.modules.distilled_model import ALPHA, TEMPERATURE
 from mnemos.compress.modules.layers import check_module
 from mnemos.compress.modules.pruned_model import METHOD, RATIO, PrunedModel
+from mnemos.compress.modules.quantized_model import QuantizedModel
 from mnemos.compress.modules.student import student_of
 from mnemos.errors import ConfigError
 from mnemos.rules import COUNT, FLAG, Rule, one_of
@@ -118,9 +118,7 @@ def optimize(
         pruned = PrunedModel(result, config.pruning_ratio, config.pruning_method, batches=given)
         result = pruned.make_permanent()
     if config.quantize:
-        quantized = import_module("mnemos.compress.modules.quantized_model").QuantizedModel(
-            result, config.quantization_bits, config.quantization_method
-        )
+        quantized = QuantizedModel(result, config.quantization_bits, config.quantization_method)
         if static and given is not None:
             quantized.calibrate(given)
         result = quantized

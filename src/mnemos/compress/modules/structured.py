@@ -69,7 +69,7 @@ def choose_and_fit(
     inputs = inputs + torch.diag(DAMPING * inputs.diagonal().mean() + torch.zeros(len(inputs)).to(inputs))
     target = weight @ inputs
     kept = torch.ones(units.count, dtype=torch.bool, device=weight.device)
-    rounds = ROUNDS if len(inputs) <= 4096 else 2
+    rounds = ROUNDS if len(inputs) <= 1024 else 3  # each inverts the moments
     for left in range(rounds, 0, -1):
         going = -(-(int(kept.sum()) - count) // left)
         if going <= 0:
