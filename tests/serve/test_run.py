@@ -1,12 +1,19 @@
-"""The socket that the server listens at."""
+"""The socket that the server listens at, and what it does between requests."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import threading
+import time
 
-from mnemos.serve.run import listen
+import uvicorn
+
+from mnemos.engine.engine import InferenceEngine
+from mnemos.serve.application import app
+from mnemos.serve.run import Server, listen
 from mnemos.serve.settings import Settings
+from tests.engine.toys import ToyModel
 
 
 def test_a_token_does_not_wait_for_the_acknowledgement_of_the_one_before_it() -> None:
@@ -26,3 +33,26 @@ def test_a_token_does_not_wait_for_the_acknowledgement_of_the_one_before_it() ->
         return found.result()
 
     assert asyncio.run(option()) != 0
+
+
+def test_an_idle_server_sleeps_and_still_ends_at_once() -> None:
+    ticks, started = [], threading.Event()
+
+    class Counted(Server):
+        async def on_tick(self, counter: int) -> bool:
+            ticks.append(counter)
+            return await super().on_tick(counter)
+
+    with InferenceEngine(ToyModel()) as engine:
+        application = app(engine)
+        server = Counted(uvicorn.Config(application, log_config=None), application, started.set)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listen(Settings(port=0))])))
+        thread.start()
+        assert started.wait(10)
+        time.sleep(0.35)
+        awake = len(ticks)
+        began = time.perf_counter()
+        server.stop()
+        thread.join(10)
+        assert time.perf_counter() - began < 0.5 and not thread.is_alive()
+    assert awake <= 1

@@ -204,7 +204,7 @@ def measure_server(path: Path, backend: str) -> Iterator[Result]:
     generate = measure_start(str(path), backend)
     with served(str(path), f"--backend={backend}") as server:
         yield Result("ready_after", server.started - generate.seconds, "s")
-        stream_all(server.address, _bodies(random.Random(-1), 1))
+        stream_all(server.address, requests(random.Random(-1), 1))
         yield Result("memory_added", (server.peak_bytes() - generate.peak_bytes) / (1 << 20), "MB")
         before = server.processor_seconds()
         time.sleep(IDLE_SECONDS)
@@ -219,7 +219,7 @@ def _compare(server: ServerProcess, engine: InferenceEngine, streams: int) -> It
     alone: list[Streamed] = []
     through: list[Streamed] = []
     for number in range(ROUNDS[streams] + 1):
-        bodies = _bodies(random.Random(f"{streams} {number}"), streams)
+        bodies = requests(random.Random(f"{streams} {number}"), streams)
         prompts = [str(body["prompt"]) for body in bodies]
         for turn in range(2):
             if (number + turn) % 2:
@@ -243,8 +243,8 @@ def _run_alone(engine: InferenceEngine, prompts: list[str]) -> Streamed:
     return Streamed(seconds, sorted(one.tokens[0] - start for one in timings), sum(len(one.tokens) for one in timings))
 
 
-def _bodies(generator: random.Random, count: int) -> list[dict[str, Any]]:
-    """Requests for TOKENS tokens after about forty words that are unlike those of other requests."""
+def requests(generator: random.Random, count: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
+    """Bodies of requests for so many tokens after about forty words that are unlike those of other requests."""
     prompts = [" ".join(generator.choices(_WORDS, k=40)) for _ in range(count)]
-    fixed = {"model": "model", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    fixed = {"model": "model", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     return [{**fixed, "prompt": prompt} for prompt in prompts]

@@ -107,7 +107,7 @@ def serve(application: Application, listener: socket.socket, on_start: Callable[
         config.load()
     except OSError as error:  # a certificate that cannot be read
         raise ConfigError(f"tls_cert or tls_key cannot be used: {error}") from error
-    server = _Server(config, application, on_start)
+    server = Server(config, application, on_start)
     application.on_failure = server.stop
     sys.setswitchinterval(SWITCH)
     asyncio.run(server.serve(sockets=[listener]))
@@ -115,25 +115,36 @@ def serve(application: Application, listener: socket.socket, on_start: Callable[
         raise application.failure
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn, whose application refuses new requests while it stops."""
 
     def __init__(self, config: uvicorn.Config, application: Application, on_start: Callable[[], None]) -> None:
         super().__init__(config)
         self._application = application
         self._on_start = on_start
+        self._stopped = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)  # asyncio has taken the number that it accepts in a turn for this one too
         self._on_start()
         notify("READY=1")
 
+    async def main_loop(self) -> None:
+        """Wakes once a second, for the date in the headers, and at the end; uvicorn itself wakes ten times as often."""
+        while not await self.on_tick(0):
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), 1.0)
+
     def stop(self) -> None:
-        """Ends the server as a signal does."""
+        """Ends the server as a signal does. From any thread."""
         self._application.draining = True
         self.should_exit = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stopped.set)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._application.draining:
