@@ -10,9 +10,9 @@
 namespace mnemos {
 namespace {
 
-// Sixteen blocks at a time: `fit(x, w, q, scale, minimum)` finds their codes, `pack(codes, block)` stores the bits of one after
-// its scale (and minimum, if the type has one). w is importance times the root above, with the row's mean square as spread, if
-// there is importance.
+// Sixteen blocks at a time: `fit(x, w, q, scale, minimum)` finds their codes, `pack(codes, block)` stores the bits of one
+// after its scale (and minimum, if the type has one). With importance, w is that times the root of the weight's and the
+// row's mean square; without, it is not set.
 template <int bytes, bool minima, typename Fit, typename Pack>
 inline bool encode_blocks(const float *values, int64_t rows, int64_t columns, const float *importance, uint8_t *out,
                           const Fit &fit, const Pack &pack) {
@@ -74,7 +74,7 @@ bool encode_symmetric(const float *values, int64_t rows, int64_t columns, const 
     const Floats inverse = inverse_of(scale);
     for (int i = 0; i < 32; i++) {
       const Floats shifted = x[i] * inverse + (levels + 0.5f);
-      q[i] = shifted > 2 * levels - 1.f ? all(2 * levels - 1.f) : shifted;  // what follows the point is cut off
+      q[i] = select(shifted > 2 * levels - 1.f, all(2 * levels - 1.f), shifted);  // what follows the point is cut off
     }
   };
   return encode_blocks<bytes, false>(values, rows, columns, importance, out, fit, pack);
@@ -93,8 +93,8 @@ bool encode_affine(const float *values, int64_t rows, int64_t columns, const flo
     }
     Floats low = x[0], high = x[0];
     for (int i = 1; i < 32; i++) {
-      low = x[i] < low ? x[i] : low;
-      high = x[i] > high ? x[i] : high;
+      low = select(x[i] < low, x[i], low);
+      high = select(x[i] > high, x[i], high);
     }
     scale = (high - low) / static_cast<float>(levels);
     minimum = low;

@@ -15,9 +15,9 @@ template <int n>
 inline Floats largest_of(const Floats (&x)[n]) {
   Floats largest = {}, size = {};
   for (int i = 0; i < n; i++) {
-    const Ints more = magnitude(x[i]) > size;
-    largest = more ? x[i] : largest;
-    size = more ? magnitude(x[i]) : size;
+    const Mask more = magnitude(x[i]) > size;
+    largest = select(more, x[i], largest);
+    size = select(more, magnitude(x[i]), size);
   }
   return largest;
 }
@@ -25,12 +25,12 @@ inline Floats largest_of(const Floats (&x)[n]) {
 // x is about scale * q, q = nearest(inverse * x) in [-levels, levels).
 struct Symmetric {
   Floats scale, inverse;
-  Ints empty;  // groups without any weight of at least least_magnitude: their codes are stored as 0
+  Mask empty;  // groups without any weight of at least least_magnitude: their codes are stored as 0
 
   template <int n>
   void codes(const Floats (&x)[n], float levels, Floats (&q)[n]) const {
     for (int i = 0; i < n; i++) {
-      q[i] = empty ? all(0.f) : clamp(nearest(inverse * x[i]), -levels, levels - 1) + levels;
+      q[i] = select(empty, all(0.f), clamp(nearest(inverse * x[i]), -levels, levels - 1) + levels);
     }
   }
 };
@@ -38,8 +38,8 @@ struct Symmetric {
 template <int n>
 inline Symmetric fit_symmetric(const Floats (&x)[n], const Floats (&w)[n], float levels) {
   Floats largest = largest_of(x);
-  const Ints empty = magnitude(largest) < least_magnitude;
-  largest = empty ? all(1.f) : largest;
+  const Mask empty = magnitude(largest) < least_magnitude;
+  largest = select(empty, all(1.f), largest);
   Floats wx[n];
   for (int i = 0; i < n; i++) wx[i] = w[i] * x[i];
   const auto sums = [&](Floats inverse, Floats &products, Floats &squares) {
@@ -52,26 +52,26 @@ inline Symmetric fit_symmetric(const Floats (&x)[n], const Floats (&w)[n], float
   };
   Floats inverse = -levels / largest, products, squares;
   sums(inverse, products, squares);
-  Floats scale = squares != 0.f ? products / squares : all(0.f);
+  Floats scale = select(squares != 0.f, products / squares, all(0.f));
   Floats best = scale * products;
   for (int step = -9; step <= 9; step++) {
     if (step == 0) continue;
     const Floats trial = -(levels + 0.1f * static_cast<float>(step)) / largest;
     sums(trial, products, squares);
-    const Ints better = (squares > 0.f) & (products * products > best * squares);
-    scale = better ? products / squares : scale;
-    best = better ? scale * products : best;
-    inverse = better ? trial : inverse;
+    const Mask better = (squares > 0.f) & (products * products > best * squares);
+    scale = select(better, products / squares, scale);
+    best = select(better, scale * products, best);
+    inverse = select(better, trial, inverse);
   }
-  return {empty ? all(0.f) : scale, inverse, empty};
+  return {select(empty, all(0.f), scale), inverse, empty};
 }
 
 // Q3_K's without importance: the weights' codes are moved one at a time while that helps. q in [-levels, levels).
 template <int n>
 inline Floats fit_by_descent(const Floats (&x)[n], float levels, Floats (&q)[n]) {
   Floats largest = largest_of(x);
-  const Ints empty = magnitude(largest) < least_magnitude;
-  const Floats inverse = -levels / (empty ? all(1.f) : largest);
+  const Mask empty = magnitude(largest) < least_magnitude;
+  const Floats inverse = -levels / select(empty, all(1.f), largest);
   Floats products = {}, squares = {};
   for (int i = 0; i < n; i++) {
     const Floats w = x[i] * x[i];
@@ -80,26 +80,26 @@ inline Floats fit_by_descent(const Floats (&x)[n], float levels, Floats (&q)[n])
     squares += w * q[i] * q[i];
   }
   for (int round = 0; round < 5; round++) {
-    Ints changed = {};
+    Mask changed = {};
     for (int i = 0; i < n; i++) {
       const Floats w = x[i] * x[i];
       Floats others = products - w * x[i] * q[i], other_squares = squares - w * q[i] * q[i];
-      const Ints possible = others > 0.f;
+      const Mask possible = others > 0.f;
       const Floats moved = clamp(nearest(x[i] * other_squares / others), -levels, levels - 1);
       others += w * x[i] * moved;
       other_squares += w * moved * moved;
-      const Ints better = possible & (moved != q[i]) & (other_squares > 0.f) &
+      const Mask better = possible & (moved != q[i]) & (other_squares > 0.f) &
                           (others * others * squares > products * products * other_squares);
-      q[i] = better ? moved : q[i];
-      products = better ? others : products;
-      squares = better ? other_squares : squares;
-      changed |= better;
+      q[i] = select(better, moved, q[i]);
+      products = select(better, others, products);
+      squares = select(better, other_squares, squares);
+      changed = changed | better;
     }
     if (!any(changed)) break;
   }
-  for (int i = 0; i < n; i++) q[i] = empty ? all(0.f) : q[i] + levels;
-  const Floats scale = squares > 0.f ? products / squares : all(0.f);
-  return empty ? all(0.f) : scale;
+  for (int i = 0; i < n; i++) q[i] = select(empty, all(0.f), q[i] + levels);
+  const Floats scale = select(squares > 0.f, products / squares, all(0.f));
+  return select(empty, all(0.f), scale);
 }
 
 // x is about scale * q - minimum, q = nearest(inverse * (x - start)) in [0, levels].
@@ -123,15 +123,15 @@ template <int n>
 inline Affine fit_affine(const Floats (&x)[n], const Floats (&w)[n], float levels, AffineSearch search) {
   Floats low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
   for (int i = 1; i < n; i++) {
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
+    low = select(x[i] < low, x[i], low);
+    high = select(x[i] > high, x[i], high);
     sum_w += w[i];
     sum_x += w[i] * x[i];
   }
-  low = low > 0.f ? all(0.f) : low;
-  const Ints flat = high <= low;
+  low = select(low > 0.f, all(0.f), low);
+  const Mask flat = high <= low;
   const Floats flat_minimum = -low;
-  high = flat ? low + 1.f : high;
+  high = select(flat, low + 1.f, high);
 
   Floats q[n];
   const auto error_of = [&](Floats scale, Floats start) {
@@ -161,21 +161,21 @@ inline Affine fit_affine(const Floats (&x)[n], const Floats (&w)[n], float level
     const Floats determinant = sum_w * sum_qq - sum_q * sum_q;
     Floats scale = (sum_w * sum_qx - sum_x * sum_q) / determinant;
     Floats start = (sum_qq * sum_x - sum_q * sum_qx) / determinant;
-    const Ints above = start > 0.f;
-    start = above ? all(0.f) : start;
-    scale = above ? sum_qx / sum_qq : scale;
+    const Mask above = start > 0.f;
+    start = select(above, all(0.f), start);
+    scale = select(above, sum_qx / sum_qq, scale);
     const Floats error = error_of(scale, start);
-    const Ints better = (determinant > 0.f) & (error < best);
-    fit.inverse = better ? inverse : fit.inverse;
-    fit.start = better ? low : fit.start;
-    fit.scale = better ? scale : fit.scale;
-    best = better ? error : best;
-    low = better ? start : low;  // the next scales are tried from here
+    const Mask better = (determinant > 0.f) & (error < best);
+    fit.inverse = select(better, inverse, fit.inverse);
+    fit.start = select(better, low, fit.start);
+    fit.scale = select(better, scale, fit.scale);
+    best = select(better, error, best);
+    low = select(better, start, low);  // the next scales are tried from here
   }
-  fit.minimum = flat ? flat_minimum : -low;
-  fit.scale = flat ? all(0.f) : fit.scale;
-  fit.inverse = flat ? all(0.f) : fit.inverse;
-  fit.start = flat ? all(0.f) : fit.start;
+  fit.minimum = select(flat, flat_minimum, -low);
+  fit.scale = select(flat, all(0.f), fit.scale);
+  fit.inverse = select(flat, all(0.f), fit.inverse);
+  fit.start = select(flat, all(0.f), fit.start);
   return fit;
 }
 
@@ -186,7 +186,7 @@ inline Floats nearest_iq4(Floats x) {
   Floats value = all(iq4_values[0]);
   for (int k = 1; k < 16; k++) {
     const float middle = 0.5f * (iq4_values[k - 1] + iq4_values[k]);
-    value = x >= middle ? all(iq4_values[k]) : value;
+    value = select(x >= middle, all(iq4_values[k]), value);
   }
   return value;
 }
@@ -194,15 +194,15 @@ inline Floats nearest_iq4_code(Floats x) {
   Floats code = {};
   for (int k = 1; k < 16; k++) {
     const float middle = 0.5f * (iq4_values[k - 1] + iq4_values[k]);
-    code = x >= middle ? all(static_cast<float>(k)) : code;
+    code = select(x >= middle, all(static_cast<float>(k)), code);
   }
   return code;
 }
 
 inline Floats fit_iq4(const Floats (&x)[32], const Floats (&w)[32]) {
   Floats largest = largest_of(x);
-  const Ints empty = magnitude(largest) < least_magnitude;
-  largest = empty ? all(1.f) : largest;
+  const Mask empty = magnitude(largest) < least_magnitude;
+  largest = select(empty, all(1.f), largest);
   const auto sums = [&](Floats inverse, Floats &products, Floats &squares) {
     products = squares = all(0.f);
     for (int i = 0; i < 32; i++) {
@@ -213,15 +213,15 @@ inline Floats fit_iq4(const Floats (&x)[32], const Floats (&w)[32]) {
   };
   Floats products, squares;
   sums(1.f / (-largest / iq4_values[0]), products, squares);
-  Floats scale = squares > 0.f ? products / squares : all(0.f);
+  Floats scale = select(squares > 0.f, products / squares, all(0.f));
   Floats best = scale * products;
   for (int step = -7; step <= 7; step++) {
     sums((static_cast<float>(step) + iq4_values[0]) / largest, products, squares);
-    const Ints better = (squares > 0.f) & (products * products > best * squares);
-    scale = better ? products / squares : scale;
-    best = better ? scale * products : best;
+    const Mask better = (squares > 0.f) & (products * products > best * squares);
+    scale = select(better, products / squares, scale);
+    best = select(better, scale * products, best);
   }
-  return empty ? all(0.f) : scale;
+  return select(empty, all(0.f), scale);
 }
 
 // The common unit of n non-negative scales, each then a whole number of at most `levels` of it; w weighs their errors.

@@ -10,17 +10,63 @@ namespace mnemos {
 namespace {
 
 constexpr int lanes = 16;
-typedef float Floats __attribute__((vector_size(4 * lanes), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * lanes), may_alias));
+#if defined(__AVX512F__)
+constexpr int width = 16;
+#elif defined(__AVX2__)
+constexpr int width = 8;
+#else
+constexpr int width = 4;
+#endif
+constexpr int parts = lanes / width;
+// A register of the processor. Wider ones than it has would be taken apart number by number.
+typedef float FloatPart __attribute__((vector_size(4 * width), may_alias));
+typedef int32_t IntPart __attribute__((vector_size(4 * width), may_alias));
+
+struct Floats {
+  FloatPart part[parts];
+};
+// What a comparison gives: all bits set or none, lane by lane.
+struct Mask {
+  IntPart part[parts];
+};
+
+#define MNEMOS_EACH(result, type, expression)              \
+  type result;                                             \
+  for (int k = 0; k < parts; k++) result.part[k] = expression; \
+  return result;
+#define MNEMOS_OPERATOR(op)                                                                         \
+  inline Floats operator op(Floats a, Floats b) { MNEMOS_EACH(y, Floats, a.part[k] op b.part[k]) }  \
+  inline Floats operator op(Floats a, float b) { MNEMOS_EACH(y, Floats, a.part[k] op b) }           \
+  inline Floats operator op(float a, Floats b) { MNEMOS_EACH(y, Floats, a op b.part[k]) }           \
+  inline Floats &operator op##=(Floats &a, Floats b) { return a = a op b; }
+MNEMOS_OPERATOR(+)
+MNEMOS_OPERATOR(-)
+MNEMOS_OPERATOR(*)
+MNEMOS_OPERATOR(/)
+#define MNEMOS_COMPARISON(op)                                                                    \
+  inline Mask operator op(Floats a, Floats b) { MNEMOS_EACH(y, Mask, a.part[k] op b.part[k]) }   \
+  inline Mask operator op(Floats a, float b) { MNEMOS_EACH(y, Mask, a.part[k] op b) }
+MNEMOS_COMPARISON(<)
+MNEMOS_COMPARISON(>)
+MNEMOS_COMPARISON(<=)
+MNEMOS_COMPARISON(>=)
+MNEMOS_COMPARISON(==)
+MNEMOS_COMPARISON(!=)
+inline Floats operator-(Floats a) { MNEMOS_EACH(y, Floats, -a.part[k]) }
+inline Mask operator&(Mask a, Mask b) { MNEMOS_EACH(y, Mask, a.part[k] & b.part[k]) }
+inline Mask operator|(Mask a, Mask b) { MNEMOS_EACH(y, Mask, a.part[k] | b.part[k]) }
+inline Floats select(Mask mask, Floats a, Floats b) { MNEMOS_EACH(y, Floats, mask.part[k] ? a.part[k] : b.part[k]) }
+#undef MNEMOS_COMPARISON
+#undef MNEMOS_OPERATOR
 
 inline Floats all(float x) { return Floats{} + x; }
 inline Floats magnitude(Floats x) {
-  const Ints bits = reinterpret_cast<Ints>(x) & 0x7fffffff;
-  return reinterpret_cast<Floats>(bits);
+  MNEMOS_EACH(y, Floats, reinterpret_cast<FloatPart>(reinterpret_cast<IntPart>(x.part[k]) & 0x7fffffff))
 }
+#undef MNEMOS_EACH
 inline Floats clamp(Floats x, float low, float high) {
-  x = x < low ? all(low) : x;
-  return x > high ? all(high) : x;
+  x = select(x < low, all(low), x);
+  return select(x > high, all(high), x);
 }
 // To the nearest integer, halves to even; for magnitudes below 2^22.
 inline Floats nearest(Floats x) { return (x + 12582912.f) - 12582912.f; }
@@ -28,21 +74,31 @@ inline float nearest(float x) { return (x + 12582912.f) - 12582912.f; }
 // Halves away from zero.
 inline Floats rounded(Floats x) {
   const Floats even = nearest(x), rest = x - even;
-  const Floats up = (rest == 0.5f) & (x > 0.f) ? even + 1.f : even;
-  return (rest == -0.5f) & (x < 0.f) ? up - 1.f : up;
+  const Floats up = select((rest == 0.5f) & (x > 0.f), even + 1.f, even);
+  return select((rest == -0.5f) & (x < 0.f), up - 1.f, up);
 }
-inline bool any(Ints mask) {
-  int32_t found = 0;
-  for (int l = 0; l < lanes; l++) found |= mask[l];
-  return found != 0;
+inline bool any(Mask mask) {
+  IntPart found = mask.part[0];
+  for (int k = 1; k < parts; k++) found |= mask.part[k];
+  int32_t set = 0;
+  for (int l = 0; l < width; l++) set |= found[l];
+  return set != 0;
+}
+inline void store(Floats x, float *y) { std::memcpy(y, &x, sizeof(x)); }
+inline Floats load(const float *y) {
+  Floats x;
+  std::memcpy(&x, y, sizeof(x));
+  return x;
 }
 inline Floats roots(Floats x) {
   alignas(64) float y[lanes];
-  for (int l = 0; l < lanes; l++) y[l] = std::sqrt(x[l]);
-  return *reinterpret_cast<Floats *>(y);
+  store(x, y);
+  for (int l = 0; l < lanes; l++) y[l] = std::sqrt(y[l]);
+  return load(y);
 }
 
-// The weights of up to 16 groups of n, which follow each other at p: x[i] holds the i-th of each; lanes beyond `count` are 0.
+// The weights of up to 16 groups of n, which follow each other at p: x[i] holds the i-th of each. Lanes beyond `count`
+// are 0.
 template <int n>
 inline void load_groups(const float *p, int count, Floats (&x)[n]) {
   float *y = reinterpret_cast<float *>(x);
@@ -64,7 +120,11 @@ inline void load_columns(const float *p, int64_t start, int64_t columns, Floats 
 template <int n>
 inline void store_codes(const Floats (&q)[n], uint8_t *codes) {
   for (int i = 0; i < n; i++) {
-    const Ints integers = __builtin_convertvector(q[i], Ints);
+    alignas(64) int32_t integers[lanes];
+    for (int k = 0; k < parts; k++) {
+      const IntPart part = __builtin_convertvector(q[i].part[k], IntPart);
+      std::memcpy(integers + k * width, &part, sizeof(part));
+    }
     for (int l = 0; l < lanes; l++) codes[l * n + i] = static_cast<uint8_t>(integers[l]);
   }
 }

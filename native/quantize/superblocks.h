@@ -82,7 +82,7 @@ bool encode_q2_k(const float *values, int64_t rows, int64_t columns, const float
     Floats q[16], first[16];
     const Floats d = load(scale), m = load(minimum);
     found.codes(x, 3, first);
-    for (int i = 0; i < 16; i++) q[i] = d != 0.f ? clamp(nearest((x[i] + m) / d), 0, 3) : first[i];
+    for (int i = 0; i < 16; i++) q[i] = select(d != 0.f, clamp(nearest((x[i] + m) / d), 0, 3), first[i]);
     store_codes(q, codes);
     pack_two_bits(codes, block + 16);
     return finite;
@@ -105,15 +105,23 @@ bool encode_q3_k(const float *values, int64_t rows, int64_t columns, const float
       store(found.scale, scale);
       store(sum_of(w), weight);
       Floats group[16], shares[16], found_scales[16];
+      alignas(64) float first[lanes] = {};
+      const auto only_first = [&](float x) {
+        first[0] = x;
+        return load(first);
+      };
       for (int g = 0; g < 16; g++) {
-        group[g] = shares[g] = all(0.f);
-        group[g][0] = scale[g];
-        shares[g][0] = weight[g];
+        group[g] = only_first(scale[g]);
+        shares[g] = only_first(weight[g]);
       }
       const Symmetric outer = fit_symmetric(group, shares, 32);
       outer.codes(group, 32, found_scales);
-      unit = outer.scale[0];
-      for (int g = 0; g < 16; g++) scale[g] = found_scales[g][0];
+      store(outer.scale, first);
+      unit = first[0];
+      for (int g = 0; g < 16; g++) {
+        store(found_scales[g], first);
+        scale[g] = first[0];
+      }
       integers = load(scale) - 32.f;
     } else {
       const Floats found = fit_by_descent(x, 4, q);
@@ -128,7 +136,7 @@ bool encode_q3_k(const float *values, int64_t rows, int64_t columns, const float
     }
     const bool finite = store_half(block + 108, unit);
     const Floats d = load_half(block + 108) * integers;
-    for (int i = 0; i < 16; i++) q[i] = d != 0.f ? clamp(nearest(x[i] / d), -4, 3) + 4.f : q[i];
+    for (int i = 0; i < 16; i++) q[i] = select(d != 0.f, clamp(nearest(x[i] / d), -4, 3) + 4.f, q[i]);
     store_codes(q, codes);
     store(integers + 32.f, scale);
     std::memset(block, 0, 32);
@@ -166,7 +174,7 @@ bool encode_q6_k(const float *values, int64_t rows, int64_t columns, const float
     const Floats d = load_half(block + 208) * integers;
     Floats q[16];
     found.codes(x, 32, q);
-    for (int i = 0; i < 16; i++) q[i] = d != 0.f ? clamp(nearest(x[i] / d), -32, 31) + 32.f : q[i];
+    for (int i = 0; i < 16; i++) q[i] = select(d != 0.f, clamp(nearest(x[i] / d), -32, 31) + 32.f, q[i]);
     store_codes(q, codes);
     store(integers, scale);
     for (int g = 0; g < 16; g++) block[192 + g] = static_cast<uint8_t>(static_cast<int>(scale[g]));
@@ -215,7 +223,8 @@ bool encode_with_minima(const float *values, int64_t rows, int64_t columns, cons
       } else {
         const float largest = std::max(0.f, *std::max_element(s, s + 8));
         const float largest_minimum = std::max(0.f, *std::max_element(m, m + 8));
-        const float inverse = largest > 0 ? 63.f / largest : 0, inverse_minimum = largest_minimum > 0 ? 63.f / largest_minimum : 0;
+        const float inverse = largest > 0 ? 63.f / largest : 0;
+        const float inverse_minimum = largest_minimum > 0 ? 63.f / largest_minimum : 0;
         for (int g = 0; g < 8; g++) {
           const uint8_t code = static_cast<uint8_t>(static_cast<int>(nearest(inverse * s[g])));
           const uint8_t minimum_code = static_cast<uint8_t>(static_cast<int>(nearest(inverse_minimum * m[g])));
@@ -242,7 +251,7 @@ bool encode_with_minima(const float *values, int64_t rows, int64_t columns, cons
     Floats q[32], first[32];
     const Floats d = load(scale), m = load(minimum);
     found.codes(x, levels, first);
-    for (int i = 0; i < 32; i++) q[i] = d != 0.f ? clamp(nearest((x[i] + m) / d), 0, levels) : first[i];
+    for (int i = 0; i < 32; i++) q[i] = select(d != 0.f, clamp(nearest((x[i] + m) / d), 0, levels), first[i]);
     store_codes(q, codes);
     for (int b = 0; b < count; b++) pack(codes + 256 * b, blocks + b * bytes + 16);
     return finite;

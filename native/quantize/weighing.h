@@ -44,13 +44,7 @@ inline Floats sum_of(const Floats (&w)[n]) {
   for (int i = 0; i < n; i++) sum += w[i];
   return sum;
 }
-inline Floats inverse_of(Floats x) { return x != 0.f ? 1.f / x : all(0.f); }
-inline void store(Floats x, float *y) { std::memcpy(y, &x, sizeof(x)); }
-inline Floats load(const float *y) {
-  Floats x;
-  std::memcpy(&x, y, sizeof(x));
-  return x;
-}
+inline Floats inverse_of(Floats x) { return select(x != 0.f, 1.f / x, all(0.f)); }
 
 }  // namespace
 }  // namespace mnemos
