@@ -202,7 +202,6 @@ def test_the_allowed_tools_are_the_ones_that_may_be_called(client: httpx.Client)
         "messages": [{"role": "user", "content": "hi"}],
         "tools": [other, FUNCTION],
         "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed},
-        "parallel_tool_calls": False,
         "max_tokens": 30,
     }
     choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]

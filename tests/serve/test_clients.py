@@ -40,7 +40,7 @@ def test_litellm(address: str, protocol: str) -> None:
     assert text and "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == text
     assert whole.usage.completion_tokens == 8 and whole.choices[0].finish_reason == "length"
     if protocol != "ollama_chat":  # whose protocol forces no calls
-        forced = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+        forced = {"tools": [TOOL], "tool_choice": "required"}
         called = litellm.completion(**common, max_tokens=60, **forced)
         assert called.choices[0].message.tool_calls[0].function.name == "get_weather"
         assert called.choices[0].finish_reason == "tool_calls"

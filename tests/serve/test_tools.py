@@ -92,3 +92,29 @@ def test_malformed_tools_are_named(client: httpx.Client, tools: list[Any], words
 def test_tools_of_other_types_are_skipped(client: httpx.Client) -> None:
     response = client.post(PATH, json={**BODY, "tools": [{"type": "web_search"}, TIME], "max_tokens": 4})
     assert response.status_code == 200
+
+
+def test_a_forced_answer_is_one_call_unless_several_are_asked_for(client: httpx.Client) -> None:
+    body = {**BODY, "tools": [TIME], "tool_choice": "required"}
+    (call,) = client.post(PATH, json=body).json()["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": "get_time", "arguments": "{}"}  # it has no parameters
+    several = client.post(PATH, json={**body, "parallel_tool_calls": True, "max_tokens": 200}).json()["choices"][0]
+    assert len(several["message"]["tool_calls"]) > 1
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "allowed_tools"},
+        {"type": "allowed_tools", "allowed_tools": {"mode": {}, "tools": [{"function": "x"}, 3]}},
+        {"type": "function", "function": "get_time"},
+        {"type": "function", "name": ["get_time"]},
+        "get_time",
+    ],
+)
+def test_a_choice_that_means_nothing_is_refused(client: httpx.Client, choice: Any) -> None:
+    response = client.post(PATH, json={**BODY, "tool_choice": choice, "max_tokens": 1})
+    if choice == {"type": "allowed_tools"}:  # allows none
+        assert response.status_code == 200
+    else:
+        assert response.status_code == 400 and response.json()["error"]["param"] == "tool_choice"

@@ -36,7 +36,7 @@ class Conversation:
     """Messages to answer, in the form that `mnemos.text.conversation` takes.
 
     tools      function tools: {"type": "function", "function": {"name", "description", "parameters"}}
-    parallel   several calls may be made in one answer
+    parallel   whether several calls may be made in one answer; None: unless a call is forced
     continues  the last message is the assistant's, and the answer continues it
     thinking   whether the model reasons first; None leaves it to the template
     budget     most tokens of reasoning, or None
@@ -46,7 +46,7 @@ class Conversation:
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] = ()
     choice: ToolChoice = ToolChoice()
-    parallel: bool = True
+    parallel: bool | None = None
     continues: bool = False
     thinking: bool | None = None
     budget: int | None = None
@@ -157,7 +157,7 @@ def conversation_of(
     messages: Any,
     tools: Sequence[Mapping[str, Any]],
     tool_choice: str,
-    parallel: bool,
+    parallel: bool | None,
     continues: bool | None,
     thinking: bool | None,
     budget: int | None,

@@ -256,7 +256,7 @@ class InferenceEngine:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         tool_choice: str = "auto",
-        parallel_tool_calls: bool = True,
+        parallel_tool_calls: bool | None = None,
         continue_final_message: bool | None = None,
         thinking: bool | None = None,
         thinking_token_budget: int | None = None,
@@ -267,9 +267,10 @@ class InferenceEngine:
 
         messages: [{"role", "content"}, ...], as OpenAI's clients have them. tools: functions that may be called, in
         OpenAI's form; tool_choice: none, auto, required, or the name of the tool that must be called, which a grammar
-        enforces. continue_final_message: the answer continues the last message, by default if it is the assistant's.
-        thinking: whether the model reasons first, by default as its template has it. thinking_token_budget: most tokens
-        of reasoning. chat_template_kwargs: variables of the chat template. Without a length, an answer may fill the
+        enforces. parallel_tool_calls: several in one answer, by default unless a call is forced.
+        continue_final_message: the answer continues the last message, by default if it is the assistant's. thinking:
+        whether the model reasons first, by default as its template has it. thinking_token_budget: most tokens of
+        reasoning. chat_template_kwargs: variables of the chat template. Without a length, an answer may fill the
         context. RequestError for messages or tools that are wrong, UnsupportedError for a tokenizer without templates.
         """
         from mnemos.engine.chat import ChatHandle, check_tokenizer, config_for, conversation_of

@@ -48,6 +48,7 @@ ASKED = {
     "frequency_penalty": "frequency_penalty",
     "choice.count": "num_return_sequences",
 }
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _propagator = TraceContextTextMapPropagator()
 
 
@@ -69,9 +70,7 @@ class Tracing:
             for name, value in scope["headers"]
             if name in (b"traceparent", b"tracestate")
         }
-        span = self._tracer.start_span(
-            f"{scope['method']} request", context=_propagator.extract(carrier), kind=SpanKind.SERVER
-        )
+        span = self._tracer.start_span("request", context=_propagator.extract(carrier), kind=SpanKind.SERVER)
         try:
             with use_span(span, end_on_exit=False):
                 yield
@@ -97,14 +96,15 @@ def exporting_to(endpoint: str) -> Tracing:
 
 def _describe(span: Span, scope: Scope, connection: Connection) -> None:
     route = getattr(scope.get("route"), "path", None)
+    method = scope["method"] if scope["method"] in METHODS else "_OTHER"
     attributes: dict[str, Any] = {
-        "http.request.method": scope["method"],
+        "http.request.method": method,
         "http.response.status_code": connection.status,
         "http.route": route,
         "mnemos.request_id": connection.id,
     }
     operation, model = OPERATIONS.get(route or ""), connection.notes.get("model")
-    span.update_name(f"{operation} {model}" if operation and model else f"{scope['method']} {route or 'other'}")
+    span.update_name(f"{operation} {model}" if operation and model else f"{method} {route or 'other'}")
     if operation:
         prompt, completion = connection.tokens()
         attributes |= {

@@ -173,11 +173,12 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _choice(given: Mapping[str, Any] | None, names: list[str]) -> tuple[ToolChoice, bool]:
+def _choice(given: Mapping[str, Any] | None, names: list[str]) -> tuple[ToolChoice, bool | None]:
     """Whether and which tool must be called, and whether several calls may be made."""
     if given is None:
-        return ToolChoice("auto" if names else "none"), True
-    parallel = given.get("disable_parallel_tool_use") is not True
+        return ToolChoice("auto" if names else "none"), None
+    disabled = given.get("disable_parallel_tool_use")
+    parallel = not disabled if isinstance(disabled, bool) else None
     kind, name = given.get("type"), given.get("name")
     if kind == "tool" and name in names:
         return ToolChoice("required", str(name)), parallel

@@ -70,7 +70,7 @@ def task_of(body: ChatRequest, connection: Connection) -> Task:
         body.messages,
         tools=tools,
         choice=choice,
-        parallel=body.parallel_tool_calls is not False,
+        parallel=body.parallel_tool_calls,
         continues=goes_on(body.messages, body.continue_final_message, body.add_generation_prompt),
         thinking=None if effort is None else effort != "none",
         budget=body.thinking_token_budget,
@@ -100,7 +100,7 @@ def choice_of(given: Any, tools: list[dict[str, Any]]) -> tuple[list[dict[str, A
         inner = inner if isinstance(inner, dict) else {}
         named = inner.get("tools")
         named = [tool for tool in named if isinstance(tool, dict)] if isinstance(named, list) else []
-        allowed = [(tool.get("function") or tool).get("name") for tool in named]
+        allowed = [_function(tool).get("name") for tool in named]
         tools = [tool for tool in tools if tool["function"].get("name") in allowed]
         wanted = inner.get("mode", "auto")
     names = [str(tool["function"].get("name")) for tool in tools]
@@ -110,8 +110,7 @@ def choice_of(given: Any, tools: list[dict[str, Any]]) -> tuple[list[dict[str, A
         if wanted == "required" and not names:
             raise Refusal(400, "tool_choice is 'required' and there are no tools", param="tool_choice")
         return tools, ToolChoice("none" if not names else wanted)
-    function = wanted.get("function", wanted) if isinstance(wanted, dict) else {}
-    name = function.get("name") if isinstance(function, dict) else None
+    name = _function(wanted).get("name") if isinstance(wanted, dict) else None
     if name not in names:
         raise Refusal(
             400,
@@ -120,6 +119,12 @@ def choice_of(given: Any, tools: list[dict[str, Any]]) -> tuple[list[dict[str, A
             param="tool_choice",
         )
     return tools, ToolChoice("required", str(name))
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    """The function of a tool, which stands beside its type in responses."""
+    function = tool.get("function")
+    return function if isinstance(function, dict) else tool
 
 
 def goes_on(messages: list[dict[str, Any]], asked: bool | None, prompted: bool | None) -> bool:

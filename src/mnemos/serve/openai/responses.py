@@ -129,7 +129,7 @@ def task_of(body: ResponsesRequest, items: list[dict[str, Any]], connection: Con
         messages,
         tools=tools,
         choice=choice,
-        parallel=body.parallel_tool_calls is not False,
+        parallel=body.parallel_tool_calls,
         thinking=None if effort is None else effort != "none",
         template={} if effort is None else {"reasoning_effort": effort},
     )

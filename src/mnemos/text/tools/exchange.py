@@ -58,7 +58,7 @@ def exchange(
     *,
     mode: str = "auto",
     name: str | None = None,
-    parallel: bool = True,
+    parallel: bool | None = None,
     continues: bool = False,
     thinking: bool | None = None,
     budget: int | None = None,
@@ -67,7 +67,8 @@ def exchange(
     """Renders a conversation whose answer may call tools or begin with reasoning.
 
     tools: functions in OpenAI's form. mode: none, auto or required; name: the tool that must be called.
-    parallel: several calls may be made. continues: the last message is continued. thinking: whether the model reasons
+    parallel: whether several calls may be made; None: unless a call is forced, since a small model that must call
+    repeats itself. continues: the last message is continued. thinking: whether the model reasons
     first; None leaves it to the template. budget: most tokens of reasoning. template: variables of the chat template.
     RequestError for malformed tools.
     """
@@ -92,11 +93,11 @@ def exchange(
     fields: dict[str, Any] = {}
     specials = partial(_special_ids, tokenizer)
     if family is not None and mode == "required":
-        single = name is not None or not parallel
+        single = name is not None or parallel is not True
         fields["grammar"] = forced_calls(
             family, wanted, single=single, specials=specials, thinking=marks if inside else None
         )
-    elif family is not None and not parallel and family.end:
+    elif family is not None and parallel is False and family.end:
         fields["stop"] = [family.end]
         fields["include_stop_str_in_output"] = True
     if budget is not None and marks is not None:
