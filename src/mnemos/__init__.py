@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.compat.token_processor import TokenProcessor as TokenProcessor
     from mnemos.compress.modules.distill import distill as distill
     from mnemos.compress.modules.distilled_model import DistilledModel as DistilledModel
+    from mnemos.compress.modules.full_model import quantize_full_model as quantize_full_model
     from mnemos.compress.modules.optimize import OptimizationConfig as OptimizationConfig, optimize as optimize
     from mnemos.compress.modules.pruned_model import PrunedModel as PrunedModel
     from mnemos.compress.modules.quantized_model import QuantizedModel as QuantizedModel
@@ -79,6 +80,7 @@ _NAMES = {
     "mnemos.compat.token_processor": "TokenProcessor",
     "mnemos.compress.modules.distill": "distill",
     "mnemos.compress.modules.distilled_model": "DistilledModel",
+    "mnemos.compress.modules.full_model": "quantize_full_model",
     "mnemos.compress.modules.optimize": "OptimizationConfig optimize",
     "mnemos.compress.modules.pruned_model": "PrunedModel",
     "mnemos.compress.modules.quantized_model": "QuantizedModel",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnemos.compress.modules.state_file import save_state
 from mnemos.errors import ConfigError, FormatError
 from mnemos.models.memory_transformer.lora import LoRALinear
 
@@ -92,16 +93,7 @@ def _is_memory(name: str, complete: bool) -> bool:
 def _saved(state: State, path: str | os.PathLike[str] | None) -> State:
     if path is None:
         return state
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        # Copies: tied tensors share memory, which the format does not allow.
-        save_file({name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, path)
-    elif path.suffix in (".pt", ".pth", ".bin"):
-        torch.save(state, path)
-    else:
-        raise ConfigError(f"output_path is {os.fspath(path)!r}; its suffix must be .safetensors, .pt, .pth or .bin")
+    save_state(state, path)
     return state
 
 

@@ -54,7 +54,7 @@ def find_layers(model: nn.Module, bits: int) -> list[Layer]:
     """The layers to quantize, with their bits. ModelError: there are none, or a weight is not finite or has no values.
 
     Tables and the heads that choose among their entries get 5 or 8 bits in a 4-bit module, as long as the file has
-    room; those heads round their inputs more finely.
+    room; those of an 8-bit module round their inputs more finely.
     """
     layers = [layer for name, module in model.named_modules() if (layer := _layer_of(name, module)) is not None]
     if not layers:
@@ -68,7 +68,10 @@ def find_layers(model: nn.Module, bits: int) -> list[Layer]:
     entries = {len(layer.parameter) for layer in layers if layer.kind == "embedding"}
     heads = {layer.name for layer in layers if layer.kind != "embedding" and len(layer.matrix) in entries}
     raised = {} if bits == 8 else _raised(model, layers, heads)
-    return [replace(layer, bits=raised.get(id(layer.parameter), bits), precise=layer.name in heads) for layer in layers]
+    return [
+        replace(layer, bits=raised.get(id(layer.parameter), bits), precise=bits == 8 and layer.name in heads)
+        for layer in layers
+    ]
 
 
 def reason_to_stay(module: nn.Module) -> str:

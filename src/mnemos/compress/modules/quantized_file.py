@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mnemos.compress.modules.block_weights import BLOCK, TYPES, BlockWeights
 from mnemos.compress.modules.quantized_layers import QuantizedEmbedding, QuantizedLinear
 from mnemos.compress.modules.report import LayerReport
+from mnemos.compress.modules.state_file import DTYPES, entry_of
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError
 from mnemos.formats.mapping import excerpt
 from mnemos.formats.safetensors import open_safetensors, read_notes
@@ -25,11 +26,7 @@ from mnemos.models.foreign.signature import unwrap
 NOTE = "mnemos.quantized_module"
 _VERSION = 1
 _PARTS = ("codes", "scales", "row_scales", "minima", "row_minima")
-_DTYPES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8",
-    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
-}  # fmt: skip
-_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -121,10 +118,9 @@ def write_model(path: Path, module: nn.Module, bits: int, method: str, reports: 
             aliases[name] = seen[place]
             continue
         seen[place] = name
-        if tensor.dtype not in _DTYPES:
-            raise ModelError(f"{name} is {tensor.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
-        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        tensors[name] = Entry(_DTYPES[tensor.dtype], tuple(tensor.shape), flat)
+        if tensor.dtype not in DTYPES:
+            raise ModelError(f"{name} is {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+        tensors[name] = entry_of(tensor)
     write_safetensors(path, tensors, {NOTE: json.dumps(header, separators=(",", ":"))})
 
 

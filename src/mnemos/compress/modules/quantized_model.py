@@ -18,9 +18,11 @@ from mnemos.compress.modules.quantized_file import make_module, read_model, writ
 from mnemos.compress.modules.quantized_layers import QuantizedLinear
 from mnemos.compress.modules.report import LayerReport, Report
 from mnemos.errors import ConfigError
-from mnemos.models.foreign.native_steps import MOST_ROWS
 from mnemos.models.foreign.threads import hold_threads, outer_threads, release_threads
 from mnemos.native import require_core
+
+# Up to so many rows PyTorch is held to one thread: what its others could share is less than what they cost by spinning.
+_HELD_ROWS = 512
 
 
 class QuantizedModel(nn.Module):
@@ -91,7 +93,7 @@ class QuantizedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrated:
             raise ConfigError("method is 'static' and the model is not calibrated; expected calibrate(batches) first")
-        held = _rows_of((*args, *kwargs.values())) <= MOST_ROWS and hold_threads()
+        held = _rows_of((*args, *kwargs.values())) <= _HELD_ROWS and hold_threads()
         try:
             return self.model(*args, **kwargs)
         finally:
@@ -157,4 +159,4 @@ def _rows_of(values: Iterable[Any]) -> int:
     for value in values:
         if isinstance(value, Tensor):
             return value.numel() // (value.shape[-1] if value.is_floating_point() and value.dim() else 1)
-    return MOST_ROWS + 1
+    return _HELD_ROWS + 1

@@ -1,0 +1,41 @@
+"""A module's state dict as a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mnemos.errors import ConfigError
+from mnemos.formats.safetensors_writer import Entry, write_safetensors
+from mnemos.formats.whole_file import write_whole
+
+DTYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8",
+    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
+
+
+def entry_of(tensor: Tensor) -> Entry:
+    """A tensor as the safetensors writer takes it. KeyError for a dtype that the format does not have."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return Entry(DTYPES[tensor.dtype], tuple(tensor.shape), flat)
+
+
+def save_state(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Writes a state dict as safetensors, or as PyTorch's own format where the name ends in .pt, .pth or .bin.
+
+    ConfigError: it ends otherwise. FormatError: the file cannot be written; then nothing has changed.
+    """
+    target = Path(path)
+    if target.suffix == ".safetensors":
+        write_safetensors(target, {name: entry_of(value) for name, value in state.items()}, {"format": "pt"})
+    elif target.suffix in (".pt", ".pth", ".bin"):
+        size = sum(value.nbytes for value in state.values())
+        write_whole(target, lambda file: torch.save(dict(state), file), size)
+    else:
+        raise ConfigError(f"output_path is {os.fspath(path)!r}; its suffix must be .safetensors, .pt, .pth or .bin")
