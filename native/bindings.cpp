@@ -266,15 +266,43 @@ PoolKind pool_kind(const std::string &name) {
   throw config_error("pooling is '" + name + "'; it must be sequence, sequence-rolling, rolling or hybrid");
 }
 
-void store_rows(Cache &bank, int64_t first, FloatRows keys, FloatRows values) {
-  const int64_t count = static_cast<int64_t>(keys.shape(0)), width = bank.kv_heads * bank.cell().head_dim;
-  const bool fits = first >= 0 && first + count <= bank.pages * bank.cell().slots && values.shape(0) == keys.shape(0) &&
-                    static_cast<int64_t>(keys.shape(1)) == width && static_cast<int64_t>(values.shape(1)) == width;
-  if (!fits || bank.layers != 1)
-    throw config_error("rows " + std::to_string(first) + " to " + std::to_string(first + count) + " of " +
-                       std::to_string(keys.shape(1)) + " columns do not fit the bank");
-  nb::gil_scoped_release release_gil;
-  store_bank_rows(bank, first, count, keys.data(), values.data());
+RowKind row_kind(const std::string &name) {
+  if (name == "float32") return RowKind::float32;
+  if (name == "float16") return RowKind::float16;
+  if (name == "bfloat16") return RowKind::bfloat16;
+  if (name == "int8") return RowKind::int8;
+  if (name == "int4") return RowKind::int4;
+  throw config_error("a bank's vectors are of type '" + name +
+                     "'; it must be float32, float16, bfloat16, int8 or int4");
+}
+
+RowNorm row_norm(const std::string &name) {
+  if (name.empty()) return RowNorm::none;
+  if (name == "rms") return RowNorm::rms;
+  if (name == "layernorm") return RowNorm::layer;
+  throw config_error("a bank's norm is '" + name + "'; it must be rms, layernorm or nothing");
+}
+
+std::shared_ptr<Bank> make_bank(Bytes stored, const std::string &kind, Floats scales, FloatRows projections,
+                                const std::string &norm, float epsilon, float factor, int64_t rows, int64_t span,
+                                int64_t kv_heads, int64_t head_dim, int64_t page_size, const std::string &dtype) {
+  BankSource source;
+  // The array lives as long as something points to it; it may be let go of by any thread.
+  source.stored = std::shared_ptr<const uint8_t>(stored.data(), [owner = new Bytes(stored)](const uint8_t *) {
+    nb::gil_scoped_acquire acquire;
+    delete owner;
+  });
+  source.stored_bytes = static_cast<int64_t>(stored.size());
+  source.kind = row_kind(kind);
+  source.scales.assign(scales.data(), scales.data() + scales.size());
+  source.width = static_cast<int64_t>(projections.shape(0));
+  source.projections.assign(projections.data(), projections.data() + projections.size());
+  source.norm = row_norm(norm);
+  source.epsilon = epsilon;
+  source.factor = factor;
+  const int64_t pages = (rows + page_size - 1) / std::max<int64_t>(page_size, 1);
+  auto cache = std::make_shared<Cache>(1, kv_heads, head_dim, page_size, cache_type(dtype), pages);
+  return std::make_shared<Bank>(std::move(source), std::move(cache), rows, span);
 }
 
 Norm make_norm_params(Norm::Kind kind, const Floats &weight, const std::optional<Floats> &bias, float epsilon) {
@@ -550,7 +578,7 @@ void bind_program(nb::module_ &m) {
           "x"_a, "windows"_a.none(), "layer"_a, "kind"_a, "window"_a)
       .def(
           "memory_attention",
-          [](Program &p, int q, int ids, int weights, std::shared_ptr<Cache> bank, int64_t heads, int64_t kv_heads,
+          [](Program &p, int q, int ids, int weights, std::shared_ptr<Bank> bank, int64_t heads, int64_t kv_heads,
              int64_t head_dim, float scale, int64_t rows, int64_t chapters, int64_t shared, float scaling,
              bool separate) {
             MemoryAttention memory{heads,    kv_heads, head_dim, scale,    rows,
@@ -608,6 +636,11 @@ NB_MODULE(_native, m) {
   m.def("encode_rows", &encode_matrix, "values"_a, "type"_a, "importance"_a.none(), "out"_a, "pool"_a);
   m.def("gather_rows", &gather_rows, "matrix"_a, "ids"_a, "count"_a, "y"_a);
 
+  nb::class_<Bank>(m, "Bank")
+      .def(nb::new_(&make_bank), "stored"_a, "kind"_a, "scales"_a, "projections"_a, "norm"_a, "epsilon"_a, "factor"_a,
+           "rows"_a, "span"_a, "kv_heads"_a, "head_dim"_a, "page_size"_a, "dtype"_a)
+      .def_prop_ro("bytes", &Bank::bytes);
+
   nb::class_<Windows>(m, "Windows")
       .def(nb::init<int64_t, int64_t, int64_t>(), "layers"_a, "width"_a, "length"_a)
       .def("reserve", &Windows::reserve, "slots"_a)
@@ -624,7 +657,6 @@ NB_MODULE(_native, m) {
       .def_ro("pages", &Cache::pages)
       .def_prop_ro("page_bytes", &Cache::page_bytes)
       .def("copy", &Cache::copy, "source"_a, "target"_a)
-      .def("store_rows", &store_rows, "first"_a, "keys"_a, "values"_a)
       .def(
           "read",
           [](const Cache &cache, int64_t page) {

@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "cache.h"
+#include "program/bank.h"
 #include "program/windows.h"
 
 namespace mnemos {
@@ -24,15 +24,12 @@ struct MemoryAttention {
   int64_t rows, chapters, shared;  // chapters: 0 if the bank is undivided
   float scaling;
   bool separate;
-  std::shared_ptr<Cache> bank;  // one layer; row r is slot r % slots of page r / slots
+  std::shared_ptr<Bank> bank;
   int64_t chosen = 0;  // chapters of each row besides the shared ones
 
   int64_t spans() const { return chapters > 0 ? shared + chosen : 1; }
   int64_t span_rows() const { return chapters > 0 ? rows / chapters : rows; }
   int64_t span_blocks() const { return (span_rows() + attention_block - 1) / attention_block; }
 };
-
-// Writes keys and values (count, kv_heads * head_dim) as the rows `first` and up of a bank.
-void store_bank_rows(Cache &bank, int64_t first, int64_t count, const float *keys, const float *values);
 
 }  // namespace mnemos

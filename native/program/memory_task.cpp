@@ -27,12 +27,12 @@ class MemoryTask : public Task {
     const int64_t span = m_.span_rows();
     for (int64_t first = 0; first < span; first += attention_block)
       blocks_.push_back({first, first, std::min(first + attention_block, span) - 1, nullptr});
-    for (int64_t page = 0; page < m_.bank->pages; page++) pages_.push_back(static_cast<int32_t>(page));
+    for (int64_t page = 0; page < m_.bank->cache().pages; page++) pages_.push_back(static_cast<int32_t>(page));
   }
 
  protected:
   int64_t group() const { return m_.heads / m_.kv_heads; }
-  int64_t stride() const { return m_.bank->cell().value_stride; }
+  int64_t stride() const { return m_.bank->cache().cell().value_stride; }
   int64_t parts() const { return m_.spans() * m_.span_blocks(); }
   int64_t partial_floats() const { return group() * (stride() + 2); }
   bool splits(const Step &step) const { return step.rows(rows_) <= most_split_rows; }
@@ -69,7 +69,7 @@ class MemoryTask : public Task {
     int64_t first[max_tile_rows], last[max_tile_rows];
   };
   int64_t work_floats(int64_t queries) const {
-    return queries * (score_stride + 3 * stride()) + expanded_floats(m_.bank->cell());
+    return queries * (score_stride + 3 * stride()) + expanded_floats(m_.bank->cache().cell());
   }
   void take(Work &work, float *scratch, int64_t queries) const {
     work.queries = scratch;
@@ -94,12 +94,12 @@ class MemoryTask : public Task {
               int thread) const {
     const int64_t begin = chapter(step, row, span, thread) * m_.span_rows() + block * attention_block;
     KeyBlock keys = blocks_[static_cast<size_t>(block)];
-    keys.pages = pages_.data() + begin / m_.bank->cell().slots;
+    keys.pages = pages_.data() + begin / m_.bank->cache().cell().slots;
     const int64_t queries = rows * group();
     AttentionTile tile{};
-    tile.cell = &m_.bank->cell();
-    tile.cells = m_.bank->cells(0, head);
-    tile.page_bytes = m_.bank->page_bytes();
+    tile.cell = &m_.bank->cache().cell();
+    tile.cells = m_.bank->cache().cells(0, head);
+    tile.page_bytes = m_.bank->cache().page_bytes();
     tile.blocks = &keys;
     tile.rows = queries;
     tile.first = work.first;
@@ -130,11 +130,54 @@ class MemoryTask : public Task {
   std::vector<int32_t> pages_;
 };
 
+// Makes the keys and values that are read for the first time.
+class FillTask : public MemoryTask {
+ public:
+  FillTask(std::shared_ptr<const MemoryAttention> memory, Operands operands, Rows rows, int filled)
+      : MemoryTask(std::move(memory), operands, rows) {
+    if (operands.ids >= 0) reads = {operands.ids};
+    writes = {filled};
+  }
+  void plan(const Step &) override {
+    needed_ = !m_.bank->complete();
+    if (!needed_ && !released_) m_.bank->release_source();
+    released_ = !needed_;
+  }
+  bool active(const Step &) const override { return needed_; }
+  int64_t items(const Step &step) const override {
+    if (!needed_) return 0;
+    return splits(step) ? step.rows(rows_) * parts() : m_.bank->chunks();
+  }
+  int64_t scratch_bytes(const BatchView &, int) const override {
+    return m_.bank->scratch_floats() * static_cast<int64_t>(sizeof(float));
+  }
+  void run(const Step &step, int64_t item, int thread) const override {
+    int64_t chunk = item;
+    if (splits(step)) {
+      const int64_t part = item % parts();
+      chunk =
+          chapter(step, item / parts(), part / m_.span_blocks(), thread) * m_.span_blocks() + part % m_.span_blocks();
+    } else if (!is_read(step, chunk / m_.span_blocks(), thread)) {
+      return;
+    }
+    m_.bank->make(chunk, step.thread_scratch(thread));
+  }
+
+ private:
+  bool is_read(const Step &step, int64_t chapter, int thread) const {
+    if (m_.chapters == 0 || chapter < m_.shared) return true;
+    const int32_t *ids = step.data<int32_t>(operands_.ids, thread), *end = ids + step.rows(rows_) * m_.chosen;
+    return std::find(ids, end, static_cast<int32_t>(chapter - m_.shared)) != end;
+  }
+
+  bool needed_ = true, released_ = false;
+};
+
 class ReadTask : public MemoryTask {
  public:
-  ReadTask(std::shared_ptr<const MemoryAttention> memory, Operands operands, Rows rows, int partials, int y)
+  ReadTask(std::shared_ptr<const MemoryAttention> memory, Operands operands, Rows rows, int filled, int partials, int y)
       : MemoryTask(std::move(memory), operands, rows), partials_(partials), y_(y) {
-    reads = {operands.q};
+    reads = {operands.q, filled};
     if (operands.ids >= 0) reads.push_back(operands.ids), reads.push_back(operands.weights);
     writes = {partials, y};
   }
@@ -325,12 +368,16 @@ class PoolTask : public Task {
 }  // namespace
 
 int64_t memory_partial_floats(const MemoryAttention &m) {
-  return most_split_rows * m.heads * m.spans() * m.span_blocks() * (m.bank->cell().value_stride + 2);
+  return most_split_rows * m.heads * m.spans() * m.span_blocks() * (m.bank->cache().cell().value_stride + 2);
+}
+
+std::unique_ptr<Task> make_fill(std::shared_ptr<const MemoryAttention> memory, int ids, Rows rows, int filled) {
+  return std::make_unique<FillTask>(std::move(memory), Operands{-1, ids, -1}, rows, filled);
 }
 
 std::unique_ptr<Task> make_read(std::shared_ptr<const MemoryAttention> memory, int q, int ids, int weights, Rows rows,
-                                int partials, int y) {
-  return std::make_unique<ReadTask>(std::move(memory), Operands{q, ids, weights}, rows, partials, y);
+                                int filled, int partials, int y) {
+  return std::make_unique<ReadTask>(std::move(memory), Operands{q, ids, weights}, rows, filled, partials, y);
 }
 
 std::unique_ptr<Task> make_join(std::shared_ptr<const MemoryAttention> memory, int ids, int weights, Rows rows,
@@ -340,20 +387,6 @@ std::unique_ptr<Task> make_join(std::shared_ptr<const MemoryAttention> memory, i
 
 std::unique_ptr<Task> make_pool(Pooling pooling, int x, int64_t width, int y) {
   return std::make_unique<PoolTask>(std::move(pooling), x, width, y);
-}
-
-void store_bank_rows(Cache &bank, int64_t first, int64_t count, const float *keys, const float *values) {
-  const CellLayout &cell = bank.cell();
-  const VectorKernels &kernels = vector_kernels(current_isa(OperatorClass::attention));
-  for (int64_t r = 0; r < count; r++) {
-    const int64_t row = first + r, page = row / cell.slots, slot = row % cell.slots;
-    for (int64_t head = 0; head < bank.kv_heads; head++) {
-      uint8_t *data = bank.cells(0, head) + page * bank.page_bytes();
-      const int64_t at = (r * bank.kv_heads + head) * cell.head_dim;
-      kernels.store_key(cell, data, slot, keys + at);
-      kernels.store_value(cell, data, slot, values + at);
-    }
-  }
 }
 
 }  // namespace mnemos

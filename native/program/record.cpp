@@ -219,14 +219,14 @@ int Program::pool(int x, Pooling pooling) {
 
 int Program::memory(int q, int ids, int weights, MemoryAttention memory) {
   const Value value = checked_value(q);
-  const Cache &bank = *memory.bank;
+  const Cache &bank = memory.bank->cache();
   require(memory.head_dim >= 1 && memory.kv_heads >= 1 && memory.heads >= 1 && memory.heads % memory.kv_heads == 0 &&
               memory.heads / memory.kv_heads <= max_tile_rows && value.width == memory.heads * memory.head_dim,
           "memory attention with " + number(memory.heads) + " heads, " + number(memory.kv_heads) +
               " of keys, of width " + number(memory.head_dim) + " does not fit queries of " + number(value.width));
-  require(bank.layers == 1 && bank.kv_heads == memory.kv_heads && bank.cell().head_dim == memory.head_dim &&
-              memory.rows >= 1 && memory.rows <= bank.pages * bank.cell().slots,
-          "the bank does not hold " + number(memory.rows) + " rows of those heads");
+  require(
+      bank.kv_heads == memory.kv_heads && bank.cell().head_dim == memory.head_dim && memory.rows == memory.bank->rows,
+      "the bank does not hold " + number(memory.rows) + " rows of those heads");
   Operator op{};
   op.kind = OperatorKind::memory;
   op.inputs = {q};
@@ -238,12 +238,13 @@ int Program::memory(int q, int ids, int weights, MemoryAttention memory) {
     require(chosen.type == ValueType::int32 && chosen.width == shares.width && chosen.rows == value.rows &&
                 shares.rows == value.rows,
             "memory attention needs ids and weights of the same shape, with as many rows as its queries");
-    require(memory.rows % memory.chapters == 0 && memory.span_rows() % bank.cell().slots == 0 && memory.shared >= 0 &&
-                memory.shared < memory.chapters,
-            "a bank of " + number(memory.rows) + " rows cannot have " + number(memory.chapters) + " chapters, " +
-                number(memory.shared) + " of them shared, in pages of " + number(bank.cell().slots));
+    require(memory.shared >= 0 && memory.shared < memory.chapters,
+            number(memory.shared) + " chapters of " + number(memory.chapters) + " cannot be shared");
     op.inputs = {q, ids, weights};
   }
+  require(memory.span_rows() == memory.bank->span, "the bank has chapters of " + number(memory.bank->span) +
+                                                       " rows; those of the operator have " +
+                                                       number(memory.span_rows()));
   op.memory = std::make_shared<const MemoryAttention>(std::move(memory));
   return add_operator(std::move(op), {value});
 }

@@ -373,7 +373,9 @@ class Scheduler {
     const bool routed = o.inputs.size() > 1;
     const int ids = routed ? buffer(o.inputs[1]) : -1, weights = routed ? buffer(o.inputs[2]) : -1;
     const int partials = float_buffer(rows, 0, memory_partial_floats(*o.memory)), y = buffer(o.outputs[0]);
-    add(make_read(o.memory, buffer(o.inputs[0]), ids, weights, rows, partials, y));
+    const int filled = float_buffer(rows, 0, 1);
+    add(make_fill(o.memory, ids, rows, filled));
+    add(make_read(o.memory, buffer(o.inputs[0]), ids, weights, rows, filled, partials, y));
     add(make_join(o.memory, ids, weights, rows, partials, y));
   }
 

@@ -136,10 +136,12 @@ std::unique_ptr<Task> make_route(int logits, int64_t experts, int64_t top_k, boo
 
 // y = what the rows of x are routed by.
 std::unique_ptr<Task> make_pool(Pooling pooling, int x, int64_t width, int y);
+// Makes what of a bank has never been read; `filled` represents its content.
+std::unique_ptr<Task> make_fill(std::shared_ptr<const MemoryAttention> memory, int ids, Rows rows, int filled);
 // y = attention from q to a bank; ids and weights: -1 without chapters. The blocks that a few rows read are shared out
 // among threads, and their parts joined: `partials` has memory_partial_floats.
 std::unique_ptr<Task> make_read(std::shared_ptr<const MemoryAttention> memory, int q, int ids, int weights, Rows rows,
-                                int partials, int y);
+                                int filled, int partials, int y);
 std::unique_ptr<Task> make_join(std::shared_ptr<const MemoryAttention> memory, int ids, int weights, Rows rows,
                                 int partials, int y);
 int64_t memory_partial_floats(const MemoryAttention &memory);

@@ -107,10 +107,35 @@ class Cache:
     @property
     def page_bytes(self) -> int: ...
     def copy(self, source: int, target: int) -> None: ...
-    def store_rows(self, first: int, keys: Floats, values: Floats) -> None:
-        """Writes keys and values (n, kv_heads * head_dim) as a bank's rows `first` and up, in a cache of one layer."""
     def read(self, page: int) -> Bytes: ...
     def write(self, page: int, content: Bytes) -> None: ...
+
+class Bank:
+    """Keys and values of a memory bank, made when a chapter is first read.
+
+    stored: the vectors' bytes, of `kind` float32, float16, bfloat16, int8 or int4, the last two with a scale for each;
+    projections: (width, 2 * kv_heads * head_dim), keys' first. span: the rows of a chapter.
+    """
+
+    def __init__(
+        self,
+        stored: Bytes,
+        kind: str,
+        scales: Floats,
+        projections: Floats,
+        norm: str,
+        epsilon: float,
+        factor: float,
+        rows: int,
+        span: int,
+        kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        dtype: str,
+    ) -> None: ...
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys and values made so far."""
 
 class Windows:
     """The rows (width,) at a sequence's latest `length` positions, for some layers, in a slot for each sequence."""
@@ -158,7 +183,7 @@ class Program:
         q: int,
         ids: int,
         weights: int,
-        bank: Cache,
+        bank: Bank,
         heads: int,
         kv_heads: int,
         head_dim: int,

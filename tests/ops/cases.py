@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnemos.contract import Batch
+from mnemos.formats.quantized_rows import QuantizedRows
 from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
-from mnemos.ops.protocol import ACTIVATIONS, AttentionParams, MemoryParams, PoolParams, RopeParams
+from mnemos.ops.protocol import ACTIVATIONS, AttentionParams, BankSource, MemoryParams, PoolParams, RopeParams
 
 ROWS = (1, 2, 3, 7, 33)
 Run = Callable[[Any, np.random.Generator, int], Any]
@@ -91,12 +92,19 @@ def _choose(ops: Any, g: np.random.Generator, t: int) -> Any:
     return ops.choose(3 * logits, 4)
 
 
+def bank_source(g: np.random.Generator, params: MemoryParams, bits: int = 0, norm: str = "") -> BankSource:
+    """Vectors of 28 columns, in float32 or quantized, and projections of them."""
+    rows = floats(g, params.rows, 28)
+    keys, values = floats(g, 2, params.kv_heads * params.head_dim, 28) / np.float32(5)
+    stored = QuantizedRows.of(rows, bits) if bits else Tensor.from_array("rows", rows)
+    return BankSource(stored, keys, values, norm, 1e-5, 0.9)
+
+
 def _memory(params: MemoryParams, chosen: int) -> Run:
     """The rows of a tile choose alike or not, as those of a text or those of several do."""
 
     def run(ops: Any, g: np.random.Generator, t: int) -> Any:
-        keys, values = floats(g, 2, params.rows, params.kv_heads * params.head_dim)
-        bank = ops.bank(keys, values, params, False)
+        bank = ops.bank(bank_source(g, params), params)
         q = 2 * floats(g, t, params.heads * params.head_dim)
         if not params.chapters:
             return ops.memory_attention(q, bank, None, None, params)

@@ -9,10 +9,23 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-from tests.ops.cases import ATTENTION_CASES, CASES, MEMORIES, POOL_CASES, ROWS, AttentionCase, Case, PoolCase, floats
+from tests.ops.cases import (
+    ATTENTION_CASES,
+    CASES,
+    MEMORIES,
+    POOL_CASES,
+    ROWS,
+    AttentionCase,
+    Case,
+    PoolCase,
+    bank_source,
+    floats,
+)
 
 from mnemos.contract import Batch, KVLayout
 from mnemos.errors import ConfigError, RequestError
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 from mnemos.ops.native import NativeOps
 from mnemos.ops.numpy import NumpyOps
 
@@ -70,8 +83,7 @@ def test_memory_rows_do_not_depend_on_each_other(name: str, isa: str) -> None:
     """A row's bits are the same alone, where threads share its blocks, and among many."""
     params, chosen = MEMORIES[name]
     g, ops = _generator(name), NativeOps()
-    keys, values = floats(g, 2, params.rows, params.kv_heads * params.head_dim)
-    bank = ops.bank(keys, values, params, False)
+    bank = ops.bank(bank_source(g, params), params)
     q = floats(g, 70, params.heads * params.head_dim)
     ids = weights = None
     if chosen:
@@ -85,25 +97,53 @@ def test_memory_rows_do_not_depend_on_each_other(name: str, isa: str) -> None:
         np.testing.assert_array_equal(alone[0], together[row])
 
 
-@pytest.mark.parametrize("compact", [False, True])
-def test_banks_in_their_own_types(compact: bool, isa: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+@pytest.mark.parametrize("norm", ["", "rms", "layernorm"])
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_banks_are_made_of_what_is_stored(bits: int, norm: str, dtype: str) -> None:
+    """And no chapter before it is read."""
     params, chosen = MEMORIES["memory by chapters, some shared"]
-    g, ops = _generator("types"), NativeOps()
-    keys, values = floats(g, 2, params.rows, params.kv_heads * params.head_dim)
-    q, ids = floats(g, 5, params.heads * params.head_dim), np.tile(np.array([1, 3], np.int32), (5, 1))
+    g, ops = _generator("types"), NativeOps(dtype=dtype)
+    source = bank_source(g, params, bits, norm)
+    bank = ops.bank(source, params)
+    assert bank.bytes == 0
     weights = np.full((5, chosen), 0.5, np.float32)
-    result, expected = (
-        backend.memory_attention(q, backend.bank(keys, values, params, compact), ids, weights, params)
-        for backend in (ops, REFERENCE)
+    q = floats(g, 5, params.heads * params.head_dim)
+    sizes = []
+    for chapters in ([1, 3], [3, 1], [0, 2]):
+        ids = np.tile(np.array(chapters, np.int32), (5, 1))
+        for rows in (1, 5):
+            operands = q[:rows], ids[:rows], weights[:rows]
+            result, expected = (
+                backend.memory_attention(operands[0], made, *operands[1:], params)
+                for backend, made in ((ops, bank), (REFERENCE, REFERENCE.bank(source, params)))
+            )
+            _assert_close(result, expected, 4e-6 if dtype == "float32" else 0.03)
+        sizes.append(bank.bytes)
+    assert sizes[0] == sizes[1] == sizes[2] * 4 // 6
+
+
+@pytest.mark.parametrize("type", [TensorType.F16, TensorType.BF16])
+def test_banks_of_half_precision(type: TensorType) -> None:
+    params, _ = MEMORIES["memory"]
+    g = _generator("half")
+    source = bank_source(g, params)
+    bits = source.rows.dequantize()
+    data = (
+        bits.astype(np.float16).view(np.uint8)
+        if type is TensorType.F16
+        else bits.view(np.uint16)[:, 1::2].copy().view(np.uint8)
     )
-    _assert_close(result, expected, 0.02)
+    source = replace(source, rows=Tensor("rows", type, bits.shape, data.reshape(-1)))
+    q, ops = floats(g, 3, params.heads * params.head_dim), NativeOps(dtype="float32")
+    result = ops.memory_attention(q, ops.bank(source, params), None, None, params)
+    _assert_close(result, REFERENCE.memory_attention(q, REFERENCE.bank(source, params), None, None, params), 4e-6)
 
 
 def test_chapters_and_states_out_of_range_are_refused() -> None:
     params, chosen = MEMORIES["memory by chapters"]
     ops = NativeOps()
-    keys = np.zeros((params.rows, params.kv_heads * params.head_dim), np.float32)
-    bank = ops.bank(keys, keys, params, False)
+    bank = ops.bank(bank_source(_generator("refused"), params), params)
     q, weights = np.zeros((1, params.heads * params.head_dim), np.float32), np.ones((1, chosen), np.float32)
     with pytest.raises(RequestError, match="chapter 12 is not one of 12"):
         ops.memory_attention(q, bank, np.array([[0, 1, 12]], np.int32), weights, params)

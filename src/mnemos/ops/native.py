@@ -14,10 +14,11 @@ import numpy.typing as npt
 from mnemos.contract import Batch, Floats, Ints, KVLayout, Output
 from mnemos.errors import ConfigError
 from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
 from mnemos.machine.levels import settle_levels
 from mnemos.native import core as _native
 from mnemos.native import require_core
-from mnemos.ops.protocol import AttentionParams, Forward, MemoryParams, PoolParams, RopeParams, Rows
+from mnemos.ops.protocol import AttentionParams, BankSource, Forward, MemoryParams, PoolParams, RopeParams, Rows
 from mnemos.rules import COUNT
 
 require_core()  # this module is useless without it
@@ -26,6 +27,7 @@ NATIVE_DTYPES = ("auto", "float32")
 ARGMAX_ALONE_FROM = 8
 LARGEST_PAGE = 32  # rows of a memory bank's pages
 _NO_INTS = np.zeros(0, dtype=np.int32)
+_NO_FLOATS = np.zeros(0, dtype=np.float32)
 _STARTS = np.zeros(1, dtype=np.int32)
 
 
@@ -145,15 +147,34 @@ class NativeOps:
     def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> NativeCache:
         return NativeCache(layout, pages)
 
-    def bank(self, keys: Floats, values: Floats, params: MemoryParams, compact: bool) -> _native.Cache:
-        """A cache of one layer, in pages that divide a chapter."""
+    def bank(self, source: BankSource, params: MemoryParams) -> _native.Bank:
+        """Keys and values of a chapter are made when it is first read; until then its vectors stay in the file."""
         length = params.rows // params.chapters if params.chapters else LARGEST_PAGE
         page_size = min(length & -length, LARGEST_PAGE)  # the largest power of two that divides the length
-        dtype = "float32" if self.as_float32 else "int8" if compact else self.cache_dtype
-        pages = -(-params.rows // page_size)
-        bank = _native.Cache(1, params.kv_heads, params.head_dim, page_size, dtype, pages)
-        bank.store_rows(0, *(np.ascontiguousarray(side, dtype=np.float32) for side in (keys, values)))
-        return bank
+        rows = source.rows
+        if isinstance(rows, Tensor):
+            kinds = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16: "bfloat16"}
+            if rows.type not in kinds:
+                rows = Tensor.from_array(rows.name, rows.dequantize())
+            stored, scales, kind = rows.data, _NO_FLOATS, kinds[rows.type]
+        else:
+            stored, scales, kind = rows.codes.reshape(-1).view(np.uint8), rows.scales, f"int{rows.bits}"
+        compact = "int8" if len(scales) else self.cache_dtype
+        return _native.Bank(
+            stored,
+            kind,
+            np.ascontiguousarray(scales, dtype=np.float32),
+            np.ascontiguousarray(np.concatenate((source.keys, source.values)).T, dtype=np.float32),
+            source.norm,
+            source.epsilon,
+            source.factor,
+            rows=params.rows,
+            span=params.rows // params.chapters if params.chapters else params.rows,
+            kv_heads=params.kv_heads,
+            head_dim=params.head_dim,
+            page_size=page_size,
+            dtype="float32" if self.as_float32 else compact,
+        )
 
     def windows(self, layers: int, width: int, length: int) -> NativeWindows:
         return NativeWindows(layers, width, length)
@@ -255,7 +276,7 @@ class NativeOps:
             return self._apply((x,), record)
         return self._eager((x,), record, batch=batch)
 
-    def memory_attention(self, q: Any, bank: _native.Cache, ids: Any, weights: Any, params: MemoryParams) -> Any:
+    def memory_attention(self, q: Any, bank: _native.Bank, ids: Any, weights: Any, params: MemoryParams) -> Any:
         def record(program: _native.Program, q: int, ids: int = -1, weights: int = -1) -> int:
             return program.memory_attention(
                 q,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mnemos.contract import Batch, Floats, Ints, KVLayout, Output
 from mnemos.formats.tensor import Tensor
-from mnemos.ops.protocol import AttentionParams, Forward, MemoryParams, PoolParams, RopeParams, Rows
+from mnemos.ops.protocol import AttentionParams, BankSource, Forward, MemoryParams, PoolParams, RopeParams, Rows
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 
@@ -106,8 +106,9 @@ class NumpyOps:
     def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> NumpyCache:
         return NumpyCache(layout, pages)
 
-    def bank(self, keys: Floats, values: Floats, params: MemoryParams, compact: bool) -> tuple[Floats, Floats]:
+    def bank(self, source: BankSource, params: MemoryParams) -> tuple[Floats, Floats]:
         shape = (params.rows, params.kv_heads, params.head_dim)
+        keys, values = source.projected(params.rows)
         return keys.reshape(shape), values.reshape(shape)
 
     def windows(self, layers: int, width: int, length: int) -> NumpyWindows:

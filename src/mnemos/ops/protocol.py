@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos.contract import Batch, Cache, Floats, KVLayout, Output
+from mnemos.formats.quantized_rows import QuantizedRows
 from mnemos.formats.tensor import Tensor
 
 Array = Any
@@ -68,6 +69,33 @@ class MemoryParams:
     shared: int = 0
     scaling: float = 1.0
     separate: bool = False
+
+
+@dataclass(frozen=True)
+class BankSource:
+    """What the keys and values of a bank are made of: vectors, and the matrices that project them.
+
+    rows: the vectors (N, width), as stored. keys, values: (kv_heads * head_dim, width). norm: "", "rms" or "layernorm",
+    by which each vector is normalized by itself first, with `epsilon`; factor multiplies all.
+    """
+
+    rows: Tensor | QuantizedRows
+    keys: Floats
+    values: Floats
+    norm: str = ""
+    epsilon: float = 0.0
+    factor: float = 1.0
+
+    def projected(self, count: int) -> tuple[Floats, Floats]:
+        """Keys and values (count, kv_heads * head_dim) of the first `count` vectors."""
+        rows = (self.rows.dequantize() if isinstance(self.rows, Tensor) else self.rows.values())[:count]
+        if self.norm == "layernorm":
+            rows = rows - rows.mean(axis=1, keepdims=True)
+        if self.norm:
+            squares = np.mean(rows.astype(np.float64) ** 2, axis=1, keepdims=True)
+            rows = np.asarray(rows / np.sqrt(squares + self.epsilon), dtype=np.float32)
+        rows = rows * np.float32(self.factor)
+        return rows @ self.keys.T, rows @ self.values.T
 
 
 @dataclass(frozen=True)
@@ -126,10 +154,10 @@ class Ops(Protocol):
     def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> Cache:
         """A cache with this many pages in each of the layout's groups, or these many."""
 
-    def bank(self, keys: Floats, values: Floats, params: MemoryParams, compact: bool) -> Bank:
-        """A bank's keys and values (rows, kv_heads * head_dim), in the form that this backend attends to fastest.
+    def bank(self, source: BankSource, params: MemoryParams) -> Bank:
+        """The keys and values of the source's first `params.rows` vectors, in the form that is attended to fastest.
 
-        compact: in as few bytes as it can, since the bank is itself quantized.
+        A backend may make them when they are first read, and in fewer bytes where the vectors are quantized.
         """
 
     def windows(self, layers: int, width: int, length: int) -> Windows:

@@ -17,7 +17,7 @@ from mnemos.contract import Batch, KVLayout, Output
 from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.formats.tensor import Tensor as StoredTensor
 from mnemos.formats.tensor_types import TensorType
-from mnemos.ops.protocol import AttentionParams, Forward, MemoryParams, PoolParams, RopeParams, Rows
+from mnemos.ops.protocol import AttentionParams, BankSource, Forward, MemoryParams, PoolParams, RopeParams, Rows
 from mnemos.ops.torch_memory import TorchWindows, attend_memory, pooled_rows
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -172,12 +172,13 @@ class TorchOps:
     def cache(self, layout: KVLayout, pages: int | Sequence[int]) -> TorchCache:
         return TorchCache(layout, pages, self.device)
 
-    def bank(
-        self, keys: npt.NDArray[np.float32], values: npt.NDArray[np.float32], params: MemoryParams, compact: bool
-    ) -> tuple[Tensor, Tensor]:
+    def bank(self, source: BankSource, params: MemoryParams) -> tuple[Tensor, Tensor]:
         """Keys and values (kv_heads, rows, head_dim), in the type of the activations."""
         shape = (params.rows, params.kv_heads, params.head_dim)
-        sides = (torch.from_numpy(np.ascontiguousarray(side)).reshape(shape).transpose(0, 1) for side in (keys, values))
+        sides = (
+            torch.from_numpy(np.ascontiguousarray(side)).reshape(shape).transpose(0, 1)
+            for side in source.projected(params.rows)
+        )
         first, second = (side.contiguous().to(self.device, self.dtype) for side in sides)
         return first, second
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnemos.memory.banks import QuantizedRows
+from mnemos.formats.quantized_rows import QuantizedRows
 from mnemos.models.memory_transformer.config import Config
 
 
@@ -38,7 +38,7 @@ class FactorizedBank(nn.Module):
 
 
 class QuantizedBank(nn.Module):
-    """A bank in 8 or 4 bits with a scale for each vector; see `mnemos.memory.banks`. It cannot be trained."""
+    """A bank in 8 or 4 bits with a scale for each vector; see `mnemos.formats.quantized_rows`. It cannot be trained."""
 
     def __init__(self, tokens: int, width: int, bits: int) -> None:
         super().__init__()

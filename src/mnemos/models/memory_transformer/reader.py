@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from mnemos.contract import Floats
-from mnemos.memory.banks import QuantizedRows
+from mnemos.formats.quantized_rows import QuantizedRows
+from mnemos.formats.tensor import Tensor
 from mnemos.models.blocks import only
 from mnemos.models.memory_transformer.config import Config
 from mnemos.models.weights import Linear, Weights
-from mnemos.ops.protocol import Array, Bank, MemoryParams, Ops, PoolParams, Windows
+from mnemos.ops.protocol import Array, Bank, BankSource, MemoryParams, Ops, PoolParams, Windows
 
 SPARE_POSITIONS = 64  # that a sequence's window keeps beyond those that are averaged: it may return by so many
 
@@ -88,8 +89,7 @@ class ReaderLoader:
     shape: tuple[int, int, int]
     layers: Mapping[int, int]  # the bank of each memory layer
     routing: Routing
-    _rows: dict[int, Floats | None] = field(default_factory=dict)
-    _quantized: set[int] = field(default_factory=set)
+    _products: dict[int, Tensor] = field(default_factory=dict)  # factorized banks, multiplied out
 
     @classmethod
     def of(
@@ -127,16 +127,18 @@ class ReaderLoader:
             separate=settings.routing_strategy_inference == "token",
         )
         number = self.layers[layer]
-        rows = self._bank(number, width)
+        rows = self._read_bank(number, width)
         keys, values = (self._product(f"{name}.{side}", kv_heads * head_dim, width, rank) for side in "kv")
-        bank = None
+        factor = 1.0
         if settings.use_chapters and not by_chapter:  # the shared chapters are all that is read
             read = shared * (settings.num_memory_tokens // settings.num_chapters)
             params = MemoryParams(heads, kv_heads, head_dim, params.scale, read)
-            share = 1.0 if settings.routing_strategy_inference == "token" else 1 / shared
-            rows = None if rows is None else rows[:read] * np.float32(share)
+            factor = 1.0 if settings.routing_strategy_inference == "token" else 1 / shared
+        bank = None
         if weights.ops is not None and rows is not None and keys is not None and values is not None:
-            bank = weights.ops.bank(rows @ keys.T, rows @ values.T, params, number in self._quantized)
+            norm = settings.shared_routed_norm_type if settings.normalizes else ""
+            source = BankSource(rows, keys, values, norm, settings.shared_routed_norm_eps, factor)
+            bank = weights.ops.bank(source, params)
         return MemoryReader(
             queries=self._projections(f"{name}.q", heads * head_dim, self.hidden, rank),
             outputs=self._projections(f"{name}.o", self.hidden, heads * head_dim, rank),
@@ -171,29 +173,24 @@ class ReaderLoader:
             product = product @ factor
         return np.asarray(product)
 
-    def _bank(self, number: int, width: int) -> Floats | None:
-        """The vectors of a bank (N, width), normalized if the config says so; None where nothing is read."""
-        if number not in self._rows:
-            rows = self._read_bank(number, width)
-            self._rows[number] = None if rows is None else _normalized(rows, self.config)
-        return self._rows[number]
-
-    def _read_bank(self, number: int, width: int) -> Floats | None:
+    def _read_bank(self, number: int, width: int) -> Tensor | QuantizedRows | None:
+        """The vectors of a bank (N, width) as stored; None where nothing is read."""
         settings, weights = self.config.memory, self.weights
         name = f"memory_banks.{number}" + (".base_bank" if settings.use_chapters else "")
         tokens, reads = settings.num_memory_tokens, weights.ops is not None
         if weights.has(name, ".quantized_memory"):
-            self._quantized.add(number)
             scales = weights.tensor(name, (tokens,), ".scales")
             codes = weights.codes(name, ".quantized_memory", tokens, (width, width // 2))
             bits = 8 if codes.shape[1] == width else 4
-            return QuantizedRows(codes, scales.dequantize(), bits).values() if reads else None
-        if settings.is_factorized:
-            a = weights.tensor(name, (tokens, settings.memory_rank), ".A")
-            b = weights.tensor(name, (width, settings.memory_rank), ".B")
-            return np.asarray(a.dequantize() @ b.dequantize().T) if reads else None
-        tensor = weights.tensor(name, (tokens, width), ".memory")
-        return tensor.dequantize() if reads else None
+            return QuantizedRows(codes, scales.dequantize(), bits) if reads else None
+        if not settings.is_factorized:
+            tensor = weights.tensor(name, (tokens, width), ".memory")
+            return tensor if reads else None
+        a = weights.tensor(name, (tokens, settings.memory_rank), ".A")
+        b = weights.tensor(name, (width, settings.memory_rank), ".B")
+        if reads and number not in self._products:
+            self._products[number] = Tensor.from_array(a.name, a.dequantize() @ b.dequantize().T)
+        return self._products.get(number)
 
 
 def _pool_of(config: Config) -> PoolParams | None:
@@ -203,13 +200,3 @@ def _pool_of(config: Config) -> PoolParams | None:
     if not settings.use_chapters or not settings.routed or kind == "token":
         return None
     return PoolParams(kind, settings.routing_window_size)
-
-
-def _normalized(rows: Floats, config: Config) -> Floats:
-    settings = config.memory
-    if not settings.normalizes:
-        return rows
-    if settings.shared_routed_norm_type == "layernorm":
-        rows = rows - rows.mean(axis=1, keepdims=True)
-    squares = np.mean(rows.astype(np.float64) ** 2, axis=1, keepdims=True)
-    return np.asarray(rows / np.sqrt(squares + settings.shared_routed_norm_eps), dtype=np.float32)

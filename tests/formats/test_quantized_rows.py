@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mnemos.errors import ConfigError
-from mnemos.memory.banks import QuantizedRows, pack_nibbles, unpack_nibbles
+from mnemos.formats.quantized_rows import QuantizedRows, pack_nibbles, unpack_nibbles
 
 
 @pytest.mark.parametrize(("bits", "largest"), [(8, 127), (4, 7)])
