@@ -1,6 +1,7 @@
 // The Python module mnemos._native. Arrays are checked for type, shape and contiguity here, for content in the core.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -9,6 +10,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <optional>
@@ -17,6 +19,7 @@
 #include "linear/product_kernels.h"
 #include "program/program.h"
 #include "quantize/encode.h"
+#include "quantize/search.h"
 #include "sampler.h"
 #include "system/bounds.h"
 #include "system/error.h"
@@ -437,6 +440,31 @@ void bind_relay(nb::module_ &m) {
       "x"_a, "weight"_a, "epsilon"_a, "y"_a, "rows"_a, "width"_a);
 }
 
+template <typename T, size_t axes>
+using Result = nb::ndarray<T, nb::ndim<axes>, nb::c_contig, nb::device::cpu>;
+
+// Codes, units and integers of a block format, see quantize/search.h; `format` has the fields of SearchFormat.
+void search_matrix(FloatRows values, FloatRows products, FloatRows factor, const std::array<int32_t, 8> &format, int sweeps,
+                   Result<uint8_t, 2> codes, Result<float, 3> units, Result<int8_t, 3> integers, Pool &pool) {
+  const SearchFormat wanted{format[0], format[1], format[2], format[3], format[4], format[5], format[6], format[7]};
+  const size_t rows = values.shape(0), columns = values.shape(1);
+  if (wanted.group < 1 || wanted.group > 32 || wanted.super % wanted.group || columns % static_cast<size_t>(wanted.super)) {
+    throw config_error("rows of " + std::to_string(columns) + " values do not divide into groups of " +
+                       std::to_string(wanted.super));
+  }
+  const size_t supers = columns / static_cast<size_t>(wanted.super), groups = columns / static_cast<size_t>(wanted.group);
+  for (const FloatRows &matrix : {products, factor}) {
+    if (matrix.shape(0) != columns || matrix.shape(1) != columns) throw config_error("the costs have another size than a row");
+  }
+  if (codes.shape(0) != rows || codes.shape(1) != columns || units.shape(0) != rows || units.shape(1) != supers ||
+      units.shape(2) != 2 || integers.shape(0) != rows || integers.shape(1) != groups || integers.shape(2) != 2) {
+    throw config_error("the results have another size than the rows need");
+  }
+  nb::gil_scoped_release release_gil;
+  search_rows(wanted, {products.data(), factor.data(), static_cast<int64_t>(columns)}, values.data(),
+              static_cast<int64_t>(rows), sweeps, {codes.data(), units.data(), integers.data()}, pool);
+}
+
 // The first row that the type cannot hold, or -1.
 int64_t encode_matrix(FloatRows values, int32_t type, std::optional<Floats> importance,
                       nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> out, Pool &pool) {
@@ -633,6 +661,8 @@ NB_MODULE(_native, m) {
   m.def("allocate_matrix", &allocate_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a,
         "order"_a.none());
   m.def("pack_matrices", &pack_matrices, "matrices"_a, "pool"_a);
+  m.def("search_rows", &search_matrix, "values"_a, "products"_a, "factor"_a, "format"_a, "sweeps"_a, "codes"_a, "units"_a,
+        "integers"_a, "pool"_a);
   m.def("encode_rows", &encode_matrix, "values"_a, "type"_a, "importance"_a.none(), "out"_a, "pool"_a);
   m.def("gather_rows", &gather_rows, "matrix"_a, "ids"_a, "count"_a, "y"_a);
 

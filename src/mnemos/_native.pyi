@@ -100,6 +100,20 @@ def gather_rows(matrix: Matrix, ids: int, count: int, y: int) -> None:
     RequestError: there is no such row; some of the results are written then.
     """
 
+def search_rows(
+    values: npt.NDArray[np.float32],
+    products: npt.NDArray[np.float32],
+    factor: npt.NDArray[np.float32],
+    format: tuple[int, ...],
+    sweeps: int,
+    codes: npt.NDArray[np.uint8],
+    units: npt.NDArray[np.float32],
+    integers: npt.NDArray[np.int8],
+    pool: Pool,
+) -> None:
+    """Codes for (rows, columns) whose error costs error' products error; factor is the upper U of inverse(products) =
+    U'U. `format` and the results are those of `mnemos.compress.search`."""
+
 class Cache:
     def __init__(self, layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: str, pages: int) -> None: ...
     @property

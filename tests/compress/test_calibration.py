@@ -73,7 +73,32 @@ def test_moments_are_those_of_the_inputs(name: str, backend: str, reference: Cal
         products = found[tensor].products
         assert (products is not None) == ("ffn" in tensor)
         if products is not None:
-            np.testing.assert_allclose(products, x.T @ x / len(x), rtol=2e-3, atol=2e-3)
+            np.testing.assert_allclose(products[0], x.T @ x / len(x), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])  # with a window, and heads of another size than the model's
+def test_products_of_a_value_projection_are_of_the_averages_that_attention_takes(
+    name: str, backend: str, reference: Callable[[str], Reference]
+) -> None:
+    own = reference(name)
+    layer = own.module.get_submodule("model.layers.1.self_attn")
+    sums, seen = np.zeros((2, 64, 64)), []
+
+    def add(module: object, given: object, named: dict[str, torch.Tensor], result: tuple[torch.Tensor, ...]) -> None:
+        x, attention = named["hidden_states"][0].numpy(), result[1][0].detach().numpy()
+        for head, shares in enumerate(attention):  # four heads, of which two share one of values
+            sums[head // 2] += (shares @ x).T @ (shares @ x)
+        seen.append(len(x))
+
+    hook = layer.register_forward_hook(add, with_kwargs=True)
+    for start in range(0, len(TEXT), CHUNK):
+        own.logits(TEXT[start : start + CHUNK])
+    hook.remove()
+    checkpoint = open_checkpoint(own.folder)
+    found = moments(checkpoint, TEXT, full=lambda name: "attn_v" in name, chunk=CHUNK, backend=backend)
+    products = found["blk.1.attn_v.weight"].products
+    assert products is not None and products.shape == (2, 64, 64)
+    np.testing.assert_allclose(products, sums / (2 * sum(seen)), rtol=2e-3, atol=2e-3)
 
 
 def test_a_gguf_file_gives_what_the_folder_gives(reference: Callable[[str], Reference], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from mnemos.cli.terminal import ProgressBar, human_bytes
 from mnemos.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
+    from mnemos.compress.calibration import Calibration
     from mnemos.compress.plan import Row
     from mnemos.compress.quantize import Importance
 
@@ -25,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--type", required=True, metavar="TYPE", help=f"{', '.join(MIXES)}")
     parser.add_argument("--out", metavar="FILE", help="the GGUF file to write")
     parser.add_argument("--calibrate", metavar="TEXT", help="a text file on which the weights' importance is measured")
+    parser.add_argument(
+        "--search", action="store_true", help="with --calibrate: search codes that lose less, at the same size"
+    )
     parser.add_argument("--imatrix", metavar="FILE", help="a file with that importance, as llama-imatrix writes it")
     parser.add_argument("--save-imatrix", metavar="FILE", help="keep what --calibrate measured, for later or llama.cpp")
     parser.add_argument(
@@ -65,11 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--calibrate measures what --imatrix reads; give one of them")
     if arguments.save_imatrix is not None and arguments.calibrate is None:
         raise ConfigError("--save-imatrix keeps what --calibrate measures; give that too")
+    if arguments.search and arguments.calibrate is None:
+        raise ConfigError("--search needs to know what the weights are multiplied with; give --calibrate TEXT too")
     with ProgressBar(arguments.model) as progress:
         source = resolve(arguments.model, progress)
     if arguments.dry_run:
         return _show_plan(source, arguments, overrides)
-    importance = _importance(source, arguments)
+    calibration = _calibration(source, arguments)
+    importance = _importance(calibration, arguments)
     from mnemos.compress.quantize import quantize_file
 
     began = time.monotonic()
@@ -79,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             Path(arguments.out),
             arguments.type,
             importance=importance,
+            search=calibration if arguments.search else None,
             overrides=overrides,
             strict=arguments.strict,
             allow_requantize=arguments.allow_requantize,
@@ -101,7 +109,21 @@ def _show_plan(source: Path, arguments: argparse.Namespace, overrides: Sequence[
     return 0
 
 
-def _importance(source: Path, arguments: argparse.Namespace) -> Importance | None:
+def _calibration(source: Path, arguments: argparse.Namespace) -> Calibration | None:
+    if arguments.calibrate is None:
+        return None
+    from mnemos.compress.calibration import Calibration
+    from mnemos.compress.quantize import gguf_checkpoint
+
+    path = Path(arguments.calibrate)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: cannot be read as text in UTF-8: {error}") from error
+    return Calibration(gguf_checkpoint(source), text)
+
+
+def _importance(calibration: Calibration | None, arguments: argparse.Namespace) -> Importance | None:
     from mnemos.compress.quantize import Importance
 
     if arguments.imatrix is not None:
@@ -109,22 +131,18 @@ def _importance(source: Path, arguments: argparse.Namespace) -> Importance | Non
 
         matrix = read_imatrix(Path(arguments.imatrix))
         return Importance(matrix.values, matrix.source or Path(arguments.imatrix).name)
-    if arguments.calibrate is None:
+    if calibration is None:
         return None
-    from mnemos.compress.calibration import CHUNK, importance
+    from mnemos.compress.calibration import CHUNK
 
-    path = Path(arguments.calibrate)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: cannot be read as text in UTF-8: {error}") from error
-    with ProgressBar(str(path), unit="tokens") as progress:
-        values = importance(source, text, progress=progress)
+    name = Path(arguments.calibrate).name
+    with ProgressBar(arguments.calibrate, unit="tokens") as progress:
+        values = calibration.importance(progress)
     if arguments.save_imatrix is not None:
         from mnemos.formats.imatrix import ImportanceMatrix, write_imatrix
 
-        write_imatrix(Path(arguments.save_imatrix), ImportanceMatrix(values, path.name, 1), CHUNK)
-    return Importance(values, path.name)
+        write_imatrix(Path(arguments.save_imatrix), ImportanceMatrix(values, name, 1), CHUNK)
+    return Importance(values, name)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -21,9 +22,11 @@ from mnemos.hub.sources import resolve
 from mnemos.models.load import LoadedModel, load_model_on
 from mnemos.models.weights import gguf_tensor_name
 from mnemos.ops.backends import get_ops
+from mnemos.ops.protocol import Ops
 from mnemos.text.tokenizer import Tokenizer
 
 CHUNK = 512  # tokens evaluated at once, or the model's context if that is shorter
+BUDGET = 1 << 30  # bytes of products that are held at a time
 FEWEST_TOKENS = 256  # with fewer, a few columns seem unused that are not
 Report = Callable[[str, int, int], None]  # (what, done, total), as `mnemos.hub.sources.resolve` takes it
 
@@ -32,8 +35,10 @@ Report = Callable[[str, int, int], None]  # (what, done, total), as `mnemos.hub.
 class Moments:
     """Second moments of a weight's inputs: the means over `tokens` inputs.
 
-    squares (columns,), or (experts, columns) for the weights of several experts; products (columns, columns), or
-    (experts, columns, columns), if they were wanted. An expert that no token visited has ones (and the identity).
+    squares (columns,), or (experts, columns) for the weights of several experts. products, if they were wanted:
+    (parts, columns, columns), where each of so many equal parts of the weight's rows has its own: 1, the number of
+    experts, or for a projection to values the number of key/value heads, whose inputs are averaged by the attention
+    (see `mnemos.compress.recording`). An expert that no token visited has ones and the identity.
     """
 
     squares: Floats
@@ -63,27 +68,73 @@ def moments(
 ) -> dict[str, Moments]:
     """Second moments of the inputs of a model's weights on `text`, by the weights' names in GGUF.
 
-    The model computes in float32, chunk by chunk, without PyTorch.
+    full: for which tensors (by those names) to keep the products of all pairs of columns, 4 * columns^2 bytes for each
+    different input; None for none. The other arguments and errors: those of `Calibration`.
+    """
+    return Calibration(source, text, chunk=chunk, backend=backend, progress=progress).moments(full)
 
-    source: a known name, a path, or an open checkpoint of a built-in architecture. text: or its token ids. full: for
-    which tensors (by their names in GGUF) to keep the products of all pairs of columns, 4 * columns^2 bytes for each
-    different input; None for none.
+
+class Calibration:
+    """A model that is run on a text to see what its weights are multiplied with, as often as is asked.
+
+    It computes in float32, chunk by chunk, without PyTorch.
+
+    source: a known name, a path, or an open checkpoint of a built-in architecture. text: or its token ids.
     Errors: ConfigError for a text of fewer than FEWEST_TOKENS tokens, FormatError if an input is not finite, and those
     of `mnemos.models.load.load_model`.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(resolve(source))
-    token_ids = _tokens(checkpoint, text)
-    if len(token_ids) < FEWEST_TOKENS:
-        raise ConfigError(f"the text for calibration has {len(token_ids)} tokens; at least {FEWEST_TOKENS} are needed")
-    model, recorder = _load(checkpoint, backend, full)
-    size = min(chunk, model.spec.context_length)
-    model.reserve(-(-size // model.spec.layout.page_size))
-    for start in range(0, len(token_ids), size):
-        model.forward(_whole(token_ids[start : start + size], model.spec.layout))
-        if progress is not None:
-            progress("calibrating", min(start + size, len(token_ids)), len(token_ids))
-    names = _gguf_names(checkpoint, model)
-    return {names(tensor): _mean(tensor, sums) for tensor, sums in _by_tensor(recorder)}
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | Checkpoint,
+        text: str | Sequence[int],
+        *,
+        chunk: int = CHUNK,
+        backend: str = "auto",
+        progress: Report | None = None,
+    ) -> None:
+        self.checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(resolve(source))
+        self.token_ids = _tokens(self.checkpoint, text)
+        if len(self.token_ids) < FEWEST_TOKENS:
+            raise ConfigError(
+                f"the text for calibration has {len(self.token_ids)} tokens; at least {FEWEST_TOKENS} are needed"
+            )
+        self.progress = progress
+        self._model, self._recorder = _load(self.checkpoint, backend)
+        self.chunk = min(chunk, self._model.spec.context_length)
+        self._model.reserve(-(-self.chunk // self._model.spec.layout.page_size))
+        self._held: dict[str, Moments | None] = {}
+
+    def moments(self, full: Callable[[str], bool] | None = None) -> dict[str, Moments]:
+        """Those of every weight, in the order of the forward pass, from one run; `full` as for the function."""
+        names, recorder, count = _gguf_names(self.checkpoint, self._model), self._recorder, len(self.token_ids)
+        recorder.begin((lambda tensor: full(names(tensor))) if full is not None else lambda tensor: False)
+        for start in range(0, count, self.chunk):
+            self._model.forward(_whole(self.token_ids[start : start + self.chunk], self._model.spec.layout))
+            if self.progress is not None:
+                self.progress("calibrating", min(start + self.chunk, count), count)
+        return {
+            names(tensor): _mean(tensor, sums, recorder.averaged.get(tensor)) for tensor, sums in _by_tensor(recorder)
+        }
+
+    def importance(self, progress: Report | None = None) -> dict[str, Floats]:
+        """The mean squares of `moments`."""
+        self.progress = progress or self.progress
+        return {name: found.squares for name, found in self.moments().items()}
+
+    def full_moments(self, name: str, wanted: Sequence[str]) -> Moments | None:
+        """The moments of one tensor, with products; None for one that nothing is multiplied with.
+
+        The checkpoint must have GGUF's names. wanted: all tensors that will be asked for, in that order. Those after
+        `name` whose products fit into BUDGET are kept from the same run, and those before it are forgotten.
+        """
+        if name not in self._held:
+            following = wanted[wanted.index(name) :]
+            sizes = accumulate(4 * self.checkpoint.tensors[tensor].columns ** 2 for tensor in following)
+            group = {tensor for tensor, size in zip(following, sizes, strict=True) if size <= BUDGET} | {name}
+            found = self.moments(lambda tensor: tensor in group)
+            self._held = {tensor: found.get(tensor) for tensor in group}
+        return self._held[name]
 
 
 def _tokens(checkpoint: Checkpoint, text: str | Sequence[int]) -> list[int]:
@@ -92,20 +143,14 @@ def _tokens(checkpoint: Checkpoint, text: str | Sequence[int]) -> list[int]:
     return Tokenizer.from_checkpoint(checkpoint).encode(text, add_special=False, parse_special=False)
 
 
-def _load(checkpoint: Checkpoint, backend: str, full: Callable[[str], bool] | None) -> tuple[LoadedModel, RecordingOps]:
-    recorder: RecordingOps | None = None
+def _load(checkpoint: Checkpoint, backend: str) -> tuple[LoadedModel, RecordingOps]:
+    made: list[RecordingOps] = []
 
-    def make() -> RecordingOps:
-        nonlocal recorder
-        recorder = RecordingOps(get_ops(backend, dtype="float32"), checkpoint.tensors, lambda name: False)
-        return recorder
+    def make() -> Ops:
+        made.append(RecordingOps(get_ops(backend, dtype="float32"), checkpoint.tensors))
+        return made[0].as_ops()
 
-    model = load_model_on(lambda: make().as_ops(), checkpoint, dtype="float32")
-    assert recorder is not None
-    if full is not None:
-        names = _gguf_names(checkpoint, model)
-        recorder.full = lambda tensor: full(names(tensor))
-    return model, recorder
+    return load_model_on(make, checkpoint, dtype="float32"), made[0]
 
 
 def _gguf_names(checkpoint: Checkpoint, model: LoadedModel) -> Callable[[str], str]:
@@ -137,7 +182,7 @@ def _by_tensor(recorder: RecordingOps) -> Iterator[tuple[str, list[Sums | None]]
         yield tensor, [recorder.sums.get((tensor, expert)) for expert in range(count)]
 
 
-def _mean(tensor: str, sums: Sequence[Sums | None]) -> Moments:
+def _mean(tensor: str, sums: Sequence[Sums | None], averaged: Sequence[Sums] | None) -> Moments:
     first = next(one for one in sums if one is not None)
     columns = len(first.squares)
     squares = np.ones((len(sums), columns), dtype=np.float32)
@@ -146,11 +191,13 @@ def _mean(tensor: str, sums: Sequence[Sums | None]) -> Moments:
             own[:] = one.squares / one.tokens
     if not np.isfinite(squares).all():
         raise FormatError(f"the inputs of {tensor} are not finite on the text for calibration; expected finite weights")
-    products = None
-    if first.products is not None:
-        eye = np.eye(columns, dtype=np.float32)
-        products = np.stack([eye if one is None else one.products / np.float32(one.tokens) for one in sums])
+    parts = None if first.products is None else [_mean_products(one, columns) for one in averaged or sums]
     tokens = sum(one.tokens for one in sums if one is not None)
-    if len(sums) > 1:
-        return Moments(squares, products, tokens)
-    return Moments(squares[0], None if products is None else products[0], tokens)
+    products = None if parts is None else np.stack(parts)
+    return Moments(squares if len(sums) > 1 else squares[0], products, tokens)
+
+
+def _mean_products(sums: Sums | None, columns: int) -> Floats:
+    if sums is None or sums.products is None:
+        return np.eye(columns, dtype=np.float32)
+    return np.asarray(sums.products / np.float32(sums.tokens))

@@ -12,11 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos import __version__
+from mnemos.compress.calibration import Calibration
+from mnemos.compress.packing import FORMATS
 from mnemos.compress.plan import Override, Row, mix_named, plan
+from mnemos.compress.search import DAMPING, Costs, is_searchable, search_rows
 from mnemos.contract import Floats
 from mnemos.errors import ConfigError, FormatError
 from mnemos.formats.blocks import encode_rows, unfit_because
-from mnemos.formats.checkpoint import open_checkpoint
+from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
 from mnemos.formats.gguf import GGUFFile
 from mnemos.formats.gguf_writer import GGUFWriter, RawValue, writing_gguf
 from mnemos.formats.tensor import Tensor
@@ -64,6 +67,7 @@ def quantize_file(
     type: str,
     *,
     importance: Importance | None = None,
+    search: Calibration | None = None,
     overrides: Sequence[Override] = (),
     strict: bool = False,
     allow_requantize: bool = False,
@@ -72,6 +76,7 @@ def quantize_file(
     """Writes a GGUF file or Hugging Face folder to the GGUF file `out`, in one of the mixes of `compress.mixes`.
 
     importance        weighs the errors of the columns
+    search            a calibration of this model, by whose second moments codes are searched (`compress.search`)
     overrides         see `plan`
     strict            refuses a tensor that cannot have the type that the mix gives it, in place of the next better one
     allow_requantize  quantizes tensors that are quantized already, adding the second error to the first
@@ -89,6 +94,7 @@ def quantize_file(
         _check_importance(model.tensors, importance)
     metadata = _metadata(model.written, mix.number, name, importance, overrides)
     total = sum(tensor.size for tensor in model.tensors.values())
+    searched = [row.name for row in rows if row.changes and row.type in FORMATS]
     written, done = [], 0
     with writing_gguf(out, metadata, [(row.name, row.shape) for row in rows]) as writer:
         for row in rows:
@@ -96,7 +102,9 @@ def quantize_file(
                 progress("quantizing", done, total)
             entry = model.tensors[row.name]
             tensor = entry if isinstance(entry, Tensor) else entry.load()
-            written.append(_write(writer, tensor, row, importance, strict))
+            moments = search.full_moments(row.name, searched) if search is not None and row.name in searched else None
+            products = None if moments is None else moments.products
+            written.append(_write(writer, tensor, row, importance, strict, products))
             done += tensor.size
     if progress is not None:
         progress("quantizing", total, total)
@@ -121,6 +129,13 @@ def open_model(source: Path) -> Model:
     file = GGUFFile.open(checkpoint.path)
     stored = {k: RawValue(bytes(v)) for k, v in file.stored_metadata.items() if not _SPLIT.fullmatch(k)}
     return Model(file.metadata, stored, file.tensors)
+
+
+def gguf_checkpoint(source: Path) -> Checkpoint:
+    """The model at `source` as the checkpoint of a GGUF file, also where it is a Hugging Face folder."""
+    model = open_model(source)
+    tensors = {name: own if isinstance(own, Tensor) else own.load() for name, own in model.tensors.items()}
+    return Checkpoint("gguf", source, model.metadata, tensors)
 
 
 def _check(rows: Sequence[Row], strict: bool, allow_requantize: bool) -> None:
@@ -173,7 +188,14 @@ def _metadata(
     return metadata
 
 
-def _write(writer: GGUFWriter, tensor: Tensor, row: Row, importance: Importance | None, strict: bool) -> Row:
+def _write(
+    writer: GGUFWriter,
+    tensor: Tensor,
+    row: Row,
+    importance: Importance | None,
+    strict: bool,
+    products: Floats | None,
+) -> Row:
     """Writes a tensor in its row's type, or in one that can hold it; returns what it became."""
     if not row.changes:
         writer.write(row.name, row.type, [tensor.data])
@@ -182,7 +204,7 @@ def _write(writer: GGUFWriter, tensor: Tensor, row: Row, importance: Importance 
     problem = ""
     for type_ in (row.type, *([] if strict else _wider(row.type, tensor.columns))):
         try:
-            writer.write(row.name, type_, encoded(tensor, type_, weights))
+            writer.write(row.name, type_, encoded(tensor, type_, weights, products))
             return row if type_ is row.type else replace(row, type=type_, reason=problem)
         except Unfit as error:
             if error.hopeless:
@@ -208,20 +230,34 @@ class Unfit(Exception):
         self.hopeless = hopeless
 
 
-def encoded(tensor: Tensor, type: TensorType, importance: Floats | None) -> Iterator[Bytes]:
-    """The tensor's bytes in another type, (rows, bytes per row) at a time, of about PIECE weights."""
+def encoded(
+    tensor: Tensor, type: TensorType, importance: Floats | None, products: Floats | None = None
+) -> Iterator[Bytes]:
+    """The tensor's bytes in another type, (rows, bytes per row) at a time, of about PIECE weights.
+
+    products: those of `Moments`, by which the codes are searched where that is possible.
+    """
     columns = tensor.columns
-    experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
-    per_expert = tensor.rows // experts
-    weights = None if importance is None else np.broadcast_to(importance.reshape(-1, columns), (experts, columns))
+    parts = len(products) if products is not None else tensor.shape[0] if len(tensor.shape) == 3 else 1
+    per_part = tensor.rows // parts
+    weights = None if importance is None else np.broadcast_to(importance.reshape(-1, columns), (parts, columns))
     step = max(1, PIECE // columns)
-    for expert in range(experts):
-        end = (expert + 1) * per_expert
-        for start in range(expert * per_expert, end, step):
+    for part in range(parts):
+        costs = None if products is None else Costs.of(products[part], _damping(tensor))
+        end = (part + 1) * per_part
+        for start in range(part * per_part, end, step):
             values = tensor.slice_rows(start, min(start + step, end)).dequantize()
+            if costs is not None and is_searchable(values, type):
+                yield search_rows(values, type, costs)
+                continue
             out = np.empty((len(values), type.row_bytes(columns)), dtype=np.uint8)
-            failed = encode_rows(values, type, None if weights is None else weights[expert], out)
+            failed = encode_rows(values, type, None if weights is None else weights[part], out)
             if failed >= 0:
                 problem = unfit_because(values[failed], type)
                 raise Unfit(f"row {start + failed} {problem}", not np.isfinite(values[failed]).all())
             yield out
+
+
+def _damping(tensor: Tensor) -> float:
+    """An embedding that is the head as well is also read row by row, where every column counts alike."""
+    return 1.0 if tensor.name == "token_embd.weight" else DAMPING

@@ -1,7 +1,13 @@
-"""Operators that note what every weight is multiplied with, for calibration."""
+"""Operators that note what every weight is multiplied with, for calibration.
+
+Attention averages values over positions before anything else sees them, so an error that they have in common counts in
+full and one that differs from position to position hardly at all. What a value projection is really multiplied with is
+therefore the attention's average of its inputs, another one for each head.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,7 +17,7 @@ import numpy.typing as npt
 
 from mnemos.contract import Batch, Floats, Ints, Output
 from mnemos.formats.tensor import Tensor
-from mnemos.ops.protocol import Forward, Ops, Rows
+from mnemos.ops.protocol import AttentionParams, Forward, Ops, Rows
 
 
 @dataclass
@@ -45,17 +51,23 @@ class _Recorded:
 class RecordingOps:
     """The operators of `inner`, run one by one, which sum up the inputs of each weight; see `as_ops`.
 
-    tensors: the checkpoint's. full: tensors of which the products of all pairs of columns are wanted too, not only the
-    squares. Weights that are multiplied with the same array share one `Sums`, as queries, keys and values do.
+    tensors: the checkpoint's. Weights that are multiplied with the same array share one `Sums`, as queries, keys and values do.
     """
 
-    def __init__(self, inner: Ops, tensors: Mapping[str, Tensor], full: Callable[[str], bool]) -> None:
+    def __init__(self, inner: Ops, tensors: Mapping[str, Tensor]) -> None:
         self.inner = inner
         self.tensors = tensors
-        self.full = full
+        self.full: Callable[[str], bool] = lambda tensor: False
         self.sums: dict[tuple[str, int], Sums] = {}  # by tensor and expert
+        self.averaged: dict[str, list[Sums]] = {}  # of value projections: by tensor, for each key/value head
         self._made: dict[str, int] = {}  # how many matrices were made of a tensor before
         self._latest: tuple[Floats, Sums] | None = None  # the latest input and where it was added
+        self._products: deque[tuple[Floats, Floats, str]] = deque(maxlen=4)  # the latest (result, input, tensor)
+
+    def begin(self, full: Callable[[str], bool]) -> None:
+        """Forgets all sums. full: tensors of which the products of all pairs of columns are wanted, besides squares."""
+        self.full = full
+        self.sums, self.averaged = {}, {}
 
     def as_ops(self) -> Ops:
         """This object as what an architecture calls; what is not defined here is the inner backend's."""
@@ -73,6 +85,7 @@ class RecordingOps:
     def compile(self, forward: Forward, cache: Any) -> Callable[[Batch], Output]:
         def step(batch: Batch) -> Output:
             self._latest = None
+            self._products.clear()
             hidden, logits, *_ = forward(self.as_ops(), batch, cache)
             return Output(logits=logits, hidden=hidden)
 
@@ -83,7 +96,38 @@ class RecordingOps:
 
     def linear(self, x: Floats, matrix: _Recorded, bias: Floats | None = None) -> Any:
         self._note(x, matrix)
-        return self.inner.linear(x, matrix.inner, bias)
+        result = self.inner.linear(x, matrix.inner, bias)
+        self._products.append((result, x, matrix.tensor))
+        return result
+
+    def attention(
+        self, q: Floats, k: Floats, v: Floats, cache: Any, layer: int, batch: Batch, params: AttentionParams
+    ) -> Any:
+        found = next(((x, tensor) for result, x, tensor in self._products if result is v), None)
+        if found is not None:
+            x, tensor = found
+            if self.full(tensor) and self.tensors[tensor].rows == v.shape[1]:  # not together with queries and keys
+                self._average(
+                    x, tensor, lambda values: self.inner.attention(q, k, values, cache, layer, batch, params), params
+                )
+        return self.inner.attention(q, k, v, cache, layer, batch, params)
+
+    def _average(self, x: Floats, tensor: str, attend: Callable[[Floats], Floats], params: AttentionParams) -> None:
+        """Sums up each head's average of x (T, columns), found by attending to pieces of x in place of values."""
+        columns, size = x.shape[1], params.head_dim
+        pieces = -(-columns // size)
+        padded = np.zeros((len(x), pieces * size), dtype=np.float32)
+        padded[:, :columns] = x
+        averages = np.empty((params.heads, len(x), pieces * size), dtype=np.float32)
+        for start in range(0, pieces * size, size):
+            values = np.tile(padded[:, start : start + size], params.kv_heads)
+            averages[:, :, start : start + size] = attend(values).reshape(len(x), params.heads, size).swapaxes(0, 1)
+        shared = averages[:, :, :columns].reshape(params.kv_heads, -1, columns)
+        if tensor not in self.averaged:
+            empty = (np.zeros(columns), np.zeros((columns, columns), dtype=np.float32))
+            self.averaged[tensor] = [Sums(*(array.copy() for array in empty)) for _ in shared]
+        for sums, own in zip(self.averaged[tensor], shared, strict=True):
+            sums.add(own)
 
     def route(self, x: Floats, router: _Recorded, top_k: int, normalise: bool) -> tuple[Any, Any]:
         self._note(x, router)

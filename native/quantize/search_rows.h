@@ -1,0 +1,276 @@
+// The search of sixteen rows, one a lane, for one instruction set.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "quantize/lanes.h"
+#include "quantize/search.h"
+
+namespace mnemos {
+namespace {
+
+constexpr int largest_group = 32;
+constexpr int symmetric_trials = 15;  // scales that are tried for a group without minimum, from
+constexpr float symmetric_low = 0.65f;  // this share of the scale that reaches the largest value to
+constexpr float symmetric_step = 0.025f;  // the whole of it, in these steps
+constexpr int range_trials = 6;  // ends of the range that are tried for a group with a minimum, each from
+constexpr float range_low = -0.02f;  // this share of the range inside it,
+constexpr float range_step = 0.04f;  // in these steps
+constexpr float hopeless = 3.0e38f;
+
+inline Floats least(Floats x, Floats y) { return x < y ? x : y; }
+inline Floats greatest(Floats x, Floats y) { return x > y ? x : y; }
+inline Floats reciprocal(Floats x) { return x != 0.f ? 1.f / (x != 0.f ? x : all(1.f)) : all(0.f); }
+inline Floats as_half(Floats x) {
+  for (int l = 0; l < lanes; l++) x[l] = float_of(half_of(x[l]));
+  return x;
+}
+
+// An array of Floats; as an argument of a template they would lose their attributes.
+class Columns {
+ public:
+  explicit Columns(int count) : own(static_cast<size_t>(count)) {}
+  Floats &operator[](int i) { return own[static_cast<size_t>(i)].lanes; }
+  const Floats &operator[](int i) const { return own[static_cast<size_t>(i)].lanes; }
+
+ private:
+  struct One {
+    Floats lanes = {};
+  };
+  std::vector<One> own;
+};
+
+class RowSearch {
+ public:
+  RowSearch(const SearchFormat &format, const SearchCosts &costs)
+      : f(format), costs(costs), columns(static_cast<int>(costs.columns)), x(columns), original(columns), code(columns),
+        scale(columns / f.group), minimum(columns / f.group), integer(columns / f.group),
+        minimum_integer(columns / f.group), unit(columns / f.super), minimum_unit(columns / f.super) {}
+
+  void run(const float *values, int rows, int sweeps, const SearchResult &result) {
+    for (int j = 0; j < columns; j++) {
+      Floats column = {};
+      for (int l = 0; l < rows; l++) column[l] = values[static_cast<int64_t>(l) * columns + j];
+      x[j] = original[j] = column;
+    }
+    for (int first = 0; first < columns; first += f.group) search_group(first);
+    if (sweeps > 0) improve(sweeps);
+    store(rows, result);
+  }
+
+ private:
+  Floats code_of(Floats value, Floats inverse, Floats low) const {
+    return clamp(nearest((value - low) * inverse) + static_cast<float>(f.zero), 0, static_cast<float>(f.top));
+  }
+  Floats value_of(Floats q, Floats s, Floats low) const { return s * (q - static_cast<float>(f.zero)) + low; }
+
+  // What the columns of a group cost with this scale, each made up for by those after it. With `errors`, the codes are
+  // kept.
+  Floats try_group(int first, Floats s, Floats low, Floats *errors) {
+    Floats rest[largest_group];
+    for (int j = 0; j < f.group; j++) rest[j] = x[first + j];
+    const Floats inverse = reciprocal(s);
+    Floats cost = {};
+    for (int j = 0; j < f.group; j++) {
+      const float *u = costs.factor + static_cast<int64_t>(first + j) * columns + first;
+      const Floats q = code_of(rest[j], inverse, low);
+      const Floats error = (rest[j] - value_of(q, s, low)) * (1.f / u[j]);
+      cost += error * error;
+      if (errors) {
+        errors[j] = error;
+        code[first + j] = q;
+      }
+      for (int k = j + 1; k < f.group; k++) rest[k] -= error * u[k];
+    }
+    return cost;
+  }
+
+  void search_group(int first) {
+    const int g = first / f.group, b = first / f.super;
+    const bool nested = f.super != f.group;
+    if (nested && first % f.super == 0) choose_units(first);
+    Floats low = x[first], high = x[first];
+    for (int j = 1; j < f.group; j++) {
+      low = least(low, x[first + j]);
+      high = greatest(high, x[first + j]);
+    }
+    Floats best = all(hopeless);
+    scale[g] = minimum[g] = integer[g] = minimum_integer[g] = all(0.f);
+    const auto attempt = [&](Floats s, Floats m) {
+      Floats i = {}, n = {};
+      if (nested) {
+        i = clamp(nearest(s * reciprocal(unit[b])), static_cast<float>(f.scale_low), static_cast<float>(f.scale_top));
+        s = unit[b] * i;
+        n = clamp(nearest(-m * reciprocal(minimum_unit[b])), 0, static_cast<float>(f.minimum_top));
+        m = -(minimum_unit[b] * n);
+      } else {
+        s = as_half(s);
+        m = as_half(m);
+      }
+      const Floats cost = try_group(first, s, m, nullptr);
+      const Ints better = cost < best;
+      best = better ? cost : best;
+      scale[g] = better ? s : scale[g];
+      minimum[g] = better ? m : minimum[g];
+      integer[g] = better ? i : integer[g];
+      minimum_integer[g] = better ? n : minimum_integer[g];
+    };
+    if (f.minima) {
+      if (nested) low = least(low, all(0.f));  // these minima are never positive
+      const Floats range = high - low;
+      for (int i = 0; i < range_trials; i++) {
+        for (int k = 0; k < range_trials; k++) {
+          const Floats from = low + range * (range_low + range_step * static_cast<float>(i));
+          const Floats to = high - range * (range_low + range_step * static_cast<float>(k));
+          attempt((to - from) / static_cast<float>(f.top), from);
+        }
+      }
+    } else {
+      const Floats whole = greatest(high, -low) / static_cast<float>(f.zero);
+      for (int i = 0; i < symmetric_trials; i++) {
+        const Floats s = whole * (symmetric_low + symmetric_step * static_cast<float>(i));
+        attempt(s, all(0.f));
+        if (f.top % 2) attempt(-s, all(0.f));  // the codes reach farther on one side
+      }
+    }
+    if (!nested) {
+      unit[b] = scale[g];
+      minimum_unit[b] = minimum[g];
+    }
+    Floats errors[largest_group];
+    try_group(first, scale[g], minimum[g], errors);
+    for (int k = first + f.group; k < columns; k++) {
+      Floats rest = x[k];
+      for (int j = 0; j < f.group; j++) rest -= errors[j] * costs.factor[static_cast<int64_t>(first + j) * columns + k];
+      x[k] = rest;
+    }
+  }
+
+  // The units of the groups from `first` on, by their ranges.
+  void choose_units(int first) {
+    Floats largest = {}, lowest = {};
+    for (int begin = first; begin < first + f.super; begin += f.group) {
+      Floats low = {}, high = {};
+      for (int j = begin; j < begin + f.group; j++) {
+        low = least(low, x[j]);
+        high = greatest(high, x[j]);
+      }
+      const Floats reach =
+          f.minima ? (high - low) / static_cast<float>(f.top) : greatest(high, -low) / static_cast<float>(f.zero);
+      largest = greatest(largest, reach);
+      lowest = least(lowest, low);
+    }
+    const int b = first / f.super;
+    unit[b] = as_half(largest / static_cast<float>(f.scale_top));
+    minimum_unit[b] = f.minima ? as_half(-lowest / static_cast<float>(f.minimum_top)) : all(0.f);
+  }
+
+  // Scales by least squares and codes one at a time, on the whole cost.
+  void improve(int sweeps) {
+    Columns slope(columns), now(columns);
+    for (int j = 0; j < columns; j++) {
+      now[j] = value_of(code[j], scale[j / f.group], minimum[j / f.group]);
+      move(slope, j, now[j] - original[j]);
+    }
+    for (int sweep = 0; sweep < sweeps; sweep++) {
+      if (f.super == f.group) {
+        for (int g = 0; g < columns / f.group; g++) fit_scale(g, slope, now);
+      }
+      for (int j = 0; j < columns; j++) {
+        const Floats s = scale[j / f.group], low = minimum[j / f.group];
+        const float curve = costs.products[static_cast<int64_t>(j) * columns + j];
+        const Floats q = code_of(now[j] - slope[j] * (1.f / curve), reciprocal(s), low);
+        const Ints changed = (q != code[j]) & (s != 0.f);
+        if (!any(changed)) continue;
+        const Floats step = changed ? value_of(q, s, low) - now[j] : all(0.f);
+        code[j] = changed ? q : code[j];
+        now[j] += step;
+        move(slope, j, step);
+      }
+    }
+  }
+
+  void move(Columns &slope, int column, Floats step) const {
+    const float *p = costs.products + static_cast<int64_t>(column) * columns;
+    for (int k = 0; k < columns; k++) slope[k] += step * p[k];
+  }
+
+  void fit_scale(int g, Columns &slope, Columns &now) {
+    const int first = g * f.group;
+    Floats q[largest_group], along = {}, curve = {}, along_minimum = {}, curve_minimum = {}, both = {};
+    for (int j = 0; j < f.group; j++) {
+      q[j] = code[first + j] - static_cast<float>(f.zero);
+      along += q[j] * slope[first + j];
+      along_minimum += slope[first + j];
+    }
+    for (int j = 0; j < f.group; j++) {
+      const float *p = costs.products + static_cast<int64_t>(first + j) * columns + first;
+      Floats product = {};
+      float sum = 0;
+      for (int k = 0; k < f.group; k++) {
+        product += q[k] * p[k];
+        sum += p[k];
+      }
+      curve += q[j] * product;
+      both += q[j] * sum;
+      curve_minimum += sum;
+    }
+    Floats step = -along * reciprocal(curve), step_minimum = {};
+    if (f.minima) {
+      const Floats determinant = curve * curve_minimum - both * both;
+      const Ints solvable = determinant > 1e-5f * curve * curve_minimum;
+      const Floats inverse = solvable ? reciprocal(determinant) : all(0.f);
+      step = (along_minimum * both - along * curve_minimum) * inverse;
+      step_minimum = (along * both - along_minimum * curve) * inverse;
+    }
+    const Floats s = as_half(scale[g] + step), m = as_half(minimum[g] + step_minimum);
+    step = s - scale[g];
+    step_minimum = m - minimum[g];
+    const Floats gain = step * along + step_minimum * along_minimum + step * step_minimum * both +
+                        0.5f * (step * step * curve + step_minimum * step_minimum * curve_minimum);
+    const Ints better = gain < 0.f;
+    if (!any(better)) return;
+    scale[g] = unit[g] = better ? s : scale[g];
+    minimum[g] = minimum_unit[g] = better ? m : minimum[g];
+    for (int j = 0; j < f.group; j++) {
+      const Floats change = better ? step * q[j] + step_minimum : all(0.f);
+      now[first + j] += change;
+      move(slope, first + j, change);
+    }
+  }
+
+  void store(int rows, const SearchResult &result) const {
+    for (int l = 0; l < rows; l++) {
+      uint8_t *codes = result.codes + static_cast<int64_t>(l) * columns;
+      for (int j = 0; j < columns; j++) codes[j] = static_cast<uint8_t>(static_cast<int>(code[j][l]));
+      float *units = result.units + static_cast<int64_t>(l) * (columns / f.super) * 2;
+      for (int b = 0; b < columns / f.super; b++) {
+        units[2 * b] = unit[b][l];
+        units[2 * b + 1] = minimum_unit[b][l];
+      }
+      int8_t *integers = result.integers + static_cast<int64_t>(l) * (columns / f.group) * 2;
+      for (int g = 0; g < columns / f.group; g++) {
+        integers[2 * g] = static_cast<int8_t>(static_cast<int>(integer[g][l]));
+        integers[2 * g + 1] = static_cast<int8_t>(static_cast<int>(minimum_integer[g][l]));
+      }
+    }
+  }
+
+  const SearchFormat &f;
+  const SearchCosts &costs;
+  const int columns;
+  Columns x;  // the weights, with what the columns before them have cost
+  Columns original;  // the weights
+  Columns code;
+  Columns scale, minimum, integer, minimum_integer;  // by group
+  Columns unit, minimum_unit;  // by `super`
+};
+
+void search_sixteen_rows(const SearchFormat &format, const SearchCosts &costs, const float *values, int rows,
+                         int sweeps, const SearchResult &result) {
+  RowSearch(format, costs).run(values, rows, sweeps, result);
+}
+
+}  // namespace
+}  // namespace mnemos
