@@ -11,12 +11,10 @@ namespace mnemos {
 namespace {
 
 constexpr int largest_group = 32;
-constexpr int symmetric_trials = 15;  // scales that are tried for a group without minimum, from
-constexpr float symmetric_low = 0.65f;  // this share of the scale that reaches the largest value to
-constexpr float symmetric_step = 0.025f;  // the whole of it, in these steps
-constexpr int range_trials = 6;  // ends of the range that are tried for a group with a minimum, each from
-constexpr float range_low = -0.02f;  // this share of the range inside it,
-constexpr float range_step = 0.04f;  // in these steps
+// What is tried for a group: scales from the one that reaches its largest value down, and ends of its range from a little
+// outside it inwards, in these steps, which are shares of the distance between two codes.
+constexpr int symmetric_trials = 15, range_trials = 6;
+constexpr float symmetric_step = 0.2f, range_step = 0.3f;
 constexpr float hopeless = 3.0e38f;
 
 inline Floats least(Floats x, Floats y) { return x < y ? x : y; }
@@ -118,18 +116,17 @@ class RowSearch {
     };
     if (f.minima) {
       if (nested) low = least(low, all(0.f));  // these minima are never positive
-      const Floats range = high - low;
-      for (int i = 0; i < range_trials; i++) {
-        for (int k = 0; k < range_trials; k++) {
-          const Floats from = low + range * (range_low + range_step * static_cast<float>(i));
-          const Floats to = high - range * (range_low + range_step * static_cast<float>(k));
+      const Floats step = (high - low) * (range_step / static_cast<float>(f.top));
+      for (int i = -1; i < range_trials - 1; i++) {
+        for (int k = -1; k < range_trials - 1; k++) {
+          const Floats from = low + step * static_cast<float>(i), to = high - step * static_cast<float>(k);
           attempt((to - from) / static_cast<float>(f.top), from);
         }
       }
     } else {
       const Floats whole = greatest(high, -low) / static_cast<float>(f.zero);
       for (int i = 0; i < symmetric_trials; i++) {
-        const Floats s = whole * (symmetric_low + symmetric_step * static_cast<float>(i));
+        const Floats s = whole * (1.f - symmetric_step * static_cast<float>(i) / static_cast<float>(f.zero));
         attempt(s, all(0.f));
         if (f.top % 2) attempt(-s, all(0.f));  // the codes reach farther on one side
       }

@@ -9,13 +9,17 @@ import pytest
 from mnemos import InferenceEngine
 from mnemos.cli.main import main
 from mnemos.compress import quantize
+from mnemos.compress.calibration import Calibration
+from mnemos.compress.evaluate import compare, cut
 from mnemos.compress.plan import override_of
 from mnemos.compress.quantize import Importance, quantize_file
 from mnemos.errors import CapacityError, ConfigError, FormatError, UnsupportedError
 from mnemos.formats.blocks import encode
+from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.formats.gguf import GGUFFile
 from mnemos.formats.gguf_writer import writing_gguf
 from mnemos.formats.tensor_types import TensorType as T
+from mnemos.models.load import load_model
 from mnemos.native import core
 
 pytestmark = pytest.mark.skipif(core is None, reason="the native core is not built")
@@ -222,8 +226,50 @@ def test_on_the_command_line(source, tmp_path, capsys):
         (["--type", "q4", "--dry-run"], "type is 'q4'"),
         (["--type", "q4_0", "--dry-run", "--calibrate", "a", "--imatrix", "b"], "give one of them"),
         (["--type", "q4_0", "--dry-run", "--save-imatrix", "b"], "--save-imatrix keeps what --calibrate measures"),
+        (["--type", "q4_0", "--dry-run", "--search"], "--search needs to know what the weights are multiplied with"),
     ],
 )
 def test_wrong_options_are_named(source, arguments, problem, capsys):
     assert main(["quantize", str(source), *arguments]) == 2
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.skipif(core is None, reason="the native module is not built")
+def test_a_search_loses_less_than_importance_alone(tmp_path):
+    checkpoints = pytest.importorskip("tests.models.checkpoints")
+    from tests.models.gguf_files import write_gguf
+
+    reference = checkpoints.build(checkpoints.CONFIGS["llama"](), tmp_path / "folder")
+    source = write_gguf(reference.module, tmp_path / "model.gguf")
+    text, other = (checkpoints.token_ids(512, seed) for seed in (1, 2))
+    calibration = Calibration(open_checkpoint(source), text, chunk=128)
+    importance = Importance(calibration.importance(), "text")
+    options = {"weighed": {}, "searched": {"search": calibration}}
+    lost, sizes = {}, {}
+    with InferenceEngine(load_model(open_checkpoint(source), dtype="float32")) as exact:
+        for name, more in options.items():
+            made = quantize_file(source, tmp_path / f"{name}.gguf", "q4_0", importance=importance, **more)
+            with InferenceEngine(load_model(open_checkpoint(made.path), dtype="float32")) as small:
+                lost[name] = compare(small, exact, cut(other, 128)).divergence
+            sizes[name] = made.path.stat().st_size
+    assert lost["searched"] < 0.8 * lost["weighed"]
+    assert sizes["searched"] == sizes["weighed"]
+
+
+def test_moments_are_measured_in_groups_that_fit(tmp_path, monkeypatch):
+    checkpoints = pytest.importorskip("tests.models.checkpoints")
+    from tests.models.gguf_files import write_gguf
+
+    reference = checkpoints.build(checkpoints.CONFIGS["llama"](), tmp_path / "folder")
+    source = write_gguf(reference.module, tmp_path / "model.gguf")
+    text, runs = checkpoints.token_ids(256), []
+    calibration = Calibration(open_checkpoint(source), text, progress=lambda *now: runs.append(now))
+    names = [f"blk.{layer}.{part}.weight" for layer in range(3) for part in ("attn_q", "ffn_down")]
+    whole = {name: calibration.full_moments(name, names).products for name in names}
+    assert len(runs) == 1
+    monkeypatch.setattr("mnemos.compress.calibration.BUDGET", 4 * (64**2 + 88**2))
+    calibration = Calibration(open_checkpoint(source), text, progress=lambda *now: runs.append(now))
+    for name in names:
+        np.testing.assert_array_equal(calibration.full_moments(name, names).products, whole[name])
+    assert len(runs) == 1 + 3
+    assert calibration.full_moments("blk.2.attn_norm.weight", ["blk.2.attn_norm.weight"]) is None

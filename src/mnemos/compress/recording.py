@@ -51,7 +51,8 @@ class _Recorded:
 class RecordingOps:
     """The operators of `inner`, run one by one, which sum up the inputs of each weight; see `as_ops`.
 
-    tensors: the checkpoint's. Weights that are multiplied with the same array share one `Sums`, as queries, keys and values do.
+    tensors: the checkpoint's. Weights that are multiplied with the same array share one `Sums`, as queries, keys and
+    values do.
     """
 
     def __init__(self, inner: Ops, tensors: Mapping[str, Tensor]) -> None:
