@@ -226,6 +226,10 @@ def test_on_the_command_line(source, tmp_path, capsys):
         (["--type", "q4", "--dry-run"], "type is 'q4'"),
         (["--type", "q4_0", "--dry-run", "--calibrate", "a", "--imatrix", "b"], "give one of them"),
         (["--type", "q4_0", "--dry-run", "--save-imatrix", "b"], "--save-imatrix keeps what --calibrate measures"),
+        ([], "--type, --size and --loss each say what the tensors become; give one of them"),
+        (["--type", "q4_0", "--size", "70MB"], "give one of them"),
+        (["--size", "70MB", "--out", "x"], "--size and --loss measure what each type costs; give --calibrate TEXT"),
+        (["--size", "7 apples", "--calibrate", "a", "--out", "x"], "--size is '7 apples'; expected a number of bytes"),
         (["--type", "q4_0", "--dry-run", "--search"], "--search needs to know what the weights are multiplied with"),
     ],
 )

@@ -9,25 +9,39 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnemos.cli.terminal import ProgressBar, human_bytes
+from mnemos.cli.terminal import ProgressBar, human_bytes, remark
 from mnemos.errors import ConfigError, FormatError
+
+MIX = "q4_k_m"  # what a file with --size or --loss calls itself; its types are its own
 
 if TYPE_CHECKING:
     from mnemos.compress.calibration import Calibration
     from mnemos.compress.plan import Row
     from mnemos.compress.quantize import Importance
+    from mnemos.formats.tensor_types import TensorType
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from mnemos.compress.mixes import MIXES
 
-    parser.usage = "mnemos quantize MODEL --type TYPE --out FILE [options]"
+    parser.usage = (
+        "mnemos quantize MODEL --type TYPE --out FILE [options]\n"
+        "       mnemos quantize MODEL --size 70MB --calibrate TEXT --out FILE [options]"
+    )
     parser.add_argument("model", metavar="MODEL", help="a known name, hf:org/name[:file], a .gguf file or a folder")
-    parser.add_argument("--type", required=True, metavar="TYPE", help=f"{', '.join(MIXES)}")
+    parser.add_argument("--type", metavar="TYPE", help=f"{', '.join(MIXES)}")
     parser.add_argument("--out", metavar="FILE", help="the GGUF file to write")
     parser.add_argument("--calibrate", metavar="TEXT", help="a text file on which the weights' importance is measured")
     parser.add_argument(
         "--search", action="store_true", help="with --calibrate: search codes that lose less, at the same size"
+    )
+    parser.add_argument(
+        "--size",
+        metavar="BYTES",
+        help="in place of --type: the types with the least loss for a file of 70MB, 1.5GB, ...",
+    )
+    parser.add_argument(
+        "--loss", type=float, metavar="NATS", help="in place of --type: the smallest types that diverge by about this"
     )
     parser.add_argument("--imatrix", metavar="FILE", help="a file with that importance, as llama-imatrix writes it")
     parser.add_argument("--save-imatrix", metavar="FILE", help="keep what --calibrate measured, for later or llama.cpp")
@@ -53,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  mnemos quantize model-f16.gguf --type q4_k_m --calibrate text.txt --out model-q4_k_m.gguf\n"
         "  mnemos quantize model-f16.gguf --type q4_k_s --tensor ffn_down=q6_k --out small.gguf\n"
+        "  mnemos quantize model-f16.gguf --size 70MB --calibrate text.txt --out small.gguf\n"
         "  mnemos quantize model-f16.gguf --type q2_k --dry-run"
     )
 
@@ -61,7 +76,15 @@ def run(arguments: argparse.Namespace) -> int:
     from mnemos.compress.plan import mix_named, override_of
     from mnemos.hub.sources import resolve
 
-    mix_named(arguments.type)
+    if sum(value is not None for value in (arguments.type, arguments.size, arguments.loss)) != 1:
+        raise ConfigError("--type, --size and --loss each say what the tensors become; give one of them")
+    if arguments.type is None:
+        if arguments.calibrate is None or arguments.dry_run:
+            raise ConfigError(
+                "--size and --loss measure what each type costs; give --calibrate TEXT, without --dry-run"
+            )
+        size, arguments.search = None if arguments.size is None else _bytes(arguments.size), True
+    mix_named(arguments.type or MIX)
     overrides = [override_of(text) for text in arguments.tensor]
     if arguments.out is None and not arguments.dry_run:
         raise ConfigError("--out is missing; give the file to write, or --dry-run to see what would be in it")
@@ -79,14 +102,19 @@ def run(arguments: argparse.Namespace) -> int:
     importance = _importance(calibration, arguments)
     from mnemos.compress.quantize import quantize_file
 
+    types = None
+    if arguments.type is None:
+        assert calibration is not None
+        types = _choose(calibration, size, arguments)
     began = time.monotonic()
     with ProgressBar(arguments.model, unit="weights") as progress:
         result = quantize_file(
             source,
             Path(arguments.out),
-            arguments.type,
+            arguments.type or MIX,
             importance=importance,
             search=calibration if arguments.search else None,
+            types=types,
             overrides=overrides,
             strict=arguments.strict,
             allow_requantize=arguments.allow_requantize,
@@ -107,6 +135,29 @@ def _show_plan(source: Path, arguments: argparse.Namespace, overrides: Sequence[
     _, mix = mix_named(arguments.type)
     print("\n".join(table(plan(model.tensors, model.metadata, mix, calibrated=calibrated, overrides=chosen))))
     return 0
+
+
+def _bytes(text: str) -> int:
+    """70MB, 1.5GB, 65MiB or a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])(i?)b?|b)?", text.strip().lower())
+    if found is None or float(found[1]) <= 0:
+        raise ConfigError(f"--size is {text!r}; expected a number of bytes such as 70MB or 1.5GB")
+    unit = 1024 if found[3] else 1000
+    return int(float(found[1]) * unit ** (" kmg".index(found[2]) if found[2] else 0))
+
+
+def _choose(calibration: Calibration, size: int | None, arguments: argparse.Namespace) -> dict[str, TensorType]:
+    """The types for --size or --loss, with the loss to expect as a remark."""
+    from mnemos.compress.budget import choose, measure_options
+    from mnemos.compress.quantize import unchanged_bytes
+
+    with ProgressBar(arguments.model, unit="tensors") as progress:
+        options = measure_options(calibration, progress)
+    if size is not None:
+        size -= unchanged_bytes(calibration.checkpoint.path, options)
+    chosen = choose(options, size=size, loss=arguments.loss)
+    remark(f"about {chosen.loss:.3g} nats per token are lost, if errors add up")
+    return chosen.types
 
 
 def _calibration(source: Path, arguments: argparse.Namespace) -> Calibration | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from mnemos.errors import ConfigError, FormatError
 from mnemos.formats.blocks import encode_rows, unfit_because
 from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
 from mnemos.formats.gguf import GGUFFile
-from mnemos.formats.gguf_writer import GGUFWriter, RawValue, writing_gguf
+from mnemos.formats.gguf_writer import DEFAULT_ALIGNMENT, GGUFWriter, RawValue, writing_gguf
 from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
 from mnemos.hub.cache import Progress
@@ -33,6 +35,7 @@ PIECE = 1 << 24  # weights in memory at a time, as float32
 QUANTIZATION_VERSION = 2  # of ggml's block formats, as `general.quantization_version`
 _WIDE = (TensorType.F32, TensorType.F16, TensorType.BF16)  # what a quantized tensor may become without losing more
 _WIDER = (TensorType.Q8_0, TensorType.BF16, TensorType.F32)  # tried in turn where a type cannot hold a tensor
+_ADDED_METADATA = 1024  # bytes that are enough for what `_metadata` adds
 _SPLIT = re.compile(r"split\.(no|count|tensors\.count)")
 
 
@@ -68,6 +71,7 @@ def quantize_file(
     *,
     importance: Importance | None = None,
     search: Calibration | None = None,
+    types: Mapping[str, TensorType] | None = None,
     overrides: Sequence[Override] = (),
     strict: bool = False,
     allow_requantize: bool = False,
@@ -77,6 +81,7 @@ def quantize_file(
 
     importance        weighs the errors of the columns
     search            a calibration of this model, by whose second moments codes are searched (`compress.search`)
+    types             of tensors by name, in place of those that the mix gives them (`compress.budget`)
     overrides         see `plan`
     strict            refuses a tensor that cannot have the type that the mix gives it, in place of the next better one
     allow_requantize  quantizes tensors that are quantized already, adding the second error to the first
@@ -89,6 +94,11 @@ def quantize_file(
         raise ConfigError(f"out is {str(out)!r}, the model itself; give another file")
     model = open_model(source)
     rows = plan(model.tensors, model.metadata, mix, calibrated=importance is not None, overrides=overrides)
+    if types is not None:
+        rows = [
+            replace(row, type=types[row.name], reason="") if row.name in types and row.reason != "by override" else row
+            for row in rows
+        ]
     _check(rows, strict, allow_requantize)
     if importance is not None:
         _check_importance(model.tensors, importance)
@@ -136,6 +146,19 @@ def gguf_checkpoint(source: Path) -> Checkpoint:
     model = open_model(source)
     tensors = {name: own if isinstance(own, Tensor) else own.load() for name, own in model.tensors.items()}
     return Checkpoint("gguf", source, model.metadata, tensors)
+
+
+def unchanged_bytes(source: Path, quantized: Container[str]) -> int:
+    """At most how many bytes a file has besides the tensors of these names: metadata, other tensors, alignment."""
+    model = open_model(source)
+    header = BytesIO()
+    GGUFWriter(header, model.written, [(name, one.shape) for name, one in model.tensors.items()], DEFAULT_ALIGNMENT)
+    kept = sum(
+        one.type.row_bytes(one.shape[-1] if one.shape else 1) * prod(one.shape[:-1])
+        for name, one in model.tensors.items()
+        if name not in quantized
+    )
+    return header.tell() + kept + DEFAULT_ALIGNMENT * len(model.tensors) + _ADDED_METADATA
 
 
 def _check(rows: Sequence[Row], strict: bool, allow_requantize: bool) -> None:
