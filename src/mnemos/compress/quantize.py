@@ -22,8 +22,8 @@ from mnemos.contract import Floats
 from mnemos.errors import ConfigError, FormatError
 from mnemos.formats.blocks import encode_rows, unfit_because
 from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
-from mnemos.formats.gguf import GGUFFile
-from mnemos.formats.gguf_writer import DEFAULT_ALIGNMENT, GGUFWriter, RawValue, writing_gguf
+from mnemos.formats.gguf import DEFAULT_ALIGNMENT, GGUFFile
+from mnemos.formats.gguf_writer import GGUFWriter, RawValue, writing_gguf
 from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
 from mnemos.hub.cache import Progress
