@@ -11,18 +11,28 @@ namespace mnemos {
 namespace {
 
 constexpr int largest_group = 32;
-// What is tried for a group: scales from the one that reaches its largest value down, and ends of its range from a little
-// outside it inwards, in these steps, which are shares of the distance between two codes.
+// What is tried for a group: scales from the one that reaches its largest value down, and ends of its range from a
+// little outside it inwards, in these steps, which are shares of the distance between two codes.
 constexpr int symmetric_trials = 15, range_trials = 6;
 constexpr float symmetric_step = 0.2f, range_step = 0.3f;
 constexpr float hopeless = 3.0e38f;
 
-inline Floats least(Floats x, Floats y) { return x < y ? x : y; }
-inline Floats greatest(Floats x, Floats y) { return x > y ? x : y; }
-inline Floats reciprocal(Floats x) { return x != 0.f ? 1.f / (x != 0.f ? x : all(1.f)) : all(0.f); }
+inline Floats least(Floats x, Floats y) { return select(x < y, x, y); }
+inline Floats greatest(Floats x, Floats y) { return select(x > y, x, y); }
+inline Floats reciprocal(Floats x) {
+  const Mask some = x != 0.f;
+  return select(some, 1.f / select(some, x, all(1.f)), all(0.f));
+}
+inline float lane(const Floats &x, int l) {
+  float y;
+  std::memcpy(&y, reinterpret_cast<const char *>(&x) + sizeof(float) * static_cast<size_t>(l), sizeof(y));
+  return y;
+}
 inline Floats as_half(Floats x) {
-  for (int l = 0; l < lanes; l++) x[l] = float_of(half_of(x[l]));
-  return x;
+  alignas(64) float y[lanes];
+  store(x, y);
+  for (float &one : y) one = float_of(half_of(one));
+  return load(y);
 }
 
 // An array of Floats; as an argument of a template they would lose their attributes.
@@ -48,9 +58,9 @@ class RowSearch {
 
   void run(const float *values, int rows, int sweeps, const SearchResult &result) {
     for (int j = 0; j < columns; j++) {
-      Floats column = {};
+      alignas(64) float column[lanes] = {};
       for (int l = 0; l < rows; l++) column[l] = values[static_cast<int64_t>(l) * columns + j];
-      x[j] = original[j] = column;
+      x[j] = original[j] = load(column);
     }
     for (int first = 0; first < columns; first += f.group) search_group(first);
     if (sweeps > 0) improve(sweeps);
@@ -107,12 +117,12 @@ class RowSearch {
         m = as_half(m);
       }
       const Floats cost = try_group(first, s, m, nullptr);
-      const Ints better = cost < best;
-      best = better ? cost : best;
-      scale[g] = better ? s : scale[g];
-      minimum[g] = better ? m : minimum[g];
-      integer[g] = better ? i : integer[g];
-      minimum_integer[g] = better ? n : minimum_integer[g];
+      const Mask better = cost < best;
+      best = select(better, cost, best);
+      scale[g] = select(better, s, scale[g]);
+      minimum[g] = select(better, m, minimum[g]);
+      integer[g] = select(better, i, integer[g]);
+      minimum_integer[g] = select(better, n, minimum_integer[g]);
     };
     if (f.minima) {
       if (nested) low = least(low, all(0.f));  // these minima are never positive
@@ -178,10 +188,10 @@ class RowSearch {
         const Floats s = scale[j / f.group], low = minimum[j / f.group];
         const float curve = costs.products[static_cast<int64_t>(j) * columns + j];
         const Floats q = code_of(now[j] - slope[j] * (1.f / curve), reciprocal(s), low);
-        const Ints changed = (q != code[j]) & (s != 0.f);
+        const Mask changed = (q != code[j]) & (s != 0.f);
         if (!any(changed)) continue;
-        const Floats step = changed ? value_of(q, s, low) - now[j] : all(0.f);
-        code[j] = changed ? q : code[j];
+        const Floats step = select(changed, value_of(q, s, low) - now[j], all(0.f));
+        code[j] = select(changed, q, code[j]);
         now[j] += step;
         move(slope, j, step);
       }
@@ -211,13 +221,13 @@ class RowSearch {
       }
       curve += q[j] * product;
       both += q[j] * sum;
-      curve_minimum += sum;
+      curve_minimum += all(sum);
     }
     Floats step = -along * reciprocal(curve), step_minimum = {};
     if (f.minima) {
       const Floats determinant = curve * curve_minimum - both * both;
-      const Ints solvable = determinant > 1e-5f * curve * curve_minimum;
-      const Floats inverse = solvable ? reciprocal(determinant) : all(0.f);
+      const Mask solvable = determinant > 1e-5f * curve * curve_minimum;
+      const Floats inverse = select(solvable, reciprocal(determinant), all(0.f));
       step = (along_minimum * both - along * curve_minimum) * inverse;
       step_minimum = (along * both - along_minimum * curve) * inverse;
     }
@@ -226,12 +236,12 @@ class RowSearch {
     step_minimum = m - minimum[g];
     const Floats gain = step * along + step_minimum * along_minimum + step * step_minimum * both +
                         0.5f * (step * step * curve + step_minimum * step_minimum * curve_minimum);
-    const Ints better = gain < 0.f;
+    const Mask better = gain < 0.f;
     if (!any(better)) return;
-    scale[g] = unit[g] = better ? s : scale[g];
-    minimum[g] = minimum_unit[g] = better ? m : minimum[g];
+    scale[g] = unit[g] = select(better, s, scale[g]);
+    minimum[g] = minimum_unit[g] = select(better, m, minimum[g]);
     for (int j = 0; j < f.group; j++) {
-      const Floats change = better ? step * q[j] + step_minimum : all(0.f);
+      const Floats change = select(better, step * q[j] + step_minimum, all(0.f));
       now[first + j] += change;
       move(slope, first + j, change);
     }
@@ -240,16 +250,16 @@ class RowSearch {
   void store(int rows, const SearchResult &result) const {
     for (int l = 0; l < rows; l++) {
       uint8_t *codes = result.codes + static_cast<int64_t>(l) * columns;
-      for (int j = 0; j < columns; j++) codes[j] = static_cast<uint8_t>(static_cast<int>(code[j][l]));
+      for (int j = 0; j < columns; j++) codes[j] = static_cast<uint8_t>(static_cast<int>(lane(code[j], l)));
       float *units = result.units + static_cast<int64_t>(l) * (columns / f.super) * 2;
       for (int b = 0; b < columns / f.super; b++) {
-        units[2 * b] = unit[b][l];
-        units[2 * b + 1] = minimum_unit[b][l];
+        units[2 * b] = lane(unit[b], l);
+        units[2 * b + 1] = lane(minimum_unit[b], l);
       }
       int8_t *integers = result.integers + static_cast<int64_t>(l) * (columns / f.group) * 2;
       for (int g = 0; g < columns / f.group; g++) {
-        integers[2 * g] = static_cast<int8_t>(static_cast<int>(integer[g][l]));
-        integers[2 * g + 1] = static_cast<int8_t>(static_cast<int>(minimum_integer[g][l]));
+        integers[2 * g] = static_cast<int8_t>(static_cast<int>(lane(integer[g], l)));
+        integers[2 * g + 1] = static_cast<int8_t>(static_cast<int>(lane(minimum_integer[g], l)));
       }
     }
   }
