@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mnemos.serve.collected import Metrics
@@ -159,7 +160,8 @@ class Guard:
         if stated is not None and stated.isascii() and stated.isdigit() and int(stated[:20]) > limit:
             raise Refusal(413, f"the body is larger than {limit} bytes")
         try:
-            body = await asyncio.wait_for(read_all(receive, limit), self.settings.body_seconds)
+            with anyio.fail_after(self.settings.body_seconds):
+                body = await read_all(receive, limit)
         except TimeoutError:
             raise Refusal(408, f"the body did not arrive within {self.settings.body_seconds:g} seconds") from None
         if body:

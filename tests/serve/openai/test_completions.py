@@ -203,3 +203,18 @@ def test_numbers_of_any_size_are_refused_or_answered(client: httpx.Client) -> No
 
 
 ALLOWED = [("priority", -1), ("top_k", -1), ("prompt_logprobs", True), ("top_k", 2**31)]
+
+
+def test_chunks_of_text_alone_have_the_fields_of_all_chunks(client: httpx.Client) -> None:
+    request = {"prompt": [PROMPT, "Water is"], "max_tokens": 8, "stream": True, "temperature": 0, "echo": True}
+    plain = events_of(client, PATH, request)[:-1]
+    more = events_of(client, PATH, {**request, "stream_options": {"continuous_usage_stats": True}})[:-1]
+
+    def seen(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        own = [{**chunk, "id": "", "created": 0} for chunk in chunks]
+        for chunk in own:
+            chunk.pop("usage", None)
+        return sorted(own, key=lambda chunk: int(chunk["choices"][0]["index"]))  # prompts' chunks arrive in any order
+
+    assert seen(plain) == seen(more)
+    assert "".join(chunk["choices"][0]["text"] for chunk in seen(plain)).startswith(PROMPT)

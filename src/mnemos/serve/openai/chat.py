@@ -17,6 +17,7 @@ from mnemos.serve.generation import Running, ignore, start
 from mnemos.serve.openai.extensions import fields_of, kept
 from mnemos.serve.openai.shapes import (
     FINGERPRINT,
+    Frames,
     failed,
     finish,
     logprob_entries,
@@ -31,7 +32,6 @@ from mnemos.serve.streams import encode, event_stream
 from mnemos.serve.task import Task
 
 router = APIRouter(tags=["OpenAI"])
-_MARK = "\x00"  # stands for the text where a chunk's other parts are written
 
 
 @router.post("/v1/chat/completions")
@@ -154,7 +154,6 @@ class ChatAnswer:
             "model": running.model.name,
             "system_fingerprint": FINGERPRINT,
         }
-        self._frames: dict[tuple[int, str], tuple[str, str]] = {}  # what surrounds the text in a chunk
 
     def whole(self, results: list[Answer]) -> dict[str, Any]:
         """`chat.completion`."""
@@ -176,7 +175,8 @@ class ChatAnswer:
         """`chat.completion.chunk` events as they arrive, those of one arrival together, up to the end mark."""
         started: set[int] = set()
         thought = 0
-        frames = self.top is None and not self.token_ids and not continuous
+        frames = Frames(lambda piece: self._chunk(self._choice(piece) or {}, {}))
+        framed = self.top is None and not self.token_ids and not continuous
         async for events in self.running.events():
             written = []
             for event in events:
@@ -187,9 +187,9 @@ class ChatAnswer:
                     written.append(self._chunk({**opening, "logprobs": None, "finish_reason": None}, shown))
                 if isinstance(event, Piece) and event.kind == "reasoning":
                     thought += len(event.tokens)
-                if frames and isinstance(event, Piece):
+                if framed and isinstance(event, Piece):
                     if event.text:
-                        written.append(self._framed(event))
+                        written.append(frames.chunk(event))
                     continue
                 choice = self._choice(event)
                 if choice is not None:
@@ -220,16 +220,6 @@ class ChatAnswer:
             case End():
                 return {"index": event.sequence, "delta": {}, "logprobs": None, **finish(event)}
         return {"index": event.sequence, "delta": delta, "logprobs": logprobs, "finish_reason": None, **more}
-
-    def _framed(self, piece: Piece) -> str:
-        """The chunk of a piece of which only the text is shown; all but the text is written once."""
-        key = piece.sequence, piece.kind
-        frame = self._frames.get(key)
-        if frame is None:
-            choice = self._choice(Piece(piece.sequence, _MARK, (), piece.kind))
-            before, after = self._chunk(choice or {}, {}).rsplit(encode(_MARK), 1)
-            frame = self._frames[key] = before, after
-        return frame[0] + encode(piece.text) + frame[1]
 
     def _chunk(self, choice: dict[str, Any], more: Mapping[str, Any]) -> str:
         chunk = {**self.head, "object": "chat.completion.chunk", "choices": [choice], **more}

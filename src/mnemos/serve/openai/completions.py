@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +17,7 @@ from mnemos.serve.generation import Running, start_all, together, total
 from mnemos.serve.openai.extensions import fields_of, kept
 from mnemos.serve.openai.shapes import (
     FINGERPRINT,
+    Frames,
     OldLogprobs,
     failed,
     finish,
@@ -124,6 +125,14 @@ class Answer:
             choices.append(choice)
         return choices
 
+    def shows_text_alone(self, sequence: int) -> bool:
+        """Whether pieces of a result, from now on, show nothing of their tokens but the text."""
+        return sequence in self._lengths and self.body.logprobs is None and not self.body.return_token_ids
+
+    def frames(self, chunk: Callable[[dict[str, Any]], str]) -> Frames:
+        """Writes pieces that show text alone. chunk: what is sent for a choice."""
+        return Frames(lambda piece: chunk(self._choice(piece)))
+
     def pieces(self, event: AnswerEvent) -> list[dict[str, Any]]:
         """The choices of the chunks that an event becomes."""
         shown = []
@@ -198,11 +207,22 @@ async def chunks(answers: list[Answer], head: dict[str, Any], options: StreamOpt
     def usage() -> dict[str, Any]:
         return usage_object(total(answer.running.usage for answer in answers))
 
-    async for number, events in together([answer.running for answer in answers]):
+    def chunk(choice: dict[str, Any]) -> str:
         shown = {"usage": usage()} if options.continuous_usage_stats else {}
-        choices = [choice for event in events for choice in answers[number].pieces(event)]
-        if choices:
-            yield "".join(f"data: {encode({**head, 'choices': [choice], **shown})}\n\n" for choice in choices)
+        return f"data: {encode({**head, 'choices': [choice], **shown})}\n\n"
+
+    frames = [answer.frames(chunk) for answer in answers]
+    framed = not options.continuous_usage_stats
+    async for number, events in together([answer.running for answer in answers]):
+        written = []
+        for event in events:
+            if framed and isinstance(event, Piece) and answers[number].shows_text_alone(event.sequence):
+                if event.text:
+                    written.append(frames[number].chunk(event))
+                continue
+            written += map(chunk, answers[number].pieces(event))
+        if written:
+            yield "".join(written)
     if options.include_usage:
         yield f"data: {encode({**head, 'choices': [], 'usage': usage()})}\n\n"
     yield "data: [DONE]\n\n"

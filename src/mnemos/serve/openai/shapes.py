@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from mnemos.decoding.prompt_scores import ScoredToken
-from mnemos.engine.answers import End
+from mnemos.engine.answers import End, Piece
 from mnemos.engine.completion import StreamedToken, Usage
 from mnemos.serve.generation import Running
 from mnemos.serve.openai.types import FINISHES
@@ -18,12 +18,33 @@ from mnemos.text.tokenizer import Tokenizer
 from mnemos.version import __version__
 
 FINGERPRINT = f"mnemos-{__version__}"
+_MARK = "\x00"  # stands for the text where a chunk's other parts are written
 LEAST = -9999.0  # JSON has no infinities
 
 
 def new_id(beginning: str) -> str:
     """An id that no client chose and that tells nothing but its kind."""
     return beginning + secrets.token_hex(12)
+
+
+class Frames:
+    """Chunks of which only the text is new: everything around it is written once for each result and kind.
+
+    write: a piece's whole chunk. Its text must come after all other texts that a client chose.
+    """
+
+    def __init__(self, write: Callable[[Piece], str]) -> None:
+        self._write = write
+        self._frames: dict[tuple[int, str], tuple[str, str]] = {}
+
+    def chunk(self, piece: Piece) -> str:
+        """The chunk of a piece; what else its tokens tell is not shown."""
+        key = piece.sequence, piece.kind
+        frame = self._frames.get(key)
+        if frame is None:
+            before, after = self._write(Piece(piece.sequence, _MARK, (), piece.kind)).rsplit(encode(_MARK), 1)
+            frame = self._frames[key] = before, after
+        return frame[0] + encode(piece.text) + frame[1]
 
 
 def usage_object(usage: Usage, reasoning_tokens: int | None = None) -> dict[str, Any]:
