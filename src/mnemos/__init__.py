@@ -102,7 +102,14 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mnemos' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        from mnemos.errors import MissingDependencyError
+
+        raise MissingDependencyError(f"mnemos.{name} needs PyTorch: pip install 'mnemos[torch]'") from error
 
 
 def __dir__() -> list[str]:

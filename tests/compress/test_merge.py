@@ -15,10 +15,12 @@ hf = pytest.importorskip("transformers")
 
 from gguf import GGMLQuantizationType  # noqa: E402
 
-from mnemos.compress.adapters import read_adapter  # noqa: E402
 from mnemos.compress.merge import merge_files  # noqa: E402
 from mnemos.engine.engine import InferenceEngine  # noqa: E402
+from mnemos.engine.options import LoadOptions  # noqa: E402
+from mnemos.engine.pretrained import load_pretrained  # noqa: E402
 from mnemos.errors import CapacityError, ConfigError, FormatError, UnsupportedError  # noqa: E402
+from mnemos.formats.adapters import read_adapter  # noqa: E402
 from mnemos.formats.checkpoint import open_checkpoint  # noqa: E402
 from mnemos.formats.tensor_types import TensorType  # noqa: E402
 from mnemos.models.load import load_model  # noqa: E402
@@ -97,6 +99,59 @@ def test_the_result_is_that_of_peft(name: str, options: dict[str, Any], kind: st
     if kind == "folder":
         again = hf.AutoModelForCausalLM.from_pretrained(out).eval()
         assert np.allclose(expected(again), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", [None, GGMLQuantizationType.Q8_0])
+def test_an_adapter_is_merged_as_a_model_is_loaded(quantization: Any, tmp_path: Path) -> None:
+    module = base_model("llama")
+    write_gguf(module, tmp_path / "base.gguf", quantization)
+    adapted(module, tmp_path / "lora", target_modules=ATTENTION)
+    merge_files(tmp_path / "base.gguf", [(read_adapter(tmp_path / "lora"), 1.0)], tmp_path / "merged.gguf")
+    options = LoadOptions(dtype="float32", adapter=tmp_path / "lora", tokenizer=object())
+    model, _ = load_pretrained(tmp_path / "base.gguf", options)
+    plain = load_model(open_checkpoint(tmp_path / "base.gguf"), dtype="float32")
+    assert model.spec.fingerprint != plain.spec.fingerprint  # so that no prefix of the other is used
+    with InferenceEngine(model) as engine:
+        assert np.array_equal(np.array(engine.logits(PROMPT)), logits(tmp_path / "merged.gguf"))
+
+
+def test_a_module_of_transformers_gets_its_adapter_from_peft(tmp_path: Path) -> None:
+    base_model("llama").save_pretrained(tmp_path / "base")
+    wanted = expected(adapted(base_model("llama"), tmp_path / "lora", target_modules=ATTENTION))
+    options = LoadOptions(backend="transformers", device="cpu", adapter=tmp_path / "lora", tokenizer=ids_only())
+    model, _ = load_pretrained(tmp_path / "base", options)
+    with InferenceEngine(model) as engine:
+        assert np.allclose(np.array(engine.logits(PROMPT)), wanted, atol=1e-4)
+
+
+def test_a_model_of_peft_is_merged_in_memory_and_left_as_it_is(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from mnemos.compat.merge import merge_adapter_weights
+
+    model = adapted(base_model("llama"), tmp_path / "lora", target_modules=ATTENTION, use_dora=True)
+    wanted = expected(model)
+    state = merge_adapter_weights(model, output_path=tmp_path / "merged.safetensors")
+    assert np.array_equal(expected(model), wanted) and not any("lora" in name for name in state)
+    plain = base_model("llama")
+    plain.load_state_dict(load_file(tmp_path / "merged.safetensors"))
+    assert np.allclose(expected(plain), wanted, atol=1e-4)
+
+
+def ids_only() -> Any:
+    """A tokenizer in name only: prompts are token ids."""
+
+    class Ids:
+        def encode(self, text: str) -> list[int]:
+            return [int(word) for word in text.split()]
+
+        def decode(self, ids: list[int]) -> str:
+            return " ".join(map(str, ids))
+
+        def __len__(self) -> int:
+            return len(PROMPT)
+
+    return Ids()
 
 
 def test_adapters_are_merged_one_after_the_other_with_their_strengths(tmp_path: Path) -> None:

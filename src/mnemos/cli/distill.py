@@ -67,7 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_new(out)
     source = resolve(arguments.model)
     teacher, tokenizer = load_folder(source)
-    batches, held_out = split_batches(batches_of(read_text(Path(arguments.text)), tokenizer, arguments.text), HELD_OUT)
+    batches, held_out = split_batches(
+        batches_of(read_text(Path(arguments.text)), tokenizer, teacher, arguments.text), HELD_OUT
+    )
     if arguments.student is None:
         student = student_of(
             teacher, arguments.layers, arguments.width, heads=arguments.heads, size=arguments.size, batches=batches[:8]

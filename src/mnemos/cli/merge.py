@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from mnemos.compress.adapters import read_adapter
     from mnemos.compress.merge import merge_files
+    from mnemos.formats.adapters import read_adapter
     from mnemos.formats.tensor_types import TensorType
     from mnemos.hub.sources import resolve
 

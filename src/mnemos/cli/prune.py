@@ -86,7 +86,7 @@ def _prune_folder(source: Path, text: str, arguments: argparse.Namespace) -> Ite
         raise ConfigError("nothing is to be removed; give --neurons, --heads, --layers or --zeros")
     check_new(Path(arguments.out))
     module, tokenizer = load_folder(source)
-    batches = batches_of(text, tokenizer, arguments.calibrate)
+    batches = batches_of(text, tokenizer, module, arguments.calibrate)
     before = parameters(module)
     if arguments.zeros is not None:
         pruned = PrunedModel(module, arguments.zeros, batches=batches, pattern=arguments.pattern, inplace=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,8 +59,12 @@ def load_memory_weights(model: nn.Module, weights: Mapping[str, Tensor] | str | 
 def merge_adapter_weights(model: nn.Module, output_path: str | os.PathLike[str] | None = None) -> State:
     """The model's whole state dict with LoRA merged into the weights, without its factors; the model stays as it is.
 
-    The factors are left out because whoever loaded them beside merged weights would add them twice.
+    A memory-augmented model, or one of peft. The factors are left out because whoever loaded them beside merged weights
+    would add them twice. output_path: also saved there, as .safetensors or .pt.
     """
+    if hasattr(model, "merge_and_unload"):
+        unmerged: Any = copy.deepcopy(model)
+        return _saved(unmerged.merge_and_unload(safe_merge=True).state_dict(), output_path)
     state = model.state_dict()
     merged = {name: value for name, value in state.items() if not name.endswith(_LORA)}
     for path, layer in model.named_modules():

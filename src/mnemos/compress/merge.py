@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mnemos.compress.adapters import Adapter, Pair
-from mnemos.contract import Floats
 from mnemos.errors import ConfigError, FormatError
+from mnemos.formats.adapters import Adapter
 from mnemos.formats.blocks import encode
 from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
 from mnemos.formats.gguf import GGUFFile
@@ -24,16 +23,14 @@ from mnemos.formats.gguf_writer import RawValue, writing_gguf
 from mnemos.formats.quants import dequantize
 from mnemos.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from mnemos.formats.safetensors_writer import Entry, write_safetensors
-from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
-from mnemos.models.placement import Place, places
+from mnemos.models.adapted import MERGED_TYPE, WeightChanges
 
 Progress = Callable[[str, int, int], None]
 TYPE_NAMES = {
     TensorType.F32: "F32", TensorType.F16: "F16", TensorType.BF16: "BF16", TensorType.F64: "F64",
     TensorType.I8: "I8", TensorType.I16: "I16", TensorType.I32: "I32", TensorType.I64: "I64", TensorType.U8: "U8",
 }  # fmt: skip
-MERGED_TYPE = TensorType.F16  # of weights that were quantized
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def merge_files(
     checkpoint = open_checkpoint(source)
     if out.exists():
         raise ConfigError(f"out is {str(out)!r}, which exists; give a new name")
-    changes = _Changes(checkpoint, adapters)
+    changes = WeightChanges(checkpoint, adapters)
     if checkpoint.kind == "gguf":
         return _write_gguf(GGUFFile.open(checkpoint.path), changes, out, type, progress)
     if type is not None and type not in TYPE_NAMES:
@@ -80,60 +77,7 @@ def merge_files(
     return _write_folder(checkpoint, changes, out, type, progress)
 
 
-class _Changes:
-    """Which tensors of a checkpoint the adapters change, and how."""
-
-    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> None:
-        self.tensors = checkpoint.tensors
-        self._steps: dict[str, list[tuple[Place, Pair | Tensor, float]]] = {}
-        known = places(checkpoint)
-        for adapter, strength in adapters:
-            for name, tensor in adapter.whole.items():  # first: they may be what the factors are added to
-                module, _, suffix = name.rpartition(".")
-                place = known.find(module) if suffix == "weight" else None
-                if place is None or self.tensors[place.tensor].shape != tensor.shape:
-                    raise FormatError(
-                        f"{adapter.path}: holds {name} {list(tensor.shape)}, which has no place in {checkpoint.path}"
-                    )
-                self._steps.setdefault(place.tensor, []).append((place, tensor, strength))
-            for module, pair in adapter.pairs.items():
-                place = known.find(module)
-                if place is None:
-                    raise FormatError(
-                        f"{adapter.path}: changes {module}, which {checkpoint.path} does not have; expected an adapter "
-                        f"of this model{f' (it was trained on {adapter.base})' if adapter.base else ''}"
-                    )
-                if place.transposed is not None:
-                    pair = replace(pair, transposed=place.transposed)
-                shape = self.tensors[place.tensor].shape
-                if shape != pair.shape:
-                    raise FormatError(
-                        f"{adapter.path}: {module} has factors for a weight of shape {list(pair.shape)}; that of "
-                        f"{checkpoint.path} is {list(shape)}"
-                    )
-                self._steps.setdefault(place.tensor, []).append((place, pair, strength))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._steps
-
-    def values(self, name: str) -> tuple[Floats, Floats]:
-        """(a tensor's values before, after), float32 as stored."""
-        before = self.tensors[name].dequantize()
-        after = before
-        for place, change, strength in self._steps[name]:
-            ordered = after if place.rows is None else after[place.rows]
-            if isinstance(change, Pair):
-                ordered = change.merged(ordered, strength)
-            else:  # a tensor that was trained whole
-                ordered = ordered + np.float32(strength) * (change.dequantize() - ordered)
-            after = ordered
-            if place.rows is not None:
-                after = np.empty_like(ordered)
-                after[place.rows] = ordered
-        return before, after
-
-
-def _stored(name: str, changes: _Changes, type: TensorType | None) -> tuple[Merged, TensorType, Any]:
+def _stored(name: str, changes: WeightChanges, type: TensorType | None) -> tuple[Merged, TensorType, Any]:
     """(the report, the type and the bytes) of a changed tensor."""
     source = changes.tensors[name].type
     before, after = changes.values(name)
@@ -149,7 +93,7 @@ def _stored(name: str, changes: _Changes, type: TensorType | None) -> tuple[Merg
 
 
 def _write_gguf(
-    file: GGUFFile, changes: _Changes, out: Path, type: TensorType | None, progress: Progress | None
+    file: GGUFFile, changes: WeightChanges, out: Path, type: TensorType | None, progress: Progress | None
 ) -> list[Merged]:
     metadata: dict[str, Any] = {
         key: RawValue(bytes(stored)) for key, stored in file.stored_metadata.items() if not key.startswith("split.")
@@ -170,7 +114,7 @@ def _write_gguf(
 
 
 def _write_folder(
-    checkpoint: Checkpoint, changes: _Changes, out: Path, type: TensorType | None, progress: Progress | None
+    checkpoint: Checkpoint, changes: WeightChanges, out: Path, type: TensorType | None, progress: Progress | None
 ) -> list[Merged]:
     """A folder with the other files of the source, written under another name until it is whole."""
     draft = out.with_name(f".{out.name}.part")

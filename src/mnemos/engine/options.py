@@ -123,6 +123,10 @@ class LoadOptions(ModelOptions):
             PATH, "a small model with the same vocabulary that drafts tokens for the large one to verify", "MODEL"
         ),
     )
+    adapter: str | os.PathLike[str] | None = field(
+        default=None,
+        metadata=row(PATH, "a LoRA folder as peft saves it, merged into the weights while they are loaded", "FOLDER"),
+    )
     trust_remote_code: bool = field(default=False, metadata=row(FLAG, "run Python code from the model's folder", ""))
     progress: Progress | None = field(
         default=None, metadata=row(PROGRESS, "called as f(stage, done, total) while a model is fetched")
@@ -185,6 +189,7 @@ class LoadKeywords(EngineKeywords, total=False):
     threads: int | None
     tokenizer: Any
     draft: str | os.PathLike[str] | None
+    adapter: str | os.PathLike[str] | None
     trust_remote_code: bool
     progress: Progress | None
 

@@ -27,7 +27,7 @@ def load_parts(source: str | os.PathLike[str], options: LoadOptions) -> dict[str
     parts = {"model": model, "tokenizer": tokenizer}
     if options.draft is not None:
         # It keeps its own context length, which the engine limits to the model's.
-        shared = replace(options, tokenizer=tokenizer, context_length=None, draft=None)
+        shared = replace(options, tokenizer=tokenizer, context_length=None, draft=None, adapter=None)
         parts["draft_model"], _ = load_pretrained(options.draft, shared, is_draft=True)
     return parts
 
@@ -55,6 +55,11 @@ def load_pretrained(
         _refuse(options, ("use_kv_cache",), "for a built-in model, which always uses its cache; leave it out")
         if backend.partition(":")[0] in ("numpy", "torch"):
             _refuse(options, ("threads",), f"for backend {backend!r}, whose threads its own library sets; leave it out")
+    if options.adapter is not None:
+        from mnemos.formats.adapters import read_adapter
+        from mnemos.models.adapted import with_adapters
+
+        checkpoint = with_adapters(checkpoint, [(read_adapter(options.adapter), 1.0)])
     model = load_model(
         checkpoint,
         backend=backend,
@@ -155,6 +160,8 @@ def _load_foreign(checkpoint: Checkpoint, options: LoadOptions, device: str) -> 
         device=str(usable_device(device)),
         trust_remote_code=options.trust_remote_code,
     )
+    if options.adapter is not None:
+        module = _with_adapter(module, options.adapter)
     model = adapt(
         module,
         use_kv_cache=options.use_kv_cache,
@@ -162,6 +169,18 @@ def _load_foreign(checkpoint: Checkpoint, options: LoadOptions, device: str) -> 
         vocabulary_size=tokenizer.vocabulary_size,
     )
     return model, tokenizer
+
+
+def _with_adapter(module: Any, adapter: str | os.PathLike[str]) -> Any:
+    """A transformers module with an adapter merged by peft."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"adapter is {os.fspath(adapter)!r} for a model that runs through transformers, which needs peft: pip "
+            "install peft"
+        ) from error
+    return PeftModel.from_pretrained(module, os.fspath(adapter)).merge_and_unload(safe_merge=True)
 
 
 def _attempt(preparation: Callable[[], None]) -> None:

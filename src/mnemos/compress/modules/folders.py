@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.models.foreign.pretrained import load_module
+from mnemos.models.foreign.settings import find_context
 from mnemos.text.tokenizer import Tokenizer
 
 LENGTH, ROWS = 256, 8  # of a batch
@@ -28,17 +29,18 @@ def load_folder(source: Path) -> tuple[nn.Module, Tokenizer]:
     return load_module(source, dtype="float32", device="cpu", trust_remote_code=False), tokenizer
 
 
-def batches_of(text: str, tokenizer: Tokenizer, what: str, length: int = LENGTH, rows: int = ROWS) -> list[Tensor]:
-    """A text's tokens as batches of token ids (rows, length), the last rows and an incomplete row left out.
+def batches_of(text: str, tokenizer: Tokenizer, module: nn.Module, what: str) -> list[Tensor]:
+    """A text's tokens as batches of ROWS x LENGTH token ids, or as long as the module's context; an incomplete row is
+    left out.
 
     ConfigError for a text with fewer than FEWEST_TOKENS tokens.
     """
     ids = tokenizer.encode(text, add_special=False, parse_special=False)
     if len(ids) < FEWEST_TOKENS:
         raise ConfigError(f"{what} has {len(ids)} tokens; at least {FEWEST_TOKENS} are needed")
-    length = min(length, len(ids))
+    length = min(LENGTH, len(ids), find_context(module, None, None))
     whole = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    return list(torch.split(whole, rows))
+    return list(torch.split(whole, ROWS))
 
 
 def save_folder(module: nn.Module, source: Path, out: Path) -> None:

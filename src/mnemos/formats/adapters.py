@@ -9,6 +9,7 @@ length (DoRA, Liu et al. 2024, arXiv:2402.09353).
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Adapter:
         return not self.whole and all(pair.magnitude is None for pair in self.pairs.values())
 
 
-def read_adapter(folder: str | Path) -> Adapter:
+def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """An adapter folder as peft saves it. FormatError: something is missing or does not fit together, or a factor is
     not finite; UnsupportedError: another kind of adapter than LoRA."""
     folder = Path(folder)
