@@ -39,3 +39,10 @@ def test_importing_the_package_imports_nothing_else() -> None:
     code = "import sys; import mnemos; print(*(m for m in sys.modules if m.startswith('mnemos.') or m == 'numpy'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
+
+
+def test_a_name_that_needs_pytorch_says_what_to_install() -> None:
+    code = "import sys; sys.modules['torch'] = None; import mnemos; mnemos.PrunedModel"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    message = "MissingDependencyError: mnemos.PrunedModel needs PyTorch: pip install 'mnemos[torch]'"
+    assert run.stderr.splitlines()[-1].endswith(message)
