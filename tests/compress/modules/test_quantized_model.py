@@ -16,6 +16,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from mnemos import InferenceEngine, ModelServer, QuantizedModel  # noqa: E402
+from mnemos.compress.modules import conversion  # noqa: E402
 from mnemos.errors import ConfigError, FormatError, ModelError  # noqa: E402
 from mnemos.native import core  # noqa: E402
 from tests.models.foreign.foreign_modules import CONTEXT, VOCABULARY, PastArgument, Plain  # noqa: E402
@@ -80,6 +81,17 @@ def test_calibration_makes_four_bits_better_at_the_same_size() -> None:
     calibrated = QuantizedModel(model, bits=4, method="static").calibrate([ids(32, seed) for seed in (2, 3)])
     assert error(calibrated, model) < 0.93 * error(plain, model)
     assert calibrated.report().bytes == plain.report().bytes
+
+
+def test_moments_that_do_not_fit_into_the_memory_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Stack(64, 96)
+    whole = QuantizedModel(model, bits=4, method="static").calibrate(ids(16))
+    monkeypatch.setattr(conversion, "machine_memory", lambda: 8 * 4 * 2 * 64 * 64)
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    turns = QuantizedModel(model, bits=4, method="static").calibrate(ids(16))
+    assert len(calls) > 3
+    assert torch.equal(turns(ids()), whole(ids()))
 
 
 def test_the_module_itself_is_left_as_it_was() -> None:

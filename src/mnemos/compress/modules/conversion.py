@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +20,11 @@ from mnemos.compress.modules.quantized_file import StoredLayer, StoredModel
 from mnemos.compress.modules.quantized_layers import Products, QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from mnemos.compress.modules.report import LayerReport
 from mnemos.errors import ModelError
+from mnemos.machine.memory import machine_memory
 from mnemos.native import core as _native
+
+MEMORY_SHARE = 8  # of the machine's memory, moments may take this part
+Measure = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 
 def split_attention(model: nn.Module) -> nn.Module:
@@ -39,20 +43,26 @@ def split_attention(model: nn.Module) -> nn.Module:
 def convert(
     model: nn.Module,
     layers: Sequence[Layer],
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Measure | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[nn.Module, list[LayerReport]]:
-    """A copy of the model with these layers quantized, and what became of each; with `moments` by what they read."""
+    """A copy of the model with these layers quantized, and what became of each; with `moments` by what they read.
+
+    moments: gives the second moments of some layers' inputs, (columns, columns) each, for those that are reached.
+    """
     products = Products()
     owners = {id(layer.parameter): layer for layer in reversed(layers) if not outside_of_range(layer.parameter)}
     shared: dict[int, list[Layer]] = {}
     for layer in layers:
         shared.setdefault(id(layer.parameter), []).append(layer)
 
+    reached: set[str] = set()
+    known: Mapping[str, Tensor] = {}
+
     def quantized(key: int) -> tuple[QuantizedWeight, float]:
         torch.set_num_threads(1)
         layer = owners[key]
-        read = [moments[one.name] for one in shared[key] if moments is not None and one.name in moments]
+        read = [known[one.name] for one in shared[key] if one.name in known]
         matrix = layer.matrix
         done = quantize_for(matrix, torch.stack(read).mean(0), layer.bits) if read else quantize(matrix, layer.bits)
         change = float((done.values() - matrix).norm() / matrix.float().norm().clamp(min=1e-30))
@@ -61,9 +71,15 @@ def convert(
         return QuantizedWeight(done), change
 
     threads = torch.get_num_threads()
+    made: dict[int, tuple[QuantizedWeight, float]] = {}
     try:
         with ThreadPoolExecutor(_native.usable_cores()) as pool:
-            made = dict(zip(owners, pool.map(quantized, owners), strict=True))
+            for keys in _together({key: shared[key] for key in owners}):
+                if moments is not None:
+                    torch.set_num_threads(threads)
+                    known = moments([one.name for key in keys for one in shared[key] if one.kind != "embedding"])
+                    reached |= known.keys()
+                made |= zip(keys, pool.map(quantized, keys), strict=True)
     finally:
         torch.set_num_threads(threads)  # MKL has one number for all threads
     memo: dict[int, Any] = {}
@@ -79,7 +95,7 @@ def convert(
         reason = "" if first is layer else f"shares the weight of {first.name}"
         if (not reason and layer.bits == 5) or layer.bits != min(one.bits for one in layers):
             reason = reason or "rounds worst, and the file has room"
-        if moments is not None and layer.kind != "embedding" and layer.name not in moments:
+        if moments is not None and layer.kind != "embedding" and layer.name not in reached:
             reason = reason or "no batch reached it"
         reports.append(
             LayerReport(
@@ -99,6 +115,20 @@ def convert(
         reports.append(LayerReport(f"{len(vectors)} vectors", "vector", (values,), forms, size, None, note, values))
     replaced: nn.Module = copy.deepcopy(model, memo)
     return replaced, reports
+
+
+def _together(layers: Mapping[int, Sequence[Layer]]) -> Iterator[list[int]]:
+    """The keys in groups whose moments fit into MEMORY_SHARE of the memory, at least one each."""
+    room, group, used = machine_memory() // MEMORY_SHARE, list[int](), 0
+    for key, sharing in layers.items():
+        size = sum(4 * layer.matrix.shape[1] ** 2 for layer in sharing if layer.kind != "embedding")
+        if group and used + size > room:
+            yield group
+            group, used = [], 0
+        group.append(key)
+        used += size
+    if group:
+        yield group
 
 
 def fill(model: nn.Module, stored: StoredModel) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -104,6 +104,16 @@ def _check_values(layer: Layer) -> None:
     if not weight.is_floating_point():
         raise ModelError(f"{name} is {weight.dtype}; expected a floating-point weight, not a quantized one")
     check_finite(name, weight)
+
+
+def check_place(layers: Sequence[Layer]) -> None:
+    """ConfigError unless all weights are on the CPU."""
+    for layer in layers:
+        if layer.parameter.device.type != "cpu":
+            raise ConfigError(
+                f"{layer.name}.weight is on {layer.parameter.device}; the native core's products run on a CPU: give "
+                "model.cpu(), or quantize with torchao on the GPU"
+            )
 
 
 def outside_of_range(weight: Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mnemos.compress.modules.batches import listed
 from mnemos.compress.modules.conversion import convert, fill, restore, split_attention
 from mnemos.compress.modules.layers import check_module
 from mnemos.compress.modules.moments import measure
-from mnemos.compress.modules.quantizable import check_request, find_layers
+from mnemos.compress.modules.quantizable import check_place, check_request, find_layers
 from mnemos.compress.modules.quantized_file import make_module, read_model, write_model
 from mnemos.compress.modules.quantized_layers import QuantizedLinear
 from mnemos.compress.modules.report import LayerReport, Report
@@ -56,6 +56,7 @@ class QuantizedModel(nn.Module):
         self.is_calibrated = method == "dynamic"
         self.model = split_attention(model)
         layers = find_layers(self.model, bits)
+        check_place(layers)
         if self.is_calibrated:
             self.model, self._reports = convert(self.model, layers)
         elif self.model is model:
@@ -66,13 +67,18 @@ class QuantizedModel(nn.Module):
         """Quantizes a "static" model by what its layers read in `batches`; returns the model itself.
 
         batches: what the module is called with, token ids (batch, time), (ids, labels), or mappings of what forward
-        takes. A few thousand positions are enough. progress: told each layer's name when it is quantized.
+        takes. A few thousand positions are enough. They are gone through several times where the moments of all layers'
+        inputs would take more than an eighth of the memory. progress: told each layer's name when it is quantized.
         """
         if self.is_calibrated:
             raise ConfigError("calibrate: the model is quantized already; expected method='static', once")
-        layers = find_layers(self.model, self.bits)
+        layers, inputs = find_layers(self.model, self.bits), listed(batches)
         read = {layer.name: layer.module for layer in layers if layer.kind != "embedding"}
-        moments = {name: found.second for name, found in measure(self.model, read, listed(batches)).items()}
+
+        def moments(names: Sequence[str]) -> dict[str, Tensor]:
+            measured = measure(self.model, {name: read[name] for name in names}, inputs)
+            return {name: found.second for name, found in measured.items()}
+
         self.model, self._reports = convert(self.model, layers, moments, progress)
         self.is_calibrated = True
         self._finish()
