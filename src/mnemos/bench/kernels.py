@@ -15,7 +15,7 @@ from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
 from mnemos.machine.figures import Limits, Machine, examine
 from mnemos.ops.native import NativeOps
-from mnemos.ops.protocol import Array, AttentionParams, Ops
+from mnemos.ops.protocol import Array, AttentionParams, BankSource, MemoryParams, Ops, PoolParams
 
 WEIGHT_TYPES = (
     TensorType.Q4_0,
@@ -74,6 +74,8 @@ def measure_kernels(
     for kind in types:
         yield from _measure_products(ops, kind, rows, machine.limits)
     yield from _measure_attention(ops, rows, machine)
+    yield from _measure_memory(ops, rows, machine, chapters=0)
+    yield from _measure_memory(ops, rows, machine, chapters=64)
 
 
 def _measure_products(ops: NativeOps, kind: TensorType, rows: Sequence[int], limits: Limits) -> Iterator[KernelTime]:
@@ -117,6 +119,37 @@ def _measure_attention(ops: NativeOps, rows: Sequence[int], machine: Machine) ->
         operations = 4 * layers * heads * head_dim * t * (_CONTEXT + t // 2)
         limit = max(size / machine.limits.bandwidth, operations / rate)
         yield KernelTime(f"attention {layout.dtype} after {_CONTEXT}", t, seconds, size, operations, limit)
+
+
+def _measure_memory(ops: NativeOps, rows: Sequence[int], machine: Machine, chapters: int) -> Iterator[KernelTime]:
+    """Attention to 1,024 vectors, or to 4 chapters of 1,024 out of many; heads as in a model of 135 million."""
+    rate = 2 * machine.limits.rates["bfloat16" if ops.cache_dtype == "bfloat16" else "float32"]
+    layers, heads, kv_heads, head_dim, chosen = 8, 9, 3, 64, 4
+    vectors = _CONTEXT * max(chapters, 1)
+    params = MemoryParams(heads, kv_heads, head_dim, head_dim**-0.5, vectors, chapters)
+    embedding = ops.matrix(Tensor.from_array("embedding", _floats(8, heads * head_dim)))
+    router = ops.matrix(Tensor.from_array("router", _floats(max(chapters, 1), heads * head_dim)))
+    stored = Tensor.from_array("bank", _floats(vectors, head_dim))
+    projection = _floats(kv_heads * head_dim, head_dim) / np.float32(head_dim**0.5)
+    banks = [ops.bank(BankSource(stored, projection, projection), params) for _ in range(layers)]
+
+    def forward(ops: Ops, batch: Any, cache: Any) -> tuple[Array, Array]:
+        x = ops.embed(embedding, batch.token_ids)
+        ids = weights = None
+        if chapters:
+            states = ops.pool_rows(x, batch, None, 0, PoolParams("sequence", 1))
+            ids, weights = ops.choose(ops.linear(states, router), chosen)
+        for bank in banks:
+            x = ops.memory_attention(x, bank, ids, weights, params)
+        return x, ops.rows(x, batch.logit_rows)
+
+    name = f"memory {chosen} of {chapters} chapters" if chapters else f"memory of {vectors}"
+    read = _CONTEXT * (chosen if chapters else 1)
+    for t, seconds in _time_steps(ops, forward, KVLayout(1, 1, 8), rows, context=0):
+        size = sum(bank.bytes for bank in banks)  # no chapter is made that is not read
+        operations = 4 * layers * heads * head_dim * t * read
+        limit = max(size / machine.limits.bandwidth, operations / rate)
+        yield KernelTime(name, t, seconds, size, operations, limit)
 
 
 def _time_steps(
