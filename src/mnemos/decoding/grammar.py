@@ -59,7 +59,8 @@ class GrammarCompiler:
         self._matcher = guidance.LLMatcher
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="mnemos-grammar")
         self._kept: OrderedDict[tuple[str, str, bool], _Compiled] = OrderedDict()
-        self._lock = Lock()  # one is compiled at a time: texts keep the other cores, and equal ones wait for the first
+        self._lock = Lock()
+        self._compiling = Lock()  # one at a time: texts keep the other cores, and equal grammars wait for the first
 
     def constraint(self, config: GenerationConfig, ends: Ends) -> GrammarConstraint:
         """The constraint that the config asks for. Raises ConfigError with the reason if it cannot be enforced."""
@@ -68,10 +69,12 @@ class GrammarCompiler:
         source = value if isinstance(value, str) else json.dumps(value)
         key = field, source, config.strict
         try:
-            with self._lock:
-                compiled = self._kept.get(key) or self._compile(field, value, config.strict)
-                self._keep(key, compiled)
-                matcher = compiled.matcher.deep_copy()
+            compiled = self._find(key)
+            if compiled is None:
+                with self._compiling:
+                    compiled = self._find(key) or self._compile(field, value, config.strict)
+                    self._keep(key, compiled)
+            matcher = compiled.matcher.deep_copy()
         except (ValueError, RequestError) as error:
             raise ConfigError(f"{field} cannot be enforced: {error}") from error
         if compiled.missing:
@@ -81,15 +84,21 @@ class GrammarCompiler:
         first.set_result(compiled.first)
         return GrammarConstraint(matcher, self._workers, first, ends)
 
+    def _find(self, key: tuple[str, str, bool]) -> _Compiled | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
     def _keep(self, key: tuple[str, str, bool], compiled: _Compiled) -> None:
         """Keeps the grammars that were used last, as many as there is room for."""
         if len(key[1]) > KEPT_LENGTH:
             return
-        self._kept[key] = compiled
-        self._kept.move_to_end(key)
-        length = sum(len(source) for _, source, _ in self._kept)
-        while len(self._kept) > KEPT or length > KEPT_LENGTH:
-            length -= len(self._kept.popitem(last=False)[0][1])
+        with self._lock:
+            self._kept[key] = compiled
+            length = sum(len(source) for _, source, _ in self._kept)
+            while len(self._kept) > KEPT or length > KEPT_LENGTH:
+                length -= len(self._kept.popitem(last=False)[0][1])
 
     def _compile(self, field: str, value: Any, strict: bool) -> _Compiled:
         """ValueError or RequestError with the reason if the grammar cannot be enforced, or has no first token."""
