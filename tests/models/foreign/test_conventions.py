@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from mnemos.engine.engine import InferenceEngine  # noqa: E402
 from mnemos.errors import ModelError  # noqa: E402
 from mnemos.models.foreign.adapt import adapt  # noqa: E402
 from mnemos.models.foreign.cache_styles import GivenStyle, NestedStyle  # noqa: E402
-from tests.models.foreign.foreign_modules import CONTEXT, VOCABULARY, Base, Plain, TimeFirst  # noqa: E402
+from tests.models.foreign.foreign_modules import CONTEXT, VOCABULARY, Base, PastArgument, Plain, TimeFirst  # noqa: E402
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9], [4]]
 NEW = 8
@@ -273,6 +274,55 @@ def test_a_module_generates_what_a_loop_by_hand_does(kind: str) -> None:
         assert [engine.generate(prompt, max_new_tokens=NEW) for prompt in PROMPTS] == wanted
         best, second = engine.generate([PROMPTS[0]], num_beams=3, n=2, max_new_tokens=NEW)[0]
         assert best != second and best[:3] == second[:3] == PROMPTS[0]
+
+
+@pytest.mark.parametrize("base", [Plain, OneRow, PastArgument])
+@pytest.mark.filterwarnings("ignore:.*has no cache that can be used")
+def test_a_module_of_few_sequences_gets_smaller_calls(base: Any) -> None:
+    sizes: list[int] = []
+
+    class Few(base):  # type: ignore[misc]
+        def forward(self, ids: Tensor, *args: Any, **more: Any) -> Any:
+            sizes.append(len(ids))
+            if len(ids) > 3:
+                raise RuntimeError("three at most")
+            return super().forward(ids, *args, **more)
+
+    Few.forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    prompts = [[1 + number, 2, 3] for number in range(7)]
+    with InferenceEngine(base()) as engine:
+        wanted = engine.generate(prompts, max_new_tokens=NEW)
+        beams = engine.generate(prompts[0], num_beams=5, max_new_tokens=NEW)
+    with InferenceEngine(Few()) as engine:
+        sizes.clear()
+        assert engine.generate(prompts, max_new_tokens=NEW) == wanted
+        assert engine.generate(prompts[0], num_beams=5, max_new_tokens=NEW) == beams
+        assert sum(size > 3 for size in sizes) <= 4  # until it is known
+
+
+@pytest.mark.filterwarnings("ignore:.*has no cache that can be used")
+def test_a_sequence_that_fails_is_not_taken_for_a_limit() -> None:
+    class Fails(Plain):
+        def forward(self, ids: Tensor) -> Tensor:
+            sizes.append(len(ids))
+            if armed and (ids == 28).any():
+                raise RuntimeError("a token it does not know")
+            return super().forward(ids)
+
+    module, sizes, armed = Fails(), [], False
+    with InferenceEngine(module) as engine:
+        armed = True
+        handles = [engine.submit([number, 2, 3], max_new_tokens=NEW, bad_words_ids=[[28]]) for number in (1, 5, 28, 7)]
+        ends = []
+        for handle in handles:
+            try:
+                ends.append(handle.result().finish_reason)
+            except ModelError as error:
+                ends.append(str(error)[:5])
+        assert ends == ["length", "length", "Fails", "length"]
+        sizes.clear()
+        engine.generate([[1, 2, 3], [5, 2, 3], [6, 2, 3]], max_new_tokens=NEW, bad_words_ids=[[28]])
+        assert max(sizes) == 3
 
 
 def test_a_module_that_no_mask_makes_causal_is_refused() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from mnemos.contract import Batch, ModelSpec, Output
 from mnemos.errors import ConfigError, ModelError, UnsupportedError
 from mnemos.models.foreign.call import Caller
-from mnemos.models.foreign.jobs import Calls, Job, JobOutput
+from mnemos.models.foreign.jobs import Bools, Calls, Job, JobOutput
 from mnemos.models.foreign.signature import describe
 from mnemos.models.foreign.slots import Slots
 
@@ -25,6 +25,7 @@ class ForeignModel:
         self.calls = calls
         self._caller = caller
         self._slots: Slots | None = None
+        self._most: int | None = None  # sequences that a call may have, where the module was seen to take no more
 
     @property
     def slots(self) -> Slots:
@@ -57,7 +58,7 @@ class ForeignModel:
         logits = np.empty((len(batch.logit_rows), self.spec.vocabulary_size), dtype=np.float32)
         hidden = np.zeros((len(batch.logit_rows), self.spec.hidden_size), dtype=np.float32)
         for together in self.calls.partition(jobs):
-            for output in self.calls.run(together, wanted):
+            for output in self._run(together, wanted):
                 first, count = output.job.first_row, output.job.rows
                 for offset in np.flatnonzero(wanted[first : first + count]):
                     row = self._row(output, offset - count)
@@ -65,6 +66,27 @@ class ForeignModel:
                     if output.hidden is not None:
                         hidden[target[first + offset]] = output.hidden[row]
         return Output(logits, hidden)
+
+    def _run(self, jobs: list[Job], wanted: Bools) -> list[JobOutput]:
+        """Runs sequences in one call, or in several where the module cannot take so many; how many is remembered.
+
+        ModelError: it cannot take one of them alone either, or its state cannot go back to be run again.
+        """
+        most = self._most or len(jobs)
+        if len(jobs) > most:
+            parts = [jobs[first : first + most] for first in range(0, len(jobs), most)]
+            return [output for part in parts for output in self._run(part, wanted)]
+        try:
+            return self.calls.run(jobs, wanted)
+        except ModelError:
+            if len(jobs) == 1 or not self.spec.rewinds:
+                raise
+        for job in jobs:
+            job.slot.rewind(job.start)
+        half = (len(jobs) + 1) // 2
+        outputs = self._run(jobs[:half], wanted) + self._run(jobs[half:], wanted)
+        self._most = min(self._most or half, half)
+        return outputs
 
     def _row(self, output: JobOutput, from_end: int) -> int:
         """Checks that a row counted from the end is there: a module may answer for the last position only."""
