@@ -22,6 +22,7 @@ FLOORS = (
     ("models",),
     ("engine",),
     ("compress",),
+    ("export",),
     ("serve", "cluster"),
     ("compat", "bench"),
     ("cli",),

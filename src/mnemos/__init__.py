@@ -51,6 +51,10 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.decoding.config import GenerationConfig as GenerationConfig
     from mnemos.engine.engine import InferenceEngine as InferenceEngine
     from mnemos.errors import MnemosError as MnemosError
+    from mnemos.export.onnx import ONNXExporter as ONNXExporter
+    from mnemos.export.exporter import ModelExporter as ModelExporter
+    from mnemos.export.programs import ProgramExporter as ProgramExporter
+    from mnemos.export.torchscript import TorchScriptExporter as TorchScriptExporter
     from mnemos.models.foreign.cached_attention import CachedAttention as CachedAttention, KVCache as KVCache
     from mnemos.models.memory_transformer.adapter import MemoryAdapter as MemoryAdapter
     from mnemos.models.memory_transformer.config import load_config as load_config
@@ -88,6 +92,10 @@ _NAMES = {
     "mnemos.decoding.config": "GenerationConfig",
     "mnemos.engine.engine": "InferenceEngine",
     "mnemos.errors": "MnemosError",
+    "mnemos.export.exporter": "ModelExporter",
+    "mnemos.export.onnx": "ONNXExporter",
+    "mnemos.export.programs": "ProgramExporter",
+    "mnemos.export.torchscript": "TorchScriptExporter",
     "mnemos.models.foreign.cached_attention": "CachedAttention KVCache",
     "mnemos.models.memory_transformer.adapter": "MemoryAdapter",
     "mnemos.models.memory_transformer.config": "load_config",

@@ -1,0 +1,1 @@
+"""Models in other runtimes' formats, each compared with the original before the file keeps its name."""

@@ -1,0 +1,141 @@
+"""A file's results beside the module's own."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from mnemos.errors import ModelError
+from mnemos.export.example import Example, answer_of
+
+Arrays = list[npt.NDArray[Any]]
+Run = Callable[[Mapping[str, Tensor]], Arrays]  # forward's tensors -> the results of the file
+_FEWEST_SHAPES = 3
+_LEAST_SECONDS = 0.15  # that each side is timed for
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What was tried, and how far the results differed.
+
+    error: largest difference over max(1, the largest value expected); shapes: the sizes tried, as text; inputs: how
+    many; left_out: shapes that the module itself refuses.
+    """
+
+    error: float
+    shapes: tuple[str, ...]
+    inputs: int
+    left_out: tuple[str, ...]
+
+
+def compare(module: nn.Module, run: Run, example: Example, outputs: int, tolerance: float, what: str) -> Compared:
+    """Runs the file on the example and on other sizes and values. The module must be in evaluation mode.
+
+    ModelError: the results differ by more than the tolerance, or the file fails where the module does not; it says for
+    which sizes and values, and by how much.
+    """
+    worst, shapes, left_out, inputs = 0.0, dict[str, None](), dict[str, None](), 0
+    for sizes, kind, tensors in example.others():
+        label = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "the example's shape"
+        if label in left_out:
+            continue
+        try:
+            expected = [tensor for _, tensor in answer_of(module, tensors)][:outputs]
+        except Exception as error:  # the module's own limit, such as a table of positions
+            if kind == "example":
+                raise ModelError(f"{type(module).__name__} fails on dummy_input: {first_line(error)}") from error
+            left_out[label] = None
+            continue
+        try:
+            found = run(tensors)
+        except Exception as error:
+            raise ModelError(
+                f"the {what} of {type(module).__name__} fails at {label} ({kind} values), where the module does not: "
+                f"{first_line(error)}"
+            ) from error
+        difference = _difference(found, expected, f"{what} of {type(module).__name__} at {label} ({kind} values)")
+        if not difference <= tolerance:
+            raise ModelError(
+                f"the {what} of {type(module).__name__} differs from the module by {difference:.3g} at {label} "
+                f"({kind} values), more than {tolerance:.0e} of the largest value; a branch that depends on the data "
+                "or a size is the usual cause: express it with torch.where, or export with another method"
+            )
+        worst = max(worst, difference)
+        shapes[label] = None
+        inputs += 1
+    if example.axes and len(shapes) < _FEWEST_SHAPES:
+        raise ModelError(
+            f"{type(module).__name__} takes only {len(shapes)} of the shapes tried ({'; '.join(shapes)}), too few to "
+            f"compare the {what}; name the axes that vary in dynamic_axes"
+        )
+    return Compared(worst, tuple(shapes), inputs, tuple(left_out))
+
+
+def _difference(found: Sequence[Any], expected: Sequence[Tensor], where: str) -> float:
+    if len(found) < len(expected):
+        raise ModelError(f"the {where} returns {len(found)} tensors, the module {len(expected)}")
+    worst = 0.0
+    for got, tensor in zip(found, expected, strict=False):
+        want = tensor.detach().to(torch.float64).cpu().numpy()
+        have = np.asarray(got, dtype=np.float64)
+        if have.shape != want.shape:
+            raise ModelError(f"the {where} has the shape {have.shape}, the module's result {want.shape}")
+        if not want.size:
+            continue
+        same = (have == want) | (np.isnan(have) & np.isnan(want))
+        finite = np.isfinite(want)
+        scale = max(1.0, float(np.abs(want[finite]).max(initial=0.0)))
+        apart = np.where(same, 0.0, np.abs(have - want))
+        worst = max(worst, float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max()) / scale)
+    return worst
+
+
+def speed_ratios(module: nn.Module, run: Run, example: Example) -> dict[str, float]:
+    """How many times as fast as the module itself the file is, by what was timed: the smallest sizes, the example's."""
+    ratios = {}
+    smallest = example.values(dict.fromkeys(example.axis_names, 1), "random", 1)
+    for tensors in (smallest, example.tensors):
+        size = " x ".join(str(size) for size in next(iter(tensors.values())).shape)
+        try:
+            own, other = _seconds(partial(answer_of, module, tensors)), _seconds(partial(run, tensors))
+        except Exception:  # a size that the module does not take, which `compare` has named
+            continue
+        ratios[size] = own / other
+    return ratios
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    call()
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < _LEAST_SECONDS:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or what the one that caused it says: a converter wraps the useful one."""
+    while error.__cause__ is not None and type(error).__module__.startswith("torch."):
+        error = error.__cause__
+    text = _COLOURS.sub("", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if type(error).__name__ == "GuardOnDataDependentSymNode":
+        frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
+        place = next((frame for frame in reversed(frames) if "/torch/" not in frame[0]), None)
+        where = f", in {place[2]} ({Path(place[0]).name}, line {place[1]})" if place else ""
+        return f"it branches on the data{where}; express it with torch.where"
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -1,0 +1,208 @@
+"""What all exporters do: write beside the path, try the file against the module, and only then give it its name."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mnemos.compress.modules.batches import evaluating
+from mnemos.compress.modules.quantized_model import QuantizedModel
+from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError, ModelError
+from mnemos.export.comparison import Run, compare, first_line, speed_ratios
+from mnemos.export.example import Example, answer_of
+
+TOLERANCE = 1e-5  # of the largest value expected
+_LOGGERS = ("torch", "torch.onnx", "torch.fx", "torch._dynamo", "torch.export", "torch.fx.experimental.symbolic_shapes",
+            "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")  # fmt: skip
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it was checked.
+
+    bytes: of the file and those beside it; parameter_bytes: of the module's own, shared ones once; error: the largest
+    difference over the largest value; speed: times as fast as PyTorch, by the size of the input; versions: of what
+    wrote and ran it; notes: what a reader should know.
+    """
+
+    format: str
+    path: Path
+    bytes: int
+    parameter_bytes: int
+    error: float
+    shapes: tuple[str, ...]
+    inputs: int
+    versions: dict[str, str]
+    speed: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rows = [
+            ("file", f"{self.path}"),
+            ("format", self.format + "".join(f", {name} {version}" for name, version in self.versions.items())),
+            ("size", f"{self.bytes / 1e6:.2f} MB, {self.bytes / max(1, self.parameter_bytes):.2f} x the parameters"),
+            ("error", f"{self.error:.1e} of the largest value, over {self.inputs} inputs: {'; '.join(self.shapes)}"),
+        ]
+        if self.speed:
+            ratios = ", ".join(f"{ratio:.2f} x at {size}" for size, ratio in self.speed.items())
+            rows.append(("speed", f"PyTorch's {ratios}"))
+        rows += [("note", note) for note in self.notes]
+        return "\n".join(f"{name:<8}{value}" for name, value in rows)
+
+
+class FlatOutputs(nn.Module):
+    """A module that returns the tensors of another one's answer, in order; no cache is asked for or returned."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], outputs: int) -> None:
+        super().__init__()
+        self.module = module
+        self._names, self._outputs = names, outputs
+
+    def forward(self, *tensors: Tensor) -> Any:
+        found = [tensor for _, tensor in answer_of(self.module, dict(zip(self._names, tensors, strict=True)))]
+        return found[0] if self._outputs == 1 else tuple(found[: self._outputs])
+
+
+class ModelExporter:
+    """Base of the exporters. report: of the last export, or None.
+
+    The module is not changed: it is exported in evaluation mode, and every part has its own mode again afterwards. A
+    `QuantizedModel` is exported as the ordinary module with its rounded weights.
+    """
+
+    format = ""
+
+    def __init__(self, model: nn.Module) -> None:
+        if isinstance(model, QuantizedModel):
+            model = model.dequantize()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+        self.model = model
+        self.report: ExportReport | None = None
+
+    def _export(
+        self,
+        path: str | os.PathLike[str],
+        example: Example,
+        outputs: int,
+        write: Callable[[Path], list[str]],
+        load: Callable[[Path], Run],
+        versions: dict[str, str],
+        tolerance: float = TOLERANCE,
+    ) -> ExportReport:
+        """Writes by `write` (which returns notes), compares what `load` runs, and moves the result to `path`.
+
+        A file of that name is replaced once the new one has proved itself. ModelError: the module cannot be exported,
+        or the file's results differ; FormatError, CapacityError: it cannot be written. None of them leaves anything.
+        """
+        target = Path(path)
+        if target.is_dir():
+            raise ConfigError(f"{target} is a folder; expected the path of a file to write")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        except OSError as error:
+            raise FormatError(f"{target}: cannot be written: {error.strerror or error}") from error
+        try:
+            made = folder / target.name
+            with evaluating(self.model), _plain_attention():
+                notes = self._written(target, made, write)
+                run = load(made)
+                found = compare(self.model, run, example, outputs, tolerance, self.format)
+                speed = speed_ratios(self.model, run, example)
+            if found.left_out:
+                notes.append(f"the module itself does not take {'; '.join(found.left_out)}")
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            for file in sorted(folder.iterdir(), key=lambda file: file == made):  # the named file last
+                os.replace(file, target.parent / file.name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.report = ExportReport(
+            self.format, target, size, parameter_bytes(self.model), found.error, found.shapes, found.inputs, versions,
+            speed, tuple(notes),
+        )  # fmt: skip
+        return self.report
+
+    def _written(self, target: Path, made: Path, write: Callable[[Path], list[str]]) -> list[str]:
+        try:
+            with warnings.catch_warnings(record=True) as caught, _quiet():
+                warnings.simplefilter("always")
+                notes = write(made)
+        except MnemosError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise CapacityError(f"{target}: cannot be written whole: {error.strerror}; free some room") from error
+            raise ModelError(
+                f"{type(self.model).__name__} cannot be exported to {self.format}: {first_line(error)}"
+            ) from error
+        frozen = {
+            first_line(Warning(w.message)).partition(": ")[2]
+            for w in caught
+            if "TracerWarning" in type(w.message).__name__
+        }
+        return notes + [f"tracing took a value for a constant: {text}" for text in sorted(frozen)[:3]]
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Bytes of the module's parameters and persistent buffers; memory that several share counts once."""
+    storages = {}
+    for tensor in module.state_dict().values():
+        if isinstance(tensor, Tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr() or id(tensor)] = min(storage.nbytes(), tensor.numel() * tensor.element_size())
+    return sum(storages.values())
+
+
+def outputs_of(module: nn.Module, example: Example, names: Any) -> tuple[str, ...]:
+    """Names of the results to export: those asked for, else the module's own, else logits, output_1, ..."""
+    with evaluating(module):
+        found = answer_of(module, example.tensors)
+    if not found:
+        raise ModelError(f"{type(module).__name__} returns no tensor; expected logits")
+    if names is None:
+        return tuple(name or ("logits" if index == 0 else f"output_{index}") for index, (name, _) in enumerate(found))
+    asked = tuple(str(name) for name in names)
+    if not 0 < len(asked) <= len(found):
+        raise ConfigError(f"output_names has {len(asked)} names; the module returns {len(found)} tensors")
+    return asked
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the converters' own logs, whole graphs among them: what matters of them is in the error or the report."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without the fast path of nn.MultiheadAttention, which no file has and which differs for padded rows."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

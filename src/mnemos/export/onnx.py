@@ -1,0 +1,180 @@
+"""ONNX: for ONNX Runtime, onnxruntime-genai, web browsers and TensorRT."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mnemos.compress.modules.batches import evaluating
+from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError, shown
+from mnemos.export.comparison import Run, compare, first_line
+from mnemos.export.example import Example, example_of
+from mnemos.export.exporter import TOLERANCE, ExportReport, FlatOutputs, ModelExporter, outputs_of, parameter_bytes
+from mnemos.export.rms_norm import spelled_out
+
+DEFAULT_OPSET = 20
+_OLDEST, _FIRST_OF_DYNAMO = 9, 18  # torch.export's programs use operators of opset 18
+_LARGEST_FILE = 2 * 1024**3 - 2**20  # of one protocol buffer, less what the graph takes
+
+
+class ONNXExporter(ModelExporter):
+    """Exports a module to ONNX, and runs the file in ONNX Runtime before it counts.
+
+    exporter = ONNXExporter(model)
+    exporter.export("model.onnx", torch.randint(0, 100, (1, 10)), dynamic_axes={"input_ids": {0: "batch"}})
+    session = exporter.load_onnx("model.onnx")
+    """
+
+    format = "ONNX file"
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        dummy_input: Any = None,
+        input_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+        dynamic_axes: Mapping[str, Any] | None = None,
+        opset_version: int = DEFAULT_OPSET,
+    ) -> ExportReport:
+        """Writes the file; the file's opset is the one asked for.
+
+        dummy_input: a tensor, a tuple of them in the order of forward's parameters, or a mapping by their names; None:
+        token ids. dynamic_axes: {input: {axis: name}}; None: the batch varies, and the length of token ids; {}:
+        nothing does.
+        Opsets from 18 on are written through torch.export, which refuses branches on data; older ones by tracing.
+        ConfigError: an argument that does not fit; ModelError: the module cannot be expressed, or the file differs.
+        """
+        onnx, _ = _packages()
+        newest = onnx.defs.onnx_opset_version()
+        if not isinstance(opset_version, int) or not _OLDEST <= opset_version <= newest:
+            raise ConfigError(f"opset_version is {shown(opset_version)}; expected {_OLDEST} to {newest}")
+        example = example_of(self.model, dummy_input, input_names, output_names, dynamic_axes)
+        outputs = outputs_of(self.model, example, output_names)
+        versions = {"opset": str(opset_version), "torch": torch.__version__, "onnx": onnx.__version__}
+        return self._export(
+            path,
+            example,
+            len(outputs),
+            lambda made: self._write(made, example, outputs, opset_version),
+            lambda made: _runner(made, example),
+            versions,
+        )
+
+    def load_onnx(self, path: str | os.PathLike[str]) -> Any:
+        """An `onnxruntime.InferenceSession` of the file on the CPU. FormatError: it is no ONNX file."""
+        return load_onnx(path)
+
+    def verify(self, path: str | os.PathLike[str], dummy_input: Any = None) -> float:
+        """How far the file's results are from the module's, over the largest value. ModelError: too far."""
+        session = load_onnx(path)
+        labels = [entry.name for entry in session.get_inputs()]
+        axes = {
+            entry.name: {axis: size for axis, size in enumerate(entry.shape) if isinstance(size, str)}
+            for entry in session.get_inputs()
+        }
+        example = example_of(self.model, dummy_input, labels, None, axes)
+        outputs = len(session.get_outputs())
+        with evaluating(self.model):
+            return compare(self.model, _running(session, example), example, outputs, TOLERANCE, self.format).error
+
+    def _write(self, made: Path, example: Example, outputs: tuple[str, ...], opset: int) -> list[str]:
+        traced = example.traced()
+        wrapper = FlatOutputs(self.model, tuple(example.tensors), len(outputs)).eval()
+        arguments = tuple(traced.tensors.values())
+        names = [example.names[name] for name in example.tensors]
+        options: dict[str, Any] = {"input_names": names, "output_names": list(outputs), "opset_version": opset}
+        notes = []
+        if opset >= _FIRST_OF_DYNAMO:
+            large = parameter_bytes(self.model) > _LARGEST_FILE
+            shapes = tuple(example.axes.get(name) or None for name in example.tensors)
+            program: Any = torch.onnx.export(
+                wrapper, arguments, dynamo=True, verbose=False, optimize=False,
+                dynamic_shapes=(shapes,) if example.axes else None, **options,
+            )  # fmt: skip
+            _simplify(program.model)
+            program.save(str(made), external_data=large)
+            if large:
+                notes.append(f"the weights are in {made.name}.data, which belongs beside the file")
+        else:
+            dynamic = {example.names[name]: axes for name, axes in example.axes.items()}
+            with spelled_out(self.model):
+                torch.onnx.export(
+                    wrapper, arguments, str(made), dynamo=False, dynamic_axes=_with_outputs(dynamic, outputs),
+                    do_constant_folding=False, **options,
+                )  # fmt: skip
+            notes.append("written by tracing: whatever depends on the data was compared, not proved")
+        found = file_opset(made)
+        if found != opset:
+            raise ModelError(
+                f"{type(self.model).__name__} was written with opset {found}, not {opset}: its operators need the "
+                f"newer one; export with opset_version={found}"
+            )
+        return notes
+
+
+def _simplify(model: Any) -> None:
+    """Folds small constants, but no weights: the transpose of a tied head would become a second copy of it.
+
+    What torch.export notes at each operator goes too: stacks with the paths of source files, half of a small file.
+    """
+    import_module("onnxscript").optimizer.optimize_ir(model, input_size_limit=256, output_size_limit=256)
+    for part in (model.graph, *model.graph.all_nodes()):
+        part.metadata_props.clear()
+        for value in part.outputs:
+            value.metadata_props.clear()
+
+
+def _with_outputs(dynamic: dict[str, dict[int, str]], outputs: tuple[str, ...]) -> dict[str, dict[int, str]]:
+    """The axes of the first input are those of the results too, as far as names are concerned."""
+    if not dynamic:
+        return {}
+    first = {axis: name for axis, name in next(iter(dynamic.values())).items() if axis < 2}
+    return {**dynamic, **{name: first for name in outputs if name not in dynamic}}
+
+
+def load_onnx(path: str | os.PathLike[str]) -> Any:
+    """An `onnxruntime.InferenceSession` of a file, on the CPU. FormatError: it is no ONNX file."""
+    _, runtime = _packages()
+    if not Path(path).is_file():
+        raise FormatError(f"{path}: no such file; expected an ONNX file")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise FormatError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}") from error
+
+
+def _runner(made: Path, example: Example) -> Run:
+    return _running(load_onnx(made), example)
+
+
+def _running(session: Any, example: Example) -> Run:
+    taken = {entry.name for entry in session.get_inputs()}
+    return lambda tensors: session.run(
+        None,
+        {example.names[name]: tensor.numpy() for name, tensor in tensors.items() if example.names[name] in taken},
+    )
+
+
+def _packages() -> tuple[Any, Any]:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"exporting to ONNX needs {name}; run: pip install 'mnemos[export]'"
+            ) from error
+    return import_module("onnx"), import_module("onnxruntime")
+
+
+def file_opset(path: str | os.PathLike[str]) -> int:
+    """The version of the ONNX operators that a file uses."""
+    onnx, _ = _packages()
+    written = onnx.load(os.fspath(path), load_external_data=False)
+    return int(next(entry.version for entry in written.opset_import if entry.domain in ("", "ai.onnx")))

@@ -1,0 +1,98 @@
+"""`.pt2` files: programs of torch.export, and machine code of AOTInductor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mnemos.errors import FormatError
+from mnemos.export.comparison import Run, first_line
+from mnemos.export.example import Example, example_of, flattened
+from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of
+
+
+class ProgramExporter(ModelExporter):
+    """Exports a module as a program of torch.export (`.pt2`), which PyTorch runs without the module's source.
+
+    compile: as machine code for this kind of CPU, by AOTInductor; this takes a C++ compiler and a minute or two.
+    """
+
+    format = "torch.export program"
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        dummy_input: Any = None,
+        dynamic_axes: Mapping[str, Any] | None = None,
+        compile: bool = False,
+    ) -> ExportReport:
+        """Writes the file. The arguments are those of `ONNXExporter.export`.
+
+        ModelError: torch.export cannot express the module (it names branches on data), or the results differ.
+        """
+        example = example_of(self.model, dummy_input, None, None, dynamic_axes)
+        outputs = len(outputs_of(self.model, example, None))
+        return self._export(
+            path,
+            example,
+            outputs,
+            lambda made: self._write(made, example, outputs, compile),
+            lambda made: _running(_load_compiled(made) if compile else load_program(made)),
+            {"torch": torch.__version__, "code": "AOTInductor" if compile else "none"},
+        )
+
+    def load_program(self, path: str | os.PathLike[str]) -> Any:
+        """The program of a file, callable like the module."""
+        return load_program(path)
+
+    def _write(self, made: Path, example: Example, outputs: int, compile: bool) -> list[str]:
+        program = exported_program(self.model, example, outputs)
+        if not compile:
+            torch.export.save(program, str(made))
+            return []
+        target = made if made.suffix == ".pt2" else made.with_suffix(".pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=str(target.absolute()))
+        if target != made:
+            os.replace(target, made)
+        return ["machine code for this kind of CPU"]
+
+
+def exported_program(module: torch.nn.Module, example: Example, outputs: int) -> torch.export.ExportedProgram:
+    """The module as a torch.export program that takes the example's tensors in order; the varying axes are dynamic."""
+    wrapper = FlatOutputs(module, tuple(example.tensors), outputs).eval()
+    shapes = tuple(
+        dict.fromkeys(example.axes.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in example.tensors
+    )
+    return torch.export.export(
+        wrapper,
+        tuple(example.traced().tensors.values()),
+        dynamic_shapes=(shapes,) if example.axes else None,
+        strict=False,
+    )
+
+
+def load_program(path: str | os.PathLike[str]) -> Any:
+    """The module of a `.pt2` file, callable. FormatError: it is none."""
+    if not Path(path).is_file():
+        raise FormatError(f"{path}: no such file; expected a .pt2 file")
+    try:
+        return torch.export.load(os.fspath(path)).module()
+    except Exception as error:
+        raise FormatError(f"{path}: not a program of torch.export: {first_line(error)}") from error
+
+
+def _load_compiled(path: Path) -> Any:
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def _running(program: Any) -> Run:
+    def run(tensors: Mapping[str, Tensor]) -> list[Any]:
+        with torch.no_grad():
+            return [tensor.numpy() for _, tensor in flattened(program(*tensors.values()))]
+
+    return run

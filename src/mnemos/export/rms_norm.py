@@ -1,0 +1,36 @@
+"""nn.RMSNorm in operators that every tracer knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def spelled_out(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's nn.RMSNorm layers compute with a mean and a square root; afterwards as before."""
+    kind = getattr(nn, "RMSNorm", None)
+    layers: list[Any] = [part for part in module.modules() if kind is not None and isinstance(part, kind)]
+    for layer in layers:
+        layer.forward = _forward(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _forward(layer: Any) -> Any:
+    axes = tuple(range(-len(layer.normalized_shape), 0))
+    epsilon = layer.eps if layer.eps is not None else torch.finfo(torch.float32).eps
+
+    def forward(x: Tensor) -> Tensor:
+        scaled = x * torch.rsqrt(x.pow(2).mean(axes, keepdim=True) + epsilon)
+        result: Tensor = scaled if layer.weight is None else scaled * layer.weight
+        return result
+
+    return forward

@@ -1,0 +1,114 @@
+"""TorchScript: for C++ programs and whatever loads with `torch.jit.load`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mnemos.errors import ConfigError, FormatError, shown
+from mnemos.export.comparison import Run, first_line
+from mnemos.export.example import Example, answer_of, example_of, flattened
+from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of
+
+METHODS = ("trace", "script")
+
+
+class TorchScriptExporter(ModelExporter):
+    """Exports a module to TorchScript, by recording a call (`trace`) or by compiling its source (`script`).
+
+        exporter = TorchScriptExporter(model)
+        exporter.export("model.pt", torch.randint(0, 100, (1, 10)), method="trace")
+        model = exporter.load_torchscript("model.pt")
+
+    PyTorch develops TorchScript no further; `ProgramExporter` writes its successor.
+    """
+
+    format = "TorchScript file"
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        dummy_input: Any = None,
+        method: Literal["trace", "script"] = "trace",
+        dynamic_axes: Mapping[str, Any] | None = None,
+    ) -> ExportReport:
+        """Writes the file.
+
+        dummy_input: as of `ONNXExporter.export`; script needs it only for the comparison. dynamic_axes: what varies in
+        the comparison. ConfigError: an argument that does not fit; ModelError: the module cannot be expressed, or
+        tracing froze a branch on data.
+        """
+        if method not in METHODS:
+            raise ConfigError(f"method is {shown(method)}; expected trace or script")
+        example = example_of(self.model, dummy_input, None, None, dynamic_axes)
+        outputs = outputs_of(self.model, example, None)
+        return self._export(
+            path,
+            example,
+            len(outputs),
+            lambda made: self._write(made, example, len(outputs), method),
+            lambda made: _running(load_torchscript(made), example),
+            {"method": method, "torch": torch.__version__},
+        )
+
+    def load_torchscript(self, path: str | os.PathLike[str]) -> torch.jit.ScriptModule:
+        """The module of a file, in evaluation mode on the CPU. FormatError: it is no TorchScript file."""
+        return load_torchscript(path)
+
+    def _write(self, made: Path, example: Example, outputs: int, method: str) -> list[str]:
+        if method == "script":
+            with _without_deprecation():
+                torch.jit.save(torch.jit.script(self.model), str(made))
+            return []
+        traced = tuple(example.traced().tensors.values())
+        answer: Any = answer_of(self.model, dict(zip(example.tensors, traced, strict=True)))
+        plain = len(answer) == 1 and self._returns_a_tensor(traced)
+        module = self.model if plain else FlatOutputs(self.model, tuple(example.tensors), outputs).eval()
+        with _without_deprecation():
+            trace: Any = torch.jit.trace
+            torch.jit.save(trace(module, traced, check_trace=False), str(made))
+        return (
+            [] if plain else [f"the file returns {'the tensor' if outputs == 1 else 'the tensors'} of the answer alone"]
+        )
+
+    def _returns_a_tensor(self, tensors: tuple[Tensor, ...]) -> bool:
+        try:
+            return isinstance(self.model(*tensors), Tensor)
+        except TypeError:  # keyword-only arguments
+            return False
+
+
+def load_torchscript(path: str | os.PathLike[str]) -> torch.jit.ScriptModule:
+    """The module of a file, in evaluation mode on the CPU. FormatError: it is no TorchScript file."""
+    if not Path(path).is_file():
+        raise FormatError(f"{path}: no such file; expected a TorchScript file")
+    try:
+        with _without_deprecation():
+            load: Any = torch.jit.load
+            module: torch.jit.ScriptModule = load(os.fspath(path), map_location="cpu").eval()
+            return module
+    except RuntimeError as error:
+        raise FormatError(f"{path}: not a TorchScript file: {first_line(error)}") from error
+
+
+def _running(module: torch.jit.ScriptModule, example: Example) -> Run:
+    def run(tensors: Mapping[str, Tensor]) -> list[Any]:
+        with torch.no_grad():
+            return [tensor.numpy() for _, tensor in flattened(module(*tensors.values()))]
+
+    return run
+
+
+@contextmanager
+def _without_deprecation() -> Iterator[None]:
+    """TorchScript's deprecation is said in the class's documentation, not once a call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
