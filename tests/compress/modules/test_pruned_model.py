@@ -14,6 +14,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from mnemos.compress.modules.masks import Pattern, fit_sparse, lowest  # noqa: E402
+from mnemos.compress.modules.own_text import own_text  # noqa: E402
 from mnemos.compress.modules.pruned_model import PrunedModel  # noqa: E402
 from mnemos.errors import ConfigError, ModelError  # noqa: E402
 from tests.models.foreign.foreign_modules import VOCABULARY, Plain  # noqa: E402
@@ -229,6 +230,20 @@ def broken() -> nn.Module:
     with torch.no_grad():
         model.layers[1].out.weight[3, 4] = torch.nan
     return model
+
+
+def test_own_text_is_of_the_models_tokens_whatever_other_tables_it_has() -> None:
+    class PositionsFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.tokens = nn.Embedding(500, 8), nn.Embedding(20, 8)
+            self.head = nn.Linear(8, 24)  # padded
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.tokens(ids) + self.positions.weight[: ids.shape[1]])
+
+    text = own_text(PositionsFirst())
+    assert text is not None and text.shape == (32, 64) and int(text.min()) >= 0 and int(text.max()) < 20
 
 
 @pytest.mark.parametrize(

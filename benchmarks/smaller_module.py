@@ -1,0 +1,261 @@
+"""A module made smaller in every way: its size, speed and accuracy, beside what the NOVA documents promise.
+
+    python benchmarks/smaller_module.py [--steps 1000] [--markdown FILE]
+
+Accuracy is that of a character model of 0.35 million weights on made text, trained first (about three minutes of one
+core with 1,000 steps): the share of characters that follow from the text and are predicted. Sizes and speeds are those
+of an untrained model of the same form, 6 layers of width 512, on one thread; the fastest of several runs counts, taken
+in turns. --markdown puts the table into FILE between the lines `<!-- smaller -->` and `<!-- /smaller -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnemos import PrunedModel, QuantizedModel, distill, student_of
+from mnemos.bench.results import insert_table
+
+ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789+=?:,"
+CONTEXT, BATCH = 64, 64
+NAMES = [
+    "ada",
+    "bob",
+    "cleo",
+    "dan",
+    "eve",
+    "finn",
+    "gus",
+    "hana",
+    "ivan",
+    "jill",
+    "kurt",
+    "lea",
+    "mona",
+    "ned",
+    "olga",
+    "pia",
+]
+PLACES = [
+    "attic",
+    "barn",
+    "cellar",
+    "den",
+    "field",
+    "garden",
+    "hall",
+    "inn",
+    "jail",
+    "kiosk",
+    "lodge",
+    "mill",
+    "nook",
+    "office",
+    "park",
+    "quay",
+]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.other_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time_, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(batch, time_, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.other_norm(x))))
+
+
+class CharModel(nn.Module):
+    """A decoder over characters."""
+
+    def __init__(self, width: int = 96, layers: int = 3, heads: int = 4, context: int = CONTEXT) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(len(ALPHABET), width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET))
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def line(rng: random.Random) -> tuple[str, str]:
+    """A line's beginning, and what follows from it: a sum, a copied word, a fact to know, or one just told."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        a, b = rng.randrange(20), rng.randrange(20)
+        return f"{a}+{b}=", str(a + b)
+    if kind == 1:
+        word = "".join(rng.choice(ALPHABET[2:28]) for _ in range(rng.randrange(3, 6)))
+        return f"say {word}: ", word
+    if kind == 2:
+        n, m = rng.randrange(16), rng.randrange(16)
+        return f"{NAMES[n]} and {NAMES[m]}? ", PLACES[(n * 7 + m * 5 + n * m) % 16]
+    (x, y), (p, q) = rng.sample(NAMES, 2), rng.sample(PLACES, 2)
+    who, where = rng.choice([(x, p), (y, q)])
+    return f"{x} in {p}, {y} in {q}: {who}? ", where
+
+
+def corpus(seed: int, characters: int) -> tuple[Tensor, Tensor]:
+    """(character ids, which of them follow from the text)."""
+    rng = random.Random(seed)
+    parts: list[str] = []
+    marks: list[bool] = []
+    while len(marks) < characters:
+        head, answer = line(rng)
+        parts.append(head + answer + "\n")
+        marks += [False] * len(head) + [True] * (len(answer) + 1)
+    return torch.tensor([ALPHABET.index(character) for character in "".join(parts)]), torch.tensor(marks)
+
+
+def windows(text: Tensor, seed: int) -> Iterator[Tensor]:
+    """Random batches of character ids (BATCH, CONTEXT), without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        at = torch.randint(0, len(text) - CONTEXT, (BATCH, 1), generator=generator) + torch.arange(CONTEXT)
+        yield text[at]
+
+
+def fit(model: nn.Module, text: Tensor, steps: int, rate: float, seed: int = 0) -> nn.Module:
+    """Trains on the text's characters."""
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01)
+    warm = max(steps // 10, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / warm) * (0.55 + 0.45 * math.cos(math.pi * s / steps))
+    )
+    for _, ids in zip(range(steps), windows(text, seed), strict=False):
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, text: Tensor, marks: Tensor) -> float:
+    """The share of marked characters, with at least half a context before them, that the model predicts."""
+    starts = torch.arange(0, len(text) - CONTEXT - 1, CONTEXT // 2)[:, None] + torch.arange(CONTEXT + 1)
+    hits = total = 0
+    for at in starts.split(BATCH):
+        hit = model(text[at][:, :-1]).argmax(-1) == text[at][:, 1:]
+        counted = marks[at][:, 1:].clone()
+        counted[:, : CONTEXT // 2] = False
+        hits, total = hits + int((hit & counted).sum()), total + int(counted.sum())
+    return hits / total
+
+
+@dataclass
+class Row:
+    """One way to make a module smaller, what the documents promise of it, and how it is done."""
+
+    name: str
+    promised: str
+    make: Callable[[nn.Module], nn.Module]
+    recover: Callable[[nn.Module], nn.Module] | None = None
+
+
+def bytes_of(model: nn.Module, scratch: Path) -> int:
+    """Of the module's file: a quantized one's own, else its parameters as they are."""
+    if isinstance(model, QuantizedModel):
+        model.save(scratch)
+        return sum(path.stat().st_size for path in ([scratch] if scratch.is_file() else scratch.rglob("*")))
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def seconds(models: list[nn.Module], tokens: int) -> list[float]:
+    """The fastest of several calls of each, taken in turns."""
+    ids = torch.randint(0, len(ALPHABET), (1, tokens), generator=torch.Generator().manual_seed(0))
+    best = [math.inf] * len(models)
+    with torch.inference_mode():
+        for _ in range(12):
+            for i, model in enumerate(models):
+                start = time.perf_counter()
+                model(ids)
+                best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000, help="of training the character model")
+    parser.add_argument("--markdown", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    text, _ = corpus(1, 1_000_000)
+    held_out = corpus(2, 25_000)
+    model = fit(CharModel(), text, arguments.steps, 2e-3)
+    given = [ids for _, ids in zip(range(4), windows(text, 7), strict=False)]
+    large = CharModel(512, 6, 8, 128).eval()
+    noise = [torch.randint(0, len(ALPHABET), (8, 64), generator=torch.Generator().manual_seed(1))]
+
+    def student(teacher: nn.Module) -> nn.Module:
+        return student_of(teacher, batches=given if teacher is model else noise)
+
+    def structured(share: float) -> Callable[[nn.Module], nn.Module]:
+        return lambda it: PrunedModel(it, share, "structured", batches=given if it is model else noise).model
+
+    def taught(small: nn.Module) -> nn.Module:
+        return distill(small, model, windows(text, 5), steps=200, learning_rate=1e-3).student.eval()
+
+    def masked(it: nn.Module) -> nn.Module:
+        return PrunedModel(it, 0.3, batches=given if it is model else noise).make_permanent()
+
+    rows = [
+        Row("8 bits", "4x, 2-3x, ~1%", lambda it: QuantizedModel(it, 8)),
+        Row("4 bits", "8x, -, 2-5%", lambda it: QuantizedModel(it, 4)),
+        Row("30% of the weights zero", "1.4x, 1.2x, ~2%", masked),
+        Row("30% of the neurons gone", "1.4x, 1.2x, ~2%", structured(0.3)),
+        Row("50% of the neurons gone", "-, 2-3x, -", structured(0.5), lambda it: fit(it, text, 100, 5e-4, 5)),
+        Row("student of half the size, distilled", "2x, 2x, ~5%", student, taught),
+    ]
+    full = accuracy(model, *held_out)
+    lines = [
+        "| | promised: smaller, faster, lost | smaller | faster, 1 token | 128 tokens | points lost | after training |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, row in enumerate(rows):
+            small, fast = row.make(model), row.make(copy.deepcopy(large)).eval()
+            size = bytes_of(large, Path(folder) / "x") / bytes_of(fast, Path(folder) / f"{number}")
+            speeds = [a / b for a, b in (seconds([large, fast], tokens) for tokens in (1, 128))]
+            lost = full - accuracy(small.eval(), *held_out)
+            after = "" if row.recover is None else f"{100 * (full - accuracy(row.recover(small), *held_out)):.2f}"
+            figures = (f"{size:.2f}x", *(f"{speed:.2f}x" for speed in speeds), f"{100 * lost:.2f}", after)
+            lines.append("| " + " | ".join((row.name, row.promised, *figures)) + " |")
+            print(lines[-1], flush=True)
+    print(f"float32: {100 * full:.2f}% right\n" + "\n".join(lines))
+    if arguments.markdown is not None:
+        insert_table(arguments.markdown, "smaller", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
