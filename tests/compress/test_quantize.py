@@ -13,7 +13,7 @@ from mnemos.compress.calibration import Calibration
 from mnemos.compress.evaluate import compare, cut
 from mnemos.compress.plan import override_of
 from mnemos.compress.quantize import Importance, quantize_file
-from mnemos.errors import CapacityError, ConfigError, FormatError, UnsupportedError
+from mnemos.errors import ConfigError, FormatError, UnsupportedError
 from mnemos.formats.blocks import encode
 from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.formats.gguf import GGUFFile
@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_no_file(source, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CapacityError, match="small.gguf: cannot be written whole: No space left"):
+    with pytest.raises(FormatError, match="small.gguf: cannot be written: No space left"):
         quantize_file(source, tmp_path / "small.gguf", "q4_0")
     assert os.listdir(tmp_path) == ["model.gguf"]
 
@@ -277,3 +277,40 @@ def test_moments_are_measured_in_groups_that_fit(tmp_path, monkeypatch):
         np.testing.assert_array_equal(calibration.full_moments(name, names).products, whole[name])
     assert len(runs) == 1 + 3
     assert calibration.full_moments("blk.2.attn_norm.weight", ["blk.2.attn_norm.weight"]) is None
+
+
+def test_a_folder_is_written_in_another_floating_point_type(tmp_path, capsys):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from tests.models.checkpoints import CONFIGS, build
+
+    folder, out = tmp_path / "model", tmp_path / "half"
+    reference = build(CONFIGS["qwen2"](), folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert main(["quantize", str(folder), "--type", "bf16", "--out", str(out)]) == 0
+    assert "F32 -> BF16" in capsys.readouterr().out
+    assert (out / "tokenizer.json").read_text() == "{}"
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert str(model.dtype) == "torch.bfloat16"
+    for name, parameter in reference.module.named_parameters():
+        assert (model.get_parameter(name) == parameter.bfloat16()).all(), name
+    assert sorted(os.listdir(tmp_path)) == ["half", "model"]
+
+
+@pytest.mark.parametrize(
+    "source, type_, problem",
+    [
+        ("model", "q4_0", "a folder of safetensors holds f32, f16, bf16: give --out a name that ends in .gguf"),
+        ("model.gguf", "f16", "is no Hugging Face folder"),
+        ("model", "f16", "which exists"),
+    ],
+)
+def test_folders_that_cannot_be_written_are_refused(source, type_, problem, tmp_path, capsys):
+    pytest.importorskip("torch")
+    from tests.models.checkpoints import CONFIGS, build
+
+    build(CONFIGS["llama"](), tmp_path / "model")
+    write(tmp_path / "model.gguf", weights())
+    out = tmp_path / ("model" if "exists" in problem else "half")
+    assert main(["quantize", str(tmp_path / source), "--type", type_, "--out", str(out)]) == 2
+    assert problem in capsys.readouterr().err

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a known name, hf:org/name[:file], a .gguf file or a folder")
     parser.add_argument("--type", metavar="TYPE", help=f"{', '.join(MIXES)}")
-    parser.add_argument("--out", metavar="FILE", help="the GGUF file to write")
+    parser.add_argument(
+        "--out", metavar="FILE", help="the .gguf file to write, or a folder for safetensors (f32, f16, bf16)"
+    )
     parser.add_argument("--calibrate", metavar="TEXT", help="a text file on which the weights' importance is measured")
     parser.add_argument(
         "--search", action="store_true", help="with --calibrate: search codes that lose less, at the same size"
@@ -98,6 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
         source = resolve(arguments.model, progress)
     if arguments.dry_run:
         return _show_plan(source, arguments, overrides)
+    if not arguments.out.endswith(".gguf"):
+        return _convert(source, arguments)
     calibration = _calibration(source, arguments)
     importance = _importance(calibration, arguments)
     from mnemos.compress.quantize import quantize_file
@@ -122,6 +126,18 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print("\n".join(table(result.rows)))
     print(f"{arguments.out} written in {time.monotonic() - began:.1f} s")
+    return 0
+
+
+def _convert(source: Path, arguments: argparse.Namespace) -> int:
+    from mnemos.compress.safetensors import convert_folder
+
+    for option in ("size", "loss", "calibrate", "imatrix", "tensor"):
+        if getattr(arguments, option):
+            raise ConfigError(f"--{option} is for GGUF files; give --out a name that ends in .gguf")
+    with ProgressBar(arguments.model, unit="weights") as progress:
+        result = convert_folder(source, Path(arguments.out), arguments.type.lower(), progress=progress)
+    print("\n".join(table(result.rows)))
     return 0
 
 

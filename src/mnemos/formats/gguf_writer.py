@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos.errors import ConfigError
-from mnemos.formats.atomic import replacing
 from mnemos.formats.gguf import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS
 from mnemos.formats.string_array import StringArray
 from mnemos.formats.tensor_types import TensorType
+from mnemos.formats.whole_file import replacing
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -4,40 +4,55 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-from mnemos.errors import FormatError
+from mnemos.errors import FormatError, MnemosError
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any], size: int) -> None:
-    """Calls `write` with a file beside `path`, which takes that name when it is complete and on the disk.
+@contextmanager
+def replacing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
+    """A new file beside `path`, open for writing and reading, that takes its place when the block ends.
 
-    size: about how many bytes it needs, for the message. FormatError: it cannot be written; then nothing has changed.
+    If the block raises, nothing is left and a file that was there before stays. FormatError if it cannot be written,
+    for example because the disk is full; `size` is the bytes that it needs, for that error.
     """
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-            try:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-                os.chmod(file.name, 0o666 & ~_umask())
-                os.replace(file.name, path)
-            except BaseException:
-                file.close()
-                os.unlink(file.name)
-                raise
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
-        raise FormatError(
-            f"{path}: cannot be written: {error.strerror or error}; it needs {size / 1e6:.1f} MB in a folder that can "
-            "be written to"
-        ) from error
+        raise _explained(path, size, error) from error
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and not isinstance(error, MnemosError):
+            raise _explained(path, size, error) from error
+        raise
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any], size: int) -> None:
+    """Calls `write` with the file of `replacing`."""
+    with replacing(path, size) as file:
+        write(file)
+
+
+def _explained(path: Path, size: int, error: OSError) -> MnemosError:
+    needs = f"{size / 1e6:.1f} MB in " if size else ""
+    problem = error.strerror or error
+    return FormatError(
+        f"{path}: cannot be written: {problem}; it needs {needs}a folder with room that can be written to"
+    )
 
 
 def _umask() -> int:
-    """The process's, which temporary files ignore."""
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

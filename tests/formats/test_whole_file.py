@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from mnemos.errors import CapacityError, FormatError
-from mnemos.formats.atomic import replacing
+from mnemos.errors import FormatError
+from mnemos.formats.whole_file import replacing
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -36,8 +36,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    problem = "model.gguf: cannot be written whole: No space left on device"
-    with pytest.raises(CapacityError, match=problem), replacing(tmp_path / "model.gguf") as file:
+    problem = "model.gguf: cannot be written: No space left on device; it needs 3.0 MB in a folder with room"
+    with pytest.raises(FormatError, match=problem), replacing(tmp_path / "model.gguf", 3_000_000) as file:
         file.write(b"data")
     assert not os.listdir(tmp_path)
 

@@ -1,0 +1,93 @@
+"""A Hugging Face folder with its weights in another floating-point type."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from mnemos.compress.plan import Row
+from mnemos.compress.quantize import Bytes, Quantized, Unfit, encoded
+from mnemos.errors import ConfigError, FormatError
+from mnemos.formats.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from mnemos.formats.safetensors import SINGLE_NAME
+from mnemos.formats.safetensors_writer import Entry, write_safetensors
+from mnemos.formats.tensor import Tensor
+from mnemos.formats.tensor_types import TensorType
+from mnemos.hub.cache import Progress
+
+TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # names in config.json
+_FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16, TensorType.F64)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+def convert_folder(source: Path, out: Path, type: str, *, progress: Progress | None = None) -> Quantized:
+    """Writes the folder `out`: the model of the Hugging Face folder `source` in "f32", "f16" or "bf16".
+
+    The other files (config, tokenizer, templates) are copied; the config names the new type. `out` must not exist, and
+    appears when it is whole. ConfigError for another type or a GGUF file; FormatError for a value that the type cannot
+    hold, by its tensor's name.
+    """
+    if type not in TYPES:
+        raise ConfigError(
+            f"type is {type!r}; a folder of safetensors holds {', '.join(TYPES)}: give --out a name that ends in .gguf"
+        )
+    checkpoint = open_checkpoint(source)
+    if checkpoint.kind != "huggingface" or not source.is_dir():
+        raise ConfigError(f"{source}: is no Hugging Face folder; give --out a name that ends in .gguf")
+    if out.exists():
+        raise ConfigError(f"out is {str(out)!r}, which exists; give a folder that does not")
+    chosen = TensorType[type.upper()]
+    rows = [
+        Row(name, t.shape, t.type, chosen if t.type in _FLOATS else t.type) for name, t in checkpoint.tensors.items()
+    ]
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    except OSError as error:
+        raise FormatError(f"{out}: cannot be written: {error.strerror}; give a folder that can be") from error
+    try:
+        _copy_others(checkpoint, source, work, TYPES[type])
+        _write(checkpoint, rows, work / SINGLE_NAME, progress)
+        os.chmod(work, 0o755)
+        os.replace(work, out)
+    except OSError as error:
+        raise FormatError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(work)
+    return Quantized(out, type, rows)
+
+
+def _copy_others(checkpoint: Checkpoint, source: Path, work: Path, dtype: str) -> None:
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name != CONFIG_NAME and not file.name.endswith(_WEIGHTS):
+            shutil.copyfile(file, work / file.name)
+    config = dict(checkpoint.metadata)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(checkpoint: Checkpoint, rows: list[Row], path: Path, progress: Progress | None) -> None:
+    total, done = sum(tensor.size for tensor in checkpoint.tensors.values()), 0
+
+    def pieces(tensor: Tensor, row: Row) -> Iterator[Bytes]:
+        nonlocal done
+        if progress is not None:
+            progress("converting", done, total)
+        try:
+            yield from encoded(tensor, row.type, None) if row.changes else [tensor.data]
+        except Unfit as error:
+            raise FormatError(f"{row.name}: {error}") from None
+        done += tensor.size
+
+    entries = {}
+    for row in rows:
+        tensor = checkpoint.tensors[row.name]
+        entries[row.name] = Entry(row.type.name, row.shape, lambda t=tensor, r=row: pieces(t, r))  # type: ignore[misc]
+    write_safetensors(path, entries, {"format": "pt"})
+    if progress is not None:
+        progress("converting", total, total)
