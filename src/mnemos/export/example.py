@@ -16,6 +16,9 @@ from mnemos.models.foreign.signature import POSITION_NAMES, unwrap
 Axes = dict[str, dict[int, str]]  # the names of the axes whose sizes vary, by input
 KINDS = ("random", "smallest", "largest", "other")  # of values that a file is tried on
 _SIZES = ((1, 1), (1, 5), (2, 6), (3, 11), (2, 3), (1, 17))  # batch, and every other axis
+_PASTS = (0, 4, 20)  # positions in a cache, tried in turn
+PAST = "past"
+SUM = " + "  # an axis may be named as the sum of others
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class Example:
 
     @property
     def axis_names(self) -> list[str]:
-        """The varying axes in the order in which they first occur."""
-        return list(dict.fromkeys(name for axes in self.axes.values() for name in axes.values()))
+        """The varying axes in the order in which they first occur, without the sums of others."""
+        names = dict.fromkeys(name for axes in self.axes.values() for name in axes.values())
+        return [name for name in names if SUM not in name]
 
     def traced(self) -> Example:
         """With sizes that are neither 0 nor 1 and differ, so that a tracer takes none for a constant."""
@@ -55,6 +59,8 @@ class Example:
             sizes = {}
             for index, name in enumerate(self.axis_names):
                 sizes[name] = batch if index == 0 else other + index - 1
+                if name == PAST:
+                    sizes[name] = _PASTS[number % len(_PASTS)]
             for kind in KINDS:
                 yield sizes, kind, self.values(sizes, kind, number + 1)
 
@@ -65,7 +71,7 @@ class Example:
         for name, tensor in self.tensors.items():
             shape = list(tensor.shape)
             for axis, label in self.axes.get(name, {}).items():
-                shape[axis] = sizes[label]
+                shape[axis] = sum(sizes[part] for part in label.split(SUM))
             found[name] = self._tensor(name, tensor, shape, kind, generator)
         return found
 
@@ -84,7 +90,12 @@ class Example:
         return torch.randint(0, bound, tuple(shape), generator=generator).to(like.dtype)
 
     def _sizes_of(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-        return {label: tensors[name].shape[axis] for name, axes in self.axes.items() for axis, label in axes.items()}
+        return {
+            label: tensors[name].shape[axis]
+            for name, axes in self.axes.items()
+            for axis, label in axes.items()
+            if SUM not in label
+        }
 
 
 def example_of(
@@ -113,11 +124,12 @@ def example_of(
 def _tensors(module: nn.Module, dummy_input: Any) -> dict[str, Tensor]:
     parameters = inspect.signature(unwrap(module).forward).parameters.values()
     named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    more = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
     if dummy_input is None:
         dummy_input = torch.ones((2, 6), dtype=torch.int64)
     if isinstance(dummy_input, Mapping):
         unknown = [name for name in dummy_input if name not in named]
-        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        if unknown and not more:
             raise ConfigError(f"dummy_input has {shown(unknown[0])}; forward takes {', '.join(named)}")
         given = {str(name): value for name, value in dummy_input.items()}
     else:
@@ -194,6 +206,8 @@ def answer_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[st
     parameters = inspect.signature(unwrap(module).forward).parameters
     if "use_cache" in parameters and "use_cache" not in given:
         given["use_cache"] = False
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):  # what has no name of its own follows in order
+        return list(flattened(module(*given.values())))
     positional = [
         given.pop(p.name)
         for p in parameters.values()

@@ -13,7 +13,7 @@ import torch
 from mnemos.compress.modules.batches import evaluating
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError, shown
 from mnemos.export.comparison import Run, compare, first_line
-from mnemos.export.example import Example, example_of
+from mnemos.export.example import SUM, Example, example_of
 from mnemos.export.exporter import TOLERANCE, ExportReport, FlatOutputs, ModelExporter, outputs_of, parameter_bytes
 from mnemos.export.rms_norm import spelled_out
 
@@ -91,7 +91,10 @@ class ONNXExporter(ModelExporter):
         notes = []
         if opset >= _FIRST_OF_DYNAMO:
             large = parameter_bytes(self.model) > _LARGEST_FILE
-            shapes = tuple(example.axes.get(name) or None for name in example.tensors)
+            shapes = tuple(
+                {axis: "total" if SUM in label else label for axis, label in example.axes.get(name, {}).items()} or None
+                for name in example.tensors
+            )
             program: Any = torch.onnx.export(
                 wrapper, arguments, dynamo=True, verbose=False, optimize=False,
                 dynamic_shapes=(shapes,) if example.axes else None, **options,

@@ -1,0 +1,59 @@
+"""`mnemos export`: a model in other runtimes' formats."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mnemos.cli.terminal import ProgressBar
+
+if TYPE_CHECKING:
+    from mnemos.export.exporter import ExportReport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "mnemos export MODEL --to FORMAT[,FORMAT] --out FOLDER [options]"
+    parser.add_argument("model", metavar="MODEL", help="a known name, a .gguf file, or a Hugging Face folder")
+    parser.add_argument("--to", required=True, metavar="FORMAT[,FORMAT]", help="what to write; see below")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write to")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.epilog = (
+        "formats: onnx (with a cache), onnx-no-cache, torchscript, pt2 (of torch.export), aoti (machine code)\n"
+        "Each file is run on several sizes and values and compared with the model in float32 before it is kept.\n\n"
+        "examples:\n"
+        "  mnemos export smollm2-135m --to onnx --out exported\n"
+        "  mnemos export model/ --to onnx,pt2 --out exported --overwrite"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from mnemos.export.formats import export_model
+    from mnemos.hub.sources import resolve
+
+    with ProgressBar(arguments.model) as progress:
+        source = resolve(arguments.model, progress)
+    began = time.perf_counter()
+
+    def begun(name: str) -> None:
+        print(f"{time.perf_counter() - began:5.0f} s  writing {name} and comparing it", file=sys.stderr)
+
+    names = [name.strip() for name in arguments.to.split(",") if name.strip()]
+    reports = export_model(source, names, Path(arguments.out), overwrite=arguments.overwrite, begun=begun)
+    print(_table(reports))
+    return 0
+
+
+def _table(reports: dict[str, ExportReport]) -> str:
+    rows = [("format", "file", "MB", "error", "inputs", "to PyTorch")]
+    for name, report in reports.items():
+        speed = ", ".join(f"{ratio:.2f} x at {size}" for size, ratio in report.speed.items())
+        rows.append(
+            (name, str(report.path), f"{report.bytes / 1e6:.1f}", f"{report.error:.1e}", str(report.inputs), speed)
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

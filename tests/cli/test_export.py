@@ -1,0 +1,36 @@
+"""`mnemos export`, from a small folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from mnemos.cli.main import main
+from tests.models.checkpoints import CONFIGS, build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(CONFIGS["llama"](), tmp_path_factory.mktemp("model")).folder
+
+
+def test_a_table_says_what_was_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(folder), "--to", "torchscript,pt2", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["format", "torchscript", "pt2"]
+    assert "writing pt2 and comparing it" in shown.err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt", "model.pt2"]
+
+
+def test_files_that_exist_and_formats_that_do_not_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.pt").write_text("mine")
+    assert main(["export", str(folder), "--to", "torchscript", "--out", str(tmp_path)]) != 0
+    assert "model.pt exists; choose another folder, or replace it with --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "model.pt").read_text() == "mine"
+    assert main(["export", str(folder), "--to", "onxx", "--out", str(tmp_path)]) != 0
+    assert "--to is 'onxx'; expected some of onnx" in capsys.readouterr().err
