@@ -21,6 +21,7 @@ from mnemos.export.example import Example, answer_of
 Arrays = list[npt.NDArray[Any]]
 Run = Callable[[Mapping[str, Tensor]], Arrays]  # forward's tensors -> the results of the file
 _FEWEST_SHAPES = 3
+_ROUNDING = 1e-3  # a smaller difference may be float32's
 _LEAST_SECONDS = 0.15  # that each side is timed for
 
 
@@ -67,8 +68,7 @@ def compare(module: nn.Module, run: Run, example: Example, outputs: int, toleran
         if not difference <= tolerance:
             raise ModelError(
                 f"the {what} of {type(module).__name__} differs from the module by {difference:.3g} at {label} "
-                f"({kind} values), more than {tolerance:.0e} of the largest value; a branch that depends on the data "
-                "or a size is the usual cause: express it with torch.where, or export with another method"
+                f"({kind} values), more than {tolerance:.0e} of the largest value; {_advice(difference)}"
             )
         worst = max(worst, difference)
         shapes[label] = None
@@ -79,6 +79,15 @@ def compare(module: nn.Module, run: Run, example: Example, outputs: int, toleran
             f"compare the {what}; name the axes that vary in dynamic_axes"
         )
     return Compared(worst, tuple(shapes), inputs, tuple(left_out))
+
+
+def _advice(difference: float) -> str:
+    if difference < _ROUNDING:
+        return "so little may be rounding, which grows with the layers: give the exporter a larger tolerance"
+    return (
+        "a branch that depends on the data or a size is the usual cause: express it with torch.where, or export with "
+        "another method"
+    )
 
 
 def _difference(found: Sequence[Any], expected: Sequence[Tensor], where: str) -> float:

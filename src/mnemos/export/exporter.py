@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import evaluating
 from mnemos.compress.modules.quantized_model import QuantizedModel
-from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError, ModelError
+from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError, ModelError, shown
 from mnemos.export.comparison import Run, compare, first_line, speed_ratios
 from mnemos.export.example import Example, answer_of
 
@@ -86,12 +86,16 @@ class ModelExporter:
 
     format = ""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tolerance: float = TOLERANCE) -> None:
+        """tolerance: the largest difference from the module that a file may have, over the largest value."""
         if isinstance(model, QuantizedModel):
             model = model.dequantize()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
         self.model = model
+        if not 0 <= tolerance < 1:
+            raise ConfigError(f"tolerance is {shown(tolerance)}; expected a number from 0 to 1, such as 1e-5")
+        self.tolerance = tolerance
         self.report: ExportReport | None = None
 
     def _export(
@@ -102,7 +106,6 @@ class ModelExporter:
         write: Callable[[Path], list[str]],
         load: Callable[[Path], Run],
         versions: dict[str, str],
-        tolerance: float = TOLERANCE,
     ) -> ExportReport:
         """Writes by `write` (which returns notes), compares what `load` runs, and moves the result to `path`.
 
@@ -122,7 +125,7 @@ class ModelExporter:
             with evaluating(self.model), _plain_attention():
                 notes = self._written(target, made, write)
                 run = load(made)
-                found = compare(self.model, run, example, outputs, tolerance, self.format)
+                found = compare(self.model, run, example, outputs, self.tolerance, self.format)
                 speed = speed_ratios(self.model, run, example)
             if found.left_out:
                 notes.append(f"the module itself does not take {'; '.join(found.left_out)}")

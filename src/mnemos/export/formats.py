@@ -16,6 +16,7 @@ from mnemos.export.torch_form import TorchForm, WithCache, cache_example
 from mnemos.export.torchscript import TorchScriptExporter
 from mnemos.formats.checkpoint import open_checkpoint
 
+TOLERANCE = 5e-5  # of the largest logit: float32's rounding through some tens of layers
 EXAMPLE = torch.tensor([[1, 2, 3, 4]])
 
 
@@ -31,21 +32,25 @@ class Format:
 FORMATS = {
     "onnx": Format(
         "model.onnx",
-        lambda form, path: ONNXExporter(WithCache(form)).export(path, *cache_example(form)),
+        lambda form, path: ONNXExporter(WithCache(form), TOLERANCE).export(path, *cache_example(form)),
         "ONNX with a cache: input_ids, attention_mask and past_key_values.N.key/value",
     ),
     "onnx-no-cache": Format(
-        "model-no-cache.onnx", lambda form, path: ONNXExporter(form).export(path, EXAMPLE), "ONNX: token ids to logits"
+        "model-no-cache.onnx",
+        lambda form, path: ONNXExporter(form, TOLERANCE).export(path, EXAMPLE),
+        "ONNX: token ids to logits",
     ),
     "torchscript": Format(
-        "model.pt", lambda form, path: TorchScriptExporter(form).export(path, EXAMPLE), "TorchScript, traced"
+        "model.pt", lambda form, path: TorchScriptExporter(form, TOLERANCE).export(path, EXAMPLE), "TorchScript, traced"
     ),
     "pt2": Format(
-        "model.pt2", lambda form, path: ProgramExporter(form).export(path, EXAMPLE), "a program of torch.export"
+        "model.pt2",
+        lambda form, path: ProgramExporter(form, TOLERANCE).export(path, EXAMPLE),
+        "a program of torch.export",
     ),
     "aoti": Format(
         "model-compiled.pt2",
-        lambda form, path: ProgramExporter(form).export(path, EXAMPLE, compile=True),
+        lambda form, path: ProgramExporter(form, TOLERANCE).export(path, EXAMPLE, compile=True),
         "machine code by AOTInductor",
     ),
 }

@@ -14,7 +14,7 @@ from mnemos.compress.modules.batches import evaluating
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError, shown
 from mnemos.export.comparison import Run, compare, first_line
 from mnemos.export.example import SUM, Example, example_of
-from mnemos.export.exporter import TOLERANCE, ExportReport, FlatOutputs, ModelExporter, outputs_of, parameter_bytes
+from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of, parameter_bytes
 from mnemos.export.rms_norm import spelled_out
 
 DEFAULT_OPSET = 20
@@ -80,7 +80,7 @@ class ONNXExporter(ModelExporter):
         example = example_of(self.model, dummy_input, labels, None, axes)
         outputs = len(session.get_outputs())
         with evaluating(self.model):
-            return compare(self.model, _running(session, example), example, outputs, TOLERANCE, self.format).error
+            return compare(self.model, _running(session, example), example, outputs, self.tolerance, self.format).error
 
     def _write(self, made: Path, example: Example, outputs: tuple[str, ...], opset: int) -> list[str]:
         traced = example.traced()
