@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,13 +26,14 @@ class Example:
     """Tensors for a module's forward, by the names of its parameters and in their order.
 
     names: what each is called in the file; axes: of these names; bounds: one more than the largest value of an input
-    of integers.
+    of integers; plausible: makes values out of drawn ones that the module can meet, where they depend on each other.
     """
 
     tensors: dict[str, Tensor]
     names: dict[str, str]
     axes: Axes
     bounds: dict[str, int]
+    plausible: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     @property
     def axis_names(self) -> list[str]:
@@ -50,7 +51,7 @@ class Example:
                 size += 1
             taken.add(size)
             sizes[name] = size
-        return Example(self.values(sizes, "random", 0), self.names, self.axes, self.bounds)
+        return replace(self, tensors=self.values(sizes, "random", 0))
 
     def others(self) -> Iterator[tuple[dict[str, int], str, dict[str, Tensor]]]:
         """(sizes of the varying axes, kind of values, tensors): the example itself first, then each size and kind."""
@@ -73,7 +74,7 @@ class Example:
             for axis, label in self.axes.get(name, {}).items():
                 shape[axis] = sum(sizes[part] for part in label.split(SUM))
             found[name] = self._tensor(name, tensor, shape, kind, generator)
-        return found
+        return found if self.plausible is None else self.plausible(found)
 
     def _tensor(self, name: str, like: Tensor, shape: Sequence[int], kind: str, generator: torch.Generator) -> Tensor:
         if "mask" in name or like.dtype == torch.bool:
@@ -118,7 +119,7 @@ def example_of(
         )
     names = dict(zip(tensors, input_names if input_names is not None else tensors, strict=True))
     axes = _default_axes(tensors) if dynamic_axes is None else _axes(dynamic_axes, tensors, names, output_names or ())
-    return Example(tensors, names, axes, _bounds(module, tensors))
+    return Example(tensors, names, axes, _bounds(module, tensors), getattr(module, "plausible", None))
 
 
 def _tensors(module: nn.Module, dummy_input: Any) -> dict[str, Tensor]:

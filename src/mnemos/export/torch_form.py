@@ -76,6 +76,19 @@ class WithCache(nn.Module):
         logits, present = self.form.continued(input_ids, attention_mask, pairs)
         return logits, *(side for pair in present for side in pair)
 
+    def plausible(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same with keys and values of a text before, which random numbers are nothing like."""
+        batch, time = tensors["input_ids"].shape
+        before = tensors["attention_mask"].shape[1] - time
+        if not before:
+            return tensors
+        generator = torch.Generator().manual_seed(before)
+        ids = torch.randint(0, self.form.spec.vocabulary_size, (batch, before), generator=generator)
+        with torch.no_grad():
+            _, past = self.form.continued(ids, None, ())
+        names = [name for name in tensors if name not in ("input_ids", "attention_mask")]
+        return {**tensors, **dict(zip(names, (side for pair in past for side in pair), strict=True))}
+
 
 def cache_example(form: TorchForm) -> tuple[dict[str, Tensor], None, list[str], dict[str, dict[int, str]]]:
     """What `ONNXExporter.export` takes for a `WithCache`: inputs, no other names, outputs, axes.
