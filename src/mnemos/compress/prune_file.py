@@ -145,7 +145,7 @@ def _shrink(
     reader = tensors[group.reader]
     units = Units(group.reader, group.size, group.count, {})
     count = kept_count(units, share)
-    second = torch.from_numpy(measured.products)
+    second = torch.from_numpy(measured.products.mean(axis=0))  # of all equal parts of the rows; here there is one
     inputs = Inputs(torch.zeros(len(second)), second, measured.tokens)
     kept, fitted, _ = choose_and_fit(torch.from_numpy(reader.dequantize()), inputs, units, count, has_bias=False)
     index: npt.NDArray[np.intp] = kept.numpy().nonzero()[0]

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from mnemos.formats.whole_file import replacing
 
 _ALIGNMENT = 64  # of the first tensor's bytes in the file
-_WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+           "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 
 Bytes = npt.NDArray[np.uint8]
 
