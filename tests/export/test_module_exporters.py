@@ -95,6 +95,13 @@ def test_an_onnx_file_has_the_opset_asked_for_one_copy_of_tied_weights_and_named
     assert exporter.verify(tmp_path / "model.onnx", IDS) <= 1e-5
 
 
+def test_running_statistics_stay_as_they_were(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    TorchScriptExporter(module).export(tmp_path / "model.pt", torch.randn(3, 4))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 def test_a_file_of_another_model_does_not_pass_verification(module: Tied, tmp_path: Path) -> None:
     exporter = onnx(module)
     exporter.export(tmp_path / "model.onnx", IDS)

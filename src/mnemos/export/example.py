@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnemos.compress.modules.batches import evaluating
 from mnemos.errors import ConfigError, shown
 from mnemos.models.foreign.signature import POSITION_NAMES, unwrap
 
@@ -189,7 +190,8 @@ def _bounds(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         if isinstance(part, nn.Embedding)
     ]
     try:
-        answer_of(module, tensors)
+        with evaluating(module):  # in training mode a call would change running statistics
+            answer_of(module, tensors)
     finally:
         for handle in handles:
             handle.remove()

@@ -153,11 +153,7 @@ class ModelExporter:
             raise ModelError(
                 f"{type(self.model).__name__} cannot be exported to {self.format}: {first_line(error)}"
             ) from error
-        frozen = {
-            first_line(Warning(w.message)).partition(": ")[2]
-            for w in caught
-            if "TracerWarning" in type(w.message).__name__
-        }
+        frozen = {str(w.message).strip().split("\n")[0] for w in caught if "TracerWarning" in type(w.message).__name__}
         return notes + [f"tracing took a value for a constant: {text}" for text in sorted(frozen)[:3]]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mnemos.errors import ConfigError, FormatError, shown
 from mnemos.export.comparison import Run, first_line
-from mnemos.export.example import Example, answer_of, example_of, flattened
+from mnemos.export.example import Example, example_of, flattened
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of
 
 METHODS = ("trace", "script")
@@ -68,8 +68,7 @@ class TorchScriptExporter(ModelExporter):
                 torch.jit.save(torch.jit.script(self.model), str(made))
             return []
         traced = tuple(example.traced().tensors.values())
-        answer: Any = answer_of(self.model, dict(zip(example.tensors, traced, strict=True)))
-        plain = len(answer) == 1 and self._returns_a_tensor(traced)
+        plain = outputs == 1 and self._returns_a_tensor(traced)
         module = self.model if plain else FlatOutputs(self.model, tuple(example.tensors), outputs).eval()
         with _without_deprecation():
             trace: Any = torch.jit.trace
