@@ -21,16 +21,12 @@ from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
 from mnemos.formats.gguf import GGUFFile
 from mnemos.formats.gguf_writer import RawValue, writing_gguf
 from mnemos.formats.quants import dequantize
-from mnemos.formats.safetensors import INDEX_NAME, SINGLE_NAME
+from mnemos.formats.safetensors import INDEX_NAME, SINGLE_NAME, TYPE_NAMES
 from mnemos.formats.safetensors_writer import Entry, write_safetensors
 from mnemos.formats.tensor_types import TensorType
 from mnemos.models.adapted import MERGED_TYPE, WeightChanges
 
 Progress = Callable[[str, int, int], None]
-TYPE_NAMES = {
-    TensorType.F32: "F32", TensorType.F16: "F16", TensorType.BF16: "BF16", TensorType.F64: "F64",
-    TensorType.I8: "I8", TensorType.I16: "I16", TensorType.I32: "I32", TensorType.I64: "I64", TensorType.U8: "U8",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

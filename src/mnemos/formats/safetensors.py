@@ -37,6 +37,7 @@ _TYPES = {
     "U8": TensorType.U8,
     "BOOL": TensorType.U8,
 }
+TYPE_NAMES = {type_: name for name, type_ in _TYPES.items() if name != "BOOL"}  # what a type is called in a file
 
 
 def open_safetensors(path: str | Path) -> dict[str, Tensor]:
