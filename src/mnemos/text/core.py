@@ -47,10 +47,10 @@ class SentencePieceSpelling:
     """U+2581 is a space and, with byte_fallback, <0x0A> a byte that is not a character on its own."""
 
     def __init__(self, byte_fallback: bool = True) -> None:
-        self._byte_fallback = byte_fallback
+        self.byte_fallback = byte_fallback
 
     def token_bytes(self, text: str) -> bytes:
-        byte = parse_byte_token(text) if self._byte_fallback else None
+        byte = parse_byte_token(text) if self.byte_fallback else None
         return text.replace("\u2581", " ").encode() if byte is None else bytes((byte,))
 
 

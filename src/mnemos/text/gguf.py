@@ -6,11 +6,11 @@ SentencePiece either merges neighbours by score (`llama`) or finds a text's most
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mnemos.errors import FormatError, UnsupportedError
-from mnemos.text.core import ByteLevelSpelling, SentencePieceSpelling, Spelling, TokenizerCore
+from mnemos.text.core import ByteLevelSpelling, SentencePieceSpelling, TokenizerCore
 from mnemos.text.encoder import AddedToken, Encoder, Pipeline, Step, compile_encoder
 from mnemos.text.gguf_models import MergedModel, Model, ScoredModel, UnigramModel
 from mnemos.text.library import require_tokenizers, wrap_model
@@ -31,14 +31,66 @@ def model_name(metadata: Mapping[str, Any], label: str) -> str:
     return name
 
 
-def build_core(metadata: Mapping[str, Any], label: str) -> TokenizerCore:
-    """The tokenizer that a GGUF file's metadata describes; `label` is the file, for errors."""
+@dataclass(frozen=True)
+class Description:
+    """A tokenizer as the metadata describes it, before anything is compiled.
+
+    vocabulary  with the types corrected (`mark_special_tokens`)
+    pipeline    what surrounds the model; special tokens around a text are the fields `prefix_ids` and `suffix_ids`
+    adds_space  encoding puts a space before a text, which decoding takes away
+    """
+
+    vocabulary: Vocabulary
+    model: Model
+    spelling: ByteLevelSpelling | SentencePieceSpelling
+    pipeline: Pipeline
+    adds_space: bool
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    bos_id: int | None
+    eos_id: int | None
+    unknown_id: int | None
+    eos_ids: frozenset[int]
+
+    @property
+    def pad_id(self) -> int | None:
+        """The token that fills a batch's shorter rows."""
+        return self.vocabulary.special_id("padding_token_id")
+
+
+def describe(metadata: Mapping[str, Any], label: str) -> Description:
+    """The tokenizer in a GGUF file's metadata; `label` is the file, for errors (FormatError, UnsupportedError)."""
     name = model_name(metadata, label)
     if name == "llama":
-        return _sentencepiece_core(read_vocabulary(metadata, label))
+        return _sentencepiece(read_vocabulary(metadata, label))
     if name == "t5":
-        return _unigram_core(read_vocabulary(metadata, label))
-    return _bpe_core(read_vocabulary(metadata, label), _pre_tokenizer(metadata, label))
+        return _unigram(read_vocabulary(metadata, label))
+    return _bpe(read_vocabulary(metadata, label), _pre_tokenizer(metadata, label))
+
+
+def build_core(metadata: Mapping[str, Any], label: str) -> TokenizerCore:
+    """The tokenizer that a GGUF file's metadata describes, ready for work. Errors: as `describe`."""
+    found = describe(metadata, label)
+    vocabulary = found.vocabulary
+    special = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
+    return TokenizerCore(
+        label=label,
+        texts=vocabulary.texts,
+        spelling=found.spelling,
+        literal_ids=frozenset((*special, *vocabulary.of_type(TokenType.USER_DEFINED))),
+        silent_ids=frozenset(vocabulary.of_type(TokenType.UNUSED, TokenType.UNDEFINED)),
+        special_ids=frozenset(special),
+        strips_space=found.adds_space,
+        encoder=_encoder(found.model, found.pipeline),
+        find=vocabulary.ids.get,
+        prefix_ids=found.prefix_ids,
+        suffix_ids=found.suffix_ids,
+        bos_id=found.bos_id,
+        eos_id=found.eos_id,
+        pad_id=found.pad_id,
+        unknown_id=found.unknown_id,
+        eos_ids=found.eos_ids,
+    )
 
 
 def _pre_tokenizer(metadata: Mapping[str, Any], label: str) -> PreTokenizer:
@@ -48,7 +100,7 @@ def _pre_tokenizer(metadata: Mapping[str, Any], label: str) -> PreTokenizer:
     return find_pre_tokenizer(pre, label)
 
 
-def _bpe_core(vocabulary: Vocabulary, pre: PreTokenizer) -> TokenizerCore:
+def _bpe(vocabulary: Vocabulary, pre: PreTokenizer) -> Description:
     steps: list[Step] = [_split(pattern) for pattern in pre.patterns]
     if pre.byte_level:
         steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
@@ -71,7 +123,7 @@ def _replace(pattern: Step, content: str) -> Step:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def _sentencepiece_core(vocabulary: Vocabulary) -> TokenizerCore:
+def _sentencepiece(vocabulary: Vocabulary) -> Description:
     if vocabulary.scores is None:
         raise FormatError(f"{vocabulary.label}: {PREFIX}scores is missing; the tokenizer 'llama' merges by score")
     unknown = vocabulary.special_id("unknown_token_id", 0)
@@ -88,7 +140,7 @@ def _sentencepiece_core(vocabulary: Vocabulary) -> TokenizerCore:
     )
 
 
-def _unigram_core(vocabulary: Vocabulary) -> TokenizerCore:
+def _unigram(vocabulary: Vocabulary) -> Description:
     if vocabulary.scores is None:
         raise FormatError(f"{vocabulary.label}: {PREFIX}scores is missing; the tokenizer 't5' needs probabilities")
     has_bytes = bool(vocabulary.of_type(TokenType.BYTE))
@@ -121,7 +173,7 @@ def _normalizer(vocabulary: Vocabulary) -> Step:
 def _finish(
     vocabulary: Vocabulary,
     model: Model,
-    spelling: Spelling,
+    spelling: ByteLevelSpelling | SentencePieceSpelling,
     *,
     normalizer: Step | None = None,
     pre_tokenizer: Step | None = None,
@@ -130,7 +182,7 @@ def _finish(
     default_bos: int | None = None,
     default_eos: int | None = None,
     default_unknown: int | None = None,
-) -> TokenizerCore:
+) -> Description:
     """The parts that both kinds have in common: special tokens and what surrounds a text."""
     bos = vocabulary.special_id("bos_token_id", default_bos)
     eos = vocabulary.special_id("eos_token_id", default_eos)
@@ -140,22 +192,16 @@ def _finish(
     special = marked.of_type(TokenType.CONTROL, TokenType.UNKNOWN)
     added = marked.of_type(TokenType.USER_DEFINED)
     found = [_written(token, False, marked) for token in added] + [_written(token, True, marked) for token in special]
-    pipeline = Pipeline(normalizer, pre_tokenizer, added=found)
-    return TokenizerCore(
-        label=vocabulary.label,
-        texts=vocabulary.texts,
+    return Description(
+        vocabulary=marked,
+        model=model,
         spelling=spelling,
-        literal_ids=frozenset((*special, *added)),
-        silent_ids=frozenset(marked.of_type(TokenType.UNUSED, TokenType.UNDEFINED)),
-        special_ids=frozenset(special),
-        strips_space=adds_space,
-        encoder=_encoder(model, pipeline),
-        find=vocabulary.ids.get,
+        pipeline=Pipeline(normalizer, pre_tokenizer, added=found),
+        adds_space=adds_space,
         prefix_ids=_surrounding(marked, "add_bos_token", add_bos, "bos_token_id", bos),
         suffix_ids=_surrounding(marked, "add_eos_token", False, "eos_token_id", eos),
         bos_id=bos,
         eos_id=eos,
-        pad_id=vocabulary.special_id("padding_token_id"),
         unknown_id=unknown,
         eos_ids=ends,
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mnemos._native import Pieces, TextModel
 
 _HIDDEN = "\ufdd3"  # part of no text: pieces with it are never found
+_LEAST_SCORE = -1e6  # of a piece that is worse than any other
 
 
 class Model(Protocol):
@@ -29,8 +30,11 @@ class Model(Protocol):
     def compiled(self, pieces: Pieces) -> TextModel:
         """The native core's, over the vocabulary's pieces. FormatError for a damaged one."""
 
+    def as_json(self) -> dict[str, Any]:
+        """The field `model` of a tokenizer.json. FormatError for a damaged one."""
+
     def of_library(self) -> Any:
-        """The `tokenizers` library's. FormatError for a damaged one."""
+        """The `tokenizers` library's, to which special tokens are text that it never finds. Errors: as `as_json`."""
 
 
 class MergedModel(NamedTuple):
@@ -58,15 +62,13 @@ class MergedModel(NamedTuple):
             problem = error if str(error).startswith("holds") else f"do not fit {PREFIX}tokens: {error}"
             raise FormatError(f"{label}: {PREFIX}merges {problem}") from error
 
-    def of_library(self) -> Any:
-        from tokenizers import models
-
+    def as_json(self) -> dict[str, Any]:
         label = self.vocabulary.label
         merges = split_merges(read_strings(self.vocabulary.metadata, "merges", label), label)
-        with library_errors(f"{label}: {PREFIX}merges do not fit {PREFIX}tokens"):
-            return models.BPE(
-                dict(self.vocabulary.ids), merges, ignore_merges=self.ignore_merges, byte_fallback=self.byte_fallback
-            )
+        return _bpe_json(self.vocabulary, merges, byte_fallback=self.byte_fallback, ignore_merges=self.ignore_merges)
+
+    def of_library(self) -> Any:
+        return _library_model(self.as_json(), f"{self.vocabulary.label}: {PREFIX}merges do not fit {PREFIX}tokens")
 
 
 class ScoredModel(NamedTuple):
@@ -83,16 +85,12 @@ class ScoredModel(NamedTuple):
         assert core is not None
         return core.scored_bpe(pieces, order, (unknown, True, True, False, "", ""))
 
-    def of_library(self) -> Any:
-        from tokenizers import models
+    def as_json(self) -> dict[str, Any]:
+        unknown = None if self.unknown is None else self.vocabulary.texts[self.unknown]
+        return _bpe_json(self.vocabulary, merges_by_score(self.vocabulary), unknown=unknown, byte_fallback=True)
 
-        return models.BPE(
-            dict(self.vocabulary.ids),
-            merges_by_score(self.vocabulary),
-            unk_token=None if self.unknown is None else self.vocabulary.texts[self.unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+    def of_library(self) -> Any:
+        return _library_model(self.as_json(), f"{self.vocabulary.label}: the vocabulary cannot be used")
 
 
 class UnigramModel(NamedTuple):
@@ -110,19 +108,58 @@ class UnigramModel(NamedTuple):
         assert core is not None
         return core.unigram(pieces, scores, hidden, unknown, self.byte_fallback)
 
-    def of_library(self) -> Any:
-        from tokenizers import models
+    def as_json(self) -> dict[str, Any]:
+        assert self.vocabulary.scores is not None
+        never = self.vocabulary.are(TokenType.UNUSED, TokenType.UNDEFINED)
+        scores = np.where(never, _LEAST_SCORE, self.vocabulary.scores.astype(np.float64)).tolist()
+        return self._json(self.vocabulary.texts, scores)
 
+    def of_library(self) -> Any:
         assert self.vocabulary.scores is not None
         written = self._written()
         texts = [text if written[i] else text + _HIDDEN for i, text in enumerate(self.vocabulary.texts)]
-        with library_errors(f"{self.vocabulary.label}: the vocabulary cannot be used"):
-            pieces = list(zip(texts, self.vocabulary.scores.tolist(), strict=True))
-            return models.Unigram(pieces, unk_id=self.unknown, byte_fallback=self.byte_fallback)
+        source = self._json(texts, self.vocabulary.scores.tolist())
+        return _library_model(source, f"{self.vocabulary.label}: the vocabulary cannot be used")
+
+    def _json(self, texts: Sequence[str], scores: list[float]) -> dict[str, Any]:
+        pieces = [[text, score] for text, score in zip(texts, scores, strict=True)]
+        return {"type": "Unigram", "unk_id": self.unknown, "vocab": pieces, "byte_fallback": self.byte_fallback}
 
     def _written(self) -> npt.NDArray[np.bool_]:
         """Which pieces plain text may become."""
         return self.vocabulary.are(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.BYTE)
+
+
+def _bpe_json(
+    vocabulary: Vocabulary,
+    merges: Sequence[tuple[str, str]],
+    *,
+    unknown: str | None = None,
+    byte_fallback: bool,
+    ignore_merges: bool = False,
+) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unknown,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": unknown is not None,
+        "byte_fallback": byte_fallback,
+        "ignore_merges": ignore_merges,
+        "vocab": {text: token for token, text in enumerate(vocabulary.texts)},
+        "merges": [list(pair) for pair in merges],
+    }
+
+
+def _library_model(source: dict[str, Any], what: str) -> Any:
+    """The library's model of a tokenizer.json's field `model`; `what` begins the error for a damaged one."""
+    from json import dumps
+
+    from tokenizers import Tokenizer
+
+    with library_errors(what):
+        return Tokenizer.from_str(dumps({"model": source})).model
 
 
 def split_merges(merges: Sequence[str], label: str) -> list[tuple[str, str]]:
