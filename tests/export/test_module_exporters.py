@@ -95,6 +95,20 @@ def test_an_onnx_file_has_the_opset_asked_for_one_copy_of_tied_weights_and_named
     assert exporter.verify(tmp_path / "model.onnx", IDS) <= 1e-5
 
 
+def test_verifying_runs_the_module_once_on_each_input(module: Tied, tmp_path: Path) -> None:
+    exporter = onnx(module)
+    exporter.export(tmp_path / "model.onnx", IDS)
+    seen: list[Tensor] = []
+    module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    exporter.verify(tmp_path / "model.onnx", IDS)
+    assert len(seen) > 6 and sum(torch.equal(ids, IDS) for ids in seen) == 1
+
+
+def test_a_module_that_fails_on_the_example_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="Tied fails on dummy_input: IndexError: index out of range"):
+        TorchScriptExporter(Tied()).export(tmp_path / "model.pt", torch.full((1, 2), 5000))
+
+
 def test_running_statistics_stay_as_they_were(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
     before = {name: value.clone() for name, value in module.state_dict().items()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import evaluating
-from mnemos.errors import ConfigError, shown
-from mnemos.models.foreign.signature import POSITION_NAMES, unwrap
+from mnemos.errors import ConfigError, ModelError, shown
+from mnemos.export.messages import first_line
+from mnemos.models.foreign.plain_call import plain_call
+from mnemos.models.foreign.signature import POSITION_NAMES, parameters_of
 
 Axes = dict[str, dict[int, str]]  # the names of the axes whose sizes vary, by input
 KINDS = ("random", "smallest", "largest", "other")  # of values that a file is tried on
@@ -28,12 +30,16 @@ class Example:
 
     names: what each is called in the file; axes: of these names; bounds: one more than the largest value of an input
     of integers; plausible: makes values out of drawn ones that the module can meet, where they depend on each other.
+    answer: the tensors that the module returns for `tensors`, in order, each with the module's name for it or "";
+    plain: it returns one tensor itself, for tensors given by position.
     """
 
     tensors: dict[str, Tensor]
     names: dict[str, str]
     axes: Axes
     bounds: dict[str, int]
+    answer: list[tuple[str, Tensor]]
+    plain: bool
     plausible: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     @property
@@ -43,7 +49,7 @@ class Example:
         return [name for name in names if SUM not in name]
 
     def traced(self) -> Example:
-        """With sizes that are neither 0 nor 1 and differ, so that a tracer takes none for a constant."""
+        """With sizes that are neither 0 nor 1 and differ, so that a tracer takes none for a constant; not run yet."""
         sizes = self._sizes_of(self.tensors)
         taken: set[int] = set()
         for name in self.axis_names:
@@ -52,7 +58,7 @@ class Example:
                 size += 1
             taken.add(size)
             sizes[name] = size
-        return replace(self, tensors=self.values(sizes, "random", 0))
+        return replace(self, tensors=self.values(sizes, "random", 0), answer=[])
 
     def others(self) -> Iterator[tuple[dict[str, int], str, dict[str, Tensor]]]:
         """(sizes of the varying axes, kind of values, tensors): the example itself first, then each size and kind."""
@@ -110,7 +116,8 @@ def example_of(
     """An example from what a caller gives: a tensor, several, or a mapping by parameter; None: token ids (2, 6).
 
     dynamic_axes: {input: {axis: name}}, or {input: [axes]}; None: the batch varies, and of integers (batch, time) the
-    time too; {}: nothing varies. ConfigError names what does not fit.
+    time too; {}: nothing varies. The module is run once, in evaluation mode. ConfigError names what does not fit;
+    ModelError: the module fails on the example.
     """
     tensors = _tensors(module, dummy_input)
     if input_names is not None and len(input_names) != len(tensors):
@@ -120,11 +127,16 @@ def example_of(
         )
     names = dict(zip(tensors, input_names if input_names is not None else tensors, strict=True))
     axes = _default_axes(tensors) if dynamic_axes is None else _axes(dynamic_axes, tensors, names, output_names or ())
-    return Example(tensors, names, axes, _bounds(module, tensors), getattr(module, "plausible", None))
+    answer, rows = _first_answer(module, tensors)
+    plain = isinstance(answer, Tensor) and not any(
+        parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters_of(module).values()
+    )
+    plausible = getattr(module, "plausible", None)
+    return Example(tensors, names, axes, _bounds(tensors, rows), list(flattened(answer)), plain, plausible)
 
 
 def _tensors(module: nn.Module, dummy_input: Any) -> dict[str, Tensor]:
-    parameters = inspect.signature(unwrap(module).forward).parameters.values()
+    parameters = parameters_of(module).values()
     named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     more = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
     if dummy_input is None:
@@ -179,8 +191,8 @@ def _axes(
     return axes
 
 
-def _bounds(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many values an input of integers may have: the rows of the table that it looks up."""
+def _first_answer(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[int, int]]:
+    """What the module returns, and the rows of the tables that it looks its inputs up in, by the inputs' addresses."""
     rows: dict[int, int] = {}
     handles = [
         part.register_forward_pre_hook(
@@ -190,11 +202,17 @@ def _bounds(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         if isinstance(part, nn.Embedding)
     ]
     try:
-        with evaluating(module):  # in training mode a call would change running statistics
-            answer_of(module, tensors)
+        with evaluating(module), plain_attention():  # in training mode a call would change running statistics
+            return plain_call(module, tensors), rows
+    except Exception as error:
+        raise ModelError(f"{type(module).__name__} fails on dummy_input: {first_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _bounds(tensors: Mapping[str, Tensor], rows: Mapping[int, int]) -> dict[str, int]:
+    """How many values an input of integers may have: the rows of the table that it looks up."""
     bounds = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -203,20 +221,20 @@ def _bounds(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return bounds
 
 
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Without the fast path of nn.MultiheadAttention, which no file has and which differs for padded rows."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def answer_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     """The tensors that the module returns, in order, with the names that it gives them; caches are left out."""
-    given: dict[str, Any] = dict(tensors)
-    parameters = inspect.signature(unwrap(module).forward).parameters
-    if "use_cache" in parameters and "use_cache" not in given:
-        given["use_cache"] = False
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):  # what has no name of its own follows in order
-        return list(flattened(module(*given.values())))
-    positional = [
-        given.pop(p.name)
-        for p in parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name in given and p.name != "use_cache"
-    ] if list(tensors) == list(parameters)[: len(tensors)] else []  # fmt: skip
-    return list(flattened(module(*positional, **given)))
+    return list(flattened(plain_call(module, tensors)))
 
 
 def flattened(answer: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

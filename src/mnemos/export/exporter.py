@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import evaluating
 from mnemos.compress.modules.quantized_model import QuantizedModel
 from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError, ModelError, shown
-from mnemos.export.comparison import Run, compare, first_line, speed_ratios
-from mnemos.export.example import Example, answer_of
+from mnemos.export.comparison import Run, compare, speed_ratios
+from mnemos.export.example import Example, answer_of, plain_attention
+from mnemos.export.messages import first_line
 
 TOLERANCE = 1e-5  # of the largest value expected
 _LOGGERS = ("torch", "torch.onnx", "torch.fx", "torch._dynamo", "torch.export", "torch.fx.experimental.symbolic_shapes",
@@ -122,7 +122,7 @@ class ModelExporter:
             raise FormatError(f"{target}: cannot be written: {error.strerror or error}") from error
         try:
             made = folder / target.name
-            with evaluating(self.model), _plain_attention():
+            with evaluating(self.model), plain_attention():
                 notes = self._written(target, made, write)
                 run = load(made)
                 found = compare(self.model, run, example, outputs, self.tolerance, self.format)
@@ -169,8 +169,7 @@ def parameter_bytes(module: nn.Module) -> int:
 
 def outputs_of(module: nn.Module, example: Example, names: Any) -> tuple[str, ...]:
     """Names of the results to export: those asked for, else the module's own, else logits, output_1, ..."""
-    with evaluating(module):
-        found = answer_of(module, example.tensors)
+    found = example.answer
     if not found:
         raise ModelError(f"{type(module).__name__} returns no tensor; expected logits")
     if names is None:
@@ -194,14 +193,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Without the fast path of nn.MultiheadAttention, which no file has and which differs for padded rows."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -12,9 +12,10 @@ import torch
 
 from mnemos.compress.modules.batches import evaluating
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError, shown
-from mnemos.export.comparison import Run, compare, first_line
+from mnemos.export.comparison import Run, compare
 from mnemos.export.example import SUM, Example, example_of
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of, parameter_bytes
+from mnemos.export.messages import first_line
 from mnemos.export.rms_norm import spelled_out
 
 DEFAULT_OPSET = 20

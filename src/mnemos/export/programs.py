@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mnemos.errors import FormatError
-from mnemos.export.comparison import Run, first_line
+from mnemos.export.comparison import Run
 from mnemos.export.example import Example, example_of, flattened
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of
+from mnemos.export.messages import first_line
 
 
 class ProgramExporter(ModelExporter):

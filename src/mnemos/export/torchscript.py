@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mnemos.errors import ConfigError, FormatError, shown
-from mnemos.export.comparison import Run, first_line
+from mnemos.export.comparison import Run
 from mnemos.export.example import Example, example_of, flattened
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of
+from mnemos.export.messages import first_line
 
 METHODS = ("trace", "script")
 
@@ -68,20 +69,13 @@ class TorchScriptExporter(ModelExporter):
                 torch.jit.save(torch.jit.script(self.model), str(made))
             return []
         traced = tuple(example.traced().tensors.values())
-        plain = outputs == 1 and self._returns_a_tensor(traced)
-        module = self.model if plain else FlatOutputs(self.model, tuple(example.tensors), outputs).eval()
+        module = self.model if example.plain else FlatOutputs(self.model, tuple(example.tensors), outputs).eval()
         with _without_deprecation():
             trace: Any = torch.jit.trace
             torch.jit.save(trace(module, traced, check_trace=False), str(made))
-        return (
-            [] if plain else [f"the file returns {'the tensor' if outputs == 1 else 'the tensors'} of the answer alone"]
-        )
-
-    def _returns_a_tensor(self, tensors: tuple[Tensor, ...]) -> bool:
-        try:
-            return isinstance(self.model(*tensors), Tensor)
-        except TypeError:  # keyword-only arguments
-            return False
+        if example.plain:
+            return []
+        return [f"the file returns {'the tensor' if outputs == 1 else 'the tensors'} of the answer alone"]
 
 
 def load_torchscript(path: str | os.PathLike[str]) -> torch.jit.ScriptModule:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mnemos.errors import ConfigError, shown
 from mnemos.models.foreign.answer import AnswerReader
-from mnemos.models.foreign.signature import read_signature
+from mnemos.models.foreign.plain_call import plain_call
 
 IGNORED = -100  # a label that counts for nothing, as in PyTorch and transformers
 
@@ -67,13 +67,11 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """The module's own answer to a batch's inputs, which are moved to its device; without a cache where it has one."""
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
-    names = read_signature(model)
-    off = {names.use_cache: False} if names.use_cache else {}
     if isinstance(inputs, Tensor):
-        ids = inputs.to(device)
-        return model(**{names.ids: ids}, **off) if names.by_keyword else model(ids, **off)
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return model(**{**off, **moved})
+        return plain_call(model, inputs.to(device))
+    return plain_call(
+        model, {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    )
 
 
 def logits_of(model: nn.Module, inputs: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,9 +99,14 @@ def _signature(module: nn.Module) -> inspect.Signature:
     )
 
 
+def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of forward, by name; those of the module inside a wrapper that only hands them on."""
+    return _signature(unwrap(module)).parameters
+
+
 def read_signature(module: nn.Module) -> Signature:
     """What module.forward takes, by the names that people write. ModelError: token ids alone are not enough."""
-    named = {name: p for name, p in _signature(unwrap(module)).parameters.items() if p.kind in _NAMED}
+    named = {name: p for name, p in parameters_of(module).items() if p.kind in _NAMED}
     if "input_ids" in named:
         ids = "input_ids"
     elif named:
