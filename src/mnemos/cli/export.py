@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnemos.cli.terminal import ProgressBar
+from mnemos.export.formats import FORMATS, export_model
 
 if TYPE_CHECKING:
     from mnemos.export.exporter import ExportReport
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write to")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.epilog = (
-        "formats: onnx (with a cache), onnx-no-cache, torchscript, pt2 (of torch.export), aoti (machine code)\n"
+        "formats:\n" + "\n".join(f"  {name:<16}{one.help}" for name, one in FORMATS.items()) + "\n\n"
         "Each file is run on several sizes and values and compared with the model in float32 before it is kept.\n\n"
         "examples:\n"
         "  mnemos export smollm2-135m --to onnx --out exported\n"
@@ -30,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from mnemos.export.formats import export_model
     from mnemos.hub.sources import resolve
 
     with ProgressBar(arguments.model) as progress:

@@ -4,55 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from mnemos.errors import ConfigError, FormatError
-from mnemos.export.exporter import ExportReport
-from mnemos.export.onnx import ONNXExporter
-from mnemos.export.programs import ProgramExporter
-from mnemos.export.torch_form import TorchForm, WithCache, cache_example
-from mnemos.export.torchscript import TorchScriptExporter
-from mnemos.formats.checkpoint import open_checkpoint
+from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from mnemos.export.exporter import ExportReport
+    from mnemos.export.torch_form import TorchForm
 
 TOLERANCE = 5e-5  # of the largest logit: float32's rounding through some tens of layers
-EXAMPLE = torch.tensor([[1, 2, 3, 4]])
+
+
+@dataclass
+class ExportSource:
+    """A model to export: its files, opened, and what formats are made from, built when first asked for."""
+
+    checkpoint: Checkpoint
+
+    @cached_property
+    def form(self) -> TorchForm:
+        """The architecture as a module of PyTorch, in float32. Errors: those of `TorchForm`."""
+        from mnemos.export.torch_form import TorchForm
+
+        return TorchForm(self.checkpoint)
 
 
 @dataclass(frozen=True)
 class Format:
-    """file: its name in the folder; write: exports a form to a path; help: for users."""
+    """path: of the file or folder in the user's folder; write: writes a source to that path; help: a line for users."""
 
-    file: str
-    write: Callable[[TorchForm, Path], ExportReport]
+    path: str
+    write: Callable[[ExportSource, Path], ExportReport]
     help: str
 
 
+def _onnx(source: ExportSource, path: Path) -> ExportReport:
+    from mnemos.export.onnx import ONNXExporter
+    from mnemos.export.torch_form import WithCache, cache_example
+
+    return ONNXExporter(WithCache(source.form), TOLERANCE).export(path, *cache_example(source.form))
+
+
+def _onnx_no_cache(source: ExportSource, path: Path) -> ExportReport:
+    from mnemos.export.onnx import ONNXExporter
+
+    return ONNXExporter(source.form, TOLERANCE).export(path)
+
+
+def _torchscript(source: ExportSource, path: Path) -> ExportReport:
+    from mnemos.export.torchscript import TorchScriptExporter
+
+    return TorchScriptExporter(source.form, TOLERANCE).export(path)
+
+
+def _program(source: ExportSource, path: Path) -> ExportReport:
+    from mnemos.export.programs import ProgramExporter
+
+    return ProgramExporter(source.form, TOLERANCE).export(path)
+
+
+def _compiled_program(source: ExportSource, path: Path) -> ExportReport:
+    from mnemos.export.programs import ProgramExporter
+
+    return ProgramExporter(source.form, TOLERANCE).export(path, compile=True)
+
+
 FORMATS = {
-    "onnx": Format(
-        "model.onnx",
-        lambda form, path: ONNXExporter(WithCache(form), TOLERANCE).export(path, *cache_example(form)),
-        "ONNX with a cache: input_ids, attention_mask and past_key_values.N.key/value",
-    ),
-    "onnx-no-cache": Format(
-        "model-no-cache.onnx",
-        lambda form, path: ONNXExporter(form, TOLERANCE).export(path, EXAMPLE),
-        "ONNX: token ids to logits",
-    ),
-    "torchscript": Format(
-        "model.pt", lambda form, path: TorchScriptExporter(form, TOLERANCE).export(path, EXAMPLE), "TorchScript, traced"
-    ),
-    "pt2": Format(
-        "model.pt2",
-        lambda form, path: ProgramExporter(form, TOLERANCE).export(path, EXAMPLE),
-        "a program of torch.export",
-    ),
-    "aoti": Format(
-        "model-compiled.pt2",
-        lambda form, path: ProgramExporter(form, TOLERANCE).export(path, EXAMPLE, compile=True),
-        "machine code by AOTInductor",
-    ),
+    "onnx": Format("model.onnx", _onnx, "ONNX with a cache: input_ids, attention_mask and past_key_values.N.key/value"),
+    "onnx-no-cache": Format("model-no-cache.onnx", _onnx_no_cache, "ONNX: token ids to logits"),
+    "torchscript": Format("model.pt", _torchscript, "TorchScript, traced"),
+    "pt2": Format("model.pt2", _program, "a program of torch.export"),
+    "aoti": Format("model-compiled.pt2", _compiled_program, "machine code by AOTInductor, for this kind of CPU"),
 }
 
 
@@ -72,14 +97,14 @@ def export_model(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise ConfigError(f"--to is {','.join(formats)!r}; expected some of {', '.join(FORMATS)}, with commas between")
-    there = [folder / FORMATS[name].file for name in formats if (folder / FORMATS[name].file).exists()]
+    there = [folder / FORMATS[name].path for name in formats if (folder / FORMATS[name].path).exists()]
     if there and not overwrite:
         raise ConfigError(f"{there[0]} exists; choose another folder, or replace it with --overwrite")
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder} is a file; expected a folder")
-    form = TorchForm(open_checkpoint(source))
+    model = ExportSource(open_checkpoint(source))
     reports = {}
     for name in dict.fromkeys(formats):
         begun(name)
-        reports[name] = FORMATS[name].write(form, folder / FORMATS[name].file)
+        reports[name] = FORMATS[name].write(model, folder / FORMATS[name].path)
     return reports
