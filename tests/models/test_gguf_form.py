@@ -1,27 +1,34 @@
 """Checkpoints converted to GGUF are the same models: their logits are equal, and the files say all that matters."""
 
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
+import torch
 
 from mnemos.errors import UnsupportedError
 from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.formats.gguf_writer import encode_value, writing_gguf
+from mnemos.formats.tensor import Tensor
 from mnemos.models.gguf_form import gguf_form
 from mnemos.models.load import load_model
-from tests.models.checkpoints import CONFIGS, build, token_ids
+from tests.models.checkpoints import CONFIGS, VOCABULARY, build, token_ids
+from tests.models.foreign.mini_llm import make_transformer
 from tests.models.stepping import whole
 
 CONVERTED = {
-    "llama": "llama", "llama-tied": "llama", "llama-biases": "llama", "mistral": "llama", "qwen2": "qwen2",
-    "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "olmo2": "olmo2",
+    "llama": "llama", "llama-tied": "llama", "llama-biases": "llama", "mistral": "llama", "mixtral": "llama",
+    "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3moe", "gemma": "gemma", "gemma2": "gemma2",
+    "gemma3": "gemma3", "olmo2": "olmo2", "phi3": "phi3", "phi3-partial": "phi3", "gpt2": "gpt2",
+    "gpt_neox": "gptneox", "gpt_neox-serial": "gptneox",
 }  # fmt: skip
 REFUSED = {
-    "phi3": "phi3 models are not converted",
-    "mixtral": "mixtral models are not converted",
-    "gpt2": "gpt2 models are not converted",
     "qwen2-window": "windows is",
     "gemma2-scalar": "query_pre_attn_scalar is",
     "smollm3": "another rotary embedding in layer 1",
+    "gpt2-scaled": "scale_attn_by_inverse_layer_idx is True",
+    "qwen3moe-mixed": "cannot hold it: tensor 'blk.0.ffn_gate_exps.weight' is missing",
+    "olmo2-biases": r"cannot hold it: tensor 'blk.0.attn_k.bias' \(and .* more\) has no place",
 }
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
@@ -33,6 +40,13 @@ ROPES = {
         "original_max_position_embeddings": 64,
         "rope_theta": 500000.0,
     },
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + 0.5 * i for i in range(8)],
+        "original_max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+    },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
 }
 
@@ -40,7 +54,9 @@ ROPES = {
 @pytest.fixture(autouse=True)
 def without_tokenizer(monkeypatch):
     """These models have none; tests/text/test_gguf_form.py converts tokenizers."""
-    monkeypatch.setattr("mnemos.models.gguf_form.tokenizer_metadata", lambda folder, size: {})
+    monkeypatch.setattr(
+        "mnemos.models.gguf_form.tokenizer_metadata", lambda folder, size: {"tokenizer.ggml.model": "none"}
+    )
 
 
 def logits(path, ids):
@@ -92,6 +108,57 @@ def test_scaled_rotations_are_kept(kind, tmp_path):
     build(config, folder)
     ids = token_ids(40)
     assert np.allclose(logits(converted(folder, tmp_path), ids), logits(folder, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])
+def test_experts_may_be_separate_or_in_one_tensor(name, tmp_path):
+    folder = tmp_path / "model"
+    module = build(CONFIGS[name](), folder).module
+    checkpoint = open_checkpoint(folder)
+    assert any(".experts.0." in key for key in checkpoint.tensors)
+    fused = {key: Tensor.from_array(key, values.numpy()) for key, values in module.state_dict().items()}
+    assert any(key.endswith(".mlp.experts.gate_up_proj") for key in fused)
+    separate, together = (gguf_form(replace(checkpoint, tensors=t))[1] for t in (checkpoint.tensors, fused))
+    assert separate.keys() == together.keys()
+    for key, entry in separate.items():
+        assert np.array_equal(entry.load().dequantize(), together[key].load().dequantize()), key
+
+
+def test_mini_llm_is_a_llama_without_another_order(tmp_path):
+    module = make_transformer()
+    torch.save({"model_args": asdict(module.args), "model": module.state_dict()}, tmp_path / "ckpt.pt")
+    path = converted(tmp_path / "ckpt.pt", tmp_path)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.metadata["general.architecture"] == "llama"
+    weight = module.state_dict()["layers.0.attention.wq.weight"].numpy()
+    assert np.array_equal(checkpoint.tensors["blk.0.attn_q.weight"].dequantize(), weight)
+    ids = [token % 61 for token in token_ids(10)]
+    assert np.allclose(logits(path, ids), logits(tmp_path / "ckpt.pt", ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nano_gpt_is_a_gpt2_with_the_exact_gelu(bias, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        "wte": (VOCABULARY, 32), "wpe": (16, 32), "ln_f": (32,), "h.0.ln_1": (32,), "h.0.ln_2": (32,),
+        "h.0.attn.c_attn": (96, 32), "h.0.attn.c_proj": (32, 32), "h.0.mlp.c_fc": (128, 32),
+        "h.0.mlp.c_proj": (32, 128),
+    }  # fmt: skip
+    state = {f"transformer.{n}.weight": torch.randn(s, generator=generator) * 0.3 for n, s in shapes.items()}
+    if bias:
+        for name, shape in shapes.items():
+            if name not in ("wte", "wpe"):
+                state[f"transformer.{name}.bias"] = torch.randn(shape[0], generator=generator)
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    sizes = {"n_layer": 1, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": VOCABULARY, "bias": bias}
+    torch.save({"model": state, "model_args": sizes}, tmp_path / "ckpt.pt")
+    path = converted(tmp_path / "ckpt.pt", tmp_path)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.metadata["general.architecture"] == "gpt2"
+    assert checkpoint.metadata["gpt2.hidden_activation"] == "gelu"
+    assert checkpoint.tensors["blk.0.attn_qkv.bias"].dequantize().any() == bias
+    ids = token_ids(10)
+    assert np.allclose(logits(path, ids), logits(tmp_path / "ckpt.pt", ids), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -116,6 +116,7 @@ def test_sentencepiece_keeps_its_ids(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[UNK]\n")
     with pytest.raises(UnsupportedError, match="its tokenizer cannot be converted to GGUF"):
         tokenizer_metadata(tmp_path, 10)
     make(tmp_path, [pre_tokenizers.Split(Regex("[aeiou]"), "isolated"), *STEPS["gpt-2"]])
@@ -124,6 +125,13 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     make(tmp_path, STEPS["gpt-2"])
     with pytest.raises(FormatError, match=r"has \d+ tokens; the model has rows for 10"):
         tokenizer_metadata(tmp_path, 10)
+
+
+def test_a_folder_without_a_tokenizer_gives_a_file_without_one(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="has no tokenizer; the GGUF file takes token ids only"):
+        metadata = tokenizer_metadata(tmp_path, 10)
+    with pytest.raises(FormatError, match=r"tokenizer\.ggml\.model is 'none'; the file holds no tokenizer"):
+        written(metadata, tmp_path)
 
 
 def test_types_are_those_of_the_file(tmp_path: Path) -> None:

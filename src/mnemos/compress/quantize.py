@@ -27,7 +27,8 @@ from mnemos.formats.gguf_writer import GGUFWriter, RawValue, writing_gguf
 from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
 from mnemos.hub.cache import Progress
-from mnemos.models.gguf_form import Entry, gguf_form
+from mnemos.models.conversion import Entry
+from mnemos.models.gguf_form import gguf_form
 
 Bytes = npt.NDArray[np.uint8]
 

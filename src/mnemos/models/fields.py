@@ -37,6 +37,7 @@ GGUF_KEYS = {
     "moe_intermediate_size": "expert_feed_forward_length",
     "norm_topk_prob": "expert_weights_norm",
     "use_parallel_residual": "use_parallel_residual",
+    "hidden_act": "hidden_activation",
     "rotary_dim": "rope.dimension_count",
     "rope_theta": "rope.freq_base",
     "rope_local_base_freq": "rope.freq_base_swa",

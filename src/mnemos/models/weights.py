@@ -161,7 +161,7 @@ class Weights:
         if self.ops is None:
             return None
         if transposed:
-            tensor = _transpose(tensor)
+            tensor = swapped(tensor)
         if isinstance(take, slice):
             return self.ops.matrix(tensor.slice_rows(take.start, take.stop))
         return self.ops.matrix(tensor, take)
@@ -282,7 +282,7 @@ def _and_more(names: Sequence[str]) -> str:
     return f"{names[0]!r} (and {len(names) - 1} more)" if len(names) > 1 else repr(names[0])
 
 
-def _transpose(tensor: Tensor) -> Tensor:
+def swapped(tensor: Tensor) -> Tensor:
     """A matrix with rows and columns exchanged, in its own storage type; quantized ones become float32."""
     rows, columns = tensor.shape
     if tensor.type.is_quantized:

@@ -24,8 +24,9 @@ _SPACE = "\u2581"
 def model_name(metadata: Mapping[str, Any], label: str) -> str:
     """`tokenizer.ggml.model`, if it is one that can be built."""
     name = metadata.get(PREFIX + "model")
-    if name is None:
-        raise FormatError(f"{label}: {PREFIX}model is missing; the file holds no tokenizer")
+    if name is None or name == "none":
+        found = "is missing" if name is None else "is 'none'"
+        raise FormatError(f"{label}: {PREFIX}model {found}; the file holds no tokenizer")
     if not isinstance(name, str) or name not in MODELS:
         raise UnsupportedError(f"{label}: {PREFIX}model is {str(name)[:80]!r}; supported are {', '.join(MODELS)}")
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,19 @@ _PROBE = (
 _LIKELY = ("qwen2", "llama-bpe", "smollm", "gpt-2", "olmo", "gpt-4o", "tekken", "default")
 
 
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
 def tokenizer_metadata(folder: Path, vocabulary_size: int) -> dict[str, Any]:
     """`tokenizer.*` of a GGUF file with the tokenizer in this folder; `vocabulary_size` tokens, the model's rows.
 
-    From tokenizer.json if its tokens spell bytes, else from SentencePiece's tokenizer.model. UnsupportedError if it
-    has neither, or cuts text into words as none of the pre-tokenizers that GGUF names.
+    From tokenizer.json if its tokens spell bytes, else from SentencePiece's tokenizer.model. A folder without the files
+    of a tokenizer gives a model that takes token ids only, with a warning. UnsupportedError for another kind, or one
+    that cuts text into words as none of the pre-tokenizers that GGUF names.
     """
+    if not any((folder / name).is_file() for name in _FILES):
+        warnings.warn(f"{folder}: has no tokenizer; the GGUF file takes token ids only", stacklevel=2)
+        return {PREFIX + "model": "none"}
     settings = read_settings(folder)
     file = folder / "tokenizer.json"
     source = _read(file)

@@ -30,11 +30,11 @@ class MiniLLM(Decoder):
     ignored: ClassVar[tuple[str, ...]] = ("*rope.freqs_cis",)
 
     def __init__(self, fields: Fields, weights: Weights) -> None:
-        own = Weights(weights.path, {_usual(name): t for name, t in weights.tensors.items()}, weights.ops, None)
+        own = Weights(weights.path, {usual_name(name): t for name, t in weights.tensors.items()}, weights.ops, None)
         config = _read(fields, own)
         rope = config.rope.params(config.head_dim)
         super().__init__(own, config, lambda i: Layer(own, i, config, rope, interleaved=True))
-        weights.used |= {name for name in weights.tensors if _usual(name) in own.used}
+        weights.used |= {name for name in weights.tensors if usual_name(name) in own.used}
 
 
 def _read(fields: Fields, weights: Weights) -> LlamaConfig:
@@ -51,7 +51,8 @@ def _read(fields: Fields, weights: Weights) -> LlamaConfig:
     return LlamaConfig.read(fields, tied=not weights.has("lm_head"))
 
 
-def _usual(name: str) -> str:
+def usual_name(name: str) -> str:
+    """Llama's name for one of Mini-LLM's tensors, such as "layers.3.self_attn.q_proj.weight"."""
     for theirs, usual in _NAMES:
         name = usual + name.removeprefix(theirs) if name.startswith(theirs) else name.replace(theirs, usual)
     return name
