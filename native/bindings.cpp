@@ -223,9 +223,10 @@ InputView input_view(nb::handle object) {
 
 nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages,
                      Ints page_positions, Ints page_starts, Ints logit_rows, nb::list inputs, bool argmax,
-                     std::optional<Ints> states) {
+                     std::optional<Ints> states, int threads) {
   BatchView batch;
   batch.argmax = argmax;
+  batch.threads = threads;
   batch.tokens = static_cast<int64_t>(positions.size());
   batch.chosen = static_cast<int64_t>(logit_rows.size());
   batch.sequences = static_cast<int64_t>(sequence_starts.size()) - 1;
@@ -618,7 +619,8 @@ void bind_program(nb::module_ &m) {
       .def("width", &Program::width, "value"_a)
       .def("finish", &Program::finish, "outputs"_a)
       .def("run", &run_program, "token_ids"_a, "positions"_a, "sequence_starts"_a, "pages"_a, "page_positions"_a,
-           "page_starts"_a, "logit_rows"_a, "inputs"_a, "argmax"_a = false, "states"_a = nb::none())
+           "page_starts"_a, "logit_rows"_a, "inputs"_a, "argmax"_a = false, "states"_a = nb::none(),
+           "threads"_a = 0)
       .def_prop_ro("finds_argmax", &Program::finds_argmax)
       .def("poison", &Program::poison, "on"_a)
       .def("workspace_bytes", &Program::workspace_bytes, "tokens"_a, "chosen"_a)
@@ -687,6 +689,7 @@ NB_MODULE(_native, m) {
       .def_ro("pages", &Cache::pages)
       .def_prop_ro("page_bytes", &Cache::page_bytes)
       .def("copy", &Cache::copy, "source"_a, "target"_a)
+      .def("release", &Cache::release, "page"_a)
       .def(
           "read",
           [](const Cache &cache, int64_t page) {

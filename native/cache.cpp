@@ -79,4 +79,6 @@ void Cache::copy(int64_t source, int64_t target) {
   if (from != to) std::memcpy(to, from, static_cast<size_t>(page_bytes_));
 }
 
+void Cache::release(int64_t index) { release_memory(page(index), static_cast<size_t>(page_bytes_)); }
+
 }  // namespace mnemos

@@ -26,6 +26,8 @@ class Cache {
   uint8_t *page(int64_t index) const;  // throws Error (request) if there is no such page
 
   void copy(int64_t source, int64_t target);
+  // Gives a page's memory back to the system; its content is lost.
+  void release(int64_t index);
 
  private:
   CellLayout cell_;

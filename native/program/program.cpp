@@ -73,7 +73,7 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
   check_batch(batch);
   check_inputs(batch, inputs);
   std::lock_guard<std::mutex> lock(mutex_);
-  const int team = pool_->team();
+  const int team = batch.threads > 0 ? std::min(batch.threads, pool_->team()) : pool_->team();
   std::vector<TileSet> tiles;
   const int64_t groups = schedule_.attentions.empty() ? 0 : static_cast<int64_t>(caches_.size());
   for (int64_t g = 0; g < groups; g++)

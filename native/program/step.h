@@ -22,6 +22,7 @@ struct BatchView {
   const int32_t *pages = nullptr, *page_positions = nullptr, *page_starts = nullptr, *logit_rows = nullptr;
   int64_t state_slots = 0;
   const int32_t *states = nullptr;  // a slot for each sequence, where the model keeps any
+  int threads = 0;  // the most to compute with, 0: all of the pool's; results are the same
   bool argmax = false;  // only the index of each row's largest logit is wanted; see Program::finds_argmax
 };
 

@@ -43,14 +43,34 @@ void unmap_memory(uint8_t *data, size_t bytes) {
 #endif
 }
 
+namespace {
+
+#if !defined(_WIN32)
+void advise_inside(const uint8_t *data, size_t bytes, int advice) {
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, advice);
+}
+#endif
+
+}  // namespace
+
+void release_memory(uint8_t *data, size_t bytes) {
+#if defined(_WIN32)
+  (void)data, (void)bytes;
+#elif defined(__APPLE__)
+  advise_inside(data, bytes, MADV_FREE);  // there MADV_DONTNEED releases nothing
+#else
+  advise_inside(data, bytes, MADV_DONTNEED);
+#endif
+}
+
 void release_file_pages(const uint8_t *data, size_t bytes) {
 #if defined(_WIN32)
   (void)data, (void)bytes;
 #else
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_DONTNEED);
+  advise_inside(data, bytes, MADV_DONTNEED);
 #endif
 }
 

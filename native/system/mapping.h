@@ -12,6 +12,10 @@ uint8_t *map_memory(size_t bytes, const char *purpose);
 void prefer_large_pages(uint8_t *data, size_t bytes);
 void unmap_memory(uint8_t *data, size_t bytes);
 
+// Releases the memory of whole pages inside this range of `map_memory`'s, which is taken anew, with other content, when
+// it is touched again.
+void release_memory(uint8_t *data, size_t bytes);
+
 // Releases the memory of whole pages inside this range, which must be an unmodified mapping of a file, from which
 // they are read again when needed.
 void release_file_pages(const uint8_t *data, size_t bytes);

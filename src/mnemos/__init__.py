@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.compat.decoding_strategies import DecodingStrategies as DecodingStrategies
     from mnemos.compat.generate import generate as generate, generate_batch as generate_batch
     from mnemos.compat.generator import Generator as Generator
+    from mnemos.compat.hardware_optimizer import (
+        HardwareOptimizer as HardwareOptimizer,
+        MacBookOptimizer as MacBookOptimizer,
+    )
     from mnemos.compat.inference_config import InferenceConfig as InferenceConfig
     from mnemos.compat.merge import (
         extract_memory_weights as extract_memory_weights,
@@ -70,6 +74,7 @@ _NAMES = {
     "mnemos.compat.decoding_strategies": "DecodingStrategies",
     "mnemos.compat.generate": "generate generate_batch",
     "mnemos.compat.generator": "Generator",
+    "mnemos.compat.hardware_optimizer": "HardwareOptimizer MacBookOptimizer",
     "mnemos.compat.inference_config": "InferenceConfig",
     "mnemos.compat.merge": (
         "extract_memory_weights load_memory_weights merge_adapter_weights quantize_memory_for_deployment"

@@ -123,6 +123,8 @@ class Cache:
     def copy(self, source: int, target: int) -> None: ...
     def read(self, page: int) -> Bytes: ...
     def write(self, page: int, content: Bytes) -> None: ...
+    def release(self, page: int) -> None:
+        """Gives a page's memory back to the system; its content is lost."""
 
 class Bank:
     """Keys and values of a memory bank, made when a chapter is first read.
@@ -225,9 +227,11 @@ class Program:
         inputs: list[npt.NDArray[Any]],
         argmax: bool = False,
         states: Ints | None = None,
+        threads: int = 0,
     ) -> list[npt.NDArray[Any]]:
         """One step on a checked batch; the results are views that the next step overwrites.
 
+        threads: the most to compute with, 0 for all of the pool's, which changes no result.
         argmax: instead of the last output, (rows, 1) int32 with the index of each row's largest value, the lowest on
         ties, or -1 if none is above minus infinity or one is not a number below infinity.
         """

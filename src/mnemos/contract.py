@@ -171,6 +171,14 @@ class Cache(Protocol):
     def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None: ...
 
 
+@runtime_checkable
+class ReleasingCache(Protocol):
+    """A cache that can give the memory of pages back to the system."""
+
+    def release(self, pages: Sequence[int], group: int = 0) -> None:
+        """Gives back the memory of pages that nobody uses; their content is lost."""
+
+
 @dataclass(frozen=True)
 class TokenRules:
     """The model authors' rules for what texts must or must not contain; see `GenerationConfig` for the meanings."""
@@ -247,6 +255,18 @@ class Model(Protocol):
     spec: ModelSpec
 
     def forward(self, batch: Batch) -> Output: ...
+
+
+@runtime_checkable
+class ThreadedModel(Protocol):
+    """A model whose threads can be limited while it runs."""
+
+    @property
+    def threads(self) -> int | None:
+        """How many threads a step has at most, without a limit; None where its backend cannot limit them."""
+
+    def limit_threads(self, threads: int) -> None:
+        """Steps have at most this many threads from now on. Called in the thread that calls `forward`."""
 
 
 class PagedModel(Model, Protocol):

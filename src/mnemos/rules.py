@@ -123,6 +123,7 @@ def filled(rule: Rule) -> Rule:
 FLAG = Rule(lambda value: value if isinstance(value, bool) else None, "True or False", "flag")
 COUNT = whole(1)
 DTYPE = one_of("auto", "float32", "bfloat16", "float16")  # for weights
+PERFORMANCE_MODE = one_of("performance", "balanced", "efficiency")
 KV_DTYPE = one_of("auto", "float32", "float16", "bfloat16", "int8")  # for the key/value cache
 
 

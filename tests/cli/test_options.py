@@ -32,7 +32,7 @@ def ask(words: list[str], loaded: list[LoadOptions]) -> LoadOptions:
 def test_every_option_of_loading_reaches_the_loader(loaded: list[LoadOptions]) -> None:
     words = ["--context-length", "9", "--device", "cpu", "--backend", "native", "--dtype", "float32", "--kv-dtype"]
     words += ["int8", "--threads", "2", "--tokenizer", "t.json", "--draft", "small", "--trust-remote-code"]
-    words += ["--adapter", "lora"]
+    words += ["--adapter", "lora", "--max-memory-gb", "6", "--performance-mode", "efficiency", "--thermal-throttle"]
     assert {word for word in words if word.startswith("--")} == {
         "--" + row.name.replace("_", "-") for row in command_line(LoadOptions)
     }
@@ -41,6 +41,7 @@ def test_every_option_of_loading_reaches_the_loader(loaded: list[LoadOptions]) -
     assert (options.dtype, options.kv_dtype, options.threads) == ("float32", "int8", 2)
     assert (options.tokenizer, options.draft, options.trust_remote_code) == ("t.json", "small", True)
     assert options.adapter == "lora"
+    assert (options.max_memory_gb, options.performance_mode, options.thermal_throttle) == (6, "efficiency", True)
 
 
 def test_what_is_not_given_has_its_default(loaded: list[LoadOptions]) -> None:

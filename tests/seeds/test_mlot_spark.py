@@ -13,11 +13,15 @@ pytest.importorskip("torch")
 from mnemos import (
     BatchInference,
     BatchProcessor,
+    HardwareOptimizer,
     InferenceEngine,
+    MacBookOptimizer,
     OptimizedInferenceEngine,
     ResponseStreamer,
 )
-from mnemos.errors import ConfigError
+from mnemos.errors import ConfigError, UnsupportedError
+from mnemos.machine.sensors import Conditions, Heat
+from tests.machine.test_performance import FakeSensors
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +131,53 @@ def test_without_a_cache_of_prefixes(checkpoint: Path, numbers: Any) -> None:
         assert numbers(engine.generate_response(text)) == numbers(engine.generate_response(text)) == [38, 39]
         cache = engine.memory_cache
         assert (cache.hit_rate, len(cache.episodic_cache), cache.memory_usage_mb) == (0, 0, 0)
+
+
+def test_the_optimizer_as_its_document_writes_it() -> None:
+    """detect_hardware() and optimize_for_hardware() of a MacBookOptimizer made without arguments."""
+    optimizer = MacBookOptimizer()
+    hardware = optimizer.detect_hardware()
+    assert hardware.chip
+    assert hardware.memory > 0
+    assert optimizer.optimize_for_hardware(mode="performance").threads == hardware.usable_cores
+    assert optimizer.optimize_for_hardware(mode="balanced").threads <= hardware.performance_cores
+    efficient = optimizer.optimize_for_hardware(mode="efficiency")
+    assert efficient.threads == max(1, -(-hardware.usable_cores // 2))
+    assert efficient.sequences == 32
+    assert optimizer.options == {"performance_mode": "efficiency", "thermal_throttle": True}
+    with pytest.raises(ConfigError, match="performance_mode is 'fast'; it must be one of performance, balanced"):
+        optimizer.optimize_for_hardware(mode="fast")
+
+
+def test_a_hot_machine_gets_smaller_batches(spark: OptimizedInferenceEngine, numbers: Any) -> None:
+    sensors = FakeSensors()
+    optimizer = HardwareOptimizer(spark, {"performance_mode": "balanced"}, sensors=sensors)
+    scheduler = spark._thread.core.scheduler
+    assert numbers(spark.generate_response("5 6 7")) == list(range(8, 40))
+    assert scheduler.admission.most == optimizer.allowance.sequences == 64
+    sensors.conditions = Conditions(Heat.SERIOUS)
+    optimizer.optimize_for_hardware()  # reads the sensors anew
+    assert optimizer.conditions().heat is Heat.SERIOUS
+    assert numbers(spark.generate_response("5 6 7")) == list(range(8, 40))
+    assert scheduler.admission.most == 16
+    sensors.conditions = Conditions()
+    optimizer.optimize_for_hardware("performance")
+    assert numbers(spark.generate_response("5 6 7")) == list(range(8, 40))
+    assert scheduler.admission.most == 64
+
+
+def test_hardware_settings(checkpoint: Path, numbers: Any) -> None:
+    hardware_config = {
+        "use_neural_engine": False, "max_memory_gb": 6, "thermal_throttle": True, "performance_mode": "balanced"
+    }  # fmt: skip
+    with OptimizedInferenceEngine(checkpoint, hardware_config=hardware_config) as engine:
+        assert numbers(engine.generate_response("5 6 7")) == list(range(8, 40))
+        pacer = engine._thread.core.pacer
+        assert pacer is not None
+        assert (pacer.governor.mode, pacer.most_bytes) == ("balanced", 6 << 30)
+    with pytest.raises(UnsupportedError, match=r"use_neural_engine is True: this machine \(.*\) has no Neural Engine"):
+        OptimizedInferenceEngine(checkpoint, hardware_config={**hardware_config, "use_neural_engine": True})
+    with pytest.raises(ConfigError, match="max_memory is not a setting of the hardware; did you mean max_memory_gb"):
+        HardwareOptimizer(hardware_config={"max_memory": 6})
+    with pytest.raises(ConfigError, match="max_memory_gb is 0; it must be a number above 0"):
+        HardwareOptimizer(hardware_config={"max_memory_gb": 0})

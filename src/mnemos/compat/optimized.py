@@ -26,12 +26,14 @@ DEFAULT_LENGTH = 512
 class OptimizedInferenceEngine(InferenceEngine):
     """An `InferenceEngine` that answers texts with texts.
 
-    model_path   see `InferenceEngine.from_pretrained`, whose options are accepted too; or a module or `Model` in
-                 memory, with the options of `InferenceEngine`
-    cache_size   how many pages of the prefix cache are kept for later requests; it has no effect with
-                 prefix_cache=False, or for a model whose prefixes cannot be shared
-    config       defaults for its requests: fields of `GenerationConfig`, beam_size for num_beams, cache_size, and
-                 batch_size, the number of sequences that run at once
+    model_path       see `InferenceEngine.from_pretrained`, whose options are accepted too; or a module or `Model` in
+                     memory, with the options of `InferenceEngine`
+    cache_size       how many pages of the prefix cache are kept for later requests; it has no effect with
+                     prefix_cache=False, or for a model whose prefixes cannot be shared
+    config           defaults for its requests: fields of `GenerationConfig`, beam_size for num_beams, cache_size, and
+                     batch_size, the number of sequences that run at once
+    hardware_config  max_memory_gb, thermal_throttle and performance_mode, the options of these names (see
+                     `mnemos.engine.options.ModelOptions`), and use_neural_engine, which must be False
     """
 
     def __init__(
@@ -39,8 +41,13 @@ class OptimizedInferenceEngine(InferenceEngine):
         model_path: str | os.PathLike[str] | Any,
         cache_size: int = 1000,
         config: Mapping[str, Any] | None = None,
+        hardware_config: Mapping[str, Any] | None = None,
         **options: Unpack[LoadKeywords],
     ) -> None:
+        if hardware_config:
+            from mnemos.compat.hardware_optimizer import hardware_options
+
+            options = {**hardware_options(hardware_config), **options}  # type: ignore[typeddict-item]
         settings = dict(config or {})
         cache_size = settings.pop("cache_size", cache_size)
         if "batch_size" in settings:
@@ -64,10 +71,11 @@ class OptimizedInferenceEngine(InferenceEngine):
         source: str | os.PathLike[str],
         cache_size: int = 1000,
         config: Mapping[str, Any] | None = None,
+        hardware_config: Mapping[str, Any] | None = None,
         **options: Unpack[LoadKeywords],
     ) -> OptimizedInferenceEngine:
         """The same as the constructor."""
-        return cls(source, cache_size, config, **options)
+        return cls(source, cache_size, config, hardware_config, **options)
 
     @property
     def memory_cache(self) -> CacheManager:

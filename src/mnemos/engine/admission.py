@@ -14,7 +14,7 @@ class Admission:
 
     def __init__(self, branches: Branches, most: int) -> None:
         self._branches = branches
-        self._most = most
+        self.most = most
         self._refused: tuple[Request, tuple[tuple[int, ...], int]] | None = None  # a request that did not fit in this
 
     def fits(self, request: Request, running: Sequence[Request]) -> bool:
@@ -25,7 +25,7 @@ class Admission:
         if not running:
             return True
         branches = sum(other.strategy.max_branches for other in running)
-        if branches + request.strategy.max_branches > self._most:
+        if branches + request.strategy.max_branches > self.most:
             return False
         available = self._branches.tables.available
         if self._refused == (request, available):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from typing import TYPE_CHECKING
 
 from mnemos.contract import ConditionedModel, Model
 from mnemos.decoding.strategy import Emitted
@@ -14,6 +15,9 @@ from mnemos.engine.evaluation import evaluate, evaluate_apart
 from mnemos.engine.request import Request, State
 from mnemos.engine.scheduler import Limits, Scheduler
 from mnemos.memory.capacity import Capacity
+
+if TYPE_CHECKING:
+    from mnemos.engine.pacing import Pacer
 
 
 class EngineCore:
@@ -34,6 +38,8 @@ class EngineCore:
         )
         self.counters = Counters()
         self.listeners: list[Listener] = []
+        self.pacer: Pacer | None = None
+        self.rest = 0.0  # seconds to pause before the next step, for a machine that is too warm
 
     @property
     def has_work(self) -> bool:
@@ -64,6 +70,8 @@ class EngineCore:
     def step(self) -> None:
         """Evaluates one batch, if there is anything to evaluate, and advances the strategies concerned."""
         counters, scheduler = self.counters, self.scheduler
+        if self.pacer is not None:
+            self.pacer.update(scheduler)
         began = time.perf_counter()
         step = scheduler.schedule(began)
         if step is None:
@@ -90,7 +98,10 @@ class EngineCore:
         counters.steps += 1
         counters.evaluated_tokens += len(step.token_ids)
         counters.model_seconds += left - entered
-        counters.busy_seconds += time.perf_counter() - began
+        took = time.perf_counter() - began
+        counters.busy_seconds += took
+        if self.pacer is not None:
+            self.rest = self.pacer.rest * took
 
     def _begin(self, request: Request, state: int) -> None:
         """For a model with an encoder: has it read the request's source into a sequence's clear state slot."""

@@ -15,9 +15,9 @@ from mnemos.engine.completion import Completion, StreamedToken
 from mnemos.engine.counters import Listener
 from mnemos.engine.handle import RequestHandle, run_all
 from mnemos.engine.launching import Launcher
-from mnemos.engine.options import EngineOptions, split
+from mnemos.engine.options import GIGABYTES, EngineOptions, split
 from mnemos.engine.padding import filling_id, padding_id
-from mnemos.engine.prepare import default_length, make_draft_model, take_model, with_ends
+from mnemos.engine.prepare import default_length, make_draft_model, room_for_pages, take_model, with_ends
 from mnemos.engine.pretrained import load_parts
 from mnemos.engine.prompts import Prompts, listed, read_prompts
 from mnemos.errors import ConfigError, RequestError
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from mnemos.engine.chat import ChatCompletion, ChatHandle
     from mnemos.engine.decide import Decision
     from mnemos.engine.options import EngineKeywords, LoadKeywords
+    from mnemos.engine.pacing import Pacer
     from mnemos.engine.statistics import Statistics
     from mnemos.engine.value_handle import ValueHandle
+    from mnemos.machine.sensors import Sensors
     from mnemos.text.tokenizer import Tokenizer
 
     Config = AnyConfig | None
@@ -90,11 +92,17 @@ class InferenceEngine:
         self.generation_config = chosen.generation_config
         self.max_sequences = chosen.max_sequences
         limits = Limits(length, chosen.max_batch_tokens, chosen.max_sequences)
-        capacity = reserve(self.model, self.spec, chosen.cache_tokens, limits.sequences, limits.batch_tokens)
+        room = None
+        if chosen.max_memory_gb is not None:
+            room = room_for_pages(chosen.max_memory_gb, self.model, limits)
+        capacity = reserve(self.model, self.spec, chosen.cache_tokens, limits.sequences, limits.batch_tokens, room)
         drafts = None
         if chosen.draft_model is not None:
             drafts = make_draft_model(chosen, self.spec, limits)
         self._thread = EngineThread(self.model, capacity, limits, chosen.prefix_cache, chosen.queue_size, drafts)
+        self._limits, self._most_bytes = limits, int((chosen.max_memory_gb or 0) * 2**30)
+        if self._most_bytes or chosen.performance_mode or chosen.thermal_throttle:
+            self.pace(chosen.performance_mode, chosen.thermal_throttle)
         self._launcher = Launcher(self.model, self.spec, self.tokenizer, self._thread)
 
     @classmethod
@@ -420,6 +428,30 @@ class InferenceEngine:
         """Keeps at most `pages` cache pages that no request uses: the most recently used ones."""
         tree = self._thread.prefix_tree()
         self._thread.call(partial(tree.restrict, pages))
+
+    def pace(
+        self,
+        mode: str | None = None,
+        thermal_throttle: bool = False,
+        *,
+        max_memory_gb: float | None = None,
+        sensors: Sensors | None = None,
+    ) -> Pacer:
+        """Has the engine use as much of the machine from now on as a performance mode, its heat and power leave it.
+
+        mode: performance, balanced (as many threads as performance cores) or efficiency (half of the threads and the
+        batch); None: balanced with `thermal_throttle`, else performance. thermal_throttle: fewer threads, smaller
+        batches and pauses while the machine is hot or on battery. max_memory_gb: of the process, by default the
+        engine's own limit; beyond it, cached prefixes are given up and few requests run at once. sensors: by default
+        the machine's. Texts stay the same; only the time changes. The result tells the conditions and what is allowed.
+        """
+        from mnemos.engine.pacing import make_pacer
+
+        if max_memory_gb is not None:
+            self._most_bytes = int(GIGABYTES.apply("max_memory_gb", max_memory_gb) * 2**30)
+        pacer = make_pacer(self.model, self._limits, mode, thermal_throttle, self._most_bytes, sensors)
+        self._thread.core.pacer = pacer
+        return pacer
 
     def close(self, drain: bool = False) -> None:
         """Closes the engine: with `drain` once all requests are done, else immediately, ending them with an error."""

@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from mnemos.errors import ConfigError
-from mnemos.rules import COUNT, DTYPE, FLAG, KV_DTYPE, Rule, hint
+from mnemos.rules import COUNT, DTYPE, FLAG, KV_DTYPE, PERFORMANCE_MODE, Rule, hint, real
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,6 +48,8 @@ DEVICE = Rule(_device, f"one of {', '.join(DEVICES)}, also with a number, like c
 PATH = Rule(lambda value: value if isinstance(value, (str, os.PathLike)) else None, "a name or a path")
 PROGRESS = Rule(lambda value: value if callable(value) else None, "a callable (stage, done, total)")
 CONFIG = Rule(_config, "a GenerationConfig, or a dict of its fields")
+GIGABYTES = real(0, 1 << 20, open_low=True)
+_SHARED = ("max_memory_gb", "performance_mode", "thermal_throttle")  # for loading and for running
 
 
 def row(rule: Rule, help: str, metavar: str | None = None) -> dict[str, Any]:
@@ -92,6 +94,24 @@ class ModelOptions(Options):
     )
     use_kv_cache: bool = field(
         default=True, metadata=row(FLAG, "False: a PyTorch module is run over the whole text for every token")
+    )
+    max_memory_gb: float | None = field(
+        default=None,
+        metadata=row(
+            GIGABYTES, "memory that the process may take (GB of 2^30 bytes), weights, cache and all the rest", "GB"
+        ),
+    )
+    performance_mode: str | None = field(
+        default=None,
+        metadata=row(
+            PERFORMANCE_MODE, "performance, balanced (performance cores only) or efficiency (half of them)", "MODE"
+        ),
+    )
+    thermal_throttle: bool = field(
+        default=False,
+        metadata=row(
+            FLAG, "use fewer threads and smaller batches, and pause, while the machine is hot or on battery", ""
+        ),
     )
 
 
@@ -169,6 +189,9 @@ class EngineKeywords(TypedDict, total=False):
     """The options of `EngineOptions` that `InferenceEngine` takes as keywords, for editors and type checkers."""
 
     context_length: int | None
+    max_memory_gb: float | None
+    performance_mode: str | None
+    thermal_throttle: bool
     max_batch_tokens: int
     max_sequences: int
     cache_tokens: int | None
@@ -198,7 +221,7 @@ def split(keywords: Mapping[str, Any]) -> tuple[LoadOptions, dict[str, Any]]:
     """(how to load a model, keywords for the engine that runs it), both checked; see `Options.read` for errors."""
     refuse_unknown(keywords, [*LoadOptions.names(), *EngineOptions.names()])
     loading = {name: value for name, value in keywords.items() if name in LoadOptions.names()}
-    running = {name: value for name, value in keywords.items() if name not in loading}
+    running = {name: value for name, value in keywords.items() if name not in loading or name in _SHARED}
     EngineOptions(**running)
     if loading.get("draft") is not None and running.get("draft_model") is not None:
         raise ConfigError(f"draft is {str(loading['draft'])!r} and draft_model is given too; give one of them")

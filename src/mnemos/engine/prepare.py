@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mnemos.contract import ConditionedModel, Model, ModelSpec
-from mnemos.errors import ConfigError
+from mnemos.errors import CapacityError, ConfigError
 from mnemos.memory.capacity import reserve
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mnemos.engine.options import EngineOptions, ModelOptions
     from mnemos.engine.scheduler import Limits
     from mnemos.text.tokenizer import Tokenizer
+
+_STEPS = 0.05  # of a memory limit, for the values that a step computes with
 
 
 def take_model(model: Any, tokenizer: Tokenizer | None, options: ModelOptions) -> Model:
@@ -36,6 +38,31 @@ def with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
         return spec
     ends = sorted(token for token in getattr(tokenizer, "eos_ids", ()) if token < spec.vocabulary_size)
     return replace(spec, eos_token_ids=tuple(ends))
+
+
+def check_limit(gigabytes: float, needed: int, purpose: str) -> int:
+    """What is left of a limit on the process's memory after `needed` more bytes; CapacityError if they exceed it."""
+    from mnemos.machine.memory import resident_memory
+
+    most, taken = int(gigabytes * 2**30), resident_memory()
+    if taken + needed >= most:
+        raise CapacityError(
+            f"max_memory_gb is {gigabytes:g}: the process takes {taken / 2**30:.2f} GB, and {purpose} "
+            f"{needed / 2**30:.2f} GB more; give it more, or load a smaller or quantized model"
+        )
+    return most - taken - needed
+
+
+def room_for_pages(gigabytes: float, model: Model, limits: Limits) -> int:
+    """Bytes for cache pages within a limit on the process's memory, once the weights are there.
+
+    Kept free: the logits of all sequences, and a part for what steps need besides.
+    """
+    finish = getattr(model, "finish", None)
+    if finish is not None:
+        finish()
+    logits = 4 * model.spec.vocabulary_size * limits.sequences
+    return check_limit(gigabytes, logits + int(_STEPS * gigabytes * 2**30), "a step")
 
 
 def make_draft_model(options: EngineOptions, spec: ModelSpec, limits: Limits) -> DraftModel:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mnemos.engine.options import TRANSFORMERS, LoadOptions
+from mnemos.engine.prepare import check_limit
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, MnemosError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def load_pretrained(
         context_length=options.context_length,
         threads=options.threads,
     )
+    if options.max_memory_gb is not None:
+        check_limit(options.max_memory_gb, model.weight_bytes, "the weights")
     threading.Thread(target=_attempt, args=(model.finish,)).start()  # reads the weights while the caller continues
     tokenizer = read_tokenizer(options.tokenizer)
     if tokenizer is None and (tokenizer := _own_tokenizer(checkpoint)) is not None:

@@ -95,6 +95,17 @@ class Scheduler:
         """Continues with `branches`; forks share pages with their parents, and all other branches' pages are freed."""
         self.branches.place(request, branches)
 
+    def restrict(self, sequences: int, batch_tokens: int) -> None:
+        """Has at most this many branches running from now on, and rows in a step with part of a prompt.
+
+        Requests beyond the first number wait until there is room again, the last admitted ones first.
+        """
+        self.admission.most, self.budget.batch_tokens = sequences, batch_tokens
+        running = sum(request.strategy.max_branches for request in self.running)
+        while running > sequences and len(self.running) > 1:
+            running -= self.running[-1].strategy.max_branches
+            self._preempt(self.running[-1])
+
     # A step.
 
     def schedule(self, now: float) -> Step | None:

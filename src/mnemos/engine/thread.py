@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from mnemos.contract import Model
@@ -203,9 +203,21 @@ class EngineThread:
                 while not inbox.empty():
                     inbox.get()()
                 core.step()
+                if core.rest:
+                    self._pause(core.rest)
             except BaseException as error:  # a bug in the engine itself: no caller must be left waiting
                 log_exception("a step failed; all requests end")
                 self._fail_all(error)
+
+    def _pause(self, seconds: float) -> None:
+        """Lets the machine cool down; calls are answered meanwhile."""
+        self.core.rest = 0.0
+        end = time.perf_counter() + seconds
+        while (left := end - time.perf_counter()) > 0 and not self._stopping:
+            try:
+                self._inbox.get(timeout=left)()
+            except Empty:
+                return
 
     def _enter(self, request: Request) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from mnemos.errors import CapacityError
@@ -47,6 +48,17 @@ def machine_memory() -> int:
     if limit.isdigit():
         limits.append(int(limit))
     return min(filter(None, limits))
+
+
+def resident_memory() -> int:
+    """Bytes of memory that the process takes now, mapped files included; where unknown, the most that it took, or 0."""
+    if resource is None:
+        return 0
+    try:
+        return int(_SIZES.read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def check_memory(needed: int, purpose: str) -> None:

@@ -9,9 +9,7 @@ from math import ceil
 
 from mnemos.machine.hardware import Hardware
 from mnemos.machine.sensors import Conditions, Heat, Sensors
-from mnemos.rules import one_of
-
-MODE = one_of("performance", "balanced", "efficiency")
+from mnemos.rules import PERFORMANCE_MODE
 
 PERIOD = 2.0  # seconds between two readings of the sensors
 RECOVERY = 10.0  # seconds of better conditions before an engine goes up a level again
@@ -53,7 +51,7 @@ def allowance_for(mode: str, hardware: Hardware, most: Allowance) -> Allowance:
     performance: everything. balanced: as many threads as there are performance cores. efficiency: half of the threads
     and of the batch, which takes longer and draws less.
     """
-    MODE.apply("performance_mode", mode)
+    PERFORMANCE_MODE.apply("performance_mode", mode)
     if mode == "performance":
         return most
     if mode == "balanced":
@@ -82,7 +80,7 @@ class Governor:
     """
 
     def __init__(self, mode: str, base: Allowance, sensors: Sensors, now: Callable[[], float] = time.monotonic) -> None:
-        self.mode = MODE.apply("performance_mode", mode)
+        self.mode = PERFORMANCE_MODE.apply("performance_mode", mode)
         self.base = base
         self.level = 0
         self.conditions = Conditions()

@@ -23,16 +23,22 @@ class Capacity:
 
 
 def reserve(
-    model: Model, spec: ModelSpec, cache_tokens: int | None, sequences: int, batch_tokens: int = 512
+    model: Model,
+    spec: ModelSpec,
+    cache_tokens: int | None,
+    sequences: int,
+    batch_tokens: int = 512,
+    room: int | None = None,
 ) -> Capacity:
     """Reserves room in a model for `cache_tokens` positions (see `plan_pages`) and `sequences` branches at once.
 
     spec: the model's own, or one with a shorter context. batch_tokens: the most positions that a step evaluates. Each
     running branch has a state slot, and there are as many again for a request with more branches than `sequences`.
+    room: bytes that the pages may take, None without a limit of its own.
     """
     paged = spec.layout.layers > 0
     capacity = Capacity(
-        pages=plan_pages(spec, cache_tokens, sequences, batch_tokens) if paged else spec.layout.counts(0),
+        pages=plan_pages(spec, cache_tokens, sequences, batch_tokens, room) if paged else spec.layout.counts(0),
         states=2 * sequences if spec.states else 0,
     )
     if paged:
@@ -53,13 +59,17 @@ def pages_at_once(positions: int, window: int, chunk: int, page_size: int) -> in
 
 
 def plan_pages(
-    spec: ModelSpec, cache_tokens: int | None, sequences: int = 64, batch_tokens: int = 512
+    spec: ModelSpec,
+    cache_tokens: int | None,
+    sequences: int = 64,
+    batch_tokens: int = 512,
+    room: int | None = None,
 ) -> tuple[int, ...]:
     """Pages for `cache_tokens` positions; None: two full contexts, at least DEFAULT_TOKENS, in a quarter of memory.
 
     A layer group with a window has no more than twice what `sequences` branches need, of which one reads a prompt, if
     another group has none. Backends commit a page's memory when it is first written, so a generous plan costs nothing.
-    CapacityError if the requested size exceeds the machine's memory.
+    CapacityError if the requested size exceeds the machine's memory or `room` (bytes), or if that is less than a page.
     """
     layout, memory = spec.layout, machine_memory()
 
@@ -84,11 +94,19 @@ def plan_pages(
                 f"cache_tokens is {cache_tokens}, which takes {size(pages):,} bytes of keys and values; "
                 f"the machine has {memory:,}"
             )
+        if room is not None and size(pages) > room:
+            raise CapacityError(
+                f"cache_tokens is {cache_tokens}, which takes {size(pages):,} bytes of keys and values; max_memory_gb "
+                f"leaves {room:,}"
+            )
         return plan(pages)
     pages = -(-max(DEFAULT_TOKENS, 2 * spec.context_length) // layout.page_size)
-    if memory:
+    if room is not None and size(1) > room:
+        raise CapacityError(f"max_memory_gb leaves {room:,} bytes for keys and values; a page takes {size(1):,}")
+    if memory or room is not None:
         left = address_space_left()
-        share = memory // 4 if left is None else min(memory // 4, left // 2)
+        shares = [memory // 4 if memory else None, None if left is None else left // 2, room]
+        share = min(one for one in shares if one is not None)
         pages = bisect_right(range(pages + 1), share, key=size) - 1
     return plan(max(pages, 1))
 

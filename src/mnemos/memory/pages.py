@@ -27,6 +27,10 @@ class PagePool:
     def used(self) -> int:
         return self.total - len(self._free)
 
+    def free_pages(self) -> list[int]:
+        """The pages that nobody holds."""
+        return list(self._free)
+
     def allocate(self) -> int:
         """A free page, held once. The caller must have made sure that there is one."""
         page = self._free.pop()

@@ -34,10 +34,11 @@ _COMPUTATION = "1"  # increased whenever an architecture's computation changes
 class LoadedModel:
     """A built-in architecture with its weights, on one backend."""
 
-    def __init__(self, architecture: Architecture, spec: ModelSpec, ops: Ops) -> None:
+    def __init__(self, architecture: Architecture, spec: ModelSpec, ops: Ops, weight_bytes: int = 0) -> None:
         self.architecture = architecture
         self.spec = spec
         self.ops = ops
+        self.weight_bytes = weight_bytes  # of memory; 0 if the backend does not know before it has read them
         self._cache: Cache | None = None
         self._step: Callable[[Batch], Output] | None = None
         self._early_steps: dict[tuple[int, ...], Callable[[Batch], Output]] = {}
@@ -73,6 +74,16 @@ class LoadedModel:
         if windows is None:
             raise ConfigError(f"{self.spec.architecture} keeps no states")
         return windows
+
+    @property
+    def threads(self) -> int | None:
+        """See `ThreadedModel`."""
+        return getattr(self.ops, "threads", None)
+
+    def limit_threads(self, threads: int) -> None:
+        """See `ThreadedModel`."""
+        if self.threads is not None:
+            self.ops.limit_threads(threads)  # type: ignore[attr-defined]  # what has threads can limit them
 
     def finish(self) -> None:
         """Reads the weights now, if the backend would otherwise wait until `reserve`; another thread may call it."""
@@ -144,11 +155,11 @@ def load_model_on(
     architecture, fields = describe_architecture(checkpoint, context_length)
     checked = _build(architecture, fields, checkpoint, None)
     ops = make_ops()
-    _check_memory(checkpoint, ops, dtype)
+    needed = _check_memory(checkpoint, ops, dtype)
     kv_dtype = ops.cache_dtype if kv_dtype == "auto" and dtype != "float32" else kv_dtype
     # Before the weights are read: a backend releases a mapped file's pages as it goes, and this touches many.
     spec = _specify(checkpoint, checked, ops.name, dtype, kv_dtype)
-    return LoadedModel(_build(architecture, fields, checkpoint, ops), spec, ops)
+    return LoadedModel(_build(architecture, fields, checkpoint, ops), spec, ops, needed)
 
 
 def describe_model(
@@ -254,11 +265,12 @@ def _build(architecture: type[Any], fields: Fields, checkpoint: Checkpoint, ops:
     return model
 
 
-def _check_memory(checkpoint: Checkpoint, ops: Ops, dtype: str) -> None:
-    """Raises CapacityError, with the missing amount, if the weights do not fit into memory."""
+def _check_memory(checkpoint: Checkpoint, ops: Ops, dtype: str) -> int:
+    """The bytes that the weights take, 0 if unknown; CapacityError, with what is missing, if there are not as many."""
     needed = ops.weight_memory(checkpoint.tensors.values())
     if needed is not None:
         check_memory(needed, f"{checkpoint.path} as {dtype}")
+    return needed or 0
 
 
 def _special_tokens(checkpoint: Checkpoint, vocabulary_size: int) -> dict[str, Any]:

@@ -54,6 +54,10 @@ class NativeCache:
     def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None:
         self.cores[group].write(page, content)
 
+    def release(self, pages: Sequence[int], group: int = 0) -> None:
+        for page in pages:
+            self.cores[group].release(page)
+
 
 class NativeWindows:
     """Rows at the latest positions, in native memory; see `Windows`."""
@@ -117,8 +121,18 @@ class NativeOps:
         settle_levels()
         self.cache_dtype = "bfloat16" if _native.keeps_bfloats() else "float16"
         self.pool = _native.shared_pool(threads or 0)
+        self._limit = 0
         self._unpacked: list[tuple[_native.Matrix, npt.NDArray[np.uint8], Rows | None, bool]] = []
         self._packing = Lock()
+
+    @property
+    def threads(self) -> int:
+        """How many threads a step has at most, without a limit."""
+        return self.pool.threads
+
+    def limit_threads(self, threads: int) -> None:
+        """Steps have at most this many threads from now on, which changes no result."""
+        self._limit = COUNT.apply("threads", threads)
 
     # Parameters.
 
@@ -188,12 +202,12 @@ class NativeOps:
 
         def step(batch: Batch) -> Output:
             if batch.greedy and program.finds_argmax and len(batch.logit_rows) >= ARGMAX_ALONE_FROM:
-                hidden, *_, numbers = _run(program, batch, [], argmax=True)
+                hidden, *_, numbers = _run(program, batch, [], argmax=True, threads=self._limit)
                 tokens = numbers[:, 0]
                 if (tokens >= 0).all():
                     return Output(np.empty((len(tokens), 0), dtype=np.float32), hidden, tokens)
                 # Some row has no most probable token: the chooser needs the logits to report why.
-            hidden, *rows, logits = _run(program, batch, [])
+            hidden, *rows, logits = _run(program, batch, [], threads=self._limit)
             return Output(logits=logits, hidden=hidden, early=np.stack(rows) if rows else None)
 
         return step
@@ -345,7 +359,7 @@ class NativeOps:
 
 
 def _run(
-    program: _native.Program, batch: Batch, inputs: list[npt.NDArray[Any]], argmax: bool = False
+    program: _native.Program, batch: Batch, inputs: list[npt.NDArray[Any]], argmax: bool = False, threads: int = 0
 ) -> list[npt.NDArray[Any]]:
     return program.run(
         batch.token_ids,
@@ -358,6 +372,7 @@ def _run(
         inputs,
         argmax,
         batch.states if len(batch.states) else None,
+        threads,
     )
 
 

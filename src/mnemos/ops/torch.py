@@ -150,6 +150,11 @@ class TorchOps:
         if dtype not in TORCH_DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; expected auto or one of {', '.join(TORCH_DTYPES)}")
         self.dtype = TORCH_DTYPES[dtype]
+        self.threads = torch.get_num_threads() if self.device.type == "cpu" else None
+
+    def limit_threads(self, threads: int) -> None:
+        """PyTorch has at most this many threads from now on, for what the calling thread computes."""
+        torch.set_num_threads(threads)
 
     def matrix(self, tensor: StoredTensor, rows: Rows | None = None) -> Tensor:
         if rows is not None:
