@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.errors import MnemosError as MnemosError
     from mnemos.export.onnx import ONNXExporter as ONNXExporter
     from mnemos.export.exporter import ModelExporter as ModelExporter
+    from mnemos.export.openvino import OpenVINOExporter as OpenVINOExporter
     from mnemos.export.programs import ProgramExporter as ProgramExporter
     from mnemos.export.torchscript import TorchScriptExporter as TorchScriptExporter
     from mnemos.models.foreign.cached_attention import CachedAttention as CachedAttention, KVCache as KVCache
@@ -99,6 +100,7 @@ _NAMES = {
     "mnemos.errors": "MnemosError",
     "mnemos.export.exporter": "ModelExporter",
     "mnemos.export.onnx": "ONNXExporter",
+    "mnemos.export.openvino": "OpenVINOExporter",
     "mnemos.export.programs": "ProgramExporter",
     "mnemos.export.torchscript": "TorchScriptExporter",
     "mnemos.models.foreign.cached_attention": "CachedAttention KVCache",

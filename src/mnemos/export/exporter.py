@@ -127,6 +127,7 @@ class ModelExporter:
                 run = load(made)
                 found = compare(self.model, run, example, outputs, self.tolerance, self.format)
                 speed = speed_ratios(self.model, run, example)
+                del run  # a runtime may hold the files, which some systems do not let be moved then
             if found.left_out:
                 notes.append(f"the module itself does not take {'; '.join(found.left_out)}")
             size = sum(file.stat().st_size for file in folder.iterdir())

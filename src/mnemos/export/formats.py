@@ -72,12 +72,29 @@ def _compiled_program(source: ExportSource, path: Path) -> ExportReport:
     return ProgramExporter(source.form, TOLERANCE).export(path, compile=True)
 
 
+def _openvino(source: ExportSource, path: Path) -> ExportReport:
+    from mnemos.export.openvino import OpenVINOExporter
+    from mnemos.export.torch_form import WithCache, cache_example
+
+    inputs, input_names, outputs, axes = cache_example(source.form)
+    state = dict(zip(list(inputs)[2:], outputs[1:], strict=True))
+    return OpenVINOExporter(WithCache(source.form), TOLERANCE).export(path, inputs, input_names, outputs, axes, state)
+
+
+def _openvino_no_cache(source: ExportSource, path: Path) -> ExportReport:
+    from mnemos.export.openvino import OpenVINOExporter
+
+    return OpenVINOExporter(source.form, TOLERANCE).export(path)
+
+
 FORMATS = {
     "onnx": Format("model.onnx", _onnx, "ONNX with a cache: input_ids, attention_mask and past_key_values.N.key/value"),
     "onnx-no-cache": Format("model-no-cache.onnx", _onnx_no_cache, "ONNX: token ids to logits"),
     "torchscript": Format("model.pt", _torchscript, "TorchScript, traced"),
     "pt2": Format("model.pt2", _program, "a program of torch.export"),
     "aoti": Format("model-compiled.pt2", _compiled_program, "machine code by AOTInductor, for this kind of CPU"),
+    "openvino": Format("openvino_model.xml", _openvino, "OpenVINO with a cache that the runtime keeps"),
+    "openvino-no-cache": Format("openvino_model_no_cache.xml", _openvino_no_cache, "OpenVINO: token ids to logits"),
 }
 
 
