@@ -32,6 +32,19 @@ class Score:
         return float(np.exp(self.mean_nll))
 
 
+class ForcedReading:
+    """Evaluates the prompt and nothing else, for what it leaves in the prefix cache."""
+
+    needs_all_prompt_rows = False
+    max_branches = 1
+
+    def start(self, prompt: Sequence[int]) -> list[Branch]:
+        return [Branch(list(prompt))]
+
+    def advance(self, rows: Mapping[Branch, Rows]) -> Advance:
+        return Advance([], finished=[FinishedSequence([], "stop")])
+
+
 class TeacherForced:
     """Evaluates the prompt without generating anything, CHUNK rows at a time."""
 

@@ -16,10 +16,20 @@ from mnemos.text.conversation import check_messages
 from mnemos.text.tools.exchange import Exchange, exchange, functions_of
 
 if TYPE_CHECKING:
+    from mnemos.contract import ModelSpec
     from mnemos.decoding.config import GenerationConfig
     from mnemos.text.tokenizer import Tokenizer
 
 MODES = ("none", "auto", "required")
+OPTIONS = (
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "continue_final_message",
+    "thinking",
+    "thinking_token_budget",
+    "chat_template_kwargs",
+)
 SET_HERE = ("messages", "tools", "add_generation_prompt", "continue_final_message")  # variables of every template
 
 
@@ -183,6 +193,29 @@ def conversation_of(
     if continues is None:
         continues = checked[-1]["role"] == "assistant"
     return Conversation(checked, tools, choice, parallel, continues, thinking, budget, template or {})
+
+
+def read_chat(
+    messages: Any, tokenizer: Tokenizer, spec: ModelSpec, config: GenerationConfig, options: Mapping[str, Any]
+) -> tuple[Exchange, GenerationConfig]:
+    """The prompt of a conversation, and what it is continued by.
+
+    options: those of `InferenceEngine.submit_chat`, which documents them, and fields of GenerationConfig.
+    """
+    own = {name: options[name] for name in options if name in OPTIONS}
+    fields = {name: value for name, value in options.items() if name not in OPTIONS}
+    conversation = conversation_of(
+        messages,
+        own.get("tools", ()),
+        own.get("tool_choice", "auto"),
+        parallel=own.get("parallel_tool_calls"),
+        continues=own.get("continue_final_message"),
+        thinking=own.get("thinking"),
+        budget=own.get("thinking_token_budget"),
+        template=own.get("chat_template_kwargs"),
+    )
+    read = conversation.exchange(tokenizer)
+    return read, config_for(config.with_overrides(**fields) if fields else config, read, spec.context_length)
 
 
 def check_tokenizer(tokenizer: Any, model: str = "the model") -> Tokenizer:

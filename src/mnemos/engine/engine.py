@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 
 import numpy as np
@@ -36,9 +36,13 @@ if TYPE_CHECKING:
     from mnemos.engine.decide import Decision
     from mnemos.engine.options import EngineKeywords, LoadKeywords
     from mnemos.engine.pacing import Pacer
+    from mnemos.engine.session import Session
+    from mnemos.engine.sessions import Sessions
     from mnemos.engine.statistics import Statistics
     from mnemos.engine.value_handle import ValueHandle
+    from mnemos.errors import FormatError
     from mnemos.machine.sensors import Sensors
+    from mnemos.memory.session_records import Summary
     from mnemos.text.tokenizer import Tokenizer
 
     Config = AnyConfig | None
@@ -104,6 +108,21 @@ class InferenceEngine:
         if self._most_bytes or chosen.performance_mode or chosen.thermal_throttle:
             self.pace(chosen.performance_mode, chosen.thermal_throttle)
         self._launcher = Launcher(self.model, self.spec, self.tokenizer, self._thread)
+        self._session_dir = chosen.session_dir
+
+    @cached_property
+    def _sessions(self) -> Sessions:
+        from mnemos.engine.sessions import Sessions
+
+        return Sessions(
+            self.model,
+            self.spec,
+            self.tokenizer,
+            self._launcher,
+            self._thread,
+            self._session_dir,
+            self.generation_config,
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> InferenceEngine:
@@ -281,21 +300,35 @@ class InferenceEngine:
         reasoning. chat_template_kwargs: variables of the chat template. Without a length, an answer may fill the
         context. RequestError for messages or tools that are wrong, UnsupportedError for a tokenizer without templates.
         """
-        from mnemos.engine.chat import ChatHandle, check_tokenizer, config_for, conversation_of
+        from mnemos.engine.chat import ChatHandle, check_tokenizer, read_chat
 
-        conversation = conversation_of(
-            messages,
-            tools,
-            tool_choice,
-            parallel=parallel_tool_calls,
-            continues=continue_final_message,
-            thinking=thinking,
-            budget=thinking_token_budget,
-            template=chat_template_kwargs,
-        )
-        read = conversation.exchange(check_tokenizer(self.tokenizer))
-        chosen = config_for(self._config(config, overrides), read, self.spec.context_length)
+        options = {
+            "tools": tools,
+            "tool_choice": tool_choice,
+            "parallel_tool_calls": parallel_tool_calls,
+            "continue_final_message": continue_final_message,
+            "thinking": thinking,
+            "thinking_token_budget": thinking_token_budget,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        chosen = self._config(config, overrides)
+        read, chosen = read_chat(messages, check_tokenizer(self.tokenizer), self.spec, chosen, options)
         return ChatHandle(self._launcher.prepare(read.prompt_ids, chosen)(), read)
+
+    # Sessions.
+
+    def session(self, name: str, *, tenant: str = "") -> Session:
+        """The session of this name, which continues where it was left, or a new one; see `mnemos.engine.session`.
+
+        It is kept in the engine's `session_dir`, in a folder of its own for each tenant. CapacityError if another
+        process has it open, FormatError if its file is damaged or was made by another model, ConfigError for a name
+        that no session can have.
+        """
+        return self._sessions.open(name, tenant)
+
+    def sessions(self, *, tenant: str = "") -> list[Summary | FormatError]:
+        """What there is to say about all sessions, the most recently used first; unreadable files at the end."""
+        return self._sessions.list(tenant)
 
     # Evaluation of given tokens.
 
@@ -456,6 +489,8 @@ class InferenceEngine:
     def close(self, drain: bool = False) -> None:
         """Closes the engine: with `drain` once all requests are done, else immediately, ending them with an error."""
         self._thread.close(drain)
+        if "_sessions" in self.__dict__:
+            self._sessions.close()
 
     def __enter__(self) -> InferenceEngine:
         return self

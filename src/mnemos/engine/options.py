@@ -180,6 +180,9 @@ class EngineOptions(ModelOptions):
         default=None,
         metadata=row(ANYTHING, "a small model or nn.Module with the same vocabulary, for speculative='draft'"),
     )
+    session_dir: str | os.PathLike[str] | None = field(
+        default=None, metadata=row(PATH, "the folder of sessions; by default one in the user's state folder")
+    )
     generation_config: GenerationConfig | None = field(
         default=None, metadata=row(CONFIG, "the config of requests that have none; their keywords override its fields")
     )
@@ -198,6 +201,7 @@ class EngineKeywords(TypedDict, total=False):
     prefix_cache: bool
     queue_size: int
     draft_model: Any
+    session_dir: str | os.PathLike[str] | None
     generation_config: AnyConfig | None
 
 

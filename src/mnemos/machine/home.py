@@ -16,3 +16,12 @@ def home() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "mnemos"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnemos"
+
+
+def state() -> Path:
+    """The folder for what must not be lost when caches are cleared: $MNEMOS_HOME, or the platform's own for that."""
+    if os.environ.get("MNEMOS_HOME") or sys.platform == "win32":
+        return home()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "mnemos"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mnemos"

@@ -76,10 +76,10 @@ class PrefixTree:
         The caller has what a position after those sees, and the match has pages after them only. The caller does not
         hold these yet: share them before anything else is allocated.
         """
-        path = self._path(salt, tokens)
+        path = self.path(salt, tokens)
         end = self._usable(path, skip)
         self.touch(path[:end])
-        firsts = [max(skip, self._first_seen(group, end)) for group in range(len(self.pools))]
+        firsts = [max(skip, first) for first in self.firsts(end)]
         return Match(end, [_held(path[first:end], group) for group, first in enumerate(firsts)])
 
     def insert(
@@ -102,7 +102,7 @@ class PrefixTree:
         path = []
         for index in range(min(len(tokens) // size, held[0][1] + len(held[0][0]))):
             key = tuple(tokens[index * size : (index + 1) * size])
-            node = node.children.get(key) or self._grow(node, key)
+            node = node.children.get(key) or self.grow(node, key)
             path.append(node)
         self._mark(path, ended)
         for group, (pages, skip) in enumerate(held):
@@ -120,10 +120,10 @@ class PrefixTree:
 
     def attach(self, parent: Node, tokens: Tokens, pages: Sequence[int | None]) -> Node:
         """A new node below `parent` with a page for each group; touch its path before anything is evicted."""
-        node = self._grow(parent, tokens)
+        node = self.grow(parent, tokens)
         for group, page in enumerate(pages):
             if page is not None:
-                self._keep(node, group, page)
+                self.keep(node, group, page)
         return node
 
     def touch(self, path: Sequence[Node]) -> None:
@@ -157,6 +157,18 @@ class PrefixTree:
         if self.limit is not None and len(self) > self.limit:
             self.evict(len(self) - self.limit)
 
+    def firsts(self, end: int) -> list[int]:
+        """For each layer group, the first page that the position after a text's first `end` pages sees."""
+        return [self._first_seen(group, end) for group in range(len(self.pools))]
+
+    def forget(self, salt: str | None, tokens: Sequence[int], keep: int = 0) -> None:
+        """Drops the pages of a text from its end to where another text parts from it, or to its first `keep` pages."""
+        for node in reversed(self.path(salt, tokens)[keep:]):
+            if node in self._recency:  # not gone with its only child
+                if node.children:
+                    return
+                self._remove(node)
+
     def clear(self) -> None:
         """Drops everything; pages that sequences still hold stay with them."""
         for node in self._recency:
@@ -169,7 +181,8 @@ class PrefixTree:
         """All nodes, the least recently used first."""
         return iter(self._recency)
 
-    def _path(self, salt: str | None, tokens: Sequence[int]) -> list[Node]:
+    def path(self, salt: str | None, tokens: Sequence[int]) -> list[Node]:
+        """The nodes of a text's full pages, as far as there are any."""
         path: list[Node] = []
         node = self._roots.get(salt)
         size = self.page_size
@@ -200,8 +213,8 @@ class PrefixTree:
                 usable = index + 1
         return usable
 
-    def _grow(self, parent: Node, tokens: Tokens) -> Node:
-        """A new node without pages."""
+    def grow(self, parent: Node, tokens: Tokens) -> Node:
+        """A new node below `parent` without pages; in a tree whose first group has no window, give it one of that."""
         node = parent.children[tokens] = Node(parent, tokens, parent.salt, len(self.pools))
         self._recency[node] = None
         return node
@@ -228,9 +241,10 @@ class PrefixTree:
                 own = pages[index - skip]
                 if own != known:
                     self._drop(node, group)
-                    self._keep(node, group, own)
+                    self.keep(node, group, own)
 
-    def _keep(self, node: Node, group: int, page: int) -> None:
+    def keep(self, node: Node, group: int, page: int) -> None:
+        """Holds a page, which its caller holds too, for a node that has none in the group."""
         self.pools[group].cache(page)
         self.held[group] += 1
         node.pages[group] = page

@@ -51,7 +51,7 @@ def save_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, 
         _write(target, nodes, cache, spec)
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
-        needed = sum(count * size for count, size in zip(tree.held, _page_bytes(cache), strict=True)) / 1e6
+        needed = sum(count * size for count, size in zip(tree.held, page_bytes_of(cache), strict=True)) / 1e6
         raise FormatError(
             f"{path}: the prefix cache cannot be written: {problem}; it needs {needed:.0f} MB in a folder that can be "
             "written to"
@@ -100,19 +100,19 @@ def _header(nodes: list[Node], cache: Cache, spec: ModelSpec) -> dict[str, Any]:
     ]
     return {
         "fingerprint": spec.fingerprint,
-        "layout": _layout(spec),
-        "page_bytes": _page_bytes(cache),
+        "layout": layout_fields(spec),
+        "page_bytes": page_bytes_of(cache),
         "salts": list(salts),
         "nodes": entries,
     }
 
 
-def _layout(spec: ModelSpec) -> dict[str, Any]:
+def layout_fields(spec: ModelSpec) -> dict[str, Any]:
     """The layout as it is read from JSON."""
     return {**asdict(spec.layout), "windows": list(spec.layout.windows)}
 
 
-def _page_bytes(cache: Cache) -> list[int]:
+def page_bytes_of(cache: Cache) -> list[int]:
     """Of each layer group."""
     return [int(cache.read(0, group).nbytes) for group in range(len(cache.layout.groups))]
 
@@ -147,13 +147,13 @@ def _check(
     _check_digest(path, file, size)
     file.seek(_START.size)
     header = _read_header(path, file.read(header_bytes))
-    if header["fingerprint"] != spec.fingerprint or header["layout"] != _layout(spec):
+    if header["fingerprint"] != spec.fingerprint or header["layout"] != layout_fields(spec):
         raise FormatError(
             f"{path}: made for the model {header['fingerprint']!r} with {header['layout']}; "
-            f"this one is {spec.fingerprint!r} with {_layout(spec)}"
+            f"this one is {spec.fingerprint!r} with {layout_fields(spec)}"
         )
-    if header["page_bytes"] != _page_bytes(cache):
-        raise FormatError(f"{path}: pages of {header['page_bytes']} bytes; this backend's have {_page_bytes(cache)}")
+    if header["page_bytes"] != page_bytes_of(cache):
+        raise FormatError(f"{path}: pages of {header['page_bytes']} bytes; this backend's have {page_bytes_of(cache)}")
     page_bytes: list[int] = header["page_bytes"]
     entries = _read_entries(path, header, tree, spec.vocabulary_size)
     pages_start = _START.size + header_bytes

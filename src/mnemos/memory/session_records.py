@@ -1,0 +1,287 @@
+"""The records of a session's file, and how they are read and written.
+
+    START   MAGIC, version, length of the header (little-endian uint32 each), the header as JSON, CRC-32 of all that
+    PAGE    mark, layer group, page number, CRC-32, then the page's bytes: as many as the header says for its group
+    TURN    mark, length, the turn's number, CRC-32, then the turn as JSON
+
+A turn's pages come before its record, and it counts once that is complete. Pages are checked when they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mnemos.contract import Cache, ModelSpec
+from mnemos.errors import FormatError
+from mnemos.memory.prefix_file import layout_fields, page_bytes_of
+
+MAGIC = b"MNEMOSSE"
+VERSION = 1
+PAGE, TURN = b"PAGE", b"TURN"
+BINARY = getattr(os, "OBINARY", 0)  # for Windows
+_START = struct.Struct("<8sII")
+_RECORD = struct.Struct("<4sIII")
+_CHECKSUM = struct.Struct("<I")
+_LONGEST_HEADER = 1 << 20
+
+PageKey = tuple[int, int]  # layer group and number in the text
+Pages = dict[PageKey, int]  # where in the file they are
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The model that a session's pages belong to, as the file's header has it.
+
+    fingerprint  the model's; empty for one that has none, whose pages are not stored
+    layout       of its cache
+    page_bytes   of a page of each layer group
+    page_size    positions in a page
+    """
+
+    model: str
+    fingerprint: str
+    layout: dict[str, Any]
+    page_bytes: list[int]
+    page_size: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, cache: Cache | None) -> Binding:
+        """A model's; `cache` is None if its pages are not to be stored."""
+        sizes = [] if cache is None or not spec.fingerprint else page_bytes_of(cache)
+        name = str(spec.details.get("name") or spec.architecture)
+        return cls(name, spec.fingerprint, layout_fields(spec), sizes, spec.layout.page_size)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one turn changed.
+
+    keep      how many of the tokens so far stay; those after them are replaced
+    tokens    that follow those
+    messages  that were said, for a conversation
+    removed   a range of earlier messages that is forgotten, as (start, stop)
+    """
+
+    keep: int
+    tokens: list[int]
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    removed: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class StoredPage:
+    """A page's content, and its place in the text."""
+
+    group: int
+    number: int
+    content: bytes
+
+
+@dataclass
+class Ended:
+    """A turn in the file: the places of its pages, and where its record ends."""
+
+    turn: Turn
+    pages: Pages
+    end: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What can be said about a session without its model."""
+
+    name: str
+    model: str
+    turns: int
+    tokens: int
+    bytes: int
+    modified: float
+
+
+def start_record(name: str, binding: Binding) -> bytes:
+    """What a file begins with."""
+    header = json.dumps(
+        {
+            "name": name,
+            "model": binding.model,
+            "fingerprint": binding.fingerprint,
+            "layout": binding.layout,
+            "page_bytes": binding.page_bytes,
+        }
+    ).encode()
+    content = _START.pack(MAGIC, VERSION, len(header)) + header
+    return content + _CHECKSUM.pack(zlib.crc32(content))
+
+
+def read_start(path: Path, descriptor: int) -> tuple[int, dict[str, Any]] | None:
+    """Where the first record begins, and the header; None if the file ends before that."""
+    start = read_at(descriptor, _START.size, 0)
+    if start[:8] != MAGIC[: len(start)]:
+        raise FormatError(f"{path}: not a session: it begins with {start[:8]!r}, expected {MAGIC!r}")
+    if len(start) < _START.size:
+        return None
+    _, version, length = _START.unpack(start)
+    if version != VERSION:
+        raise FormatError(f"{path}: a session of version {version}; this program reads version {VERSION}")
+    if length > _LONGEST_HEADER:
+        raise FormatError(f"{path}: the header has {length} bytes; it can have {_LONGEST_HEADER}: damaged")
+    end = _START.size + length
+    rest = read_at(descriptor, length + _CHECKSUM.size, _START.size)
+    if len(rest) < length + _CHECKSUM.size:
+        return None
+    if zlib.crc32(start + rest[:length]) != _CHECKSUM.unpack(rest[length:])[0]:
+        raise FormatError(f"{path}: the header's checksum does not fit its content: damaged")
+    try:
+        header = json.loads(rest[:length])
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: the header is not JSON: {error}") from error
+    kinds = {"name": str, "model": str, "fingerprint": str, "layout": dict, "page_bytes": list}
+    if (
+        not isinstance(header, dict)
+        or any(not isinstance(header.get(key), kind) for key, kind in kinds.items())
+        or any(type(size) is not int or size < 1 for size in header["page_bytes"])
+    ):
+        raise FormatError(f"{path}: the header lacks one of {', '.join(kinds)}, or one has the wrong type")
+    return end + _CHECKSUM.size, header
+
+
+def read_turns(path: Path, descriptor: int, at: int, page_bytes: list[int]) -> Iterator[Ended]:
+    """The turns that were ended. FormatError if something before the last of them is damaged."""
+    size = os.fstat(descriptor).st_size
+    pages: Pages = {}
+    number = length = 0
+    begin = at
+    while at < size:
+        head = read_at(descriptor, _RECORD.size, at)
+        mark, first, second, checksum = _RECORD.unpack(head) if len(head) == _RECORD.size else (b"", 0, 0, 0)
+        if mark == PAGE and first < len(page_bytes):
+            pages[first, second] = at
+            at += _RECORD.size + page_bytes[first]
+            continue
+        body = read_at(descriptor, first, at + _RECORD.size) if mark == TURN else b""
+        turn = _turn(body, length) if second == number and _fits(mark, first, second, checksum, body) else None
+        if turn is None:
+            break
+        at += _RECORD.size + first
+        length = turn.keep + len(turn.tokens)
+        yield Ended(turn, pages, at)
+        pages, number, begin = {}, number + 1, at
+    if at < size or pages:
+        check_tail(path, descriptor, begin, size)
+
+
+def _fits(mark: bytes, length: int, number: int, checksum: int, body: bytes | memoryview) -> bool:
+    """True for a record of a turn that is complete."""
+    return mark == TURN and len(body) == length and checksum == _sum(mark, length, number, body)
+
+
+def _turn(body: bytes, before: int) -> Turn | None:
+    """The turn in a record, after `before` tokens; None if it is none."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    match content:
+        case {"keep": int(keep), "tokens": list(tokens), "messages": list(messages), "removed": [int(a), int(b)]} if (
+            0 <= keep <= before and all(type(token) is int for token in tokens)
+        ):
+            return Turn(keep, tokens, messages, (a, b))
+        case _:
+            return None
+
+
+def check_tail(path: Path, descriptor: int, begin: int, size: int) -> None:
+    """Tells a tail that was never completed, which may be dropped, from damage: after that, turns follow."""
+    rest = read_at(descriptor, size - begin, begin)
+    at = rest.find(TURN)
+    while at >= 0:
+        if len(rest) - at >= _RECORD.size:
+            mark, length, number, checksum = _RECORD.unpack_from(rest, at)
+            body = memoryview(rest)[at + _RECORD.size : at + _RECORD.size + length]
+            if _fits(mark, length, number, checksum, body):
+                raise FormatError(
+                    f"{path}: the session is damaged between byte {begin} and byte {begin + at}, where its turn "
+                    f"{number + 1} is stored; restore the file from a copy, or forget the session"
+                )
+        at = rest.find(TURN, at + 1)
+
+
+def page_record(page: StoredPage) -> bytes:
+    """A page as it is stored."""
+    return _RECORD.pack(PAGE, page.group, page.number, _sum(PAGE, page.group, page.number, page.content)) + page.content
+
+
+def turn_record(turn: Turn, number: int) -> bytes:
+    """A turn as it is stored; `number` counts from 0."""
+    content = {"keep": turn.keep, "tokens": turn.tokens, "messages": turn.messages, "removed": list(turn.removed)}
+    body = json.dumps(content, separators=(",", ":")).encode()
+    return _RECORD.pack(TURN, len(body), number, _sum(TURN, len(body), number, body)) + body
+
+
+def _sum(mark: bytes, first: int, second: int, body: bytes | memoryview) -> int:
+    return zlib.crc32(body, zlib.crc32(_RECORD.pack(mark, first, second, 0)))
+
+
+def read_page(descriptor: int, key: PageKey, size: int, at: int) -> bytes | None:
+    """The content of a page of `size` bytes; None if it is not as it was written."""
+    try:
+        record = read_record(descriptor, size, at)
+    except OSError:
+        return None
+    if len(record) < _RECORD.size + size:
+        return None
+    body = memoryview(record)[_RECORD.size :]
+    whole = _RECORD.unpack_from(record) == (PAGE, *key, _sum(PAGE, *key, body))
+    return bytes(body) if whole else None
+
+
+def read_record(descriptor: int, size: int, at: int) -> bytes:
+    """The record of a page of `size` bytes, as it is stored."""
+    return read_at(descriptor, _RECORD.size + size, at)
+
+
+def read_at(descriptor: int, size: int, at: int) -> bytes:
+    """Up to `size` bytes; fewer at the file's end."""
+    os.lseek(descriptor, at, os.SEEK_SET)
+    parts = []
+    while size > 0 and (part := os.read(descriptor, min(size, 1 << 30))):
+        parts.append(part)
+        size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def write_all(descriptor: int, content: bytes, at: int) -> int:
+    """Writes all of the content; returns where it ends."""
+    os.lseek(descriptor, at, os.SEEK_SET)
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    return at + len(content)
+
+
+def live_pages(turns: Iterable[Ended], page_size: int, before: Mapping[PageKey, int] = MappingProxyType({})) -> Pages:
+    """The places of the pages that the text has after these turns; `before`: of those that it had before them."""
+    pages = dict(before)
+    for ended in turns:
+        pages = {key: at for key, at in pages.items() if (key[1] + 1) * page_size <= ended.turn.keep}
+        pages |= ended.pages
+    return pages
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a new or deleted name in a folder last, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
