@@ -15,7 +15,7 @@ from mnemos.models.fields import Fields
 from mnemos.models.weights import Weights
 from mnemos.ops.protocol import Array, Ops
 
-_NAMES_IN_CONFIG = {
+NAMES_IN_CONFIG = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
@@ -46,7 +46,7 @@ class GPT2Config(DecoderConfig):
     @classmethod
     def read(cls, fields: Fields) -> GPT2Config:
         """From a config.json or GGUF metadata; FormatError for a field that is missing or impossible."""
-        fields = fields.renamed(**_NAMES_IN_CONFIG)
+        fields = fields.renamed(**NAMES_IN_CONFIG)
         if fields.flag("add_cross_attention", False):
             raise UnsupportedError(
                 f"{fields.path}: field 'add_cross_attention' is true; only plain decoders are supported"
