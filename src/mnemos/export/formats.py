@@ -42,10 +42,11 @@ class Format:
 
 
 def _onnx(source: ExportSource, path: Path) -> ExportReport:
-    from mnemos.export.onnx import ONNXExporter
-    from mnemos.export.torch_form import WithCache, cache_example
+    from mnemos.export.genai import DecoderExporter
+    from mnemos.export.torch_form import cache_example
 
-    return ONNXExporter(WithCache(source.form), TOLERANCE).export(path, *cache_example(source.form))
+    form = source.form
+    return DecoderExporter(form, source.checkpoint, TOLERANCE).export(path, *cache_example(form))
 
 
 def _onnx_no_cache(source: ExportSource, path: Path) -> ExportReport:
@@ -88,7 +89,7 @@ def _openvino_no_cache(source: ExportSource, path: Path) -> ExportReport:
 
 
 FORMATS = {
-    "onnx": Format("model.onnx", _onnx, "ONNX with a cache: input_ids, attention_mask and past_key_values.N.key/value"),
+    "onnx": Format("onnx/model.onnx", _onnx, "ONNX with a cache, in a folder that onnxruntime-genai runs"),
     "onnx-no-cache": Format("model-no-cache.onnx", _onnx_no_cache, "ONNX: token ids to logits"),
     "torchscript": Format("model.pt", _torchscript, "TorchScript, traced"),
     "pt2": Format("model.pt2", _program, "a program of torch.export"),

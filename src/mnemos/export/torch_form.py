@@ -22,8 +22,8 @@ Past = tuple[tuple[Tensor, Tensor], ...]  # keys and values (batch, kv_heads, pa
 class TorchForm(nn.Module):
     """A built-in architecture over dense attention, float32: token ids (batch, time) in, logits for all of them out.
 
-    Its parameters are named as the checkpoint's tensors, tied ones stored once. layers, kv_heads and
-    head_dim are its cache's.
+    Its parameters are named as the checkpoint's tensors, tied ones stored once. heads are the queries'; layers,
+    kv_heads and head_dim are its cache's.
     """
 
     def __init__(self, checkpoint: Checkpoint, context_length: int | None = None) -> None:
@@ -38,6 +38,7 @@ class TorchForm(nn.Module):
         self.spec = loaded.spec
         self._forward, self._ops = loaded.architecture.forward, ops
         layout = loaded.spec.layout
+        self.heads = loaded.architecture.config.num_attention_heads
         self.layers, self.kv_heads, self.head_dim = layout.layers, layout.kv_heads, layout.head_dim
         self.eval()
 

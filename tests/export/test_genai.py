@@ -1,0 +1,55 @@
+"""Folders for onnxruntime-genai: it generates what the engine generates, and reads texts as the tokenizer does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+genai = pytest.importorskip("onnxruntime_genai")
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package)
+
+from mnemos import GenerationConfig, InferenceEngine  # noqa: E402
+from mnemos.export.formats import export_model  # noqa: E402
+from tests.export.decoders import decoder, genai_ids  # noqa: E402
+
+PROMPT = "Hello, is it 12 o'clock?"
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt2", "qwen3moe", "phi3")]
+
+
+@pytest.mark.parametrize("name", ["llama-tied", *SLOW])
+def test_it_generates_what_the_engine_generates(name: str, tmp_path: Path) -> None:
+    reference = decoder(name, tmp_path / "model")
+    report = export_model(reference.folder, ["onnx"], tmp_path)["onnx"]
+    assert report.error <= 1e-5 and not report.notes
+    folder = tmp_path / "onnx"
+    with InferenceEngine.from_pretrained(reference.folder, dtype="float32") as engine:
+        ids = engine.tokenizer.encode(PROMPT)
+        length = len(ids) + 24
+        expected = engine.generate(ids, config=GenerationConfig(strategy="greedy", max_length=length))
+    assert genai_ids(folder, ids, length)[: len(expected)] == expected
+    tokenizer = genai.Tokenizer(genai.Model(str(folder)))
+    assert list(tokenizer.encode(PROMPT)) == ids
+    text = tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": "Hi"}]), add_generation_prompt=True)
+    assert text == "<s>Hi</s>"
+
+
+@pytest.mark.slow
+def test_a_gguf_file_gets_a_tokenizer_that_reads_the_same(smollm2: Path, tmp_path: Path) -> None:
+    export_model(smollm2, ["onnx"], tmp_path)
+    prompt = "The capital of France is"
+    with InferenceEngine.from_pretrained(smollm2, dtype="float32") as engine:
+        ids = engine.tokenizer.encode(prompt)
+        expected = engine.generate(ids, config=GenerationConfig(strategy="greedy", max_length=len(ids) + 12))
+        texts = [prompt, "  Zwölf Boxkämpfer, 1234567 \n\n\t x = y[0];", "<|im_start|>user\nHi<|im_end|>\n"]
+        wanted = [engine.tokenizer.encode(text) for text in texts]
+        chat = engine.chat_template.render([{"role": "user", "content": "Hi"}])
+    assert genai_ids(tmp_path / "onnx", ids, len(expected)) == expected
+    tokenizer = genai.Tokenizer(genai.Model(str(tmp_path / "onnx")))
+    assert [list(tokenizer.encode(text)) for text in texts] == wanted
+    assert tokenizer.apply_chat_template('[{"role": "user", "content": "Hi"}]', add_generation_prompt=True) == chat
