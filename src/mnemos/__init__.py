@@ -58,6 +58,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.export.onnx import ONNXExporter as ONNXExporter
     from mnemos.export.exporter import ModelExporter as ModelExporter
     from mnemos.export.openvino import OpenVINOExporter as OpenVINOExporter
+    from mnemos.export.packaging.packager import ModelPackager as ModelPackager
     from mnemos.export.programs import ProgramExporter as ProgramExporter
     from mnemos.export.torchscript import TorchScriptExporter as TorchScriptExporter
     from mnemos.models.foreign.cached_attention import CachedAttention as CachedAttention, KVCache as KVCache
@@ -101,6 +102,7 @@ _NAMES = {
     "mnemos.export.exporter": "ModelExporter",
     "mnemos.export.onnx": "ONNXExporter",
     "mnemos.export.openvino": "OpenVINOExporter",
+    "mnemos.export.packaging.packager": "ModelPackager",
     "mnemos.export.programs": "ProgramExporter",
     "mnemos.export.torchscript": "TorchScriptExporter",
     "mnemos.models.foreign.cached_attention": "CachedAttention KVCache",

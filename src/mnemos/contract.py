@@ -191,6 +191,37 @@ class TokenRules:
 
 
 @dataclass(frozen=True)
+class FirstLogits:
+    """What a model once answered: some logits of the token after a prompt, by which it can be recognized.
+
+    prompt: token ids; tokens: a few ids; logits: theirs; spread: the largest logit less the smallest of all tokens.
+    """
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logits: tuple[float, ...]
+    spread: float
+
+    @staticmethod
+    def prompt_for(vocabulary_size: int) -> tuple[int, ...]:
+        """Eight ids from all over a vocabulary."""
+        return tuple((11 + 7919 * i) % vocabulary_size for i in range(8))
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], row: Floats) -> FirstLogits:
+        """The record of a row of finite logits (vocabulary,) after a prompt, rounded to 5 digits."""
+        count = min(16, len(row))
+        tokens = tuple(int(i) for i in np.linspace(0, len(row) - 1, count).astype(np.int64))
+        logits = tuple(float(f"{row[token]:.5g}") for token in tokens)
+        return cls(tuple(prompt), tokens, logits, float(f"{row.max() - row.min():.5g}"))
+
+    def distance(self, row: Floats) -> float:
+        """The largest difference of the logits of a row (vocabulary,) from these, over the spread."""
+        differences = np.abs(row[list(self.tokens)] - np.asarray(self.logits, dtype=np.float32))
+        return float(differences.max() / max(self.spread, float(np.finfo(np.float32).tiny)))
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Facts about a model that requests are checked against, and what it promises, which the engine obeys.
 
@@ -198,7 +229,8 @@ class ModelSpec:
     positions may grow as long as no row sees more than the context; 0: they end with the context. `fingerprint` changes
     whenever the weights or the computation do; saved caches are bound to it. `layers` is the number of layers that
     `Batch.early_layers` may name, 0 for a model that does not show them; `tied_embeddings` says whether its output
-    projection is its embedding.
+    projection is its embedding. `first_logits` is what its package was made with, which an engine compares at its
+    start.
 
     The promises are about logits: batch invariance holds for a model as far as its promises go.
 
@@ -238,6 +270,7 @@ class ModelSpec:
     pools_prompts: bool = False
     layers: int = 0
     tied_embeddings: bool = False
+    first_logits: FirstLogits | None = None
     details: dict[str, object] = field(default_factory=dict)  # for `inspect`: name and license
 
     @property

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +18,7 @@ from mnemos import (  # noqa: E402
     GenerationConfig,
     InferenceEngine,
     KVCache,
+    ModelPackager,
     StreamingInference,
 )
 from mnemos.errors import ConfigError, RequestError  # noqa: E402
@@ -254,3 +259,21 @@ def test_a_prompt_without_tokens_begins_with_the_bos_token(counter: torch.nn.Mod
         assert engine.generate(bos_token_id=BOS, max_new_tokens=4) == begun
         with pytest.raises(RequestError, match="the prompts are an empty list"):
             engine.generate([], max_new_tokens=4)
+
+
+def test_packaging(counter: torch.nn.Module, engine: InferenceEngine, tmp_path: Path, monkeypatch: Any) -> None:
+    """The document's example, in its own folder; a class that takes its hyperparameters as one object gets them so."""
+    monkeypatch.chdir(tmp_path)
+    config = asdict(counter.args)
+    packager = ModelPackager(counter, engine.tokenizer, config=config)
+    packager.package("deployment/model_package")
+    model, tokenizer, loaded = ModelPackager.load_package("deployment/model_package", model_class=type(counter))
+    ids = torch.tensor([[BOS, *count(2, 2)[:3]]])
+    assert loaded == config and torch.equal(model(ids)[0], counter(ids)[0])
+    assert tokenizer.encode("2 4 6") == ids[0].tolist()
+    metadata = json.loads(Path("deployment/model_package/metadata.json").read_text())
+    assert metadata["model_class"] == type(counter).__name__ and metadata["device"] == "cpu"
+    assert metadata["torch_version"] == torch.__version__ and metadata["python_version"].startswith("3.")
+    datetime.fromisoformat(metadata["created_at"])
+    with InferenceEngine(model, tokenizer) as loaded_engine:
+        assert loaded_engine.generate("2 4 6", max_new_tokens=4).split() == ["8", "10", "12", "14"]

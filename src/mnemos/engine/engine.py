@@ -109,6 +109,14 @@ class InferenceEngine:
             self.pace(chosen.performance_mode, chosen.thermal_throttle)
         self._launcher = Launcher(self.model, self.spec, self.tokenizer, self._thread)
         self._session_dir = chosen.session_dir
+        if self.spec.first_logits is not None:
+            from mnemos.engine.first_logits import check_first_logits
+
+            try:
+                check_first_logits(self.logits, self.spec)
+            except BaseException:
+                self.close()
+                raise
 
     @cached_property
     def _sessions(self) -> Sessions:
@@ -126,7 +134,7 @@ class InferenceEngine:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> InferenceEngine:
-        """An engine for a registry name, a GGUF file, a Hugging Face folder or a training checkpoint (.pt).
+        """An engine for a registry name, a GGUF file, a Hugging Face folder, a training checkpoint (.pt) or a package.
 
         options: those of `mnemos.engine.options.LoadOptions` and `EngineOptions`, which document them. ConfigError for
         any other, and for one that the model cannot use.

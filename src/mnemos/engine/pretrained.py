@@ -14,7 +14,9 @@ from mnemos.engine.prepare import check_limit
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, MnemosError, UnsupportedError
 
 if TYPE_CHECKING:
-    from mnemos.contract import Model
+    from pathlib import Path
+
+    from mnemos.contract import FirstLogits, Model
     from mnemos.formats.checkpoint import Checkpoint
     from mnemos.text.tokenizer import Tokenizer
 
@@ -41,12 +43,41 @@ def load_pretrained(
     ConfigError for options that the chosen way of running the model cannot use; a draft shares the options of the model
     it drafts for, and ignores those.
     """
-    from mnemos.formats.checkpoint import open_checkpoint
     from mnemos.hub.sources import resolve
-    from mnemos.models.load import is_built_in, load_model
 
     path = resolve(source) if options.progress is None else resolve(source, options.progress)
-    checkpoint = open_checkpoint(path)
+    checkpoint, options, first_logits = _open(path, options)
+    model, tokenizer = _load(checkpoint, options, is_draft=is_draft)
+    if first_logits is not None:
+        model.spec = replace(model.spec, first_logits=first_logits)
+    return model, tokenizer
+
+
+def _open(path: Path, options: LoadOptions) -> tuple[Checkpoint, LoadOptions, FirstLogits | None]:
+    """The checkpoint at a path. A package's files are verified; its adapter and its tokenizer become options."""
+    from mnemos.formats.checkpoint import open_checkpoint, open_package
+
+    if not os.path.isfile(path / "metadata.json"):
+        return open_checkpoint(path), options, None
+    from mnemos.formats.package import is_package, read_package
+
+    if not is_package(path):
+        return open_checkpoint(path), options, None
+    package = read_package(path)
+    package.verify()
+    if package.adapter is not None and options.adapter is not None:
+        raise ConfigError(f"adapter is {os.fspath(options.adapter)!r} for {path}, which has an adapter; leave it out")
+    unchanged = options.adapter is None and options.context_length is None
+    tokenizer = options.tokenizer
+    if tokenizer is None and package.kind == "gguf" and "tokenizer.json" in package.files:
+        tokenizer = path
+    options = replace(options, adapter=package.adapter or options.adapter, tokenizer=tokenizer)
+    return open_package(package, without_adapter=True), options, package.first_logits if unchanged else None
+
+
+def _load(checkpoint: Checkpoint, options: LoadOptions, *, is_draft: bool) -> tuple[Model, Any]:
+    from mnemos.models.load import is_built_in, load_model
+
     named, backend = options.backend.partition(":")[0], _placed_backend(options)
     if named == TRANSFORMERS or (named in ("auto", "torch") and not is_built_in(checkpoint)):
         if not is_draft:

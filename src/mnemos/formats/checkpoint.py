@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mnemos.errors import FormatError
+from mnemos.errors import FormatError, UnsupportedError
 from mnemos.formats.gguf import GGUFFile
 from mnemos.formats.safetensors import INDEX_NAME, SINGLE_NAME, open_safetensors, open_safetensors_folder
 from mnemos.formats.strict_json import read_json_object
 from mnemos.formats.tensor import Tensor, unwrapped
 
 if TYPE_CHECKING:
+    from mnemos.formats.package import Package
     from mnemos.formats.pickled import PickledState
 
 CONFIG_NAME = "config.json"
@@ -51,7 +52,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a GGUF file; a folder of Hugging Face, with one GGUF or with a config.yaml; a .safetensors or a .pt file.
+    """Opens a GGUF file; a folder of Hugging Face, with one GGUF or with a config.yaml; a .safetensors or a .pt file; a
+    package.
 
     Raises FormatError that says what is there and what would be right, UnsupportedError for storage types that are
     known but not supported. Nothing but headers is read: tensors are read when they are used.
@@ -116,6 +118,11 @@ def _open_folder(folder: Path) -> Checkpoint:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise FormatError(f"{folder}: cannot be listed: {error}") from error
+    if "metadata.json" in names:
+        from mnemos.formats.package import is_package, read_package
+
+        if is_package(folder):
+            return open_package(read_package(folder))
     if "config.yaml" in names and CONFIG_NAME not in names:
         from mnemos.formats.memory_checkpoint import open_memory_folder
 
@@ -133,6 +140,47 @@ def _open_folder(folder: Path) -> Checkpoint:
         raise FormatError(f"{folder / pickles[0]}: {_PICKLED}; {EXPECTED}")
     found = f"holds no model but {_listing(names)}" if names else "is an empty folder"
     raise FormatError(f"{folder}: {found}; {EXPECTED}")
+
+
+def open_package(package: Package, *, without_adapter: bool = False) -> Checkpoint:
+    """The model in a package. UnsupportedError: it is a module of a class that only its author has, or it has an
+    adapter, and `without_adapter` does not say that the caller sees to that."""
+    folder = package.path
+    if package.adapter is not None and not without_adapter:
+        raise UnsupportedError(
+            f"{folder}: is a model with a LoRA adapter, which this would leave out; expected what `mnemos merge` "
+            "makes of the two"
+        )
+    if package.kind == "module":
+        return _open_packed_module(package)
+    if package.kind == "quantized":
+        raise UnsupportedError(f"{folder}: holds a QuantizedModel; {_load(package)}")
+    if SINGLE_NAME in package.files or INDEX_NAME in package.files:
+        return _open_huggingface(folder, folder, open_safetensors_folder(folder))
+    models = sorted(name for name in package.files if name.endswith(".gguf") and "/" not in name)
+    if not models:
+        raise FormatError(f"{folder}: lists no weights; expected {SINGLE_NAME} or a .gguf file")
+    return open_checkpoint(folder / models[0])
+
+
+def _open_packed_module(package: Package) -> Checkpoint:
+    """A module whose class is a known one: its config is that of an architecture, or of a training script."""
+    folder, config = package.path, read_json_object(package.path / CONFIG_NAME)
+    name = next((name for name, needed in _TRAINED.items() if needed <= config.keys()), None)
+    named = config if {"architectures", "model_type"} & config.keys() else {"architectures": [name], **config}
+    if named is not config and name is None:
+        raise UnsupportedError(f"{folder}: holds a {package.metadata.get('model_class')}; {_load(package)}")
+    if SINGLE_NAME not in package.files:
+        raise UnsupportedError(f"{folder}: holds its weights as model.pt; {_load(package)}")
+    pairs = package.metadata.get("complex")  # rotations that a training script keeps; an architecture has its own
+    left_out = pairs if isinstance(pairs, list) else []
+    tensors = {n: t for n, t in open_safetensors(folder / SINGLE_NAME).items() if n not in left_out}
+    return Checkpoint("huggingface", folder, named, unwrapped(tensors))
+
+
+def _load(package: Package) -> str:
+    name = str(package.metadata.get("model_class"))[:60]
+    return f"ModelPackager.load_package({str(package.path)!r}, model_class={name}) makes it, for InferenceEngine(model)"
 
 
 def _listing(names: list[str]) -> str:

@@ -91,6 +91,11 @@ class Tokenizer:
             return cls.from_metadata(checkpoint.metadata, str(path))
         return cls.from_file(path if path.is_dir() else path.parent)
 
+    @property
+    def source(self) -> Path:
+        """The file that it was read from."""
+        return Path(self._core.label)
+
     def prepare(self) -> Tokenizer:
         """Builds the tokenizer now, as while weights load in another thread."""
         _ = self._core
