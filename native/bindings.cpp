@@ -683,9 +683,16 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Cache *cache, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size,
-             const std::string &dtype,
-             int64_t pages) { new (cache) Cache(layers, kv_heads, head_dim, page_size, cache_type(dtype), pages); },
-          "layers"_a, "kv_heads"_a, "head_dim"_a, "page_size"_a, "dtype"_a, "pages"_a)
+             const std::string &dtype, int64_t pages,
+             std::optional<std::tuple<int64_t, int64_t, int64_t, std::vector<bool>>> recall) {
+            std::unique_ptr<const Recall> seen;
+            if (recall) {
+              const auto &[window, recalled, sinks, heads] = *recall;
+              seen.reset(new Recall{window, recalled, sinks, {heads.begin(), heads.end()}});
+            }
+            new (cache) Cache(layers, kv_heads, head_dim, page_size, cache_type(dtype), pages, std::move(seen));
+          },
+          "layers"_a, "kv_heads"_a, "head_dim"_a, "page_size"_a, "dtype"_a, "pages"_a, "recall"_a = nb::none())
       .def_ro("pages", &Cache::pages)
       .def_prop_ro("page_bytes", &Cache::page_bytes)
       .def("copy", &Cache::copy, "source"_a, "target"_a)
@@ -700,14 +707,14 @@ NB_MODULE(_native, m) {
       .def(
           "write",
           [](Cache &cache, int64_t page, Bytes content) {
-            uint8_t *data = cache.page(page);
             if (static_cast<int64_t>(content.size()) != cache.page_bytes()) {
               throw config_error("a page's content has " + std::to_string(content.size()) +
                                  " bytes; this cache's pages have " + std::to_string(cache.page_bytes()));
             }
-            std::memcpy(data, content.data(), content.size());
+            cache.write(page, content.data());
           },
-          "page"_a, "content"_a);
+          "page"_a, "content"_a)
+      .def("recalled", [](const Cache &cache) { return owned_array(cache.recalled()); });
 
   bind_program(m);
   bind_relay(m);

@@ -1,6 +1,9 @@
 #include "cache.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "system/error.h"
 #include "system/mapping.h"
@@ -46,6 +49,34 @@ int64_t mapping_bytes(int64_t page_bytes, int64_t pages) {
   return bytes;
 }
 
+float from_half(uint16_t half) {
+  const int exponent = half >> 10 & 31, fraction = half & 1023;
+  const float size = exponent == 0    ? std::ldexp(static_cast<float>(fraction), -24)
+                     : exponent == 31 ? std::numeric_limits<float>::infinity()
+                                      : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  return half >> 15 != 0 ? -size : size;
+}
+
+// Component i of a stored key.
+float stored_key(const CellLayout &cell, const uint8_t *data, int64_t slot, int64_t i) {
+  const auto get = [&](auto value, const uint8_t *from, int64_t at) {
+    std::memcpy(&value, from + at * static_cast<int64_t>(sizeof value), sizeof value);
+    return value;
+  };
+  const int64_t at = i * cell.key_stride + slot;
+  switch (cell.type) {
+    case CacheType::float32: return get(0.0f, data, at);
+    case CacheType::float16: return from_half(get(uint16_t{}, data, at));
+    case CacheType::bfloat16: {
+      const uint32_t pair = get(uint32_t{}, data, i / 2 * cell.key_stride + slot);
+      const uint32_t bits = i % 2 == 0 ? pair << 16 : pair & 0xffff0000;
+      return get(0.0f, reinterpret_cast<const uint8_t *>(&bits), 0);
+    }
+    case CacheType::int8: return get(int8_t{}, data, at) * get(0.0f, data + cell.key_scale_offset, slot);
+  }
+  return 0;
+}
+
 }  // namespace
 
 CacheType cache_type(const std::string &name) {
@@ -56,15 +87,83 @@ CacheType cache_type(const std::string &name) {
   throw config_error("the cache's dtype is '" + name + "'; it must be float32, float16, bfloat16 or int8");
 }
 
-Cache::Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size, CacheType type, int64_t pages)
+Cache::Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size, CacheType type, int64_t pages,
+             std::unique_ptr<const Recall> recall)
     : layers(checked("number of layers", layers)), kv_heads(checked("kv_heads", kv_heads)),
       pages(checked("number of pages", pages)), cell_(make_cell(type, page_size, head_dim)),
-      page_bytes_(layers * kv_heads * cell_.bytes),
-      data_(map_memory(static_cast<size_t>(mapping_bytes(page_bytes_, pages)), "the key/value cache")) {
+      page_bytes_(layers * kv_heads * cell_.bytes), recall_(std::move(recall)) {
+  if (recall_) number_indices();
+  data_ = map_memory(static_cast<size_t>(mapping_bytes(page_bytes_, pages)), "the key/value cache");
   prefer_large_pages(data_, static_cast<size_t>(mapping_bytes(page_bytes_, pages)));
+  if (indices_ == 0) return;
+  try {
+    indexed_ = map_memory(static_cast<size_t>(index_bytes()), "the index of keys");
+  } catch (...) {
+    unmap_memory(data_, static_cast<size_t>(mapping_bytes(page_bytes_, pages)));
+    throw;
+  }
 }
 
-Cache::~Cache() { unmap_memory(data_, static_cast<size_t>(mapping_bytes(page_bytes_, pages))); }
+Cache::~Cache() {
+  unmap_memory(data_, static_cast<size_t>(mapping_bytes(page_bytes_, pages)));
+  if (indexed_ != nullptr) unmap_memory(indexed_, static_cast<size_t>(index_bytes()));
+}
+
+void Cache::number_indices() {
+  const size_t heads = static_cast<size_t>(layers * kv_heads);
+  if (recall_->heads.size() != heads || recall_->window < 1 || recall_->recalled < 0 || recall_->sinks < 0 ||
+      cell_.slots % index_run != 0) {
+    throw config_error("recall needs pages of a multiple of " + std::to_string(index_run) +
+                       " positions, a window of a page, and to know of each of " + std::to_string(heads) +
+                       " heads whether it recalls");
+  }
+  index_layout_ = mnemos::index_layout(cell_.slots, cell_.head_dim);
+  for (const char recalls : recall_->heads) index_of_.push_back(recalls ? indices_++ : -1);
+  recalled_ = std::make_unique<Recalled[]>(heads);
+}
+
+uint8_t *Cache::index(int64_t layer, int64_t head) const {
+  const int64_t number = recall_ ? index_of_[static_cast<size_t>(layer * kv_heads + head)] : -1;
+  return number < 0 ? nullptr : indexed_ + number * pages * index_layout_.bytes;
+}
+
+void Cache::index_key(int64_t layer, int64_t head, int64_t page, int64_t slot) {
+  uint8_t *index = this->index(layer, head);
+  if (index == nullptr) return;
+  const uint8_t *data = cells(layer, head) + page * page_bytes_;
+  index += page * index_layout_.bytes + slot / index_run * index_layout_.run_bytes;
+  float most = 0;
+  for (int64_t i = 0; i < cell_.head_dim; i++) most = std::max(most, std::fabs(stored_key(cell_, data, slot, i)));
+  if (!(most <= std::numeric_limits<float>::max())) most = 0;
+  const float inverse = most > 0 ? 7.0f / most : 0.0f;
+  const int64_t key = slot % index_run, lane = key / 2;
+  const int shift = key % 2 == 0 ? 0 : 4;
+  for (int64_t i = 0; i < index_layout_.groups * 4; i++) {
+    const float code = i < cell_.head_dim && most > 0 ? std::nearbyint(stored_key(cell_, data, slot, i) * inverse) : 0;
+    uint8_t &byte = index[i / 4 * 64 + lane * 4 + i % 4];
+    byte = static_cast<uint8_t>((byte & ~(15 << shift)) | (static_cast<int>(code) + index_offset) << shift);
+  }
+  const float scale = most / 7.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &scale, 4);
+  const auto word = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  std::memcpy(index + index_layout_.groups * 64 + (key % 2 * (index_run / 2) + lane) * 2, &word, 2);
+}
+
+void Cache::count_recalled(int64_t layer, int64_t head, int64_t shares, int64_t rows) {
+  Recalled &recalled = recalled_[static_cast<size_t>(layer * kv_heads + head)];
+  recalled.shares.fetch_add(shares, std::memory_order_relaxed);
+  recalled.rows.fetch_add(rows, std::memory_order_relaxed);
+}
+
+std::vector<float> Cache::recalled() const {
+  std::vector<float> means(static_cast<size_t>(layers * kv_heads));
+  for (size_t i = 0; i < means.size() && recalled_; i++) {
+    const double rows = static_cast<double>(std::max<int64_t>(recalled_[i].rows, 1));
+    means[i] = static_cast<float>(static_cast<double>(recalled_[i].shares) / recalled_unit / rows);
+  }
+  return means;
+}
 
 uint8_t *Cache::page(int64_t index) const {
   if (index < 0 || index >= pages) {
@@ -76,7 +175,22 @@ uint8_t *Cache::page(int64_t index) const {
 void Cache::copy(int64_t source, int64_t target) {
   const uint8_t *from = page(source);
   uint8_t *to = page(target);
-  if (from != to) std::memcpy(to, from, static_cast<size_t>(page_bytes_));
+  if (from == to) return;
+  std::memcpy(to, from, static_cast<size_t>(page_bytes_));
+  const int64_t bytes = index_layout_.bytes;
+  for (int64_t i = 0; i < indices_; i++) {
+    uint8_t *index = indexed_ + i * pages * bytes;
+    std::memcpy(index + target * bytes, index + source * bytes, static_cast<size_t>(bytes));
+  }
+}
+
+void Cache::write(int64_t index, const uint8_t *content) {
+  std::memcpy(page(index), content, static_cast<size_t>(page_bytes_));
+  for (int64_t layer = 0; indices_ > 0 && layer < layers; layer++) {
+    for (int64_t head = 0; head < kv_heads; head++) {
+      for (int64_t slot = 0; slot < cell_.slots; slot++) index_key(layer, head, index, slot);
+    }
+  }
 }
 
 void Cache::release(int64_t index) { release_memory(page(index), static_cast<size_t>(page_bytes_)); }

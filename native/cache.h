@@ -1,8 +1,11 @@
 // Keys and values of past positions, in pages whose memory is only allocated when they are first written.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "vector/vector_kernels.h"
 
@@ -10,10 +13,20 @@ namespace mnemos {
 
 CacheType cache_type(const std::string &name);
 
+// What rows of long texts see, in pages; see Recall in contract.py.
+struct Recall {
+  int64_t window, recalled, sinks;
+  std::vector<char> heads;  // (layers, kv_heads): whether a head recalls
+
+  int64_t pages() const { return window + recalled + sinks; }
+};
+
 class Cache {
  public:
-  // Throws Error (config) for sizes that are not allowed, Error (capacity) if the address space is not available.
-  Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size, CacheType type, int64_t pages);
+  // `recall` may be null. Throws Error (config) for sizes that are not allowed, Error (capacity) if the address space is
+  // not available.
+  Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size, CacheType type, int64_t pages,
+        std::unique_ptr<const Recall> recall = nullptr);
   ~Cache();
   Cache(const Cache &) = delete;
   Cache &operator=(const Cache &) = delete;
@@ -28,11 +41,37 @@ class Cache {
   void copy(int64_t source, int64_t target);
   // Gives a page's memory back to the system; its content is lost.
   void release(int64_t index);
+  // Replaces a page's content, of page_bytes.
+  void write(int64_t index, const uint8_t *content);
+
+  const Recall *recall() const { return recall_.get(); }
+  const IndexLayout &index_layout() const { return index_layout_; }
+  // The index of page 0 for a head; that of page p is p * index_layout().bytes further on. Null if it does not recall.
+  uint8_t *index(int64_t layer, int64_t head) const;
+  // Brings the index up to date with a key that was stored.
+  void index_key(int64_t layer, int64_t head, int64_t page, int64_t slot);
+  // Adds what rows gave to the pages that they recalled, in units of 1 / recalled_unit, and the number of rows.
+  void count_recalled(int64_t layer, int64_t head, int64_t shares, int64_t rows);
+  std::vector<float> recalled() const;  // the mean share, (layers, kv_heads)
 
  private:
   CellLayout cell_;
   int64_t page_bytes_;
   uint8_t *data_;
+  std::unique_ptr<const Recall> recall_;
+  IndexLayout index_layout_{};
+  std::vector<int64_t> index_of_;  // (layers, kv_heads): the number of a head's index, or -1
+  int64_t indices_ = 0;
+  uint8_t *indexed_ = nullptr;
+  struct Recalled {
+    std::atomic<int64_t> shares{0}, rows{0};
+  };
+  std::unique_ptr<Recalled[]> recalled_;
+
+  void number_indices();
+  int64_t index_bytes() const { return indices_ * pages * index_layout_.bytes; }
 };
+
+constexpr double recalled_unit = 1 << 20;
 
 }  // namespace mnemos

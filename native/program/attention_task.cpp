@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "program/tasks.h"
 
@@ -72,6 +73,7 @@ void store_token(const Step &step, const Attention &a, const float *k, const flo
   transform(step, a.key_norm, a.key_rope.get(), position, 1.0f, a.head_dim, k + at, scratch);
   step.kernels->store_key(cell, data, position % cell.slots, scratch);
   step.kernels->store_value(cell, data, position % cell.slots, v + at);
+  if (a.recall != nullptr) a.cache->index_key(a.layer, head, page, position % cell.slots);
 }
 
 class StoreTask : public Task {
@@ -121,7 +123,7 @@ class AttentionAhead : public Ahead {
   void begin(const Step &step, const Attention &attention, int thread) {
     stop();
     const TileSet &set = step.tile_sets[attention.tile_set];
-    if (!set.one_token_each) return;  // prompts are bound by arithmetic there too
+    if (!set.one_token_each || attention.recall != nullptr) return;  // prompts are bound by arithmetic there too
     const int64_t count = static_cast<int64_t>(set.tiles.size()) * attention.kv_heads;
     step_ = &step, attention_ = &attention;
     first_ = count * thread / step.threads, index_ = count * (thread + 1) / step.threads;
@@ -154,6 +156,76 @@ class AttentionAhead : public Ahead {
   int64_t first_ = 0, index_ = 0;
 };
 
+// Adds a page of a sequence's table to the blocks, which hold pages before it.
+void add_page(std::vector<KeyBlock> &blocks, const int32_t *table, int64_t page, int64_t slots) {
+  const int64_t first = page * slots, last = first + slots - 1;
+  if (!blocks.empty() && first % attention_block != 0 && blocks.back().last + 1 == first) {
+    blocks.back().last = last;
+  } else {
+    blocks.push_back({first / attention_block * attention_block, first, last, table + page});
+  }
+}
+
+// Which pages the tokens of a tile recall in one head of keys. Works in the scratch after the tile's.
+class Choosing {
+ public:
+  static int64_t floats(const Attention &a, const BatchView &batch, int64_t rows) {
+    if (a.recall == nullptr) return 0;
+    int64_t pages = 0;
+    for (int64_t t = 0; t < batch.tokens; t++)
+      pages = std::max<int64_t>(pages, batch.positions[t] / a.cache->cell().slots);
+    return rows * (pages + a.cache->index_layout().groups + 2) + pages + 2 * a.recall->recalled;
+  }
+
+  // Scores the pages before `page` for all rows of the tile.
+  Choosing(const Step &step, const Attention &a, const AttentionTile &tile, int64_t head, const int32_t *table,
+           int64_t page)
+      : step_(step), a_(a), pages_(page), scores_(tile.expanded + expanded_floats(*tile.cell)),
+        factors_(scores_ + tile.rows * page), combined_(factors_ + tile.rows), best_(combined_ + page),
+        chosen_(reinterpret_cast<int32_t *>(best_ + a.recall->recalled)) {
+    const IndexLayout &layout = a.cache->index_layout();
+    int32_t *sums = chosen_ + a.recall->recalled;
+    auto *codes = reinterpret_cast<int8_t *>(sums + tile.rows);
+    for (int64_t r = 0; r < tile.rows; r++) {
+      const float *query = tile.queries + r * tile.cell->value_stride;
+      factors_[r] = quantize(query, a.head_dim, codes + r * layout.groups * 4, layout.groups * 4, &sums[r]);
+    }
+    const IndexedQueries queries{tile.rows, codes, sums};
+    const uint8_t *index = a.cache->index(a.layer, head);
+    for (int64_t n = 0; n < page; n++)
+      step.kernels->score_page(layout, index + table[n] * layout.bytes, queries, scores_ + n, page);
+  }
+
+  // The pages, ascending, of the token whose queries begin at a row.
+  const int32_t *choose(int64_t row) const {
+    const Recall &recall = *a_.recall;
+    const PageChoice choice{group_of(a_), scores_ + row * pages_, pages_, factors_ + row, pages_, recall.sinks,
+                            pages_ + 1 - recall.window, recall.recalled, combined_, best_};
+    step_.kernels->choose_pages(choice, chosen_);
+    return chosen_;
+  }
+
+ private:
+  static float quantize(const float *x, int64_t n, int8_t *codes, int64_t padded, int32_t *sum) {
+    float most = 0;
+    for (int64_t i = 0; i < n; i++) most = std::max(most, std::fabs(x[i]));
+    if (!(most <= std::numeric_limits<float>::max())) most = 0;
+    const float inverse = most > 0 ? 127.0f / most : 0.0f;
+    *sum = 0;
+    for (int64_t i = 0; i < padded; i++) {
+      codes[i] = i < n && most > 0 ? static_cast<int8_t>(std::nearbyint(x[i] * inverse)) : int8_t{0};
+      *sum += codes[i];
+    }
+    return most / 127.0f;
+  }
+
+  const Step &step_;
+  const Attention &a_;
+  const int64_t pages_;
+  float *const scores_, *const factors_, *const combined_, *const best_;
+  int32_t *const chosen_;
+};
+
 class AttendTask : public Task {
  public:
   AttendTask(const Attention &attention, int q, int k, int v, int stored, int partials, const Target &y)
@@ -164,11 +236,11 @@ class AttendTask : public Task {
   int64_t items(const Step &step) const override {
     return static_cast<int64_t>(step.tile_sets[a_.tile_set].tiles.size()) * a_.kv_heads;
   }
-  int64_t scratch_bytes(const BatchView &, int) const override {
+  int64_t scratch_bytes(const BatchView &batch, int) const override {
     const int64_t rows = tile_tokens(a_) * group_of(a_);
     const CellLayout &cell = a_.cache->cell();
-    return (rows * (score_stride + 3 * cell.value_stride) + expanded_floats(cell)) *
-           static_cast<int64_t>(sizeof(float));
+    const int64_t floats = rows * (score_stride + 3 * cell.value_stride) + expanded_floats(cell);
+    return (floats + Choosing::floats(a_, batch, rows)) * static_cast<int64_t>(sizeof(float));
   }
 
   bool fetches_ahead() const override { return true; }
@@ -184,7 +256,8 @@ class AttendTask : public Task {
     const int64_t begin = count * owner / step.threads, index = begin + count * (owner + 1) / step.threads - 1 - item;
     const QueryTile &query = tile_at(set, index);
     const int64_t head = index % a_.kv_heads;
-    if (set.one_token_each && step.batch.positions[query.token_begin] <= block_at(step, query.block_end - 1).last) {
+    if (set.one_token_each &&
+        (query.drops || step.batch.positions[query.token_begin] <= block_at(step, query.block_end - 1).last)) {
       store_token(step, a_, step.data(k_, thread), step.data(v_, thread), query.sequence, query.token_begin, head,
                   step.thread_scratch(thread));
     }
@@ -206,6 +279,7 @@ class AttendTask : public Task {
   // The first positions that the part with this index attends to.
   NextKeys first_keys(const Step &step, int64_t index) const {
     const QueryTile &query = tile_at(step.tile_sets[a_.tile_set], index);
+    if (query.drops) return {};
     const KeyBlock &block = block_at(step, query.block_begin);
     return {a_.cache->cells(a_.layer, index % a_.kv_heads), &block,
             std::max(block.first, first_visible(a_, step.batch.positions[query.token_begin])),
@@ -250,8 +324,73 @@ class AttendTask : public Task {
       transform(step, a_.query_norm, a_.query_rope.get(), last[r], a_.scale, a_.head_dim,
                 rows + t * width + r % group * a_.head_dim, row);
     }
-    step.kernels->attend(tile, query.block_begin, query.block_end);
+    if (query.drops) {
+      attend_recalled(step, query, head, tile, first, last);
+    } else {
+      step.kernels->attend(tile, query.block_begin, query.block_end);
+    }
     query.split < 0 ? write_result(step, query, head, tile, thread) : write_partial(step, query, head, tile, thread);
+  }
+
+  // Attends to the sinks, to what each token recalls and to the window, in this order. Blocks do not reach from one to
+  // the next. `first` and `last` are the tile's.
+  void attend_recalled(const Step &step, const QueryTile &query, int64_t head, AttentionTile &tile, int64_t *first,
+                       int64_t *last) const {
+    const Recall &recall = *a_.recall;
+    const int64_t slots = a_.cache->cell().slots, page = step.batch.positions[query.token_begin] / slots;
+    const bool recalls = a_.cache->index(a_.layer, head) != nullptr;
+    const int64_t window = page + 1 - recall.window - (recalls ? 0 : recall.recalled);
+    const int32_t *pages =
+        step.batch.pages + step.tables[a_.group].new_pages[static_cast<size_t>(query.sequence)];
+    thread_local std::vector<KeyBlock> blocks;
+    const auto attend = [&](AttentionTile &part) {
+      part.blocks = blocks.data();
+      step.kernels->attend(part, 0, static_cast<int64_t>(blocks.size()));
+      blocks.clear();
+    };
+    const auto see = [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++) add_page(blocks, pages, p, slots);
+    };
+    tile.next = NextKeys{};
+    for (int64_t r = 0; r < tile.rows; r++) first[r] = 0;
+    if (recall.sinks > 0) {
+      see(0, recall.sinks);
+      attend(tile);
+    }
+    // Of each row's sum of exponentials: before and after what it recalls, each relative to its largest score then.
+    float sums[2][max_tile_rows], mosts[2][max_tile_rows];
+    const auto note = [&](int moment) {
+      std::copy_n(tile.total, tile.rows, sums[moment]), std::copy_n(tile.most, tile.rows, mosts[moment]);
+    };
+    if (recalls && recall.recalled > 0) {
+      note(0);
+      Choosing choosing(step, a_, tile, head, pages, page);
+      const int64_t group = group_of(a_);
+      for (int64_t r = 0; r < tile.rows; r += group) {
+        AttentionTile part = tile;
+        part.rows = group;
+        part.first = first + r, part.last = last + r;
+        part.queries = tile.queries + r * tile.cell->value_stride;
+        part.result = tile.result + r * tile.cell->value_stride;
+        part.most = tile.most + r, part.total = tile.total + r;
+        const int32_t *chosen = choosing.choose(r);
+        for (int64_t i = 0; i < recall.recalled; i++) add_page(blocks, pages, chosen[i], slots);
+        attend(part);
+      }
+      note(1);
+    }
+    see(window, page + 1);
+    attend(tile);
+    if (!recalls || recall.recalled == 0) return;
+    int64_t shares = 0;
+    for (int64_t r = 0; r < tile.rows; r++) {
+      const auto share = [&](int moment) {
+        return sums[moment][r] * std::exp(mosts[moment][r] - tile.most[r]) / tile.total[r];
+      };
+      const float given = share(1) - (recall.sinks > 0 ? share(0) : 0.0f);
+      if (given > 0 && given <= 1) shares += static_cast<int64_t>(given * static_cast<float>(recalled_unit));
+    }
+    a_.cache->count_recalled(a_.layer, head, shares, tile.rows);
   }
 
   void write_result(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile,
@@ -369,6 +508,14 @@ void resolve_tables(const BatchView &batch, int64_t groups, int64_t group, int64
   }
 }
 
+// Tokens that see all before them and those that do not are in different tiles; of the latter, a tile's are of one page.
+static void limit_to_page(const Attention &attention, int64_t position, QueryTile &tile) {
+  const int64_t slots = attention.cache->cell().slots, whole = attention.recall->pages() * slots;
+  tile.drops = position >= whole;
+  const int64_t left = tile.drops ? slots - position % slots : whole - position;
+  tile.token_end = std::min(tile.token_end, tile.token_begin + left);
+}
+
 TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention &attention, int threads) {
   TileSet set;
   set.one_token_each = one_token_each(batch);
@@ -387,8 +534,14 @@ TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention
       const auto ends_before = [](const KeyBlock &block, int64_t wanted) { return block.last < wanted; };
       return std::lower_bound(blocks, blocks_end, position, ends_before) - tables.blocks.begin();
     };
-    for (int64_t t = begin; t < end; t += size) {
+    for (int64_t t = begin, next = begin; t < end; t = next) {
       QueryTile tile{s, t, std::min(t + size, end), 0, 0, -1};
+      if (attention.recall != nullptr) limit_to_page(attention, batch.positions[t], tile);
+      next = tile.token_end;
+      if (tile.drops) {
+        set.tiles.push_back(tile);
+        continue;
+      }
       tile.block_begin = block_of(first_visible(attention, batch.positions[t]));
       tile.block_end = block_of(batch.positions[tile.token_end - 1]) + 1;
       const bool split = few && end - begin == 1 && tile.block_end - tile.block_begin > 1;

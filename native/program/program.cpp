@@ -295,6 +295,10 @@ void Program::check_table(const BatchView &batch, int64_t s, int64_t group) cons
       throw request_error("page_positions of sequence " + number(s) + " do not ascend: " + number(position[-1]) +
                           " is followed by " + number(*position));
     }
+    if (cache.recall() != nullptr && *position != (position - first) * slots) {
+      throw request_error("the pages of sequence " + number(s) + " have a gap before position " + number(*position) +
+                          "; recall chooses among all pages from position 0 on");
+    }
   }
   const int32_t *page = std::upper_bound(first, table_end, batch.positions[begin]) - 1;
   for (int64_t wanted = batch.positions[begin] / slots * slots; wanted <= batch.positions[end - 1];

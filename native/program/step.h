@@ -46,6 +46,7 @@ struct QueryTile {
   int64_t sequence, token_begin, token_end;
   int64_t block_begin, block_end;  // numbers in Tables::blocks
   int64_t split;  // index of the first partial result, or -1 if the tile does all its blocks itself
+  bool drops = false;  // its tokens, all of one page of positions, do not see all before them: see Recall
 };
 
 // The tiles of all attention operators that share window and head counts.

@@ -111,6 +111,7 @@ struct Attention {
   int64_t group;  // which of the program's caches, and of a sequence's page tables
   int tile_set = 0;
   std::shared_ptr<Cache> cache;
+  const Recall *recall = nullptr;  // the cache's, where the layer has no window
   // Fused in front of it: norms of each head and rotation of queries and keys; empty if there is none.
   Norm query_norm, key_norm;
   std::shared_ptr<const RopeTable> query_rope, key_rope;

@@ -67,6 +67,36 @@ struct AttentionTile {
   float *result;  // (rows, value_stride) running weighted sum of values, set by the first block that a row sees
 };
 
+// The index of one (page, head) of the cache: its keys in 4 bits, in runs of 32. A run has, for each group of 4
+// components, 64 bytes: byte 4 lane + i has component i of keys 2 lane (low bits) and 2 lane + 1, each with index_offset
+// added; then the scales in bfloat16, those of even keys first.
+struct IndexLayout {
+  int64_t groups, runs, run_bytes, bytes;
+};
+constexpr int64_t index_run = 32;
+constexpr int32_t index_offset = 8;
+constexpr IndexLayout index_layout(int64_t slots, int64_t head_dim) {
+  const int64_t groups = (head_dim + 3) / 4, run_bytes = groups * 64 + index_run * 2;
+  return {groups, slots / index_run, run_bytes, slots / index_run * run_bytes};
+}
+
+// Queries in 8 bits: codes (rows, 4 * groups), and the sum of each row's.
+struct IndexedQueries {
+  int64_t rows;
+  const int8_t *codes;
+  const int32_t *sums;
+};
+
+// The pages that a row recalls in one head of keys: `count` of the pages begin to end, by their scores among `pages`.
+struct PageChoice {
+  int64_t group;  // rows of scores, one for each of the head's queries
+  const float *scores;  // (group, stride)
+  int64_t stride;
+  const float *factors;  // (group,) by which scores are to be multiplied
+  int64_t pages, begin, end, count;
+  float *combined, *best;  // scratch for `pages` and for `count`
+};
+
 struct VectorKernels {
   // y = x / rms(x) * weight for `groups` runs of n values. x may be y.
   void (*rms_norm)(const float *x, const float *weight, float epsilon, float *y, int64_t groups, int64_t n);
@@ -94,6 +124,12 @@ struct VectorKernels {
   // passing: they are read bypassing the caches.
   void (*attend_plain)(const float *query, const float *keys, const float *values, int64_t count, int64_t n,
                        float scale, bool passing, float *scores, float *y);
+
+  // scores[r * stride] = the largest product of query r with any of the page's keys, over the query's scale.
+  void (*score_page)(const IndexLayout &layout, const uint8_t *index, const IndexedQueries &queries, float *scores,
+                     int64_t stride);
+  // Writes the `count` best pages, ascending; on ties the lower one is better.
+  void (*choose_pages)(const PageChoice &choice, int32_t *chosen);
 
   // For sampling and log probabilities.
   // Infinite where any x is not a number.

@@ -241,14 +241,15 @@ int64_t select_at_least(const float *x, float threshold, int32_t *indices, int64
 
 #include "vector/attention_impl.h"
 #include "vector/attention_plain.h"
+#include "vector/recall_impl.h"
 
 namespace mnemos {
 namespace {
 
 constexpr VectorKernels table = {rms_norm,       layer_norm, activation,   gated_activation, add_arrays, scale,
                                  accumulate,     softcap,    rope,         softmax,          store_key,  store_value,
-                                 attend,         merge,      attend_plain, largest_valid,    sum_exp,    exponentials,
-                                 select_at_least};
+                                 attend,         merge,      attend_plain, score_page,       choose_pages,
+                                 largest_valid,  sum_exp,    exponentials, select_at_least};
 
 }  // namespace
 }  // namespace mnemos

@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.export.packaging.packager import ModelPackager as ModelPackager
     from mnemos.export.programs import ProgramExporter as ProgramExporter
     from mnemos.export.torchscript import TorchScriptExporter as TorchScriptExporter
+    from mnemos.memory.policy import Memory as Memory
     from mnemos.models.foreign.cached_attention import CachedAttention as CachedAttention, KVCache as KVCache
     from mnemos.models.memory_transformer.adapter import MemoryAdapter as MemoryAdapter
     from mnemos.models.memory_transformer.config import load_config as load_config
@@ -105,6 +106,7 @@ _NAMES = {
     "mnemos.export.packaging.packager": "ModelPackager",
     "mnemos.export.programs": "ProgramExporter",
     "mnemos.export.torchscript": "TorchScriptExporter",
+    "mnemos.memory.policy": "Memory",
     "mnemos.models.foreign.cached_attention": "CachedAttention KVCache",
     "mnemos.models.memory_transformer.adapter": "MemoryAdapter",
     "mnemos.models.memory_transformer.config": "load_config",

@@ -115,7 +115,19 @@ def search_rows(
     U'U. `format` and the results are those of `mnemos.compress.search`."""
 
 class Cache:
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, page_size: int, dtype: str, pages: int) -> None: ...
+    """recall: window, recalled pages and sinks, all in pages, and for each layer and head whether it recalls."""
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        dtype: str,
+        pages: int,
+        recall: tuple[int, int, int, list[bool]] | None = None,
+    ) -> None: ...
+    def recalled(self) -> Floats: ...
     @property
     def pages(self) -> int: ...
     @property

@@ -103,12 +103,39 @@ class LayerGroup:
 
 
 @dataclass(frozen=True)
+class Recall:
+    """What a row of a long text sees, in layers without a window of their own. All sizes are multiples of a page.
+
+    Every row sees the pages of the text's first `sinks` positions and those of its last `window`, its own page
+    included. In a key/value head that recalls, it also sees those `recall` / page_size of the pages between that suit
+    it best: a page's score is the largest dot product, in integers, of one of its keys in 4 bits with the row's queries
+    in 8, and on exact ties the lower page is taken. In any other head its window is longer by `recall`. So every head
+    sees as many pages, and all of a text of up to `positions`.
+
+    heads: for each layer, the key/value heads that recall, ascending. Nothing depends on other rows, on how a text is
+    cut into steps, or on where its pages are stored.
+    """
+
+    window: int
+    recall: int
+    sinks: int
+    heads: tuple[tuple[int, ...], ...]
+
+    @property
+    def positions(self) -> int:
+        """How many positions a row sees, its own page counted whole."""
+        return self.sinks + self.recall + self.window
+
+
+@dataclass(frozen=True)
 class KVLayout:
     """The shape of a model's key/value cache. A page holds `page_size` positions of all layers of one group.
 
     windows: for each layer, how many positions back it sees, 0 without a limit; empty: no layer has a limit. Layers
     with the same window form a group, with page ids of its own, so that a sequence can drop the pages that a group's
     window has left while other groups keep theirs.
+
+    recall: how layers without a limit see long texts; None: whole. The heads that recall have an index of their keys.
 
     A model with 0 layers here has no pages (see `NO_PAGES`): it keeps everything about a sequence in its state slot.
     """
@@ -119,10 +146,11 @@ class KVLayout:
     page_size: int = 32
     dtype: str = "float16"  # float32, float16, bfloat16 or int8 (one scale per position and head)
     windows: tuple[int, ...] = ()
+    recall: Recall | None = None
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of `page_size` positions of every layer."""
+        """Bytes of `page_size` positions of every layer, without an index."""
         values = 2 * self.layers * self.kv_heads * self.page_size
         width = {"float32": 4 * self.head_dim, "float16": 2 * self.head_dim, "bfloat16": 2 * self.head_dim}
         return values * width.get(self.dtype, self.head_dim + 4)
@@ -134,9 +162,14 @@ class KVLayout:
         farthest_first = sorted(set(windows) or {0}, key=lambda window: (window > 0, -window))
         members = [tuple(layer for layer, own in enumerate(windows) if own == window) for window in farthest_first]
         return tuple(
-            LayerGroup(window, layers, len(layers) * self.page_bytes // max(self.layers, 1))
+            LayerGroup(window, layers, len(layers) * self.page_bytes // max(self.layers, 1) + self._index_bytes(layers))
             for window, layers in zip(farthest_first, members, strict=True)
         )
+
+    def _index_bytes(self, layers: tuple[int, ...]) -> int:
+        """Bytes of a page's index: of each key 4 bits a component, and a scale."""
+        heads = sum(len(self.recall.heads[layer]) for layer in layers) if self.recall else 0
+        return heads * self.page_size * (-(-self.head_dim // 4) * 2 + 2)
 
     def place(self, layer: int) -> tuple[int, int]:
         """The number of a layer's group, and the layer's number in the group."""
@@ -177,6 +210,14 @@ class ReleasingCache(Protocol):
 
     def release(self, pages: Sequence[int], group: int = 0) -> None:
         """Gives back the memory of pages that nobody uses; their content is lost."""
+
+
+class RecallingCache(Cache, Protocol):
+    """The cache of a model that `recalls`, with a `layout.recall`."""
+
+    def recalled(self) -> Floats:
+        """Of the attention of rows that did not see all of their text, which share went to pages that they recalled:
+        the mean by layer and key/value head, (layers, kv_heads); 0 where there were no such rows."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +285,7 @@ class ModelSpec:
     rewinds          for a model with states: a state that has gone beyond a batch's first position returns to it by
                      itself; if not, the engine evaluates such a sequence again, from its first token in a new slot
     rewind_limit     by how many positions at most it returns by itself; 0: by any number
+    recalls          its attention obeys `layout.recall`, where that is set before pages are reserved
     pools_prompts    what is computed for a prompt depends on all of it: the call that begins a sequence ends with the
                      prompt's last token, also when the sequence is evaluated again, and does not chunk
     """
@@ -267,6 +309,7 @@ class ModelSpec:
     states: bool = False
     rewinds: bool = True
     rewind_limit: int = 0
+    recalls: bool = False
     pools_prompts: bool = False
     layers: int = 0
     tied_embeddings: bool = False

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mnemos.decoding.config import AnyConfig, GenerationConfig
     from mnemos.hub.cache import Progress
+    from mnemos.memory.policy import Memory
 
 TRANSFORMERS = "transformers"
 BACKENDS = ("auto", "native", "numpy", "torch", TRANSFORMERS)
@@ -42,11 +43,18 @@ def _config(value: Any) -> Any:
     return as_config(value) if is_config(value) else None
 
 
+def _memory(value: Any) -> Memory | None:
+    from mnemos.memory.policy import Memory
+
+    return Memory.read(value)
+
+
 ANYTHING = Rule(lambda value: value, "anything")
 BACKEND = Rule(_backend, f"one of {', '.join(BACKENDS)}; torch and {TRANSFORMERS} may name a device, like torch:cuda")
 DEVICE = Rule(_device, f"one of {', '.join(DEVICES)}, also with a number, like cuda:1")
 PATH = Rule(lambda value: value if isinstance(value, (str, os.PathLike)) else None, "a name or a path")
 PROGRESS = Rule(lambda value: value if callable(value) else None, "a callable (stage, done, total)")
+MEMORY = Rule(_memory, "a Memory, its fields, or a text like 'window=512,recall=480,sinks=32'")
 CONFIG = Rule(_config, "a GenerationConfig, or a dict of its fields")
 GIGABYTES = real(0, 1 << 20, open_low=True)
 _SHARED = ("max_memory_gb", "performance_mode", "thermal_throttle")  # for loading and for running
@@ -91,6 +99,15 @@ class ModelOptions(Options):
     )
     device: str | None = field(
         default=None, metadata=row(DEVICE, "cpu, or a PyTorch device such as cuda; auto: the best one", "NAME")
+    )
+    memory: Memory | None = field(
+        default=None,
+        metadata=row(
+            MEMORY,
+            "what rows of long texts see: sinks, a window and the pages that they recall, like "
+            "window=512,recall=480,sinks=32; with it, context_length may exceed the model's own",
+            "POLICY",
+        ),
     )
     use_kv_cache: bool = field(
         default=True, metadata=row(FLAG, "False: a PyTorch module is run over the whole text for every token")
@@ -195,6 +212,7 @@ class EngineKeywords(TypedDict, total=False):
     max_memory_gb: float | None
     performance_mode: str | None
     thermal_throttle: bool
+    memory: Any
     max_batch_tokens: int
     max_sequences: int
     cache_tokens: int | None

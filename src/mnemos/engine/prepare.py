@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mnemos.contract import ConditionedModel, Model, ModelSpec
-from mnemos.errors import CapacityError, ConfigError
+from mnemos.errors import CapacityError, ConfigError, UnsupportedError
 from mnemos.memory.capacity import reserve
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ _STEPS = 0.05  # of a memory limit, for the values that a step computes with
 def take_model(model: Any, tokenizer: Tokenizer | None, options: ModelOptions) -> Model:
     """A `Model` unchanged, an nn.Module adapted. ConfigError for options that only apply to a module."""
     if not _is_model(model):
+        if options.memory is not None:
+            raise UnsupportedError(
+                f"memory is {options.memory} for a module in PyTorch; it needs a built-in architecture, as "
+                "from_pretrained loads it"
+            )
         return _adapt(model, tokenizer, options)
     where = getattr(model, "device", None)
     if options.device not in (None, "auto", where):
@@ -29,6 +34,10 @@ def take_model(model: Any, tokenizer: Tokenizer | None, options: ModelOptions) -
         raise ConfigError(f"device is {options.device!r} and the model {place}; choose its device when loading it")
     if not options.use_kv_cache:
         raise ConfigError("use_kv_cache is False for a model that keeps its own cache; leave it out")
+    if options.memory is not None:
+        from mnemos.memory.policy import remember
+
+        remember(model, options.memory, options.context_length)
     return model  # type: ignore[no-any-return]
 
 

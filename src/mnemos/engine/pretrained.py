@@ -30,7 +30,7 @@ def load_parts(source: str | os.PathLike[str], options: LoadOptions) -> dict[str
     parts = {"model": model, "tokenizer": tokenizer}
     if options.draft is not None:
         # It keeps its own context length, which the engine limits to the model's.
-        shared = replace(options, tokenizer=tokenizer, context_length=None, draft=None, adapter=None)
+        shared = replace(options, tokenizer=tokenizer, context_length=None, memory=None, draft=None, adapter=None)
         parts["draft_model"], _ = load_pretrained(options.draft, shared, is_draft=True)
     return parts
 
@@ -81,7 +81,7 @@ def _load(checkpoint: Checkpoint, options: LoadOptions, *, is_draft: bool) -> tu
     named, backend = options.backend.partition(":")[0], _placed_backend(options)
     if named == TRANSFORMERS or (named in ("auto", "torch") and not is_built_in(checkpoint)):
         if not is_draft:
-            _refuse(options, ("kv_dtype", "threads"), _NOT_TRANSFORMERS)
+            _refuse(options, ("kv_dtype", "threads", "memory"), _NOT_TRANSFORMERS)
         return _load_foreign(checkpoint, options, backend.partition(":")[2] or options.device or "auto")
     if not is_draft:
         _refuse(options, ("use_kv_cache",), "for a built-in model, which always uses its cache; leave it out")
@@ -97,7 +97,7 @@ def _load(checkpoint: Checkpoint, options: LoadOptions, *, is_draft: bool) -> tu
         backend=backend,
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
-        context_length=options.context_length,
+        context_length=None if options.memory else options.context_length,
         threads=options.threads,
     )
     if options.max_memory_gb is not None:
@@ -106,6 +106,10 @@ def _load(checkpoint: Checkpoint, options: LoadOptions, *, is_draft: bool) -> tu
     tokenizer = read_tokenizer(options.tokenizer)
     if tokenizer is None and (tokenizer := _own_tokenizer(checkpoint)) is not None:
         threading.Thread(target=_attempt, args=(tokenizer.prepare,), daemon=True).start()
+    if options.memory is not None:
+        from mnemos.memory.policy import remember
+
+        remember(model, options.memory, options.context_length)
     return model, tokenizer
 
 
@@ -131,8 +135,8 @@ def read_tokenizer(tokenizer: Any) -> Any:
 
 
 _NOT_TRANSFORMERS = (
-    "for a model that runs through transformers; leave it out: its cache is like its weights, its threads are those of "
-    "torch.set_num_threads"
+    "for a model that runs through transformers; leave it out: its cache is like its weights and is seen whole, its "
+    "threads are those of torch.set_num_threads"
 )
 
 

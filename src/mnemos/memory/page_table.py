@@ -66,6 +66,7 @@ class PageTables:
         self.slides = any(self.windows)  # pages leave sequences while they grow
         self.chunk = chunk if spec.chunks else spec.context_length
         gaps = self.paged and spec.chunks and not spec.states and not spec.window  # pages may be left in the middle
+        gaps = gaps and spec.layout.recall is None
         self.position_limit = spec.position_limit if gaps else 0
         self.pools = tuple(PagePool(pages) for pages in capacity.pages)
         self.states = StateSlots(cast(StatefulModel, model), capacity.states) if spec.states else None

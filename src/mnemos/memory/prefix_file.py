@@ -109,7 +109,8 @@ def _header(nodes: list[Node], cache: Cache, spec: ModelSpec) -> dict[str, Any]:
 
 def layout_fields(spec: ModelSpec) -> dict[str, Any]:
     """The layout as it is read from JSON."""
-    return {**asdict(spec.layout), "windows": list(spec.layout.windows)}
+    layout: dict[str, Any] = json.loads(json.dumps(asdict(spec.layout)))
+    return layout
 
 
 def page_bytes_of(cache: Cache) -> list[int]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mnemos.ops.protocol import Windows
 
 MOST_EARLY_STEPS = 4
+RECALLING = ("native", "numpy")  # backends whose attention obeys a layout's `recall`
 _COMPUTATION = "1"  # increased whenever an architecture's computation changes
 
 
@@ -209,6 +210,7 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
         position_limit=config.position_limit,
         parameters=sum(tensor.size for tensor in checkpoint.tensors.values()),
         fingerprint=_fingerprint(checkpoint, config, (backend, dtype, kv_dtype)),
+        recalls=backend in RECALLING and _routing(model) is None,
         layers=config.num_hidden_layers,
         tied_embeddings=_is_tied(checkpoint, config),
         details=_details(checkpoint),

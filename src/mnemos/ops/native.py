@@ -18,6 +18,7 @@ from mnemos.formats.tensor_types import TensorType
 from mnemos.machine.levels import settle_levels
 from mnemos.native import core as _native
 from mnemos.native import require_core
+from mnemos.ops.native_cache import NativeCache, NativeWindows
 from mnemos.ops.protocol import AttentionParams, BankSource, Forward, MemoryParams, PoolParams, RopeParams, Rows
 from mnemos.rules import COUNT
 
@@ -29,52 +30,6 @@ LARGEST_PAGE = 32  # rows of a memory bank's pages
 _NO_INTS = np.zeros(0, dtype=np.int32)
 _NO_FLOATS = np.zeros(0, dtype=np.float32)
 _STARTS = np.zeros(1, dtype=np.int32)
-
-
-class NativeCache:
-    """Pages of keys and values in native memory; a page costs nothing until it is written."""
-
-    def __init__(self, layout: KVLayout, pages: int | Sequence[int]) -> None:
-        self.layout = layout
-        self.pages = layout.counts(pages)
-        self.cores = [
-            _native.Cache(
-                len(group.layers), layout.kv_heads, layout.head_dim, layout.page_size, layout.dtype, group_pages
-            )
-            for group, group_pages in zip(layout.groups, self.pages, strict=True)
-        ]
-
-    def copy(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
-        for source, target in zip(sources, targets, strict=True):
-            self.cores[group].copy(int(source), int(target))
-
-    def read(self, page: int, group: int = 0) -> npt.NDArray[np.uint8]:
-        return self.cores[group].read(page)
-
-    def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None:
-        self.cores[group].write(page, content)
-
-    def release(self, pages: Sequence[int], group: int = 0) -> None:
-        for page in pages:
-            self.cores[group].release(page)
-
-
-class NativeWindows:
-    """Rows at the latest positions, in native memory; see `Windows`."""
-
-    def __init__(self, layers: int, width: int, length: int) -> None:
-        self.core = _native.Windows(layers, width, length)
-
-    def reserve(self, slots: int) -> None:
-        self.core.reserve(slots)
-
-    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        for source, target in zip(sources, targets, strict=True):
-            self.core.copy(int(source), int(target))
-
-    def clear(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self.core.clear(int(slot))
 
 
 @dataclass(frozen=True, eq=False)

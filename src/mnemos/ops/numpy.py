@@ -11,6 +11,7 @@ import numpy.typing as npt
 from mnemos.contract import Batch, Floats, Ints, KVLayout, Output
 from mnemos.formats.tensor import Tensor
 from mnemos.ops.protocol import AttentionParams, BankSource, Forward, MemoryParams, PoolParams, RopeParams, Rows
+from mnemos.ops.recall import Bytes, index_keys, seen_pages
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 
@@ -26,6 +27,20 @@ class NumpyCache:
             np.zeros((len(group.layers), 2, count, *page), dtype=np.float32)
             for group, count in zip(layout.groups, self.pages, strict=True)
         ]
+        self._recalled = np.zeros((layout.layers, layout.kv_heads, 2))  # the sum of shares, and of how many rows
+
+    def recalled(self) -> Floats:
+        """See `RecallingCache`."""
+        total, rows = np.moveaxis(self._recalled, 2, 0)
+        return np.asarray(total / np.maximum(rows, 1), dtype=np.float32)
+
+    def count_recalled(self, layer: int, shares: Floats) -> None:
+        """Adds what each of some rows (rows, kv_heads) gave to pages that it recalled."""
+        self._recalled[layer] += np.stack((shares.sum(axis=0), np.full(shares.shape[1], len(shares))), axis=1)
+
+    def index(self, group: int, layer: int, pages: Ints, head: int) -> tuple[Bytes, Floats]:
+        """The index of a head's keys in these pages: codes (pages, page size, head size) and scales; see Recall."""
+        return index_keys(self.values[group][layer][0][pages, :, head])
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
         values = self.values[group]
@@ -180,7 +195,14 @@ class NumpyOps:
                 scores = params.softcap * np.tanh(scores / params.softcap)
             distance = positions[:, None] - past
             hidden = (distance < 0) | ((distance >= params.window) if params.window else False)
+            recalls = cache.layout.recall is not None and not params.window
+            if recalls:
+                scaled = queries * np.float32(params.scale)
+                seen = _recalled(cache, layer, scaled, positions, pages, params.kv_heads)
+                hidden = hidden | ~seen.repeat(page_size, axis=2)[:, :, : len(past)].repeat(shared, axis=0)
             probabilities = softmax(np.where(hidden, -np.inf, scores))
+            if recalls:
+                _count_recalled(cache, layer, probabilities, positions)
             out[new] = np.einsum("hij,jhd->ihd", probabilities, all_values).reshape(len(positions), -1)
         return out
 
@@ -294,6 +316,38 @@ class NumpyOps:
                 inner = self.gated_activation(self.linear(one, gate[expert]), self.linear(one, up[expert]), kind)
                 y[row] += weight * self.linear(inner, down[expert])[0]
         return y
+
+
+def _recalled(
+    cache: NumpyCache, layer: int, queries: Floats, positions: Ints, pages: Ints, kv_heads: int
+) -> npt.NDArray[np.bool_]:
+    """Which pages of its table each row sees in each key/value head: (kv_heads, rows, pages).
+
+    queries (rows, heads, head size), scaled. The pages are those of all positions from 0 on.
+    """
+    recall, size = cache.layout.recall, cache.layout.page_size
+    assert recall is not None
+    seen = np.ones((kv_heads, len(positions), len(pages)), dtype=np.bool_)
+    group, index = cache.layout.place(layer)
+    for head in range(kv_heads):
+        recalls = head in recall.heads[layer]
+        codes, scales = cache.index(group, index, pages if recalls else pages[:0], head)
+        for row, position in enumerate(positions):
+            own, page = queries[row].reshape(kv_heads, -1, queries.shape[2])[head], int(position) // size
+            seen[head, row, : page + 1] = seen_pages(recall, size, page, own, codes[:page], scales[:page], recalls)
+    return seen
+
+
+def _count_recalled(cache: NumpyCache, layer: int, probabilities: Floats, positions: Ints) -> None:
+    """Counts what rows that do not see all of their text give to pages between its sinks and their windows."""
+    recall, size = cache.layout.recall, cache.layout.page_size
+    assert recall is not None
+    rows = positions // size * size >= recall.positions
+    first = (positions // size + 1) * size - recall.window  # of each row's window
+    past = np.arange(probabilities.shape[2])
+    between = (past >= recall.sinks) & (past < first[:, None])
+    shares = np.where(between, probabilities, 0).sum(axis=2)  # (heads, rows)
+    cache.count_recalled(layer, shares.reshape(cache.layout.kv_heads, -1, len(positions)).mean(axis=1).T[rows])
 
 
 def _pooled(states: Floats, params: PoolParams) -> Floats:

@@ -52,6 +52,8 @@ class TorchCache:
             raise UnsupportedError(
                 f"kv_dtype {layout.dtype!r} is not supported here; expected one of {', '.join(TORCH_DTYPES)}"
             )
+        if layout.recall is not None:
+            raise UnsupportedError("memory is not supported with backend 'torch'; expected 'native' or 'numpy'")
         self.layout = layout
         self.pages = layout.counts(pages)
         page = (layout.page_size, layout.kv_heads, layout.head_dim)

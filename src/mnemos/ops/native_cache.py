@@ -1,0 +1,80 @@
+"""What the native backend keeps of texts: pages of keys and values, and routers' windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from mnemos.contract import Floats, KVLayout
+from mnemos.native import core as _native
+
+
+class NativeCache:
+    """Pages of keys and values in native memory; a page costs nothing until it is written."""
+
+    def __init__(self, layout: KVLayout, pages: int | Sequence[int]) -> None:
+        self.layout = layout
+        self.pages = layout.counts(pages)
+        self.cores = [
+            _native.Cache(
+                len(group.layers),
+                layout.kv_heads,
+                layout.head_dim,
+                layout.page_size,
+                layout.dtype,
+                group_pages,
+                None if group.window else _recall(layout, group.layers),
+            )
+            for group, group_pages in zip(layout.groups, self.pages, strict=True)
+        ]
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            self.cores[group].copy(int(source), int(target))
+
+    def recalled(self) -> Floats:
+        """See `RecallingCache`."""
+        layout = self.layout
+        shares = np.zeros((layout.layers, layout.kv_heads), dtype=np.float32)
+        for group, core in zip(layout.groups, self.cores, strict=True):
+            shares[list(group.layers)] = core.recalled().reshape(-1, layout.kv_heads)
+        return shares
+
+    def read(self, page: int, group: int = 0) -> npt.NDArray[np.uint8]:
+        return self.cores[group].read(page)
+
+    def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None:
+        self.cores[group].write(page, content)
+
+    def release(self, pages: Sequence[int], group: int = 0) -> None:
+        for page in pages:
+            self.cores[group].release(page)
+
+
+class NativeWindows:
+    """Rows at the latest positions, in native memory; see `Windows`."""
+
+    def __init__(self, layers: int, width: int, length: int) -> None:
+        self.core = _native.Windows(layers, width, length)
+
+    def reserve(self, slots: int) -> None:
+        self.core.reserve(slots)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            self.core.copy(int(source), int(target))
+
+    def clear(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self.core.clear(int(slot))
+
+
+def _recall(layout: KVLayout, layers: Sequence[int]) -> tuple[int, int, int, list[bool]] | None:
+    """A layout's `recall` for some layers, in pages: window, recalled and sinks, and whether each head recalls."""
+    recall, size = layout.recall, layout.page_size
+    if recall is None:
+        return None
+    heads = [head in recall.heads[layer] for layer in layers for head in range(layout.kv_heads)]
+    return recall.window // size, recall.recall // size, recall.sinks // size, heads

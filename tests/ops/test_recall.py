@@ -1,0 +1,189 @@
+"""Attention whose rows recall pages: as the reference, by each row alone, and whole while a text is short."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.ops.cases import AttentionCase, Table, batch_of, floats
+
+from mnemos.contract import KVLayout, Recall
+from mnemos.errors import ConfigError, RequestError, UnsupportedError
+from mnemos.ops.native import NativeOps
+from mnemos.ops.numpy import NumpyOps
+from mnemos.ops.protocol import AttentionParams
+from mnemos.ops.recall import index_keys, page_scores, seen_pages
+
+CASES = (AttentionCase(6, 2, 64, 32), AttentionCase(2, 2, 17, 32, softcap=3.0), AttentionCase(4, 2, 24, 64))
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+LENGTH = 480
+
+
+def recall_of(case: AttentionCase, heads: tuple[int, ...] = (0,), sinks: int = 1) -> Recall:
+    size = case.page_size
+    return Recall(window=2 * size, recall=3 * size, sinks=sinks * size, heads=((), heads))
+
+
+def cache_of(ops: Any, case: AttentionCase, dtype: str, recall: Recall | None) -> Any:
+    return ops.cache(
+        KVLayout(2, case.kv_heads, case.head_dim, case.page_size, dtype, recall=recall), 2 * (LENGTH // 32 + 1)
+    )
+
+
+def attend(ops: Any, case: AttentionCase, cache: Any, pieces: list[int], seed: int = 1, texts: int = 1) -> np.ndarray:
+    """All rows of `texts` equal texts in the second layer, evaluated in pieces of these lengths."""
+    generator = np.random.default_rng(seed)
+    sizes = case.heads * case.head_dim, *[case.kv_heads * case.head_dim] * 2
+    q, k, v = (2 * floats(generator, LENGTH, size) for size in sizes)
+    each = -(-LENGTH // case.page_size)
+    pages = generator.permutation(texts * each).reshape(texts, each)
+    tables = [Table(pages[t], case.page_size * np.arange(each)) for t in range(texts)]
+    out, start = [], 0
+    for piece in pieces:
+        rows = range(start, min(start + piece, LENGTH))
+        parts = [np.concatenate([x[rows.start : rows.stop]] * texts) for x in (q, k, v)]
+        out.append(ops.attention(*parts, cache, 1, batch_of([rows] * texts, tables), case.params))
+        start = rows.stop
+    assert start == LENGTH
+    return np.concatenate(out)
+
+
+WHOLE = [300, 180]
+CHUNKS = [1, 200, 7, 100, 1, 1, 90, 33] + [1] * 20 + [27]
+
+
+@cache
+def reference(case: AttentionCase, dtype: str, recall: Recall) -> np.ndarray:
+    return attend(NumpyOps(), case, cache_of(NumpyOps(), case, dtype, recall), WHOLE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_see_what_the_reference_says(case: AttentionCase, dtype: str, isa: str) -> None:
+    for recall in (recall_of(case, (1,)), recall_of(case, (0, 1), sinks=0)):
+        expected = reference(case, dtype, recall)
+        result = attend(NativeOps(), case, cache_of(NativeOps(), case, dtype, recall), WHOLE)
+        error = np.abs(result - expected)
+        if dtype == "bfloat16" and isa in ("avx512_bf16", "amx"):  # queries and weights are rounded to bfloat16 too
+            assert error.max() < 0.1 and np.sqrt(np.mean(error**2) / np.mean(expected**2)) < 0.006
+        else:
+            assert error.max() < 2e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_have_the_same_bits_in_chunks_and_among_others(case: AttentionCase, dtype: str, isa: str) -> None:
+    ops, recall = NativeOps(), recall_of(case)
+    whole = attend(ops, case, cache_of(ops, case, dtype, recall), WHOLE)
+    chunks = attend(ops, case, cache_of(ops, case, dtype, recall), CHUNKS)
+    assert np.array_equal(whole, chunks)
+    twice = attend(ops, case, cache_of(ops, case, dtype, recall), [LENGTH], texts=2)
+    assert np.array_equal(twice[LENGTH:], whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_see_all_have_the_bits_of_an_engine_without_memory(dtype: str, isa: str) -> None:
+    case, ops = CASES[0], NativeOps()
+    recall = recall_of(case)
+    plain, remembered = (attend(ops, case, cache_of(ops, case, dtype, r), WHOLE) for r in (None, recall))
+    assert np.array_equal(plain[: recall.positions], remembered[: recall.positions])
+    assert not np.array_equal(plain[recall.positions :], remembered[recall.positions :])
+
+
+def test_a_row_recalls_the_page_of_its_best_key() -> None:
+    """One key in page 7 of 20 fits the query; in a head that does not recall, the window is longer instead."""
+    case = CASES[0]
+    recall, generator = recall_of(case), np.random.default_rng(2)
+    keys = floats(generator, 20, 32, 64)
+    query = floats(generator, 3, 64)
+    keys[7, 5] = 3 * query[1]
+    codes, scales = index_keys(keys)
+    seen = seen_pages(recall, 32, 20, query, codes, scales, recalls=True)
+    assert seen[7] and seen[0] and list(np.flatnonzero(seen[-2:])) == [0, 1] and seen.sum() == 6
+    assert list(np.flatnonzero(seen_pages(recall, 32, 20, query, codes, scales, False))) == [0, 16, 17, 18, 19, 20]
+
+
+def test_ties_go_to_the_lower_page() -> None:
+    keys = np.ones((20, 32, 8), dtype=np.float32)
+    codes, scales = index_keys(keys)
+    seen = seen_pages(recall_of(CASES[0]), 32, 20, np.ones((1, 8), dtype=np.float32), codes, scales, recalls=True)
+    assert list(np.flatnonzero(seen)) == [0, 1, 2, 3, 19, 20]
+
+
+def test_scores_follow_the_exact_products() -> None:
+    """4 bits and 8 bits keep the order of pages, apart from those that are close."""
+    generator = np.random.default_rng(3)
+    keys, query = floats(generator, 60, 32, 64), floats(generator, 1, 64)
+    scores = page_scores(query, *index_keys(keys))
+    exact = (keys @ query[0]).max(axis=1)
+    assert np.corrcoef(scores, exact)[0, 1] > 0.98
+    assert np.abs(scores - (exact - exact.max())).max() < 0.15 * exact.max()
+
+
+@pytest.mark.parametrize("make", [NumpyOps, NativeOps])
+def test_pages_are_copied_and_restored_with_their_index(make: Any) -> None:
+    case, ops = CASES[0], make()
+    recall = recall_of(case)
+    one, other = cache_of(ops, case, "float16", recall), cache_of(ops, case, "float16", recall)
+    expected = attend(ops, case, one, WHOLE)
+    count = one.pages[0]
+    for page in range(count // 2):
+        one.copy([page], [page + count // 2])
+    for page in range(count):
+        other.write(page, one.read(page))
+    each = -(-LENGTH // 32)
+    pages = np.random.default_rng(1)
+    for size in (case.heads * case.head_dim, *[case.kv_heads * case.head_dim] * 2):
+        floats(pages, LENGTH, size)
+    order = pages.permutation(each)
+    generator = np.random.default_rng(1)
+    q, k, v = (2 * floats(generator, LENGTH, n) for n in (6 * 64, 2 * 64, 2 * 64))
+    last = range(LENGTH - 1, LENGTH)
+    for restored, moved in ((other, 0), (one, count // 2)):
+        table = Table(order + moved, 32 * np.arange(each))
+        row = ops.attention(q[-1:], k[-1:], v[-1:], restored, 1, batch_of([last], [table]), case.params)
+        assert np.array_equal(row[0], expected[-1])
+
+
+@pytest.mark.parametrize("make", [NumpyOps, NativeOps])
+def test_the_share_of_what_was_recalled_is_measured(make: Any) -> None:
+    """With random keys, three pages of six get about half of the attention; a row that sees all recalls nothing."""
+    case, ops = CASES[0], make()
+    cache = cache_of(ops, case, "float32", recall_of(case, (1,)))
+    assert not cache.recalled().any()
+    attend(ops, case, cache, WHOLE)
+    shares = cache.recalled()
+    assert shares.shape == (2, 2) and not shares[0].any()
+    assert 0.35 < shares[1, 1] < 0.75
+
+
+def test_what_recall_cannot_hold_is_named() -> None:
+    case, ops = AttentionCase(2, 1, 16, 16), NativeOps()
+    with pytest.raises(ConfigError, match="multiple of 32 positions"):
+        cache_of(ops, case, "float32", recall_of(case, (0,)))
+    case = CASES[0]
+    cache = cache_of(ops, case, "float32", recall_of(case))
+    table = Table(np.arange(3), np.array([0, 64, 96]))
+    x = [np.zeros((1, n), dtype=np.float32) for n in (6 * 64, 2 * 64, 2 * 64)]
+    with pytest.raises(RequestError, match="gap before position 64"):
+        ops.attention(*x, cache, 1, batch_of([range(100, 101)], [table]), case.params)
+
+
+def test_a_layer_with_a_window_recalls_nothing() -> None:
+    case = AttentionCase(6, 2, 64, 32, window=100)
+    assert case.params == AttentionParams(6, 2, 64, 0.125, 100)
+    for ops in (NumpyOps(), NativeOps()):
+        plain, remembered = (
+            attend(ops, case, cache_of(ops, case, "float32", r), WHOLE) for r in (None, recall_of(case, (0, 1)))
+        )
+        assert np.array_equal(plain, remembered)
+
+
+def test_torch_refuses_it() -> None:
+    pytest.importorskip("torch")
+    from mnemos.ops.torch import TorchOps
+
+    with pytest.raises(UnsupportedError, match="backend 'torch'"):
+        cache_of(TorchOps("cpu", "float32"), CASES[0], "float32", recall_of(CASES[0]))
