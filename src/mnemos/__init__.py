@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
         StreamingInference as StreamingInference,
     )
     from mnemos.compat.cache_manager import CacheManager as CacheManager
+    from mnemos.compat.caches import ConceptCache as ConceptCache, ContextCache as ContextCache, LRUCache as LRUCache
     from mnemos.compat.decoding_strategies import DecodingStrategies as DecodingStrategies
     from mnemos.compat.generate import generate as generate, generate_batch as generate_batch
     from mnemos.compat.generator import Generator as Generator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
         MacBookOptimizer as MacBookOptimizer,
     )
     from mnemos.compat.inference_config import InferenceConfig as InferenceConfig
+    from mnemos.compat.memory_cache import MemoryCache as MemoryCache
     from mnemos.compat.merge import (
         extract_memory_weights as extract_memory_weights,
         load_memory_weights as load_memory_weights,
@@ -74,11 +76,13 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
 _NAMES = {
     "mnemos.compat.batching": "BatchInference BatchProcessor BatchRequest ResponseStreamer StreamingInference",
     "mnemos.compat.cache_manager": "CacheManager",
+    "mnemos.compat.caches": "ConceptCache ContextCache LRUCache",
     "mnemos.compat.decoding_strategies": "DecodingStrategies",
     "mnemos.compat.generate": "generate generate_batch",
     "mnemos.compat.generator": "Generator",
     "mnemos.compat.hardware_optimizer": "HardwareOptimizer MacBookOptimizer",
     "mnemos.compat.inference_config": "InferenceConfig",
+    "mnemos.compat.memory_cache": "MemoryCache",
     "mnemos.compat.merge": (
         "extract_memory_weights load_memory_weights merge_adapter_weights quantize_memory_for_deployment"
     ),

@@ -44,6 +44,22 @@ def test_the_least_recently_used_leaf_goes_first_and_its_parent_after_it() -> No
     assert (len(tree), pool.free) == (0, 8)
 
 
+def test_pages_that_were_found_often_are_spared_for_a_while() -> None:
+    pool = PagePool(20)
+    tree = PrefixTree([pool], SIZE)
+    tree.restrict(20, weighted=True)
+    fill(pool, tree, None, [1, 1, 2, 2])
+    for _ in range(3):
+        tree.match(None, [1, 1, 2, 2])
+    for number in range(3, 12):
+        fill(pool, tree, None, [number, number])
+    tree.restrict(4, weighted=True)
+    assert (len(tree), tree.covered(None, [1, 1, 2, 2])) == (4, 2)
+    for number in range(20, 40):  # nobody asks for them any more
+        fill(pool, tree, None, [number, number])
+    assert (len(tree), tree.covered(None, [1, 1, 2, 2])) == (4, 0)
+
+
 def test_pages_in_use_stay() -> None:
     pool = PagePool(4)
     tree = PrefixTree([pool], SIZE)

@@ -16,6 +16,7 @@ from mnemos import (
     HardwareOptimizer,
     InferenceEngine,
     MacBookOptimizer,
+    MemoryCache,
     OptimizedInferenceEngine,
     ResponseStreamer,
 )
@@ -181,3 +182,19 @@ def test_hardware_settings(checkpoint: Path, numbers: Any) -> None:
         HardwareOptimizer(hardware_config={"max_memory": 6})
     with pytest.raises(ConfigError, match="max_memory_gb is 0; it must be a number above 0"):
         HardwareOptimizer(hardware_config={"max_memory_gb": 0})
+
+
+def test_the_memory_cache_as_its_document_writes_it(checkpoint: Path, numbers: Any) -> None:
+    """MemoryCache(cache_size), its three parts and get_cached_patterns(context_hash)."""
+    cache = MemoryCache(cache_size=1000)
+    assert (len(cache.episodic_cache), len(cache.semantic_cache), len(cache.context_cache)) == (0, 0, 0)
+    assert not cache.get_cached_patterns("0" * 32)
+    with OptimizedInferenceEngine(checkpoint, cache_size=1000) as engine:
+        cache = engine.memory_cache
+        text = " ".join(map(str, range(38)))  # more than a page
+        assert numbers(engine.generate_response(text)) == [38, 39]
+        found = cache.get_cached_patterns(cache.context_hash(text))
+        assert found.cached_tokens == cache.page_size
+        assert found.context is not None
+        assert found.context.uses == 1
+        assert f"{cache.hit_rate:.2%} {len(cache.episodic_cache)} {cache.memory_usage_mb:.1f}"

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from mnemos.compat.cache_manager import CacheManager
+from mnemos.compat.memory_cache import MemoryCache
 from mnemos.decoding.config import GenerationConfig
 from mnemos.engine.completion import StreamedToken
 from mnemos.engine.engine import LENGTHS, InferenceEngine
 from mnemos.engine.options import split
 from mnemos.engine.pretrained import load_parts
-from mnemos.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from mnemos.engine.options import LoadKeywords
+    from mnemos.engine.prompts import Prompts
 
 DEFAULT_LENGTH = 512
 
@@ -61,9 +61,8 @@ class OptimizedInferenceEngine(InferenceEngine):
         else:
             plain: dict[str, Any] = {**options}
             super().__init__(model_path, **plain)
-        if options.get("prefix_cache", True):
-            with suppress(UnsupportedError):  # a model that caches no pages needs no limit
-                CacheManager(self, max_entries=cache_size)
+        # The engine owns its memory cache, which must not keep it alive.
+        self._memory_cache = MemoryCache(cache_size, weakref.proxy(self))
 
     @classmethod
     def from_pretrained(
@@ -78,9 +77,9 @@ class OptimizedInferenceEngine(InferenceEngine):
         return cls(source, cache_size, config, hardware_config, **options)
 
     @property
-    def memory_cache(self) -> CacheManager:
-        """The pages kept between requests."""
-        return CacheManager(self)
+    def memory_cache(self) -> MemoryCache:
+        """What is remembered between requests: pages of keys and values, concepts, and prompts."""
+        return self._memory_cache
 
     def generate_response(self, text: str, max_length: int | None = None, **overrides: Any) -> str:
         """The text that follows `text`. max_length counts the tokens of both; the default is the config's, else 512."""
@@ -90,6 +89,13 @@ class OptimizedInferenceEngine(InferenceEngine):
     def generate_tokens(self, text: str, max_length: int | None = None, **overrides: Any) -> Iterator[StreamedToken]:
         """The tokens of `generate_response` as they come, each with its id and text."""
         return self.stream(text, **self._response_fields(max_length, overrides))
+
+    def _read(self, prompts: Any, attention_mask: Any, config: GenerationConfig) -> Prompts:
+        wanted = super()._read(prompts, attention_mask, config)
+        if config.cache_salt is None:  # what has one is nobody else's business
+            for token_ids in wanted.token_ids:
+                self._memory_cache.note(token_ids)
+        return wanted
 
     def _response_fields(self, max_length: int | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
         fields = generation_fields(overrides)

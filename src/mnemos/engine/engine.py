@@ -465,10 +465,13 @@ class InferenceEngine:
         tree = self._thread.prefix_tree()
         self._thread.call(tree.clear)
 
-    def limit_prefix_cache(self, pages: int) -> None:
-        """Keeps at most `pages` cache pages that no request uses: the most recently used ones."""
+    def limit_prefix_cache(self, pages: int, weighted: bool = False) -> None:
+        """Keeps at most `pages` cache pages that no request uses: the most recently used ones.
+
+        weighted: those that were used often stay longer, so that many single texts do not drive them out.
+        """
         tree = self._thread.prefix_tree()
-        self._thread.call(partial(tree.restrict, pages))
+        self._thread.call(partial(tree.restrict, pages, weighted))
 
     def pace(
         self,

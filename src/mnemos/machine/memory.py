@@ -61,6 +61,11 @@ def resident_memory() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def free_memory() -> int:
+    """Bytes that the process could still take, of what the system and its cgroup have left; 0 if unknown."""
+    return max(int(require_core().available_memory()), 0)
+
+
 def check_memory(needed: int, purpose: str) -> None:
     """Raises CapacityError, with what is missing, if machine, cgroup or `ulimit -v` do not give `needed` bytes."""
     available, left = require_core().available_memory(), address_space_left()

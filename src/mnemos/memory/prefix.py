@@ -10,6 +10,7 @@ from typing import NamedTuple
 from mnemos.memory.pages import PagePool
 
 Tokens = tuple[int, ...]
+_MOST_USES = 15  # that count: a page that nobody asks for any more is spared four times at most
 
 
 class Node:
@@ -17,9 +18,10 @@ class Node:
 
     pages  the page that the tree holds for these tokens in each layer group, None where it holds none
     ended  a prompt has ended here
+    uses   how often a text was found to begin with it, halved whenever it was spared for that; see `weighted`
     """
 
-    __slots__ = ("children", "ended", "pages", "parent", "salt", "tokens")
+    __slots__ = ("children", "ended", "pages", "parent", "salt", "tokens", "uses")
 
     def __init__(self, parent: Node | None, tokens: Tokens, salt: str | None, groups: int) -> None:
         self.parent = parent
@@ -27,6 +29,7 @@ class Node:
         self.salt = salt
         self.pages: list[int | None] = [None] * groups
         self.ended = False
+        self.uses = 0
         self.children: dict[Tokens, Node] = {}
 
 
@@ -62,6 +65,8 @@ class PrefixTree:
         self.held = [0] * len(pools)  # the number of pages that the tree holds in each group
         self.evicted = 0  # pages evicted so far
         self.limit: int | None = None  # the most pages of the first group to keep besides those in use
+        # Whether pages that were found often are spared by eviction, half as often each time (generalized CLOCK).
+        self.weighted = False
         self._roots: dict[str | None, Node] = {}
         # Least recently used first. A touched path is moved to the end leaf first, so that a node always comes after
         # its descendants and the first nodes are leaves.
@@ -79,8 +84,15 @@ class PrefixTree:
         path = self.path(salt, tokens)
         end = self._usable(path, skip)
         self.touch(path[:end])
+        if self.weighted:
+            for node in path[:end]:
+                node.uses = min(node.uses + 1, _MOST_USES)
         firsts = [max(skip, first) for first in self.firsts(end)]
         return Match(end, [_held(path[first:end], group) for group, first in enumerate(firsts)])
+
+    def covered(self, salt: str | None, tokens: Sequence[int]) -> int:
+        """How many pages of a text it could continue after; that does not count as a use."""
+        return self._usable(self.path(salt, tokens), 0)
 
     def insert(
         self,
@@ -139,17 +151,17 @@ class PrefixTree:
         """
         if self.windows[group]:
             return self._evict_window(count, group)
-        victims = self._victims(count)
+        victims = self._seldom_used(count)
         if len(victims) < count and self._forget_stranded():
-            victims = self._victims(count)
+            victims = self._seldom_used(count)
         for node in victims:
             self._remove(node)
         self.evicted += len(victims)
         return len(victims)
 
-    def restrict(self, limit: int) -> None:
-        """Keeps at most `limit` pages besides those in use from now on."""
-        self.limit = limit
+    def restrict(self, limit: int, weighted: bool = False) -> None:
+        """Keeps at most `limit` pages besides those in use from now on; `weighted`: see the attribute."""
+        self.limit, self.weighted = limit, weighted
         self.shrink()
 
     def shrink(self) -> None:
@@ -265,6 +277,19 @@ class PrefixTree:
             self._prune(node)
         self.evicted += len(unused)
         return len(unused)
+
+    def _seldom_used(self, count: int) -> list[Node]:
+        """`_victims`, after those that were found often have been spared."""
+        victims = self._victims(count)
+        while spared := [node for node in victims if node.uses] if self.weighted else []:
+            for node in spared:
+                node.uses //= 2
+                path = [node]
+                while (parent := path[0].parent) is not None and parent.parent is not None:
+                    path.insert(0, parent)
+                self.touch(path)
+            victims = self._victims(count)
+        return victims
 
     def _victims(self, count: int) -> list[Node]:
         """The least recently used nodes that only the tree holds and whose children are victims too."""
