@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from mnemos.engine.answers import AnswerEvent, End, Piece
 from mnemos.engine.completion import StreamedToken
 
 
@@ -47,12 +48,18 @@ class ScriptedEngine:
             yield StreamedToken(piece, number)
         yield StreamedToken("", None, finish_reason="stop")
 
+    def stream_chat(self, messages: list[dict[str, str]], config: Any) -> Iterator[AnswerEvent]:
+        for token in self.stream([], config):
+            yield Piece(0, token.text, (token,))
+            if token.finish_reason is not None:
+                yield End(0, token.finish_reason)
+
     def complete(self, prompt: list[int], config: Any) -> Any:
         self.configs.append(config)
         text = "".join(str(piece) for piece in self.answers.pop(0))
         return SimpleNamespace(to_json=lambda: f'{{"text": "{text}"}}')
 
 
-def loads(engine: ScriptedEngine) -> Callable[[object], ScriptedEngine]:
+def loads(engine: ScriptedEngine) -> Callable[..., ScriptedEngine]:
     """Replaces `load_engine`."""
-    return lambda arguments: engine
+    return lambda arguments, **running: engine

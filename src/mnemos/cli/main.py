@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": "answer over HTTP, with the APIs that clients know and a page to talk in",
     "pull": "fetch a model into the cache",
     "models": "list cached models, or remove one",
+    "sessions": "list the conversations that are kept, or forget some",
     "inspect": "show what a model file contains and what it needs",
     "embed": "turn texts into vectors",
     "prune": "remove neurons, heads or layers from a model",

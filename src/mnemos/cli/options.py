@@ -55,9 +55,18 @@ def given(arguments: argparse.Namespace, rows: Iterable[Field[Any]]) -> dict[str
     return {name: value for name, value in values.items() if value is not None}
 
 
-def load_engine(arguments: argparse.Namespace) -> InferenceEngine:
-    """The engine for `arguments.model`, fetched first if necessary, with progress on standard error."""
-    return load(arguments.model, given(arguments, command_line(LoadOptions)))
+def add_session_dir(parser: argparse._ActionsContainer) -> None:
+    """Adds --session-dir."""
+    help = "the folder of sessions; by default one in the user's state folder"
+    parser.add_argument("--session-dir", metavar="FOLDER", help=help)
+
+
+def load_engine(arguments: argparse.Namespace, **running: Any) -> InferenceEngine:
+    """The engine for `arguments.model`, fetched first if necessary, with progress on standard error.
+
+    running: further options of the engine.
+    """
+    return load(arguments.model, {**given(arguments, command_line(LoadOptions)), **running})
 
 
 def load(source: str, options: Mapping[str, Any]) -> InferenceEngine:

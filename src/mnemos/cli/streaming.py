@@ -7,7 +7,10 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mnemos.cli.terminal import dim
+
 if TYPE_CHECKING:
+    from mnemos.engine.answers import AnswerEvent
     from mnemos.engine.completion import StreamedToken
 
 
@@ -29,6 +32,22 @@ class StreamView:
                 self.tokens += 1
             self.text += token.text
             sys.stdout.write(token.text)
+            sys.stdout.flush()
+
+    def show_answer(self, events: Iterator[AnswerEvent]) -> None:
+        """Shows an answer; reasoning is dim, and no part of the kept text."""
+        from mnemos.engine.answers import Piece  # not needed for a stream of tokens
+
+        for event in events:
+            if not isinstance(event, Piece):
+                continue
+            if any(token.token_id is not None for token in event.tokens):
+                self._last = time.perf_counter()
+                self._first = self._first or self._last
+                self.tokens += sum(token.token_id is not None for token in event.tokens)
+            thought = event.kind == "reasoning"
+            self.text += "" if thought else event.text
+            sys.stdout.write(dim(event.text, sys.stdout) if thought and event.text else event.text)
             sys.stdout.flush()
 
     @property

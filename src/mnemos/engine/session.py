@@ -216,6 +216,26 @@ class Session:
             self._busy.release()
         return len(token_ids)
 
+    def drop(self, messages: int) -> None:
+        """Forgets the oldest messages after a system message, for a context that is too short for all.
+
+        What was said after them is read again with the next turn. RequestError if there are not as many.
+        """
+        file = self._file
+        self._begin()
+        try:
+            start = int(bool(file.messages) and file.messages[0]["role"] == "system")
+            if not 1 <= messages <= len(file.messages) - start:
+                raise RequestError(
+                    f"messages is {shown(messages)}; the session {self.name!r} has {len(file.messages) - start}, "
+                    "without a system message"
+                )
+            left = [*file.messages[:start], *file.messages[start + messages :]]
+            tokens = check_tokenizer(self._host.tokenizer).encode_chat(left, False) if left else []
+            self._save(tokens, [], None, removed=(start, start + messages))
+        finally:
+            self._busy.release()
+
     def rewind(self, turns: int = 1, *, tokens: int | None = None) -> None:
         """Takes back the last turns, or, of a text, everything after its first `tokens` tokens.
 
@@ -314,14 +334,17 @@ class Session:
             raise RequestError("messages is empty; a turn needs at least one message")
         return checked
 
-    def _save(self, tokens: Sequence[int], messages: list[Message], salt: str | None) -> None:
+    def _save(
+        self, tokens: Sequence[int], messages: list[Message], salt: str | None, removed: tuple[int, int] = (0, 0)
+    ) -> None:
         """Ends a turn, after which the session has these tokens and these further messages."""
         file = self._file
         if file.closed:
             raise RequestError(f"the session {self.name!r} was closed before its turn had ended; the turn is lost")
         keep = shared_length(file.tokens, tokens)
         file.append(
-            TurnRecord(keep, list(tokens[keep:]), [dict(one) for one in messages]), self._pages.new(tokens, keep, salt)
+            TurnRecord(keep, list(tokens[keep:]), [dict(one) for one in messages], removed),
+            self._pages.new(tokens, keep, salt),
         )
 
 
