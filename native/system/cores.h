@@ -2,11 +2,18 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace mnemos {
 
 // Cores in the affinity mask, limited by the cgroup's CPU quota (rounded up), at least 1.
 int usable_cores();
+
+// The core that this thread runs on; -1 if unknown.
+int current_core();
+
+// Has the system move this thread to a core that is not among `cores`, if it may use one. It stays free to move on.
+void leave_cores(const std::vector<int> &cores);
 
 // Bytes of memory that can still be allocated: what the system has available, limited by what the cgroup leaves.
 // Negative if unknown.

@@ -38,6 +38,8 @@ constexpr auto polite_after = microseconds(40);
 // a hundred barriers, at each of which a thread may lack its core for milliseconds.
 constexpr auto most_waiting = milliseconds(5);
 constexpr double waiting_share = 0.6;
+// A thread that has moved to another core gives the system this long before it moves again.
+constexpr auto settling = milliseconds(1);
 // Long enough for several steps, and for a core to be lost and regained.
 constexpr auto window = milliseconds(20);
 constexpr auto shortest_rest = milliseconds(20), longest_rest = milliseconds(640);
@@ -149,7 +151,16 @@ void Team::shrink(Clock::time_point now) {
 }
 
 struct Pool::Crew {
-  explicit Crew(int threads) : asleep(new std::atomic<bool>[static_cast<size_t>(threads)]()) {
+  // What one thread of the crew notes about itself.
+  struct alignas(64) Member {
+    std::atomic<bool> asleep{false};
+    Clock::time_point moved;  // when it last left a core that it shared
+    int64_t before = 0;  // its running time at the region's begin
+    int64_t waited = 0;  // nanoseconds that it waited for others in the region
+  };
+
+  explicit Crew(int threads)
+      : members(new Member[static_cast<size_t>(threads)]), cores(new std::atomic<int>[static_cast<size_t>(threads)]()) {
     for (int i = 1; i < threads; i++) workers.emplace_back([this, i] { work(i); });
   }
 
@@ -172,13 +183,13 @@ struct Pool::Crew {
   void start_region(const std::function<void(int)> &work_of_region, int threads) {
     team = threads, body = &work_of_region;
     begin = Clock::now();
+    note_core(0);
     waited.store(0, std::memory_order_relaxed), without_core.store(0, std::memory_order_relaxed);
     if (team == 1) return;  // sleeping threads keep sleeping
     running.store(team - 1);
     call(team);
-    const auto sleeps = [&](int worker) { return asleep[static_cast<size_t>(worker)].load(); };
     for (int worker = 1; worker < team; worker++) {
-      if (!sleeps(worker)) continue;
+      if (!member(worker).asleep.load()) continue;
       std::lock_guard<std::mutex> lock(mutex);
       wake.notify_all();
       break;
@@ -199,31 +210,65 @@ struct Pool::Crew {
     if (late > polite_after) waited.fetch_add(nanoseconds(late).count(), std::memory_order_relaxed);
   }
 
+  Member &member(int index) const { return members[static_cast<size_t>(index)]; }
+
+  int note_core(int index) {
+    std::atomic<int> &noted = cores[static_cast<size_t>(index)];
+    const int here = current_core();
+    if (noted.load(std::memory_order_relaxed) != here) noted.store(here, std::memory_order_relaxed);
+    return here;
+  }
+
+  // Two threads on one core take turns where they should run side by side, and wait for each other at every barrier.
+  // The system puts them there when it wakes a thread while others use the remaining cores for a moment, and may leave
+  // them there for many regions. So a worker that is on the core of a thread with a smaller index goes elsewhere.
+  void spread(int index) {
+    const int here = note_core(index);
+    const auto on = [&](int other) { return cores[static_cast<size_t>(other)].load(std::memory_order_relaxed); };
+    int other = 0;
+    while (other < index && on(other) != here) other++;
+    if (other == index || here < 0) return;
+    const auto now = Clock::now();
+    if (now - member(index).moved < settling) return;
+    member(index).moved = now;
+    std::vector<int> taken;
+    for (int i = 0; i < team; i++) taken.push_back(on(i));
+    leave_cores(taken);
+    note_core(index);
+  }
+
   void run_body(int index) {
-    const int64_t before = own_time();
+    spread(index);
+    member(index).before = own_time(), member(index).waited = 0;
     (*body)(index);
-    const int64_t ran = own_time() - before;
-    without_core.fetch_add(nanoseconds(Clock::now() - begin).count() - ran, std::memory_order_relaxed);
+    without_core.fetch_add(lost(index).count(), std::memory_order_relaxed);
+  }
+
+  // How long a thread has been without a core in this region, other than to wait for the others.
+  nanoseconds lost(int index) const {
+    const Member &self = member(index);
+    return Clock::now() - begin - nanoseconds(own_time() - self.before + self.waited);
   }
 
   // False if the thread is to leave.
   bool meet(int index) {
-    const int64_t time = barrier.wait(team, [this] {
-      const int64_t each = waited.load(std::memory_order_relaxed) / (team - 1);
-      if (each < nanoseconds(most_waiting).count()) return;
-      const auto took = static_cast<double>(nanoseconds(Clock::now() - begin).count());
-      if (static_cast<double>(each) > waiting_share * took) team--;
+    spread(index);
+    const int64_t time = barrier.wait(team, [this, index] {
+      const auto each = nanoseconds(waited.load(std::memory_order_relaxed) / (team - 1));
+      // A thread that had more to do, or waited for a page of memory, keeps the others waiting too, but has its core.
+      if (each < most_waiting || lost(index) < each / 2) return;
+      if (each > waiting_share * (Clock::now() - begin)) team--;
     });
     if (time > 0) {
       waited.fetch_add(time, std::memory_order_relaxed);
-      without_core.fetch_sub(time, std::memory_order_relaxed);  // it did not need one
+      member(index).waited += time;
     }
     return index < team;
   }
 
   void work(int index) {
     const DenormalsAreZero denormals;
-    std::atomic<bool> &sleeping = asleep[static_cast<size_t>(index)];
+    std::atomic<bool> &sleeping = member(index).asleep;
     bool spins = true;
     for (uint64_t seen = 0;;) {
       const auto called = [&] { return number(region.load()) != seen; };
@@ -247,7 +292,8 @@ struct Pool::Crew {
   }
 
   Barrier barrier;
-  std::unique_ptr<std::atomic<bool>[]> asleep;  // by worker's index
+  std::unique_ptr<Member[]> members;  // by index
+  std::unique_ptr<std::atomic<int>[]> cores;  // by index: where each thread ran when it last looked
   std::vector<std::thread> workers;
   const std::function<void(int)> *body = nullptr;
   int team = 1;  // of the running region
