@@ -182,6 +182,19 @@ def test_rows_gathered_over_chunks_are_complete(needs_all: bool) -> None:
     check_whole(core)
 
 
+def test_a_chunk_takes_as_long_as_the_decoding_beside_it() -> None:
+    budget = PrefillBudget(512)
+    for rows in (1, 4, 16, 32):
+        for _ in range(20):
+            budget.observe(rows, 0, 0.002 + rows * 0.0005)
+    assert budget.chunk(1) == SMALLEST_CHUNK  # 5 rows' time
+    assert budget.chunk(20) == pytest.approx(24, abs=1)  # a number of rows that was never measured
+    for _ in range(1000):  # what many rows cost is not forgotten while one decodes
+        budget.observe(1, 0, 0.0025)
+    budget.observe(1, 0, 0.050)  # nor does one slow step change it
+    assert budget.chunk(32) == pytest.approx(36, abs=3)
+
+
 def test_the_chunk_follows_the_measured_pace() -> None:
     budget = PrefillBudget(512)
     assert budget.chunk(0) == 512
