@@ -33,7 +33,7 @@ class ModelError(MnemosError):
 
 
 class CapacityError(MnemosError):
-    """There is no room: the queue is full, a deadline passed, or the page pool or the machine's memory is too small."""
+    """There is no room: a queue or a disk is full, a deadline passed, or the pages or the memory are too few."""
 
 
 class DownloadError(MnemosError):

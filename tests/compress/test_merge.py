@@ -19,7 +19,7 @@ from mnemos.compress.merge import merge_files  # noqa: E402
 from mnemos.engine.engine import InferenceEngine  # noqa: E402
 from mnemos.engine.options import LoadOptions  # noqa: E402
 from mnemos.engine.pretrained import load_pretrained  # noqa: E402
-from mnemos.errors import ConfigError, FormatError, UnsupportedError  # noqa: E402
+from mnemos.errors import CapacityError, ConfigError, FormatError, UnsupportedError  # noqa: E402
 from mnemos.formats.adapters import read_adapter  # noqa: E402
 from mnemos.formats.checkpoint import open_checkpoint  # noqa: E402
 from mnemos.formats.tensor_types import TensorType  # noqa: E402
@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_nothing(kind: str, made: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(merge, "encode", full)
-    with pytest.raises((OSError, FormatError), match="No space left on device"):
+    with pytest.raises(CapacityError, match="No space left on device"):
         merge_files(source, [(read_adapter(made / "lora"), 1.0)], out)
     assert sorted(path.name for path in made.iterdir()) == before
 

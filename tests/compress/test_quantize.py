@@ -13,7 +13,7 @@ from mnemos.compress.calibration import Calibration
 from mnemos.compress.evaluate import compare, cut
 from mnemos.compress.plan import override_of
 from mnemos.compress.quantize import Importance, quantize_file
-from mnemos.errors import ConfigError, FormatError
+from mnemos.errors import CapacityError, ConfigError, FormatError
 from mnemos.formats.blocks import encode
 from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.formats.gguf import GGUFFile
@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_no_file(source, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FormatError, match="small.gguf: cannot be written: No space left"):
+    with pytest.raises(CapacityError, match="small.gguf: cannot be written: No space left"):
         quantize_file(source, tmp_path / "small.gguf", "q4_0")
     assert os.listdir(tmp_path) == ["model.gguf"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -212,14 +213,34 @@ def test_paths_that_cannot_be_written_are_named(module: Tied, tmp_path: Path, mo
     with pytest.raises(FormatError, match="not a TorchScript file"):
         (tmp_path / "text.pt").write_text("text")
         exporter.load_torchscript(tmp_path / "text.pt")
-
-    def full(*_: Any) -> None:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(torch.jit, "save", full)
-    with pytest.raises(CapacityError, match="free some room"):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(CapacityError, match="its weights need 0.0 MB, and the disk has 0.0 MB free"):
         exporter.export(tmp_path / "model.pt", IDS)
     assert [file.name for file in tmp_path.iterdir()] == ["text.pt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on a process's files")
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt", "model.pt2", "model.xml"])
+def test_a_full_disk_is_named_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+    """With a real limit: what writes a file in C++ may end the process, or say nothing at all."""
+    import resource
+
+    exporter: Any = {"model.pt": TorchScriptExporter, "model.pt2": ProgramExporter}.get(name)
+    if exporter is None:
+        pytest.importorskip("openvino" if name == "model.xml" else "onnxruntime")
+        from mnemos.export.openvino import OpenVINOExporter
+
+        exporter = OpenVINOExporter if name == "model.xml" else ONNXExporter
+    module = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 100))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CapacityError, match=f"{name}: cannot be written: .*with room"):
+            exporter(module).export(tmp_path / name, IDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_values_tried_cover_the_vocabulary_and_sizes_of_one() -> None:

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from mnemos.errors import FormatError
-from mnemos.formats.whole_file import replacing
+from mnemos.errors import CapacityError, FormatError
+from mnemos.formats.whole_file import late_errors, replacing, write_whole
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -37,9 +37,35 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     problem = "model.gguf: cannot be written: No space left on device; it needs 3.0 MB in a folder with room"
-    with pytest.raises(FormatError, match=problem), replacing(tmp_path / "model.gguf", 3_000_000) as file:
+    with pytest.raises(CapacityError, match=problem), replacing(tmp_path / "model.gguf", 3_000_000) as file:
         file.write(b"data")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on a process's files")
+def test_a_limit_on_the_size_of_files_is_no_room_either(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(CapacityError, match="cannot be written: File too large"):
+            write_whole(tmp_path / "model.gguf", lambda file: file.write(bytes(10_000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.listdir(tmp_path)
+
+
+def test_errors_of_writing_wait_until_the_block_ends(tmp_path):
+    class Full:
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    reached = False
+    with pytest.raises(OSError, match="No space left"), late_errors(Full()) as file:
+        assert file.write(b"abc") == 3 and file.write(b"de") == 2
+        reached = True
+    assert reached
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):

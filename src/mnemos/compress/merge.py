@@ -24,6 +24,7 @@ from mnemos.formats.quants import dequantize
 from mnemos.formats.safetensors import INDEX_NAME, SINGLE_NAME, TYPE_NAMES
 from mnemos.formats.safetensors_writer import Entry, write_safetensors
 from mnemos.formats.tensor_types import TensorType
+from mnemos.formats.whole_file import new_folder
 from mnemos.models.adapted import MERGED_TYPE, WeightChanges
 
 Progress = Callable[[str, int, int], None]
@@ -113,11 +114,8 @@ def _write_folder(
     checkpoint: Checkpoint, changes: WeightChanges, out: Path, type: TensorType | None, progress: Progress | None
 ) -> list[Merged]:
     """A folder with the other files of the source, written under another name until it is whole."""
-    draft = out.with_name(f".{out.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     done: list[Merged] = []
-    try:
+    with new_folder(out) as draft:
         for path in sorted(checkpoint.folder.iterdir()):
             if (
                 path.is_file()
@@ -136,8 +134,4 @@ def _write_folder(
             if progress is not None:
                 progress("merging", number + 1, len(checkpoint.tensors))
         write_safetensors(draft / SINGLE_NAME, entries, {"format": "pt"})
-        draft.rename(out)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return done

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from mnemos.compress.plan import Row
@@ -18,6 +15,7 @@ from mnemos.formats.safetensors import SINGLE_NAME
 from mnemos.formats.safetensors_writer import Entry, write_safetensors
 from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
+from mnemos.formats.whole_file import new_folder
 from mnemos.hub.cache import Progress
 
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # names in config.json
@@ -45,20 +43,9 @@ def convert_folder(source: Path, out: Path, type: str, *, progress: Progress | N
     rows = [
         Row(name, t.shape, t.type, chosen if t.type in _FLOATS else t.type) for name, t in checkpoint.tensors.items()
     ]
-    try:
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    except OSError as error:
-        raise FormatError(f"{out}: cannot be written: {error.strerror}; give a folder that can be") from error
-    try:
+    with new_folder(out) as work:
         _copy_others(checkpoint, source, work, TYPES[type])
         _write(checkpoint, rows, work / SINGLE_NAME, progress)
-        os.chmod(work, 0o755)
-        os.replace(work, out)
-    except OSError as error:
-        raise FormatError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(work)
     return Quantized(out, type, rows)
 
 

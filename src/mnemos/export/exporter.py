@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import os
@@ -19,15 +18,15 @@ from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import evaluating
 from mnemos.compress.modules.quantized_model import QuantizedModel
-from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError, ModelError, shown
+from mnemos.errors import CapacityError, ConfigError, MnemosError, ModelError, shown
 from mnemos.export.comparison import Run, compare, speed_ratios
 from mnemos.export.example import Example, answer_of, plain_attention
 from mnemos.export.messages import first_line
+from mnemos.formats.whole_file import not_written
 
 TOLERANCE = 1e-5  # of the largest value expected
 _LOGGERS = ("torch", "torch.onnx", "torch.fx", "torch._dynamo", "torch.export", "torch.fx.experimental.symbolic_shapes",
             "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")  # fmt: skip
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -112,15 +111,21 @@ class ModelExporter:
         A file of that name is replaced once the new one has proved itself. ModelError: the module cannot be exported,
         or the file's results differ; FormatError, CapacityError: it cannot be written. None of them leaves anything.
         """
-        target = Path(path)
+        target, needed = Path(path), parameter_bytes(self.model)
         if target.is_dir():
             raise ConfigError(f"{target} is a folder; expected the path of a file to write")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         except OSError as error:
-            raise FormatError(f"{target}: cannot be written: {error.strerror or error}") from error
+            raise not_written(target, error) from error
         try:
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                raise CapacityError(
+                    f"{target}: cannot be written: its weights need {needed / 1e6:.1f} MB, and the disk has "
+                    f"{free / 1e6:.1f} MB free; give a folder on another disk"
+                )
             made = folder / target.name
             with evaluating(self.model), plain_attention():
                 notes = self._written(target, made, write)
@@ -136,7 +141,7 @@ class ModelExporter:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self.report = ExportReport(
-            self.format, target, size, parameter_bytes(self.model), found.error, found.shapes, found.inputs, versions,
+            self.format, target, size, needed, found.error, found.shapes, found.inputs, versions,
             speed, tuple(notes),
         )  # fmt: skip
         return self.report
@@ -148,9 +153,9 @@ class ModelExporter:
                 notes = write(made)
         except MnemosError:
             raise
+        except OSError as error:
+            raise not_written(target, error, parameter_bytes(self.model)) from error
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _NO_ROOM:
-                raise CapacityError(f"{target}: cannot be written whole: {error.strerror}; free some room") from error
             raise ModelError(
                 f"{type(self.model).__name__} cannot be exported to {self.format}: {first_line(error)}"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -77,7 +78,12 @@ class OpenVINOExporter(ModelExporter):
         name_ports(converted, [example.names[name] for name in example.tensors], outputs)
         if state:
             _keep_state(converted, state)
-        openvino.save_model(converted, str(made), compress_to_fp16=False)
+        try:
+            openvino.save_model(converted, str(made), compress_to_fp16=False)
+        except RuntimeError as error:
+            if "iostream" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error  # the one cause in a folder just made
         return [f"the weights are in {made.with_suffix('.bin').name}, which belongs beside the file"]
 
 

@@ -15,6 +15,7 @@ from mnemos.export.comparison import Run
 from mnemos.export.example import Example, example_of, flattened
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of
 from mnemos.export.messages import first_line
+from mnemos.formats.whole_file import late_errors
 
 
 class ProgramExporter(ModelExporter):
@@ -54,7 +55,8 @@ class ProgramExporter(ModelExporter):
     def _write(self, made: Path, example: Example, outputs: int, compile: bool) -> list[str]:
         program = exported_program(self.model, example, outputs)
         if not compile:
-            torch.export.save(program, str(made))
+            with made.open("wb") as file, late_errors(file) as patient:
+                torch.export.save(program, patient)
             return []
         target = made if made.suffix == ".pt2" else made.with_suffix(".pt2")
         torch._inductor.aoti_compile_and_package(program, package_path=str(target.absolute()))

@@ -66,16 +66,21 @@ class TorchScriptExporter(ModelExporter):
     def _write(self, made: Path, example: Example, outputs: int, method: str) -> list[str]:
         if method == "script":
             with _without_deprecation():
-                torch.jit.save(torch.jit.script(self.model), str(made))
+                _save(torch.jit.script(self.model), made)
             return []
         traced = tuple(example.traced().tensors.values())
         module = self.model if example.plain else FlatOutputs(self.model, tuple(example.tensors), outputs).eval()
         with _without_deprecation():
             trace: Any = torch.jit.trace
-            torch.jit.save(trace(module, traced, check_trace=False), str(made))
+            _save(trace(module, traced, check_trace=False), made)
         if example.plain:
             return []
         return [f"the file returns {'the tensor' if outputs == 1 else 'the tensors'} of the answer alone"]
+
+
+def _save(module: Any, made: Path) -> None:
+    with made.open("wb") as file:  # given a path, PyTorch ends the process when the disk is full
+        torch.jit.save(module, file)
 
 
 def load_torchscript(path: str | os.PathLike[str]) -> torch.jit.ScriptModule:

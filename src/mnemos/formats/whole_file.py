@@ -1,28 +1,32 @@
-"""Files that appear under their names only when they are complete."""
+"""Files and folders that appear under their names only when they are complete."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from mnemos.errors import FormatError, MnemosError
+from mnemos.errors import CapacityError, FormatError, MnemosError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit of the process or of the file system
 
 
 @contextmanager
 def replacing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
     """A new file beside `path`, open for writing and reading, that takes its place when the block ends.
 
-    If the block raises, nothing is left and a file that was there before stays. FormatError if it cannot be written,
-    for example because the disk is full; `size` is the bytes that it needs, for that error.
+    If the block raises, nothing is left and a file that was there before stays. Errors: those of `not_written`;
+    `size` is the bytes that it needs, for them.
     """
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
-        raise _explained(path, size, error) from error
+        raise not_written(path, error, size) from error
     try:
         with os.fdopen(descriptor, "w+b") as file:
             yield file
@@ -34,21 +38,88 @@ def replacing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
         with suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError) and not isinstance(error, MnemosError):
-            raise _explained(path, size, error) from error
+            raise not_written(path, error, size) from error
         raise
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any], size: int) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], Any], size: int = 0) -> None:
     """Calls `write` with the file of `replacing`."""
     with replacing(path, size) as file:
         write(file)
 
 
-def _explained(path: Path, size: int, error: OSError) -> MnemosError:
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, which does not exist, that takes its name when the block ends.
+
+    If the block raises, nothing is left. Errors: those of `not_written`.
+    """
+    from shutil import rmtree  # slow to import, and most starts write nothing
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    except OSError as error:
+        raise not_written(path, error) from error
+    try:
+        yield work
+        os.chmod(work, 0o777 & ~_umask())
+        os.replace(work, path)
+    except BaseException as error:
+        rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, MnemosError):
+            raise not_written(path, error) from error
+        raise
+
+
+@contextmanager
+def late_errors(file: BinaryIO) -> Iterator[BinaryIO]:
+    """A file for writers that cannot bear an OSError: what writing to `file` raises is raised when the block ends.
+
+    PyTorch's writers end the process, or raise a RuntimeError about positions in the file.
+    """
+    patient = _Patient(file)
+    yield cast(BinaryIO, patient)
+    if patient.error is not None:
+        raise patient.error
+
+
+class _Patient(io.RawIOBase):
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+
+def not_written(path: str | os.PathLike[str], error: OSError, size: int = 0, what: str = "") -> MnemosError:
+    """The error for a file or folder that could not be written: CapacityError if there is no room, else FormatError.
+
+    size: the bytes that it needs, 0 if that is not known; what: what it holds, where the path does not tell.
+    """
     needs = f"{size / 1e6:.1f} MB in " if size else ""
-    problem = error.strerror or error
-    return FormatError(
-        f"{path}: cannot be written: {problem}; it needs {needs}a folder with room that can be written to"
+    kind = CapacityError if error.errno in _NO_ROOM else FormatError
+    return kind(
+        f"{path}: {what}{' ' if what else ''}cannot be written: {error.strerror or error}; "
+        f"it needs {needs}a folder with room that can be written to"
     )
 
 

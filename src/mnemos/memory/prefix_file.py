@@ -22,6 +22,7 @@ import numpy as np
 
 from mnemos.contract import Cache, ModelSpec
 from mnemos.errors import FormatError, UnsupportedError
+from mnemos.formats.whole_file import not_written
 from mnemos.memory.prefix import Node, PrefixTree
 
 MAGIC = b"MNEMOSPC"
@@ -49,13 +50,11 @@ def save_prefixes(path: str | os.PathLike[str], tree: PrefixTree, cache: Cache, 
         if target.exists() and not target.is_file():
             raise FormatError(f"{path}: the prefix cache cannot be written: this is no file; name one, or a new one")
         _write(target, nodes, cache, spec)
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or error
-        needed = sum(count * size for count, size in zip(tree.held, page_bytes_of(cache), strict=True)) / 1e6
-        raise FormatError(
-            f"{path}: the prefix cache cannot be written: {problem}; it needs {needed:.0f} MB in a folder that can be "
-            "written to"
-        ) from error
+    except ValueError as error:  # a null character in the path
+        raise FormatError(f"{path}: the prefix cache cannot be written: {error}; name another file") from error
+    except OSError as error:
+        needed = sum(count * size for count, size in zip(tree.held, page_bytes_of(cache), strict=True))
+        raise not_written(path, error, needed, "the prefix cache") from error
     return len(nodes)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mnemos.errors import FormatError
 from mnemos.formats.checkpoint import GENERATION_CONFIG_NAME, Checkpoint
+from mnemos.formats.whole_file import not_written
 from mnemos.text.core import ByteLevelSpelling
 from mnemos.text.encoder import AddedToken, Step
 from mnemos.text.gguf import Description, describe, named_templates
@@ -35,14 +36,14 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
     From a GGUF file: tokenizer.json, tokenizer_config.json, the chat templates as they are, and generation_config.json
     with the ids that begin, end and pad a text. From a Hugging Face folder: its files as they are, and a tokenizer.json
     made of SentencePiece's tokenizer.model where it has only that. What transformers reads gives the same ids.
-    FormatError if there is no tokenizer, or a file cannot be written; UnsupportedError for one that is not supported.
+    FormatError if there is no tokenizer; UnsupportedError for one that is not supported; those of `not_written`.
     """
     try:
         if checkpoint.kind == "gguf":
             return _write_metadata(checkpoint, folder)
         return _copy(checkpoint.folder, folder)
     except OSError as error:
-        raise FormatError(f"{folder}: the tokenizer cannot be written: {error.strerror or error}") from error
+        raise not_written(folder, error, what="the tokenizer") from error
 
 
 def tokenizer_json(metadata: Mapping[str, Any], label: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: E402
 from mnemos.compress.modules.distill import distill, evaluate  # noqa: E402
 from mnemos.compress.modules.distilled_model import DistilledModel, distillation_loss  # noqa: E402
 from mnemos.compress.modules.student import student_of  # noqa: E402
-from mnemos.errors import ConfigError, FormatError, ModelError  # noqa: E402
+from mnemos.errors import CapacityError, ConfigError, FormatError, ModelError  # noqa: E402
 from tests.compress.modules.test_pruned_model import batches  # noqa: E402
 from tests.compress.modules.test_structured import Model, size  # noqa: E402
 from tests.models.foreign.foreign_modules import VOCABULARY, Plain  # noqa: E402
@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(training_state, "_write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CapacityError, match="No space left"):
         distill(Small(), Plain(), batches(), steps=4, checkpoints=tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from mnemos import InferenceEngine, ModelServer, QuantizedModel  # noqa: E402
 from mnemos.compress.modules import conversion  # noqa: E402
-from mnemos.errors import ConfigError, FormatError, ModelError  # noqa: E402
+from mnemos.errors import CapacityError, ConfigError, FormatError, ModelError  # noqa: E402
 from mnemos.native import core  # noqa: E402
 from tests.models.foreign.foreign_modules import CONTEXT, VOCABULARY, PastArgument, Plain  # noqa: E402
 
@@ -331,7 +331,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FormatError, match="cannot be written: No space left on device; it needs"):
+    with pytest.raises(CapacityError, match="cannot be written: No space left on device; it needs"):
         QuantizedModel(Stack(), bits=4).save(path)
     monkeypatch.undo()
     assert [one.name for one in tmp_path.iterdir()] == ["model.st"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.formats.checkpoint import open_checkpoint
+from mnemos.formats.whole_file import new_folder
 from mnemos.models.foreign.pretrained import load_module
 from mnemos.models.foreign.settings import find_context
 from mnemos.text.tokenizer import Tokenizer
@@ -49,19 +50,12 @@ def save_folder(module: nn.Module, source: Path, out: Path) -> None:
     The folder appears when it is whole. ConfigError: it exists.
     """
     check_new(out)
-    draft = out.with_name(f".{out.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     saved: Any = module
-    try:
+    with new_folder(out) as draft:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, draft / path.name)
         saved.save_pretrained(draft)
-        draft.rename(out)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def check_new(out: Path) -> None:

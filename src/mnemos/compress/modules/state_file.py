@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from mnemos.errors import ConfigError
 from mnemos.formats.safetensors_writer import Entry, write_safetensors
-from mnemos.formats.whole_file import write_whole
+from mnemos.formats.whole_file import late_errors, write_whole
 
 DTYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8",
@@ -26,16 +27,22 @@ def entry_of(tensor: Tensor) -> Entry:
     return Entry(DTYPES[tensor.dtype], tuple(tensor.shape), flat)
 
 
+def _save(state: Mapping[str, Tensor], file: BinaryIO) -> None:
+    with late_errors(file) as patient:
+        torch.save(dict(state), patient)
+
+
 def save_state(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Writes a state dict as safetensors, or as PyTorch's own format where the name ends in .pt, .pth or .bin.
 
-    ConfigError: it ends otherwise. FormatError: the file cannot be written; then nothing has changed.
+    ConfigError: it ends otherwise. FormatError, CapacityError: the file cannot be written; then nothing has
+    changed.
     """
     target = Path(path)
     if target.suffix == ".safetensors":
         write_safetensors(target, {name: entry_of(value) for name, value in state.items()}, {"format": "pt"})
     elif target.suffix in (".pt", ".pth", ".bin"):
         size = sum(value.nbytes for value in state.values())
-        write_whole(target, lambda file: torch.save(dict(state), file), size)
+        write_whole(target, lambda file: _save(state, file), size)
     else:
         raise ConfigError(f"output_path is {os.fspath(path)!r}; its suffix must be .safetensors, .pt, .pth or .bin")

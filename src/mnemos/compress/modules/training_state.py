@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnemos.errors import FormatError, MissingDependencyError
+from mnemos.errors import FormatError, MissingDependencyError, MnemosError
 from mnemos.formats.strict_json import read_json_object
+from mnemos.formats.whole_file import not_written
 
 _NAME = re.compile(r"step-(\d+)")
 STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"
@@ -26,7 +27,7 @@ STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "sta
 def save_training(
     folder: Path, step: int, student: nn.Module, optimizer: torch.optim.Optimizer, notes: dict[str, Any]
 ) -> Path:
-    """Writes the checkpoint of a step and removes the one before; `notes` are JSON. OSError where it cannot."""
+    """Writes the checkpoint of a step and removes the one before; `notes` are JSON. Errors: those of `not_written`."""
     folder.mkdir(parents=True, exist_ok=True)
     target, draft = folder / f"step-{step:08}", folder / f".step-{step:08}.part"
     shutil.rmtree(draft, ignore_errors=True)
@@ -45,8 +46,10 @@ def save_training(
         if target.exists():
             shutil.rmtree(target)
         os.replace(draft, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, MnemosError):
+            raise not_written(target, error) from error
         raise
     for other in _found(folder):
         if other != target:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -12,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mnemos.errors import CapacityError, ConfigError, FormatError
+from mnemos.errors import ConfigError
 from mnemos.export.packaging.files import write_json
 from mnemos.formats.package import (
     FORMAT,
@@ -26,8 +25,7 @@ from mnemos.formats.package import (
     sha256_of,
     sums_text,
 )
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from mnemos.formats.whole_file import not_written
 
 
 def moment(given: int | None = None) -> str:
@@ -59,7 +57,7 @@ def staging(target: Path, overwrite: bool) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     except OSError as error:
-        raise FormatError(f"{target}: cannot be written: {error.strerror or error}; choose another place") from error
+        raise not_written(target, error) from error
     try:
         yield work
         _settle(work)
@@ -71,9 +69,7 @@ def staging(target: Path, overwrite: bool) -> Iterator[Path]:
         else:
             os.replace(work, target)
     except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise CapacityError(f"{target}: cannot be written whole: {error.strerror}; free some room") from error
-        raise FormatError(f"{target}: cannot be written: {error.strerror or error}") from error
+        raise not_written(target, error) from error
     finally:
         with suppress(OSError):
             shutil.rmtree(work)
