@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnemos.cli.options import add_draft_argument, add_loading_arguments, add_option, given, load
+from mnemos.cli.options import add_draft_argument, add_loading_arguments, add_option, add_session_dir, given, load
 from mnemos.engine.options import LoadOptions, command_line
 from mnemos.errors import ConfigError, MissingDependencyError, MnemosError
 
@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     running = parser.add_argument_group("running the models")
     add_loading_arguments(running)
     add_draft_argument(running)
+    add_session_dir(running)
     parser.epilog = (
         "examples:\n"
         "  mnemos serve smollm2-135m\n"
@@ -198,6 +199,8 @@ def _offer(text: str, arguments: argparse.Namespace) -> Offer:
 
     name, equals, source = text.partition("=")
     options = given(arguments, command_line(LoadOptions))
+    if arguments.session_dir is not None:
+        options["session_dir"] = arguments.session_dir
     return offer(source if equals else text, name if equals else None, options, _load)
 
 

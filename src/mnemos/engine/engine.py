@@ -108,7 +108,7 @@ class InferenceEngine:
         if self._most_bytes or chosen.performance_mode or chosen.thermal_throttle:
             self.pace(chosen.performance_mode, chosen.thermal_throttle)
         self._launcher = Launcher(self.model, self.spec, self.tokenizer, self._thread)
-        self._session_dir = chosen.session_dir
+        self.session_dir = chosen.session_dir
         if self.spec.first_logits is not None:
             from mnemos.engine.first_logits import check_first_logits
 
@@ -128,7 +128,7 @@ class InferenceEngine:
             self.tokenizer,
             self._launcher,
             self._thread,
-            self._session_dir,
+            self.session_dir,
             self.generation_config,
         )
 
@@ -337,6 +337,10 @@ class InferenceEngine:
     def sessions(self, *, tenant: str = "") -> list[Summary | FormatError]:
         """What there is to say about all sessions, the most recently used first; unreadable files at the end."""
         return self._sessions.list(tenant)
+
+    def forget_session(self, name: str, *, tenant: str = "") -> None:
+        """Deletes a session, also one that is damaged or of another model. FormatError if there is none."""
+        self._sessions.forget(name, tenant)
 
     # Evaluation of given tokens.
 

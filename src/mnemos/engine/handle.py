@@ -115,6 +115,11 @@ class RequestHandle:
         return self._request.timings
 
     @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's token ids."""
+        return self._request.prompt
+
+    @property
     def preemptions(self) -> int:
         """How often it gave its memory to other requests and was recomputed."""
         return self._request.preemptions

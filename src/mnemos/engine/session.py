@@ -137,7 +137,7 @@ class Session:
                 tokens = tokens[:-1]  # the text goes on
             self._save([*prompt_ids, *tokens], [], chosen.cache_salt)
 
-        return Turn(handle, store, self._busy.release)
+        return Turn(handle, handle, store, self._busy.release)
 
     # Conversations.
 
@@ -172,10 +172,12 @@ class Session:
     ) -> Turn[AnswerEvent, ChatCompletion]:
         """Answers new messages; `read` makes a prompt of all, and says how it is continued.
 
+        A system message that the session began with may be among them again. RequestError for another one.
         continues: the last of the new messages is the assistant's, and the answer continues it.
         """
         self._begin()
         try:
+            new = self._without_opening(new)
             exchange, config = read([*self._file.messages, *new])
             _check_single(config)
             self._pages.load(exchange.prompt_ids, config.cache_salt)
@@ -190,7 +192,7 @@ class Session:
                 messages = _joined(new, answered.message, continues)
                 self._save([*exchange.prompt_ids, *tokens], messages, config.cache_salt)
 
-        return Turn(handle, store, self._busy.release)
+        return Turn(handle, handle.request, store, self._busy.release)
 
     # Both.
 
@@ -333,6 +335,20 @@ class Session:
         if not checked:
             raise RequestError("messages is empty; a turn needs at least one message")
         return checked
+
+    def _without_opening(self, new: Sequence[Message]) -> Sequence[Message]:
+        """New messages without the system message that the session has already."""
+        before = self._file.messages
+        if not before or not new or new[0].get("role") != "system":
+            return new
+        if new[0].get("content") != before[0].get("content"):
+            raise RequestError(
+                f"messages[0] is a system message, {shown(new[0].get('content'))}, and the session {self.name!r} began "
+                "with another message; leave it out, or begin another session"
+            )
+        if len(new) == 1:
+            raise RequestError("messages has the session's system message only; a turn needs another one")
+        return new[1:]
 
     def _save(
         self, tokens: Sequence[int], messages: list[Message], salt: str | None, removed: tuple[int, int] = (0, 0)

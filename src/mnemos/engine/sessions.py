@@ -12,7 +12,7 @@ from mnemos.contract import ConditionedModel, Model, ModelSpec, PagedModel
 from mnemos.engine.session import Host, Session
 from mnemos.errors import FormatError, UnsupportedError
 from mnemos.memory.session_file import SessionFile
-from mnemos.memory.session_folder import list_sessions, session_folder, session_path
+from mnemos.memory.session_folder import forget_session, list_sessions, session_folder, session_path
 from mnemos.memory.session_records import Binding, Summary
 
 if TYPE_CHECKING:
@@ -73,6 +73,17 @@ class Sessions:
     def list(self, tenant: str = "") -> list[Summary | FormatError]:
         """All sessions; see `InferenceEngine.sessions`."""
         return list_sessions(session_folder(self._folder, tenant))
+
+    def forget(self, name: str, tenant: str = "") -> None:
+        """Deletes a session; see `InferenceEngine.forget_session`."""
+        folder = session_folder(self._folder, tenant)
+        if session_path(folder, name).exists():
+            try:
+                self.open(name, tenant).forget()
+                return
+            except FormatError:  # it is damaged or of another model: there is nothing of it in the cache
+                pass
+        forget_session(folder, name)
 
     def close(self) -> None:
         """Closes all that are open."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from mnemos.engine.completion import Usage
+from mnemos.engine.handle import RequestHandle
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,12 +31,17 @@ class Turn(Generic[Item, Result]):
     """A turn that is being generated: iterate over it for what arrives, or wait for `result()`.
 
     When its end has been read, the turn is a part of the session and on the disk. Leaving an iteration early stops the
-    turn, and what it has said so far is kept; after an error, nothing of it is.
+    turn, and what it has said so far is kept; after an error, nothing of it is. `request` is what the engine runs.
     """
 
     def __init__(
-        self, handle: Handle[Item, Result], store: Callable[[Result], None], release: Callable[[], None]
+        self,
+        handle: Handle[Item, Result],
+        request: RequestHandle,
+        store: Callable[[Result], None],
+        release: Callable[[], None],
     ) -> None:
+        self.request = request
         self._handle = handle
         self._store = store
         self._release: Callable[[], None] | None = release

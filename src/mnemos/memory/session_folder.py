@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -43,6 +44,15 @@ def list_sessions(folder: Path) -> list[Summary | FormatError]:
         except FormatError as error:
             broken.append(error)
     return [*sorted(found, key=lambda one: -one.modified), *broken]
+
+
+def bytes_of(folder: Path) -> int:
+    """The size of all sessions in a folder."""
+    total = 0
+    for path in folder.glob(f"[!.]*{SUFFIX}"):
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total
 
 
 def forget_session(folder: Path, name: str) -> None:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import MissingDependencyError, MnemosError
-from mnemos.serve import decisions, generate, health, own, page_api
+from mnemos.serve import decisions, generate, health, own, page_api, sessions
 from mnemos.serve import metrics as metrics_page
 from mnemos.serve.anthropic import messages as anthropic_messages
 from mnemos.serve.catalogue import Catalogue, Offer, given
@@ -54,6 +54,7 @@ ROUTERS = (  # the busiest first: the framework tries one after the other
     embeddings.router,
     ollama_models.router,
     decisions.router,
+    sessions.router,
     page_api.router,
 )
 MOST_PROBLEMS = 3  # of a request that are named in one error

@@ -16,7 +16,11 @@ from mnemos.engine.chat import Conversation, check_tokenizer, config_for
 from mnemos.engine.completion import Completion, StreamedToken, Usage
 from mnemos.engine.handle import RequestHandle
 from mnemos.engine.reply import Replies
-from mnemos.errors import MnemosError, RequestError, UnsupportedError
+from mnemos.engine.session import Message
+from mnemos.engine.turn import Turn
+from mnemos.errors import FormatError, MnemosError, RequestError, UnsupportedError
+from mnemos.memory.session_folder import bytes_of, session_folder
+from mnemos.memory.session_records import Summary
 from mnemos.serve.catalogue import Served
 from mnemos.serve.connection import Connection
 from mnemos.serve.keys import Caller
@@ -41,8 +45,15 @@ class Running:
     """A task in the engine. `exchange`: the prompt as the model reads it; `config`: what it is continued by."""
 
     def __init__(
-        self, model: Served, handle: RequestHandle, exchange: Exchange, task: Task, config: GenerationConfig
+        self,
+        model: Served,
+        handle: RequestHandle,
+        exchange: Exchange,
+        task: Task,
+        config: GenerationConfig,
+        turn: Turn[Any, Any] | None = None,
     ) -> None:
+        self._turn = turn  # of a session, which is let go when it is stored
         self.model = model
         self.handle = handle
         self.exchange = exchange
@@ -63,7 +74,8 @@ class Running:
         return self.handle.usage
 
     def cancel(self) -> None:
-        """Ends the task within one step."""
+        """Ends the task within one step; a session does not keep it."""
+        self._drop()
         self.handle.cancel()
 
     async def events(self) -> AsyncIterator[list[AnswerEvent]]:
@@ -71,8 +83,15 @@ class Running:
         try:
             async for tokens in self.handle.arrivals():
                 yield self._read(tokens)
+            if self._turn is not None:
+                await self.model.in_thread(self._turn.result)
+                self._turn = None
+        except FormatError as error:
+            raise unusable(error) from error
         except MnemosError as error:
             raise refusal_of(error, dict(self.task.names)) from error
+        finally:
+            self._drop()
 
     async def finished(self) -> list[AnswerEvent]:
         """The whole answer's events, once it is complete. Instead of `events`, not beside it."""
@@ -86,6 +105,12 @@ class Running:
         """The whole answer, a result for each sequence. Instead of `events`, not beside it."""
         events = await self.finished()
         return answers_of(events, self.completion.choices if self.completion is not None else ())
+
+    def _drop(self) -> None:
+        """A turn that is not stored by now is forgotten."""
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.drop()
 
     def _read(self, tokens: list[StreamedToken]) -> list[AnswerEvent]:
         for token in tokens:
@@ -128,10 +153,62 @@ def _submit(model: Served, task: Task, connection: Connection) -> Running:
     from mnemos.decoding.lengths import fit_prompt
 
     engine = model.engine
+    if task.session is not None:
+        return _submit_turn(model, task, task.session, connection)
     read = exchange_of(model, task)
     config = _config(model, task, read, connection)
     read = replace(read, prompt_ids=fit_prompt(config, read.prompt_ids, engine.spec))
     return Running(model, engine.submit(read.prompt_ids, config), read, task, config)
+
+
+def _submit_turn(model: Served, task: Task, name: str, connection: Connection) -> Running:
+    """The next turn of a session of the caller's tenant."""
+    engine = model.engine
+    if task.keep is not None or isinstance(task.prompt, Infill):
+        raise Refusal(
+            400,
+            "session is set, and the prompt would be cut or written around; a session continues all of its text",
+            param="session",
+        )
+    folder = session_folder(engine.session_dir, connection.caller.tenant)
+    if bytes_of(folder) > connection.settings.session_bytes:
+        raise Refusal(
+            507,
+            f"your sessions take more than {connection.settings.session_bytes} bytes; forget some of them",
+            param="session",
+            code="no_room",
+        )
+    try:
+        session = engine.session(name, tenant=connection.caller.tenant)
+    except FormatError as error:
+        raise unusable(error) from error
+    if not isinstance(task.prompt, Conversation):
+        config = _config(model, task, Exchange([]), connection)
+        prompt = task.prompt if isinstance(task.prompt, str) else list(task.prompt)
+        turn = session.submit(prompt, config)
+        return Running(model, turn.request, Exchange(turn.request.prompt_ids), task, config, turn)
+    conversation, made = task.prompt, list[tuple[Exchange, GenerationConfig]]()
+
+    def read(messages: Sequence[Message]) -> tuple[Exchange, GenerationConfig]:
+        whole = replace(task, prompt=replace(conversation, messages=messages))
+        exchange = exchange_of(model, whole)
+        made.append((exchange, _config(model, whole, exchange, connection)))
+        return made[-1]
+
+    answer = session.answer([dict(message) for message in conversation.messages], read, conversation.continues)
+    exchange, config = made[-1]
+    return Running(model, answer.request, exchange, task, config, answer)
+
+
+def sessions_of(model: Served, connection: Connection) -> list[Summary]:
+    """The sessions of the caller's tenant, without files that cannot be read."""
+    found = model.engine.sessions(tenant=connection.caller.tenant)
+    return [one for one in found if not isinstance(one, FormatError)]
+
+
+def unusable(error: FormatError) -> Refusal:
+    """The refusal for a session that is damaged, of another model, or cannot be stored."""
+    return Refusal(409, str(error), param="session", code="session_unusable")
 
 
 def _config(model: Served, task: Task, read: Exchange, connection: Connection) -> GenerationConfig:

@@ -35,6 +35,7 @@ ANTHROPIC_TYPES = {
     500: "api_error",
     503: "overloaded_error",
 }
+OTHERS = ("messages", "tools", "tool_choice", "prompt", "session")  # fields that errors name, besides the engine's
 LONGEST_MESSAGE = 2000
 _PATH = re.compile(r"(?<![\w.:/<])(?:/[\w.@+\-]+){2,}/?|\b[A-Za-z]:\\[\w.\\@+\- ]+")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
@@ -123,4 +124,4 @@ def _field(message: str) -> str:
 
     found = re.match(r"[a-z_]+", message)
     name = found.group() if found else ""
-    return name if name in RULES or name in ALIASES or name in ("messages", "tools", "tool_choice", "prompt") else ""
+    return name if name in RULES or name in ALIASES or name in OTHERS else ""

@@ -67,6 +67,11 @@ class Settings(Options):
         default=30 * 86400.0, metadata=row(SECONDS, "seconds for which a response is stored", "S")
     )
 
+    session_bytes: int = field(
+        default=16 << 30,
+        metadata=row(whole(1, 1 << 50), "most bytes of a tenant's sessions; beyond that they get no turns", "N"),
+    )
+
     def hosts(self) -> tuple[str, ...]:
         """The names in a Host header that are accepted; none means all."""
         local = ("localhost", "127.0.0.1", "[::1]") if self.host in LOCAL else ()

@@ -25,6 +25,7 @@ class Task:
     fields   of GenerationConfig, not yet checked
     special  names of special tokens in a text prompt mean those tokens
     begins   a text prompt gets the tokens that the model expects around a text
+    session  the name of the session that it continues; a conversation's messages are the new ones then
     keep     most tokens of the prompt, of which the last ones are kept; None keeps all
     names    the protocol's names of fields, by the engine's, for error messages; "prompt" is the prompt itself
     """
@@ -34,4 +35,5 @@ class Task:
     special: bool = True
     begins: bool = True
     keep: int | None = None
+    session: str | None = None
     names: Mapping[str, str] = field(default_factory=dict)

@@ -76,7 +76,7 @@ def task_of(body: ChatRequest, connection: Connection) -> Task:
         budget=body.thinking_token_budget,
         template=template,
     )
-    return Task(conversation, fields, keep=kept(body), names={**names, "prompt": "messages"})
+    return Task(conversation, fields, keep=kept(body), session=body.session, names={**names, "prompt": "messages"})
 
 
 def tools_of(given: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:

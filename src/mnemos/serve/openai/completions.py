@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -76,7 +77,11 @@ def tasks_of(body: CompletionRequest, connection: Connection) -> list[Task]:
             raise Refusal(400, "suffix is set, and prompt has token ids; give texts", param="suffix")
         prompts = [Infill(prompt, body.suffix) for prompt in prompts]
     begins, names = body.add_special_tokens is not False, {**names, "prompt": "prompt"}
-    return [Task(prompt, fields, begins=begins, keep=kept(body), names=names) for prompt in prompts]
+    if body.session is not None and (len(prompts) > 1 or body.echo):
+        what = "echo is set" if body.echo else f"prompt has {len(prompts)} prompts"
+        raise Refusal(400, f"session is set, and {what}; a session continues with one prompt", param="session")
+    common = partial(Task, fields=fields, begins=begins, keep=kept(body), session=body.session, names=names)
+    return [common(prompt) for prompt in prompts]
 
 
 def prompts_of(given: Any, most: int, name: str = "prompt") -> list[Any]:

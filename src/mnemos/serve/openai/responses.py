@@ -133,7 +133,7 @@ def task_of(body: ResponsesRequest, items: list[dict[str, Any]], connection: Con
         thinking=None if effort is None else effort != "none",
         template={} if effort is None else {"reasoning_effort": effort},
     )
-    return Task(conversation, fields, keep=kept(body), names=names)
+    return Task(conversation, fields, keep=kept(body), session=body.session, names=names)
 
 
 def _head(body: ResponsesRequest, model: str) -> dict[str, Any]:
@@ -179,6 +179,12 @@ async def _before(body: ResponsesRequest, request: Request) -> list[dict[str, An
     name = body.previous_response_id
     if name is None:
         return []
+    if body.session is not None:
+        raise Refusal(
+            400,
+            "session and previous_response_id are both set; each names what is continued: leave one of them out",
+            param="session",
+        )
     caller, store = connection_of(request).caller.name, server_of(request).responses
     items = await asyncio.to_thread(store.history, caller, name)
     if items is None:

@@ -65,6 +65,8 @@ class Extended(OpenAIBody):
     repeat_penalty: float | None = None
     repeat_last_n: int | None = None
     typical: float | None = None
+    # this server's own
+    session: str | None = None
 
 
 class GenerationRequest(Extended):
