@@ -40,6 +40,16 @@ def test_it_generates_what_the_engine_generates(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_it_runs_weights_of_few_bits(tmp_path: Path) -> None:
+    reference = decoder("llama-tied", tmp_path / "model")
+    reports = export_model(reference.folder, ["onnx-int8", "onnx-int4"], tmp_path)
+    assert reports["onnx-int8"].error < 0.05 and reports["onnx-int4"].error < 0.5
+    assert reports["onnx-int4"].bytes < reports["onnx-int8"].bytes < 0.5 * reports["onnx-int8"].parameter_bytes
+    found = {name: genai_ids(tmp_path / name, [5, 6, 7], 12) for name in reports}
+    assert all(len(ids) == 12 and ids[:3] == [5, 6, 7] for ids in found.values())
+
+
+@pytest.mark.slow
 def test_a_gguf_file_gets_a_tokenizer_that_reads_the_same(smollm2: Path, tmp_path: Path) -> None:
     export_model(smollm2, ["onnx"], tmp_path)
     prompt = "The capital of France is"

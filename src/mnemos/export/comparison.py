@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,28 +19,62 @@ from mnemos.export.example import Example, answer_of
 from mnemos.export.messages import first_line
 
 Arrays = list[npt.NDArray[Any]]
+Floats64 = npt.NDArray[np.float64]
 Run = Callable[[Mapping[str, Tensor]], Arrays]  # forward's tensors -> the results of the file
 _FEWEST_SHAPES = 3
+_TINY = 1e-6  # results that are no larger count as nothing
 _ROUNDING = 1e-3  # a smaller difference may be float32's
 _LEAST_SECONDS = 0.15  # that each side is timed for
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How far two arrays of the same shape are apart, and in what."""
+
+    of: Callable[[Floats64, Floats64], float]
+    unit: str
+
+
+def _largest(have: Floats64, want: Floats64) -> float:
+    same = (have == want) | (np.isnan(have) & np.isnan(want))
+    finite = np.isfinite(want)
+    scale = max(1.0, float(np.abs(want[finite]).max(initial=0.0)))
+    apart = np.where(same, 0.0, np.abs(have - want))
+    return float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max()) / scale
+
+
+def _relative(have: Floats64, want: Floats64) -> float:
+    apart = np.nan_to_num(have - want, nan=np.inf, posinf=np.inf, neginf=np.inf)
+    size = math.sqrt(float(np.mean(want**2)))
+    return math.sqrt(float(np.mean(apart**2))) / max(size, _TINY)
+
+
+LARGEST = Measure(_largest, "the largest value")
+RELATIVE = Measure(_relative, "the results' root mean square")
 
 
 @dataclass(frozen=True)
 class Compared:
     """What was tried, and how far the results differed.
 
-    error: largest difference over max(1, the largest value expected); shapes: the sizes tried, as text; inputs: how
-    many; left_out: shapes that the module itself refuses.
+    error: the largest one, in the measure's unit; shapes: the sizes tried, as text; inputs: how
+    many; left_out: shapes that the module itself refuses; unit: what the error is a part of.
     """
 
     error: float
     shapes: tuple[str, ...]
     inputs: int
     left_out: tuple[str, ...]
+    unit: str
 
 
-def compare(module: nn.Module, run: Run, example: Example, outputs: int, tolerance: float, what: str) -> Compared:
+def compare(
+    module: nn.Module, run: Run, example: Example, outputs: int, tolerance: float, what: str,
+    measure: Measure = LARGEST,
+) -> Compared:  # fmt: skip
     """Runs the file on the example and on other sizes and values. The module must be in evaluation mode.
+
+    measure: of the difference, by default the largest one over max(1, the largest value expected).
 
     ModelError: the results differ by more than the tolerance, or the file fails where the module does not; it says for
     which sizes and values, and by how much.
@@ -62,11 +97,12 @@ def compare(module: nn.Module, run: Run, example: Example, outputs: int, toleran
                 f"the {what} of {type(module).__name__} fails at {label} ({kind} values), where the module does not: "
                 f"{first_line(error)}"
             ) from error
-        difference = _difference(found, expected, f"{what} of {type(module).__name__} at {label} ({kind} values)")
+        where = f"{what} of {type(module).__name__} at {label} ({kind} values)"
+        difference = _difference(found, expected, where, measure)
         if not difference <= tolerance:
             raise ModelError(
                 f"the {what} of {type(module).__name__} differs from the module by {difference:.3g} at {label} "
-                f"({kind} values), more than {tolerance:.0e} of the largest value; {_advice(difference)}"
+                f"({kind} values), more than {tolerance:.0e} of {measure.unit}; {_advice(difference)}"
             )
         worst = max(worst, difference)
         shapes[label] = None
@@ -76,7 +112,7 @@ def compare(module: nn.Module, run: Run, example: Example, outputs: int, toleran
             f"{type(module).__name__} takes only {len(shapes)} of the shapes tried ({'; '.join(shapes)}), too few to "
             f"compare the {what}; name the axes that vary in dynamic_axes"
         )
-    return Compared(worst, tuple(shapes), inputs, tuple(left_out))
+    return Compared(worst, tuple(shapes), inputs, tuple(left_out), measure.unit)
 
 
 def _advice(difference: float) -> str:
@@ -88,7 +124,7 @@ def _advice(difference: float) -> str:
     )
 
 
-def _difference(found: Sequence[Any], expected: Sequence[Tensor], where: str) -> float:
+def _difference(found: Sequence[Any], expected: Sequence[Tensor], where: str, measure: Measure) -> float:
     if len(found) < len(expected):
         raise ModelError(f"the {where} returns {len(found)} tensors, the module {len(expected)}")
     worst = 0.0
@@ -99,11 +135,7 @@ def _difference(found: Sequence[Any], expected: Sequence[Tensor], where: str) ->
             raise ModelError(f"the {where} has the shape {have.shape}, the module's result {want.shape}")
         if not want.size:
             continue
-        same = (have == want) | (np.isnan(have) & np.isnan(want))
-        finite = np.isfinite(want)
-        scale = max(1.0, float(np.abs(want[finite]).max(initial=0.0)))
-        apart = np.where(same, 0.0, np.abs(have - want))
-        worst = max(worst, float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max()) / scale)
+        worst = max(worst, measure.of(have, want))
     return worst
 
 

@@ -8,18 +8,21 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import evaluating
 from mnemos.compress.modules.quantized_model import QuantizedModel
 from mnemos.errors import CapacityError, ConfigError, MnemosError, ModelError, shown
-from mnemos.export.comparison import Run, compare, speed_ratios
+from mnemos.export.comparison import LARGEST, Compared, Run, compare, speed_ratios
 from mnemos.export.example import Example, answer_of, plain_attention
 from mnemos.export.messages import first_line
 from mnemos.formats.whole_file import not_written
@@ -34,8 +37,8 @@ class ExportReport:
     """What was written and how it was checked.
 
     bytes: of the file and those beside it; parameter_bytes: of the module's own, shared ones once; error: the largest
-    difference over the largest value; speed: times as fast as PyTorch, by the size of the input; versions: of what
-    wrote and ran it; notes: what a reader should know.
+    difference, as a part of `unit`; speed: times as fast as PyTorch, by the size of the input; versions: of what wrote
+    and ran it; notes: what a reader should know.
     """
 
     format: str
@@ -48,13 +51,14 @@ class ExportReport:
     versions: dict[str, str]
     speed: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unit: str = LARGEST.unit
 
     def __str__(self) -> str:
         rows = [
             ("file", f"{self.path}"),
             ("format", self.format + "".join(f", {name} {version}" for name, version in self.versions.items())),
             ("size", f"{self.bytes / 1e6:.2f} MB, {self.bytes / max(1, self.parameter_bytes):.2f} x the parameters"),
-            ("error", f"{self.error:.1e} of the largest value, over {self.inputs} inputs: {'; '.join(self.shapes)}"),
+            ("error", f"{self.error:.1e} of {self.unit}, over {self.inputs} inputs: {'; '.join(self.shapes)}"),
         ]
         if self.speed:
             ratios = ", ".join(f"{ratio:.2f} x at {size}" for size, ratio in self.speed.items())
@@ -74,6 +78,18 @@ class FlatOutputs(nn.Module):
     def forward(self, *tensors: Tensor) -> Any:
         found = [tensor for _, tensor in answer_of(self.module, dict(zip(self._names, tensors, strict=True)))]
         return found[0] if self._outputs == 1 else tuple(found[: self._outputs])
+
+
+class WithValues(nn.Module):
+    """A module with other values of some parameters, by their names; the module itself keeps its own."""
+
+    def __init__(self, module: nn.Module, values: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        super().__init__()
+        self.module = module
+        self._values = {name: torch.from_numpy(value) for name, value in values.items()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self.module, self._values, args, kwargs)
 
 
 class ModelExporter:
@@ -105,8 +121,11 @@ class ModelExporter:
         write: Callable[[Path], list[str]],
         load: Callable[[Path], Run],
         versions: dict[str, str],
+        compared: Callable[[Run], Compared] | None = None,
     ) -> ExportReport:
         """Writes by `write` (which returns notes), compares what `load` runs, and moves the result to `path`.
+
+        compared: compares in place of the comparison with the module, to the exporter's tolerance.
 
         A file of that name is replaced once the new one has proved itself. ModelError: the module cannot be exported,
         or the file's results differ; FormatError, CapacityError: it cannot be written. None of them leaves anything.
@@ -130,7 +149,10 @@ class ModelExporter:
             with evaluating(self.model), plain_attention():
                 notes = self._written(target, made, write)
                 run = load(made)
-                found = compare(self.model, run, example, outputs, self.tolerance, self.format)
+                if compared is None:
+                    found = compare(self.model, run, example, outputs, self.tolerance, self.format)
+                else:
+                    found = compared(run)
                 speed = speed_ratios(self.model, run, example)
                 del run  # a runtime may hold the files, which some systems do not let be moved then
             if found.left_out:
@@ -142,7 +164,7 @@ class ModelExporter:
             shutil.rmtree(folder, ignore_errors=True)
         self.report = ExportReport(
             self.format, target, size, needed, found.error, found.shapes, found.inputs, versions,
-            speed, tuple(notes),
+            speed, tuple(notes), found.unit,
         )  # fmt: skip
         return self.report
 

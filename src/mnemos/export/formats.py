@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,12 +41,12 @@ class Format:
     help: str
 
 
-def _onnx(source: ExportSource, path: Path) -> ExportReport:
+def _onnx(source: ExportSource, path: Path, bits: int | None = None) -> ExportReport:
     from mnemos.export.genai import DecoderExporter
     from mnemos.export.torch_form import cache_example
 
     form = source.form
-    return DecoderExporter(form, source.checkpoint, TOLERANCE).export(path, *cache_example(form))
+    return DecoderExporter(form, source.checkpoint, TOLERANCE).export(path, *cache_example(form), bits=bits)
 
 
 def _onnx_no_cache(source: ExportSource, path: Path) -> ExportReport:
@@ -90,6 +90,8 @@ def _openvino_no_cache(source: ExportSource, path: Path) -> ExportReport:
 
 FORMATS = {
     "onnx": Format("onnx/model.onnx", _onnx, "ONNX with a cache, in a folder that onnxruntime-genai runs"),
+    "onnx-int8": Format("onnx-int8/model.onnx", partial(_onnx, bits=8), "the same with weights of 8 bits"),
+    "onnx-int4": Format("onnx-int4/model.onnx", partial(_onnx, bits=4), "the same with weights of 4 bits"),
     "onnx-no-cache": Format("model-no-cache.onnx", _onnx_no_cache, "ONNX: token ids to logits"),
     "torchscript": Format("model.pt", _torchscript, "TorchScript, traced"),
     "pt2": Format("model.pt2", _program, "a program of torch.export"),

@@ -27,8 +27,11 @@ class DecoderExporter(ONNXExporter):
         super().__init__(WithCache(form), tolerance)
         self._form, self._checkpoint = form, checkpoint
 
-    def _write(self, made: Path, example: Example, outputs: tuple[str, ...], opset: int) -> list[str]:
-        notes = super()._write(made, example, outputs, opset)
+    def _write(
+        self, made: Path, example: Example, outputs: tuple[str, ...], opset: int, bits: int | None,
+        rounded: dict[str, Any],
+    ) -> list[str]:  # fmt: skip
+        notes = super()._write(made, example, outputs, opset, bits, rounded)
         config = json.dumps(genai_config(self._form, made.name), indent=2)
         (made.parent / CONFIG_NAME).write_text(config + "\n", encoding="utf-8")
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,16 @@ import torch
 
 from mnemos.compress.modules.batches import evaluating
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError, shown
-from mnemos.export.comparison import Run, compare
-from mnemos.export.example import SUM, Example, example_of
-from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of, parameter_bytes
+from mnemos.export.comparison import RELATIVE, Compared, Run, compare
+from mnemos.export.example import SUM, Example, answer_of, example_of
+from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, WithValues, outputs_of
 from mnemos.export.messages import first_line
+from mnemos.export.onnx_weights import BITS, round_weights
 from mnemos.export.rms_norm import spelled_out
 
 DEFAULT_OPSET = 20
 _OLDEST, _FIRST_OF_DYNAMO = 9, 18  # torch.export's programs use operators of opset 18
+_OF_ACTIVATIONS = 0.05  # what 8 bits of the activations may change of the results, as a relative root mean square
 _LARGEST_FILE = 2 * 1024**3 - 2**20  # of one protocol buffer, less what the graph takes
 
 
@@ -41,12 +45,16 @@ class ONNXExporter(ModelExporter):
         output_names: Sequence[str] | None = None,
         dynamic_axes: Mapping[str, Any] | None = None,
         opset_version: int = DEFAULT_OPSET,
+        bits: int | None = None,
     ) -> ExportReport:
         """Writes the file; the file's opset is the one asked for.
 
         dummy_input: a tensor, a tuple of them in the order of forward's parameters, or a mapping by their names; None:
         token ids. dynamic_axes: {input: {axis: name}}; None: the batch varies, and the length of token ids; {}:
         nothing does.
+        bits: 8 or 4: the weights of products and embeddings in so many, for ONNX Runtime (`export.onnx_weights`). The
+        file is then compared with the module whose weights are rounded in the same way, and the report's error is that
+        from the module itself, as a root mean square over the results' own.
         Opsets from 18 on are written through torch.export, which refuses branches on data; older ones by tracing.
         ConfigError: an argument that does not fit; ModelError: the module cannot be expressed, or the file differs.
         """
@@ -54,16 +62,31 @@ class ONNXExporter(ModelExporter):
         newest = onnx.defs.onnx_opset_version()
         if not isinstance(opset_version, int) or not _OLDEST <= opset_version <= newest:
             raise ConfigError(f"opset_version is {shown(opset_version)}; expected {_OLDEST} to {newest}")
+        if bits is not None and bits not in BITS:
+            raise ConfigError(f"bits is {shown(bits)}; expected 8 or 4, or None for weights as they are")
+        if bits is not None and opset_version < _FIRST_OF_DYNAMO:
+            raise ConfigError(
+                f"opset_version is {opset_version}; weights of {bits} bits need {_FIRST_OF_DYNAMO} or more"
+            )
         example = example_of(self.model, dummy_input, input_names, output_names, dynamic_axes)
         outputs = outputs_of(self.model, example, output_names)
         versions = {"opset": str(opset_version), "torch": torch.__version__, "onnx": onnx.__version__}
+        rounded: dict[str, Any] = {}
+
+        def write(made: Path) -> list[str]:
+            return self._write(made, example, outputs, opset_version, bits, rounded)
+
+        def compared(run: Run) -> Compared:
+            return self._compared_rounded(run, example, len(outputs), rounded)
+
         return self._export(
             path,
             example,
             len(outputs),
-            lambda made: self._write(made, example, outputs, opset_version),
+            write,
             lambda made: _runner(made, example),
-            versions,
+            versions if bits is None else {**versions, "weights of": f"{bits} bits"},
+            None if bits is None else compared,
         )
 
     def load_onnx(self, path: str | os.PathLike[str]) -> Any:
@@ -83,7 +106,18 @@ class ONNXExporter(ModelExporter):
         with evaluating(self.model):
             return compare(self.model, _running(session, example), example, outputs, self.tolerance, self.format).error
 
-    def _write(self, made: Path, example: Example, outputs: tuple[str, ...], opset: int) -> list[str]:
+    def _compared_rounded(self, run: Run, example: Example, outputs: int, rounded: dict[str, Any]) -> Compared:
+        """Compares with the module of rounded weights, then says how far the module itself is."""
+        like = WithValues(self.model, rounded)
+        same = replace(example, answer=answer_of(like, example.tensors))
+        compare(like, run, same, outputs, _OF_ACTIVATIONS, self.format, RELATIVE)
+        return compare(self.model, run, example, outputs, math.inf, self.format, RELATIVE)
+
+    def _write(
+        self, made: Path, example: Example, outputs: tuple[str, ...], opset: int, bits: int | None,
+        rounded: dict[str, Any],
+    ) -> list[str]:  # fmt: skip
+        """Writes the file; `rounded` is filled with the parameters' new values where weights are to have `bits`."""
         traced = example.traced()
         wrapper = FlatOutputs(self.model, tuple(example.tensors), len(outputs)).eval()
         arguments = tuple(traced.tensors.values())
@@ -91,7 +125,6 @@ class ONNXExporter(ModelExporter):
         options: dict[str, Any] = {"input_names": names, "output_names": list(outputs), "opset_version": opset}
         notes = []
         if opset >= _FIRST_OF_DYNAMO:
-            large = parameter_bytes(self.model) > _LARGEST_FILE
             shapes = tuple(
                 {axis: "total" if SUM in label else label for axis, label in example.axes.get(name, {}).items()} or None
                 for name in example.tensors
@@ -100,7 +133,13 @@ class ONNXExporter(ModelExporter):
                 wrapper, arguments, dynamo=True, verbose=False, optimize=False,
                 dynamic_shapes=(shapes,) if example.axes else None, **options,
             )  # fmt: skip
+            if bits is not None:
+                prefix = "module."  # of `FlatOutputs`
+                weights = {prefix + name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+                values = round_weights(program.model, bits, weights)
+                rounded |= {name.removeprefix(prefix): value for name, value in values.items()}
             _simplify(program.model)
+            large = sum(value.const_value.nbytes for value in program.model.graph.initializers.values()) > _LARGEST_FILE
             program.save(str(made), external_data=large)
             if large:
                 notes.append(f"the weights are in {made.name}.data, which belongs beside the file")
