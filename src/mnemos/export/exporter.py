@@ -36,9 +36,9 @@ _LOGGERS = ("torch", "torch.onnx", "torch.fx", "torch._dynamo", "torch.export", 
 class ExportReport:
     """What was written and how it was checked.
 
-    bytes: of the file and those beside it; parameter_bytes: of the module's own, shared ones once; error: the largest
-    difference, as a part of `unit`; speed: times as fast as PyTorch, by the size of the input; versions: of what wrote
-    and ran it; notes: what a reader should know.
+    bytes: of the file and those of the same name; parameter_bytes: of the module's own, shared ones once; error: the
+    largest difference, as a part of `unit`; speed: times as fast as PyTorch, by the size of the input; versions: of
+    what wrote and ran it; notes: what a reader should know.
     """
 
     format: str
@@ -157,8 +157,11 @@ class ModelExporter:
                 del run  # a runtime may hold the files, which some systems do not let be moved then
             if found.left_out:
                 notes.append(f"the module itself does not take {'; '.join(found.left_out)}")
-            size = sum(file.stat().st_size for file in folder.iterdir())
-            for file in sorted(folder.iterdir(), key=lambda file: file == made):  # the named file last
+            files = sorted(folder.iterdir(), key=lambda file: file == made)  # the named file last
+            size = sum(file.stat().st_size for file in files if file == made or file.name.startswith(made.stem + "."))
+            for file in files:
+                if file.is_dir():
+                    shutil.rmtree(target.parent / file.name, ignore_errors=True)
                 os.replace(file, target.parent / file.name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
