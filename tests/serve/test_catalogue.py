@@ -10,6 +10,7 @@ import pytest
 
 from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import CapacityError, ConfigError, FormatError
+from mnemos.serve import app
 from mnemos.serve.catalogue import Catalogue, Offer
 from mnemos.serve.config_file import read_server_file
 from mnemos.serve.refusal import Refusal
@@ -31,6 +32,16 @@ def test_models_are_found_by_name_alias_and_tag() -> None:
         Catalogue([toy("a"), toy("b")]).find(None)
     with pytest.raises(ConfigError, match="two models"):
         Catalogue([toy("a"), toy("a")])
+
+
+def test_an_application_takes_engines_by_name_and_says_what_it_does_not_take() -> None:
+    engine = InferenceEngine(ToyModel())
+    catalogue = app({"a": engine, "b": engine}).app.state.server.catalogue
+    assert [model.name for model in catalogue.models] == ["a", "b"]
+    with pytest.raises(ConfigError, match="'a' is a str; it must be an InferenceEngine"):
+        app({"a": "smollm2-135m"})
+    with pytest.raises(ConfigError, match="models holds a str"):
+        app(["smollm2-135m"])
 
 
 def test_a_model_is_loaded_once_and_unloaded_when_idle() -> None:

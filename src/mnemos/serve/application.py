@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ MOST_PROBLEMS = 3  # of a request that are named in one error
 
 
 def app(
-    models: InferenceEngine | Iterable[Offer] | Catalogue,
+    models: InferenceEngine | Mapping[str, InferenceEngine] | Iterable[Offer] | Catalogue,
     *,
     name: str = "model",
     settings: Settings | None = None,
@@ -70,12 +70,15 @@ def app(
 ) -> Guard:
     """A plain ASGI application that serves models, to be run by any ASGI server or mounted in another application.
 
-    models: an engine, which stays the caller's, or what `Catalogue` takes. name: what requests call the engine.
+    models: an engine or engines by the names that requests use, which stay the caller's, or what `Catalogue` takes.
+    name: what requests call a single engine.
     tracer_provider: OpenTelemetry's, which gets a span for each request; without one, `settings` say where spans go.
     """
     chosen = settings or Settings()
     if isinstance(models, InferenceEngine):
-        models = [given(models, name)]
+        models = {name: models}
+    if isinstance(models, Mapping):
+        models = [given(engine, called) for called, engine in models.items()]
     catalogue = models if isinstance(models, Catalogue) else Catalogue(models)
     inner = FastAPI(title="Mnemos", version=__version__, docs_url=None, redoc_url=None, lifespan=_lifespan)
     metrics = Metrics(catalogue)

@@ -48,7 +48,9 @@ class Offer:
 
 
 def given(engine: InferenceEngine, name: str) -> Offer:
-    """The offer of an engine that the program made itself."""
+    """The offer of an engine that the program made itself. ConfigError for anything else."""
+    if not isinstance(engine, InferenceEngine):
+        raise ConfigError(f"the model {name!r} is a {type(engine).__name__}; it must be an InferenceEngine")
     return Offer(name, lambda: engine, loaded=engine)
 
 
@@ -110,7 +112,11 @@ class Catalogue:
     """The models on offer. Used in the event loop only; loading and closing happen in worker threads."""
 
     def __init__(self, offers: Iterable[Offer], default: str | None = None) -> None:
-        self.models = [Served(offer) for offer in offers]
+        listed = list(offers)
+        for offer in listed:
+            if not isinstance(offer, Offer):
+                raise ConfigError(f"models holds a {type(offer).__name__}; it must hold Offers")
+        self.models = [Served(offer) for offer in listed]
         if not self.models:
             raise ConfigError("models is empty; a server needs at least one")
         self._by_name: dict[str, Served] = {}
