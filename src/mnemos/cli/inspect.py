@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-dtype", default="auto", metavar="TYPE", help="the cache's type: float16 (auto), float32, int8"
     )
+    parser.add_argument("--key", metavar="FILE", help="the public key, in PEM, that a package must be signed with")
     parser.add_argument("--json", action="store_true", help="print everything as a JSON object")
     parser.epilog = (
         "examples:\n  mnemos inspect smollm2-135m\n  mnemos inspect model.gguf --context 32768 --kv-dtype int8"
@@ -88,12 +89,40 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.machine:
         return _inspect_machine(arguments.json)
     from mnemos.formats.checkpoint import open_checkpoint
+    from mnemos.formats.package import is_package
     from mnemos.hub.sources import resolve
-    from mnemos.models.load import is_built_in
 
     with ProgressBar(arguments.model) as progress:
         path = resolve(arguments.model, progress)
-    checkpoint = open_checkpoint(path)
+    if is_package(path):
+        return _inspect_package(path, arguments)
+    if arguments.key is not None:
+        raise ConfigError(f"--key is {arguments.key!r} for {path}, which is no package and has no signature")
+    return _show(open_checkpoint(path), arguments)
+
+
+def _inspect_package(path: Path, arguments: argparse.Namespace) -> int:
+    """A package's own facts, and those of the model in it, unless that is a module of its author's own class."""
+    from mnemos.cli.inspect_package import examine_package, render_package
+    from mnemos.errors import UnsupportedError
+    from mnemos.formats.checkpoint import open_package
+
+    package, facts = examine_package(path, arguments.key)
+    if arguments.json:
+        print(json.dumps(asdict(facts), indent=2))
+        return 0
+    print(render_package(facts))
+    try:
+        checkpoint = open_package(package, without_adapter=True)
+    except UnsupportedError:
+        return 0
+    print()
+    return _show(checkpoint, arguments)
+
+
+def _show(checkpoint: Checkpoint, arguments: argparse.Namespace) -> int:
+    from mnemos.models.load import is_built_in
+
     if checkpoint.kind == "huggingface" and not is_built_in(checkpoint):
         outside = examine_outside(checkpoint)
         print(json.dumps(asdict(outside), indent=2) if arguments.json else render_outside(outside))

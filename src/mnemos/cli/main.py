@@ -31,6 +31,7 @@ COMMANDS = {
     "distill": "train a smaller student of a model",
     "merge": "merge LoRA adapters into a model",
     "export": "write a model for another runtime: ONNX, TorchScript, torch.export",
+    "package": "pack a model as one folder or file that proves itself",
     "eval": "measure perplexity on a text file, and what a smaller model has lost",
     "quantize": "write a model in a smaller storage type",
     "bench": "measure speed, startup time and memory",

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mnemos import __version__
 from mnemos.compress.calibration import Calibration
 from mnemos.compress.packing import FORMATS
 from mnemos.compress.plan import Override, Row, mix_named, plan
@@ -29,6 +28,7 @@ from mnemos.formats.tensor_types import TensorType
 from mnemos.hub.cache import Progress
 from mnemos.models.conversion import Entry
 from mnemos.models.gguf_form import gguf_form
+from mnemos.version import __version__
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -18,8 +18,9 @@ def silent(stage: str, done: int, total: int) -> None:
 def resolve(name_or_path: str | os.PathLike[str], progress: Progress = silent) -> Path:
     """The local file or folder of a model, pulled first if it is not here yet.
 
-    `name_or_path` is a registry name (`smollm2-135m`), `hf:org/name[:file]`, or a path. A registry name wins over a
-    file of the same name in the working directory; write `./name` for the file. FormatError when there is no such
+    `name_or_path` is a registry name (`smollm2-135m`), `hf:org/name[:file]`, a path, or the name of a package that was
+    unpacked. A registry name wins over a file of the same name in the working directory; write `./name` for the file.
+    A package's .tar is unpacked into the models folder. FormatError when there is no such
     model, DownloadError when it cannot be fetched, ConfigError for anything but a str or a path.
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
@@ -37,12 +38,21 @@ def resolve(name_or_path: str | os.PathLike[str], progress: Progress = silent) -
         path = Path(name).expanduser()
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise FormatError(_unknown(name)) from None
+        from mnemos.hub.packages import cached_package
+
+        package = cached_package(name)
+        if package is None:
+            raise FormatError(_unknown(name)) from None
+        return package
     except (OSError, ValueError, RuntimeError) as error:  # no access, too long, a null character, no such user
         problem = getattr(error, "strerror", None) or error
         raise FormatError(
             f"{shown(name)} cannot be read: {problem}; give a path that can be, or a known name"
         ) from error
+    if path.suffix == ".tar" and path.is_file():
+        from mnemos.hub.packages import unpacked
+
+        return unpacked(path, progress)
     return path
 
 

@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mnemos.contract import FirstLogits
 from mnemos.errors import ConfigError, FormatError
-from mnemos.export.packaging.source import Facts, engine_first_logits
+from mnemos.export.packaging.source import Begun, Facts, engine_first_logits
 from mnemos.formats.adapters import CONFIG, WEIGHTS, read_adapter
 from mnemos.formats.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
 from mnemos.formats.package import ADAPTER
@@ -41,12 +41,6 @@ class FileSource:
             self.path = _base_of(path)
         self._checkpoint = open_checkpoint(self.path)
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """See `Source`."""
-        folder = self._checkpoint.folder
-        return self._checkpoint.kind == "gguf" or any((folder / name).is_file() for name in TOKENIZER_FILES)
-
     def write(self, folder: Path) -> Facts:
         """See `Source`."""
         checkpoint = self._checkpoint
@@ -73,6 +67,12 @@ class FileSource:
     def first_logits(self, folder: Path, facts: Facts) -> FirstLogits | None:
         """See `Source`."""
         return engine_first_logits(folder, None if self._adapter is None else folder / ADAPTER, facts)
+
+    def export(self, folder: Path, names: Sequence[str], facts: Facts, begun: Begun) -> list[dict[str, Any]]:
+        """See `Source`."""
+        from mnemos.export.packaging.exports import export_files
+
+        return export_files(folder, facts.kind, names, begun)
 
 
 def _base_of(adapter: Path) -> Path:

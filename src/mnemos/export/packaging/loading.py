@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError
 from mnemos.export.packaging.tokenizers import read_tokenizer
 from mnemos.formats.checkpoint import CONFIG_NAME
 from mnemos.formats.package import Package, read_package
+from mnemos.formats.package_tar import is_package_tar, unpack_tar
 from mnemos.formats.safetensors import SINGLE_NAME
 from mnemos.formats.strict_json import read_json_object
+from mnemos.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,10 +23,24 @@ TOLERANCE = 1e-3  # of the spread of a module's logits: PyTorch's versions and t
 
 def load(path: Path, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any, dict[str, Any]]:
     """See `ModelPackager.load_package`."""
-    package = read_package(path)
-    package.verify()
-    stated = package.metadata.get("config")
-    config = stated if isinstance(stated, dict) else read_json_object(package.path / CONFIG_NAME)
+    if not is_package_tar(path):
+        package = read_package(path)
+        if package.metadata.get("model_module") is not None:  # else the engine verifies it
+            package.verify()
+        return _load(package, model_class, tokenizer_class)
+    with TemporaryDirectory(prefix="mnemos-", ignore_cleanup_errors=True) as folder:
+        loaded = _load(unpack_tar(path, Path(folder)), model_class, tokenizer_class)
+        if hasattr(loaded[0], "finish"):  # nothing is read from the folder later
+            loaded[0].finish()
+        if isinstance(loaded[1], Tokenizer):
+            loaded[1].prepare()
+        return loaded
+
+
+def _load(package: Package, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The same of a package that is verified."""
+    path, stated = package.path, package.metadata.get("config")
+    config = stated if isinstance(stated, dict) else read_json_object(path / CONFIG_NAME)
     if package.metadata.get("model_module") is None:  # it was packed from files
         if model_class is not None:
             raise ConfigError(
@@ -38,9 +55,7 @@ def load(path: Path, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any, 
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(
-            f"{path} holds a module, which needs PyTorch: pip install 'mnemos[torch]'"
-        ) from error
+        raise MissingDependencyError(f"{path} holds a module, for PyTorch: pip install 'mnemos[torch]'") from error
     return _module(package, model_class, config), tokenizer, config
 
 

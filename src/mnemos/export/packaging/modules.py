@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mnemos.errors import ConfigError, ModelError
 from mnemos.export.example import flattened
 from mnemos.export.packaging.config import plain_config
 from mnemos.export.packaging.files import write_json
-from mnemos.export.packaging.source import Facts
+from mnemos.export.packaging.source import Begun, Facts
 from mnemos.export.packaging.states import PICKLED_NAME, write_state
 from mnemos.formats.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME
 from mnemos.formats.safetensors import SINGLE_NAME
@@ -46,8 +46,6 @@ class ModuleSource:
                 f"weights is 'pt' for a {type(self._module).__name__}, whose files are those that other programs read; "
                 "expected 'safetensors'"
             )
-
-    has_tokenizer = False
 
     @property
     def _kind(self) -> str:
@@ -86,6 +84,14 @@ class ModuleSource:
             name = facts.model_class
             facts.notes.append(f"no fingerprint: {name}, called with token ids alone, returns no logits for each")
         return found
+
+    def export(self, folder: Path, names: Sequence[str], facts: Facts, begun: Begun) -> list[dict[str, Any]]:
+        """See `Source`."""
+        from mnemos.export.packaging.exports import export_files, export_module
+
+        if self._kind == "huggingface":
+            return export_files(folder, facts.kind, names, begun)
+        return export_module(self._module, folder, names, begun)
 
 
 def first_logits_of(module: nn.Module, vocabulary: int) -> FirstLogits | None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from mnemos.errors import ConfigError
 from mnemos.export.packaging.card import write_card
-from mnemos.export.packaging.source import Begun, Facts, Source
-from mnemos.export.packaging.staging import list_files, moment, staging, write_lists
+from mnemos.export.packaging.exports import write_modelfile
+from mnemos.export.packaging.sbom import NAME as SBOM
+from mnemos.export.packaging.sbom import write_sbom
+from mnemos.export.packaging.signing import write_signature
+from mnemos.export.packaging.source import Begun, Extras, Facts, Source
+from mnemos.export.packaging.staging import list_files, moment, packed, staging, write_lists
 from mnemos.formats.package import read_package
+from mnemos.formats.package_tar import SUFFIX, write_tar
 from mnemos.rules import one_of
 from mnemos.version import __version__
 
@@ -69,39 +75,72 @@ class ModelPackager:
         *,
         overwrite: bool = False,
         weights: str = "safetensors",
+        exports: Sequence[str] = (),
+        ollama: bool = False,
+        sbom: bool = False,
+        sign: str | os.PathLike[str] | None = None,
         created_at: int | None = None,
         begun: Begun = lambda stage: None,
     ) -> PackageReport:
-        """Writes the package to the new folder `path`.
+        """Writes the package to the new folder `path`, or as one file if the name ends in .tar.
 
-        The folder appears when it is complete; nothing is left if that fails. overwrite: replaces a package of that
-        name. weights: "safetensors", or "pt" for a PyTorch state dict as model.pt, of a class of the user's own.
-        created_at: seconds since 1970; see `mnemos.export.packaging.staging.moment`. begun: told what comes next.
+        It appears when it is complete; nothing is left if that fails.
+
+        overwrite   replaces a package of that name
+        weights     "safetensors", or "pt" for a PyTorch state dict as model.pt, of a class of the user's own
+        exports     formats of `mnemos export`, in exports/, each compared with the model
+        ollama      a Modelfile, and a GGUF file if the model is none
+        sbom        a bill of materials, sbom.cdx.json
+        sign        an elliptic curve's private key in PEM, which signs all files (model.sig)
+        created_at  seconds since 1970; see `mnemos.export.packaging.staging.moment`
+        begun       told what comes next
+
         Errors: ConfigError, ModelError and FormatError say what cannot be packed.
         """
         WEIGHTS.apply("weights", weights)
-        made = moment(created_at)
-        source = self._source(weights)
-        with staging(Path(path), overwrite) as work:
-            begun("writing the weights")
-            facts = source.write(work)
-            tokenizer = self._write_tokenizer(work)
-            self._write_licence(work)
-            begun("trying the model")
-            logits = source.first_logits(work, facts)
-            described = self._describe(facts, made) | tokenizer
-            if logits is not None:
-                described["fingerprint"] = {
-                    "prompt": logits.prompt, "tokens": logits.tokens, "logits": logits.logits, "spread": logits.spread
-                }  # fmt: skip
-            begun("summing the files")
-            files = list_files(work)
-            write_card(work, described, files)
-            files |= {name: file for name, file in list_files(work).items() if name == "README.md"}
-            write_lists(work, files, described)
-            package = read_package(work)
-            digest, sizes = package.digest, {name: file.size for name, file in files.items()}
-        return PackageReport(Path(path), digest, sizes, tuple(facts.notes))
+        made, source, target = moment(created_at), self._source(weights), Path(path)
+        extras = Extras(exports, ollama, sbom, sign)
+        if target.suffix != SUFFIX:
+            with staging(target, overwrite) as work:
+                return self._write(source, extras, work, target, made, begun)
+        if target.exists() and not (overwrite and target.is_file()):
+            raise ConfigError(f"{target} exists; choose another name, or replace a package with overwrite=True")
+        with staging(target.with_name(f"{target.stem}.unpacked"), False, keep=False) as work:
+            report = self._write(source, extras, work, target, made, begun)
+            begun(f"writing {target.name}")
+            write_tar(read_package(work), target)
+            return report
+
+    def _write(
+        self, source: Source, extras: Extras, work: Path, target: Path, made: str, begun: Begun
+    ) -> PackageReport:
+        """Writes everything into the empty folder `work`, which becomes `target`."""
+        begun("writing the weights")
+        facts = source.write(work)
+        tokenizer = self._write_tokenizer(work)
+        self._write_licence(work)
+        begun("trying the model")
+        logits = source.first_logits(work, facts)
+        described = self._describe(facts, made) | tokenizer
+        if logits is not None:
+            described["fingerprint"] = asdict(logits)
+        if extras.exports:
+            described["exports"] = source.export(work, extras.exports, facts, begun)
+        if extras.ollama:
+            write_modelfile(work, facts, begun)
+        begun("summing the files")
+        files = list_files(work)
+        if extras.sbom:
+            write_sbom(work, described, files)
+            files[SBOM] = packed(work / SBOM)
+        write_card(work, described, files)
+        files["README.md"] = packed(work / "README.md")
+        write_lists(work, files, described)
+        if extras.sign is not None:
+            write_signature(work, extras.sign)
+        package = read_package(work)
+        sizes = {name: file.size for name, file in files.items()}
+        return PackageReport(target, package.digest, sizes, tuple(facts.notes))
 
     @staticmethod
     def load_package(

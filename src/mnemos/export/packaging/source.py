@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +35,20 @@ class Facts:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a package holds beside the model.
+
+    exports: formats for other runtimes; ollama: a Modelfile; sbom: a bill of materials; sign: the private key, a PEM
+    file, that signs it.
+    """
+
+    exports: Sequence[str] = ()
+    ollama: bool = False
+    sbom: bool = False
+    sign: str | os.PathLike[str] | None = None
+
+
 class Source(Protocol):
     """A model to be packed."""
 
@@ -45,9 +60,8 @@ class Source(Protocol):
         """What the model answers; None, and a note, where that cannot be found out here. folder: as `write` left it."""
         ...
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether `write` writes one, unless the package gets another."""
+    def export(self, folder: Path, names: Sequence[str], facts: Facts, begun: Begun) -> list[dict[str, Any]]:
+        """Exports the model into the folder; what metadata.json says about each format."""
         ...
 
 

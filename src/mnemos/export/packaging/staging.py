@@ -44,11 +44,11 @@ def moment(given: int | None = None) -> str:
 
 
 @contextmanager
-def staging(target: Path, overwrite: bool) -> Iterator[Path]:
+def staging(target: Path, overwrite: bool, *, keep: bool = True) -> Iterator[Path]:
     """An empty folder beside `target` that takes its place when the block ends, and vanishes if it raises.
 
-    With `overwrite` a package or an empty folder that is there is replaced. ConfigError: something else is there;
-    CapacityError: the disk is full; FormatError: it cannot be written to.
+    Without `keep` it vanishes in any case. With `overwrite` a package or an empty folder that is there is replaced.
+    ConfigError: something else is there; CapacityError: the disk is full; FormatError: it cannot be written to.
     """
     there = os.path.lexists(target)
     if there and not _may_replace(target, overwrite):
@@ -60,6 +60,8 @@ def staging(target: Path, overwrite: bool) -> Iterator[Path]:
         raise not_written(target, error) from error
     try:
         yield work
+        if not keep:
+            return
         _settle(work)
         if there:
             old = work.with_suffix(".old")
@@ -101,8 +103,13 @@ def list_files(folder: Path) -> dict[str, PackedFile]:
         if path.is_file():
             name = path.relative_to(folder).as_posix()
             check_name(name, folder)
-            files[name] = PackedFile(path.stat().st_size, sha256_of(path))
+            files[name] = packed(path)
     return {name: file for name, file in files.items() if name not in (METADATA, SUMS, SIGNATURE)}
+
+
+def packed(path: Path) -> PackedFile:
+    """A file's size and sum."""
+    return PackedFile(path.stat().st_size, sha256_of(path))
 
 
 def write_lists(folder: Path, files: dict[str, PackedFile], facts: dict[str, Any]) -> None:

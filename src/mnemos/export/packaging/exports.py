@@ -1,0 +1,93 @@
+"""What a package holds for other runtimes: exports that were compared with the model, and a Modelfile for Ollama."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mnemos.errors import ConfigError, UnsupportedError
+from mnemos.export.formats import export_model
+from mnemos.export.packaging.source import Begun, Facts
+
+if TYPE_CHECKING:
+    from mnemos.export.exporter import ExportReport
+
+FOLDER = "exports"
+MODELFILE = "Modelfile"
+_LONGEST_CONTEXT = 8192  # Ollama takes memory for all of num_ctx at once
+
+
+def export_files(folder: Path, kind: str, names: Sequence[str], begun: Begun) -> list[dict[str, Any]]:
+    """Exports the model in a package's folder, in float32, into exports/; what metadata.json says about each.
+
+    ConfigError: an unknown format, or a model with an adapter; errors of `mnemos.export.formats.export_model`.
+    """
+    if kind == "adapter":
+        raise ConfigError(
+            f"exports is {','.join(names)!r} for a LoRA folder, whose base alone would be exported; merge the two first"
+        )
+    reports = export_model(folder, list(names), folder / FOLDER, begun=lambda name: begun(f"exporting {name}"))
+    return [_described(name, report, folder) for name, report in reports.items()]
+
+
+def export_module(module: Any, folder: Path, names: Sequence[str], begun: Begun) -> list[dict[str, Any]]:
+    """The same of a module, which is called with token ids."""
+    from mnemos.export.onnx import ONNXExporter
+    from mnemos.export.programs import ProgramExporter
+    from mnemos.export.torchscript import TorchScriptExporter
+
+    exporters: dict[str, Any] = {"onnx": ONNXExporter, "torchscript": TorchScriptExporter, "pt2": ProgramExporter}
+    unknown = [name for name in names if name not in exporters]
+    if unknown:
+        raise ConfigError(f"exports names {unknown[0]!r}; a module of one's own is exported to {', '.join(exporters)}")
+    files = {"onnx": "model.onnx", "torchscript": "model.pt", "pt2": "model.pt2"}
+    made = []
+    for name in dict.fromkeys(names):
+        begun(f"exporting {name}")
+        made.append(_described(name, exporters[name](module).export(folder / FOLDER / files[name]), folder))
+    return made
+
+
+def _described(name: str, report: ExportReport, folder: Path) -> dict[str, Any]:
+    path = report.path.relative_to(folder).as_posix()
+    error = float(f"{report.error:.2g}")
+    return {"format": name, "path": path, "error": error, "versions": dict(report.versions)}
+
+
+def write_modelfile(folder: Path, facts: Facts, begun: Begun) -> None:
+    """Writes Modelfile for `ollama create NAME -f Modelfile`, and for a model that is no GGUF file exports/model.gguf.
+
+    Ollama takes the chat template from the GGUF file. UnsupportedError: a model that cannot be one.
+    """
+    from mnemos.formats.checkpoint import open_checkpoint
+    from mnemos.models.load import describe_model
+    from mnemos.text.tokenizer import Tokenizer
+
+    if facts.kind not in ("gguf", "huggingface"):
+        raise UnsupportedError(f"ollama: a model of kind {facts.kind!r} cannot be a GGUF file that others run")
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) > 1:
+        raise UnsupportedError(f"ollama: the model has {len(found)} parts; expected one GGUF file")
+    if not found:
+        from mnemos.compress.quantize import quantize_file
+
+        begun("writing a GGUF file")
+        (folder / FOLDER).mkdir(exist_ok=True)
+        target = folder / FOLDER / "model.gguf"
+        quantize_file(folder, target, "bf16" if facts.dtype in ("bf16", "bfloat16") else "f16")
+        found = [target]
+    checkpoint = open_checkpoint(found[0])
+    spec = describe_model(checkpoint)
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    lines = [f"FROM ./{found[0].relative_to(folder).as_posix()}"]
+    lines.append(f"PARAMETER num_ctx {min(spec.context_length, _LONGEST_CONTEXT)}")
+    for token in spec.eos_token_ids:
+        text = tokenizer.token_bytes(token).decode("utf-8", errors="replace")
+        if text.strip() and '"' not in text and "\n" not in text:
+            lines.append(f'PARAMETER stop "{text}"')
+    licence = folder / "LICENSE"
+    text = licence.read_text(encoding="utf-8", errors="replace") if licence.is_file() else facts.licence or ""
+    if text and '"""' not in text:
+        lines.append(f'LICENSE """{text.strip()}"""')
+    (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
