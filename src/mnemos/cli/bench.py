@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mnemos.cli.terminal import human_bytes, is_terminal
 from mnemos.errors import ConfigError
+from mnemos.rules import one_of
 
 if TYPE_CHECKING:
     from mnemos.bench.results import Result
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--serving", action="store_true", help="measure many requests at once instead (see below)")
     parser.add_argument("--busy", action="store_true", help="measure alongside busy programs instead")
     parser.add_argument("--server", action="store_true", help="measure the model through `mnemos serve` instead")
+    parser.add_argument("--suite", metavar="NAME", help="comprehensive: latency, throughput, memory, CPU and cache")
+    parser.add_argument("--picture", metavar="FILE", help="with --suite: also draw the figures there, as SVG")
     parser.add_argument("--requests", type=int, default=64, metavar="N", help="with --serving: how many (default 64)")
     parser.add_argument("--rate", type=float, default=4.0, metavar="R", help="with --serving: arrivals per second")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="with --serving: seed of arrivals and lengths")
@@ -49,16 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  mnemos bench smollm2-135m --serving --requests 100 --rate 8\n"
         "  mnemos bench smollm2-135m --busy\n"
         "  mnemos bench smollm2-135m --server\n"
+        "  mnemos bench smollm2-135m --suite comprehensive --picture figures.svg\n"
         "  mnemos bench --ops"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    others = [f"--{name}" for name in ("ops", "serving", "server", "busy") if getattr(arguments, name)]
+    others = [f"--{name}" for name in ("ops", "serving", "server", "busy", "suite") if getattr(arguments, name)]
     if len(others) > 1:
         raise ConfigError(f"{' and '.join(others)} are separate measurements; give one of them")
     if arguments.metrics is not None and others:
         raise ConfigError(f"--metrics selects a model's figures; {others[0]} has its own")
+    if arguments.picture is not None and arguments.suite is None:
+        raise ConfigError("--picture draws the figures of --suite; give that too")
+    if arguments.suite is not None:
+        one_of("comprehensive").apply("suite", arguments.suite)
     if arguments.ops:
         from mnemos.bench.kernels import main
 
@@ -68,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     with ProgressBar(arguments.model) as progress:
         path = resolve(arguments.model, progress)
+    if arguments.suite is not None:
+        return _run_suite(arguments, path)
     if arguments.serving or arguments.server or arguments.busy:
         return _print_results(arguments, path)
     return _measure(arguments, path)
@@ -89,6 +99,20 @@ def _measure(arguments: argparse.Namespace, path: Path) -> int:
     for result in measure(metrics, subject, _announce, all_of_them=chosen):
         _announce("")
         print(result.to_json() if arguments.json else _row(result), flush=True)
+    return 0
+
+
+def _run_suite(arguments: argparse.Namespace, path: Path) -> int:
+    from mnemos.bench.comprehensive import measure_comprehensive
+    from mnemos.bench.picture import draw
+
+    figures = []
+    for figure in measure_comprehensive(path, arguments.backend):
+        figures.append(figure)
+        row = f"{_row(figure.result):<44}{figure.verdict}".rstrip()
+        print(figure.to_json() if arguments.json else row, flush=True)
+    if arguments.picture is not None:
+        Path(arguments.picture).write_text(draw(figures, f"{path.name}: comprehensive"), encoding="utf-8")
     return 0
 
 

@@ -9,7 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mnemos import InferenceEngine  # noqa: E402
+import numpy as np  # noqa: E402
+
+from mnemos import InferenceEngine, QuantizedModel, quantize_full_model  # noqa: E402
 from mnemos.errors import ConfigError, ModelError  # noqa: E402
 from tests.models.memory_transformer.folders import write_folder  # noqa: E402
 from tests.models.memory_transformer.references import (  # noqa: E402
@@ -89,3 +91,24 @@ def test_a_module_that_goes_on_training(make_module: Any) -> None:
         InferenceEngine(module, use_kv_cache=False)
     with pytest.raises(ConfigError, match="context_length is 65; the model's is 64"):
         InferenceEngine(module, context_length=65)
+
+
+@pytest.mark.parametrize("method", ["fp16", "bf16", "fp8", "dynamic"])
+@pytest.mark.parametrize("name", CHAPTERED)
+def test_whole_models_in_another_precision(make_module: Any, name: str, method: str, tmp_path: Path) -> None:
+    reference = read_reference(name)
+    module, ids = make_module(reference, "hybrid"), torch.from_numpy(reference.ids).long()
+    path = tmp_path / "model.pt"
+    quantized = quantize_full_model(module, method, path)
+    with torch.no_grad():
+        exact, found = module(ids).logits, quantized(ids, use_cache=True).logits.float()
+    assert 0 < (found - exact).abs().max() < 0.5 * exact.abs().max()
+    with InferenceEngine(quantized) as engine:
+        logits = engine.logits(reference.ids[0].tolist())
+    # A batch of two rounds as one text does, except in half precision.
+    tolerance = 0.1 * float(exact.abs().max()) if method in ("fp16", "bf16") else 1e-4
+    np.testing.assert_allclose(logits, found[0].numpy(), rtol=0, atol=tolerance)
+    if method == "dynamic":
+        loaded = QuantizedModel.load(path, make_module(reference, "hybrid"))
+        with torch.no_grad():
+            assert torch.equal(loaded(ids, use_cache=True).logits, found)

@@ -87,18 +87,26 @@ def _count(module: nn.Module) -> int:
     return quantized + sum(p.numel() for p in module.parameters())
 
 
+def _is_memory_model(module: nn.Module) -> bool:
+    """Whether a module may be one of Mnemos's own; says so without importing them."""
+    return type(module).__module__.startswith("mnemos.models.memory_transformer.")
+
+
 def _memory_model(module: nn.Module, use_kv_cache: bool, context_length: int | None) -> MemoryModel | None:
     """The model of a module of Mnemos's own; probing would be misled by a router that sees a whole prompt."""
-    if not type(module).__module__.startswith("mnemos.models.memory_transformer."):
+    inner = module
+    if type(module).__module__.startswith("mnemos.compress.modules."):  # quantized, pruned or distilled
+        inner = next((part for part in module.children() if _is_memory_model(part)), module)
+    if not _is_memory_model(inner):
         return None
     from mnemos.models.memory_transformer.model import MemoryModel, MemoryModule
 
-    if not isinstance(module, MemoryModule):
+    if not isinstance(inner, MemoryModule):
         return None
     if not use_kv_cache:
         name = type(module).__name__
         raise ConfigError(f"use_kv_cache is False for a {name}, which routes by what it keeps; leave it out")
-    return MemoryModel(module, context_length)
+    return MemoryModel(inner, context_length, module)
 
 
 def _check_vocabulary(module: nn.Module, tokens: int, logits: int) -> None:

@@ -64,6 +64,26 @@ class LoRALinear(nn.Module):
             for name in ("lora_A", "lora_B"):
                 destination.pop(prefix + name)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Merged weights, which come without factors, are taken as they are: nothing is added to them any more."""
+        factors = {prefix + "lora_A", prefix + "lora_B"}
+        merged = prefix + "weight" in state_dict and factors.isdisjoint(state_dict)
+        own: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own, unexpected_keys, error_msgs)
+        missing_keys += [name for name in own if not (merged and name in factors)]
+        if merged:
+            nn.init.zeros_(self.lora_B)
+            self.merged = False
+
 
 def apply_lora(module: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0) -> list[str]:
     """Replaces the linear layers whose path contains one of `targets`; returns their paths."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnemos.contract import NO_PAGES, Batch, Floats, ModelSpec, Output
 from mnemos.errors import ConfigError, ModelError
@@ -54,10 +54,14 @@ class Text:
 
 
 class MemoryModel:
-    """The module, one text a call, with its weights as they are at each step."""
+    """The module, one text a call, with its weights as they are at each step.
 
-    def __init__(self, module: MemoryModule, context_length: int | None) -> None:
+    outer: what is called in its place, a module around it.
+    """
+
+    def __init__(self, module: MemoryModule, context_length: int | None, outer: nn.Module | None = None) -> None:
         self.module = module
+        self._outer = module if outer is None else outer
         settings = module.config.memory
         self._strategy = settings.routing_strategy_inference
         chosen = bool(module.bank_of_layer) and settings.use_chapters and settings.routed > 0
@@ -65,6 +69,7 @@ class MemoryModel:
         self._pooled = pooled
         inner: Any = module.base_model if isinstance(module, MemoryAdapter) else module
         parameters = sum(p.numel() for p in module.parameters())
+        parameters += sum(getattr(part, "stored_values", 0) for part in module.modules())
         self.spec = ModelSpec(
             architecture=type(module).__name__,
             layout=NO_PAGES,
@@ -101,7 +106,7 @@ class MemoryModel:
                 f"routing_strategy_inference is {strategy!r} and was {self._strategy!r} when the engine was made; make "
                 "a new engine for another"
             )
-        self.module.eval()
+        self._outer.eval()
         logits: list[Floats] = []
         hidden: list[Floats] = []
         for slot, (first, last) in zip(batch.states.tolist(), pairwise(batch.sequence_starts.tolist()), strict=True):
@@ -123,7 +128,7 @@ class MemoryModel:
         for part in calls:
             positions = torch.arange(text.length, text.length + part.shape[1], device=device)[None]
             try:
-                out = self.module(part, position_ids=positions, past_key_values=text.past, use_cache=True)
+                out = self._outer(part, position_ids=positions, past_key_values=text.past, use_cache=True)
             except Exception as error:
                 raise ModelError(f"{type(self.module).__name__} failed: {type(error).__name__}: {error}") from error
             text.past = out.past_key_values

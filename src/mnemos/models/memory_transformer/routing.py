@@ -110,7 +110,8 @@ class ChapterRouter(nn.Module):
 
     def route(self, states: Tensor, return_losses: bool = False, exclude_prefix_chapters: int = 0) -> Route:
         """The choice for states (..., H). Indices count all chapters, and the first ones are never chosen."""
-        logits = self.router(states.to(self.router.weight.dtype))
+        weight = getattr(self.router, "weight", None)  # quantized ones may have none
+        logits = self.router(states if weight is None else states.to(weight.dtype))
         indices, weights = choose(logits, self.top_k, exclude_prefix_chapters)
         indices = indices + exclude_prefix_chapters
         return Route(indices, weights, router_losses(logits, indices) if return_losses else {})
