@@ -57,11 +57,13 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.decoding.config import GenerationConfig as GenerationConfig
     from mnemos.engine.engine import InferenceEngine as InferenceEngine
     from mnemos.errors import MnemosError as MnemosError
+    from mnemos.export.gguf import export_to_gguf as export_to_gguf
     from mnemos.export.onnx import ONNXExporter as ONNXExporter
     from mnemos.export.exporter import ModelExporter as ModelExporter
     from mnemos.export.openvino import OpenVINOExporter as OpenVINOExporter
     from mnemos.export.packaging.packager import ModelPackager as ModelPackager
     from mnemos.export.programs import ProgramExporter as ProgramExporter
+    from mnemos.export.safetensors import export_to_safetensors as export_to_safetensors
     from mnemos.export.torchscript import TorchScriptExporter as TorchScriptExporter
     from mnemos.memory.policy import Memory as Memory
     from mnemos.models.foreign.cached_attention import CachedAttention as CachedAttention, KVCache as KVCache
@@ -105,6 +107,8 @@ _NAMES = {
     "mnemos.engine.engine": "InferenceEngine",
     "mnemos.errors": "MnemosError",
     "mnemos.export.exporter": "ModelExporter",
+    "mnemos.export.gguf": "export_to_gguf",
+    "mnemos.export.safetensors": "export_to_safetensors",
     "mnemos.export.onnx": "ONNXExporter",
     "mnemos.export.openvino": "OpenVINOExporter",
     "mnemos.export.packaging.packager": "ModelPackager",

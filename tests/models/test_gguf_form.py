@@ -168,6 +168,13 @@ def test_what_gguf_cannot_say_is_refused(name, tmp_path):
         gguf_form(open_checkpoint(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["mistral", "phi3"])
+def test_a_window_that_llama_cpp_ignores_is_named(name, tmp_path):
+    build(CONFIGS[name](), tmp_path)
+    with pytest.warns(UserWarning, match=r"reaches back [79] tokens, which llama.cpp does not limit in (llama|phi3)"):
+        gguf_form(open_checkpoint(tmp_path))
+
+
 def test_values_have_the_types_that_llama_cpp_expects(tmp_path):
     build(CONFIGS["qwen3"](), tmp_path)
     metadata, entries = gguf_form(open_checkpoint(tmp_path))

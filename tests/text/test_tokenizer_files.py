@@ -18,7 +18,10 @@ from tests.text.metadata import byte_level, sentencepiece
 
 tokenizers = pytest.importorskip("tokenizers")
 
-VOCABULARIES = ["gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2", "starcoder"]
+VOCABULARIES = [
+    "gpt-2", "llama-spm", "phi-3", "qwen2",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-bpe", "starcoder"))
+]  # fmt: skip
 TEXTS = [
     "Hello world, it's 12345 o'clock!",
     "  two  spaces\n\n\tand tabs\r\n",

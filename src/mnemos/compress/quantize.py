@@ -90,10 +90,41 @@ def quantize_file(
 
     `out` appears when it is whole. ConfigError, FormatError and UnsupportedError name the tensor and the reason.
     """
-    name, mix = mix_named(type)
+    mix_named(type)
     if out.exists() and source.exists() and out.samefile(source):
         raise ConfigError(f"out is {str(out)!r}, the model itself; give another file")
-    model = open_model(source)
+    return quantize_model(
+        open_model(source),
+        out,
+        type,
+        importance=importance,
+        search=search,
+        types=types,
+        overrides=overrides,
+        strict=strict,
+        allow_requantize=allow_requantize,
+        progress=progress,
+    )
+
+
+def quantize_model(
+    model: Model,
+    out: Path,
+    type: str | None,
+    *,
+    importance: Importance | None = None,
+    search: Calibration | None = None,
+    types: Mapping[str, TensorType] | None = None,
+    overrides: Sequence[Override] = (),
+    strict: bool = False,
+    allow_requantize: bool = False,
+    progress: Progress | None = None,
+) -> Quantized:
+    """`quantize_file` of a model that is open already; type None writes all tensors as they are stored."""
+    if type is None:
+        rows = [Row(name, tensor.shape, tensor.type, tensor.type) for name, tensor in model.tensors.items()]
+        return _write_rows(model, model.written, rows, out, "as stored", None, None, strict, progress)
+    name, mix = mix_named(type)
     rows = plan(model.tensors, model.metadata, mix, calibrated=importance is not None, overrides=overrides)
     if types is not None:
         rows = [
@@ -104,6 +135,20 @@ def quantize_file(
     if importance is not None:
         _check_importance(model.tensors, importance)
     metadata = _metadata(model.written, mix.number, name, importance, overrides)
+    return _write_rows(model, metadata, rows, out, name, importance, search, strict, progress)
+
+
+def _write_rows(
+    model: Model,
+    metadata: Mapping[str, Any],
+    rows: Sequence[Row],
+    out: Path,
+    name: str,
+    importance: Importance | None,
+    search: Calibration | None,
+    strict: bool,
+    progress: Progress | None,
+) -> Quantized:
     total = sum(tensor.size for tensor in model.tensors.values())
     searched = [row.name for row in rows if row.changes and row.type in FORMATS]
     written, done = [], 0
@@ -133,9 +178,13 @@ class Model:
 
 def open_model(source: Path) -> Model:
     """A GGUF file or a Hugging Face folder, in GGUF's form. Errors: those of `open_checkpoint` and `gguf_form`."""
-    checkpoint = open_checkpoint(source)
+    return model_of(open_checkpoint(source))
+
+
+def model_of(checkpoint: Checkpoint, tokenizer: Path | None = None) -> Model:
+    """An open checkpoint in GGUF's form; tokenizer: the folder of the one to store, None: the model's own."""
     if checkpoint.kind != "gguf":
-        metadata, entries = gguf_form(checkpoint)
+        metadata, entries = gguf_form(checkpoint, tokenizer)
         return Model(metadata, metadata, entries)
     file = GGUFFile.open(checkpoint.path)
     stored = {k: RawValue(bytes(v)) for k, v in file.stored_metadata.items() if not _SPLIT.fullmatch(k)}

@@ -44,18 +44,19 @@ def convert_folder(source: Path, out: Path, type: str, *, progress: Progress | N
         Row(name, t.shape, t.type, chosen if t.type in _FLOATS else t.type) for name, t in checkpoint.tensors.items()
     ]
     with new_folder(out) as work:
-        _copy_others(checkpoint, source, work, TYPES[type])
+        copy_others(source, work)
+        config = dict(checkpoint.metadata)
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = TYPES[type]
+        (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _write(checkpoint, rows, work / SINGLE_NAME, progress)
     return Quantized(out, type, rows)
 
 
-def _copy_others(checkpoint: Checkpoint, source: Path, work: Path, dtype: str) -> None:
+def copy_others(source: Path, folder: Path) -> None:
+    """Copies the files of a Hugging Face folder that are neither weights nor its config."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name != CONFIG_NAME and not file.name.endswith(_WEIGHTS):
-            shutil.copyfile(file, work / file.name)
-    config = dict(checkpoint.metadata)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            shutil.copyfile(file, folder / file.name)
 
 
 def _write(checkpoint: Checkpoint, rows: list[Row], path: Path, progress: Progress | None) -> None:

@@ -114,9 +114,14 @@ def _load(checkpoint: Checkpoint, options: LoadOptions, *, is_draft: bool) -> tu
 
 
 def _own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer of a model's files. A config.yaml may have none beside it: then its base's, or None."""
+    """The tokenizer of a model's files, None for a GGUF file that says that it has none.
+
+    A config.yaml may have none beside it: then its base's, or None.
+    """
     from mnemos.text.tokenizer import Tokenizer
 
+    if checkpoint.metadata.get("tokenizer.ggml.model") == "none":
+        return None
     if "memory_config" not in checkpoint.metadata:
         return Tokenizer.from_checkpoint(checkpoint)
     for folder in (checkpoint.folder, checkpoint.base):

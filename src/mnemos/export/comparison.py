@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mnemos.errors import ModelError
 from mnemos.export.example import Example, answer_of
 from mnemos.export.messages import first_line
+from mnemos.export.report import OF_LARGEST
 
 Arrays = list[npt.NDArray[Any]]
 Floats64 = npt.NDArray[np.float64]
@@ -49,7 +50,7 @@ def _relative(have: Floats64, want: Floats64) -> float:
     return math.sqrt(float(np.mean(apart**2))) / max(size, _TINY)
 
 
-LARGEST = Measure(_largest, "the largest value")
+LARGEST = Measure(_largest, OF_LARGEST)
 RELATIVE = Measure(_relative, "the results' root mean square")
 
 

@@ -10,7 +10,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +21,15 @@ from torch import Tensor, nn
 from mnemos.compress.modules.batches import evaluating
 from mnemos.compress.modules.quantized_model import QuantizedModel
 from mnemos.errors import CapacityError, ConfigError, MnemosError, ModelError, shown
-from mnemos.export.comparison import LARGEST, Compared, Run, compare, speed_ratios
+from mnemos.export.comparison import Compared, Run, compare, speed_ratios
 from mnemos.export.example import Example, answer_of, plain_attention
 from mnemos.export.messages import first_line
+from mnemos.export.report import ExportReport as ExportReport
 from mnemos.formats.whole_file import not_written
 
 TOLERANCE = 1e-5  # of the largest value expected
 _LOGGERS = ("torch", "torch.onnx", "torch.fx", "torch._dynamo", "torch.export", "torch.fx.experimental.symbolic_shapes",
             "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written and how it was checked.
-
-    bytes: of the file and those of the same name; parameter_bytes: of the module's own, shared ones once; error: the
-    largest difference, as a part of `unit`; speed: times as fast as PyTorch, by the size of the input; versions: of
-    what wrote and ran it; notes: what a reader should know.
-    """
-
-    format: str
-    path: Path
-    bytes: int
-    parameter_bytes: int
-    error: float
-    shapes: tuple[str, ...]
-    inputs: int
-    versions: dict[str, str]
-    speed: dict[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    unit: str = LARGEST.unit
-
-    def __str__(self) -> str:
-        rows = [
-            ("file", f"{self.path}"),
-            ("format", self.format + "".join(f", {name} {version}" for name, version in self.versions.items())),
-            ("size", f"{self.bytes / 1e6:.2f} MB, {self.bytes / max(1, self.parameter_bytes):.2f} x the parameters"),
-            ("error", f"{self.error:.1e} of {self.unit}, over {self.inputs} inputs: {'; '.join(self.shapes)}"),
-        ]
-        if self.speed:
-            ratios = ", ".join(f"{ratio:.2f} x at {size}" for size, ratio in self.speed.items())
-            rows.append(("speed", f"PyTorch's {ratios}"))
-        rows += [("note", note) for note in self.notes]
-        return "\n".join(f"{name:<8}{value}" for name, value in rows)
 
 
 class FlatOutputs(nn.Module):

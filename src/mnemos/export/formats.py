@@ -88,6 +88,18 @@ def _openvino_no_cache(source: ExportSource, path: Path) -> ExportReport:
     return OpenVINOExporter(source.form, TOLERANCE).export(path)
 
 
+def _gguf(source: ExportSource, path: Path, type: str | None = None) -> ExportReport:
+    from mnemos.export.gguf import export_to_gguf
+
+    return export_to_gguf(source.checkpoint, path, type, overwrite=True)
+
+
+def _safetensors(source: ExportSource, path: Path, dtype: str | None = None) -> ExportReport:
+    from mnemos.export.safetensors import export_to_safetensors
+
+    return export_to_safetensors(source.checkpoint, path, dtype, overwrite=True)
+
+
 FORMATS = {
     "onnx": Format("onnx/model.onnx", _onnx, "ONNX with a cache, in a folder that onnxruntime-genai runs"),
     "onnx-int8": Format("onnx-int8/model.onnx", partial(_onnx, bits=8), "the same with weights of 8 bits"),
@@ -98,7 +110,26 @@ FORMATS = {
     "aoti": Format("model-compiled.pt2", _compiled_program, "machine code by AOTInductor, for this kind of CPU"),
     "openvino": Format("openvino_model.xml", _openvino, "OpenVINO with a cache that the runtime keeps"),
     "openvino-no-cache": Format("openvino_model_no_cache.xml", _openvino_no_cache, "OpenVINO: token ids to logits"),
+    "gguf": Format("model.gguf", _gguf, "GGUF for llama.cpp; gguf-TYPE: in a type of mnemos quantize, as gguf-q4_k_m"),
+    "safetensors": Format(
+        "safetensors", _safetensors, "a folder for transformers; safetensors-TYPE: in f32, f16 or bf16"
+    ),
 }
+
+
+def format_named(name: str) -> Format:
+    """A format by its name, or by the name of one that takes a type and that type. ConfigError: there is none."""
+    from mnemos.compress.plan import mix_named
+
+    if name in FORMATS:
+        return FORMATS[name]
+    family, _, type = name.partition("-")
+    if family == "gguf" and type:
+        known, _ = mix_named(type)
+        return Format(f"model-{known}.gguf", partial(_gguf, type=known), "")
+    if family == "safetensors" and type:
+        return Format(name, partial(_safetensors, dtype=type), "")
+    raise ConfigError(f"--to is {name!r}; expected some of {', '.join(FORMATS)}, with commas between")
 
 
 def export_model(
@@ -114,17 +145,17 @@ def export_model(
     begun: called with each format's name before it is written. ConfigError: an unknown format, or a file that exists;
     other errors are those of `TorchForm` and the exporters. A format that fails leaves the ones before it.
     """
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown or not formats:
-        raise ConfigError(f"--to is {','.join(formats)!r}; expected some of {', '.join(FORMATS)}, with commas between")
-    there = [folder / FORMATS[name].path for name in formats if (folder / FORMATS[name].path).exists()]
+    if not formats:
+        raise ConfigError(f"--to is empty; expected some of {', '.join(FORMATS)}, with commas between")
+    chosen = {name: format_named(name) for name in formats}
+    there = [folder / one.path for one in chosen.values() if (folder / one.path).exists()]
     if there and not overwrite:
         raise ConfigError(f"{there[0]} exists; choose another folder, or replace it with --overwrite")
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder} is a file; expected a folder")
     model = ExportSource(open_checkpoint(source))
     reports = {}
-    for name in dict.fromkeys(formats):
+    for name, one in chosen.items():
         begun(name)
-        reports[name] = FORMATS[name].write(model, folder / FORMATS[name].path)
+        reports[name] = one.write(model, folder / one.path)
     return reports

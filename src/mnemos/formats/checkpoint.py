@@ -93,17 +93,18 @@ def _open_pickled(path: Path) -> Checkpoint:
 
 def _trained_by(path: Path, state: PickledState) -> str:
     """The architecture of a training script's checkpoint, by the names of its hyperparameters."""
-    for name, needed in _TRAINED.items():
+    for name, needed in TRAINED_BY.items():
         if needed <= state.arguments.keys():
             return name
-    forms = " or ".join(f"{', '.join(sorted(needed))} ({name})" for name, needed in _TRAINED.items())
+    forms = " or ".join(f"{', '.join(sorted(needed))} ({name})" for name, needed in TRAINED_BY.items())
     raise FormatError(
         f"{path}: its hyperparameters are {', '.join(sorted(state.arguments))[:200]}; expected {forms}, or a "
         "config.json in the same folder: load another model into your own module and give that to InferenceEngine"
     )
 
 
-_TRAINED = {"MiniLLM": {"dim", "n_layers", "n_heads"}, "NanoGPT": {"n_embd", "n_layer", "n_head", "block_size"}}
+# A training script's architecture -> names of hyperparameters that only its checkpoints have together.
+TRAINED_BY = {"MiniLLM": {"dim", "n_layers", "n_heads"}, "NanoGPT": {"n_embd", "n_layer", "n_head", "block_size"}}
 
 
 def _open_huggingface(path: Path, folder: Path, tensors: Mapping[str, Tensor]) -> Checkpoint:
@@ -166,7 +167,7 @@ def open_package(package: Package, *, without_adapter: bool = False) -> Checkpoi
 def _open_packed_module(package: Package) -> Checkpoint:
     """A module whose class is a known one: its config is that of an architecture, or of a training script."""
     folder, config = package.path, read_json_object(package.path / CONFIG_NAME)
-    name = next((name for name, needed in _TRAINED.items() if needed <= config.keys()), None)
+    name = next((name for name, needed in TRAINED_BY.items() if needed <= config.keys()), None)
     named = config if {"architectures", "model_type"} & config.keys() else {"architectures": [name], **config}
     if named is not config and name is None:
         raise UnsupportedError(f"{folder}: holds a {package.metadata.get('model_class')}; {_load(package)}")

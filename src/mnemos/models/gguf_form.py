@@ -6,6 +6,7 @@ What was converted is read again as if from the file, and must give the same hyp
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -37,6 +38,7 @@ from mnemos.models.weights import HARMLESS, gguf_tensor_name, swapped, without_p
 from mnemos.text.gguf_form import tokenizer_metadata
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.((?:gate|up|down)_proj\.weight)")
+_WITHOUT_WINDOWS = ("llama", "phi3")  # architectures for which llama.cpp ignores the sliding window
 _TABLES = tuple(GGUF_TABLES.values())
 
 
@@ -46,6 +48,13 @@ def gguf_form(checkpoint: Checkpoint, tokenizer: Path | None = None) -> tuple[di
     tokenizer: the folder of its tokenizer; None: the model's own. UnsupportedError if GGUF cannot express the model, or
     its architecture or tokenizer has no conversion here.
     """
+    metadata, tensors = bare_gguf_form(checkpoint)
+    size = open_architecture(checkpoint).config.vocab_size
+    return metadata | tokenizer_metadata(tokenizer or checkpoint.folder, size), tensors
+
+
+def bare_gguf_form(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """`gguf_form` without a tokenizer."""
     read = open_architecture(checkpoint)
     form = form_of(checkpoint, read)
     config: Any = read.config
@@ -56,9 +65,15 @@ def gguf_form(checkpoint: Checkpoint, tokenizer: Path | None = None) -> tuple[di
     metadata |= {f"{form.name}.{key}": value for key, value in _hyperparameters(checkpoint, config, form)}
     if hasattr(config, "rope"):
         tensors |= {entry.name: entry for entry in _rope_tables(config.rope)}
+    reach = max(config.windows)
+    if form.name in _WITHOUT_WINDOWS and 0 < reach < config.context_length:
+        warnings.warn(
+            f"{checkpoint.path}: its attention reaches back {reach} tokens, which llama.cpp does not limit in "
+            f"{form.name} models: in longer texts it computes something else than the model",
+            stacklevel=3,
+        )
     small = without_values(tensors, _TABLES)
     check_same(checkpoint, read, Checkpoint("gguf", checkpoint.path, metadata, small))
-    metadata |= tokenizer_metadata(tokenizer or checkpoint.folder, config.vocab_size)
     return metadata, tensors
 
 
@@ -142,7 +157,7 @@ class _Entries:
         if name.endswith(".mlp.experts.down_proj"):
             name += ".weight"
         target = self._name(name)
-        part = target.split(".")[-2]
+        part = target.rpartition(".")[0].rpartition(".")[2]
         order = row_order(self.form, self.config, part)
         if part in self.form.transposed and len(tensor.shape) == 2:
             yield Entry(target, tensor.type, tensor.shape[::-1], lambda: replace(swapped(tensor), name=target))

@@ -46,6 +46,13 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
         raise not_written(folder, error, what="the tokenizer") from error
 
 
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether `write_tokenizer` finds one among the model's files."""
+    if checkpoint.kind == "gguf":
+        return checkpoint.metadata.get("tokenizer.ggml.model") not in (None, "none")
+    return any((checkpoint.folder / name).is_file() for name in (TOKENIZER_NAME, "tokenizer.model"))
+
+
 def tokenizer_json(metadata: Mapping[str, Any], label: str) -> dict[str, Any]:
     """The content of a tokenizer.json for the tokenizer in GGUF metadata; `label` is the file, for errors.
 
@@ -79,10 +86,12 @@ def _write_metadata(checkpoint: Checkpoint, folder: Path) -> list[str]:
     files = {name: text for name, text in templates.items() if "\r" not in text}
     if files != templates:  # a reader of text files would take another line end for "\n"
         files = {}
-        config["chat_template"] = [
-            {"name": "default" if name == TEMPLATE_NAME else Path(name).stem, "template": text}
-            for name, text in templates.items()
-        ]
+        listed = {"default" if name == TEMPLATE_NAME else Path(name).stem: text for name, text in templates.items()}
+        config["chat_template"] = (
+            listed["default"]
+            if list(listed) == ["default"]
+            else [{"name": name, "template": text} for name, text in listed.items()]
+        )
     written = [
         _write_json(folder / TOKENIZER_NAME, _json_of(found, metadata)),
         _write_json(folder / CONFIG_NAME, config, indent=2),

@@ -1,0 +1,101 @@
+"""Folders of safetensors: transformers reads them, with the model's logits and the tokenizer's ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+hf = pytest.importorskip("transformers")
+
+from mnemos import InferenceEngine, export_to_gguf, export_to_safetensors  # noqa: E402
+from mnemos.errors import ConfigError, FormatError  # noqa: E402
+from mnemos.formats.safetensors import open_safetensors  # noqa: E402
+from tests.export.gguf_models import TEMPLATE, folder_of, mini_llm_checkpoint, read_config  # noqa: E402
+
+IDS = [5, 300, 77, 12, 600, 41, 3]
+
+
+def theirs(folder: Path, ids: list[int]) -> np.ndarray:
+    """What transformers computes, in the type that the folder names."""
+    module = hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return module(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mixtral"])
+def test_a_gguf_file_becomes_a_folder_for_transformers(name: str, tmp_path: Path) -> None:
+    reference = folder_of(name, tmp_path / "model")
+    export_to_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    report = export_to_safetensors(tmp_path / "model.gguf", tmp_path / "out")
+    assert report.path == tmp_path / "out" and report.error < 1e-6 and report.inputs == 6
+    assert np.allclose(theirs(report.path, IDS), reference.logits(IDS), rtol=1e-5, atol=1e-5)
+    tokenizers = (
+        hf.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model"),
+        hf.AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
+    for text in ("Hello world, 12345!", "<|start|>a\n\n b <|end|>[user]", "\u4f60\u597d \U0001f600"):
+        first, second = (tokenizer(text)["input_ids"] for tokenizer in tokenizers)
+        assert first == second
+    assert tokenizers[1].chat_template == TEMPLATE
+    with InferenceEngine.from_pretrained(report.path, dtype="float32") as engine:
+        assert np.allclose(engine.logits(IDS), reference.logits(IDS), atol=1e-4)
+
+
+def test_quantized_weights_become_float32_or_what_is_asked_for(tmp_path: Path) -> None:
+    folder_of("llama", tmp_path / "model")
+    export_to_gguf(tmp_path / "model", tmp_path / "model.gguf", "q8_0")
+    report = export_to_safetensors(tmp_path / "model.gguf", tmp_path / "f32")
+    assert report.error < 1e-6 and read_config(report.path)["torch_dtype"] == "float32"
+    with InferenceEngine.from_pretrained(tmp_path / "model.gguf", dtype="float32") as engine:
+        assert np.allclose(theirs(report.path, IDS), engine.logits(IDS), rtol=1e-5, atol=2e-5)
+    half = export_to_safetensors(tmp_path / "model.gguf", tmp_path / "bf16", "bf16")
+    assert 0 < half.error < 0.1 and read_config(half.path)["torch_dtype"] == "bfloat16"
+    assert {t.type.name for t in open_safetensors(half.path / "model.safetensors").values()} == {"BF16"}
+
+
+def test_a_folder_keeps_its_files(tmp_path: Path) -> None:
+    reference = folder_of("qwen2", tmp_path / "model")
+    (tmp_path / "model" / "LICENSE").write_text("free")
+    report = export_to_safetensors(tmp_path / "model", tmp_path / "out")
+    assert report.error == 0
+    assert (report.path / "LICENSE").read_text() == "free"
+    assert (report.path / "tokenizer.json").read_bytes() == (tmp_path / "model" / "tokenizer.json").read_bytes()
+    assert np.array_equal(theirs(report.path, IDS), reference.logits(IDS))
+
+
+def test_a_module_in_memory(tmp_path: Path) -> None:
+    reference = folder_of("qwen3moe", tmp_path / "model")
+    tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    report = export_to_safetensors(reference.module, tmp_path / "out", tokenizer=tokenizer)
+    assert report.error < 1e-5
+    assert np.allclose(theirs(report.path, IDS), reference.logits(IDS), atol=1e-5)
+    assert hf.AutoTokenizer.from_pretrained(report.path)("Hello")["input_ids"] == tokenizer("Hello")["input_ids"]
+
+
+def test_mini_llm_becomes_a_llama(tmp_path: Path) -> None:
+    module = mini_llm_checkpoint(tmp_path / "ckpt.pt")
+    report = export_to_safetensors(tmp_path / "ckpt.pt", tmp_path / "out")
+    assert read_config(report.path)["architectures"] == ["LlamaForCausalLM"]
+    ids = [5, 17, 3, 60, 0, 22, 41]
+    with torch.no_grad():
+        assert np.allclose(theirs(report.path, ids), module(torch.tensor([ids]))[0][0].numpy(), atol=1e-4)
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    folder_of("llama", tmp_path / "model")
+    with pytest.raises(ConfigError, match="dtype is 'q8_0'; expected one of f32, f16, bf16"):
+        export_to_safetensors(tmp_path / "model", tmp_path / "out", "q8_0")
+    with pytest.raises(ConfigError, match="model exists; choose another path"):
+        export_to_safetensors(tmp_path / "model", tmp_path / "model")
+    with pytest.raises(ConfigError, match="is a file; expected the path of a folder"):
+        export_to_safetensors(tmp_path / "model", tmp_path / "model" / "config.json")
+    with pytest.raises(FormatError, match="cannot be written"):
+        export_to_safetensors(tmp_path / "model", tmp_path / "model" / "config.json" / "out")
+    export_to_safetensors(tmp_path / "model", tmp_path / "out")
+    (tmp_path / "out" / "old").write_text("x")
+    export_to_safetensors(tmp_path / "model", tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "old").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
