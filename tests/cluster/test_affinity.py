@@ -75,3 +75,15 @@ def test_an_agents_changing_header_is_left_out() -> None:
 def test_what_has_no_prompt_has_none() -> None:
     for body in (b"", b"[]", b"{", b"{}", b'"text"', b"[" * 100_000):
         assert prompt_of([], body) == ""
+
+
+def test_requests_of_one_session_go_together() -> None:
+    def of(session: str, text: str, key: bytes = b"") -> str:
+        body = {"model": "m", "session": session, "messages": [{"role": "user", "content": text}]}
+        return prompt_of([(b"authorization", key)] if key else [], json.dumps(body).encode())
+
+    assert of("rainbow", "first") == of("rainbow", "second")
+    assert len({of("rainbow", ""), of("other", ""), of("rainbow", "", b"key")}) == 3
+    affinity = Affinity()
+    affinity.note(of("rainbow", "first"), "b")
+    assert affinity.ranked(of("rainbow", "second"), {"a": 0, "b": 1})[0] == "b"

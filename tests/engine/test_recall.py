@@ -1,226 +1,119 @@
-"""Engines with a memory: rows of long texts recall pages, and nothing depends on batches, chunks or what is cached."""
+"""What is found again by its words: texts and sessions, ranked, offered and preloaded, never taken as an answer."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
+import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-from mnemos import Memory
-from mnemos.engine.completion import Completion
 from mnemos.engine.engine import InferenceEngine
-from mnemos.errors import ConfigError, FormatError, UnsupportedError
-from mnemos.formats.checkpoint import open_checkpoint
-from mnemos.memory.calibration import far_heads
-from mnemos.models.load import LoadedModel, load_model
-from tests.engine.toys import ToyModel
-from tests.models.checkpoints import CONFIGS, build, token_ids
+from mnemos.errors import ConfigError, FormatError, RequestError
+from tests.engine.toys import LetterTokenizer, ToyModel
 
-CONTEXT, PAGE = 512, 32
-MEMORY = Memory(window=64, recall=64, sinks=32)
-WHOLE = 160  # positions that a row sees
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = CONFIGS["llama"]()
-    config.max_position_embeddings = CONTEXT
-    folder = tmp_path_factory.mktemp("llama")
-    build(config, folder)
-    return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_home(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MNEMOS_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
-
-
-def load(folder: Path, **options: Any) -> LoadedModel:
-    return load_model(open_checkpoint(folder), **{"dtype": "float32", **options})
-
-
-def results(completion: Completion) -> list[Any]:
-    return [(choice.token_ids, choice.logprobs, choice.top_logprobs, choice.score) for choice in completion.choices]
-
-
-SHARED = token_ids(230, seed=9)
-PROMPTS = [token_ids(n, seed=n) for n in (3, 100, 171, 333)] + [SHARED + token_ids(n, seed=n) for n in (20, 21, 90)]
-SETTINGS: dict[str, dict[str, Any]] = {
-    "greedy": {"logprobs": 3},
-    "beams": {"num_beams": 3, "logprobs": 3},
-    "several": {"n": 3, "temperature": 1.3, "seed": 5, "logprobs": 3},
-    "lookup": {"speculative": "prompt_lookup", "logprobs": 3},
-    "draft": {"speculative": "draft", "temperature": 0.7, "seed": 3},
+TEXTS = {
+    "boats": "The harbour has forty boats, of which nine are red.",
+    "bees": "Bees dance to tell each other where flowers are.",
+    "bread": "Bread rises because yeast makes bubbles of gas.",
 }
 
 
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, list[list[Any]]]:
-    """The results of each request alone, without shared prefixes."""
-    with InferenceEngine(load(folder), prefix_cache=False, memory=MEMORY, draft_model=load(folder)) as engine:
-        return {
-            name: [results(engine.complete(p, max_new_tokens=40, ignore_eos=True, **settings)) for p in PROMPTS]
-            for name, settings in SETTINGS.items()
-        }
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[InferenceEngine]:
+    with InferenceEngine(ToyModel(), LetterTokenizer(), cache_tokens=4000, session_dir=tmp_path) as made:
+        yield made
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("batch_tokens", [48, 512])
-def test_results_do_not_depend_on_what_runs_beside_them(
-    folder: Path, alone: dict[str, list[list[Any]]], name: str, batch_tokens: int
-) -> None:
-    """Together, twice over, with prefixes shared, drafts verified and prompts cut."""
-    with InferenceEngine(
-        load(folder), memory=MEMORY, max_batch_tokens=batch_tokens, draft_model=load(folder)
-    ) as engine:
-
-        def complete(prompt: list[int]) -> list[Any]:
-            return results(engine.complete(prompt, max_new_tokens=40, ignore_eos=True, **SETTINGS[name]))
-
-        with ThreadPoolExecutor(len(PROMPTS)) as threads:
-            assert list(threads.map(complete, PROMPTS)) == alone[name]
-        assert [complete(prompt) for prompt in PROMPTS] == alone[name]
-        assert engine.stats().cached_tokens > 0
+def fill(engine: InferenceEngine) -> None:
+    for name, text in TEXTS.items():
+        assert engine.memory.add(text, name) == name
 
 
-def test_preempted_requests_have_the_same_results(folder: Path) -> None:
-    prompts = [token_ids(200, seed=seed) for seed in range(3)]
-
-    def complete(engine: InferenceEngine, prompt: list[int]) -> list[Any]:
-        return results(engine.complete(prompt, max_new_tokens=100, ignore_eos=True, logprobs=3))
-
-    with InferenceEngine(load(folder), prefix_cache=False, memory=MEMORY) as engine:
-        expected = [complete(engine, prompt) for prompt in prompts]
-    with InferenceEngine(load(folder), cache_tokens=24 * PAGE, memory=MEMORY) as engine:
-        with ThreadPoolExecutor(len(prompts)) as threads:
-            assert list(threads.map(partial(complete, engine), prompts)) == expected
-        assert engine.stats().preemptions > 0
+def names(engine: InferenceEngine, question: str, **options: Any) -> list[str]:
+    return [one.name for one in engine.memory.recall(question, **options)]
 
 
-@pytest.mark.parametrize("backend", ["native", "numpy"])
-def test_short_texts_are_computed_as_without_a_memory(folder: Path, backend: str) -> None:
-    tokens = token_ids(300, seed=4)
-    with InferenceEngine(load(folder, backend=backend)) as plain:
-        expected = plain.logits(tokens)
-    with InferenceEngine(load(folder, backend=backend), memory=MEMORY) as engine:
-        logits = engine.logits(tokens)
-    if backend == "native":
-        assert np.array_equal(logits[:WHOLE], expected[:WHOLE])
-    else:  # NumPy's own products promise no bits
-        np.testing.assert_allclose(logits[:WHOLE], expected[:WHOLE], atol=1e-4)
-    assert np.abs(logits[WHOLE:] - expected[WHOLE:]).max() > 1e-3
+def test_the_best_text_comes_first(engine: InferenceEngine, tmp_path: Path) -> None:
+    fill(engine)
+    found = engine.memory.recall("How many boats are red?", k=2)
+    assert found[0].name == "boats" and found[0].text == TEXTS["boats"] and found[0].kind == "text"
+    assert [one.score for one in found] == sorted([one.score for one in found], reverse=True)
+    assert names(engine, "Why does bread rise?", k=1) == ["bread"]
+    assert names(engine, "xylophone") == []
+    with InferenceEngine(ToyModel(), session_dir=tmp_path) as another:
+        assert names(another, "What do bees tell?", k=1) == ["bees"]
+        another.memory.add("Bees make honey, and bees make wax.", "bees")
+        another.memory.forget("boats")
+    assert names(engine, "red boats") == [] and engine.memory.texts()["bees"].startswith("Bees make")
+    assert "boats" not in (tmp_path / "texts.jsonl").read_text()
+    if os.name == "posix":
+        assert stat.S_IMODE((tmp_path / "texts.jsonl").stat().st_mode) == 0o600
 
 
-def test_backends_agree(folder: Path) -> None:
-    """The same heads recall, and rows choose the same pages."""
-    logits = []
-    for backend in ("native", "numpy"):
-        model = load(folder, backend=backend)
-        with InferenceEngine(model, memory=replace(MEMORY, heads=1.0)) as engine:
-            logits.append(engine.logits(token_ids(260, seed=4)))
-            assert engine.spec.layout.recall is not None and engine.spec.layout.recall.heads == ((0, 1),) * 3
-    assert np.abs(logits[0] - logits[1]).max() < 1e-3
+def test_sessions_are_found_by_what_was_said(engine: InferenceEngine) -> None:
+    fill(engine)
+    engine.session("garden").append("the roses want water in the evening")
+    engine.session("kitchen").append("the oven wants cleaning")
+    assert names(engine, "when do roses get water", kinds=["session"], k=1) == ["garden"]
+    assert "garden" not in names(engine, "when do roses get water", kinds=["text"])
+    engine.session("garden").forget()
+    assert "garden" not in names(engine, "when do roses get water")
 
 
-def test_texts_may_be_longer_than_the_trained_context(folder: Path) -> None:
-    tokens = token_ids(900, seed=4)
-    with InferenceEngine(load(folder), memory={"window": 64, "recall": 64}, context_length=1000) as engine:
-        assert engine.spec.context_length == 1000
-        assert len(engine.generate(tokens, max_new_tokens=10, ignore_eos=True)) == 910
-    with pytest.raises(ConfigError, match=r"context_length is 200000; with a memory, this model takes 1 to 131072"):
-        InferenceEngine(load(folder), memory=True, context_length=200_000)
+def test_a_recalled_session_can_be_brought_into_the_cache(tmp_path: Path) -> None:
+    text = "the roses want water in the evening"
+    with InferenceEngine(ToyModel(), LetterTokenizer(), session_dir=tmp_path) as engine:
+        engine.session("garden").append(text)
+    with InferenceEngine(ToyModel(), LetterTokenizer(), session_dir=tmp_path, cache_tokens=4000) as engine:
+        assert names(engine, "roses") == ["garden"] and engine.stats().prefix_pages == 0
+        assert names(engine, "roses", preload=True) == ["garden"]
+        assert engine.stats().prefix_pages == len(text) // 4
+        busy = engine.session("garden")
+        turn = busy.submit("a", max_new_tokens=1)
+        assert names(engine, "roses", preload=True) == ["garden"]  # in use: nothing to do
+        turn.result()
 
 
-def test_saved_prefixes_are_bound_to_the_policy(folder: Path, tmp_path: Path) -> None:
-    tokens = token_ids(300, seed=4)
-    with InferenceEngine(load(folder), memory=MEMORY) as engine:
-        expected = results(engine.complete(tokens, max_new_tokens=9, logprobs=2))
-        engine.save_prefix_cache(tmp_path / "prefixes")
-    with InferenceEngine(load(folder), memory=MEMORY) as engine:
-        assert engine.load_prefix_cache(tmp_path / "prefixes") == 9
-        completion = engine.complete(tokens, max_new_tokens=9, logprobs=2)
-        assert completion.usage.cached_tokens == 288 and results(completion) == expected
-    for other in (None, replace(MEMORY, recall=32)):
-        with (
-            InferenceEngine(load(folder), memory=other) as engine,
-            pytest.raises(FormatError, match="made for the model"),
-        ):
-            engine.load_prefix_cache(tmp_path / "prefixes")
+def test_an_encoder_ranks_instead(engine: InferenceEngine) -> None:
+    fill(engine)
+    calls = []
+
+    def letters(text: str) -> list[float]:
+        calls.append(text)
+        return [text.count(letter) for letter in "bz"]
+
+    assert names(engine, "bbbb", k=1, encoder=letters) == ["boats"]
+    assert len(calls) == 4
+    engine.memory.encoder = letters
+    assert names(engine, "zzzz b", k=3) and len(calls) == 5  # each text is encoded once
+    with pytest.raises(ConfigError, match="encoder gives no vector of numbers"):
+        engine.memory.recall("a", encoder=lambda text: "no")
+    with pytest.raises(ConfigError, match="not all finite"):
+        engine.memory.recall("a", encoder=lambda text: [float("nan")])
+    with pytest.raises(ConfigError, match="of 2 and of 1 values"):
+        engine.memory.recall("aa", encoder=lambda text: [1.0] * (2 if text == "aa" else 1))
 
 
-def test_far_heads_are_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MNEMOS_HOME", str(tmp_path))
-    heads = far_heads(load(folder), 0.5)
-    assert sum(map(len, heads)) == 3
-    (stored,) = (tmp_path / "recall").iterdir()
-    monkeypatch.setattr("mnemos.memory.calibration.measure", lambda *_: pytest.fail("measured again"))
-    assert far_heads(load(folder), 0.5) == heads
-    assert sum(map(len, far_heads(load(folder), 0.01))) == 1
-    stored.write_text("{")
-    with pytest.raises(pytest.fail.Exception, match="measured again"):
-        far_heads(load(folder), 0.5)
-
-
-def test_an_endless_text_starts_again_with_its_newest_half(folder: Path) -> None:
-    with InferenceEngine(load(folder), memory=MEMORY, context_length=256) as engine:
-        settings = {"overflow": "sliding", "max_new_tokens": 300, "ignore_eos": True}
-        once, again = (engine.generate(token_ids(100), **settings) for _ in range(2))
-        assert len(once) == 400 and once == again
-
-
-@pytest.mark.parametrize(
-    ("memory", "message"),
-    [
-        ({"window": 16}, "window is 16; expected a multiple of 32, the page size, from 32"),
-        ({"recall": 100}, "recall is 100; expected a multiple of 32"),
-        ({"heads": 0}, "memory: heads is 0"),
-        ({"window": -32}, "memory: window is -32"),
-        ({"windows": 512}, "memory has no field 'windows'; did you mean window"),
-        ("window:512", "memory"),
-        (512, "memory"),
-    ],
-)
-def test_policies_that_do_not_fit_are_named(folder: Path, memory: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        InferenceEngine(load(folder), memory=memory)
-
-
-def test_a_policy_can_be_written_as_text() -> None:
-    assert Memory.read("window=64, recall=96,heads=0.25") == Memory(window=64, recall=96, heads=0.25)
-    assert Memory.read(True) == Memory.read("default") == Memory.read({}) == Memory()
-
-
-def test_models_that_cannot_recall_are_named(tmp_path: Path) -> None:
-    import torch
-
-    with pytest.raises(UnsupportedError, match="toy"):
-        InferenceEngine(ToyModel(), memory=MEMORY)
-    with pytest.raises(UnsupportedError, match="module in PyTorch"):
-        InferenceEngine(torch.nn.Embedding(10, 10), memory=MEMORY)
-    build(CONFIGS["mistral"](), tmp_path)
-    with pytest.raises(UnsupportedError, match="every layer has a window, of 7"):
-        InferenceEngine(load(tmp_path), memory=MEMORY)
-    with pytest.raises(UnsupportedError, match="backend native or numpy"):
-        InferenceEngine(load(tmp_path, backend="torch"), memory=MEMORY)
-
-
-def test_layers_with_windows_keep_them(tmp_path: Path) -> None:
-    """Of Gemma 3, only the global layers recall; the local ones drop their pages as before."""
-    config = CONFIGS["gemma3"]()
-    config.sliding_window, config.max_position_embeddings = 40, CONTEXT
-    build(config, tmp_path)
-    with InferenceEngine(load(tmp_path), memory=MEMORY, max_batch_tokens=64) as engine:
-        recall = engine.spec.layout.recall
-        assert recall is not None and [len(heads) for heads in recall.heads].count(0) >= 5
-        tokens = token_ids(400, seed=2)
-        first, second = (results(engine.complete(tokens, max_new_tokens=30, logprobs=2)) for _ in range(2))
-        assert first == second
+def test_wrong_values_are_named(engine: InferenceEngine, tmp_path: Path) -> None:
+    for call, match in [
+        (lambda: engine.memory.add("  "), "text is '  '"),
+        (lambda: engine.memory.add("a", ""), "name is ''"),
+        (lambda: engine.memory.forget("nothing"), "there is no text of this name"),
+        (lambda: engine.memory.recall("a", 0), "k is 0"),
+        (lambda: engine.memory.recall("a", kinds=["page"]), "kinds is"),  # type: ignore[list-item]
+    ]:
+        with pytest.raises((RequestError, ConfigError), match=match):
+            call()
+    engine.memory.add("one two", "one")
+    path = tmp_path / "texts.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"name": "torn", "te')  # killed while it was written
+    assert list(engine.memory.texts()) == ["one"]
+    engine.memory.add("three four", "three")
+    assert list(engine.memory.texts()) == ["one", "three"] and b"torn" not in path.read_bytes()
+    path.write_bytes(b"nonsense\n" + whole)
+    with InferenceEngine(ToyModel(), session_dir=tmp_path) as another, pytest.raises(FormatError, match="line 1 after"):
+        another.memory.texts()

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mnemos.engine.decide import Decision
     from mnemos.engine.options import EngineKeywords, LoadKeywords
     from mnemos.engine.pacing import Pacer
+    from mnemos.engine.recall import SemanticMemory
     from mnemos.engine.session import Session
     from mnemos.engine.sessions import Sessions
     from mnemos.engine.statistics import Statistics
@@ -341,6 +342,14 @@ class InferenceEngine:
     def forget_session(self, name: str, *, tenant: str = "") -> None:
         """Deletes a session, also one that is damaged or of another model. FormatError if there is none."""
         self._sessions.forget(name, tenant)
+
+    @cached_property
+    def memory(self) -> SemanticMemory:
+        """What the engine finds again by its words: stored texts, and its sessions; see `mnemos.engine.recall`."""
+        from mnemos.engine.recall import SemanticMemory
+        from mnemos.memory.session_folder import session_folder
+
+        return SemanticMemory(self._sessions, session_folder(self.session_dir), self.tokenizer)
 
     # Evaluation of given tokens.
 

@@ -218,6 +218,15 @@ class Session:
             self._busy.release()
         return len(token_ids)
 
+    def preload(self, *, cache_salt: str | None = None) -> None:
+        """Brings what was said into the cache ahead of the next turn, as far as it is stored and there is room."""
+        self._begin()
+        try:
+            if self._file.tokens:
+                self._pages.load([*self._file.tokens, 0], cache_salt)
+        finally:
+            self._busy.release()
+
     def drop(self, messages: int) -> None:
         """Forgets the oldest messages after a system message, for a context that is too short for all.
 

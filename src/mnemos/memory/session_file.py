@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mnemos.memory.session_records import (
     StoredPage,
     Summary,
     Turn,
+    after,
     check_tail,
     live_pages,
     page_record,
@@ -258,9 +259,7 @@ class SessionFile:
 
     def _take(self, turn: Turn) -> None:
         self.turns.append(turn)
-        self.tokens = [*self.tokens[: turn.keep], *turn.tokens]
-        start, stop = turn.removed
-        self.messages = [*self.messages[:start], *self.messages[stop:], *turn.messages]
+        self.messages, self.tokens = after(turn, self.messages, self.tokens)
 
     def _write(self, turn: Turn, pages: Iterable[StoredPage]) -> None:
         at, places = self.size, {}
@@ -330,6 +329,25 @@ class SessionFile:
 
 def summary_of(path: Path) -> Summary:
     """What a session's file says about it, also while it is in use. FormatError if it is none."""
+    with _reading(path) as (descriptor, header, ended):
+        status = os.fstat(descriptor)
+        tokens = ended[-1].turn.keep + len(ended[-1].turn.tokens) if ended else 0
+        return Summary(header["name"], header["model"], len(ended), tokens, status.st_size, status.st_mtime)
+
+
+def said_in(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The messages and the tokens of a session, also while it is in use. FormatError if its file is none."""
+    messages: list[dict[str, Any]] = []
+    tokens: list[int] = []
+    with _reading(path) as (_, _, ended):
+        for one in ended:
+            messages, tokens = after(one.turn, messages, tokens)
+    return messages, tokens
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[tuple[int, dict[str, Any], list[Ended]]]:
+    """A session's file, open for reading only: its descriptor, header and turns."""
     try:
         descriptor = os.open(path, os.O_RDONLY | BINARY)
     except OSError as error:
@@ -339,11 +357,7 @@ def summary_of(path: Path) -> Summary:
         if found is None:
             raise FormatError(f"{path}: the session is empty; forget it")
         begin, header = found
-        turns, tokens = 0, 0
-        for ended in read_turns(path, descriptor, begin, header["page_bytes"]):
-            turns, tokens = turns + 1, ended.turn.keep + len(ended.turn.tokens)
-        status = os.fstat(descriptor)
-        return Summary(header["name"], header["model"], turns, tokens, status.st_size, status.st_mtime)
+        yield descriptor, header, list(read_turns(path, descriptor, begin, header["page_bytes"]))
     finally:
         os.close(descriptor)
 

@@ -34,11 +34,16 @@ def session_path(folder: Path, name: str) -> Path:
     return folder / (name + SUFFIX)
 
 
+def session_files(folder: Path) -> dict[str, Path]:
+    """The files of the sessions in a folder, by name."""
+    return {path.name.removesuffix(SUFFIX): path for path in sorted(folder.glob(f"[!.]*{SUFFIX}"))}
+
+
 def list_sessions(folder: Path) -> list[Summary | FormatError]:
     """The sessions in a folder, the most recently used first; for a file that cannot be read, its error, at the end."""
     found: list[Summary] = []
     broken: list[FormatError] = []
-    for path in sorted(folder.glob(f"[!.]*{SUFFIX}")):
+    for path in session_files(folder).values():
         try:
             found.append(summary_of(path))
         except FormatError as error:
@@ -49,7 +54,7 @@ def list_sessions(folder: Path) -> list[Summary | FormatError]:
 def bytes_of(folder: Path) -> int:
     """The size of all sessions in a folder."""
     total = 0
-    for path in folder.glob(f"[!.]*{SUFFIX}"):
+    for path in session_files(folder).values():
         with suppress(OSError):
             total += path.stat().st_size
     return total

@@ -13,7 +13,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +105,14 @@ class Summary:
     tokens: int
     bytes: int
     modified: float
+
+
+def after(
+    turn: Turn, messages: Sequence[dict[str, Any]], tokens: Sequence[int]
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """The messages and tokens of a session after one turn more."""
+    start, stop = turn.removed
+    return [*messages[:start], *messages[stop:], *turn.messages], [*tokens[: turn.keep], *turn.tokens]
 
 
 def start_record(name: str, binding: Binding) -> bytes:

@@ -66,10 +66,9 @@ class Settings(Options):
     responses_seconds: float = field(
         default=30 * 86400.0, metadata=row(SECONDS, "seconds for which a response is stored", "S")
     )
-
     session_bytes: int = field(
         default=16 << 30,
-        metadata=row(whole(1, 1 << 50), "most bytes of a tenant's sessions; beyond that they get no turns", "N"),
+        metadata=row(whole(1, 1 << 50), "most bytes of a tenant's sessions; more get no turn", "N"),
     )
 
     def hosts(self) -> tuple[str, ...]:
