@@ -17,48 +17,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from transformer import Transformer
 
 from mnemos import QuantizedModel
 
 LENGTHS = (1, 128)
-HEAD_DIM = 64
-
-
-class Layer(nn.Module):
-    """Attention and a feed-forward part, each with its norm before it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = width // HEAD_DIM
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, time_, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, time_, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(batch, time_, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class Transformer(nn.Module):
-    """forward(input_ids) -> logits."""
-
-    def __init__(self, width: int, layers: int, vocabulary: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.position = nn.Embedding(vocabulary, width), nn.Embedding(1024, width)
-        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.table(input_ids) + self.position(torch.arange(input_ids.shape[1]))
-        for layer in self.layers:
-            x = layer(x)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+HEAD_DIM, CONTEXT = 64, 1024
 
 
 def times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -90,7 +54,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    model = Transformer(options.width, options.layers, options.vocabulary).eval()
+    torch.manual_seed(0)
+    model = Transformer(options.vocabulary, options.width, options.layers, options.width // HEAD_DIM, CONTEXT).eval()
     size = 4 * sum(p.numel() for p in model.parameters())
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, options.vocabulary, (1, max(LENGTHS)), generator=generator)

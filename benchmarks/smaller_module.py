@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformer import Transformer
 
 from mnemos import PrunedModel, QuantizedModel, distill, student_of
 from mnemos.bench.results import insert_table
@@ -67,41 +68,13 @@ PLACES = [
 ]
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm, self.other_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, time_, _ = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(batch, time_, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.other_norm(x))))
-
-
-class CharModel(nn.Module):
-    """A decoder over characters."""
-
-    def __init__(self, width: int = 96, layers: int = 3, heads: int = 4, context: int = CONTEXT) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(len(ALPHABET), width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET))
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+def char_model(width: int = 96, layers: int = 3, heads: int = 4, context: int = CONTEXT) -> Transformer:
+    """A decoder over characters, with small weights at first."""
+    model = Transformer(len(ALPHABET), width, layers, heads, context)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def line(rng: random.Random) -> tuple[str, str]:
@@ -212,9 +185,9 @@ def main() -> None:
     torch.manual_seed(0)
     text, _ = corpus(1, 1_000_000)
     held_out = corpus(2, 25_000)
-    model = fit(CharModel(), text, arguments.steps, 2e-3)
+    model = fit(char_model(), text, arguments.steps, 2e-3)
     given = [ids for _, ids in zip(range(4), windows(text, 7), strict=False)]
-    large = CharModel(512, 6, 8, 128).eval()
+    large = char_model(512, 6, 8, 128).eval()
     noise = [torch.randint(0, len(ALPHABET), (8, 64), generator=torch.Generator().manual_seed(1))]
 
     def student(teacher: nn.Module) -> nn.Module:
