@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from torch.nn import functional as F  # noqa: E402
 from mnemos.compress.modules.masks import Pattern, fit_sparse, lowest  # noqa: E402
 from mnemos.compress.modules.own_text import own_text  # noqa: E402
 from mnemos.compress.modules.pruned_model import PrunedModel  # noqa: E402
-from mnemos.errors import ConfigError, ModelError  # noqa: E402
+from mnemos.compress.modules.state_file import save_state  # noqa: E402
+from mnemos.errors import ConfigError, FormatError, ModelError  # noqa: E402
 from tests.models.foreign.foreign_modules import VOCABULARY, Plain  # noqa: E402
 
 
@@ -268,3 +270,31 @@ def test_own_text_is_of_the_models_tokens_whatever_other_tables_it_has() -> None
 def test_bad_input_is_named(model: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, ModelError), match=message.replace("(", r"\(")):
         PrunedModel(model, **options)
+
+
+def test_a_file_holds_the_zeros_and_training_goes_on_with_them(tmp_path: Path) -> None:
+    pruned = PrunedModel(Plain(), 0.6, batches=batches())
+    pruned.save(tmp_path / "pruned.safetensors")
+    again = PrunedModel.load(tmp_path / "pruned.safetensors", model_class=Plain)
+    assert all(torch.equal(mask, again.masks[name]) for name, mask in pruned.masks.items())
+    assert len(again.masks) == len(pruned.masks) and again.sparsity() == pruned.sparsity()
+    assert torch.equal(again(batches()[0]), pruned(batches()[0]))
+    optimizer = torch.optim.SGD(again.parameters(), 0.1)
+    again(batches()[0]).square().mean().backward()
+    optimizer.step()
+    assert again.sparsity() == pytest.approx(pruned.sparsity())
+    pruned.make_permanent()
+    pruned.save(tmp_path / "permanent.safetensors")
+    assert not PrunedModel.load(tmp_path / "permanent.safetensors", model_class=Plain).masks
+
+
+def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pruned.safetensors"
+    PrunedModel(Plain(), 0.6, criterion="weights").save(path)
+    with pytest.raises(ModelError, match=r"pruned.safetensors does not fit a Sequential: .*Missing key|Unexpected key"):
+        PrunedModel.load(path, model_class=nn.Sequential)
+    with pytest.raises(ConfigError, match=r"holds a Plain; expected the class, load\(path, model_class=Plain\)"):
+        PrunedModel.load(path)
+    save_state(Plain().state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(FormatError, match="is no pruned module; expected a file that PrunedModel.save has written"):
+        PrunedModel.load(tmp_path / "other.safetensors", model_class=Plain)

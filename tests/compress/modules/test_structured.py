@@ -253,6 +253,33 @@ def test_a_transformers_model_is_saved_and_loaded_smaller(name: str, tmp_path: P
     assert torch.allclose(torch.as_tensor(logits[-1]), again(IDS).logits[0, -1], atol=1e-3)
 
 
+@pytest.mark.parametrize("parts", [["neurons", "heads"], ["layers", "neurons"]])
+def test_a_smaller_module_is_saved_and_loaded(parts: list[str], tmp_path: Path) -> None:
+    pruned = PrunedModel(Model(), 0.5, "structured", parts=parts, batches=batches())
+    pruned.save(tmp_path / "pruned.safetensors")
+    again = PrunedModel.load(tmp_path / "pruned.safetensors", model_class=Model)
+    assert torch.equal(again(IDS), pruned(IDS))
+    assert again.removed == pruned.removed and again.sparsity() == pruned.sparsity()
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "pruned.safetensors").read_bytes()
+
+
+def test_a_smaller_transformers_model_is_loaded_without_its_class(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    given = [{"input_ids": ids} for ids in batches()]
+    pruned = PrunedModel(model, 0.5, "structured", parts=("neurons", "heads", "layers"), batches=given)
+    pruned.save(tmp_path / "pruned")
+    again = PrunedModel.load(tmp_path / "pruned").eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, pruned(IDS).logits)
+    assert again.model.lm_head.weight is again.model.model.embed_tokens.weight
+
+
 def test_what_a_config_cannot_express_is_said() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, n_positions=32)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from mnemos.compress.modules.layers import check_module, is_matrix, matrices, ma
 from mnemos.compress.modules.masks import Pattern, fit_masked, magnitude_masks
 from mnemos.compress.modules.moments import measure
 from mnemos.compress.modules.own_text import own_text
+from mnemos.compress.modules.pruned_file import Before, Differences, read_pruned, restore_pruned, write_pruned
 from mnemos.compress.modules.shrink import shrink
 from mnemos.compress.modules.structured import Removed
 from mnemos.errors import ConfigError, ModelError
@@ -84,9 +86,12 @@ class PrunedModel(nn.Module):
         self.removed: list[Removed] = []
         if method == "structured":
             self.model = model if inplace else copy.deepcopy(model)
+            before = Before(self.model)
             self.removed = self._remove(ratio, chosen, given, criterion)
+            self._differences = before.differences()
             self._layers = list(self._before)
             return
+        self._differences = Differences({}, [])
         self._layers = _chosen(found, zeros, skip)
         self.model = model if inplace else copy.deepcopy(model)
         layers = {name: self.model.get_submodule(name) for name in self._layers}
@@ -128,6 +133,31 @@ class PrunedModel(nn.Module):
         for _, layer in list(self._held()):
             release_zeros(layer)
         return self.model
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, whatever its name ends in, that `load` reads; without pickle.
+
+        It holds the weights that are left, and the masks unless they are permanent. It appears when it is complete.
+        """
+        write_pruned(Path(path), self.model, self._differences, self.removed, self._before, self._layers)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model_class: nn.Module | Callable[..., nn.Module] | None = None, **arguments: Any
+    ) -> PrunedModel:
+        """The model that `save` has written, which trains on with the same masks.
+
+        model_class: what makes the module as it was before it was pruned, called with `arguments`; or such a module,
+        which is taken as it is and changed. None for transformers' models, of which the file holds the config.
+        Errors: FormatError for a file that is none of these; ModelError for a module that does not fit.
+        """
+        stored = read_pruned(Path(path))
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.model = restore_pruned(stored, model_class, arguments)
+        self.removed, self._differences = stored.removed, stored.differences
+        self._before, self._layers = stored.before, stored.layers
+        return self
 
     def _remove(
         self, ratio: float, parts: Sequence[str], given: list[Any] | None, criterion: str | None

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from mnemos.compress.modules.batches import listed
 from mnemos.compress.modules.conversion import convert, fill, restore, split_attention
 from mnemos.compress.modules.layers import check_module
+from mnemos.compress.modules.module_file import make_module
 from mnemos.compress.modules.moments import measure
 from mnemos.compress.modules.quantizable import check_place, check_request, find_layers
-from mnemos.compress.modules.quantized_file import make_module, read_model, write_model
+from mnemos.compress.modules.quantized_file import read_model, write_model
 from mnemos.compress.modules.quantized_layers import QuantizedLinear
 from mnemos.compress.modules.report import LayerReport, Report
 from mnemos.errors import ConfigError

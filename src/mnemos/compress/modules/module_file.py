@@ -1,0 +1,111 @@
+"""What the files of changed modules have in common: the module's state, and how a module like it is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mnemos.compress.modules.state_file import DTYPES, entry_of
+from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError
+from mnemos.formats.mapping import excerpt
+from mnemos.formats.safetensors_writer import Entry
+
+_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class Stored(Protocol):
+    """A file's module: its class's name and, of transformers' models, the class and config; see `settings_of`."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def class_name(self) -> str: ...
+
+    @property
+    def settings(self) -> dict[str, Any] | None: ...
+
+
+def entries_of(module: nn.Module) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(a module's tensors, each once; further names of some of them). ModelError for what a file cannot hold."""
+    tensors: dict[str, Entry] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ModelError(f"{name} in the module's state is a {type(tensor).__name__}; expected tensors only")
+        place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if tensor.numel() and place in seen:
+            aliases[name] = seen[place]
+            continue
+        seen[place] = name
+        if tensor.dtype not in DTYPES:
+            raise ModelError(f"{name} is {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+        tensors[name] = entry_of(tensor)
+    return tensors, aliases
+
+
+def make_module(
+    stored: Stored, model_class: nn.Module | Callable[..., nn.Module] | None, arguments: Mapping[str, Any]
+) -> nn.Module:
+    """The module that a file's weights go into; its own values do not matter.
+
+    ConfigError: there is no way to make it, or `model_class` makes something else. FormatError: transformers does not
+    have the file's class. MissingDependencyError: transformers is not installed.
+    """
+    if isinstance(model_class, nn.Module):
+        if arguments:
+            raise ConfigError(f"{', '.join(arguments)} given with a module; expected a class to call with them")
+        return model_class
+    if model_class is not None:
+        made = model_class(**arguments)
+        if not isinstance(made, nn.Module):
+            raise ConfigError(f"model_class made a {type(made).__name__}; expected a torch.nn.Module")
+        return made
+    if stored.settings is None:
+        raise ConfigError(
+            f"model_class is None and {stored.path} holds a {stored.class_name}; expected the class, "
+            f"load(path, model_class={stored.class_name}), or a module of it"
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{stored.path} holds transformers' {stored.class_name}; pip install 'mnemos[torch]'"
+        ) from error
+    found = getattr(transformers, str(stored.settings.get("class")), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise FormatError(f"{stored.path}: transformers has no model {excerpt(stored.settings.get('class'))}")
+    config_class: Any = found.config_class
+    module: nn.Module = found(config_class.from_dict(stored.settings.get("config")))
+    return module
+
+
+def settings_of(module: nn.Module) -> dict[str, Any] | None:
+    """The class and config of a model of transformers' own, from which it can be made again."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return None
+    config: Any = module.config
+    return {"class": type(module).__name__, "config": json.loads(config.to_json_string(use_diff=False))}
+
+
+def tensors_of(path: Path, stored: Mapping[str, Any]) -> dict[str, Tensor]:
+    """PyTorch's view of a file's tensors. Its pages are private: PyTorch knows no tensor that cannot be written to."""
+    content = np.memmap(path, dtype=np.uint8, mode="c")
+    start = len(content) - sum(len(one.data) for one in stored.values())
+    addresses = {name: one.data.ctypes.data for name, one in stored.items() if len(one.data)}
+    base = min(addresses.values(), default=0)
+    tensors = {}
+    for name, one in stored.items():
+        begin = start + addresses.get(name, base) - base
+        flat = torch.from_numpy(content[begin : begin + len(one.data)])
+        dtype = _BY_NAME[one.type.name]
+        aligned = flat if begin % dtype.itemsize == 0 else flat.clone()
+        tensors[name] = aligned.view(dtype).view(one.shape)
+    return tensors

@@ -1,0 +1,195 @@
+"""A pruned module's file: safetensors, with JSON in the header that says how the module differs from its class's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mnemos.compress.modules.kept_zeros import hold_zeros, is_held, mask_held
+from mnemos.compress.modules.layers import is_matrix, matrix_of
+from mnemos.compress.modules.module_file import entries_of, make_module, settings_of, tensors_of
+from mnemos.compress.modules.structured import Removed
+from mnemos.errors import FormatError, ModelError
+from mnemos.formats.mapping import excerpt
+from mnemos.formats.safetensors import open_safetensors, read_notes
+from mnemos.formats.safetensors_writer import Entry, write_safetensors
+from mnemos.formats.strict_json import parse_json_object
+from mnemos.models.foreign.signature import unwrap
+
+NOTE = "mnemos.pruned_module"
+_VERSION = 1
+_MASK = ".pruning_mask"  # after a layer's name: its mask (out, in), eight weights a byte
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How a pruned module differs from one that its class makes, besides the sizes of its tensors.
+
+    members  of lists of layers that lost some, by their name: which of the members before have stayed
+    numbers  attributes that count something, (module, name, value), by the modules' names in the pruned one
+    """
+
+    members: dict[str, list[int]]
+    numbers: list[tuple[str, str, int]]
+
+
+class Before:
+    """A module before it is pruned in place, to find `Differences` afterwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._members = {name: list(one) for name, one in _lists(model)}
+        self._numbers = {id(module): _numbers(module) for module in model.modules()}
+
+    def differences(self) -> Differences:
+        """What has changed since."""
+        members = {}
+        for name, one in _lists(self.model):
+            left = {id(member) for member in one}
+            kept = [place for place, member in enumerate(self._members.get(name, [])) if id(member) in left]
+            if len(kept) < len(self._members.get(name, [])):
+                members[name] = kept
+        numbers = [
+            (name, attribute, value)
+            for name, module in self.model.named_modules()
+            for attribute, value in _numbers(module).items()
+            if self._numbers.get(id(module), {}).get(attribute) != value
+        ]
+        return Differences(members, numbers)
+
+
+@dataclass(frozen=True)
+class StoredPruned:
+    """What a file holds; `before`: the weights that each pruned layer had."""
+
+    path: Path
+    class_name: str
+    settings: dict[str, Any] | None
+    differences: Differences
+    removed: list[Removed]
+    before: dict[str, int]
+    layers: list[str]
+    masked: list[str]
+    aliases: dict[str, str]
+    tensors: dict[str, Tensor]
+
+
+def write_pruned(
+    path: Path,
+    module: nn.Module,
+    differences: Differences,
+    removed: Sequence[Removed],
+    before: Mapping[str, int],
+    layers: Sequence[str],
+) -> None:
+    """Writes a pruned module with the masks that it holds. FormatError: the file cannot be written."""
+    tensors, aliases = entries_of(module)
+    masked = []
+    for name, layer in module.named_modules():
+        if is_matrix(layer) and is_held(layer):
+            masked.append(name)
+            packed = np.packbits(mask_held(layer).cpu().numpy())
+            tensors[name + _MASK] = Entry("U8", packed.shape, packed)
+    inner = unwrap(module)
+    header = {
+        "version": _VERSION,
+        "class": type(inner).__name__,
+        "transformers": settings_of(inner),
+        "members": differences.members,
+        "numbers": differences.numbers,
+        "removed": [asdict(one) for one in removed],
+        "before": dict(before),
+        "layers": list(layers),
+        "masked": masked,
+        "aliases": aliases,
+    }
+    write_safetensors(path, tensors, {NOTE: json.dumps(header, separators=(",", ":"))})
+
+
+def read_pruned(path: Path) -> StoredPruned:
+    """Opens a file. FormatError: it is none of these, or damaged."""
+    stored = open_safetensors(path)
+    note = read_notes(path).get(NOTE)
+    if note is None:
+        raise FormatError(f"{path}: is no pruned module; expected a file that PrunedModel.save has written")
+    header = parse_json_object(note.encode(), f"{path}: {NOTE}")
+    if header.get("version") != _VERSION:
+        raise FormatError(f"{path}: version is {excerpt(header.get('version'))}; this release reads {_VERSION}")
+    try:
+        return StoredPruned(
+            path,
+            str(header["class"]),
+            header["transformers"],
+            Differences(
+                {str(name): [int(one) for one in kept] for name, kept in header["members"].items()},
+                [(str(module), str(name), int(value)) for module, name, value in header["numbers"]],
+            ),
+            [Removed(**one) for one in header["removed"]],
+            {str(name): int(count) for name, count in header["before"].items()},
+            [str(name) for name in header["layers"]],
+            [str(name) for name in header["masked"]],
+            {str(alias): str(name) for alias, name in header["aliases"].items()},
+            tensors_of(path, stored),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{path}: {NOTE} lacks or misstates {excerpt(str(error))}; the file is damaged") from error
+
+
+def restore_pruned(
+    stored: StoredPruned, model_class: nn.Module | Callable[..., nn.Module] | None, arguments: Mapping[str, Any]
+) -> nn.Module:
+    """The pruned module. Errors: those of `make_module`, and ModelError for a class that does not fit the file."""
+    module = make_module(stored, model_class, arguments)
+    try:
+        for name, kept in stored.differences.members.items():
+            members = cast("nn.ModuleList | nn.Sequential", module.get_submodule(name))
+            if len(members) == len(kept):  # a config of transformers says so already
+                continue
+            for place in reversed(range(len(members))):
+                if place not in kept:
+                    del members[place]
+        for name, attribute, value in stored.differences.numbers:
+            setattr(module.get_submodule(name), attribute, value)
+        _take_tensors(module, stored)
+        for name in stored.masked:
+            layer = module.get_submodule(name)
+            weight = matrix_of(layer)
+            bits = np.unpackbits(stored.tensors[name + _MASK].numpy(), count=weight.numel())
+            hold_zeros(layer, torch.from_numpy(bits).bool().view(weight.shape))
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{stored.path} does not fit a {type(unwrap(module)).__name__}: {error}") from error
+    return module
+
+
+def _take_tensors(module: nn.Module, stored: StoredPruned) -> None:
+    """Gives the module the file's tensors; those of another size or type become new parameters."""
+    own = {name: tensor for name, tensor in stored.tensors.items() if not name.endswith(_MASK)}
+    names: dict[str, list[str]] = {name: [name] for name in own}
+    for alias, name in stored.aliases.items():
+        names[name].append(alias)
+    held = dict(module.named_parameters(remove_duplicate=False))
+    for name, tensor in own.items():
+        now = held.get(name)
+        if now is None or (now.shape == tensor.shape and now.dtype == tensor.dtype):
+            continue
+        changed = nn.Parameter(tensor.clone(), requires_grad=now.requires_grad)
+        for one in names[name]:
+            owner, _, attribute = one.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, changed)
+    state = own | {alias: own[name] for alias, name in stored.aliases.items()}
+    module.load_state_dict(state)
+
+
+def _lists(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]:
+    return [(name, one) for name, one in model.named_modules() if isinstance(one, (nn.ModuleList, nn.Sequential))]
+
+
+def _numbers(module: nn.Module) -> dict[str, int]:
+    return {name: value for name, value in vars(module).items() if type(value) is int and not name.startswith("_")}
