@@ -223,7 +223,7 @@ InputView input_view(nb::handle object) {
 
 nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages,
                      Ints page_positions, Ints page_starts, Ints logit_rows, nb::list inputs, bool argmax,
-                     std::optional<Ints> states, int threads) {
+                     std::optional<Ints> states, int threads, std::optional<Ints> adapters) {
   BatchView batch;
   batch.argmax = argmax;
   batch.threads = threads;
@@ -250,6 +250,7 @@ nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequ
   batch.page_starts = page_starts.data();
   batch.logit_rows = logit_rows.data();
   if (states) batch.states = states->data(), batch.state_slots = static_cast<int64_t>(states->size());
+  if (adapters) batch.adapters = adapters->data(), batch.adapter_count = static_cast<int64_t>(adapters->size());
   std::vector<InputView> views;
   for (nb::handle input : inputs) views.push_back(input_view(input));
   std::vector<OutputView> outputs;
@@ -260,6 +261,26 @@ nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequ
   nb::list result;
   for (const OutputView &output : outputs) result.append(as_array(output));
   return result;
+}
+
+std::shared_ptr<LowRank> make_low_rank_factors(
+    int64_t columns, int64_t rows, const std::vector<std::optional<std::pair<FloatRows, FloatRows>>> &pairs) {
+  auto factors = std::make_shared<LowRank>(LowRank{columns, rows, {}});
+  for (const auto &pair : pairs) {
+    LowRank::Pair own;
+    if (pair) {
+      const auto &[a, b] = *pair;
+      own.rank = static_cast<int64_t>(a.shape(0));
+      if (static_cast<int64_t>(b.shape(0)) != own.rank || static_cast<int64_t>(a.shape(1)) != columns ||
+          static_cast<int64_t>(b.shape(1)) != rows)
+        throw config_error("an adapter's factors must be (rank, " + std::to_string(columns) + ") and (rank, " +
+                           std::to_string(rows) + ")");
+      own.a.assign(a.data(), a.data() + a.size());
+      own.b.assign(b.data(), b.data() + b.size());
+    }
+    factors->pairs.push_back(std::move(own));
+  }
+  return factors;
 }
 
 PoolKind pool_kind(const std::string &name) {
@@ -445,17 +466,21 @@ template <typename T, size_t axes>
 using Result = nb::ndarray<T, nb::ndim<axes>, nb::c_contig, nb::device::cpu>;
 
 // Codes, units and integers of a block format, see quantize/search.h; `format` has the fields of SearchFormat.
-void search_matrix(FloatRows values, FloatRows products, FloatRows factor, const std::array<int32_t, 8> &format, int sweeps,
-                   Result<uint8_t, 2> codes, Result<float, 3> units, Result<int8_t, 3> integers, Pool &pool) {
+void search_matrix(FloatRows values, FloatRows products, FloatRows factor, const std::array<int32_t, 8> &format,
+                   int sweeps, Result<uint8_t, 2> codes, Result<float, 3> units, Result<int8_t, 3> integers,
+                   Pool &pool) {
   const SearchFormat wanted{format[0], format[1], format[2], format[3], format[4], format[5], format[6], format[7]};
   const size_t rows = values.shape(0), columns = values.shape(1);
-  if (wanted.group < 1 || wanted.group > 32 || wanted.super % wanted.group || columns % static_cast<size_t>(wanted.super)) {
+  if (wanted.group < 1 || wanted.group > 32 || wanted.super % wanted.group ||
+      columns % static_cast<size_t>(wanted.super)) {
     throw config_error("rows of " + std::to_string(columns) + " values do not divide into groups of " +
                        std::to_string(wanted.super));
   }
-  const size_t supers = columns / static_cast<size_t>(wanted.super), groups = columns / static_cast<size_t>(wanted.group);
+  const size_t supers = columns / static_cast<size_t>(wanted.super),
+               groups = columns / static_cast<size_t>(wanted.group);
   for (const FloatRows &matrix : {products, factor}) {
-    if (matrix.shape(0) != columns || matrix.shape(1) != columns) throw config_error("the costs have another size than a row");
+    if (matrix.shape(0) != columns || matrix.shape(1) != columns)
+      throw config_error("the costs have another size than a row");
   }
   if (codes.shape(0) != rows || codes.shape(1) != columns || units.shape(0) != rows || units.shape(1) != supers ||
       units.shape(2) != 2 || integers.shape(0) != rows || integers.shape(1) != groups || integers.shape(2) != 2) {
@@ -491,6 +516,7 @@ int64_t encode_matrix(FloatRows values, int32_t type, std::optional<Floats> impo
 }
 
 void bind_program(nb::module_ &m) {
+  nb::class_<LowRank>(m, "LowRank").def(nb::new_(&make_low_rank_factors), "columns"_a, "rows"_a, "pairs"_a);
   using ProgramClass = nb::class_<Program>;
   ProgramClass(m, "Program")
       .def(nb::init<std::shared_ptr<Pool>, std::vector<std::shared_ptr<Cache>>>(), "pool"_a, "caches"_a)
@@ -616,11 +642,17 @@ void bind_program(nb::module_ &m) {
           },
           "q"_a, "ids"_a, "weights"_a, "bank"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "rows"_a,
           "chapters"_a, "shared"_a, "scaling"_a, "separate"_a)
+      .def(
+          "low_rank",
+          [](Program &p, int y, int x, std::shared_ptr<LowRank> factors) {
+            return p.low_rank(y, x, std::move(factors));
+          },
+          "y"_a, "x"_a, "factors"_a)
       .def("width", &Program::width, "value"_a)
       .def("finish", &Program::finish, "outputs"_a)
       .def("run", &run_program, "token_ids"_a, "positions"_a, "sequence_starts"_a, "pages"_a, "page_positions"_a,
            "page_starts"_a, "logit_rows"_a, "inputs"_a, "argmax"_a = false, "states"_a = nb::none(),
-           "threads"_a = 0)
+           "threads"_a = 0, "adapters"_a = nb::none())
       .def_prop_ro("finds_argmax", &Program::finds_argmax)
       .def("poison", &Program::poison, "on"_a)
       .def("workspace_bytes", &Program::workspace_bytes, "tokens"_a, "chosen"_a)
@@ -663,8 +695,8 @@ NB_MODULE(_native, m) {
   m.def("allocate_matrix", &allocate_matrix, "data"_a, "type"_a, "rows"_a, "columns"_a, "as_float32"_a,
         "order"_a.none());
   m.def("pack_matrices", &pack_matrices, "matrices"_a, "pool"_a);
-  m.def("search_rows", &search_matrix, "values"_a, "products"_a, "factor"_a, "format"_a, "sweeps"_a, "codes"_a, "units"_a,
-        "integers"_a, "pool"_a);
+  m.def("search_rows", &search_matrix, "values"_a, "products"_a, "factor"_a, "format"_a, "sweeps"_a, "codes"_a,
+        "units"_a, "integers"_a, "pool"_a);
   m.def("encode_rows", &encode_matrix, "values"_a, "type"_a, "importance"_a.none(), "out"_a, "pool"_a);
   m.def("gather_rows", &gather_rows, "matrix"_a, "ids"_a, "count"_a, "y"_a);
 

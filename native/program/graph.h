@@ -30,7 +30,8 @@ enum class OperatorKind {
   experts,
   choose,
   pool,
-  memory
+  memory,
+  low_rank
 };
 
 // Which fields are used depends on the kind.
@@ -48,6 +49,7 @@ struct Operator {
   std::shared_ptr<const Experts> experts;
   Pooling pooling{};
   std::shared_ptr<const MemoryAttention> memory;
+  std::shared_ptr<const LowRank> low_rank;
   int64_t top_k = 0;
   bool normalise = false;
 };

@@ -230,6 +230,25 @@ void Program::check_batch(const BatchView &batch) const {
       throw request_error("row " + number(batch.logit_rows[r]) + " is not one of the batch's " + number(batch.tokens));
     }
   }
+  const auto monotonic = [&](const int32_t *starts, int64_t count, int64_t end, const char *name) {
+    bool good = starts[0] == 0 && starts[count] == end;
+    for (int64_t i = 0; i < count; i++) good = good && starts[i] <= starts[i + 1];
+    if (!good) throw request_error(std::string(name) + " must rise from 0 to " + number(end));
+  };
+  if (batch.adapters) {
+    if (batch.adapter_count != batch.sequences)
+      throw request_error("the batch has " + number(batch.adapter_count) + " adapters; it needs one for each of its " +
+                          number(batch.sequences) + " sequences, or none");
+    monotonic(batch.sequence_starts, batch.sequences, batch.tokens, "sequence_starts");
+    for (const Operator &op : graph_.operators) {
+      if (op.kind != OperatorKind::low_rank) continue;
+      const int64_t known = static_cast<int64_t>(op.low_rank->pairs.size());
+      for (int64_t s = 0; s < batch.sequences; s++) {
+        if (batch.adapters[s] < -1 || batch.adapters[s] >= known)
+          throw request_error("adapter " + number(batch.adapters[s]) + " is not one of " + number(known));
+      }
+    }
+  }
   bool pools = false;
   for (const Operator &op : graph_.operators) {
     if (op.kind != OperatorKind::pool) continue;
@@ -245,11 +264,6 @@ void Program::check_batch(const BatchView &batch) const {
     }
   }
   if (schedule_.attentions.empty() && !pools) return;
-  const auto monotonic = [&](const int32_t *starts, int64_t count, int64_t end, const char *name) {
-    bool good = starts[0] == 0 && starts[count] == end;
-    for (int64_t i = 0; i < count; i++) good = good && starts[i] <= starts[i + 1];
-    if (!good) throw request_error(std::string(name) + " must rise from 0 to " + number(end));
-  };
   if (pools) monotonic(batch.sequence_starts, batch.sequences, batch.tokens, "sequence_starts");
   if (schedule_.attentions.empty()) return;
   const int64_t tables = batch.sequences * static_cast<int64_t>(caches_.size());

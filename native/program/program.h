@@ -54,6 +54,8 @@ class Program {
   int pool(int x, Pooling pooling);
   int memory(int q, int ids, int weights, MemoryAttention memory);  // ids and weights: -1 without chapters
   int experts(int x, int ids, int weights, Experts experts);
+  // y + what each row's adapter makes of x. Nothing else may use y, whose memory the result takes.
+  int low_rank(int y, int x, std::shared_ptr<const LowRank> factors);
   int64_t width(int value) const;
   // Ends the recording.
   void finish(std::vector<int> outputs);
@@ -99,6 +101,7 @@ class Program {
   Graph graph_;
   Schedule schedule_;
   bool finished_ = false, poison_ = false;
+  std::vector<int> changed_;  // values that adapters are added to
   std::vector<std::shared_ptr<RopeTable>> rope_tables_;
   std::vector<int> slot_of_;  // by buffer
   std::vector<Slot> slots_;

@@ -1,4 +1,5 @@
 // The recording half of Program: shapes are checked here, once, so that tasks can rely on them.
+#include <algorithm>
 #include <utility>
 
 #include "program/program.h"
@@ -35,7 +36,10 @@ int64_t Program::width(int value) const { return checked_value(value).width; }
 
 int Program::add_operator(Operator op, std::vector<Value> outputs) {
   require(!finished_, "a program cannot be changed once it is finished");
-  for (int value : op.inputs) checked_value(value);
+  for (int value : op.inputs) {
+    checked_value(value);
+    require(std::count(changed_.begin(), changed_.end(), value) == 0, "a value was used after adapters changed it");
+  }
   const int first = static_cast<int>(graph_.values.size());
   for (const Value &value : outputs) {
     require(value.width > 0, "a value needs at least one column");
@@ -97,6 +101,22 @@ int Program::norm(int x, Norm norm) {
   op.inputs = {x};
   op.norm = std::move(norm);
   return add_operator(std::move(op), {value});
+}
+
+int Program::low_rank(int y, int x, std::shared_ptr<const LowRank> factors) {
+  const Value value = checked_value(y), input = checked_value(x);
+  require(value.width == factors->rows && input.width == factors->columns && value.rows == input.rows,
+          "adapters change a product of " + number(factors->columns) + " to " + number(factors->rows) +
+              " columns; this one has " + number(input.width) + " and " + number(value.width));
+  for (const Operator &op : graph_.operators)
+    require(std::count(op.inputs.begin(), op.inputs.end(), y) == 0, "what adapters change has been used already");
+  Operator op{};
+  op.kind = OperatorKind::low_rank;
+  op.inputs = {y, x};
+  op.low_rank = std::move(factors);
+  const int result = add_operator(std::move(op), {value});
+  changed_.push_back(y);
+  return result;
 }
 
 int Program::rope(int x, std::vector<float> frequencies, int64_t head_dim, float magnitude) {

@@ -83,7 +83,8 @@ class Scheduler {
     const Operator &o = op(source);
     if (o.kind == OperatorKind::linear) precise_[at(source)] = true;
     const bool alone = o.kind == OperatorKind::elementwise && o.inputs.size() == 1;
-    if (o.kind == OperatorKind::norm || o.kind == OperatorKind::rope || alone) mark_source(o.inputs[0]);
+    const bool adapted = o.kind == OperatorKind::low_rank;
+    if (o.kind == OperatorKind::norm || o.kind == OperatorKind::rope || adapted || alone) mark_source(o.inputs[0]);
   }
   // The forms in which products want a value, and how many products do.
   std::vector<PreparedForm> forms_of(int v, int *readers) const {
@@ -210,6 +211,10 @@ class Scheduler {
       case OperatorKind::pool:
         return add(make_pool(o.pooling, buffer(o.inputs[0]), value(o.inputs[0]).width, buffer(o.outputs[0])));
       case OperatorKind::memory: return schedule_memory(o);
+      case OperatorKind::low_rank: {
+        const int y = buffer_[at(o.outputs[0])] = buffer(o.inputs[0]);
+        return add(make_low_rank(o.low_rank, buffer(o.inputs[1]), y, value(o.inputs[0]).rows));
+      }
     }
   }
 

@@ -23,6 +23,8 @@ struct BatchView {
   int64_t state_slots = 0;
   const int32_t *states = nullptr;  // a slot for each sequence, where the model keeps any
   int threads = 0;  // the most to compute with, 0: all of the pool's; results are the same
+  const int32_t *adapters = nullptr;  // an adapter for each sequence, -1 for none; null if no sequence has one
+  int64_t adapter_count = 0;  // of values in `adapters`
   bool argmax = false;  // only the index of each row's largest logit is wanted; see Program::finds_argmax
 };
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "linear/linear.h"
+#include "program/low_rank.h"
 #include "program/memory.h"
 #include "program/step.h"
 
@@ -146,6 +147,9 @@ std::unique_ptr<Task> make_read(std::shared_ptr<const MemoryAttention> memory, i
 std::unique_ptr<Task> make_join(std::shared_ptr<const MemoryAttention> memory, int ids, int weights, Rows rows,
                                 int partials, int y);
 int64_t memory_partial_floats(const MemoryAttention &memory);
+
+// y += what each row's adapter makes of x.
+std::unique_ptr<Task> make_low_rank(std::shared_ptr<const LowRank> factors, int x, int y, Rows rows);
 
 struct Experts {
   std::vector<MatrixPointer> gate, up, down;

@@ -107,6 +107,7 @@ struct VectorKernels {
   void (*scale)(const float *x, float factor, float *y, int64_t n);
   // y += factor * x
   void (*accumulate)(const float *x, float factor, float *y, int64_t n);
+  float (*dot)(const float *x, const float *y, int64_t n);
   void (*softcap)(const float *x, float cap, float *y, int64_t n);
   // Rotates one head, element i with element i + half, and scales it. x may be y.
   void (*rope)(const float *x, const float *cosines, const float *sines, float factor, float *y, int64_t half);

@@ -135,6 +135,19 @@ void accumulate(const float *x, float factor, float *y, int64_t n) {
   map(x, y, y, n, [&](Vec a, Vec b) { return add(mul(a, f), b); });
 }
 
+float dot(const float *x, const float *y, int64_t n) {
+  Vec sums[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + 4 * width <= n; i += 4 * width) {
+    for (int k = 0; k < 4; k++) sums[k] = fma(load(x + i + k * width), load(y + i + k * width), sums[k]);
+  }
+  for_vectors(n - i, [&](int64_t at, int part) {
+    const float *a = x + i + at, *b = y + i + at;
+    sums[0] = fma(load_any(a, part), load_any(b, part), sums[0]);
+  });
+  return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
 void softcap(const float *x, float cap, float *y, int64_t n) {
   const Vec c = splat(cap);
   map(x, y, n, [&](Vec v) { return mul(c, tanh(div(v, c))); });
@@ -246,10 +259,10 @@ int64_t select_at_least(const float *x, float threshold, int32_t *indices, int64
 namespace mnemos {
 namespace {
 
-constexpr VectorKernels table = {rms_norm,       layer_norm, activation,   gated_activation, add_arrays, scale,
-                                 accumulate,     softcap,    rope,         softmax,          store_key,  store_value,
-                                 attend,         merge,      attend_plain, score_page,       choose_pages,
-                                 largest_valid,  sum_exp,    exponentials, select_at_least};
+constexpr VectorKernels table = {
+    rms_norm,   layer_norm,   activation,    gated_activation, add_arrays,   scale,          accumulate, dot,
+    softcap,    rope,         softmax,       store_key,        store_value,  attend,         merge,      attend_plain,
+    score_page, choose_pages, largest_valid, sum_exp,          exponentials, select_at_least};
 
 }  // namespace
 }  // namespace mnemos

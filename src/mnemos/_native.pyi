@@ -173,6 +173,11 @@ class Windows:
     def copy(self, source: int, target: int) -> None: ...
     def clear(self, slot: int) -> None: ...
 
+class LowRank:
+    """What adapters add to a weight (rows, columns): for each, a (rank, columns) and b (rank, rows), or None."""
+
+    def __init__(self, columns: int, rows: int, pairs: Sequence[tuple[Floats, Floats] | None]) -> None: ...
+
 class Program:
     """A forward pass that is recorded and then run. Values are numbers, in the order of recording."""
 
@@ -225,6 +230,7 @@ class Program:
     def experts(
         self, x: int, ids: int, weights: int, gate: list[Matrix], up: list[Matrix], down: list[Matrix], kind: str
     ) -> int: ...
+    def low_rank(self, y: int, x: int, factors: LowRank) -> int: ...
     def width(self, value: int) -> int: ...
     def finish(self, outputs: list[int]) -> None: ...
     def run(
@@ -240,6 +246,7 @@ class Program:
         argmax: bool = False,
         states: Ints | None = None,
         threads: int = 0,
+        adapters: Ints | None = None,
     ) -> list[npt.NDArray[Any]]:
         """One step on a checked batch; the results are views that the next step overwrites.
 

@@ -31,6 +31,7 @@ class Batch:
     logit_rows (R,)                  the rows whose logits (and last hidden states) are wanted, ascending
     greedy                           only the most probable tokens of those rows are wanted
     states (S,)                      each sequence's state slot, all different; empty for a model without `spec.states`
+    adapters (S,)                    the adapter of each sequence, a number in `spec.adapters` or -1; empty: no adapters
     early_layers                     layers below `spec.layers` of whose input logits are wanted too, for the same rows
     """
 
@@ -43,6 +44,7 @@ class Batch:
     logit_rows: Ints
     greedy: bool = False
     states: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    adapters: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     early_layers: tuple[int, ...] = ()
 
     @property
@@ -53,6 +55,12 @@ class Batch:
         """Where a sequence's page table in one of `groups` layer groups is in `pages` and `page_positions`."""
         index = sequence * groups + group
         return slice(self.page_starts[index], self.page_starts[index + 1])
+
+    def row_adapters(self, rows: int) -> Ints:
+        """The adapter of each row of a value that has `rows` rows: one for each token, or for each of `logit_rows`."""
+        adapters = self.adapters if len(self.adapters) else np.full(self.sequences, -1, np.int32)
+        by_token = np.repeat(adapters, np.diff(self.sequence_starts))
+        return by_token if rows == len(by_token) else by_token[self.logit_rows]
 
     def part(self, first: int, last: int) -> Batch:
         """A batch of only the sequences `first` to `last` - 1."""
@@ -71,6 +79,7 @@ class Batch:
             page_starts=page_starts - page_starts[0],
             logit_rows=self.logit_rows[asked] - begin,
             states=self.states[first:last],
+            adapters=self.adapters[first:last],
         )
 
 
@@ -270,8 +279,8 @@ class ModelSpec:
     positions may grow as long as no row sees more than the context; 0: they end with the context. `fingerprint` changes
     whenever the weights or the computation do; saved caches are bound to it. `layers` is the number of layers that
     `Batch.early_layers` may name, 0 for a model that does not show them; `tied_embeddings` says whether its output
-    projection is its embedding. `first_logits` is what its package was made with, which an engine compares at its
-    start.
+    projection is its embedding. `adapters` are the names of those that `Batch.adapters` may choose. `first_logits` is
+    what its package was made with, which an engine compares at its start.
 
     The promises are about logits: batch invariance holds for a model as far as its promises go.
 
@@ -313,6 +322,7 @@ class ModelSpec:
     pools_prompts: bool = False
     layers: int = 0
     tied_embeddings: bool = False
+    adapters: tuple[str, ...] = ()
     first_logits: FirstLogits | None = None
     details: dict[str, object] = field(default_factory=dict)  # for `inspect`: name and license
 

@@ -233,3 +233,37 @@ def test_pages_are_copied_read_and_written_whole(dtype: str) -> None:
     assert np.array_equal(ops.attention(*last, caches[1], 0, second, case.params), expected)
     caches[1].copy([page], [free])
     assert np.array_equal(caches[1].read(free), caches[0].read(page))
+
+
+def _adapted_batch(rows: int, adapters: Sequence[int]) -> Batch:
+    """One sequence for each adapter, of about equal lengths."""
+    none = np.zeros(0, dtype=np.int32)
+    starts = np.linspace(0, rows, len(adapters) + 1).astype(np.int32)
+    index = np.zeros(rows, dtype=np.int32)
+    return Batch(index, index, starts, none, none, np.zeros(1, np.int32), none, adapters=np.array(adapters, np.int32))
+
+
+def test_each_row_gets_what_its_own_adapter_adds(isa: str) -> None:
+    g = np.random.default_rng(4)
+    pairs = [(floats(g, rank, 70), floats(g, 45, rank)) for rank in (1, 5, 64)]
+    factors = [pairs[0], None, pairs[1], pairs[2]]
+    ops = NativeOps(dtype="float32")
+    for rows in (1, 2, 7, 33):
+        y, x = floats(g, rows, 45), floats(g, rows, 70)
+        batch = _adapted_batch(rows, [0, -1, 3, 1, 2, 0])
+        expected = REFERENCE.add_low_rank(y, x, factors, batch)
+        result = ops.add_low_rank(y, x, ops.factors(factors, (45, 70)), batch)
+        _assert_close(result, expected)
+        plain = np.isin(batch.row_adapters(rows), (-1, 1))
+        np.testing.assert_array_equal(result[plain], y[plain])
+
+
+def test_adapters_that_are_not_there_are_refused() -> None:
+    ops, x, y = NativeOps(), np.zeros((3, 70), np.float32), np.zeros((3, 45), np.float32)
+    factors = ops.factors([(np.zeros((2, 70), np.float32), np.zeros((45, 2), np.float32))], (45, 70))
+    with pytest.raises(RequestError, match="adapter 1 is not one of 1"):
+        ops.add_low_rank(y, x, factors, _adapted_batch(3, [0, 1]))
+    with pytest.raises(ConfigError, match="adapters change a product of 70 to 45 columns; this one has 45 and 70"):
+        ops.add_low_rank(x, y, factors, _adapted_batch(3, [0]))
+    with pytest.raises(ConfigError, match=r"factors must be \(rank, 70\) and \(rank, 45\)"):
+        ops.factors([(np.zeros((2, 70), np.float32), np.zeros((45, 3), np.float32))], (45, 70))

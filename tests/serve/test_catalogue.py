@@ -157,3 +157,22 @@ def test_what_is_wrong_in_a_file_is_named_when_it_is_read(tmp_path: Path, old: s
     path.write_text(FILE.replace(old, new, 1))
     with pytest.raises(ConfigError, match=words):
         read_server_file(path, lambda source, **options: None)
+
+
+def test_an_adapter_is_found_by_its_name_and_uses_its_models_engine() -> None:
+    async def go() -> None:
+        catalogue = Catalogue([toy("a", adapters=("sql",), defaults={"top_k": 3})])
+        assert catalogue.default is catalogue.models[0]
+        async with catalogue.use("sql") as found:
+            assert found.name == "sql" and found.engine is catalogue.models[0].engine
+            assert found.offer.defaults == {"top_k": 3, "adapter": "sql"}
+            await catalogue.unload(catalogue.models[0])
+            assert found.loaded  # never while it answers
+        assert await catalogue.unload(catalogue.models[0]) and not found.loaded
+        with pytest.raises(Refusal, match="the models here are a, sql"):
+            catalogue.find("other")
+        catalogue.close()
+
+    asyncio.run(go())
+    with pytest.raises(ConfigError, match="two models or adapters are called 'b'"):
+        Catalogue([toy("a", adapters=("b",)), toy("b")])

@@ -16,7 +16,10 @@ from mnemos.errors import ConfigError
 if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
 
-OPTIONS = tuple(field for field in FIELDS if (field.rule.item or field.rule).kind != "callable")
+# Of a command with one model, --adapter merges the adapter as the model is loaded.
+OPTIONS = tuple(
+    field for field in FIELDS if (field.rule.item or field.rule).kind != "callable" and field.name != "adapter"
+)
 _METAVARS = {"integer": "N", "number": "X"}
 
 

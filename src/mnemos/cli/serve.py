@@ -57,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alias", metavar="ALIAS=NAME", action="append", default=[], help="another name of a model; may be repeated"
     )
+    parser.add_argument(
+        "--lora-modules", metavar="NAME=FOLDER", action="append", default=[],
+        help="a LoRA adapter beside the model, for requests that name it as their model; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--keep-alive", metavar="S", type=float, help="unload models after S seconds without requests")
     parser.add_argument(
         "--api-key-file", metavar="FILE", help="API keys, a line each or in TOML; MNEMOS_API_KEY holds a single one"
@@ -201,7 +205,20 @@ def _offer(text: str, arguments: argparse.Namespace) -> Offer:
     options = given(arguments, command_line(LoadOptions))
     if arguments.session_dir is not None:
         options["session_dir"] = arguments.session_dir
+    if arguments.lora_modules:
+        if len(arguments.models) > 1:
+            raise ConfigError(
+                f"lora_modules are given for {len(arguments.models)} models; name each model's in a --config file"
+            )
+        options["adapters"] = dict(map(_named_folder, arguments.lora_modules))
     return offer(source if equals else text, name if equals else None, options, _load)
+
+
+def _named_folder(text: str) -> tuple[str, str]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise ConfigError(f"lora_modules is {text!r}; expected NAME=FOLDER")
+    return name, folder
 
 
 def _load(source: str, **options: Any) -> InferenceEngine:

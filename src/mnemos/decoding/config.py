@@ -131,6 +131,7 @@ class GenerationConfig:
     tenant: str = "default"
     deadline: float | None = None
     cache_salt: str | None = None
+    adapter: str | None = None
     n: InitVar[int | None] = None
     max_tokens: InitVar[int | None] = None
     min_tokens: InitVar[int | None] = None

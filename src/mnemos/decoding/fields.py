@@ -463,6 +463,10 @@ FIELDS: tuple[Field, ...] = (
         "cache_salt", "scheduling", text(1024),
         "Cached prefixes are shared only between requests with the same salt.", metavar="TEXT",
     ),
+    Field(
+        "adapter", "scheduling", text(1024),
+        "The name of a LoRA adapter that the engine was given beside its model.", metavar="NAME",
+    ),
 )  # fmt: skip
 
 RULES: dict[str, Rule] = {field.name: field.rule for field in FIELDS}

@@ -394,7 +394,7 @@ class InferenceEngine:
     ) -> ValueHandle[Floats]:
         """Queues one text's embedding and returns immediately; CapacityError if the queue is full.
 
-        scheduling: priority, tenant, deadline and cache_salt, as in GenerationConfig.
+        scheduling: priority, tenant, deadline, cache_salt and adapter, as in GenerationConfig.
         """
         from mnemos.decoding.config import GenerationConfig
         from mnemos.decoding.forced import ForcedEmbedding
@@ -426,7 +426,7 @@ class InferenceEngine:
     def submit_decision(self, input: Any, question: Any, **scheduling: Any) -> ValueHandle[Decision]:
         """Queues one question and returns immediately; CapacityError if the queue is full.
 
-        scheduling: priority, tenant, deadline and cache_salt, as in GenerationConfig.
+        scheduling: priority, tenant, deadline, cache_salt and adapter, as in GenerationConfig.
         """
         from mnemos.decoding.config import GenerationConfig
         from mnemos.decoding.options import ForcedOptions

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mnemos.contract import ConditionedModel, Model, ModelSpec
 from mnemos.engine.handle import Channel, Lease, RequestHandle, run_all
-from mnemos.engine.request import Request, Timings
+from mnemos.engine.request import NO_ADAPTER, Request, Timings
 from mnemos.errors import ContextLengthError, RequestError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -102,6 +102,15 @@ class Launcher:
             )
         return partial(self._launch, strategy, prompt, config)
 
+    def _adapter(self, name: str | None) -> int:
+        """The number of an adapter. RequestError for one that the model does not have."""
+        if name is None:
+            return NO_ADAPTER
+        known = self._spec.adapters
+        if name not in known:
+            raise RequestError(f"adapter is {name!r}; the model has {', '.join(map(repr, known)) or 'no adapters'}")
+        return known.index(name)
+
     def _launch(
         self,
         strategy: Strategy,
@@ -111,6 +120,7 @@ class Launcher:
     ) -> RequestHandle:
         now = time.perf_counter()
         channel = Channel()
+        adapter = self._adapter(config.adapter)
         request = Request(
             strategy,
             prompt,
@@ -118,7 +128,8 @@ class Launcher:
             Timings(now),
             priority=config.priority,
             tenant=config.tenant,
-            salt=config.cache_salt,
+            salt=config.cache_salt if config.adapter is None else f"{config.adapter}\n{config.cache_salt or ''}",
+            adapter=adapter,
             deadline=None if config.deadline is None else now + config.deadline,
             sliding=config.overflow == "sliding",
             source=source,

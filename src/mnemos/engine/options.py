@@ -49,10 +49,16 @@ def _memory(value: Any) -> Memory | None:
     return Memory.read(value)
 
 
+def _adapters(value: Any) -> Any:
+    named = isinstance(value, Mapping) and all(isinstance(name, str) and name for name in value)
+    return dict(value) if named and all(isinstance(one, (str, os.PathLike)) for one in value.values()) else None
+
+
 ANYTHING = Rule(lambda value: value, "anything")
 BACKEND = Rule(_backend, f"one of {', '.join(BACKENDS)}; torch and {TRANSFORMERS} may name a device, like torch:cuda")
 DEVICE = Rule(_device, f"one of {', '.join(DEVICES)}, also with a number, like cuda:1")
 PATH = Rule(lambda value: value if isinstance(value, (str, os.PathLike)) else None, "a name or a path")
+ADAPTERS = Rule(_adapters, "folders by names that are not empty, like {'sql': 'lora/'}")
 PROGRESS = Rule(lambda value: value if callable(value) else None, "a callable (stage, done, total)")
 MEMORY = Rule(_memory, "a Memory, its fields, or a text like 'window=512,recall=480,sinks=32'")
 CONFIG = Rule(_config, "a GenerationConfig, or a dict of its fields")
@@ -164,6 +170,10 @@ class LoadOptions(ModelOptions):
         default=None,
         metadata=row(PATH, "a LoRA folder as peft saves it, merged into the weights while they are loaded", "FOLDER"),
     )
+    adapters: Mapping[str, str | os.PathLike[str]] | None = field(
+        default=None,
+        metadata=row(ADAPTERS, "LoRA folders by name that stay beside the weights, one for each request that names it"),
+    )
     trust_remote_code: bool = field(default=False, metadata=row(FLAG, "run Python code from the model's folder", ""))
     progress: Progress | None = field(
         default=None, metadata=row(PROGRESS, "called as f(stage, done, total) while a model is fetched")
@@ -235,6 +245,7 @@ class LoadKeywords(EngineKeywords, total=False):
     tokenizer: Any
     draft: str | os.PathLike[str] | None
     adapter: str | os.PathLike[str] | None
+    adapters: Mapping[str, str | os.PathLike[str]] | None
     trust_remote_code: bool
     progress: Progress | None
 

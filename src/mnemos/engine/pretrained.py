@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mnemos.contract import FirstLogits, Model
+    from mnemos.formats.adapters import Adapter
     from mnemos.formats.checkpoint import Checkpoint
     from mnemos.text.tokenizer import Tokenizer
 
@@ -30,7 +31,8 @@ def load_parts(source: str | os.PathLike[str], options: LoadOptions) -> dict[str
     parts = {"model": model, "tokenizer": tokenizer}
     if options.draft is not None:
         # It keeps its own context length, which the engine limits to the model's.
-        shared = replace(options, tokenizer=tokenizer, context_length=None, memory=None, draft=None, adapter=None)
+        shared = replace(options, tokenizer=tokenizer, context_length=None, memory=None)
+        shared = replace(shared, draft=None, adapter=None, adapters=None)
         parts["draft_model"], _ = load_pretrained(options.draft, shared, is_draft=True)
     return parts
 
@@ -82,6 +84,7 @@ def _load(checkpoint: Checkpoint, options: LoadOptions, *, is_draft: bool) -> tu
     if named == TRANSFORMERS or (named in ("auto", "torch") and not is_built_in(checkpoint)):
         if not is_draft:
             _refuse(options, ("kv_dtype", "threads", "memory"), _NOT_TRANSFORMERS)
+            _refuse(options, ("adapters",), "for a model that runs through transformers; adapter merges one of them")
         return _load_foreign(checkpoint, options, backend.partition(":")[2] or options.device or "auto")
     if not is_draft:
         _refuse(options, ("use_kv_cache",), "for a built-in model, which always uses its cache; leave it out")
@@ -99,6 +102,7 @@ def _load(checkpoint: Checkpoint, options: LoadOptions, *, is_draft: bool) -> tu
         kv_dtype=options.kv_dtype,
         context_length=None if options.memory else options.context_length,
         threads=options.threads,
+        adapters=_read_adapters(options),
     )
     if options.max_memory_gb is not None:
         check_limit(options.max_memory_gb, model.weight_bytes, "the weights")
@@ -111,6 +115,14 @@ def _load(checkpoint: Checkpoint, options: LoadOptions, *, is_draft: bool) -> tu
 
         remember(model, options.memory, options.context_length)
     return model, tokenizer
+
+
+def _read_adapters(options: LoadOptions) -> dict[str, Adapter] | None:
+    if not options.adapters:
+        return None
+    from mnemos.formats.adapters import read_adapter
+
+    return {name: read_adapter(folder) for name, folder in options.adapters.items()}
 
 
 def _own_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:

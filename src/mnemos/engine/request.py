@@ -13,6 +13,7 @@ from mnemos.engine.sequence import Sequence
 if TYPE_CHECKING:
     from mnemos.decoding.prompt_scores import ScoredToken
 
+NO_ADAPTER = -1  # of a request that uses the model as it is
 _numbers = count()
 
 
@@ -66,6 +67,7 @@ class State(Enum):
 class Request:
     """A strategy and its state in the engine. `deadline`: when, on the engine's clock, it must have started.
 
+    adapter: a number in `ModelSpec.adapters`, or NO_ADAPTER.
     skip_special: whether texts leave out the names of special tokens.
     prompt_scores: the strategy's scores of the prompt's tokens, where it was asked for them, as far as it has come.
     """
@@ -77,6 +79,7 @@ class Request:
     priority: int = 0
     tenant: str = "default"
     salt: str | None = None
+    adapter: int = NO_ADAPTER
     deadline: float | None = None
     sliding: bool = False
     source: list[int] | None = None  # the encoder's input, for a model that has an encoder

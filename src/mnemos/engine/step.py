@@ -25,6 +25,7 @@ class Step:
     """
 
     __slots__ = (
+        "adapters",
         "decode_rows",
         "early_layers",
         "greedy",
@@ -51,6 +52,7 @@ class Step:
         self.page_starts = [0]
         self.logit_rows: list[int] = []
         self.states: list[int] = []
+        self.adapters: list[int] = []
         self.decode_rows = 0
         self.prefill_rows = 0
         self.greedy = True
@@ -59,6 +61,7 @@ class Step:
 
     def add(self, request: Request, planned: list[tuple[Sequence, int]], rows: int) -> None:
         """Takes the next positions of a request's sequences, `rows` in total; their pages are allocated."""
+        self.adapters += [request.adapter] * len(planned)
         parts, complete = [self._add(*part) for part in planned], rows == request.pending
         self.items.append((request, parts, complete))
         for sequence, _, start, end in parts:
@@ -73,6 +76,7 @@ class Step:
         """Takes the next position of a request that decodes one text; it is the row that its strategy waits for."""
         done, asked = sequence.done, len(self.logit_rows)
         self.items.append((request, [(sequence, 1, asked, asked + 1)], True))
+        self.adapters.append(request.adapter)
         self.logit_rows.append(len(self.token_ids))
         self.token_ids.append(sequence.branch.tokens[done + sequence.dropped])
         self.positions.append(done)
@@ -127,5 +131,6 @@ class Step:
             logit_rows=np.array(self.logit_rows, dtype=np.int32),
             greedy=self.greedy,
             states=np.array(self.states, dtype=np.int32),
+            adapters=np.array(self.adapters if max(self.adapters, default=-1) >= 0 else (), dtype=np.int32),
             early_layers=self.early_layers,
         )

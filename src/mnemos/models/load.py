@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,11 @@ from mnemos.ops.protocol import Ops
 from mnemos.rules import DTYPE, KV_DTYPE
 
 if TYPE_CHECKING:
+    from mnemos.formats.adapters import Adapter
     from mnemos.models.config import DecoderConfig
     from mnemos.models.foreign.encoder_decoder import EncoderDecoderModel
     from mnemos.models.foreign.model import ForeignModel
+    from mnemos.models.low_rank import Adapters
     from mnemos.models.memory_transformer.model import MemoryModel
     from mnemos.models.memory_transformer.reader import Routing
     from mnemos.ops.protocol import Windows
@@ -125,13 +128,15 @@ def load_model(
     kv_dtype: str = "auto",
     context_length: int | None = None,
     threads: int | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> LoadedModel:
     """The model of an open checkpoint, fully checked before anything is allocated.
 
     dtype: "auto" keeps weights as stored, "float32" expands them; "bfloat16" and "float16" are for PyTorch. kv_dtype:
     "auto" is float32 with float32 weights, else whichever of float16 and bfloat16 is faster with the backend on this
     machine. context_length: a shorter context than the model's own, or a longer one if its rotary embedding can be
-    stretched (see mnemos.models.rope). threads: None uses all cores that the process may use.
+    stretched (see mnemos.models.rope). threads: None uses all cores that the process may use. adapters: by the names
+    that `ModelSpec.adapters` then has, for batches whose sequences choose one (see mnemos.models.low_rank).
     Errors: FormatError, UnsupportedError, ConfigError.
     """
     return load_model_on(
@@ -140,6 +145,7 @@ def load_model(
         dtype=dtype,
         kv_dtype=kv_dtype,
         context_length=context_length,
+        adapters=adapters,
     )
 
 
@@ -150,17 +156,33 @@ def load_model_on(
     dtype: str,
     kv_dtype: str = "auto",
     context_length: int | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> LoadedModel:
     """As `load_model`, on operators of the caller's own, which are made after the checkpoint has been checked."""
     _check_dtypes(dtype, kv_dtype)
     architecture, fields = describe_architecture(checkpoint, context_length)
-    checked = _build(architecture, fields, checkpoint, None)
+    added = _adapters(adapters)
+    checked = _build(architecture, fields, checkpoint, None, added)
     ops = make_ops()
     needed = _check_memory(checkpoint, ops, dtype)
     kv_dtype = ops.cache_dtype if kv_dtype == "auto" and dtype != "float32" else kv_dtype
     # Before the weights are read: a backend releases a mapped file's pages as it goes, and this touches many.
     spec = _specify(checkpoint, checked, ops.name, dtype, kv_dtype)
-    return LoadedModel(_build(architecture, fields, checkpoint, ops), spec, ops, needed)
+    if added is None:
+        return LoadedModel(_build(architecture, fields, checkpoint, ops), spec, ops, needed)
+    from mnemos.models.low_rank import AdaptedOps
+
+    spec = replace(spec, adapters=added.names, fingerprint=f"{spec.fingerprint}+{added.fingerprint}")
+    ops = AdaptedOps(ops).as_ops()
+    return LoadedModel(_build(architecture, fields, checkpoint, ops, added), spec, ops, needed)
+
+
+def _adapters(adapters: Mapping[str, Adapter] | None) -> Adapters | None:
+    if not adapters:
+        return None
+    from mnemos.models.low_rank import Adapters  # imported where there are any: few processes need it
+
+    return Adapters(adapters)
 
 
 def describe_model(
@@ -258,10 +280,21 @@ def describe_architecture(checkpoint: Checkpoint, context_length: int | None = N
     return architecture, gguf_fields(checkpoint.path, checkpoint.metadata, tensors, context_length)
 
 
-def _build(architecture: type[Any], fields: Fields, checkpoint: Checkpoint, ops: Ops | None) -> Architecture:
+def _build(
+    architecture: type[Any],
+    fields: Fields,
+    checkpoint: Checkpoint,
+    ops: Ops | None,
+    adapters: Adapters | None = None,
+) -> Architecture:
     """The architecture with its weights; with `ops` None, everything is checked and nothing allocated."""
     names = architecture.gguf_names if checkpoint.kind == "gguf" else None
-    weights = Weights(checkpoint.path, checkpoint.tensors, ops, names)
+    if adapters is None:
+        weights = Weights(checkpoint.path, checkpoint.tensors, ops, names)
+    else:
+        from mnemos.models.low_rank import AdaptedWeights
+
+        weights = AdaptedWeights(checkpoint.path, checkpoint.tensors, ops, names, adapters)
     model: Architecture = architecture(fields, weights)
     weights.finish(model.ignored)
     return model

@@ -110,6 +110,12 @@ class NativeOps:
                 _native.pack_matrices(self._unpacked, self.pool)
                 self._unpacked = []
 
+    def factors(self, pairs: Sequence[tuple[Floats, Floats] | None], shape: tuple[int, int]) -> _native.LowRank:
+        own = [
+            None if pair is None else (np.ascontiguousarray(pair[0]), np.ascontiguousarray(pair[1].T)) for pair in pairs
+        ]
+        return _native.LowRank(shape[1], shape[0], own)
+
     def vector(self, tensor: Tensor) -> Floats:
         return np.ascontiguousarray(tensor.dequantize().reshape(-1), dtype=np.float32)
 
@@ -182,6 +188,14 @@ class NativeOps:
 
     def linear(self, x: Any, matrix: _native.Matrix, bias: Floats | None = None) -> Any:
         return self._apply((x,), lambda program, x: program.linear(x, matrix, bias))
+
+    def add_low_rank(self, y: Any, x: Any, factors: _native.LowRank, batch: Any) -> Any:
+        def record(program: _native.Program, y: int, x: int) -> int:
+            return program.low_rank(y, x, factors)
+
+        if isinstance(y, Value):
+            return self._apply((y, x), record)
+        return self._eager((y, x), record, batch=batch)
 
     def rms_norm(self, x: Any, weight: Floats, epsilon: float) -> Any:
         return self._apply((x,), lambda program, x: program.rms_norm(x, weight, epsilon))
@@ -328,6 +342,7 @@ def _run(
         argmax,
         batch.states if len(batch.states) else None,
         threads,
+        batch.adapters if len(batch.adapters) else None,
     )
 
 

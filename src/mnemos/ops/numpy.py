@@ -146,6 +146,22 @@ class NumpyOps:
         y: Floats = x @ matrix.T
         return y if bias is None else y + bias
 
+    def factors(
+        self, pairs: Sequence[tuple[Floats, Floats] | None], shape: tuple[int, int]
+    ) -> Sequence[tuple[Floats, Floats] | None]:
+        return pairs
+
+    def add_low_rank(
+        self, y: Floats, x: Floats, factors: Sequence[tuple[Floats, Floats] | None], batch: Batch
+    ) -> Floats:
+        result: Floats = y.copy()
+        for row, adapter in enumerate(batch.row_adapters(len(x))):
+            pair = None if adapter < 0 else factors[adapter]
+            if pair is not None:
+                a, b = pair
+                result[row] += b @ (a @ x[row])
+        return result
+
     def rms_norm(self, x: Floats, weight: Floats, epsilon: float) -> Floats:
         groups = x.reshape(len(x), x.shape[1] // len(weight), len(weight))
         mean = np.mean(groups.astype(np.float64) ** 2, axis=-1, keepdims=True)

@@ -20,6 +20,7 @@ from mnemos.formats.tensor import Tensor
 Array = Any
 Rows = npt.NDArray[np.intp]
 Matrix = Any
+Factors = Any  # a backend's own form of the factors of adapters
 Bank = Any  # a backend's own form of a memory bank's keys and values
 Forward = Callable[[Any, Any, Any], tuple[Array, ...]]  # (ops, batch, cache) -> (hidden, logits, *early logits)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -141,6 +142,10 @@ class Ops(Protocol):
     def matrix(self, tensor: Tensor, rows: Rows | None = None) -> Matrix:
         """A (rows, columns) weight, or its `rows` in this order, in the form that this backend multiplies fastest."""
 
+    def factors(self, pairs: Sequence[tuple[Floats, Floats] | None], shape: tuple[int, int]) -> Factors:
+        """What each adapter adds to a weight of this shape (rows, columns): b @ a, with a (rank, columns) and
+        b (rows, rank); None: nothing."""
+
     def vector(self, tensor: Tensor) -> Array:
         """A norm weight or bias, float32, flat."""
 
@@ -181,6 +186,12 @@ class Ops(Protocol):
 
     def linear(self, x: Array, matrix: Matrix, bias: Array | None = None) -> Array:
         """x @ matrix.T + bias: (T, matrix rows)."""
+
+    def add_low_rank(self, y: Array, x: Array, factors: Factors, batch: Any) -> Array:
+        """y + b @ (a @ x) with the factors of each row's adapter (`Batch.adapters`); rows without one stay as they are.
+
+        y is used up: nothing else may read it. Hu et al. 2021, arXiv:2106.09685.
+        """
 
     def rms_norm(self, x: Array, weight: Array, epsilon: float) -> Array:
         """Each group of len(weight) columns divided by its root mean square, times weight.

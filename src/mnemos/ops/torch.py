@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnemos.contract import Batch, KVLayout, Output
+from mnemos.contract import Batch, Floats, KVLayout, Output
 from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.formats.tensor import Tensor as StoredTensor
 from mnemos.formats.tensor_types import TensorType
@@ -209,6 +209,20 @@ class TorchOps:
 
     def linear(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+
+    def factors(self, pairs: Sequence[tuple[Floats, Floats] | None], shape: tuple[int, int]) -> list[Any]:
+        return [
+            None if pair is None else [torch.from_numpy(one).to(self.device, self.dtype) for one in pair]
+            for pair in pairs
+        ]
+
+    def add_low_rank(self, y: Tensor, x: Tensor, factors: list[Any], batch: TorchBatch) -> Tensor:
+        adapters = batch.host.row_adapters(len(x))
+        for adapter in {int(one) for one in adapters if one >= 0 and factors[one] is not None}:
+            a, b = factors[adapter]
+            rows = torch.from_numpy(np.flatnonzero(adapters == adapter)).to(x.device)
+            y = y.index_add(0, rows, F.linear(F.linear(x[rows], a), b))
+        return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         groups = x.float().view(*x.shape[:-1], -1, len(weight))

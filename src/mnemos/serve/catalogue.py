@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ class Offer:
     keep_alive  seconds without a request after which it is unloaded
     loaded      an engine that the program made itself, which the server neither loads nor closes
     source      what the model was loaded from; never shown to clients
+    adapters    names of its LoRA adapters, under which requests reach it with one of them
     """
 
     name: str
@@ -45,13 +46,14 @@ class Offer:
     keep_alive: float = FOREVER
     loaded: InferenceEngine | None = None
     source: str | None = None
+    adapters: tuple[str, ...] = ()
 
 
 def given(engine: InferenceEngine, name: str) -> Offer:
     """The offer of an engine that the program made itself. ConfigError for anything else."""
     if not isinstance(engine, InferenceEngine):
         raise ConfigError(f"the model {name!r} is a {type(engine).__name__}; it must be an InferenceEngine")
-    return Offer(name, lambda: engine, loaded=engine)
+    return Offer(name, lambda: engine, loaded=engine, adapters=engine.spec.adapters)
 
 
 class Served:
@@ -108,6 +110,26 @@ class Served:
             engine.close()
 
 
+class Adapted(Served):
+    """A served model with one of its adapters: the same engine, under the adapter's name."""
+
+    def __init__(self, base: Served, adapter: str) -> None:
+        defaults = {**base.offer.defaults, "adapter": adapter}
+        super().__init__(replace(base.offer, name=adapter, aliases=(), adapters=(), defaults=defaults, loaded=None))
+        self.base = base
+        self.ends, self._threads = base.ends, base._threads
+
+    @property
+    def loaded(self) -> bool:
+        """As for the base."""
+        return self.base.loaded
+
+    @property
+    def engine(self) -> InferenceEngine:
+        """The base's."""
+        return self.base.engine
+
+
 class Catalogue:
     """The models on offer. Used in the event loop only; loading and closing happen in worker threads."""
 
@@ -125,6 +147,11 @@ class Catalogue:
                 if name in self._by_name:
                     raise ConfigError(f"two models are called {name!r}; give each its own name or alias")
                 self._by_name[name] = model
+        self.adapted = [Adapted(model, name) for model in self.models for name in model.offer.adapters]
+        for variant in self.adapted:
+            if variant.name in self._by_name:
+                raise ConfigError(f"two models or adapters are called {variant.name!r}; give each its own name")
+            self._by_name[variant.name] = variant
         if default is not None and default not in self._by_name:
             raise ConfigError(f"default is {default!r}; it must be one of {', '.join(self._by_name)}")
         only = self.models[0] if len(self.models) == 1 else None
@@ -149,12 +176,13 @@ class Catalogue:
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Served]:
         """The model of this name with its engine, which is not unloaded inside the block."""
-        model = self.find(name)
+        found = self.find(name)
+        model = found.base if isinstance(found, Adapted) else found
         model.users += 1
         try:
             if not model.loaded:
                 await self._load(model)
-            yield model
+            yield found
         finally:
             model.users -= 1
             model.last_used = time.monotonic()
@@ -228,4 +256,4 @@ class Catalogue:
         return model.error
 
     def _names(self) -> str:
-        return ", ".join(model.name for model in self.models)
+        return ", ".join(model.name for model in (*self.models, *self.adapted))

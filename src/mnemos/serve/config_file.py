@@ -103,4 +103,5 @@ def offer(
         defaults=dict(defaults or {}),
         keep_alive=keep_alive,
         source=source,
+        adapters=tuple(options.get("adapters") or ()),
     )

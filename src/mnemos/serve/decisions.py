@@ -94,7 +94,11 @@ async def _answers(
     state, connection = server_of(request), connection_of(request)
     model = await state.hold(name, connection)
     caller = connection.caller
-    scheduling = {"tenant": caller.tenant, "cache_salt": salted(caller, "decide")}
+    scheduling = {
+        "tenant": caller.tenant,
+        "cache_salt": salted(caller, "decide"),
+        "adapter": model.offer.defaults.get("adapter"),
+    }
     # The first question brings the input into the cache; the others, which begin with it, find it there.
     found: list[Decision] = []
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mnemos.contract import Floats
 from mnemos.engine.value_handle import ValueHandle
@@ -35,5 +36,9 @@ async def embeddings(
 def _submit(model: Served, tasks: Sequence[Task], connection: Connection, pooling: str) -> list[ValueHandle[Floats]]:
     caller = connection.caller
     prompts = [exchange_of(model, task).prompt_ids for task in tasks]
-    salt = salted(caller, None)
-    return [model.engine.submit_embedding(one, pooling, tenant=caller.tenant, cache_salt=salt) for one in prompts]
+    scheduling: dict[str, Any] = {
+        "tenant": caller.tenant,
+        "cache_salt": salted(caller, None),
+        "adapter": model.offer.defaults.get("adapter"),
+    }
+    return [model.engine.submit_embedding(one, pooling, **scheduling) for one in prompts]

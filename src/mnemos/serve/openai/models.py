@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from mnemos.serve.catalogue import Served
+from mnemos.serve.catalogue import Adapted, Served
 from mnemos.serve.state import server_of
 
 router = APIRouter(tags=["OpenAI"])
@@ -18,8 +18,9 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """All models on offer."""
-    models = [_described(model) for model in server_of(request).catalogue.models]
+    """All models on offer, and their adapters, each with its model as `parent`."""
+    catalogue = server_of(request).catalogue
+    models = [_described(model) for model in (*catalogue.models, *catalogue.adapted)]
     return {
         "object": "list",
         "data": models,
@@ -45,6 +46,8 @@ def _described(model: Served) -> dict[str, Any]:
         "display_name": model.name,
         "created_at": datetime.fromtimestamp(model.created, timezone.utc).isoformat().replace("+00:00", "Z"),
     }
+    if isinstance(model, Adapted):
+        shown["parent"] = model.base.name
     if model.loaded:
         length = model.engine.spec.context_length
         shown |= {"context_length": length, "max_model_len": length, "meta": {"n_ctx": length}}

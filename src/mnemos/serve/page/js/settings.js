@@ -29,7 +29,7 @@ function applyTheme() {
 }
 
 // What the page sets itself, or what has no meaning in a conversation with one reply at a time.
-const MANAGED = new Set(["logprobs", "num_return_sequences", "best_of", "tenant", "cache_salt", "priority", "deadline"]);
+const MANAGED = new Set(["logprobs", "num_return_sequences", "best_of", "tenant", "cache_salt", "priority", "deadline", "adapter"]);
 
 /** Asks again for the models: a model says how long its context is once it is loaded. */
 export async function refreshModels() {
