@@ -183,7 +183,7 @@ def _memory_config(module: MemoryTransformer | MemoryAdapter) -> dict[str, Any]:
     config: dict[str, Any] = {"architectures": [type(module).__name__], "memory_config": module.config.to_dict()}
     if isinstance(module, MemoryAdapter):
         base: Any = module.base_model.config
-        config["base"] = base.to_dict()
+        config["base"] = {name: value for name, value in base.to_dict().items() if name != "_name_or_path"}
         named = config["memory_config"]["model"]
         if os.path.isabs(str(named["base_model_name"])):  # a folder of this machine
             named["base_model_name"] = Path(named["base_model_name"]).name

@@ -56,14 +56,14 @@ def _bytes_table() -> list[dict[str, int]]:
 
 def _unknown(vocabulary: dict[str, int], encode: Callable[[str], Any]) -> str | None:
     """The token for what the table has not; None if that is refused."""
-    ids = _ids(encode)
+    ids = _ids(encode, _STRANGE)
     return next((text for text, token in vocabulary.items() if ids == [token]), None)
 
 
-def _ids(encode: Callable[[str], Any]) -> list[int] | None:
-    """What becomes of a character that no table has; None if it is refused."""
+def _ids(encode: Callable[[str], Any], text: str) -> list[int] | None:
+    """The ids of a text; None if it is refused."""
     try:
-        return [int(token) for token in encode(_STRANGE)]
+        return [int(token) for token in encode(text)]
     except Exception:  # whatever a class of the user's own raises
         return None
 
@@ -79,13 +79,14 @@ def _candidates(vocabulary: dict[str, int], unknown: str | None) -> list[tuple[s
     letters = [text for text in texts if len(text) == 1 and text != unknown]
     words = [text for text in texts if not any(character.isspace() for character in text)]
     made = []
+    if len(words) == len(texts):
+        samples = [" ".join(words[start::5][:50]) for start in range(min(5, len(words)))]
+        made.append((_content(model, _PIECES["words"], None), samples))
     if letters:
         samples = ["".join(letters[start::7]) for start in range(min(7, len(letters)))]
-        made.append((_content(model, _PIECES["characters"], {"type": "Fuse"}), [*samples, "".join(letters[:50][::-1])]))
-    if len(words) == len(texts):
-        made.append(
-            (_content(model, _PIECES["words"], None), [" ".join(words[s::5][:50]) for s in range(min(5, len(words)))])
-        )
+        longer = [text for text in texts if len(text) > 1]  # which a table of words would know
+        samples += ["".join(letters[:50][::-1]), *longer[:5], *longer[-5:]]
+        made.append((_content(model, _PIECES["characters"], {"type": "Fuse"}), samples))
     return made
 
 
@@ -100,10 +101,9 @@ def _same(content: str, encode: Callable[[str], Any], decode: Callable[[Any], An
             path = Path(folder) / "tokenizer.json"
             path.write_text(content, encoding="utf-8")
             made = Tokenizer.from_file(path).prepare()
-        for text in probes:
-            ids = [int(token) for token in encode(text)]
-            if not ids or made.encode(text) != ids or made.decode(ids) != decode(ids):
-                return False
+        ids = {text: _ids(encode, text) for text in [*probes, _STRANGE]}
+        if not ids[probes[0]] or any(_ids(made.encode, text) != found for text, found in ids.items()):
+            return False
+        return all(made.decode(found) == decode(found) for text, found in ids.items() if found and text != _STRANGE)
     except Exception:  # whatever an object that is something else raises
         return False
-    return _ids(encode) == _ids(made.encode)
