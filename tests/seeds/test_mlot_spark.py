@@ -198,3 +198,17 @@ def test_the_memory_cache_as_its_document_writes_it(checkpoint: Path, numbers: A
         assert found.context is not None
         assert found.context.uses == 1
         assert f"{cache.hit_rate:.2%} {len(cache.episodic_cache)} {cache.memory_usage_mb:.1f}"
+
+
+def test_optimizations_and_the_queue_by_their_names(checkpoint: Path, numbers: Any) -> None:
+    with OptimizedInferenceEngine(checkpoint, hardware_config={"performance_mode": "efficiency"}) as engine:
+        optimizer = engine.initialize_optimizations()
+        pacer = engine._thread.core.pacer
+        assert pacer is not None
+        assert pacer.governor.mode == optimizer.options["performance_mode"] == "efficiency"
+        processor = BatchProcessor(engine)
+        assert processor.process_batch() == []
+        for text in ("1 2 3", "30 32 34"):
+            processor.request_queue.put(text)
+        assert [numbers(text) for text in processor.process_batch()] == [list(range(4, 40)), [36, 38]]
+        assert processor.request_queue.empty()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,20 +98,29 @@ class BatchRequest:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
+Request = str | Sequence[int] | BatchRequest
+
+
 class BatchProcessor:
-    """Processes many requests: urgent ones first, then equal beginnings together, short before long ones."""
+    """Processes many requests: urgent ones first, then equal beginnings together, short before long ones.
+
+    request_queue: requests that other threads have left, for `process_batch` to take.
+    """
 
     def __init__(self, engine: InferenceEngine, batch_size: int = 8) -> None:
         self.engine = engine
         self.batch_size = COUNT.apply("batch_size", batch_size)
+        self.request_queue: SimpleQueue[Request] = SimpleQueue()
 
     def process_batch(
         self,
-        requests: Sequence[str | Sequence[int] | BatchRequest],
+        requests: Sequence[Request] | None = None,
         config: GenerationConfig | None = None,
         **overrides: Any,
     ) -> list[Any]:
-        """Results in the requests' order and form, texts for texts."""
+        """Results in the requests' order and form, texts for texts. Without requests: those in `request_queue` now."""
+        if requests is None:
+            requests = [self.request_queue.get() for _ in range(self.request_queue.qsize())]
         wanted = [one if isinstance(one, BatchRequest) else BatchRequest(one) for one in listed(requests)]
         ids = [read_prompts(request.prompt, None, self.engine.tokenizer).only for request in wanted]
         order = self._order(wanted, ids)

@@ -17,6 +17,7 @@ from mnemos.engine.pretrained import load_parts
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from mnemos.compat.hardware_optimizer import HardwareOptimizer
     from mnemos.engine.options import LoadKeywords
     from mnemos.engine.prompts import Prompts
 
@@ -44,6 +45,7 @@ class OptimizedInferenceEngine(InferenceEngine):
         hardware_config: Mapping[str, Any] | None = None,
         **options: Unpack[LoadKeywords],
     ) -> None:
+        self._hardware = dict(hardware_config or {})
         if hardware_config:
             from mnemos.compat.hardware_optimizer import hardware_options
 
@@ -80,6 +82,15 @@ class OptimizedInferenceEngine(InferenceEngine):
     def memory_cache(self) -> MemoryCache:
         """What is remembered between requests: pages of keys and values, concepts, and prompts."""
         return self._memory_cache
+
+    def initialize_optimizations(self) -> HardwareOptimizer:
+        """Has the engine follow the machine's heat and power from now on, in its performance mode or a balanced one.
+
+        The result says what the machine is made of and changes the mode.
+        """
+        from mnemos.compat.hardware_optimizer import HardwareOptimizer
+
+        return HardwareOptimizer(self, self._hardware)
 
     def generate_response(self, text: str, max_length: int | None = None, **overrides: Any) -> str:
         """The text that follows `text`. max_length counts the tokens of both; the default is the config's, else 512."""
