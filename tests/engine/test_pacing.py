@@ -165,3 +165,34 @@ def test_a_memory_limit_sizes_the_cache(smollm2: Path) -> None:
         InferenceEngine.from_pretrained(smollm2, max_memory_gb=0.05)
     with pytest.raises(ConfigError, match="max_memory_gb is -1; it must be a number above 0"):
         InferenceEngine.from_pretrained("nowhere", max_memory_gb=-1)
+
+
+def test_a_module_computes_with_fewer_of_pytorchs_threads() -> None:
+    torch = pytest.importorskip("torch")
+    seen: list[int] = []
+
+    class Module(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(50, 50)
+
+        def forward(self, input_ids: Any) -> Any:
+            seen.append(torch.get_num_threads())
+            return self.table(input_ids)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        sensors = FakeSensors()
+        with InferenceEngine(Module().eval(), use_kv_cache=False) as engine:
+            engine.pace("balanced", True, sensors=sensors)
+            engine.complete([1, 2, 3], max_new_tokens=2, ignore_eos=True)
+            assert seen[-1] == 2
+            sensors.conditions = Conditions(Heat.CRITICAL)
+            engine.complete([1, 2, 3], max_new_tokens=2, ignore_eos=True)
+            assert seen[-1] == 1
+            sensors.conditions = Conditions()
+            engine.complete([1, 2, 3], max_new_tokens=6, ignore_eos=True)
+            assert seen[-1] == 2
+    finally:
+        torch.set_num_threads(before)

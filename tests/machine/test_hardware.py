@@ -66,6 +66,16 @@ def test_limits_of_control_groups(tmp_path: Path) -> None:
     assert detect(NoSensors(), tmp_path).memory <= 1 << 30
 
 
+def test_limits_of_control_groups_of_the_first_version(tmp_path: Path) -> None:
+    put(tmp_path, {"proc/self/cgroup": "5:memory:/docker/box\n4:cpu,cpuacct:/docker/box\n1:name=systemd:/docker/box"})
+    group = "sys/fs/cgroup"
+    put(tmp_path, {f"{group}/memory/docker/box/memory.limit_in_bytes": 3 << 30})
+    put(tmp_path, {f"{group}/memory/memory.limit_in_bytes": 9223372036854771712})
+    put(tmp_path, {f"{group}/cpu/docker/box/cpu.cfs_quota_us": 250_000})
+    put(tmp_path, {f"{group}/cpu/docker/box/cpu.cfs_period_us": 100_000, f"{group}/cpu/cpu.cfs_quota_us": -1})
+    assert cgroup_limits(tmp_path) == CgroupLimits(2.5, 3 << 30)
+
+
 def test_a_macbook() -> None:
     mac: Any = FakeMac("MacBookPro18,3")
     mac.values |= {

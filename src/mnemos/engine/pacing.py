@@ -61,18 +61,18 @@ class Pacer:
 
     def update(self, scheduler: Scheduler) -> None:
         """Reads what is due and puts the allowance in force."""
-        self.governor.update()
-        if self.most_bytes and self._now() >= self._next_look:
-            self._next_look = self._now() + _MEMORY_PERIOD
-            self._hold_memory(scheduler)
-        allowed = self.allowance
-        if allowed != self._in_force:
-            self._in_force = allowed
+        changed = self.governor.update() or self._in_force is None
+        if self.most_bytes and (now := self._now()) >= self._next_look:
+            self._next_look = now + _MEMORY_PERIOD
+            changed |= self._hold_memory(scheduler)
+        if changed:
+            allowed = self._in_force = self.allowance
             scheduler.restrict(allowed.sequences, allowed.batch_tokens)
             limit_threads(self._model, allowed.threads)
 
-    def _hold_memory(self, scheduler: Scheduler) -> None:
-        resident = self._resident()
+    def _hold_memory(self, scheduler: Scheduler) -> bool:
+        """Makes room if there is none; returns whether fewer sequences run from now on, or more again."""
+        tight, resident = self._tight, self._resident()
         if resident > self.most_bytes:
             release_unused(scheduler, self._model)
             resident = self._resident()
@@ -80,6 +80,7 @@ class Pacer:
             self._tight = True
         elif resident < _ROOM_AGAIN * self.most_bytes:
             self._tight = False
+        return self._tight != tight
 
 
 def make_pacer(

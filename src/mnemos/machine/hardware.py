@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from mnemos.machine.memory import machine_memory
 from mnemos.machine.sensors import MacSystem, NoSensors, Sensors, machine_sensors
 from mnemos.native import core
 
+_NO_LIMIT = 1 << 60  # bytes; what version 1 of control groups says instead of "max" is above
 _LARGE_CORE = 0.75  # of the largest capacity: with less, a core is an efficiency core
 
 
@@ -164,21 +165,34 @@ def _linux_caches(cpus: list[Path]) -> dict[str, int]:
 
 
 def cgroup_limits(root: Path = Path("/")) -> CgroupLimits:
-    """The tightest limits of the process's own control group and those above it (version 2). root: of the system."""
+    """The tightest limits of the process's own control groups and those above them, of either version.
+
+    root: of the system.
+    """
     mount = root / "sys" / "fs" / "cgroup"
-    path = next((line[3:] for line in _read(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
-    folder = mount / path.lstrip("/")
     cores: list[float] = []
     memory: list[int] = []
-    for group in (folder, *folder.parents):
-        quota, _, period = _read(group / "cpu.max").partition(" ")
-        if quota.isdigit() and period.isdigit() and int(period):
-            cores.append(int(quota) / int(period))
-        most = _read(group / "memory.max")
-        memory += [int(most)] if most.isdigit() else []
-        if group == mount:
-            break
+    for line in _read(root / "proc" / "self" / "cgroup").splitlines() or ["0::/"]:
+        _, controllers, path = line.split(":", 2)
+        first = controllers.partition(",")[0]  # version 1 has a hierarchy for each
+        for group in _groups(mount / first, path):
+            quota, _, period = _read(group / "cpu.max").partition(" ")
+            if "cpu" in controllers.split(","):
+                quota, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")
+            if quota.isdigit() and period.isdigit() and int(period):
+                cores.append(int(quota) / int(period))
+            most = _read(group / ("memory.limit_in_bytes" if controllers == "memory" else "memory.max"))
+            memory += [int(most)] if most.isdigit() and int(most) < _NO_LIMIT else []
     return CgroupLimits(min(cores, default=None), min(memory, default=None))
+
+
+def _groups(mount: Path, path: str) -> Iterator[Path]:
+    """A group and all above it, up to the mount point."""
+    group = mount / path.lstrip("/")
+    yield group
+    while group != mount:
+        group = group.parent
+        yield group
 
 
 def _cpu_list(text: str) -> list[int]:
