@@ -189,6 +189,7 @@ def test_a_chunk_takes_as_long_as_the_decoding_beside_it() -> None:
             budget.observe(rows, 0, 0.002 + rows * 0.0005)
     assert budget.chunk(1) == SMALLEST_CHUNK  # 5 rows' time
     assert budget.chunk(20) == pytest.approx(24, abs=1)  # a number of rows that was never measured
+    assert budget.chunk(20, prompts=11) == pytest.approx(48, abs=2)  # a crowd of prompts: twice as much
     for _ in range(1000):  # what many rows cost is not forgotten while one decodes
         budget.observe(1, 0, 0.0025)
     budget.observe(1, 0, 0.050)  # nor does one slow step change it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 STALL = 2.0  # how many times as long a step with a chunk may take: inter-token latency stays below 3 x its median
 SMALLEST_CHUNK = 8
+CROWD = 4
 FORGETTING = 0.98  # what a step counts after another one
 
 
@@ -24,15 +25,16 @@ class PrefillBudget:
     def chunk(self, decode_rows: int, prompts: int = 1) -> int:
         """The most prompt tokens for a step that also decodes `decode_rows` rows, while `prompts` prompts are unread.
 
-        Where more requests wait for their first token than decode, holding them up costs more than it saves: the
-        allowed stall grows with their number per decoding row.
+        Decoding loses the same time to a prompt read at once as to one read in pieces; pieces only make for an even
+        pace. Where many requests wait for their first token, that is not worth their wait: from the second one for
+        every CROWD decoding rows on, the allowed stall grows with their number.
         """
         room = max(self.batch_tokens - decode_rows, SMALLEST_CHUNK)
         if not decode_rows or self._rows_seconds <= 0:
             return room
         per_row = self._rows_seconds / self._rows_rows
         decode_step = self._seconds + per_row * (decode_rows - self._rows)
-        stall = (STALL - 1) * max(1.0, prompts / decode_rows) * decode_step
+        stall = (STALL - 1) * max(1.0, CROWD * (prompts - 1) / decode_rows) * decode_step
         return max(SMALLEST_CHUNK, min(room, int(stall / per_row)))
 
     def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
