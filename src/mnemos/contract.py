@@ -252,24 +252,6 @@ class FirstLogits:
     logits: tuple[float, ...]
     spread: float
 
-    @staticmethod
-    def prompt_for(vocabulary_size: int) -> tuple[int, ...]:
-        """Eight ids from all over a vocabulary."""
-        return tuple((11 + 7919 * i) % vocabulary_size for i in range(8))
-
-    @classmethod
-    def of(cls, prompt: Sequence[int], row: Floats) -> FirstLogits:
-        """The record of a row of finite logits (vocabulary,) after a prompt, rounded to 5 digits."""
-        count = min(16, len(row))
-        tokens = tuple(int(i) for i in np.linspace(0, len(row) - 1, count).astype(np.int64))
-        logits = tuple(float(f"{row[token]:.5g}") for token in tokens)
-        return cls(tuple(prompt), tokens, logits, float(f"{row.max() - row.min():.5g}"))
-
-    def distance(self, row: Floats) -> float:
-        """The largest difference of the logits of a row (vocabulary,) from these, over the spread."""
-        differences = np.abs(row[list(self.tokens)] - np.asarray(self.logits, dtype=np.float32))
-        return float(differences.max() / max(self.spread, float(np.finfo(np.float32).tiny)))
-
 
 @dataclass(frozen=True)
 class ModelSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -154,8 +154,8 @@ def open_package(package: Package, *, without_adapter: bool = False) -> Checkpoi
         )
     if package.kind == "module":
         return _open_packed_module(package)
-    if package.kind == "quantized":
-        raise UnsupportedError(f"{folder}: holds a QuantizedModel; {_load(package)}")
+    if package.kind in ("quantized", "pruned"):
+        raise UnsupportedError(f"{folder}: holds a module that was {package.kind}; {_load(package)}")
     if SINGLE_NAME in package.files or INDEX_NAME in package.files:
         return _open_huggingface(folder, folder, open_safetensors_folder(folder))
     models = sorted(name for name in package.files if name.endswith(".gguf") and "/" not in name)
@@ -176,6 +176,10 @@ def _open_packed_module(package: Package) -> Checkpoint:
     pairs = package.metadata.get("complex")  # rotations that a training script keeps; an architecture has its own
     left_out = pairs if isinstance(pairs, list) else []
     tensors = {n: t for n, t in open_safetensors(folder / SINGLE_NAME).items() if n not in left_out}
+    ties = package.metadata.get("ties")
+    for name, owner in ties.items() if isinstance(ties, dict) else ():
+        if isinstance(owner, str) and owner in tensors:
+            tensors[name] = replace(tensors[owner], name=name)
     return Checkpoint("huggingface", folder, named, unwrapped(tensors))
 
 

@@ -27,7 +27,7 @@ FORMAT, VERSION = "mnemos-package", 1
 MAX_FILES, MAX_NAME, MAX_DEPTH = 10_000, 200, 8
 # What the weights are: files as other programs write them, or a module of the user's own.
 CHECKPOINTS = ("gguf", "huggingface", "memory", "adapter")
-MODULES = ("module", "quantized")
+MODULES = ("module", "quantized", "pruned")
 KINDS = CHECKPOINTS + MODULES
 _PIECE = 1 << 20
 _PART = re.compile(r"[\w(][\w.+@,=()~ -]*", re.ASCII)

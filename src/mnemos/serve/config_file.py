@@ -93,8 +93,9 @@ def offer(
     """The offer of a model that is loaded from `source` with these options of the engine, which are checked now."""
     split(options)
     if name is None:
-        is_path = "/" in source or "\\" in source or source.endswith(".gguf")
-        name = Path(source).name.removesuffix(".gguf") if is_path and not source.startswith("hf:") else source
+        is_path = "/" in source or "\\" in source or source.endswith((".gguf", ".tar"))
+        is_path = is_path and not source.startswith("hf:")
+        name = Path(source).name.removesuffix(".gguf").removesuffix(".tar") if is_path else source
     text(255).apply("name", name)
     return Offer(
         name,

@@ -145,7 +145,10 @@ def test_a_pruned_module(own_model: OwnModel, tmp_path: Path) -> None:
     pruned = PrunedModel(own_model.eval(), 0.5, criterion="weights", skip=("embedding", "head"))
     ModelPackager(pruned, None, CONFIG).package(tmp_path / "p")
     model, _, _ = ModelPackager.load_package(tmp_path / "p", model_class=OwnModel)
-    assert torch.equal(logits(model), logits(pruned)) and float((model.mix.weight == 0).float().mean()) > 0.4
+    assert type(model) is PrunedModel and torch.equal(logits(model), logits(pruned))
+    assert float((model.model.mix.weight == 0).float().mean()) > 0.4
+    with pytest.raises(UnsupportedError, match="holds a module that was pruned; ModelPackager.load_package"):
+        InferenceEngine.from_pretrained(tmp_path / "p")
 
 
 class Characters:

@@ -70,13 +70,12 @@ def write_modelfile(folder: Path, facts: Facts, begun: Begun) -> None:
     if len(found) > 1:
         raise UnsupportedError(f"ollama: the model has {len(found)} parts; expected one GGUF file")
     if not found:
-        from mnemos.compress.quantize import quantize_file
+        from mnemos.export.gguf import export_to_gguf
 
         begun("writing a GGUF file")
         (folder / FOLDER).mkdir(exist_ok=True)
-        target = folder / FOLDER / "model.gguf"
-        quantize_file(folder, target, "bf16" if facts.dtype in ("bf16", "bfloat16") else "f16")
-        found = [target]
+        found = [folder / FOLDER / "model.gguf"]
+        export_to_gguf(folder, found[0])
     checkpoint = open_checkpoint(found[0])
     spec = describe_model(checkpoint)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)

@@ -124,12 +124,14 @@ def _empty_base(package: Package, base: Any) -> Any:
 def _module(package: Package, model_class: Any, config: dict[str, Any]) -> nn.Module:
     if package.kind == "module":
         return _checked(package, _own(package, model_class, config).eval())
-    if package.kind == "quantized":
+    if package.kind in ("quantized", "pruned"):
+        from mnemos.compress.modules.pruned_model import PrunedModel
         from mnemos.compress.modules.quantized_model import QuantizedModel
         from mnemos.export.packaging.config import make_module
 
         made = None if model_class is None else make_module(model_class, config)
-        return _checked(package, QuantizedModel.load(package.path / SINGLE_NAME, made))
+        kind: Any = QuantizedModel if package.kind == "quantized" else PrunedModel
+        return _checked(package, kind.load(package.path / SINGLE_NAME, made).eval())
     if package.kind == "memory":
         return _checked(package, _memory(package).eval())
     from mnemos.models.foreign.pretrained import load_module

@@ -16,13 +16,14 @@ from mnemos.compress.modules.batches import evaluating
 from mnemos.compress.modules.pruned_model import PrunedModel
 from mnemos.compress.modules.quantized_model import QuantizedModel
 from mnemos.contract import FirstLogits
-from mnemos.errors import ConfigError, ModelError
+from mnemos.errors import CapacityError, ConfigError, ModelError
 from mnemos.export.example import flattened
 from mnemos.export.packaging.config import plain_config
 from mnemos.export.packaging.files import write_json
 from mnemos.export.packaging.source import Begun, Facts
 from mnemos.export.packaging.states import PICKLED_NAME, write_state
 from mnemos.formats.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME
+from mnemos.formats.first_logits import distance, prompt_for, record
 from mnemos.formats.safetensors import SINGLE_NAME
 from mnemos.models.foreign.signature import unwrap
 from mnemos.models.memory_transformer.adapter import MemoryAdapter
@@ -37,8 +38,6 @@ class ModuleSource:
     """
 
     def __init__(self, module: nn.Module, config: Any, *, licence: str | None, pickled: bool, vocabulary: int) -> None:
-        if isinstance(module, PrunedModel):
-            module = module.model
         self._module, self._config = _plain(module), plain_config(config)
         self._licence, self._pickled, self._vocabulary = licence, pickled, vocabulary
         if pickled and self._kind != "module":
@@ -49,8 +48,8 @@ class ModuleSource:
 
     @property
     def _kind(self) -> str:
-        if isinstance(self._module, QuantizedModel):
-            return "quantized"
+        if isinstance(self._module, (QuantizedModel, PrunedModel)):
+            return "quantized" if isinstance(self._module, QuantizedModel) else "pruned"
         if isinstance(self._module, (MemoryTransformer, MemoryAdapter)):
             return "memory"
         return "huggingface" if _is_transformers(self._module) else "module"
@@ -59,7 +58,7 @@ class ModuleSource:
         """See `Source`."""
         module = self._module
         facts = _facts(module, self._kind, self._licence)
-        if isinstance(module, QuantizedModel):
+        if isinstance(module, (QuantizedModel, PrunedModel)):
             module.save(folder / SINGLE_NAME)
             write_json(folder / CONFIG_NAME, self._config)
         elif isinstance(module, (MemoryTransformer, MemoryAdapter)):
@@ -70,8 +69,7 @@ class ModuleSource:
             ):
                 generation.save_pretrained(folder, GENERATION_CONFIG_NAME)
         elif self._kind == "huggingface":
-            saved: Any = module
-            saved.save_pretrained(folder)
+            _save_pretrained(module, folder)
         else:
             write_json(folder / CONFIG_NAME, self._config)
             facts.details |= write_state(module, folder / (PICKLED_NAME if self._pickled else SINGLE_NAME))
@@ -94,6 +92,18 @@ class ModuleSource:
         return export_module(self._module, folder, names, begun)
 
 
+def _save_pretrained(module: Any, folder: Path) -> None:
+    """As transformers writes a model. CapacityError: the disk is full; ModelError: whatever else it raises."""
+    try:
+        module.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors' own errors among them
+        reason = " ".join(str(error).split())[:300]
+        kind = CapacityError if "os error 28" in reason or "os error 27" in reason else ModelError
+        raise kind(f"{type(module).__name__} cannot be written by transformers: {reason}") from error
+
+
 def first_logits_of(module: nn.Module, vocabulary: int) -> FirstLogits | None:
     """What a module answers to token ids; None for one that cannot be called so.
 
@@ -101,22 +111,22 @@ def first_logits_of(module: nn.Module, vocabulary: int) -> FirstLogits | None:
     """
     tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
     for size in dict.fromkeys(size for size in (vocabulary, max(tables, default=0), 8) if size > 0):
-        row = _last_row(module, FirstLogits.prompt_for(size))
+        row = _last_row(module, prompt_for(size))
         if row is not None:
             break
     else:
         return None
     if not bool(row.isfinite().all()):
         raise ModelError(f"{type(module).__name__}: its logits for token ids are not finite numbers")
-    return FirstLogits.of(FirstLogits.prompt_for(size), row.numpy())
+    return record(prompt_for(size), row.numpy())
 
 
 def distance_of(module: nn.Module, expected: FirstLogits) -> float:
-    """How far a module's answer is from what is expected; see `FirstLogits.distance`. Infinite: it has no answer."""
+    """How far a module is from what is expected, see `formats.first_logits.distance`; infinite if it has no answer."""
     row = _last_row(module, expected.prompt)
     if row is None or len(row) <= max(expected.tokens):
         return float("inf")
-    return expected.distance(row.numpy())
+    return distance(expected, row.numpy())
 
 
 def _last_row(module: nn.Module, prompt: tuple[int, ...]) -> Tensor | None:
@@ -141,7 +151,7 @@ def _logits_first(answer: Any) -> Any:
 
 def _plain(module: nn.Module) -> nn.Module:
     """The module inside DataParallel or torch.compile; one of peft's with its adapter merged, in a copy."""
-    if isinstance(module, QuantizedModel):
+    if isinstance(module, (QuantizedModel, PrunedModel)):
         return module
     if hasattr(module, "merge_and_unload"):
         merging: Any = copy.deepcopy(module)
@@ -156,7 +166,7 @@ def _is_transformers(module: nn.Module) -> bool:
 
 
 def _facts(module: nn.Module, kind: str, licence: str | None) -> Facts:
-    inner = module.model if isinstance(module, QuantizedModel) else module
+    inner = module.model if isinstance(module, (QuantizedModel, PrunedModel)) else module
     kinds: Counter[str] = Counter()
     for parameter in module.parameters():
         kinds[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()

@@ -51,8 +51,9 @@ def write_state(module: nn.Module, path: Path) -> dict[str, Any]:
     pairs = [name for name, value in state.items() if value.is_complex()]
     real = {name: torch.view_as_real(value.resolve_conj()) if name in pairs else value for name, value in state.items()}
     for name, value in real.items():
-        if value.dtype not in DTYPES or value.layout is not torch.strided:
-            raise ModelError(f"{name} is {value.dtype}, {value.layout}; expected {', '.join(map(str, DTYPES))}, dense")
+        if value.dtype not in DTYPES or value.layout is not torch.strided or value.is_meta:
+            found = "on the meta device, without values" if value.is_meta else f"{value.dtype}, {value.layout}"
+            raise ModelError(f"{name} is {found}; expected {', '.join(map(str, DTYPES))}, dense")
     entries = {name: entry_of(value) for name, value in real.items() if name not in ties}
     write_safetensors(path, entries, {"format": "pt"})
     return {"ties": ties, "complex": pairs}

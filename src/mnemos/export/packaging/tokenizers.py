@@ -11,14 +11,14 @@ from typing import Any
 from mnemos.errors import ConfigError, FormatError
 from mnemos.export.packaging.files import TOKENIZER_FILES, copy_tokenizer
 from mnemos.export.packaging.own_tokenizers import equivalent_file
-from mnemos.formats.gguf import GGUFFile
-from mnemos.formats.gguf_writer import RawValue, writing_gguf
+from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.formats.package import Package
 from mnemos.formats.strict_json import read_json_object
+from mnemos.text import tokenizer_files
 from mnemos.text.huggingface import tokenizer_file
 from mnemos.text.tokenizer import Tokenizer
 
-GGUF_NAME, JSON_NAME, MODEL_NAME = "tokenizer.gguf", "tokenizer.json", "tokenizer.model"
+JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
 OWN = "own_tokenizer"  # metadata.json's field with the class of a tokenizer that only its own class can read
 
 
@@ -65,8 +65,6 @@ def read_tokenizer(package: Package, tokenizer_class: Any = None) -> Any:
         )
     if JSON_NAME in package.files or MODEL_NAME in package.files:
         return Tokenizer.from_file(folder).prepare()
-    if GGUF_NAME in package.files:
-        return Tokenizer.from_gguf(folder / GGUF_NAME).prepare()
     if models := sorted(name for name in package.files if name.endswith(".gguf") and "/" not in name):
         return Tokenizer.from_gguf(folder / models[0]).prepare()
     if not any(name in package.files for name in TOKENIZER_FILES if name.startswith(("vocab", "spiece"))):
@@ -78,10 +76,7 @@ def read_tokenizer(package: Package, tokenizer_class: Any = None) -> Any:
 
 def _write_own_kind(source: Path, folder: Path) -> None:
     if source.suffix == ".gguf":
-        stored = GGUFFile.open(source).stored_metadata
-        kept = {name: RawValue(bytes(raw)) for name, raw in stored.items() if name.startswith("tokenizer.")}
-        with writing_gguf(folder / GGUF_NAME, {"general.architecture": "tokenizer", **kept}, []):
-            pass
+        tokenizer_files.write_tokenizer(open_checkpoint(source), folder)
         return
     file = tokenizer_file(source)
     copy_tokenizer(file.parent, folder)
