@@ -46,7 +46,7 @@ def test_heat_shrinks_and_coolness_restores(engine: InferenceEngine, monkeypatch
     assert (scheduler.admission.most, scheduler.budget.batch_tokens, limits) == (8, 512, [model.threads])
     sensors.conditions = Conditions(Heat.CRITICAL, temperature=99.5)
     assert engine.complete(PROMPT, max_new_tokens=4).token_ids == plain
-    assert (scheduler.admission.most, scheduler.budget.batch_tokens, limits[-1]) == (1, 1, 1)
+    assert (scheduler.admission.most, scheduler.budget.batch_tokens, limits[-1]) == (1, 32, 1)
     assert pacer.conditions.temperature == 99.5
     assert pacer.rest == 1.0
     sensors.conditions = Conditions()

@@ -67,7 +67,7 @@ def test_down_at_once_and_up_step_by_step() -> None:
     assert sensors.readings == 1
     time += 2
     assert governor.update()
-    assert governor.allowance == Allowance(1, 1, 1, rest=1.0)
+    assert governor.allowance == Allowance(1, 1, 32, rest=1.0)
     sensors.conditions = Conditions(Heat.FAIR)
     levels = []
     for _ in range(int(4 * RECOVERY / 2)):

@@ -14,6 +14,7 @@ from mnemos.rules import PERFORMANCE_MODE
 PERIOD = 2.0  # seconds between two readings of the sensors
 RECOVERY = 10.0  # seconds of better conditions before an engine goes up a level again
 _LOW_CHARGE = 0.2
+_SMALLEST_PIECE = 32  # rows of a step with part of a prompt
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,14 @@ class Allowance:
     rest: float = 0.0
 
     def scaled(self, threads: float, batch: float, rest: float = 0.0) -> Allowance:
-        """These shares of it, at least one of each, with this rest."""
+        """These shares of it, at least one of each, with this rest.
+
+        Pieces of a prompt stay large enough for their rows to share the reading of the weights.
+        """
         return Allowance(
             max(1, ceil(threads * self.threads)),
             max(1, int(batch * self.sequences)),
-            max(1, int(batch * self.batch_tokens)),
+            max(min(_SMALLEST_PIECE, self.batch_tokens), int(batch * self.batch_tokens)),
             rest,
         )
 
