@@ -16,8 +16,8 @@ TEXTS = [" ".join(f"word{(7 * n + k) % 97}" for k in range(60)) for n in range(6
 
 
 @pytest.fixture
-def engine(smollm2: Path) -> Iterator[InferenceEngine]:
-    with InferenceEngine.from_pretrained(smollm2, cache_tokens=8192) as made:
+def engine(smollm2: Path, tmp_path: Path) -> Iterator[InferenceEngine]:
+    with InferenceEngine.from_pretrained(smollm2, cache_tokens=8192, session_dir=tmp_path) as made:
         yield made
 
 
@@ -167,3 +167,16 @@ def test_prompts_of_an_optimized_engine_are_its_contexts(smollm2: Path) -> None:
         assert found.cached_tokens == pages_of(engine, TEXTS[0]) * cache.page_size
         assert not cache.get_cached_patterns(cache.context_hash(TEXTS[1]))
         assert (cache.sliding_window, cache is engine.memory_cache) == (0, True)
+
+
+def test_texts_that_an_engine_keeps_are_ranked_beside_concepts(smollm2: Path, tmp_path: Path) -> None:
+    with InferenceEngine.from_pretrained(smollm2, cache_tokens=1024, session_dir=tmp_path) as engine:
+        cache = MemoryCache(engine=engine)
+        engine.memory.add("The shop opens at nine on Mondays.", "hours")
+        cache.semantic_cache["closing time"] = "at six"
+        assert [(one.concept, one.pattern) for one in cache.semantic_cache.match("When does the shop open?")] == [
+            ("hours", "The shop opens at nine on Mondays.")
+        ]
+        patterns = [one.pattern for one in cache.semantic_cache.match("closing time of the shop", k=2)]
+        assert patterns == ["at six", "The shop opens at nine on Mondays."]
+        assert cache.semantic_cache.match("quantum") == cache.semantic_cache.match("shop", k=0) == []

@@ -51,6 +51,31 @@ class CachedPatterns:
         return self.context is not None or self.pattern is not None
 
 
+class EngineConcepts(ConceptCache):
+    """Concepts beside the texts that an engine keeps (`engine.memory`), which `match` ranks together.
+
+    A stored text is a pattern whose concept is its name.
+    """
+
+    def __init__(
+        self, engine: InferenceEngine, cache_size: int, half_life: float, encoder: Callable[[str], Any] | None
+    ) -> None:
+        super().__init__(cache_size, half_life=half_life, encoder=encoder)
+        self._engine = engine
+        self._recall_encoder = encoder
+
+    def match(self, text: str, k: int = 3) -> list[ConceptMatch]:
+        """The at most `k` concepts and stored texts that suit a text best, the best first.
+
+        Scores by words depend on what else there is: those of concepts and of texts can be compared only roughly.
+        """
+        if k < 1:
+            return []
+        stored = self._engine.memory.recall(text, k, kinds=("text",), encoder=self._recall_encoder)
+        found = [ConceptMatch(one.name, one.text, one.score) for one in stored if one.score > 0]
+        return sorted([*super().match(text, k), *found], key=lambda one: -one.score)[:k]
+
+
 class EpisodicPages:
     """An engine's prefix cache: pages of keys and values of texts that it has read; `len` is their number."""
 
@@ -115,7 +140,11 @@ class MemoryCache:
         self._automatic = cache_size is None
         self._weighted = half_life > 0
         self._idle: IdleRefresh | None = None
-        self.semantic_cache = ConceptCache(semantic_size, half_life=half_life, encoder=encoder)
+        self.semantic_cache = (
+            ConceptCache(semantic_size, half_life=half_life, encoder=encoder)
+            if engine is None
+            else EngineConcepts(engine, semantic_size, half_life, encoder)
+        )
         self.context_cache = ContextCache(context_size, half_life=half_life)
         self.episodic_cache: EpisodicPages | LRUCache
         size = LARGEST_INT if cache_size is None else checked_size("cache_size", cache_size)
