@@ -66,6 +66,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.export.safetensors import export_to_safetensors as export_to_safetensors
     from mnemos.export.torchscript import TorchScriptExporter as TorchScriptExporter
     from mnemos.memory.policy import Memory as Memory
+    from mnemos.memory.response_cache import ResponseCache as ResponseCache
     from mnemos.models.foreign.cached_attention import CachedAttention as CachedAttention, KVCache as KVCache
     from mnemos.models.memory_transformer.adapter import MemoryAdapter as MemoryAdapter
     from mnemos.models.memory_transformer.config import load_config as load_config
@@ -115,6 +116,7 @@ _NAMES = {
     "mnemos.export.programs": "ProgramExporter",
     "mnemos.export.torchscript": "TorchScriptExporter",
     "mnemos.memory.policy": "Memory",
+    "mnemos.memory.response_cache": "ResponseCache",
     "mnemos.models.foreign.cached_attention": "CachedAttention KVCache",
     "mnemos.models.memory_transformer.adapter": "MemoryAdapter",
     "mnemos.models.memory_transformer.config": "load_config",

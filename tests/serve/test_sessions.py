@@ -170,3 +170,16 @@ def test_a_turn_whose_client_leaves_is_no_part_of_the_session(client: httpx.Clie
     turns = [one["turns"] for one in client.get("/v1/sessions").json()["data"] if one["id"] == "left"]
     assert turns == [1]
     assert client.post(CHAT, json={**body, "max_tokens": 2, "stream": False}).status_code == 200
+
+
+def test_a_repeated_request_is_answered_from_the_cache_and_marked(smollm2: Path) -> None:
+    body = {"messages": [user(QUESTIONS[0])], "max_tokens": 6}
+    with (
+        InferenceEngine.from_pretrained(str(smollm2), context_length=512, response_cache=9) as engine,
+        running(app(engine, name="smollm2", keys=Keys(["one", "two"]))) as client,
+    ):
+        keys = [{"authorization": f"Bearer {key}"} for key in ("one", "one", "two")]
+        answers = [client.post(CHAT, json=body, headers=key) for key in keys]
+    assert [answer.headers.get("x-mnemos-cached") for answer in answers] == [None, "exact", None]
+    first, second, third = [answer.json()["choices"] for answer in answers]
+    assert first == second == third

@@ -80,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(running)
     add_draft_argument(running)
     add_session_dir(running)
+    help = "keep the answers of the latest N requests for others that are the same"
+    running.add_argument("--response-cache", metavar="N", type=int, help=help)
     parser.epilog = (
         "examples:\n"
         "  mnemos serve smollm2-135m\n"
@@ -203,8 +205,9 @@ def _offer(text: str, arguments: argparse.Namespace) -> Offer:
 
     name, equals, source = text.partition("=")
     options = given(arguments, command_line(LoadOptions))
-    if arguments.session_dir is not None:
-        options["session_dir"] = arguments.session_dir
+    for option in ("session_dir", "response_cache"):
+        if (value := getattr(arguments, option)) is not None:
+            options[option] = value
     if arguments.lora_modules:
         if len(arguments.models) > 1:
             raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mnemos.engine.answers import Answer, AnswerEvent, Call, answers_of
@@ -18,6 +18,7 @@ from mnemos.text.tools.exchange import Exchange, exchange, functions_of
 if TYPE_CHECKING:
     from mnemos.contract import ModelSpec
     from mnemos.decoding.config import GenerationConfig
+    from mnemos.memory.response_cache import Cached, Question
     from mnemos.text.tokenizer import Tokenizer
 
 MODES = ("none", "auto", "required")
@@ -61,6 +62,16 @@ class Conversation:
     thinking: bool | None = None
     budget: int | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> Question | None:
+        """The last message, if it is a text of the user's, and all else that the answer depends on."""
+        from mnemos.memory.response_cache import Question
+
+        *before, last = self.messages
+        if last.get("role") != "user" or not isinstance(last.get("content"), str):
+            return None
+        return Question(last["content"], repr(replace(self, messages=before)))
 
     def exchange(self, tokenizer: Tokenizer) -> Exchange:
         """The prompt, what generating its answer needs, and how that is read."""
@@ -109,6 +120,11 @@ class ChatCompletion:
     def finish_reason(self) -> str:
         """stop, length, tool_calls, repetition, time, error or cancelled."""
         return self.answers[0].finish_reason
+
+    @property
+    def cached(self) -> Cached | None:
+        """Why nothing was generated, for an answer from a ResponseCache; else None."""
+        return self.completion.cached
 
     @property
     def usage(self) -> Usage:
@@ -197,8 +213,8 @@ def conversation_of(
 
 def read_chat(
     messages: Any, tokenizer: Tokenizer, spec: ModelSpec, config: GenerationConfig, options: Mapping[str, Any]
-) -> tuple[Exchange, GenerationConfig]:
-    """The prompt of a conversation, and what it is continued by.
+) -> tuple[Conversation, Exchange, GenerationConfig]:
+    """A conversation, its prompt, and what that is continued by.
 
     options: those of `InferenceEngine.submit_chat`, which documents them, and fields of GenerationConfig.
     """
@@ -215,7 +231,8 @@ def read_chat(
         template=own.get("chat_template_kwargs"),
     )
     read = conversation.exchange(tokenizer)
-    return read, config_for(config.with_overrides(**fields) if fields else config, read, spec.context_length)
+    chosen = config_for(config.with_overrides(**fields) if fields else config, read, spec.context_length)
+    return conversation, read, chosen
 
 
 def check_tokenizer(tokenizer: Any, model: str = "the model") -> Tokenizer:

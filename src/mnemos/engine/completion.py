@@ -10,6 +10,7 @@ from mnemos.engine.request import Timings
 
 if TYPE_CHECKING:
     from mnemos.decoding.prompt_scores import ScoredToken
+    from mnemos.memory.response_cache import Cached
 
 
 class StreamedToken(NamedTuple):  # a dataclass would take microseconds to make, for each token
@@ -78,6 +79,7 @@ class Completion:
     """A request's results; its own properties are those of the best or first one.
 
     prompt_logprobs: the score of each prompt token, with logprob None for the first; empty unless asked for.
+    cached: why nothing was generated, for an answer from a ResponseCache; else None.
     """
 
     choices: list[Choice]
@@ -85,6 +87,7 @@ class Completion:
     usage: Usage
     timings: Timings
     prompt_logprobs: list[ScoredToken] = field(default_factory=list)
+    cached: Cached | None = None
 
     @property
     def text(self) -> str:

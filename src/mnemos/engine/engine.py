@@ -108,7 +108,7 @@ class InferenceEngine:
         self._limits, self._most_bytes = limits, int((chosen.max_memory_gb or 0) * 2**30)
         if self._most_bytes or chosen.performance_mode or chosen.thermal_throttle:
             self.pace(chosen.performance_mode, chosen.thermal_throttle)
-        self._launcher = Launcher(self.model, self.spec, self.tokenizer, self._thread)
+        self._launcher = Launcher(self.model, self.spec, self.tokenizer, self._thread, chosen.response_cache)
         self.session_dir = chosen.session_dir
         if self.spec.first_logits is not None:
             from mnemos.engine.first_logits import check_first_logits
@@ -321,8 +321,8 @@ class InferenceEngine:
             "chat_template_kwargs": chat_template_kwargs,
         }
         chosen = self._config(config, overrides)
-        read, chosen = read_chat(messages, check_tokenizer(self.tokenizer), self.spec, chosen, options)
-        return ChatHandle(self._launcher.prepare(read.prompt_ids, chosen)(), read)
+        conversation, read, chosen = read_chat(messages, check_tokenizer(self.tokenizer), self.spec, chosen, options)
+        return ChatHandle(self._launcher.prepare(read.prompt_ids, chosen, conversation.question)(), read)
 
     # Sessions.
 

@@ -20,6 +20,7 @@ from mnemos.errors import CapacityError, MnemosError
 if TYPE_CHECKING:
     from mnemos.decoding.prompt_scores import ScoredToken
     from mnemos.engine.thread import EngineThread
+    from mnemos.memory.response_cache import Cached
     from mnemos.text.tokenizer import Tokenizer
 
 
@@ -98,7 +99,15 @@ class RequestHandle:
     cancelling a waiting task cancels the request for all of them, and so does dropping the handle.
     """
 
-    def __init__(self, lease: Lease, request: Request, channel: Channel, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        lease: Lease,
+        request: Request,
+        channel: Channel,
+        tokenizer: Tokenizer | None,
+        cached: Cached | None = None,
+    ) -> None:
+        self.cached = cached  # why nothing was generated; None if it was
         self._lease = lease  # the thread runs as long as its results may be read
         self._request = request
         self._channel = channel
@@ -134,6 +143,10 @@ class RequestHandle:
         """The numbers of tokens so far; final once the request is done."""
         request = self._request
         return Usage(len(request.source or request.prompt), request.cached_tokens, self._channel.generated)
+
+    def delivered(self) -> tuple[Channel, list[ScoredToken]]:
+        """Where what the request delivers is found once it has ended, and the scores of its prompt."""
+        return self._channel, self._request.prompt_scores
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Calls `callback` once the request has ended, in the engine's thread or right away; it must not raise."""
@@ -247,7 +260,7 @@ class RequestHandle:
         self._check()
         request = self._request
         choices = choices_of(self._channel.items, self._tokenizer, request.skip_special)
-        return Completion(choices, request.prompt, self.usage, request.timings, request.prompt_scores)
+        return Completion(choices, request.prompt, self.usage, request.timings, request.prompt_scores, self.cached)
 
 
 Launch = Callable[[], RequestHandle]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mnemos.contract import ConditionedModel, Model, ModelSpec
 from mnemos.engine.handle import Channel, Lease, RequestHandle, run_all
-from mnemos.engine.request import NO_ADAPTER, Request, Timings
+from mnemos.engine.request import NO_ADAPTER, Request, State, Timings
 from mnemos.errors import ContextLengthError, RequestError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mnemos.decoding.strategy import Strategy
     from mnemos.engine.completion import Completion
     from mnemos.engine.thread import EngineThread
+    from mnemos.memory.response_cache import Cached, KeptAnswer, Question, ResponseCache
     from mnemos.text.tokenizer import Tokenizer
 
 SMALLEST_SLIDING = 8  # the shortest context, in positions, in which endless generation works
@@ -26,17 +28,34 @@ SMALLEST_SLIDING = 8  # the shortest context, in positions, in which endless gen
 class Launcher:
     """Puts requests into an engine's thread."""
 
-    def __init__(self, model: Model, spec: ModelSpec, tokenizer: Tokenizer | None, thread: EngineThread) -> None:
+    def __init__(
+        self,
+        model: Model,
+        spec: ModelSpec,
+        tokenizer: Tokenizer | None,
+        thread: EngineThread,
+        answers: ResponseCache | None = None,
+    ) -> None:
+        self.answers = answers
+        self._fingerprint = spec.fingerprint or f"{spec.architecture} {os.urandom(16).hex()}"
         self._model = model
         self._spec = spec
         self._tokenizer = tokenizer
         self._thread = thread
         self._lease = Lease(thread)
 
-    def prepare(self, token_ids: Sequence[int], config: GenerationConfig) -> Callable[[], RequestHandle]:
-        """Checks a request; returns a function that queues it. RequestError or ContextLengthError if it cannot run."""
-        from mnemos.decoding.build import make_strategy
-        from mnemos.decoding.fields import active
+    def prepare(
+        self,
+        token_ids: Sequence[int],
+        config: GenerationConfig,
+        question: Question | None = None,
+        *,
+        generates: bool = False,
+    ) -> Callable[[], RequestHandle]:
+        """Checks a request; returns a function that queues it. RequestError or ContextLengthError if it cannot run.
+
+        question: what it asks, for a cache of answers. generates: it gets no answer from there.
+        """
         from mnemos.decoding.lengths import fit_prompt
 
         spec = self._spec
@@ -52,7 +71,68 @@ class Launcher:
                 "of several new tokens at once would not be those of one after the other; leave it out"
             )
         prompt = fit_prompt(config, token_ids, spec)
-        source = None
+        if self.answers is not None and not generates:
+            return self._prepare_kept(self.answers, prompt, config, question)
+        return self._prepare(prompt, config)
+
+    def _prepare_kept(
+        self, answers: ResponseCache, prompt: list[int], config: GenerationConfig, question: Question | None
+    ) -> Callable[[], RequestHandle]:
+        """A request whose answer is taken from the cache, or put there."""
+        found = answers.find(self._fingerprint, prompt, config, question)
+        if found is not None:
+            return partial(self._replay, prompt, config, *found)
+        launch = self._prepare(prompt, config)
+
+        def launch_and_keep() -> RequestHandle:
+            handle = launch()
+            handle.add_done_callback(partial(self._keep, answers, prompt, config, question, *handle.delivered()))
+            return handle
+
+        return launch_and_keep
+
+    def _keep(
+        self,
+        answers: ResponseCache,
+        prompt: list[int],
+        config: GenerationConfig,
+        question: Question | None,
+        channel: Channel,
+        scores: list[ScoredToken],
+    ) -> None:
+        """Called when a request has ended, which may not be disturbed by what cannot be kept."""
+        from mnemos.memory.response_cache import KeptAnswer
+
+        if channel.error is None:
+            answers.keep(self._fingerprint, prompt, config, KeptAnswer(channel.items, scores), question)
+
+    def _replay(self, prompt: list[int], config: GenerationConfig, answer: KeptAnswer, cached: Cached) -> RequestHandle:
+        """The handle of a request whose answer is there already."""
+        from mnemos.decoding.forced import ForcedReading
+
+        now = time.perf_counter()
+        channel = Channel()
+        for emitted, finished in answer.deliveries:
+            channel.deliver(emitted, finished)
+        channel.end(None)
+        times = Timings(now, now, now, [now] * channel.generated)
+        request = Request(
+            ForcedReading(),
+            prompt,
+            channel,
+            times,
+            skip_special=config.skip_special_tokens,
+            prompt_scores=answer.prompt_scores,
+            state=State.ENDED,
+            cached_tokens=len(prompt),
+        )
+        return RequestHandle(self._lease, request, channel, self._tokenizer, cached)
+
+    def _prepare(self, prompt: list[int], config: GenerationConfig) -> Callable[[], RequestHandle]:
+        from mnemos.decoding.build import make_strategy
+        from mnemos.decoding.fields import active
+
+        spec, source = self._spec, None
         if isinstance(self._model, ConditionedModel):
             for field in ("prompt_logprobs", "guidance_scale"):
                 if active(config, field):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mnemos.decoding.config import AnyConfig, GenerationConfig
     from mnemos.hub.cache import Progress
     from mnemos.memory.policy import Memory
+    from mnemos.memory.response_cache import ResponseCache
 
 TRANSFORMERS = "transformers"
 BACKENDS = ("auto", "native", "numpy", "torch", TRANSFORMERS)
@@ -54,6 +55,14 @@ def _adapters(value: Any) -> Any:
     return dict(value) if named and all(isinstance(one, (str, os.PathLike)) for one in value.values()) else None
 
 
+def _answers(value: Any) -> ResponseCache | None:
+    from mnemos.memory.response_cache import ResponseCache
+
+    if type(value) is int and value > 0:
+        return ResponseCache(value)
+    return value if isinstance(value, ResponseCache) else None
+
+
 ANYTHING = Rule(lambda value: value, "anything")
 BACKEND = Rule(_backend, f"one of {', '.join(BACKENDS)}; torch and {TRANSFORMERS} may name a device, like torch:cuda")
 DEVICE = Rule(_device, f"one of {', '.join(DEVICES)}, also with a number, like cuda:1")
@@ -61,6 +70,7 @@ PATH = Rule(lambda value: value if isinstance(value, (str, os.PathLike)) else No
 ADAPTERS = Rule(_adapters, "folders by names that are not empty, like {'sql': 'lora/'}")
 PROGRESS = Rule(lambda value: value if callable(value) else None, "a callable (stage, done, total)")
 MEMORY = Rule(_memory, "a Memory, its fields, or a text like 'window=512,recall=480,sinks=32'")
+ANSWERS = Rule(_answers, "a ResponseCache, or a whole number of at least 1")
 CONFIG = Rule(_config, "a GenerationConfig, or a dict of its fields")
 GIGABYTES = real(0, 1 << 20, open_low=True)
 _SHARED = ("max_memory_gb", "performance_mode", "thermal_throttle")  # for loading and for running
@@ -207,6 +217,10 @@ class EngineOptions(ModelOptions):
         default=None,
         metadata=row(ANYTHING, "a small model or nn.Module with the same vocabulary, for speculative='draft'"),
     )
+    response_cache: ResponseCache | None = field(
+        default=None,
+        metadata=row(ANSWERS, "a ResponseCache, or how many answers are kept for requests that would get them again"),
+    )
     session_dir: str | os.PathLike[str] | None = field(
         default=None, metadata=row(PATH, "the folder of sessions; by default one in the user's state folder")
     )
@@ -229,6 +243,7 @@ class EngineKeywords(TypedDict, total=False):
     prefix_cache: bool
     queue_size: int
     draft_model: Any
+    response_cache: ResponseCache | int | None
     session_dir: str | os.PathLike[str] | None
     generation_config: AnyConfig | None
 

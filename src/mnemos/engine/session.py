@@ -126,7 +126,7 @@ class Session:
         try:
             prompt_ids = self._continued(prompt)
             self._pages.load(prompt_ids, chosen.cache_salt)
-            handle = self._host.launcher.prepare(prompt_ids, chosen)()
+            handle = self._host.launcher.prepare(prompt_ids, chosen, generates=True)()
         except BaseException:
             self._busy.release()
             raise
@@ -160,7 +160,9 @@ class Session:
         continues = new[-1]["role"] == "assistant" if asked is None else bool(asked)
 
         def read(conversation: Sequence[Message]) -> tuple[Exchange, GenerationConfig]:
-            return read_chat(conversation, tokenizer, host.spec, choose_config(config, host.defaults), options)
+            chosen = choose_config(config, host.defaults)
+            _, exchange, chosen = read_chat(conversation, tokenizer, host.spec, chosen, options)
+            return exchange, chosen
 
         return self.answer(new, read, continues)
 
@@ -181,7 +183,7 @@ class Session:
             exchange, config = read([*self._file.messages, *new])
             _check_single(config)
             self._pages.load(exchange.prompt_ids, config.cache_salt)
-            handle = ChatHandle(self._host.launcher.prepare(exchange.prompt_ids, config)(), exchange)
+            handle = ChatHandle(self._host.launcher.prepare(exchange.prompt_ids, config, generates=True)(), exchange)
         except BaseException:
             self._busy.release()
             raise

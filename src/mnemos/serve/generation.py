@@ -158,7 +158,10 @@ def _submit(model: Served, task: Task, connection: Connection) -> Running:
     read = exchange_of(model, task)
     config = _config(model, task, read, connection)
     read = replace(read, prompt_ids=fit_prompt(config, read.prompt_ids, engine.spec))
-    return Running(model, engine.submit(read.prompt_ids, config), read, task, config)
+    handle = engine.submit(read.prompt_ids, config)
+    if handle.cached is not None:
+        connection.headers["x-mnemos-cached"] = handle.cached.kind
+    return Running(model, handle, read, task, config)
 
 
 def _submit_turn(model: Served, task: Task, name: str, connection: Connection) -> Running:
