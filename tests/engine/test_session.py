@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,19 @@ def test_a_text_with_a_tokenizer(tmp_path: Path) -> None:
         answer = session.generate("hello", max_new_tokens=4)
         assert isinstance(answer, str) and session.text == "hello" + answer
         assert engine.generate("hello" + answer + "bye", max_new_tokens=3) == session.generate("bye", max_new_tokens=3)
+
+
+def test_what_an_adapter_has_read_is_read_again(tmp_path: Path) -> None:
+    def adapted() -> ToyModel:
+        model = ToyModel()
+        model.spec = replace(model.spec, adapters=("sql",))
+        return model
+
+    with InferenceEngine(adapted(), cache_tokens=4000, session_dir=tmp_path) as engine:
+        session = engine.session("notes")
+        session.append(FIRST, adapter="sql")
+        assert session.submit([3], max_new_tokens=1).result().usage.cached_tokens == 0
+    with InferenceEngine(adapted(), cache_tokens=4000, session_dir=tmp_path) as engine:
+        session = engine.session("notes")
+        assert session.submit([4], max_new_tokens=1, adapter="sql").result().usage.cached_tokens == 0
+        assert session.submit([5], max_new_tokens=1).result().usage.cached_tokens == 40

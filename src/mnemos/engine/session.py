@@ -125,7 +125,7 @@ class Session:
         self._begin()
         try:
             prompt_ids = self._continued(prompt)
-            self._pages.load(prompt_ids, chosen.cache_salt)
+            self._load(prompt_ids, chosen)
             handle = self._host.launcher.prepare(prompt_ids, chosen, generates=True)()
         except BaseException:
             self._busy.release()
@@ -135,7 +135,7 @@ class Session:
             tokens = completion.token_ids
             if completion.finish_reason == "stop" and tokens and tokens[-1] in ends:
                 tokens = tokens[:-1]  # the text goes on
-            self._save([*prompt_ids, *tokens], [], chosen.cache_salt)
+            self._save([*prompt_ids, *tokens], [], chosen)
 
         return Turn(handle, handle, store, self._busy.release)
 
@@ -182,7 +182,7 @@ class Session:
             new = self._without_opening(new)
             exchange, config = read([*self._file.messages, *new])
             _check_single(config)
-            self._pages.load(exchange.prompt_ids, config.cache_salt)
+            self._load(exchange.prompt_ids, config)
             handle = ChatHandle(self._host.launcher.prepare(exchange.prompt_ids, config, generates=True)(), exchange)
         except BaseException:
             self._busy.release()
@@ -192,7 +192,7 @@ class Session:
             tokens = answered.completion.token_ids
             if tokens:  # else it was stopped before it had said anything
                 messages = _joined(new, answered.message, continues)
-                self._save([*exchange.prompt_ids, *tokens], messages, config.cache_salt)
+                self._save([*exchange.prompt_ids, *tokens], messages, config)
 
         return Turn(handle, handle.request, store, self._busy.release)
 
@@ -213,9 +213,9 @@ class Session:
                 token_ids = tokenizer.encode_chat([*self._file.messages, *new], False)
             else:
                 token_ids = self._continued(content)
-            self._pages.load(token_ids, config.cache_salt)
+            self._load(token_ids, config)
             self._host.launcher.prepare_forced(ForcedReading(), token_ids, config)().result()
-            self._save(token_ids, new, config.cache_salt)
+            self._save(token_ids, new, config)
         finally:
             self._busy.release()
         return len(token_ids)
@@ -245,7 +245,7 @@ class Session:
                 )
             left = [*file.messages[:start], *file.messages[start + messages :]]
             tokens = check_tokenizer(self._host.tokenizer).encode_chat(left, False) if left else []
-            self._save(tokens, [], None, removed=(start, start + messages))
+            self._save(tokens, [], GenerationConfig(), removed=(start, start + messages))
         finally:
             self._busy.release()
 
@@ -268,15 +268,12 @@ class Session:
                         f"tokens is {shown(tokens)}; the session {self.name!r} is "
                         + ("a conversation, which is rewound by turns" if file.messages else f"{len(file.tokens)} long")
                     )
-                kept, length = 0, 0
-                while kept < len(file.turns) and length + len(file.turns[kept].tokens) <= tokens:
-                    length += len(file.turns[kept].tokens)
-                    kept += 1
-                rest = file.tokens[length:tokens]
+                kept = file.turns_within(tokens)
+                rest = file.tokens[sum(len(turn.tokens) for turn in file.turns[:kept]) : tokens]
             before = file.tokens
             file.rewind(kept)
             if rest:
-                self._save([*file.tokens, *rest], [], None)
+                self._save([*file.tokens, *rest], [], GenerationConfig())
             self._pages.forget(before, shared_length(before, file.tokens))
         finally:
             self._busy.release()
@@ -361,8 +358,17 @@ class Session:
             raise RequestError("messages has the session's system message only; a turn needs another one")
         return new[1:]
 
+    def _load(self, prompt_ids: Sequence[int], config: GenerationConfig) -> None:
+        """Brings stored pages into the cache; what an adapter computes has others, which are not stored."""
+        if config.adapter is None:
+            self._pages.load(prompt_ids, config.cache_salt)
+
     def _save(
-        self, tokens: Sequence[int], messages: list[Message], salt: str | None, removed: tuple[int, int] = (0, 0)
+        self,
+        tokens: Sequence[int],
+        messages: list[Message],
+        config: GenerationConfig,
+        removed: tuple[int, int] = (0, 0),
     ) -> None:
         """Ends a turn, after which the session has these tokens and these further messages."""
         file = self._file
@@ -371,7 +377,7 @@ class Session:
         keep = shared_length(file.tokens, tokens)
         file.append(
             TurnRecord(keep, list(tokens[keep:]), [dict(one) for one in messages], removed),
-            self._pages.new(tokens, keep, salt),
+            self._pages.new(tokens, keep, config.cache_salt) if config.adapter is None else (),
         )
 
 
@@ -384,14 +390,11 @@ def _joined(new: Sequence[Message], answer: Message, continues: bool) -> list[Me
 
 
 def _are_messages(content: Any) -> bool:
-    return isinstance(content, Mapping) or (
-        isinstance(content, (list, tuple)) and bool(content) and isinstance(content[0], Mapping)
-    )
+    first = content[0] if isinstance(content, (list, tuple)) and content else content
+    return isinstance(first, Mapping)
 
 
 def _check_single(config: GenerationConfig) -> None:
     if config.num_return_sequences != 1:
-        raise RequestError(
-            f"num_return_sequences is {config.num_return_sequences}; a session continues with one result: leave it "
-            "out, or fork the session"
-        )
+        count = config.num_return_sequences
+        raise RequestError(f"num_return_sequences is {count}; a session continues with one result: leave it out")

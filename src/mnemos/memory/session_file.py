@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,11 @@ class SessionFile:
     def size(self) -> int:
         """Bytes of the file."""
         return self._ended[-1].end if self._ended else self._begin
+
+    def turns_within(self, tokens: int) -> int:
+        """How many of a text's first turns have at most that many tokens together."""
+        lengths = accumulate(len(turn.tokens) for turn in self.turns)
+        return sum(length <= tokens for length in lengths)
 
     # Writing.
 
