@@ -10,7 +10,7 @@
 namespace mnemos {
 namespace {
 
-constexpr int largest_group = 32;
+constexpr int largest_group = 32, largest_super = 256;
 // What is tried for a group: scales from the one that reaches its largest value down, and ends of its range from a
 // little outside it inwards, in these steps, which are shares of the distance between two codes.
 constexpr int symmetric_trials = 15, range_trials = 6;
@@ -181,9 +181,8 @@ class RowSearch {
       move(slope, j, now[j] - original[j]);
     }
     for (int sweep = 0; sweep < sweeps; sweep++) {
-      if (f.super == f.group) {
-        for (int g = 0; g < columns / f.group; g++) fit_scale(g, slope, now);
-      }
+      for (int g = 0; g < columns / f.group; g++) fit_scale(g, slope, now);
+      for (int b = 0; f.super != f.group && b < columns / f.super; b++) fit_units(b, slope, now);
       for (int j = 0; j < columns; j++) {
         const Floats s = scale[j / f.group], low = minimum[j / f.group];
         const float curve = costs.products[static_cast<int64_t>(j) * columns + j];
@@ -203,48 +202,112 @@ class RowSearch {
     for (int k = 0; k < columns; k++) slope[k] += step * p[k];
   }
 
-  void fit_scale(int g, Columns &slope, Columns &now) {
-    const int first = g * f.group;
-    Floats q[largest_group], along = {}, curve = {}, along_minimum = {}, curve_minimum = {}, both = {};
-    for (int j = 0; j < f.group; j++) {
-      q[j] = code[first + j] - static_cast<float>(f.zero);
-      along += q[j] * slope[first + j];
-      along_minimum += slope[first + j];
+  // How the cost changes where `count` columns from `first` on move by x v + y w.
+  struct Plane {
+    Floats along_v = {}, along_w = {}, vv = {}, vw = {}, ww = {};
+
+    Floats gain(Floats x, Floats y) const {
+      return x * along_v + y * along_w + x * y * vw + 0.5f * (x * x * vv + y * y * ww);
     }
-    for (int j = 0; j < f.group; j++) {
-      const float *p = costs.products + static_cast<int64_t>(first + j) * columns + first;
-      Floats product = {};
-      float sum = 0;
-      for (int k = 0; k < f.group; k++) {
-        product += q[k] * p[k];
-        sum += p[k];
-      }
-      curve += q[j] * product;
-      both += q[j] * sum;
-      curve_minimum += all(sum);
-    }
-    Floats step = -along * reciprocal(curve), step_minimum = {};
-    if (f.minima) {
-      const Floats determinant = curve * curve_minimum - both * both;
-      const Mask solvable = determinant > 1e-5f * curve * curve_minimum;
+    // Where it falls most.
+    void lowest(bool both, Floats &x, Floats &y) const {
+      x = -along_v * reciprocal(vv);
+      y = all(0.f);
+      if (!both) return;
+      const Floats determinant = vv * ww - vw * vw;
+      const Mask solvable = determinant > 1e-5f * vv * ww;
       const Floats inverse = select(solvable, reciprocal(determinant), all(0.f));
-      step = (along_minimum * both - along * curve_minimum) * inverse;
-      step_minimum = (along * both - along_minimum * curve) * inverse;
+      x = (along_w * vw - along_v * ww) * inverse;
+      y = (along_v * vw - along_w * vv) * inverse;
     }
-    const Floats s = as_half(scale[g] + step), m = as_half(minimum[g] + step_minimum);
-    step = s - scale[g];
-    step_minimum = m - minimum[g];
-    const Floats gain = step * along + step_minimum * along_minimum + step * step_minimum * both +
-                        0.5f * (step * step * curve + step_minimum * step_minimum * curve_minimum);
-    const Mask better = gain < 0.f;
-    if (!any(better)) return;
-    scale[g] = unit[g] = select(better, s, scale[g]);
-    minimum[g] = minimum_unit[g] = select(better, m, minimum[g]);
-    for (int j = 0; j < f.group; j++) {
-      const Floats change = select(better, step * q[j] + step_minimum, all(0.f));
+  };
+  Plane plane(int first, int count, const Floats *v, const Floats *w, const Columns &slope) const {
+    Plane found;
+    for (int j = 0; j < count; j++) {
+      const float *p = costs.products + static_cast<int64_t>(first + j) * columns + first;
+      Floats pv = {}, pw = {};
+      for (int k = 0; k < count; k++) pv += v[k] * p[k];
+      found.along_v += v[j] * slope[first + j];
+      found.vv += v[j] * pv;
+      if (!f.minima) continue;
+      for (int k = 0; k < count; k++) pw += w[k] * p[k];
+      found.along_w += w[j] * slope[first + j];
+      found.vw += v[j] * pw;
+      found.ww += w[j] * pw;
+    }
+    return found;
+  }
+  void move_columns(int first, int count, const Floats *v, Floats x, const Floats *w, Floats y, Columns &slope,
+                    Columns &now) {
+    for (int j = 0; j < count; j++) {
+      const Floats change = x * v[j] + y * w[j];
       now[first + j] += change;
       move(slope, first + j, change);
     }
+  }
+
+  // A group's scale and minimum by least squares, with its codes as they are.
+  void fit_scale(int g, Columns &slope, Columns &now) {
+    const int first = g * f.group, b = first / f.super;
+    const bool nested = f.super != f.group;
+    Floats v[largest_group], w[largest_group];
+    for (int j = 0; j < f.group; j++) {
+      v[j] = code[first + j] - static_cast<float>(f.zero);
+      w[j] = all(1.f);
+    }
+    const Plane cost = plane(first, f.group, v, w, slope);
+    Floats x, y, i = {}, n = {};
+    cost.lowest(f.minima, x, y);
+    Floats s = scale[g] + x, m = minimum[g] + y;
+    if (nested) {
+      i = clamp(nearest(s * reciprocal(unit[b])), static_cast<float>(f.scale_low), static_cast<float>(f.scale_top));
+      n = clamp(nearest(-m * reciprocal(minimum_unit[b])), 0, static_cast<float>(f.minimum_top));
+      s = unit[b] * i;
+      m = -(minimum_unit[b] * n);
+    } else {
+      s = as_half(s);
+      m = as_half(m);
+    }
+    x = s - scale[g];
+    y = m - minimum[g];
+    const Mask better = cost.gain(x, y) < 0.f;
+    if (!any(better)) return;
+    scale[g] = select(better, s, scale[g]);
+    minimum[g] = select(better, m, minimum[g]);
+    if (nested) {
+      integer[g] = select(better, i, integer[g]);
+      minimum_integer[g] = select(better, n, minimum_integer[g]);
+    } else {
+      unit[g] = scale[g];
+      minimum_unit[g] = minimum[g];
+    }
+    move_columns(first, f.group, v, select(better, x, all(0.f)), w, select(better, y, all(0.f)), slope, now);
+  }
+
+  // The units of a super-block by least squares, with the integers and codes of its groups as they are.
+  void fit_units(int b, Columns &slope, Columns &now) {
+    const int first = b * f.super;
+    Floats v[largest_super], w[largest_super];
+    for (int j = 0; j < f.super; j++) {
+      const int g = (first + j) / f.group;
+      v[j] = integer[g] * (code[first + j] - static_cast<float>(f.zero));
+      w[j] = -minimum_integer[g];
+    }
+    const Plane cost = plane(first, f.super, v, w, slope);
+    Floats x, y;
+    cost.lowest(f.minima, x, y);
+    const Floats u = as_half(unit[b] + x), m = as_half(minimum_unit[b] + y);
+    x = u - unit[b];
+    y = m - minimum_unit[b];
+    const Mask better = (cost.gain(x, y) < 0.f) & (m >= 0.f);
+    if (!any(better)) return;
+    unit[b] = select(better, u, unit[b]);
+    minimum_unit[b] = select(better, m, minimum_unit[b]);
+    for (int g = first / f.group; g < (first + f.super) / f.group; g++) {
+      scale[g] = unit[b] * integer[g];
+      minimum[g] = -(minimum_unit[b] * minimum_integer[g]);
+    }
+    move_columns(first, f.super, v, select(better, x, all(0.f)), w, select(better, y, all(0.f)), slope, now);
   }
 
   void store(int rows, const SearchResult &result) const {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mnemos.compress.packing import FORMATS
+from mnemos.compress.packing import FORMATS, pack
 from mnemos.compress.search import Costs, find_codes, is_searchable, search_rows
 from mnemos.errors import ConfigError, FormatError
 from mnemos.formats.blocks import encode
@@ -41,6 +41,19 @@ def test_the_search_costs_less_than_weighed_rounding(type: TensorType) -> None:
     first_pass = find_codes(values, type, costs, sweeps=0).values(FORMATS[type])
     assert searched < 0.6 * rounding
     assert searched <= costs.of_error(first_pass - values)
+
+
+@pytest.mark.parametrize("type", [one for one, format in FORMATS.items() if format.block > format.group], ids=str)
+def test_sweeps_improve_the_scales_of_a_superblock_together(type: TensorType) -> None:
+    values, costs = weights(), Costs.of(products())
+    errors = []
+    for sweeps in (0, 1, 4):
+        found = find_codes(values, type, costs, sweeps)
+        errors.append(costs.of_error(found.values(FORMATS[type]) - values))
+        np.testing.assert_array_equal(decoded(pack(found, type), type), found.values(FORMATS[type]))
+    first = find_codes(values, type, costs, 0)
+    assert errors[0] > errors[1] > errors[2]
+    assert (find_codes(values, type, costs, 4).units != first.units).mean() > 0.3
 
 
 def test_rows_do_not_depend_on_each_other() -> None:

@@ -35,7 +35,8 @@ Report = Callable[[str, int, int], None]  # (what, done, total), as `mnemos.hub.
 class Moments:
     """Second moments of a weight's inputs: the means over `tokens` inputs.
 
-    squares (columns,), or (experts, columns) for the weights of several experts. products, if they were wanted:
+    squares (columns,), or (experts, columns) for the weights of several experts. products, if they were wanted, in
+    which inputs of what is added to the residual stream count by the stream's length (`mnemos.compress.recording`):
     (parts, columns, columns), where each of so many equal parts of the weight's rows has its own: 1, the number of
     experts, or for a projection to values the number of key/value heads, whose inputs are averaged by the attention
     (see `mnemos.compress.recording`). An expert that no token visited has ones and the identity.
@@ -200,4 +201,4 @@ def _mean(tensor: str, sums: Sequence[Sums | None], averaged: Sequence[Sums] | N
 def _mean_products(sums: Sums | None, columns: int) -> Floats:
     if sums is None or sums.products is None:
         return np.eye(columns, dtype=np.float32)
-    return np.asarray(sums.products / np.float32(sums.tokens))
+    return np.asarray(sums.products / np.float32(sums.weight))

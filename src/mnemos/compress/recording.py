@@ -3,6 +3,10 @@
 Attention averages values over positions before anything else sees them, so an error that they have in common counts in
 full and one that differs from position to position hardly at all. What a value projection is really multiplied with is
 therefore the attention's average of its inputs, another one for each head.
+
+What is added to the residual stream is divided by the stream's length in the next norm, so in its products each input
+counts by the inverse square of that length. A few tokens, such as the first one, have streams a hundred times as long
+as others (Sun et al. 2024, arXiv:2402.17762) and would else decide alone what the weights are fitted to.
 """
 
 from __future__ import annotations
@@ -19,24 +23,32 @@ from mnemos.contract import Batch, Floats, Ints, Output
 from mnemos.formats.tensor import Tensor
 from mnemos.ops.protocol import AttentionParams, Forward, Ops, Rows
 
+_LATEST = 4  # products whose results are recognised in what follows: values, gates and what is added to the stream
+
 
 @dataclass
 class Sums:
-    """What has been summed over the inputs of a weight: `squares` (columns,) and `products` (columns, columns)."""
+    """What has been summed over the inputs of a weight: `squares` (columns,) and `products` (columns, columns).
+
+    weight: the sum of what the inputs count in the products.
+    """
 
     squares: npt.NDArray[np.float64]
     products: Floats | None = None
     tokens: int = 0
+    weight: float = 0.0
 
     def add(self, x: Floats) -> None:
-        """Takes the inputs x (T, columns)."""
+        """Takes the inputs x (T, columns), their products excepted."""
         self.tokens += len(x)
+        self.squares += np.einsum("tc,tc->c", x, x, dtype=np.float64)
+
+    def add_products(self, x: Floats, weights: Floats | None = None) -> None:
+        """Takes the products of the inputs x (T, columns), each times its own of `weights` (T,), or 1."""
         if self.products is None:
-            self.squares += np.einsum("tc,tc->c", x, x, dtype=np.float64)
-        else:
-            products = x.T @ x
-            self.products += products
-            self.squares += products.diagonal()
+            return
+        self.weight += len(x) if weights is None else float(weights.sum())
+        self.products += x.T @ (x if weights is None else x * weights[:, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +58,17 @@ class _Recorded:
     inner: Any
     tensor: str
     expert: int
+
+
+@dataclass(eq=False)
+class _Product:
+    """A product that was computed: its result, its input, its tensor, and the sums that wait for the products of the
+    input's columns, if any do."""
+
+    result: Floats
+    x: Floats
+    tensor: str
+    waiting: Sums | None
 
 
 class RecordingOps:
@@ -63,7 +86,7 @@ class RecordingOps:
         self.averaged: dict[str, list[Sums]] = {}  # of value projections: by tensor, for each key/value head
         self._made: dict[str, int] = {}  # how many matrices were made of a tensor before
         self._latest: tuple[Floats, Sums] | None = None  # the latest input and where it was added
-        self._products: deque[tuple[Floats, Floats, str]] = deque(maxlen=4)  # the latest (result, input, tensor)
+        self._products: deque[_Product] = deque()  # the latest ones, at most _LATEST
 
     def begin(self, full: Callable[[str], bool]) -> None:
         """Forgets all sums. full: tensors of which the products of all pairs of columns are wanted, besides squares."""
@@ -86,8 +109,8 @@ class RecordingOps:
     def compile(self, forward: Forward, cache: Any) -> Callable[[Batch], Output]:
         def step(batch: Batch) -> Output:
             self._latest = None
-            self._products.clear()
             hidden, logits, *_ = forward(self.as_ops(), batch, cache)
+            self._forget(0)
             return Output(logits=logits, hidden=hidden)
 
         return step
@@ -96,17 +119,33 @@ class RecordingOps:
         return self.inner.embed(matrix.inner, token_ids)
 
     def linear(self, x: Floats, matrix: _Recorded, bias: Floats | None = None) -> Any:
-        self._note(x, matrix)
+        waiting = self._note(x, matrix)
         result = self.inner.linear(x, matrix.inner, bias)
-        self._products.append((result, x, matrix.tensor))
+        self._products.append(_Product(result, x, matrix.tensor, waiting))
+        self._forget(_LATEST)
         return result
+
+    def add(self, x: Floats, y: Floats) -> Any:
+        total = self.inner.add(x, y)
+        for product in self._products:
+            if product.waiting is not None and (product.result is x or product.result is y):
+                product.waiting.add_products(product.x, _inverse_squares(total))
+                product.waiting = None
+        return total
+
+    def _forget(self, left: int) -> None:
+        """Drops all but the `left` latest products; those that were added to nothing count all inputs alike."""
+        while len(self._products) > left:
+            product = self._products.popleft()
+            if product.waiting is not None:
+                product.waiting.add_products(product.x)
 
     def attention(
         self, q: Floats, k: Floats, v: Floats, cache: Any, layer: int, batch: Batch, params: AttentionParams
     ) -> Any:
-        found = next(((x, tensor) for result, x, tensor in self._products if result is v), None)
+        found = next((product for product in self._products if product.result is v), None)
         if found is not None:
-            x, tensor = found
+            x, tensor = found.x, found.tensor
             if self.full(tensor) and self.tensors[tensor].rows == v.shape[1]:  # not together with queries and keys
                 self._average(
                     x, tensor, lambda values: self.inner.attention(q, k, values, cache, layer, batch, params), params
@@ -129,9 +168,11 @@ class RecordingOps:
             self.averaged[tensor] = [Sums(*(array.copy() for array in empty)) for _ in shared]
         for sums, own in zip(self.averaged[tensor], shared, strict=True):
             sums.add(own)
+            sums.add_products(own)
 
     def route(self, x: Floats, router: _Recorded, top_k: int, normalise: bool) -> tuple[Any, Any]:
-        self._note(x, router)
+        if (waiting := self._note(x, router)) is not None:
+            waiting.add_products(x)
         return self.inner.route(x, router.inner, top_k, normalise)
 
     def experts(
@@ -153,17 +194,25 @@ class RecordingOps:
                 np.add.at(y, row, weights[row, place][:, None] * self.linear(inner, down[expert]))
         return y
 
-    def _note(self, x: Floats, matrix: _Recorded) -> None:
+    def _note(self, x: Floats, matrix: _Recorded) -> Sums | None:
+        """Adds the inputs x of a matrix; the sums that still want the products of their columns."""
         key = matrix.tensor, matrix.expert
         sums, full = self.sums.get(key), self.full(matrix.tensor)
         if self._latest is not None and self._latest[0] is x:
             shared = self._latest[1]
             if sums is shared or (sums is None and (shared.products is not None or not full)):
                 self.sums[key] = shared
-                return
+                return None
         if sums is None:
             columns = x.shape[1]
             products = np.zeros((columns, columns), dtype=np.float32) if full else None
             sums = self.sums[key] = Sums(np.zeros(columns), products)
         sums.add(x)
         self._latest = x, sums
+        return sums if sums.products is not None else None
+
+
+def _inverse_squares(stream: Floats) -> Floats:
+    """One over the mean square of each row, (T,)."""
+    squares = np.mean(stream * stream, axis=1)
+    return np.asarray(1 / np.maximum(squares, np.finfo(np.float32).tiny), dtype=np.float32)

@@ -18,7 +18,7 @@ from mnemos.formats.tensor_types import TensorType
 from mnemos.native import require_core
 
 DAMPING = 0.2  # of the mean square: a text says little about directions that its inputs hardly have
-SWEEPS = 2  # improvements of scales and codes in turn, after the first pass; more gain little
+SWEEPS = 4  # improvements of scales and codes in turn, after the first pass; more gain little
 LARGEST = 65504.0  # float16's; values beyond it are left to the plain encoders
 
 
