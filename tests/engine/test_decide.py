@@ -95,3 +95,18 @@ def test_options_are_evaluated_in_lanes_or_each_in_a_branch(rewinds: bool) -> No
 def test_questions_that_cannot_be_answered_are_refused(engine: InferenceEngine, question: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         engine.decide(TEXT, question)
+
+
+def test_likelihoods_are_those_of_the_whole_text(engine: InferenceEngine) -> None:
+    assert engine.tokenizer is not None
+    prompt = engine.tokenizer.encode("The capital of France is")
+    texts = (" Paris", " a city", " London, the city of the king")
+    options = [engine.tokenizer.encode(text, continues=True) for text in texts]
+    greedy = engine.complete(prompt, max_new_tokens=4, do_sample=False).choices[0].token_ids
+    found = engine.submit_likelihoods(prompt, [*options, greedy]).result()
+    for option, one in zip(options, found, strict=False):
+        score = engine.score([[*prompt, *option]])[0]
+        assert one.logprob == pytest.approx(float(score.logprobs[-len(option) :].sum()), abs=1e-4)
+    assert found[-1].greedy and not found[2].greedy
+    with pytest.raises(RequestError, match="options has one without tokens"):
+        engine.submit_likelihoods(prompt, [[1], []])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnemos.cli.options import add_model_arguments, load_engine, tokenizer_of
 from mnemos.cli.terminal import ProgressBar, human_bytes
-from mnemos.errors import ConfigError, FormatError
+from mnemos.errors import ConfigError, FormatError, MissingDependencyError
 
 if TYPE_CHECKING:
     from mnemos.compress.evaluate import Comparison, Speed
@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", metavar="MODEL", help="compare with this model, computed in float32")
     parser.add_argument("--chunk", type=int, metavar="N", help="tokens per chunk (default 512)")
     parser.add_argument("--picture", metavar="FILE", help="with --against: draw the divergences into an SVG file")
+    parser.add_argument("--tasks", metavar="NAME,...", help="in place of a text: tasks of lm-evaluation-harness")
+    parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: so many documents of each")
+    parser.add_argument("--shots", type=int, metavar="N", help="with --tasks: examples before each question")
+    parser.add_argument("--task-folder", metavar="DIR", help="with --tasks: where further ones are described in YAML")
     parser.add_argument("--json", action="store_true", help="print the figures as a JSON object")
     parser.epilog = (
         "The text's tokens are cut into non-overlapping chunks; each token except a chunk's first is scored, given\n"
@@ -35,11 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  mnemos eval smollm2-135m book.txt\n"
         "  mnemos eval model.gguf book.txt --chunk 1024 --dtype float32 --json\n"
-        "  mnemos eval small.gguf --against model.gguf --text book.txt --picture loss.svg"
+        "  mnemos eval small.gguf --against model.gguf --text book.txt --picture loss.svg\n"
+        "  mnemos eval model.gguf --tasks arc_easy,hellaswag --limit 200"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.tasks is not None:
+        return _run_tasks(arguments)
     file = _file(arguments)
     text = _read(Path(file))
     if arguments.against is not None:
@@ -63,6 +70,31 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"file": file, "chunk": size, **figures}))
     else:
         print(f"perplexity {perplexity(mean):.4f} (mean negative log likelihood {mean:.5f} over {scored} tokens)")
+    return 0
+
+
+def _run_tasks(arguments: argparse.Namespace) -> int:
+    for option in ("file", "text", "against", "picture", "chunk"):
+        if getattr(arguments, option) is not None:
+            raise ConfigError(f"--tasks is given with {option.upper()}; tasks have their own texts")
+    try:
+        from mnemos.compress.tasks import run_tasks, table
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"--tasks runs lm-evaluation-harness, which is not installed: pip install 'mnemos[eval]' ({error})"
+        ) from error
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    with load_engine(arguments) as engine, ProgressBar(arguments.model, unit="requests") as progress:
+        found = run_tasks(
+            engine,
+            tokenizer_of(engine, arguments.model),
+            names,
+            limit=arguments.limit,
+            shots=arguments.shots,
+            folder=arguments.task_folder,
+            progress=progress,
+        )
+    print(json.dumps(found["results"], default=str) if arguments.json else table(found))
     return 0
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mnemos.contract import Floats
     from mnemos.decoding.config import AnyConfig, GenerationConfig
     from mnemos.decoding.forced import Score
+    from mnemos.decoding.options import Likelihood
     from mnemos.engine.answers import AnswerEvent
     from mnemos.engine.chat import ChatCompletion, ChatHandle
     from mnemos.engine.decide import Decision
@@ -442,6 +443,25 @@ class InferenceEngine:
         config = GenerationConfig(**scheduling)
         handle = self._launcher.prepare_forced(strategy, prompt, config, longest)()
         return ValueHandle(handle, "decision", partial(decision, question, strategy))
+
+    def submit_likelihoods(
+        self, prompt: Any, options: Sequence[Sequence[int]], **scheduling: Any
+    ) -> ValueHandle[list[Likelihood]]:
+        """Queues the likelihoods of continuations of one prompt, which is read once, and returns immediately.
+
+        prompt: a text or token ids. options: the token ids of each continuation; RequestError for one without any.
+        scheduling: priority, tenant, deadline, cache_salt and adapter, as in GenerationConfig.
+        """
+        from mnemos.decoding.config import GenerationConfig
+        from mnemos.decoding.options import ForcedOptions
+        from mnemos.engine.value_handle import ValueHandle
+
+        if not options or not all(options):
+            raise RequestError("options has one without tokens, or none; expected continuations of at least 1 token")
+        strategy, config = ForcedOptions(options, self.spec.rewinds), GenerationConfig(**scheduling)
+        token_ids = read_prompts(prompt, None, self.tokenizer).only
+        handle = self._launcher.prepare_forced(strategy, token_ids, config, max(map(len, options)))()
+        return ValueHandle(handle, "likelihoods", lambda usage: strategy.likelihoods)
 
     # The engine itself.
 
