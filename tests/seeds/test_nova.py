@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import runpy
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -15,11 +17,16 @@ torch = pytest.importorskip("torch")
 from mnemos import (  # noqa: E402
     BatchInference,
     CachedAttention,
+    DistilledModel,
     GenerationConfig,
     InferenceEngine,
     KVCache,
     ModelPackager,
+    ModelServer,
+    PrunedModel,
+    QuantizedModel,
     StreamingInference,
+    TorchScriptExporter,
 )
 from mnemos.errors import ConfigError, RequestError  # noqa: E402
 from tests.seeds.conftest import BOS, EOS, FIRST, PAD, count  # noqa: E402
@@ -277,3 +284,51 @@ def test_packaging(counter: torch.nn.Module, engine: InferenceEngine, tmp_path: 
     datetime.fromisoformat(metadata["created_at"])
     with InferenceEngine(model, tokenizer) as loaded_engine:
         assert loaded_engine.generate("2 4 6", max_new_tokens=4).split() == ["8", "10", "12", "14"]
+
+
+def test_a_quantized_model_is_served(counter: torch.nn.Module, engine: InferenceEngine) -> None:
+    quantized = QuantizedModel(copy.deepcopy(counter), bits=8, method="dynamic")
+    server = ModelServer(quantized, engine.tokenizer, device="cpu")
+    assert server.predict("2 4 6", max_length=8).split()[-4:] == ["8", "10", "12", "14"]
+    assert server.batch_predict(["2 4 6", "3 6 9"], max_length=8)[1].split()[-4:] == ["12", "15", "18", "21"]
+
+
+def test_a_pruned_model_continues_batches(counter: torch.nn.Module, engine: InferenceEngine) -> None:
+    pruned = PrunedModel(copy.deepcopy(counter), pruning_ratio=0.3, method="magnitude")
+    pruned.make_permanent()
+    input_ids_list = [engine.tokenizer.encode(f"{start} {start + 1} {start + 2}") for start in range(20)]
+    with InferenceEngine(pruned, device="cpu") as pruned_engine:
+        batch_engine = BatchInference(pruned_engine, batch_size=32)
+        outputs = batch_engine.generate(input_ids_list, GenerationConfig(strategy="greedy", max_length=50))
+    right = [output[:8] == [BOS, *count(start, 1)][:8] for start, output in enumerate(outputs)]
+    assert sum(right) >= 15  # a third of the weights of a model this small is gone
+
+
+def test_distillation_for_a_phone(counter: torch.nn.Module, tmp_path: Path) -> None:
+    teacher, student = Scripted(64), Scripted(16)
+    distilled = DistilledModel(student, teacher, temperature=2.0, alpha=0.5)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    inputs = torch.randint(0, 20, (8, 12), generator=torch.Generator().manual_seed(0))
+    losses = [float(distilled.train_step(inputs, inputs, optimizer)) for _ in range(10)]
+    assert losses[-1] < losses[0]
+    TorchScriptExporter(student).export(str(tmp_path / "mobile_model.pt"), method="script")
+    assert torch.equal(torch.jit.load(str(tmp_path / "mobile_model.pt"))(inputs), student(inputs))
+
+
+class Scripted(torch.nn.Module):
+    """Token ids (batch, time) to logits (batch, time, 20)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(20, width), torch.nn.Linear(width, 20)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.embedding(input_ids)))
+
+
+@pytest.mark.slow
+def test_the_document_s_test_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "quick_inference_test.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and all(line.startswith("ok ") for line in lines)
