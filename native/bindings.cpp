@@ -716,11 +716,11 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Cache *cache, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size,
              const std::string &dtype, int64_t pages,
-             std::optional<std::tuple<int64_t, int64_t, int64_t, std::vector<bool>>> recall) {
+             std::optional<std::tuple<int64_t, int64_t, int64_t, std::vector<bool>, std::vector<int64_t>>> recall) {
             std::unique_ptr<const Recall> seen;
             if (recall) {
-              const auto &[window, recalled, sinks, heads] = *recall;
-              seen.reset(new Recall{window, recalled, sinks, {heads.begin(), heads.end()}});
+              const auto &[window, recalled, sinks, heads, components] = *recall;
+              seen.reset(new Recall{window, recalled, sinks, {heads.begin(), heads.end()}, components});
             }
             new (cache) Cache(layers, kv_heads, head_dim, page_size, cache_type(dtype), pages, std::move(seen));
           },
@@ -731,7 +731,7 @@ NB_MODULE(_native, m) {
       .def("release", &Cache::release, "page"_a)
       .def(
           "read",
-          [](const Cache &cache, int64_t page) {
+          [](Cache &cache, int64_t page) {
             const uint8_t *data = cache.page(page);
             return owned_array(std::vector<uint8_t>(data, data + cache.page_bytes()));
           },
@@ -746,6 +746,8 @@ NB_MODULE(_native, m) {
             cache.write(page, content.data());
           },
           "page"_a, "content"_a)
+      .def_prop_ro("spilled", [](const Cache &cache) { return cache.spill() != nullptr ? cache.spill()->count() : 0; })
+      .def("spill_to", &Cache::spill_to, "file"_a)
       .def("recalled", [](const Cache &cache) { return owned_array(cache.recalled()); });
 
   bind_program(m);

@@ -94,7 +94,8 @@ Cache::Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_si
       page_bytes_(layers * kv_heads * cell_.bytes), recall_(std::move(recall)) {
   if (recall_) number_indices();
   data_ = map_memory(static_cast<size_t>(mapping_bytes(page_bytes_, pages)), "the key/value cache");
-  prefer_large_pages(data_, static_cast<size_t>(mapping_bytes(page_bytes_, pages)));
+  // Large pages would take memory for neighbours of pages that are moved to a file.
+  if (!recall_) prefer_large_pages(data_, static_cast<size_t>(mapping_bytes(page_bytes_, pages)));
   if (indices_ == 0) return;
   try {
     indexed_ = map_memory(static_cast<size_t>(index_bytes()), "the index of keys");
@@ -112,12 +113,16 @@ Cache::~Cache() {
 void Cache::number_indices() {
   const size_t heads = static_cast<size_t>(layers * kv_heads);
   if (recall_->heads.size() != heads || recall_->window < 1 || recall_->recalled < 0 || recall_->sinks < 0 ||
-      cell_.slots % index_run != 0) {
+      cell_.slots % index_run != 0 || recall_->components.empty()) {
     throw config_error("recall needs pages of a multiple of " + std::to_string(index_run) +
                        " positions, a window of a page, and to know of each of " + std::to_string(heads) +
                        " heads whether it recalls");
   }
-  index_layout_ = mnemos::index_layout(cell_.slots, cell_.head_dim);
+  for (const int64_t component : recall_->components) {
+    if (component >= 0 && component < cell_.head_dim) continue;
+    throw config_error("component " + std::to_string(component) + " is not one of " + std::to_string(cell_.head_dim));
+  }
+  index_layout_ = mnemos::index_layout(cell_.slots, static_cast<int64_t>(recall_->components.size()));
   for (const char recalls : recall_->heads) index_of_.push_back(recalls ? indices_++ : -1);
   recalled_ = std::make_unique<Recalled[]>(heads);
 }
@@ -132,14 +137,17 @@ void Cache::index_key(int64_t layer, int64_t head, int64_t page, int64_t slot) {
   if (index == nullptr) return;
   const uint8_t *data = cells(layer, head) + page * page_bytes_;
   index += page * index_layout_.bytes + slot / index_run * index_layout_.run_bytes;
+  const std::vector<int64_t> &components = recall_->components;
   float most = 0;
-  for (int64_t i = 0; i < cell_.head_dim; i++) most = std::max(most, std::fabs(stored_key(cell_, data, slot, i)));
+  for (const int64_t i : components) most = std::max(most, std::fabs(stored_key(cell_, data, slot, i)));
   if (!(most <= std::numeric_limits<float>::max())) most = 0;
   const float inverse = most > 0 ? 7.0f / most : 0.0f;
   const int64_t key = slot % index_run, lane = key / 2;
   const int shift = key % 2 == 0 ? 0 : 4;
   for (int64_t i = 0; i < index_layout_.groups * 4; i++) {
-    const float code = i < cell_.head_dim && most > 0 ? std::nearbyint(stored_key(cell_, data, slot, i) * inverse) : 0;
+    const bool indexed = i < static_cast<int64_t>(components.size()) && most > 0;
+    const float code =
+        indexed ? std::nearbyint(stored_key(cell_, data, slot, components[static_cast<size_t>(i)]) * inverse) : 0;
     uint8_t &byte = index[i / 4 * 64 + lane * 4 + i % 4];
     byte = static_cast<uint8_t>((byte & ~(15 << shift)) | (static_cast<int>(code) + index_offset) << shift);
   }
@@ -165,11 +173,26 @@ std::vector<float> Cache::recalled() const {
   return means;
 }
 
-uint8_t *Cache::page(int64_t index) const {
+uint8_t *Cache::page(int64_t index) {
   if (index < 0 || index >= pages) {
     throw request_error("page " + std::to_string(index) + " is not in the cache, which has " + std::to_string(pages));
   }
+  bring(index);
   return data_ + index * page_bytes_;
+}
+
+void Cache::spill_to(int file) { spill_ = std::make_unique<Spill>(file, page_bytes_, pages); }
+
+void Cache::bring(int64_t index) {
+  if (!spill_ || !spill_->holds(index)) return;
+  spill_->read(index, 0, page_bytes_, data_ + index * page_bytes_);
+  spill_->forget(index);
+}
+
+void Cache::put_away(int64_t index) {
+  uint8_t *data = data_ + index * page_bytes_;
+  spill_->write(index, data);
+  release_memory(data, static_cast<size_t>(page_bytes_));
 }
 
 void Cache::copy(int64_t source, int64_t target) {
@@ -191,8 +214,12 @@ void Cache::write(int64_t index, const uint8_t *content) {
       for (int64_t slot = 0; slot < cell_.slots; slot++) index_key(layer, head, index, slot);
     }
   }
+  if (spill_) put_away(index);
 }
 
-void Cache::release(int64_t index) { release_memory(page(index), static_cast<size_t>(page_bytes_)); }
+void Cache::release(int64_t index) {
+  if (spill_ && index >= 0 && index < pages) spill_->forget(index);
+  release_memory(page(index), static_cast<size_t>(page_bytes_));
+}
 
 }  // namespace mnemos

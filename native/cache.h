@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "system/spill.h"
 #include "vector/vector_kernels.h"
 
 namespace mnemos {
@@ -17,6 +18,7 @@ CacheType cache_type(const std::string &name);
 struct Recall {
   int64_t window, recalled, sinks;
   std::vector<char> heads;  // (layers, kv_heads): whether a head recalls
+  std::vector<int64_t> components;  // of keys and queries, that scores are computed of
 
   int64_t pages() const { return window + recalled + sinks; }
 };
@@ -36,13 +38,20 @@ class Cache {
   int64_t page_bytes() const { return page_bytes_; }
   // The cell of page 0; that of page p is p * page_bytes() further on.
   uint8_t *cells(int64_t layer, int64_t head) const { return data_ + (layer * kv_heads + head) * cell_.bytes; }
-  uint8_t *page(int64_t index) const;  // throws Error (request) if there is no such page
+  uint8_t *page(int64_t index);  // in memory; throws Error (request) if there is no such page
 
   void copy(int64_t source, int64_t target);
   // Gives a page's memory back to the system; its content is lost.
   void release(int64_t index);
   // Replaces a page's content, of page_bytes.
   void write(int64_t index, const uint8_t *content);
+
+  // Moves pages to this file from now on, which it takes over, where no row sees them unless it recalls them.
+  void spill_to(int file);
+  Spill *spill() const { return spill_.get(); }
+  // Brings back a page into memory; moves one to the file.
+  void bring(int64_t index);
+  void put_away(int64_t index);
 
   const Recall *recall() const { return recall_.get(); }
   const IndexLayout &index_layout() const { return index_layout_; }
@@ -67,6 +76,7 @@ class Cache {
     std::atomic<int64_t> shares{0}, rows{0};
   };
   std::unique_ptr<Recalled[]> recalled_;
+  std::unique_ptr<Spill> spill_;
 
   void number_indices();
   int64_t index_bytes() const { return indices_ * pages * index_layout_.bytes; }

@@ -30,6 +30,7 @@ FLOORS = (
 LONGEST = 400
 # Files that are longer because their subject is, and why.
 LONG_FILES: dict[str, str] = {
+    "contract": "what rooms say to each other, in one place: mostly documentation",
     "decoding.fields": "a table with a row for each field",
     "engine.engine": "what programs call: mostly signatures and their documentation",
 }

@@ -81,6 +81,7 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
   for (const Attention &attention : schedule_.attentions) {
     tiles.push_back(make_tiles(batch, tables_[static_cast<size_t>(attention.group)], attention, team));
   }
+  for (size_t g = 0; g < static_cast<size_t>(groups); g++) bring_pages(batch, g);
   int64_t most = -1;
   for (int64_t t = 0; !rope_tables_.empty() && t < batch.tokens; t++)
     most = std::max<int64_t>(most, batch.positions[t]);
@@ -111,6 +112,7 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
                   scratch_bytes_,
                   ahead_.data()};
   execute(step, one_row);
+  for (size_t g = 0; g < static_cast<size_t>(groups); g++) put_away_pages(batch, g);
   std::vector<OutputView> outputs;
   for (size_t i = 0; i < graph_.outputs.size(); i++) {
     const Value &value = graph_.values[static_cast<size_t>(graph_.outputs[i])];
@@ -122,6 +124,48 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
     outputs.back() = {best, outputs.back().rows, 1, ValueType::int32, workspace_};
   }
   return outputs;
+}
+
+// What rows see without recalling it must be in memory: sinks, and windows of heads that do not recall.
+void Program::bring_pages(const BatchView &batch, size_t group) {
+  Cache &cache = *caches_[group];
+  if (cache.spill() == nullptr) return;
+  const Recall &recall = *cache.recall();
+  const int64_t slots = cache.cell().slots, step = ++cache.spill()->step;
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+    if (begin == end) continue;
+    const int32_t *pages = batch.pages + tables_[group].new_pages[static_cast<size_t>(s)];
+    const int64_t last = batch.positions[end - 1] / slots;
+    const int64_t first = batch.positions[begin] / slots - recall.window - recall.recalled + 1;
+    const auto see = [&](int64_t n) {
+      cache.bring(pages[n]);
+      cache.spill()->seen[static_cast<size_t>(pages[n])] = step;
+    };
+    for (int64_t n = 0; n < std::min(recall.sinks, first); n++) see(n);
+    for (int64_t n = std::max<int64_t>(first, 0); n <= last; n++) see(n);
+  }
+  cache.spill()->check();
+}
+
+// Moves pages to the file that a text's next row will not see unless it recalls them. Those that another text saw in
+// this step or the one before stay.
+void Program::put_away_pages(const BatchView &batch, size_t group) {
+  Cache &cache = *caches_[group];
+  Spill *spill = cache.spill();
+  if (spill == nullptr) return;
+  spill->check();
+  const Recall &recall = *cache.recall();
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+    if (begin == end) continue;
+    const int32_t *pages = batch.pages + tables_[group].new_pages[static_cast<size_t>(s)];
+    const int64_t left = (batch.positions[end - 1] + 1) / cache.cell().slots - recall.window - recall.recalled;
+    for (int64_t n = recall.sinks; n <= left; n++) {
+      const int64_t page = pages[n];
+      if (!spill->holds(page) && spill->seen[static_cast<size_t>(page)] < spill->step - 1) cache.put_away(page);
+    }
+  }
 }
 
 void Program::execute(const Step &step, bool one_row) {

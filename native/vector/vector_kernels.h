@@ -75,8 +75,8 @@ struct IndexLayout {
 };
 constexpr int64_t index_run = 32;
 constexpr int32_t index_offset = 8;
-constexpr IndexLayout index_layout(int64_t slots, int64_t head_dim) {
-  const int64_t groups = (head_dim + 3) / 4, run_bytes = groups * 64 + index_run * 2;
+constexpr IndexLayout index_layout(int64_t slots, int64_t components) {
+  const int64_t groups = (components + 3) / 4, run_bytes = groups * 64 + index_run * 2;
   return {groups, slots / index_run, run_bytes, slots / index_run * run_bytes};
 }
 

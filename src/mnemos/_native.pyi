@@ -115,7 +115,8 @@ def search_rows(
     U'U. `format` and the results are those of `mnemos.compress.search`."""
 
 class Cache:
-    """recall: window, recalled pages and sinks, all in pages, and for each layer and head whether it recalls."""
+    """recall: window, recalled pages and sinks, all in pages; for each layer and head whether it recalls; the
+    components of keys that are indexed."""
 
     def __init__(
         self,
@@ -125,9 +126,12 @@ class Cache:
         page_size: int,
         dtype: str,
         pages: int,
-        recall: tuple[int, int, int, list[bool]] | None = None,
+        recall: tuple[int, int, int, list[bool], list[int]] | None = None,
     ) -> None: ...
     def recalled(self) -> Floats: ...
+    @property
+    def spilled(self) -> int: ...
+    def spill_to(self, file: int) -> None: ...
     @property
     def pages(self) -> int: ...
     @property

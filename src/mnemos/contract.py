@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -121,14 +122,16 @@ class Recall:
     in 8, and on exact ties the lower page is taken. In any other head its window is longer by `recall`. So every head
     sees as many pages, and all of a text of up to `positions`.
 
-    heads: for each layer, the key/value heads that recall, ascending. Nothing depends on other rows, on how a text is
-    cut into steps, or on where its pages are stored.
+    heads: for each layer, the key/value heads that recall, ascending. components: those of a key and a query that
+    scores are computed of, see `ModelSpec.slow_components`. Nothing depends on other rows, on how a text is cut into
+    steps, or on where its pages are stored.
     """
 
     window: int
     recall: int
     sinks: int
     heads: tuple[tuple[int, ...], ...]
+    components: tuple[int, ...]
 
     @property
     def positions(self) -> int:
@@ -177,8 +180,10 @@ class KVLayout:
 
     def _index_bytes(self, layers: tuple[int, ...]) -> int:
         """Bytes of a page's index: of each key 4 bits a component, and a scale."""
-        heads = sum(len(self.recall.heads[layer]) for layer in layers) if self.recall else 0
-        return heads * self.page_size * (-(-self.head_dim // 4) * 2 + 2)
+        if self.recall is None:
+            return 0
+        heads = sum(len(self.recall.heads[layer]) for layer in layers)
+        return heads * self.page_size * (-(-len(self.recall.components) // 4) * 2 + 2)
 
     def place(self, layer: int) -> tuple[int, int]:
         """The number of a layer's group, and the layer's number in the group."""
@@ -227,6 +232,22 @@ class RecallingCache(Cache, Protocol):
     def recalled(self) -> Floats:
         """Of the attention of rows that did not see all of their text, which share went to pages that they recalled:
         the mean by layer and key/value head, (layers, kv_heads); 0 where there were no such rows."""
+
+
+@runtime_checkable
+class SpillingCache(Protocol):
+    """A cache that can move pages that no row sees unless it recalls them to a file."""
+
+    def spill(self, folder: Path) -> None:
+        """Does so from now on, with a file in this folder; ConfigError if none can be made there.
+
+        Results stay the same. A page that a window needs again is brought back. CapacityError from a step if the file
+        cannot take a page.
+        """
+
+    @property
+    def spilled(self) -> int:
+        """How many pages are in the file alone."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +326,7 @@ class ModelSpec:
     layers: int = 0
     tied_embeddings: bool = False
     adapters: tuple[str, ...] = ()
+    slow_components: tuple[int, ...] = ()
     first_logits: FirstLogits | None = None
     details: dict[str, object] = field(default_factory=dict)  # for `inspect`: name and license
 
@@ -348,6 +370,16 @@ class PagedModel(Model, Protocol):
 
         pages: how many for each layer group; a single number is that of every group.
         """
+
+
+@runtime_checkable
+class SpillingModel(Protocol):
+    """A model with a `SpillingCache`.
+
+    spill_folder: where `reserve` has it store what leaves memory; None: everything stays there.
+    """
+
+    spill_folder: Path | None
 
 
 class StatefulModel(Model, Protocol):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+import os
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from tests.ops.cases import AttentionCase, Table, batch_of, floats
 
 from mnemos.contract import KVLayout, Recall
-from mnemos.errors import ConfigError, RequestError, UnsupportedError
+from mnemos.errors import CapacityError, ConfigError, RequestError, UnsupportedError
 from mnemos.ops.native import NativeOps
 from mnemos.ops.numpy import NumpyOps
 from mnemos.ops.protocol import AttentionParams
@@ -23,7 +25,8 @@ LENGTH = 480
 
 def recall_of(case: AttentionCase, heads: tuple[int, ...] = (0,), sinks: int = 1) -> Recall:
     size = case.page_size
-    return Recall(window=2 * size, recall=3 * size, sinks=sinks * size, heads=((), heads))
+    components = tuple(range(case.head_dim // 3, case.head_dim))
+    return Recall(2 * size, 3 * size, sinks * size, ((), heads), components)
 
 
 def cache_of(ops: Any, case: AttentionCase, dtype: str, recall: Recall | None) -> Any:
@@ -54,7 +57,7 @@ WHOLE = [300, 180]
 CHUNKS = [1, 200, 7, 100, 1, 1, 90, 33] + [1] * 20 + [27]
 
 
-@cache
+@lru_cache
 def reference(case: AttentionCase, dtype: str, recall: Recall) -> np.ndarray:
     return attend(NumpyOps(), case, cache_of(NumpyOps(), case, dtype, recall), WHOLE)
 
@@ -90,6 +93,34 @@ def test_rows_that_see_all_have_the_bits_of_an_engine_without_memory(dtype: str,
     plain, remembered = (attend(ops, case, cache_of(ops, case, dtype, r), WHOLE) for r in (None, recall))
     assert np.array_equal(plain[: recall.positions], remembered[: recall.positions])
     assert not np.array_equal(plain[recall.positions :], remembered[recall.positions :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pages_in_a_file_give_the_same_bits(case: AttentionCase, dtype: str, tmp_path: Path) -> None:
+    ops, recall = NativeOps(), recall_of(case)
+    expected = attend(ops, case, cache_of(ops, case, dtype, recall), CHUNKS)
+    cache = cache_of(ops, case, dtype, recall)
+    cache.spill(tmp_path)
+    assert np.array_equal(attend(ops, case, cache, CHUNKS), expected)
+    whole = -(-LENGTH // case.page_size)
+    spilled = cache.spilled
+    assert whole - recall.positions // case.page_size - 1 <= spilled + 1 and 0 < spilled < whole
+    assert list(tmp_path.iterdir()) == []  # the file has no name
+    for page in range(cache.pages[0]):  # whatever needs a page brings it back
+        assert cache.read(page).any() == (page < whole)
+    assert cache.spilled == 0
+
+
+def test_a_file_that_cannot_take_a_page_is_named(tmp_path: Path) -> None:
+    case, ops = CASES[0], NativeOps()
+    cache = cache_of(ops, case, "float32", recall_of(case))
+    cache.cores[0].spill_to(os.open("/dev/full", os.O_RDWR))
+    with pytest.raises(CapacityError, match="cannot take another .* No space left on device; choose a folder"):
+        attend(ops, case, cache, CHUNKS)
+    assert cache.spilled == 0
+    with pytest.raises(ConfigError, match="folder is .*nowhere', where no file can be made"):
+        cache.spill(tmp_path / "nowhere")
 
 
 def test_a_row_recalls_the_page_of_its_best_key() -> None:

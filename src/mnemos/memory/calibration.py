@@ -17,7 +17,7 @@ from typing import cast
 
 import numpy as np
 
-from mnemos.contract import Batch, Floats, Model, PagedModel, Recall, RecallingCache
+from mnemos.contract import Batch, Floats, Model, ModelSpec, PagedModel, Recall, RecallingCache
 from mnemos.machine.home import home
 
 PERIOD = 1280  # tokens before they are repeated
@@ -45,13 +45,19 @@ def far_heads(model: Model, share: float) -> Heads:
     return tuple(tuple(head for head in heads if (layer, head) in chosen) for layer, heads in enumerate(all_heads))
 
 
+def indexed_components(spec: ModelSpec) -> tuple[int, ...]:
+    """Which components of keys are indexed: those that turn slowly tell far keys apart as well as all, in half the
+    memory; the others change with every position."""
+    return spec.slow_components or tuple(range(spec.layout.head_dim))
+
+
 def measure(model: Model, heads: Heads) -> Floats:
     """The share of each head's attention that goes to what it recalls, (layers, kv_heads). Reserves pages for it."""
     spec, layout = model.spec, model.spec.layout
     page = layout.page_size
     period = min(PERIOD, spec.context_length // 2) // page * page
     window = max(page, period // 2 // page * page)
-    recall = Recall(window, max(page, 15 * page), page, heads)
+    recall = Recall(window, 15 * page, page, heads, indexed_components(spec))
     tokens = np.random.default_rng(0).integers(0, spec.vocabulary_size, period).astype(np.int32)
     tokens = np.concatenate((tokens, tokens))
     try:

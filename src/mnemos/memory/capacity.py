@@ -5,9 +5,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
-from mnemos.contract import KVLayout, Model, ModelSpec, PagedModel, StatefulModel
+from mnemos.contract import KVLayout, Model, ModelSpec, PagedModel, SpillingModel, StatefulModel
 from mnemos.errors import CapacityError
 from mnemos.machine.memory import address_space_left, machine_memory
 
@@ -36,9 +37,12 @@ def reserve(
     running branch has a state slot, and there are as many again for a request with more branches than `sequences`.
     room: bytes that the pages may take, None without a limit of its own.
     """
-    paged = spec.layout.layers > 0
+    paged, folder = spec.layout.layers > 0, None
+    if spec.layout.recall is not None and isinstance(model, SpillingModel):
+        folder = model.spill_folder
+    plan = plan_pages(spec, cache_tokens, sequences, batch_tokens, room, folder) if paged else spec.layout.counts(0)
     capacity = Capacity(
-        pages=plan_pages(spec, cache_tokens, sequences, batch_tokens, room) if paged else spec.layout.counts(0),
+        pages=plan,
         states=2 * sequences if spec.states else 0,
     )
     if paged:
@@ -64,14 +68,20 @@ def plan_pages(
     sequences: int = 64,
     batch_tokens: int = 512,
     room: int | None = None,
+    folder: Path | None = None,
 ) -> tuple[int, ...]:
     """Pages for `cache_tokens` positions; None: two full contexts, at least DEFAULT_TOKENS, in a quarter of memory.
 
     A layer group with a window has no more than twice what `sequences` branches need, of which one reads a prompt, if
     another group has none. Backends commit a page's memory when it is first written, so a generous plan costs nothing.
+    folder: where pages that leave memory are stored, in which case its room counts in place of memory's.
     CapacityError if the requested size exceeds the machine's memory or `room` (bytes), or if that is less than a page.
     """
     layout, memory = spec.layout, machine_memory()
+    place, most = "the machine has", memory
+    if folder is not None:
+        place, room = f"the memory's folder {str(folder)!r} has room for", None
+        memory = most = _free_space(folder)
 
     def plan(pages: int) -> tuple[int, ...]:
         chunk = batch_tokens if spec.chunks else spec.context_length
@@ -92,7 +102,7 @@ def plan_pages(
         if memory and size(pages) > memory:
             raise CapacityError(
                 f"cache_tokens is {cache_tokens}, which takes {size(pages):,} bytes of keys and values; "
-                f"the machine has {memory:,}"
+                f"{place} {most:,}"
             )
         if room is not None and size(pages) > room:
             raise CapacityError(
@@ -109,6 +119,16 @@ def plan_pages(
         share = min(one for one in shares if one is not None)
         pages = bisect_right(range(pages + 1), share, key=size) - 1
     return plan(max(pages, 1))
+
+
+def _free_space(folder: Path) -> int:
+    """Bytes; 0, which means unknown, where the folder cannot be asked."""
+    import shutil  # rarely needed
+
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 def text_pages(spec: ModelSpec) -> tuple[int, ...]:

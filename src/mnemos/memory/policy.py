@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
-from mnemos.contract import Model, ModelSpec, Recall
+from mnemos.contract import Model, ModelSpec, Recall, SpillingModel
 from mnemos.errors import ConfigError, UnsupportedError
-from mnemos.memory.calibration import far_heads
-from mnemos.rules import hint, real, whole
+from mnemos.memory.calibration import far_heads, indexed_components
+from mnemos.rules import Rule, hint, real, whole
 
 _SIZE, _SHARE = whole(0), real(0, 1, open_low=True)
+_PATH = Rule(lambda value: os.fspath(value) if isinstance(value, (str, os.PathLike)) and value else None, "a path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,9 @@ class Memory:
     heads: the share of the key/value heads that recall: those whose attention reaches far, measured once for each
     model. The others have a window that is longer by `recall`.
 
+    folder: where pages that no row sees unless it recalls them are stored, in a file that ends with the process;
+    "auto": the system's folder for large temporary files; None: they stay in memory. Their index stays there anyway.
+
     Texts of up to sinks + recall + window positions are computed as without a memory, bit for bit. ConfigError for
     values that are not allowed.
     """
@@ -31,11 +38,14 @@ class Memory:
     recall: int = 480
     sinks: int = 32
     heads: float = 0.5
+    folder: str | None = "auto"
 
     def __post_init__(self) -> None:
         for name in ("window", "recall", "sinks"):
             _SIZE.apply(f"memory: {name}", getattr(self, name))
         object.__setattr__(self, "heads", _SHARE.apply("memory: heads", self.heads))
+        if self.folder is not None:
+            object.__setattr__(self, "folder", _PATH.apply("memory: folder", self.folder))
 
     @classmethod
     def read(cls, value: Any) -> Memory | None:
@@ -73,8 +83,10 @@ def remember(model: Model, memory: Memory, context_length: int | None = None) ->
             raise ConfigError(f"context_length is {context_length}; with a memory, this model takes 1 to {farthest}")
         spec = replace(spec, context_length=context_length)
     heads = far_heads(model, memory.heads) if memory.recall else ((),) * spec.layout.layers
-    recall = Recall(memory.window, memory.recall, memory.sinks, heads)
+    recall = Recall(memory.window, memory.recall, memory.sinks, heads, indexed_components(spec))
     model.spec = replace(spec, layout=replace(spec.layout, recall=recall))
+    if isinstance(model, SpillingModel):
+        model.spill_folder = None if memory.folder is None else _folder(memory.folder)
 
 
 def _check(spec: ModelSpec, memory: Memory) -> None:
@@ -98,7 +110,17 @@ def _check(spec: ModelSpec, memory: Memory) -> None:
             raise ConfigError(f"memory: {name} is {value}; expected a multiple of {page}, the page size, from {least}")
 
 
-def _number(text: str) -> int | float | str:
+def _folder(name: str) -> Path:
+    """The system's folder for large temporary files is not the ordinary one, which may be in memory itself."""
+    if name != "auto":
+        return Path(name)
+    large = Path("/var/tmp")
+    return large if os.access(large, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def _number(text: str) -> int | float | str | None:
+    if text == "none":
+        return None
     for kind in (int, float):
         try:
             return kind(text)

@@ -8,7 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnemos.contract import Batch, Cache, KVLayout, ModelSpec, Output
+import numpy as np
+
+from mnemos.contract import Batch, Cache, KVLayout, ModelSpec, Output, SpillingCache
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError
 from mnemos.formats.checkpoint import Checkpoint
 from mnemos.machine.memory import check_memory
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from mnemos.models.low_rank import Adapters
     from mnemos.models.memory_transformer.model import MemoryModel
     from mnemos.models.memory_transformer.reader import Routing
+    from mnemos.models.rope import Rope
     from mnemos.ops.protocol import Windows
 
 MOST_EARLY_STEPS = 4
@@ -43,6 +46,7 @@ class LoadedModel:
         self.spec = spec
         self.ops = ops
         self.weight_bytes = weight_bytes  # of memory; 0 if the backend does not know before it has read them
+        self.spill_folder: Path | None = None  # where pages that left memory are stored; None: they stay
         self._cache: Cache | None = None
         self._step: Callable[[Batch], Output] | None = None
         self._early_steps: dict[tuple[int, ...], Callable[[Batch], Output]] = {}
@@ -99,6 +103,8 @@ class LoadedModel:
         if min(counts) < 1:
             raise ConfigError(f"pages is {pages}; expected at least 1")
         self._cache = self.ops.cache(self.spec.layout, counts)
+        if self.spill_folder is not None and isinstance(self._cache, SpillingCache):
+            self._cache.spill(self.spill_folder)
         self._step = self.ops.compile(self.architecture.forward, self._cache)
 
     def forward(self, batch: Batch) -> Output:
@@ -235,6 +241,7 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
         recalls=backend in RECALLING and _routing(model) is None,
         layers=config.num_hidden_layers,
         tied_embeddings=_is_tied(checkpoint, config),
+        slow_components=_slow_components(config),
         details=_details(checkpoint),
         **_special_tokens(checkpoint, config.vocab_size),
         **({} if (routing := _routing(model)) is None else routing.promises),
@@ -244,6 +251,17 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
 def _routing(model: Architecture) -> Routing | None:
     """How the model's chapter routers go with the engine; None if it has none."""
     return getattr(model, "routing", None)
+
+
+def _slow_components(config: DecoderConfig) -> tuple[int, ...]:
+    """The half of a head's components that the rotary embedding turns slowest, if the model has one."""
+    rope: Rope | None = getattr(config, "rope", None)
+    params = None if rope is None else rope.params(config.head_dim)
+    if params is None:
+        return ()
+    speeds = np.zeros(config.head_dim)
+    speeds[: params.rotary_dim] = np.tile(np.abs(params.frequencies), 2)
+    return tuple(sorted(int(i) for i in np.argsort(speeds, kind="stable")[: config.head_dim // 2]))
 
 
 def _is_tied(checkpoint: Checkpoint, config: DecoderConfig) -> bool:

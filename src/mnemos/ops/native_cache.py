@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from mnemos.contract import Floats, KVLayout
+from mnemos.errors import ConfigError
 from mnemos.native import core as _native
 
 
@@ -33,6 +36,26 @@ class NativeCache:
     def copy(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
         for source, target in zip(sources, targets, strict=True):
             self.cores[group].copy(int(source), int(target))
+
+    def spill(self, folder: Path) -> None:
+        """See `SpillingCache`. The file has no name, so it ends with the process."""
+        import tempfile  # rarely needed
+
+        for group, core in zip(self.layout.groups, self.cores, strict=True):
+            if self.layout.recall is not None and not group.window:
+                try:
+                    with tempfile.TemporaryFile(dir=folder) as file:
+                        core.spill_to(os.dup(file.fileno()))
+                except OSError as error:
+                    raise ConfigError(
+                        f"memory: folder is {str(folder)!r}, where no file can be made: {error.strerror}; name one "
+                        "that can be written to"
+                    ) from error
+
+    @property
+    def spilled(self) -> int:
+        """See `SpillingCache`."""
+        return sum(core.spilled for core in self.cores)
 
     def recalled(self) -> Floats:
         """See `RecallingCache`."""
@@ -71,10 +94,11 @@ class NativeWindows:
             self.core.clear(int(slot))
 
 
-def _recall(layout: KVLayout, layers: Sequence[int]) -> tuple[int, int, int, list[bool]] | None:
-    """A layout's `recall` for some layers, in pages: window, recalled and sinks, and whether each head recalls."""
+def _recall(layout: KVLayout, layers: Sequence[int]) -> tuple[int, int, int, list[bool], list[int]] | None:
+    """A layout's `recall` for some layers, in pages: window, recalled and sinks, whether each head recalls, and the
+    components that are indexed."""
     recall, size = layout.recall, layout.page_size
     if recall is None:
         return None
     heads = [head in recall.heads[layer] for layer in layers for head in range(layout.kv_heads)]
-    return recall.window // size, recall.recall // size, recall.sinks // size, heads
+    return recall.window // size, recall.recall // size, recall.sinks // size, heads, list(recall.components)

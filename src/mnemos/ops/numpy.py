@@ -39,8 +39,9 @@ class NumpyCache:
         self._recalled[layer] += np.stack((shares.sum(axis=0), np.full(shares.shape[1], len(shares))), axis=1)
 
     def index(self, group: int, layer: int, pages: Ints, head: int) -> tuple[Bytes, Floats]:
-        """The index of a head's keys in these pages: codes (pages, page size, head size) and scales; see Recall."""
-        return index_keys(self.values[group][layer][0][pages, :, head])
+        """The index of a head's keys in these pages: codes (pages, page size, components) and scales; see Recall."""
+        assert self.layout.recall is not None
+        return index_keys(self.values[group][layer][0][pages, :, head][..., list(self.layout.recall.components)])
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], group: int = 0) -> None:
         values = self.values[group]
@@ -350,6 +351,7 @@ def _recalled(
         codes, scales = cache.index(group, index, pages if recalls else pages[:0], head)
         for row, position in enumerate(positions):
             own, page = queries[row].reshape(kv_heads, -1, queries.shape[2])[head], int(position) // size
+            own = own[:, list(recall.components)]
             seen[head, row, : page + 1] = seen_pages(recall, size, page, own, codes[:page], scales[:page], recalls)
     return seen
 

@@ -24,7 +24,7 @@ def quantize(x: Floats, levels: int) -> tuple[Bytes, Floats]:
 
 
 def index_keys(keys: Floats) -> tuple[Bytes, Floats]:
-    """The index of keys (..., head_dim): 4 bits a component, and scales (...) that are rounded to bfloat16."""
+    """The index of keys (..., components): 4 bits a component, and scales (...) that are rounded to bfloat16."""
     codes, scales = quantize(keys, KEY_LEVELS)
     bits = scales.view(np.uint32)
     return codes, ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
@@ -33,9 +33,9 @@ def index_keys(keys: Floats) -> tuple[Bytes, Floats]:
 def page_scores(queries: Floats, codes: Bytes, scales: Floats) -> Floats:
     """How well each page suits a row in one key/value head: (pages,).
 
-    queries (group, head_dim), scaled as for attention; codes (pages, page_size, head_dim) and scales (pages, page_size)
-    as `index_keys` makes them. A query's score of a page is that of its best key, less that of the best key of all
-    pages; the page has the best score that any query of the group gives it.
+    queries (group, components), scaled as for attention; codes (pages, page_size, components) and scales
+    (pages, page_size) as `index_keys` makes them. A query's score of a page is that of its best key, less that of the
+    best key of all pages; the page has the best score that any query of the group gives it.
     """
     small, factors = quantize(queries, QUERY_LEVELS)
     dots = np.einsum("gd,pkd->gpk", small.astype(np.int32), codes.astype(np.int32)).astype(np.float32)
@@ -48,7 +48,7 @@ def seen_pages(
 ) -> npt.NDArray[np.bool_]:
     """Which pages a row in page number `page` sees in one key/value head: (page + 1,).
 
-    queries (group, head_dim); codes and scales hold the index of the pages before `page`, if the head recalls.
+    queries (group, components); codes and scales hold the index of the pages before `page`, if the head recalls.
     """
     sinks, chosen, window = (n // page_size for n in (recall.sinks, recall.recall, recall.window))
     seen = np.ones(page + 1, dtype=np.bool_)
