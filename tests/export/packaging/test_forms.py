@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mnemos import InferenceEngine, ModelPackager  # noqa: E402
-from mnemos.errors import ConfigError, FormatError, ModelError  # noqa: E402
+from mnemos.errors import CapacityError, ConfigError, FormatError, ModelError  # noqa: E402
 from mnemos.export.packaging.oci import write_oci  # noqa: E402
 from mnemos.formats.package import read_package  # noqa: E402
 from tests.export.packaging.conftest import OwnModel, logits  # noqa: E402
@@ -90,6 +91,20 @@ def test_what_exists_stays(own_model: OwnModel, tmp_path: Path) -> None:
         packager.package(tmp_path / "mine" / "thesis.txt" / "p")
 
 
+def test_a_disk_that_is_full(own_model: OwnModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whatever file it is, nothing is left, and the error names the package's own place."""
+    packager = ModelPackager(own_model, None, CONFIG)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for name in ("p", "p.tar"):
+        with pytest.raises(CapacityError, match=f"^{tmp_path}/p.*: cannot be written: No space left on device"):
+            packager.package(tmp_path / name)
+        assert not os.listdir(tmp_path)
+
+
 def test_weights_that_no_file_has(tmp_path: Path) -> None:
     class Odd(torch.nn.Module):
         def __init__(self) -> None:
@@ -112,6 +127,7 @@ def test_weights_that_no_file_has(tmp_path: Path) -> None:
 def test_an_image_layout(package: Path, tmp_path: Path) -> None:
     """Every descriptor says the size and the digest of its blob, and the layers make the package."""
     digest = write_oci(read_package(package), tmp_path / "layout")
+    assert write_oci(read_package(package), tmp_path / "layout", overwrite=True) == digest
     blobs = tmp_path / "layout" / "blobs" / "sha256"
     index = json.loads((tmp_path / "layout" / "index.json").read_text())
     assert json.loads((tmp_path / "layout" / "oci-layout").read_text()) == {"imageLayoutVersion": "1.0.0"}
@@ -189,3 +205,17 @@ def test_for_ollama(smollm2: Path, tmp_path: Path) -> None:
     assert lines[-1] == 'LICENSE """Apache-2.0"""'
     with InferenceEngine.from_pretrained(tmp_path / "p") as engine, InferenceEngine.from_pretrained(smollm2) as other:
         assert engine.generate("Once", max_new_tokens=8) == other.generate("Once", max_new_tokens=8)
+
+
+def test_a_folder_for_ollama(tmp_path: Path) -> None:
+    """Its GGUF file has the same weights, tokenizer and template."""
+    from tests.export.gguf_models import folder_of
+
+    reference = folder_of("llama", tmp_path / "model")
+    ModelPackager(tmp_path / "model").package(tmp_path / "p", ollama=True, created_at=0)
+    lines = (tmp_path / "p" / "Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./exports/model.gguf" and "PARAMETER num_ctx 256" in lines
+    with InferenceEngine.from_pretrained(tmp_path / "p" / "exports" / "model.gguf", dtype="float32") as engine:
+        assert abs(engine.logits([5, 6, 7]) - reference.logits([5, 6, 7])).max() < 1e-3
+    with InferenceEngine.from_pretrained(tmp_path / "p") as engine:  # the folder, not the GGUF file in it
+        assert engine.spec.architecture == "llama"

@@ -25,6 +25,7 @@ from mnemos.export.packaging.states import PICKLED_NAME, write_state
 from mnemos.formats.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME
 from mnemos.formats.first_logits import distance, prompt_for, record
 from mnemos.formats.safetensors import SINGLE_NAME
+from mnemos.models.foreign.pretrained import quietly
 from mnemos.models.foreign.signature import unwrap
 from mnemos.models.memory_transformer.adapter import MemoryAdapter
 from mnemos.models.memory_transformer.transformer import MemoryTransformer
@@ -95,7 +96,8 @@ class ModuleSource:
 def _save_pretrained(module: Any, folder: Path) -> None:
     """As transformers writes a model. CapacityError: the disk is full; ModelError: whatever else it raises."""
     try:
-        module.save_pretrained(folder)
+        with quietly():
+            module.save_pretrained(folder)
     except OSError:
         raise
     except Exception as error:  # safetensors' own errors among them

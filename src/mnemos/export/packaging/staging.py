@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mnemos.errors import ConfigError
+from mnemos.errors import ConfigError, MnemosError
 from mnemos.export.packaging.files import write_json
 from mnemos.formats.package import (
     FORMAT,
@@ -47,7 +47,7 @@ def moment(given: int | None = None) -> str:
 def staging(target: Path, overwrite: bool, *, keep: bool = True) -> Iterator[Path]:
     """An empty folder beside `target` that takes its place when the block ends, and vanishes if it raises.
 
-    Without `keep` it vanishes in any case. With `overwrite` a package or an empty folder that is there is replaced.
+    Without `keep` it vanishes in any case. An empty folder is replaced, and with `overwrite` a package or image layout.
     ConfigError: something else is there; CapacityError: the disk is full; FormatError: it cannot be written to.
     """
     there = os.path.lexists(target)
@@ -64,12 +64,13 @@ def staging(target: Path, overwrite: bool, *, keep: bool = True) -> Iterator[Pat
             return
         _settle(work)
         if there:
-            old = work.with_suffix(".old")
-            os.replace(target, old)
-            os.replace(work, target)
-            shutil.rmtree(old)
+            _exchange(work, target)
         else:
             os.replace(work, target)
+    except MnemosError as error:
+        if str(work) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(work), str(target))) from error
     except OSError as error:
         raise not_written(target, error) from error
     finally:
@@ -80,7 +81,19 @@ def staging(target: Path, overwrite: bool, *, keep: bool = True) -> Iterator[Pat
 def _may_replace(target: Path, overwrite: bool) -> bool:
     if not target.is_dir() or target.is_symlink():
         return False
-    return not any(target.iterdir()) or (overwrite and is_package(target))
+    return not any(target.iterdir()) or (overwrite and (is_package(target) or (target / "oci-layout").is_file()))
+
+
+def _exchange(work: Path, target: Path) -> None:
+    """Puts a folder in another one's place; that one is back if this fails."""
+    old = work.with_suffix(".old")
+    os.replace(target, old)
+    try:
+        os.replace(work, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old)
 
 
 def _settle(folder: Path) -> None:

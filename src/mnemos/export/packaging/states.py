@@ -46,7 +46,12 @@ def write_state(module: nn.Module, path: Path) -> dict[str, Any]:
         if owner != name:
             ties[name] = owner
     if path.suffix == ".pt":
-        torch.save({name: value.detach().cpu() for name, value in state.items()}, path)
+        try:
+            torch.save({name: value.detach().cpu() for name, value in state.items()}, path)
+        except RuntimeError as error:  # which PyTorch makes of what the system says
+            raise FormatError(
+                f"{path}: PyTorch cannot write it, for example because the disk is full: {error}"
+            ) from error
         return {"ties": ties}
     pairs = [name for name, value in state.items() if value.is_complex()]
     real = {name: torch.view_as_real(value.resolve_conj()) if name in pairs else value for name, value in state.items()}

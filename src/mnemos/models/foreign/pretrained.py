@@ -32,7 +32,7 @@ def load_module(folder: Path, *, dtype: str, device: str, trust_remote_code: boo
     kind: Any = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "use_safetensors": True, **trust}
     try:
-        with _quietly():
+        with quietly():
             module, report = kind.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:
         raise _failed(folder, config, error) from error
@@ -60,7 +60,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' progress bars and reports; what it reports is checked and raised here."""
     log: Any = transformers.utils.logging
     bars = log.is_progress_bar_enabled()
