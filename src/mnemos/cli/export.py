@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="FORMAT[,FORMAT]", help="what to write; see below")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write to")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument(
+        "--drop-memory", action="store_true", help="the base of a memory-augmented model; says what that loses"
+    )
     parser.epilog = (
         "formats:\n" + "\n".join(f"  {name:<16}{one.help}" for name, one in FORMATS.items()) + "\n\n"
         "Each file is run on several sizes and values and compared with the model in float32 before it is kept.\n\n"
@@ -41,8 +44,18 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{time.perf_counter() - began:5.0f} s  writing {name} and comparing it", file=sys.stderr)
 
     names = [name.strip() for name in arguments.to.split(",") if name.strip()]
-    reports = export_model(source, names, Path(arguments.out), overwrite=arguments.overwrite, begun=begun)
+    reports = export_model(
+        source,
+        names,
+        Path(arguments.out),
+        overwrite=arguments.overwrite,
+        drop_memory=arguments.drop_memory,
+        begun=begun,
+    )
     print(_table(reports))
+    for name, report in reports.items():
+        for note in report.notes:
+            print(f"{name}: {note}", file=sys.stderr)
     return 0
 
 

@@ -138,10 +138,12 @@ def export_model(
     folder: Path,
     *,
     overwrite: bool = False,
+    drop_memory: bool = False,
     begun: Callable[[str], None] = lambda name: None,
 ) -> dict[str, ExportReport]:
     """Exports a GGUF file or Hugging Face folder of a built-in architecture to each format, in float32.
 
+    drop_memory: exports the base of a memory-augmented model, after a warning that says what that loses.
     begun: called with each format's name before it is written. ConfigError: an unknown format, or a file that exists;
     other errors are those of `TorchForm` and the exporters. A format that fails leaves the ones before it.
     """
@@ -153,7 +155,12 @@ def export_model(
         raise ConfigError(f"{there[0]} exists; choose another folder, or replace it with --overwrite")
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder} is a file; expected a folder")
-    model = ExportSource(open_checkpoint(source))
+    checkpoint = open_checkpoint(source)
+    if drop_memory:
+        from mnemos.export.sources import measured_without_memory
+
+        checkpoint, _ = measured_without_memory(checkpoint)
+    model = ExportSource(checkpoint)
     reports = {}
     for name, one in chosen.items():
         begun(name)

@@ -14,7 +14,7 @@ from mnemos.compress.quantize import Model, model_of, quantize_model
 from mnemos.errors import ConfigError
 from mnemos.export.logits import compare_logits
 from mnemos.export.report import ExportReport
-from mnemos.export.sources import Source, open_source
+from mnemos.export.sources import Source, measured_without_memory, open_source
 from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.formats.whole_file import not_written
 from mnemos.hub.cache import Progress
@@ -30,17 +30,20 @@ def export_to_gguf(
     llama_cpp_path: str | os.PathLike[str] | None = None,
     *,
     tokenizer: Any = None,
+    drop_memory: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Writes a model as one GGUF file, which llama.cpp and everything around it read.
 
     model              a known name; the path of a GGUF file (in parts, too), a Hugging Face folder, or a checkpoint of
-                       Mini-LLM or nanoGPT; a module of transformers, Mini-LLM or nanoGPT
+                       Mini-LLM or nanoGPT; a module of transformers, Mini-LLM or nanoGPT; a memory-augmented model,
+                       whose file only Mnemos reads
     quantization_type  one of `mnemos quantize`'s (q8_0, q4_k_m, f16, ...); None: the weights as they are stored, a GGUF
                        file's blocks byte for byte
     llama_cpp_path     not needed: taken so that programs written for other exporters run
     tokenizer          one of transformers, or a folder with one; None: the model's own
+    drop_memory        writes the base of a memory-augmented model, after a warning of how much its predictions lose
     overwrite          replaces a file of that name
 
     The file is read again and run before it gets its name: its logits must be those of the model, unless weights
@@ -57,6 +60,10 @@ def export_to_gguf(
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists; choose another path, or replace it (overwrite)")
     with open_source(model, tokenizer) as source:
+        lost: tuple[str, ...] = ()
+        if drop_memory:
+            base, note = measured_without_memory(source.checkpoint)
+            source, lost = Source(base, source.tokenizer), (note,)
         described = model_of(source.checkpoint, source.tokenizer)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,7 @@ def export_to_gguf(
             os.replace(made, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    return replace(report, path=target)
+    return replace(report, path=target, notes=(*report.notes, *lost))
 
 
 def _write(source: Source, model: Model, made: Path, type: str | None, progress: Progress | None) -> ExportReport:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mnemos.contract import Floats
 from mnemos.errors import CapacityError, ModelError
@@ -16,6 +17,7 @@ from mnemos.formats.checkpoint import Checkpoint
 
 LENGTHS = (1, 7, 33)  # tokens; shorter ones where the context is
 SEEDS = 2
+_TEXTS, _WRITTEN = 8, 63  # texts that a model writes, and their tokens after the first
 Logits = list[Floats]
 
 
@@ -54,6 +56,27 @@ def compare_logits(source: Checkpoint, module: Any, written: Checkpoint, toleran
         notes = () if dtype == "float32" else ("compared with the weights as they are stored, for lack of memory",)
         return Found(difference, shapes, len(prompts), notes)
     return Found(float("nan"), (), 0, (problem,))
+
+
+def divergence(model: Checkpoint, other: Checkpoint) -> tuple[float, int]:
+    """(the mean Kullback-Leibler divergence of the other's next-token probabilities from the model's, in nats; how many
+    tokens it was measured on), of texts that the model writes at temperature 1, each from one random token."""
+    with _engine(model, "float32") as engine:
+        vocabulary, length = engine.spec.vocabulary_size, min(_WRITTEN, engine.spec.context_length - 1)
+        starts = np.random.default_rng(0).integers(0, vocabulary, (_TEXTS, 1))
+        free = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "ignore_eos": True, "seed": 0}
+        written = engine.generate(starts, max_new_tokens=length, **free).tolist()
+        own = [_log_probabilities(engine.logits(ids)) for ids in written]
+    with _engine(other, "float32") as engine:
+        others = [_log_probabilities(engine.logits(ids)) for ids in written]
+    rows = [(np.exp(p) * (p - q)).sum(-1) for p, q in zip(own, others, strict=True)]
+    values = np.concatenate(rows)
+    return float(values.mean()), values.size
+
+
+def _log_probabilities(logits: Floats) -> npt.NDArray[np.float64]:
+    wide = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
 
 
 def _prompts(vocabulary: int, context: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from mnemos.errors import ConfigError, FormatError, UnsupportedError
 from mnemos.export.gguf import MODULE_TOLERANCE, TOLERANCE
 from mnemos.export.logits import compare_logits
 from mnemos.export.report import ExportReport
-from mnemos.export.sources import Source, open_source
+from mnemos.export.sources import Source, measured_without_memory, open_source
 from mnemos.formats.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
 from mnemos.formats.safetensors import SINGLE_NAME
 from mnemos.formats.safetensors_writer import Entry as Stored
@@ -29,6 +29,7 @@ from mnemos.hub.cache import Progress
 from mnemos.models.conversion import Entry
 from mnemos.models.gguf_form import bare_gguf_form
 from mnemos.models.huggingface_form import huggingface_form
+from mnemos.models.memory_form import has_memory
 from mnemos.text.tokenizer_files import has_tokenizer, write_tokenizer
 
 _DTYPES = {TensorType.F32: "float32", TensorType.F16: "float16", TensorType.BF16: "bfloat16", TensorType.F64: "float64"}
@@ -40,13 +41,14 @@ def export_to_safetensors(
     dtype: str | None = None,
     *,
     tokenizer: Any = None,
+    drop_memory: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Writes a model as a folder that transformers reads: config.json, model.safetensors and the tokenizer's files.
 
-    model, tokenizer, overwrite  as `export_to_gguf` has them
-    dtype                        f32, f16 or bf16; None: the types of the source, and float32 for quantized weights
+    dtype  f32, f16 or bf16; None: the types of the source, and float32 for quantized weights
+    The others are those of `export_to_gguf`.
 
     The folder is read again and run before it gets its name: its logits must be those of the model, unless weights lost
     bits to `dtype`. Tensors are made and written one at a time. Errors: those of `export_to_gguf`.
@@ -59,6 +61,10 @@ def export_to_safetensors(
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists; choose another path, or replace it (overwrite)")
     with open_source(model, tokenizer) as source:
+        lost: tuple[str, ...] = ()
+        if drop_memory:
+            base, note = measured_without_memory(source.checkpoint)
+            source, lost = Source(base, source.tokenizer), (note,)
         config, entries = _described(source.checkpoint)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,17 +81,17 @@ def export_to_safetensors(
         finally:
             with suppress(OSError):
                 shutil.rmtree(work)
-    return replace(report, path=target)
+    return replace(report, path=target, notes=(*report.notes, *lost))
 
 
 def _described(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Entry]]:
     """The config.json and the tensors to write."""
     if checkpoint.kind == "gguf":
         return huggingface_form(checkpoint)
-    if "memory_config" in checkpoint.metadata:
+    if has_memory(checkpoint):
         raise UnsupportedError(
             f"{checkpoint.path}: transformers has no class for memory-augmented models; export it to GGUF for "
-            "Mnemos, or to ONNX"
+            "Mnemos, or without its memory (drop_memory)"
         )
     if "model_type" not in checkpoint.metadata:  # a training checkpoint, whose GGUF form transformers has a class for
         metadata, converted = bare_gguf_form(checkpoint)
@@ -148,7 +154,7 @@ def _common(types: Iterable[TensorType]) -> TensorType:
 
 def _write_files(source: Source, config: dict[str, Any], folder: Path) -> None:
     checkpoint = source.checkpoint
-    if checkpoint.kind == "huggingface" and checkpoint.path.is_dir() and source.module is None:
+    if checkpoint.kind == "huggingface" and (checkpoint.path / CONFIG_NAME).is_file() and source.module is None:
         copy_others(checkpoint.path, folder)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if checkpoint.generation_config and source.module is not None:

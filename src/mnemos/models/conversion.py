@@ -118,7 +118,7 @@ def form_of(checkpoint: Checkpoint, model: Any) -> Form:
     module = type(model).__module__.rpartition(".")[2]
     if module not in FORMS:
         raise UnsupportedError(
-            f"{checkpoint.path}: {module} models are not converted to or from GGUF; those of {', '.join(FORMS)} are"
+            f"{checkpoint.path}: {module} models have no form that others read in GGUF; {', '.join(FORMS)} have"
         )
     return FORMS[module]
 

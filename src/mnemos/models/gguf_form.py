@@ -33,6 +33,7 @@ from mnemos.models.conversion import (
 )
 from mnemos.models.fields import GGUF_KEYS, GGUF_TABLES
 from mnemos.models.load import describe_architecture, open_architecture
+from mnemos.models.memory_form import has_memory, memory_gguf_form
 from mnemos.models.rope import Rope
 from mnemos.models.weights import HARMLESS, gguf_tensor_name, swapped, without_prefix
 from mnemos.text.gguf_form import tokenizer_metadata
@@ -50,11 +51,28 @@ def gguf_form(checkpoint: Checkpoint, tokenizer: Path | None = None) -> tuple[di
     """
     metadata, tensors = bare_gguf_form(checkpoint)
     size = open_architecture(checkpoint).config.vocab_size
-    return metadata | tokenizer_metadata(tokenizer or checkpoint.folder, size), tensors
+    found = tokenizer_metadata(tokenizer or checkpoint.folder, size)
+    if found["tokenizer.ggml.model"] == "none":
+        found |= _special_tokens(checkpoint)
+    return metadata | found, tensors
+
+
+def _special_tokens(checkpoint: Checkpoint) -> dict[str, int]:
+    """The ids that begin, end and pad a text, where no tokenizer says so."""
+    said = {**checkpoint.metadata, **checkpoint.generation_config}
+    found = {}
+    for name, role in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+        value = said.get(name)
+        value = value[0] if isinstance(value, (list, tuple)) and value else value
+        if type(value) is int and value >= 0:
+            found[f"tokenizer.ggml.{role}_token_id"] = value
+    return found
 
 
 def bare_gguf_form(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Entry]]:
     """`gguf_form` without a tokenizer."""
+    if has_memory(checkpoint):
+        return memory_gguf_form(checkpoint)
     read = open_architecture(checkpoint)
     form = form_of(checkpoint, read)
     config: Any = read.config

@@ -13,6 +13,7 @@ import numpy as np
 from mnemos.contract import Batch, Cache, KVLayout, ModelSpec, Output, SpillingCache
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError
 from mnemos.formats.checkpoint import Checkpoint
+from mnemos.formats.strict_json import parse_json_object
 from mnemos.machine.memory import check_memory
 from mnemos.models.blocks import Architecture
 from mnemos.models.fields import Fields, gguf_fields
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 MOST_EARLY_STEPS = 4
 RECALLING = ("native", "numpy")  # backends whose attention obeys a layout's `recall`
+OWN_FORM_KEY = "mnemos.checkpoint"  # of GGUF files with tensors under Mnemos' own names: what the checkpoint says
 _COMPUTATION = "1"  # increased whenever an architecture's computation changes
 
 
@@ -266,13 +268,22 @@ def _slow_components(config: DecoderConfig) -> tuple[int, ...]:
 
 def _is_tied(checkpoint: Checkpoint, config: DecoderConfig) -> bool:
     """Whether the output projection is the embedding: in GGUF, if there is no other."""
-    return "output.weight" not in checkpoint.tensors if checkpoint.kind == "gguf" else config.tie_word_embeddings
+    if has_huggingface_names(checkpoint):
+        return config.tie_word_embeddings
+    return "output.weight" not in checkpoint.tensors
+
+
+def _own_form(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """What the checkpoint says that a GGUF file for Mnemos alone was made of; None for any other."""
+    content = checkpoint.metadata.get(OWN_FORM_KEY) if checkpoint.kind == "gguf" else None
+    return None if content is None else parse_json_object(str(content).encode(), f"{checkpoint.path}: {OWN_FORM_KEY}")
 
 
 def architecture_names(checkpoint: Checkpoint) -> list[str]:
     """The file's names for its architecture, the most specific first."""
-    metadata = checkpoint.metadata
-    if checkpoint.kind == "gguf":
+    own = _own_form(checkpoint)
+    metadata = checkpoint.metadata if own is None else own
+    if checkpoint.kind == "gguf" and own is None:
         name = metadata.get("general.architecture")
         # Mixtral's files call themselves llama.
         names = ["mixtral" if name == "llama" and metadata.get("llama.expert_count") else name]
@@ -290,12 +301,20 @@ def describe_architecture(checkpoint: Checkpoint, context_length: int | None = N
     """The architecture's class and its hyperparameters."""
     names = architecture_names(checkpoint)
     architecture = find_architecture(names, checkpoint.path)
+    own = _own_form(checkpoint)
+    if own is not None:
+        return architecture, Fields(checkpoint.path, own, context_length=context_length)
     if checkpoint.kind != "gguf":
         nested = checkpoint.metadata.get("text_config")
         values = {**checkpoint.metadata, **nested} if isinstance(nested, Mapping) else checkpoint.metadata
         return architecture, Fields(checkpoint.path, values, context_length=context_length)
     tensors = checkpoint.tensors
     return architecture, gguf_fields(checkpoint.path, checkpoint.metadata, tensors, context_length)
+
+
+def has_huggingface_names(checkpoint: Checkpoint) -> bool:
+    """Whether tensors have names and orders as in a Hugging Face checkpoint."""
+    return checkpoint.kind != "gguf" or OWN_FORM_KEY in checkpoint.metadata
 
 
 def _build(
@@ -306,7 +325,7 @@ def _build(
     adapters: Adapters | None = None,
 ) -> Architecture:
     """The architecture with its weights; with `ops` None, everything is checked and nothing allocated."""
-    names = architecture.gguf_names if checkpoint.kind == "gguf" else None
+    names = None if has_huggingface_names(checkpoint) else architecture.gguf_names
     if adapters is None:
         weights = Weights(checkpoint.path, checkpoint.tensors, ops, names)
     else:
