@@ -83,6 +83,26 @@ def test_scaled_rotations_are_kept(kind, tmp_path):
     assert np.allclose(theirs(written(path, tmp_path / "out"), ids), reference.logits(ids), rtol=1e-4, atol=1e-4)
 
 
+def test_smollm3_and_long_factors(tmp_path):
+    config = hf.SmolLM3Config(
+        **(CONFIGS["smollm3"]().to_dict() | {"no_rope_layers": None, "no_rope_layer_interval": 4})
+    )
+    reference = build(config, tmp_path / "smollm3")
+    path = write_gguf(reference.module, tmp_path / "smollm3.gguf")
+    ids = token_ids(24)
+    assert np.allclose(theirs(written(path, tmp_path / "out"), ids), reference.logits(ids), rtol=1e-5, atol=1e-5)
+
+    config = CONFIGS["phi3"]()
+    config.sliding_window, config.original_max_position_embeddings = None, 64
+    factors = {"short_factor": [1 + 0.1 * i for i in range(8)], "long_factor": [2 + 0.5 * i for i in range(8)]}
+    more = {"original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0, **factors, **more}
+    reference = build(config, tmp_path / "phi3")
+    path = write_gguf(reference.module, tmp_path / "phi3.gguf")
+    found = theirs(written(path, tmp_path / "long"), ids)
+    assert np.allclose(found, reference.logits(ids), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mixtral"])
 def test_quantized_rows_are_moved_without_a_change_of_value(name, tmp_path):
     reference = build(CONFIGS[name](), tmp_path / "source")

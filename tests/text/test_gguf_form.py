@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 
 from mnemos.errors import FormatError, UnsupportedError
+from mnemos.formats.checkpoint import Checkpoint
 from mnemos.formats.gguf import GGUFFile
 from mnemos.formats.gguf_writer import writing_gguf
 from mnemos.text.gguf_form import tokenizer_metadata
 from mnemos.text.tokenizer import Tokenizer
+from mnemos.text.tokenizer_files import write_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers  # noqa: E402
@@ -113,6 +116,34 @@ def test_sentencepiece_keeps_its_ids(tmp_path: Path) -> None:
     after = written(metadata, tmp_path)
     for text in TEXTS:
         assert after.encode(text, True, True) == before.encode(text, True, True), text
+
+
+@pytest.mark.parametrize("name", ["llama-spm", "phi-3"])
+def test_a_tokenizer_json_made_of_sentencepiece_keeps_its_ids(
+    name: str, vocabulary_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = vocabulary_file(name)
+    write_tokenizer(Checkpoint("gguf", path, dict(GGUFFile.open(path).metadata), {}), tmp_path)
+    before = Tokenizer.from_file(tmp_path)
+    metadata = tokenizer_metadata(tmp_path, before.vocabulary_size)
+    assert metadata["tokenizer.ggml.model"] == "llama" and metadata["tokenizer.ggml.token_type"][13] == 6
+    assert ("general.name" in metadata) == (name == "phi-3")  # whose tokens swallow white space, which only that says
+    after = written(metadata, tmp_path)
+    for text in [*TEXTS, "a <|end|> b<s> c"]:
+        for special in (False, True):
+            assert after.encode(text, special, True) == before.encode(text, special, True), text
+    assert (after.bos_id, after.eos_id) == (before.bos_id, before.eos_id)
+
+
+def test_an_added_token_that_takes_white_space_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, STEPS["gpt-2"])
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"][0]["lstrip"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        UnsupportedError, match=r"the added token '<\|start\|>' takes or leaves the white space beside it"
+    ):
+        tokenizer_metadata(tmp_path, 900)
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from mnemos.models.load import describe_architecture, open_architecture
 from mnemos.models.memory_form import has_memory, memory_gguf_form
 from mnemos.models.rope import Rope
 from mnemos.models.weights import HARMLESS, gguf_tensor_name, swapped, without_prefix
-from mnemos.text.gguf_form import tokenizer_metadata
+from mnemos.text.gguf_form import NAME, tokenizer_metadata
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.((?:gate|up|down)_proj\.weight)")
 _WITHOUT_WINDOWS = ("llama", "phi3")  # architectures for which llama.cpp ignores the sliding window
@@ -54,6 +54,8 @@ def gguf_form(checkpoint: Checkpoint, tokenizer: Path | None = None) -> tuple[di
     found = tokenizer_metadata(tokenizer or checkpoint.folder, size)
     if found["tokenizer.ggml.model"] == "none":
         found |= _special_tokens(checkpoint)
+    if NAME in found:
+        found[NAME] = f"{metadata[NAME]} ({found[NAME]})"
     return metadata | found, tensors
 
 

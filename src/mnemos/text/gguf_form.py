@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mnemos.errors import FormatError, UnsupportedError
-from mnemos.text.core import TokenizerCore
+from mnemos.text.core import TokenizerCore, parse_byte_token
 from mnemos.text.gguf import build_core
 from mnemos.text.huggingface import Settings, read_chat_templates, read_settings
 from mnemos.text.huggingface import build_core as build_from_json
@@ -31,15 +31,18 @@ _PROBE = (
 _LIKELY = ("qwen2", "llama-bpe", "smollm", "gpt-2", "olmo", "gpt-4o", "tekken", "default")
 
 
+NAME = "general.name"  # by which readers know Phi-3, whose tokens swallow the white space after them
+_MOST_PROBED = 512  # added tokens that are tried in a text
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def tokenizer_metadata(folder: Path, vocabulary_size: int) -> dict[str, Any]:
     """`tokenizer.*` of a GGUF file with the tokenizer in this folder; `vocabulary_size` tokens, the model's rows.
 
-    From tokenizer.json if its tokens spell bytes, else from SentencePiece's tokenizer.model. A folder without the files
-    of a tokenizer gives a model that takes token ids only, with a warning. UnsupportedError for another kind, or one
-    that cuts text into words as none of the pre-tokenizers that GGUF names.
+    From tokenizer.json if its tokens spell bytes, else from SentencePiece's tokenizer.model, else from a tokenizer.json
+    that was made of one. A folder without the files of a tokenizer gives a model that takes token ids only, with a
+    warning. UnsupportedError for another kind, one that cuts text into words as none of the pre-tokenizers that GGUF
+    names, or added tokens that take the white space beside them (GGUF says that of Phi-3's only, by the model's name).
     """
     if not any((folder / name).is_file() for name in _FILES):
         warnings.warn(f"{folder}: has no tokenizer; the GGUF file takes token ids only", stacklevel=2)
@@ -51,6 +54,10 @@ def tokenizer_metadata(folder: Path, vocabulary_size: int) -> dict[str, Any]:
         metadata = _byte_level_metadata(file, source, settings, vocabulary_size)
     elif (folder / "tokenizer.model").is_file():
         metadata = _sentencepiece_metadata(folder / "tokenizer.model", settings, vocabulary_size)
+        if source is not None and _falls_back_to_bytes(source):
+            metadata |= _white_space(file, metadata, build_from_json(file, settings), strict=False)
+    elif source is not None and _falls_back_to_bytes(source):
+        metadata = _byte_fallback_metadata(file, source, settings, vocabulary_size)
     else:
         raise UnsupportedError(
             f"{folder}: its tokenizer cannot be converted to GGUF; a tokenizer.json whose tokens spell bytes "
@@ -90,12 +97,81 @@ def _byte_level_metadata(
         PREFIX + "merges": [m if isinstance(m, str) else " ".join(m) for m in source["model"]["merges"]],
     }
     _pad(file, metadata, vocabulary_size)
+    metadata |= _roles(core)
+    metadata[PREFIX + "pre"] = _pre_tokenizer(file, metadata, core)
+    return metadata | _white_space(file, metadata, core)
+
+
+def _roles(core: TokenizerCore) -> dict[str, Any]:
     ids = {"bos": core.bos_id, "eos": core.eos_id, "padding": core.pad_id, "unknown": core.unknown_id}
     ids["eot"] = min(core.eos_ids - {core.eos_id}, default=None)
-    metadata |= {f"{PREFIX}{role}_token_id": token for role, token in ids.items() if token is not None}
-    metadata[PREFIX + "add_bos_token"] = core.bos_id is not None and core.encode("a", True, False)[:1] == [core.bos_id]
-    metadata[PREFIX + "pre"] = _pre_tokenizer(file, metadata, core)
-    return metadata
+    found: dict[str, Any] = {f"{PREFIX}{role}_token_id": token for role, token in ids.items() if token is not None}
+    encoded = core.encode("a", True, False)
+    found[PREFIX + "add_bos_token"] = core.bos_id is not None and encoded[:1] == [core.bos_id]
+    if core.eos_id is not None and encoded[-1:] == [core.eos_id]:
+        found[PREFIX + "add_eos_token"] = True
+    return found
+
+
+def _falls_back_to_bytes(source: Mapping[str, Any]) -> bool:
+    model = source.get("model") or {}
+    return model.get("type", "BPE") == "BPE" and model.get("byte_fallback") is True
+
+
+def _byte_fallback_metadata(
+    file: Path, source: Mapping[str, Any], settings: Settings, vocabulary_size: int
+) -> dict[str, Any]:
+    """Merges in the order of a list, as SentencePiece's scores: a token is worth what its first merge comes before."""
+    core = build_from_json(file, settings)
+    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in source["model"]["merges"]]
+    rank: dict[str, int] = {}
+    for number, pair in enumerate(merges):
+        rank.setdefault("".join(pair), number)
+    texts, ordinary = list(core.texts), set(source["model"]["vocab"].values())
+    types = [
+        TokenType.UNKNOWN if i == core.unknown_id
+        else TokenType.BYTE if i in ordinary and parse_byte_token(text) is not None
+        else _kind(i, core, ordinary)
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+    metadata: dict[str, Any] = {
+        PREFIX + "model": "llama",
+        PREFIX + "pre": "default",
+        PREFIX + "tokens": texts,
+        PREFIX + "scores": np.asarray([-rank.get(text, len(merges) + i) for i, text in enumerate(texts)], np.float32),
+        PREFIX + "token_type": np.asarray(types, np.int32),
+        PREFIX + "add_space_prefix": core.texts[core.encode("a", False, False)[0]].startswith("\u2581"),
+        **_roles(core),
+    }
+    _pad(file, metadata, vocabulary_size)
+    made = build_core(metadata, str(file))
+    for text in (_PROBE, "", "  a", "a\n\n\n b"):
+        if made.encode(text, True, False) != core.encode(text, True, False):
+            raise UnsupportedError(
+                f"{file}: encodes {text[:20]!r} otherwise than a SentencePiece tokenizer with its tokens; it cannot be "
+                "converted to GGUF without its tokenizer.model"
+            )
+    return metadata | _white_space(file, metadata, core)
+
+
+def _white_space(file: Path, metadata: Mapping[str, Any], core: TokenizerCore, strict: bool = True) -> dict[str, Any]:
+    """What GGUF needs so that added tokens take white space beside them as in `file`: nothing, or Phi-3's name.
+
+    strict: UnsupportedError where neither does it; else nothing.
+    """
+    texts = [core.texts[token] for token in sorted(core.literal_ids | core.special_ids)][:_MOST_PROBED]
+    probes = [f"a {text} b" for text in texts if text]
+    for more in ({}, {NAME: "Phi-3"}):
+        made = build_core({**metadata, **more}, str(file))
+        wrong = [probe for probe in probes if made.encode(probe, False, True) != core.encode(probe, False, True)]
+        if not wrong:
+            return more
+    if not strict:
+        return {}
+    raise UnsupportedError(
+        f"{file}: the added token {wrong[0][2:-2]!r} takes or leaves the white space beside it as no token of a GGUF "
+        "file does; it cannot be converted"
+    )
 
 
 def _kind(token: int, core: TokenizerCore, ordinary: Container[int]) -> TokenType:
