@@ -25,6 +25,8 @@ def draw(figures: Sequence[Figure], title: str) -> str:
         for figure in members:
             same = [one for one in members if one.result.unit == figure.result.unit]
             most = max(1e-12, *(max(one.result.value, one.target or 0.0) for one in same), 0.0)
+            if figure.result.unit.startswith("%"):
+                most = max(most, 100.0)
             parts += _bar(figure, most, top)
             top += _ROW
         top += _PANEL - 28
