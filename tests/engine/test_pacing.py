@@ -113,6 +113,17 @@ def test_a_mode_at_the_start(smollm2: Path) -> None:
         InferenceEngine.from_pretrained("nowhere", performance_mode="turbo")
 
 
+def test_a_draft_model_has_no_more_threads_than_its_model(smollm2: Path) -> None:
+    with InferenceEngine.from_pretrained(smollm2, draft=smollm2, cache_tokens=1024) as engine:
+        drafts = engine._thread.core.draft_model
+        assert drafts is not None
+        sensors = FakeSensors()
+        sensors.conditions = Conditions(Heat.CRITICAL)
+        engine.pace("balanced", True, sensors=sensors)
+        engine.complete(PROMPT, max_new_tokens=2, speculative="draft")
+        assert (engine.model.ops._limit, drafts.model.ops._limit) == (1, 1)
+
+
 def test_memory_is_held_by_giving_up_prefixes_and_sequences(engine: InferenceEngine) -> None:
     scheduler = engine._thread.core.scheduler
     tree, cache = scheduler.tables.tree, engine.model.cache

@@ -526,8 +526,11 @@ class InferenceEngine:
 
         if max_memory_gb is not None:
             self._most_bytes = int(GIGABYTES.apply("max_memory_gb", max_memory_gb) * 2**30)
-        pacer = make_pacer(self.model, self._limits, mode, thermal_throttle, self._most_bytes, sensors)
-        self._thread.core.pacer = pacer
+        core = self._thread.core
+        drafts = None if core.draft_model is None else core.draft_model.model
+        core.pacer = pacer = make_pacer(
+            self.model, self._limits, mode, thermal_throttle, self._most_bytes, sensors, drafts=drafts
+        )
         return pacer
 
     def close(self, drain: bool = False) -> None:

@@ -24,6 +24,7 @@ class Pacer:
     governor    how much of the machine the engine may use at the moment
     most_bytes  of memory that the process may take, 0 without a limit. Above it, unused prefixes are given up, the
                 memory of free cache pages is given back to the system, and few sequences run until there is room again
+    drafts      the model that drafts for the other, if there is one
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class Pacer:
         most_bytes: int = 0,
         resident: Callable[[], int] = resident_memory,
         now: Callable[[], float] = time.monotonic,
+        drafts: Model | None = None,
     ) -> None:
         self.governor = governor
         self.most_bytes = most_bytes
         self._model = model
+        self._drafts = drafts
         self._resident = resident
         self._now = now
         self._next_look = now()
@@ -69,6 +72,8 @@ class Pacer:
             allowed = self._in_force = self.allowance
             scheduler.restrict(allowed.sequences, allowed.batch_tokens)
             limit_threads(self._model, allowed.threads)
+            if self._drafts is not None:
+                limit_threads(self._drafts, allowed.threads)
 
     def _hold_memory(self, scheduler: Scheduler) -> bool:
         """Makes room if there is none; returns whether fewer sequences run from now on, or more again."""
@@ -91,18 +96,19 @@ def make_pacer(
     most_bytes: int = 0,
     sensors: Sensors | None = None,
     hardware: Hardware | None = None,
+    drafts: Model | None = None,
 ) -> Pacer:
     """A pacer for an engine with these limits.
 
     mode: see `allowance_for`; None: all that the engine has, or balanced if it is to throttle. throttle: whether it
-    follows the machine's heat and power. sensors, hardware: by default this machine's.
+    follows the machine's heat and power. sensors, hardware: by default this machine's. drafts: see `Pacer`.
     """
     if sensors is None:
         sensors = machine_sensors() if throttle else NoSensors()
     mode = mode or ("balanced" if throttle else "performance")
     most = Allowance(model_threads(model), limits.sequences, limits.batch_tokens)
     base = allowance_for(mode, hardware or detect(sensors), most)
-    return Pacer(model, Governor(mode, base, sensors), most_bytes)
+    return Pacer(model, Governor(mode, base, sensors), most_bytes, drafts=drafts)
 
 
 def model_threads(model: Model) -> int:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mnemos.engine.options import TRANSFORMERS, LoadOptions
-from mnemos.engine.prepare import check_limit
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, MnemosError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -105,6 +104,8 @@ def _load(checkpoint: Checkpoint, options: LoadOptions, *, is_draft: bool) -> tu
         adapters=_read_adapters(options),
     )
     if options.max_memory_gb is not None:
+        from mnemos.engine.prepare import check_limit  # not needed otherwise before the weights are being read
+
         check_limit(options.max_memory_gb, model.weight_bytes, "the weights")
     threading.Thread(target=_attempt, args=(model.finish,)).start()  # reads the weights while the caller continues
     tokenizer = read_tokenizer(options.tokenizer)
