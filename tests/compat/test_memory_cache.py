@@ -180,3 +180,16 @@ def test_texts_that_an_engine_keeps_are_ranked_beside_concepts(smollm2: Path, tm
         patterns = [one.pattern for one in cache.semantic_cache.match("closing time of the shop", k=2)]
         assert patterns == ["at six", "The shop opens at nine on Mondays."]
         assert cache.semantic_cache.match("quantum") == cache.semantic_cache.match("shop", k=0) == []
+
+
+def test_kept_answers_are_counted_and_forgotten(smollm2: Path, tmp_path: Path) -> None:
+    options = {"cache_tokens": 1024, "response_cache": 10, "session_dir": tmp_path}
+    with OptimizedInferenceEngine(smollm2, **options) as engine:  # type: ignore[arg-type]
+        cache = engine.memory_cache
+        for length in (2, 3, 3):
+            engine.generate(TEXTS[0], max_new_tokens=length)
+        key = cache.context_hash(TEXTS[0])
+        assert cache.get_cached_patterns(key).answers == 2
+        cache.invalidate()
+        cache.note(TEXTS[0])
+        assert cache.get_cached_patterns(key).answers == 0

@@ -25,6 +25,7 @@ from mnemos.rules import LARGEST_INT
 
 if TYPE_CHECKING:
     from mnemos.engine.engine import InferenceEngine
+    from mnemos.memory.response_cache import ResponseCache
 
 _SHARE_OF_FREE = 8  # an automatic size takes one part in so many of the memory that is free
 _OFTEN = 2  # uses after which a context is worth evaluating again
@@ -36,6 +37,7 @@ class CachedPatterns:
 
     context        the context itself
     cached_tokens  how many of its first tokens an engine has keys and values of, so that they need no evaluation
+    answers        how many answers to it an engine keeps in its `response_cache`
     pattern        what `episodic_cache` holds for it, without an engine
     concepts       the concepts that suit its text
     similar        hashes of contexts with the same beginning
@@ -43,6 +45,7 @@ class CachedPatterns:
 
     context: Context | None = None
     cached_tokens: int = 0
+    answers: int = 0
     pattern: Any = None
     concepts: list[ConceptMatch] = field(default_factory=list)
     similar: list[str] = field(default_factory=list)
@@ -176,7 +179,13 @@ class MemoryCache:
             text = self._engine.tokenizer.decode(context.token_ids.tolist())
         with self._lock:
             concepts = self.semantic_cache.match(text) if text else []
-        return CachedPatterns(context, cached, pattern, concepts, similar)
+        answers = self._answers
+        known = 0 if answers is None else answers.answers_to(context.token_ids.tolist())
+        return CachedPatterns(context, cached, known, pattern, concepts, similar)
+
+    @property
+    def _answers(self) -> ResponseCache | None:
+        return None if self._engine is None else self._engine._launcher.answers
 
     def note(self, context: str | Sequence[int]) -> str:
         """Counts a use of a context; returns its hash."""
@@ -283,10 +292,12 @@ class MemoryCache:
         return CacheManager(self._checked).sliding_window
 
     def invalidate(self) -> None:
-        """Empties all three; running requests keep what they use."""
+        """Empties all three, and the engine's cache of answers; running requests keep what they use."""
         with self._lock:
             self.semantic_cache.clear()
             self.context_cache.clear()
+        if self._answers is not None:
+            self._answers.clear()
         if isinstance(self.episodic_cache, LRUCache):
             self.episodic_cache.clear()
         elif _remembers(self._checked):

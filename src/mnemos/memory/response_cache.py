@@ -92,6 +92,11 @@ class ResponseCache:
     def __len__(self) -> int:
         return len(self._answers)
 
+    def answers_to(self, prompt: Sequence[int]) -> int:
+        """How many answers there are to a prompt's tokens, with whatever settings, and for whatever tenant."""
+        with self._lock:
+            return sum(key[-1] == tuple(prompt) for key in self._answers)
+
     def clear(self) -> None:
         """Forgets all answers."""
         with self._lock:
