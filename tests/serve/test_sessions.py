@@ -183,3 +183,27 @@ def test_a_repeated_request_is_answered_from_the_cache_and_marked(smollm2: Path)
     assert [answer.headers.get("x-mnemos-cached") for answer in answers] == [None, "exact", None]
     first, second, third = [answer.json()["choices"] for answer in answers]
     assert first == second == third
+
+
+def test_a_response_of_a_session_is_continued_there(client: httpx.Client, own: InferenceEngine) -> None:
+    def respond(text: str, **fields: Any) -> dict[str, Any]:
+        answer = client.post(RESPONSES, json={"input": text, "max_output_tokens": 9, **fields})
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    first = respond(QUESTIONS[0], session="chain")
+    assert (first["session"], first["session_turn"]) == ("chain", 1)
+    second = respond(QUESTIONS[1], previous_response_id=first["id"])
+    assert (second["session"], second["session_turn"]) == ("chain", 2)
+    other = respond("And the darkest?", previous_response_id=first["id"])  # the session has gone on: a fork
+    assert other["session"].startswith("chain-") and other["session_turn"] == 2
+    fork = own.session(other["session"], tenant="default")
+    assert [message["role"] for message in fork.messages] == ["user", "assistant"] * 2
+    messages = [user(QUESTIONS[0]), fork.messages[1], user("And the darkest?")]
+    assert own.chat(messages, max_new_tokens=9).text == fork.messages[3]["content"]
+    fork.close()
+    assert client.delete("/v1/sessions/chain").status_code == 200
+    gone = client.post(RESPONSES, json={"input": "Why?", "previous_response_id": second["id"]})
+    assert gone.status_code == 400 and "rewound or forgotten" in gone.text
+    assert "chain" not in [one["id"] for one in client.get("/v1/sessions").json()["data"]]

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 from mnemos.decoding.config import GenerationConfig, choose_config
 from mnemos.decoding.fields import ALIASES, RULES
@@ -16,7 +17,7 @@ from mnemos.engine.chat import Conversation, check_tokenizer, config_for
 from mnemos.engine.completion import Completion, StreamedToken, Usage
 from mnemos.engine.handle import RequestHandle
 from mnemos.engine.reply import Replies
-from mnemos.engine.session import Message
+from mnemos.engine.session import Message, Session
 from mnemos.engine.turn import Turn
 from mnemos.errors import FormatError, MnemosError, RequestError, UnsupportedError
 from mnemos.memory.session_folder import bytes_of, session_folder
@@ -51,9 +52,12 @@ class Running:
         exchange: Exchange,
         task: Task,
         config: GenerationConfig,
+        session: Session | None = None,
         turn: Turn[Any, Any] | None = None,
     ) -> None:
-        self._turn = turn  # of a session, which is let go when it is stored
+        self._turn = turn  # of the session, both of which are let go when it is stored
+        self._session = session
+        self.session = None if session is None else (session.name, session.turns + 1)  # once it is stored
         self.model = model
         self.handle = handle
         self.exchange = exchange
@@ -85,7 +89,7 @@ class Running:
                 yield self._read(tokens)
             if self._turn is not None:
                 await self.model.in_thread(self._turn.result)
-                self._turn = None
+                self._turn = self._session = None
         except FormatError as error:
             raise unusable(error) from error
         except MnemosError as error:
@@ -108,7 +112,7 @@ class Running:
 
     def _drop(self) -> None:
         """A turn that is not stored by now is forgotten."""
-        turn, self._turn = self._turn, None
+        turn, self._turn, self._session = self._turn, None, None
         if turn is not None:
             turn.drop()
 
@@ -183,13 +187,23 @@ def _submit_turn(model: Served, task: Task, name: str, connection: Connection) -
         )
     try:
         session = engine.session(name, tenant=connection.caller.tenant)
+        if task.turns is not None and session.turns > task.turns:
+            session = session.fork(f"{name[:80]}-{uuid4().hex[:12]}", task.turns)
     except FormatError as error:
         raise unusable(error) from error
+    if task.turns is not None and session.turns < task.turns:
+        raise Refusal(
+            400,
+            f"previous_response_id is of turn {task.turns} of the session {name!r}, which has {session.turns} now: it "
+            "was rewound or forgotten; send the items as input",
+            param="previous_response_id",
+            code="previous_response_not_found",
+        )
     if not isinstance(task.prompt, Conversation):
         config = _config(model, task, Exchange([]), connection)
         prompt = task.prompt if isinstance(task.prompt, str) else list(task.prompt)
         turn = session.submit(prompt, config)
-        return Running(model, turn.request, Exchange(turn.request.prompt_ids), task, config, turn)
+        return Running(model, turn.request, Exchange(turn.request.prompt_ids), task, config, session, turn)
     conversation, made = task.prompt, list[tuple[Exchange, GenerationConfig]]()
 
     def read(messages: Sequence[Message]) -> tuple[Exchange, GenerationConfig]:
@@ -200,7 +214,7 @@ def _submit_turn(model: Served, task: Task, name: str, connection: Connection) -
 
     answer = session.answer([dict(message) for message in conversation.messages], read, conversation.continues)
     exchange, config = made[-1]
-    return Running(model, answer.request, exchange, task, config, answer)
+    return Running(model, answer.request, exchange, task, config, session, answer)
 
 
 def sessions_of(model: Served, connection: Connection) -> list[Summary]:

@@ -26,6 +26,7 @@ class Task:
     special  names of special tokens in a text prompt mean those tokens
     begins   a text prompt gets the tokens that the model expects around a text
     session  the name of the session that it continues; a conversation's messages are the new ones then
+    turns    how many turns of the session come before; if it has more by now, it is forked there
     keep     most tokens of the prompt, of which the last ones are kept; None keeps all
     names    the protocol's names of fields, by the engine's, for error messages; "prompt" is the prompt itself
     """
@@ -36,4 +37,5 @@ class Task:
     begins: bool = True
     keep: int | None = None
     session: str | None = None
+    turns: int | None = None
     names: Mapping[str, str] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -39,10 +40,17 @@ async def respond(body: ResponsesRequest, request: Request) -> Response:
     """Answers a conversation in items."""
     state, connection = server_of(request), connection_of(request)
     items = items_of(body.input)
-    task = task_of(body, [*await _before(body, request), *items], connection)
+    place = await _place(body, request)
+    if place is None:
+        task = task_of(body, [*await _before(body, request), *items], connection)
+    else:  # the session has what comes before
+        task = replace(task_of(body, items, connection), session=place[0], turns=place[1])
     model = await state.hold(body.model, connection)
     running = await start(model, task, connection)
-    writer = ResponseWriter(_head(body, model.name), model.engine.tokenizer, task.fields.get("logprobs"))
+    head = _head(body, model.name)
+    if running.session is not None:
+        head["session"], head["session_turn"] = running.session
+    writer = ResponseWriter(head, model.engine.tokenizer, task.fields.get("logprobs"))
 
     async def store(response: dict[str, Any]) -> None:
         if body.store is not False:
@@ -172,6 +180,17 @@ async def _events(
     response, last = writer.end(running.usage)
     await store(response)
     yield last
+
+
+async def _place(body: ResponsesRequest, request: Request) -> tuple[str, int] | None:
+    """The session of the response that a request continues, and its turn there; None if it has none."""
+    if body.previous_response_id is None or body.session is not None:
+        return None
+    caller, store = connection_of(request).caller.name, server_of(request).responses
+    previous = await asyncio.to_thread(store.get, caller, body.previous_response_id)
+    if previous is None or "session" not in previous.response:
+        return None
+    return previous.response["session"], previous.response["session_turn"]
 
 
 async def _before(body: ResponsesRequest, request: Request) -> list[dict[str, Any]]:
