@@ -101,6 +101,20 @@ def test_the_result_is_that_of_peft(name: str, options: dict[str, Any], kind: st
         assert np.allclose(expected(again), wanted, atol=1e-4)
 
 
+def test_rows_that_the_model_takes_in_another_order_are_changed_where_the_file_has_them(tmp_path: Path) -> None:
+    module = base_model("gpt_neox")  # whose queries, keys and values are stored head by head
+    module.save_pretrained(tmp_path / "base")
+    wanted = expected(adapted(module, tmp_path / "lora", target_modules=["query_key_value"]))
+    merge_files(tmp_path / "base", [(read_adapter(tmp_path / "lora"), 1.0)], tmp_path / "out")
+    assert np.allclose(logits(tmp_path / "out"), wanted, atol=2e-3)
+    adapters = {"lora": read_adapter(tmp_path / "lora")}
+    with InferenceEngine(load_model(open_checkpoint(tmp_path / "base"), dtype="float32", adapters=adapters)) as engine:
+        found = engine.complete(PROMPT, adapter="lora", max_new_tokens=1, logprobs=1).choices[0]
+    best = int(wanted[-1].argmax())
+    assert found.token_ids == [best]
+    assert found.logprobs[0] == pytest.approx(float(wanted[-1, best] - np.logaddexp.reduce(wanted[-1])), abs=2e-3)
+
+
 @pytest.mark.parametrize("quantization", [None, GGMLQuantizationType.Q8_0])
 def test_an_adapter_is_merged_as_a_model_is_loaded(quantization: Any, tmp_path: Path) -> None:
     module = base_model("llama")

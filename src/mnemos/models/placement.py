@@ -21,7 +21,8 @@ from mnemos.ops.protocol import Matrix, Rows
 class Place:
     """The tensor of a weight.
 
-    rows (rows,): which of its rows are those of transformers' weight, in that order; None: as they are. transposed:
+    rows (rows,): which of its rows are those of transformers' weight, in that order; None: as they are, as in every
+    Hugging Face file. transposed:
     whether it is stored as (in, out); None: not known, as transformers does.
     """
 
@@ -40,7 +41,8 @@ class _Recorder(Weights):
     def matrix(
         self, name: str, rows: int, columns: int, *, take: Rows | slice | None = None, transposed: bool = False
     ) -> Matrix:
-        order = None if take is None or isinstance(take, slice) else np.asarray(take)
+        # A Hugging Face file has the rows of transformers, in whatever order the model takes them.
+        order = None if take is None or isinstance(take, slice) or not self.is_gguf else np.asarray(take)
         self.found[name] = Place(self.file_name(name), order, transposed)
         return super().matrix(name, rows, columns, take=take, transposed=transposed)
 
