@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drop-memory", action="store_true", help="the base of a memory-augmented model; says what that loses"
     )
     parser.epilog = (
-        "formats:\n" + "\n".join(f"  {name:<16}{one.help}" for name, one in FORMATS.items()) + "\n\n"
+        "formats:\n" + "\n".join(f"  {name:<19}{one.help}" for name, one in FORMATS.items()) + "\n\n"
         "Each file is run on several sizes and values and compared with the model in float32 before it is kept.\n\n"
         "examples:\n"
         "  mnemos export smollm2-135m --to onnx --out exported\n"

@@ -30,7 +30,7 @@ COMMANDS = {
     "prune": "remove neurons, heads or layers from a model",
     "distill": "train a smaller student of a model",
     "merge": "merge LoRA adapters into a model",
-    "export": "write a model for another runtime: ONNX, TorchScript, torch.export",
+    "export": "write a model for another runtime: ONNX, OpenVINO, llama.cpp, transformers",
     "package": "pack a model as one folder or file that proves itself",
     "eval": "measure perplexity on a text file, and what a smaller model has lost",
     "quantize": "write a model in a smaller storage type",
