@@ -173,8 +173,8 @@ def _open_packed_module(package: Package) -> Checkpoint:
         raise UnsupportedError(f"{folder}: holds a {package.metadata.get('model_class')}; {_load(package)}")
     if SINGLE_NAME not in package.files:
         raise UnsupportedError(f"{folder}: holds its weights as model.pt; {_load(package)}")
-    pairs = package.metadata.get("complex")  # rotations that a training script keeps; an architecture has its own
-    left_out = pairs if isinstance(pairs, list) else []
+    types = package.metadata.get("types")  # complex rotations and masks that a training script keeps
+    left_out = types if isinstance(types, dict) else {}
     tensors = {n: t for n, t in open_safetensors(folder / SINGLE_NAME).items() if n not in left_out}
     ties = package.metadata.get("ties")
     for name, owner in ties.items() if isinstance(ties, dict) else ():

@@ -117,6 +117,20 @@ def test_a_file_gives_the_same_bits_back(tied: bool, bits: int, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
+def test_a_file_keeps_buffers_of_types_that_it_does_not_have(tmp_path: Path) -> None:
+    class Rotated(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rotations", torch.polar(torch.ones(3), torch.arange(3.0)))
+            self.register_buffer("mask", torch.tensor([True, False]))
+
+    quantized = QuantizedModel(Rotated())
+    quantized.save(tmp_path / "model.safetensors")
+    loaded = QuantizedModel.load(tmp_path / "model.safetensors", Rotated)
+    assert loaded.mask.dtype is torch.bool and loaded.mask.tolist() == [True, False]
+    assert torch.equal(loaded.rotations, Rotated().rotations) and torch.equal(loaded(ids()), quantized(ids()))
+
+
 def test_shared_weights_are_kept_once() -> None:
     tied, apart = QuantizedModel(Stack(tied=True)), QuantizedModel(Stack())
     assert tied.report().bytes < apart.report().bytes

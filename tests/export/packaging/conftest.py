@@ -27,6 +27,7 @@ class OwnModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         self.register_buffer("steps", torch.tensor(1 << 40))
+        self.register_buffer("mask", torch.tensor([True, False]))
 
     def forward(self, input_ids: Any) -> Any:
         hidden = self.embedding(input_ids)

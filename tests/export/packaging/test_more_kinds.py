@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ pytest.importorskip("yaml")
 
 from safetensors.numpy import save_file  # noqa: E402
 
+import mnemos  # noqa: E402
 from mnemos import InferenceEngine, ModelPackager, PrunedModel  # noqa: E402
 from mnemos.errors import ConfigError, UnsupportedError  # noqa: E402
 from mnemos.formats.checkpoint import open_checkpoint  # noqa: E402
@@ -271,3 +275,36 @@ def test_exports_inside(own_model: OwnModel, tmp_path: Path) -> None:
     assert torch.allclose(logits(loaded), logits(own_model.eval()), atol=1e-6)
     with pytest.raises(ConfigError, match="exports names 'tflite'; a module of one's own is exported to onnx"):
         ModelPackager(own_model, None, CONFIG).package(tmp_path / "q", exports=["tflite"])
+
+
+def test_a_bare_environment(llama: Reference, words: Path, make_module: Any, tmp_path: Path) -> None:  # noqa: F811
+    """Without PyTorch, transformers, safetensors and PyYAML, from a folder that cannot be written to."""
+    args = ModelArgs(dim=48, n_layers=2, n_heads=6, n_kv_heads=3, vocab_size=VOCABULARY, max_seq_len=64)
+    module = make_transformer(args, seed=3)
+    ModelPackager(module, words, asdict(args)).package(tmp_path / "module")
+    ModelPackager(llama.module, words).package(tmp_path / "llama")
+    ModelPackager(make_module(read_reference(PLAIN[0]))).package(tmp_path / "memory")
+    program = """
+import sys
+for name in ("torch", "transformers", "safetensors", "yaml", "tokenizers"):
+    sys.modules[name] = None
+from mnemos import InferenceEngine, ModelPackager
+for name in ("module", "llama", "memory"):
+    with InferenceEngine.from_pretrained(name, dtype="float32") as engine:
+        print(engine.logits([5, 17, 3])[-1][:4].round(3).tolist())
+try:
+    ModelPackager.load_package("module")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    for file in tmp_path.rglob("*"):
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    environment = {"PATH": os.defpath, "PYTHONPATH": str(Path(mnemos.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    *rows, error = done.stdout.splitlines()
+    expected = [module(torch.tensor([[5, 17, 3]]))[0], llama.module(torch.tensor([[5, 17, 3]])).logits]
+    for row, logits_of_it in zip(rows, expected, strict=False):
+        np.testing.assert_allclose(json.loads(row), logits_of_it[0, -1, :4].detach().numpy(), atol=2e-3)
+    assert len(rows) == 3 and error.startswith("MissingDependencyError") and "pip install 'mnemos[torch]'" in error

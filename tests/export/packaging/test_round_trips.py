@@ -40,6 +40,7 @@ def test_a_module_of_ones_own(own_model: OwnModel, words: Path, tmp_path: Path, 
     assert torch.equal(logits(model), logits(own_model.eval()))
     assert model.head.weight is model.embedding.weight
     assert model.steps.dtype is torch.int64 and int(model.steps) == 1 << 40
+    assert model.mask.dtype is torch.bool and model.mask.tolist() == [True, False]
     assert tokenizer.encode("w5 w17") == [5, 17] and tokenizer.decode([5, 17]) == "w5 w17"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnemos.compress.modules.state_file import DTYPES, entry_of
+from mnemos.compress.modules.state_file import DTYPES, entry_of, lost_types, real_form, restored_type
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError
 from mnemos.formats.mapping import excerpt
 from mnemos.formats.safetensors_writer import Entry
@@ -32,14 +32,18 @@ class Stored(Protocol):
     def settings(self) -> dict[str, Any] | None: ...
 
 
-def entries_of(module: nn.Module) -> tuple[dict[str, Entry], dict[str, str]]:
-    """(a module's tensors, each once; further names of some of them). ModelError for what a file cannot hold."""
+def entries_of(module: nn.Module) -> tuple[dict[str, Entry], dict[str, str], dict[str, str]]:
+    """(a module's tensors, each once; further names of some of them; the types that the file loses, see
+    `state_file.lost_types`). ModelError for what a file cannot hold."""
     tensors: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
+    types: dict[str, str] = {}
     for name, tensor in module.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise ModelError(f"{name} in the module's state is a {type(tensor).__name__}; expected tensors only")
+        types |= lost_types({name: tensor})
+        tensor = real_form(tensor)
         place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         if tensor.numel() and place in seen:
             aliases[name] = seen[place]
@@ -48,7 +52,7 @@ def entries_of(module: nn.Module) -> tuple[dict[str, Entry], dict[str, str]]:
         if tensor.dtype not in DTYPES:
             raise ModelError(f"{name} is {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
         tensors[name] = entry_of(tensor)
-    return tensors, aliases
+    return tensors, aliases, types
 
 
 def make_module(
@@ -95,8 +99,11 @@ def settings_of(module: nn.Module) -> dict[str, Any] | None:
     return {"class": type(module).__name__, "config": json.loads(config.to_json_string(use_diff=False))}
 
 
-def tensors_of(path: Path, stored: Mapping[str, Any]) -> dict[str, Tensor]:
-    """PyTorch's view of a file's tensors. Its pages are private: PyTorch knows no tensor that cannot be written to."""
+def tensors_of(path: Path, stored: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Tensor]:
+    """PyTorch's view of a file's tensors. Its pages are private: PyTorch knows no tensor that cannot be written to.
+
+    types: those that `entries_of` returned. ValueError: a tensor cannot be of its type.
+    """
     content = np.memmap(path, dtype=np.uint8, mode="c")
     start = len(content) - sum(len(one.data) for one in stored.values())
     addresses = {name: one.data.ctypes.data for name, one in stored.items() if len(one.data)}
@@ -107,5 +114,6 @@ def tensors_of(path: Path, stored: Mapping[str, Any]) -> dict[str, Tensor]:
         flat = torch.from_numpy(content[begin : begin + len(one.data)])
         dtype = _BY_NAME[one.type.name]
         aligned = flat if begin % dtype.itemsize == 0 else flat.clone()
-        tensors[name] = aligned.view(dtype).view(one.shape)
+        tensor = aligned.view(dtype).view(one.shape)
+        tensors[name] = restored_type(tensor, types[name]) if name in types else tensor
     return tensors

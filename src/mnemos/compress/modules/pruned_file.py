@@ -90,7 +90,7 @@ def write_pruned(
     layers: Sequence[str],
 ) -> None:
     """Writes a pruned module with the masks that it holds. FormatError: the file cannot be written."""
-    tensors, aliases = entries_of(module)
+    tensors, aliases, types = entries_of(module)
     masked = []
     for name, layer in module.named_modules():
         if is_matrix(layer) and is_held(layer):
@@ -109,6 +109,7 @@ def write_pruned(
         "layers": list(layers),
         "masked": masked,
         "aliases": aliases,
+        "types": types,
     }
     write_safetensors(path, tensors, {NOTE: json.dumps(header, separators=(",", ":"))})
 
@@ -136,7 +137,7 @@ def read_pruned(path: Path) -> StoredPruned:
             [str(name) for name in header["layers"]],
             [str(name) for name in header["masked"]],
             {str(alias): str(name) for alias, name in header["aliases"].items()},
-            tensors_of(path, stored),
+            tensors_of(path, stored, dict(header.get("types", {}))),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{path}: {NOTE} lacks or misstates {excerpt(str(error))}; the file is damaged") from error

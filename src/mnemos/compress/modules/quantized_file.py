@@ -95,7 +95,7 @@ def write_model(path: Path, module: nn.Module, bits: int, method: str, reports: 
             precise = isinstance(layer, QuantizedLinear) and layer.precise
             layers.append(StoredLayer(name, kind, owner, weight.bits, weight.columns, precise))
     inner = unwrap(module)
-    tensors, aliases = entries_of(module)
+    tensors, aliases, types = entries_of(module)
     header = {
         "version": _VERSION,
         "bits": bits,
@@ -105,6 +105,7 @@ def write_model(path: Path, module: nn.Module, bits: int, method: str, reports: 
         "layers": [asdict(layer) for layer in layers],
         "reports": [asdict(row) for row in reports],
         "aliases": aliases,
+        "types": types,
     }
     write_safetensors(path, tensors, {NOTE: json.dumps(header, separators=(",", ":"))})
 
@@ -128,7 +129,7 @@ def read_model(path: Path) -> StoredModel:
             [StoredLayer(**layer) for layer in header["layers"]],
             [LayerReport(**{**row, "shape": tuple(row["shape"])}) for row in header["reports"]],
             {str(alias): str(name) for alias, name in header["aliases"].items()},
-            tensors_of(path, stored),
+            tensors_of(path, stored, dict(header.get("types", {}))),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{path}: {NOTE} lacks or misstates {excerpt(str(error))}; the file is damaged") from error

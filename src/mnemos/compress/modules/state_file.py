@@ -32,6 +32,29 @@ def _save(state: Mapping[str, Tensor], file: BinaryIO) -> None:
         torch.save(dict(state), patient)
 
 
+# Types that a file has not, or that its reader gives back as others.
+_LOST = {torch.bool: "bool", torch.complex64: "complex64", torch.complex128: "complex128"}
+
+
+def lost_types(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of the types that `restored_type` must be told, by tensor."""
+    return {name: _LOST[value.dtype] for name, value in state.items() if value.dtype in _LOST}
+
+
+def real_form(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of floats, (..., 2); any other as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def restored_type(tensor: Tensor, kind: str) -> Tensor:
+    """A tensor of a file in its type, one of those of `lost_types`. ValueError: it cannot be."""
+    if kind == "bool":
+        return tensor.bool()
+    if kind not in _LOST.values() or tensor.shape[-1:] != (2,) or not tensor.is_floating_point():
+        raise ValueError(f"a tensor of type {str(kind)[:40]!r} is {tensor.dtype} {tuple(tensor.shape)}")
+    return torch.view_as_complex(tensor.contiguous())
+
+
 def save_state(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Writes a state dict as safetensors, or as PyTorch's own format where the name ends in .pt, .pth or .bin.
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnemos.compress.modules.state_file import DTYPES, entry_of
+from mnemos.compress.modules.state_file import DTYPES, entry_of, lost_types, real_form, restored_type
 from mnemos.errors import ConfigError, FormatError, ModelError
 from mnemos.formats.mapping import excerpt
 from mnemos.formats.package import METADATA, Package
@@ -33,9 +33,9 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 def write_state(module: nn.Module, path: Path) -> dict[str, Any]:
     """Writes the module's tensors, each once; returns what metadata.json says about them.
 
-    `ties`: the further names of those that have several; `complex`: those stored as pairs of real numbers. A path that
-    ends in .pt gets the state dict as PyTorch writes it, for `weights_only=True`. ModelError: a tensor of a type that
-    the file does not have.
+    `ties`: the further names of those that have several; `types`: those that the file loses. A path that ends in .pt
+    gets the state dict as PyTorch writes it, for `weights_only=True`. ModelError: a tensor of a type that the file does
+    not have.
     """
     state = state_of(module)
     ties: dict[str, str] = {}
@@ -53,15 +53,14 @@ def write_state(module: nn.Module, path: Path) -> dict[str, Any]:
                 f"{path}: PyTorch cannot write it, for example because the disk is full: {error}"
             ) from error
         return {"ties": ties}
-    pairs = [name for name, value in state.items() if value.is_complex()]
-    real = {name: torch.view_as_real(value.resolve_conj()) if name in pairs else value for name, value in state.items()}
+    real = {name: real_form(value) for name, value in state.items()}
     for name, value in real.items():
         if value.dtype not in DTYPES or value.layout is not torch.strided or value.is_meta:
             found = "on the meta device, without values" if value.is_meta else f"{value.dtype}, {value.layout}"
             raise ModelError(f"{name} is {found}; expected {', '.join(map(str, DTYPES))}, dense")
     entries = {name: entry_of(value) for name, value in real.items() if name not in ties}
     write_safetensors(path, entries, {"format": "pt"})
-    return {"ties": ties, "complex": pairs}
+    return {"ties": ties, "types": lost_types(state)}
 
 
 def fill(module: nn.Module, package: Package) -> None:
@@ -69,15 +68,11 @@ def fill(module: nn.Module, package: Package) -> None:
 
     FormatError: the file is damaged; ConfigError: the module has other parameters than the one that was packed.
     """
-    ties, pairs = package.metadata.get("ties", {}), package.metadata.get("complex", [])
-    if not isinstance(pairs, list):
-        raise FormatError(f"{package.path / METADATA}: complex is {excerpt(pairs)}; expected a list of names")
-    if not isinstance(ties, dict) or not all(isinstance(name, str) for name in ties.values()):
-        raise FormatError(f"{package.path / METADATA}: ties is {excerpt(ties)}; expected names by names")
+    ties, types = (_names(package, field) for field in ("ties", "types"))
     if PICKLED_NAME in package.files:
         state = _read_pickled(package.path / PICKLED_NAME)
     else:
-        state = _read(package.path / SINGLE_NAME, pairs)
+        state = _read(package.path / SINGLE_NAME, types)
     for name, owner in ties.items():
         if owner not in state:
             raise FormatError(f"{package.path / METADATA}: ties names {excerpt(owner)}, which the weights do not hold")
@@ -107,18 +102,23 @@ def _tie(module: nn.Module, name: str, owner: str) -> None:
         setattr(module.get_submodule(place), attribute, parameters[owner])
 
 
-def _read(path: Path, pairs: Any) -> dict[str, Tensor]:
-    """A file's tensors, copied; those named in `pairs` are complex."""
+def _names(package: Package, field: str) -> dict[str, str]:
+    """A field of metadata.json that gives tensors' names a text each."""
+    found = package.metadata.get(field, {})
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise FormatError(f"{package.path / METADATA}: {field} is {excerpt(found)}; expected texts by tensors' names")
+    return found
+
+
+def _read(path: Path, types: Mapping[str, str]) -> dict[str, Tensor]:
+    """A file's tensors, copied, in their types."""
     state = {}
     for name, stored in open_safetensors(path).items():
-        values = torch.from_numpy(np.array(stored.data))
-        state[name] = values.view(_DTYPES[stored.type.name]).view(stored.shape)
-        if name in pairs:
-            if stored.type.name not in ("F32", "F64") or stored.shape[-1:] != (2,):
-                raise FormatError(
-                    f"{path}: {name} is {stored.type.name} {stored.shape}; expected pairs of real numbers"
-                )
-            state[name] = torch.view_as_complex(state[name])
+        values = torch.from_numpy(np.array(stored.data)).view(_DTYPES[stored.type.name]).view(stored.shape)
+        try:
+            state[name] = restored_type(values, types[name]) if name in types else values
+        except ValueError as error:
+            raise FormatError(f"{path}: {name}: {error}; expected what its package's metadata says") from error
     return state
 
 
