@@ -191,6 +191,8 @@ def test_signatures(own_model: OwnModel, tmp_path: Path) -> None:
         verify_signature(tmp_path / "moved", tmp_path / "0.pub")
     with pytest.raises(ConfigError, match="expected a private EC key in PEM"):
         packager.package(tmp_path / "q", sign=tmp_path / "0.pub")
+    with pytest.raises(ConfigError, match="absent.pem', which is no file; expected a private EC key"):
+        packager.package(tmp_path / "q", sign=tmp_path / "absent.pem")
     packager.package(tmp_path / "q")
     with pytest.raises(FormatError, match="model.sig: is missing; the package is not signed"):
         verify_signature(tmp_path / "q", tmp_path / "0.pub")

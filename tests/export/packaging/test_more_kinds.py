@@ -273,7 +273,7 @@ def test_exports_inside(own_model: OwnModel, tmp_path: Path) -> None:
     assert [one["path"] for one in stated] == ["exports/model.pt"] and stated[0]["error"] < 1e-5
     loaded = torch.jit.load(tmp_path / "p" / "exports" / "model.pt")
     assert torch.allclose(logits(loaded), logits(own_model.eval()), atol=1e-6)
-    with pytest.raises(ConfigError, match="exports names 'tflite'; a module of one's own is exported to onnx"):
+    with pytest.raises(ConfigError, match="exports names 'tflite'; this model is exported to onnx, torchscript, pt2"):
         ModelPackager(own_model, None, CONFIG).package(tmp_path / "q", exports=["tflite"])
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 FOLDER = "exports"
 MODELFILE = "Modelfile"
+MODULE_FORMATS = ("onnx", "torchscript", "pt2")  # of `export_module`
 _LONGEST_CONTEXT = 8192  # Ollama takes memory for all of num_ctx at once
 
 
@@ -38,9 +39,6 @@ def export_module(module: Any, folder: Path, names: Sequence[str], begun: Begun)
     from mnemos.export.torchscript import TorchScriptExporter
 
     exporters: dict[str, Any] = {"onnx": ONNXExporter, "torchscript": TorchScriptExporter, "pt2": ProgramExporter}
-    unknown = [name for name in names if name not in exporters]
-    if unknown:
-        raise ConfigError(f"exports names {unknown[0]!r}; a module of one's own is exported to {', '.join(exporters)}")
     files = {"onnx": "model.onnx", "torchscript": "model.pt", "pt2": "model.pt2"}
     made = []
     for name in dict.fromkeys(names):

@@ -13,6 +13,7 @@ from typing import Any
 
 from mnemos.contract import FirstLogits
 from mnemos.errors import ConfigError, FormatError
+from mnemos.export.formats import FORMATS
 from mnemos.export.packaging.source import Begun, Facts, engine_first_logits
 from mnemos.formats.adapters import CONFIG, WEIGHTS, read_adapter
 from mnemos.formats.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
@@ -67,6 +68,11 @@ class FileSource:
     def first_logits(self, folder: Path, facts: Facts) -> FirstLogits | None:
         """See `Source`."""
         return engine_first_logits(folder, None if self._adapter is None else folder / ADAPTER, facts)
+
+    @property
+    def formats(self) -> Sequence[str]:
+        """See `Source`."""
+        return tuple(FORMATS)
 
     def export(self, folder: Path, names: Sequence[str], facts: Facts, begun: Begun) -> list[dict[str, Any]]:
         """See `Source`."""

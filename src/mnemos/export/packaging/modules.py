@@ -18,7 +18,9 @@ from mnemos.compress.modules.quantized_model import QuantizedModel
 from mnemos.contract import FirstLogits
 from mnemos.errors import CapacityError, ConfigError, ModelError
 from mnemos.export.example import flattened
+from mnemos.export.formats import FORMATS
 from mnemos.export.packaging.config import plain_config
+from mnemos.export.packaging.exports import MODULE_FORMATS, export_files, export_module
 from mnemos.export.packaging.files import write_json
 from mnemos.export.packaging.source import Begun, Facts
 from mnemos.export.packaging.states import PICKLED_NAME, write_state
@@ -84,10 +86,13 @@ class ModuleSource:
             facts.notes.append(f"no fingerprint: {name}, called with token ids alone, returns no logits for each")
         return found
 
+    @property
+    def formats(self) -> Sequence[str]:
+        """See `Source`."""
+        return tuple(FORMATS) if self._kind == "huggingface" else MODULE_FORMATS
+
     def export(self, folder: Path, names: Sequence[str], facts: Facts, begun: Begun) -> list[dict[str, Any]]:
         """See `Source`."""
-        from mnemos.export.packaging.exports import export_files, export_module
-
         if self._kind == "huggingface":
             return export_files(folder, facts.kind, names, begun)
         return export_module(self._module, folder, names, begun)

@@ -16,7 +16,7 @@ from mnemos.export.packaging.card import write_card
 from mnemos.export.packaging.exports import write_modelfile
 from mnemos.export.packaging.sbom import NAME as SBOM
 from mnemos.export.packaging.sbom import write_sbom
-from mnemos.export.packaging.signing import write_signature
+from mnemos.export.packaging.signing import check_key, write_signature
 from mnemos.export.packaging.source import Begun, Extras, Facts, Source
 from mnemos.export.packaging.staging import list_files, moment, packed, staging, write_lists
 from mnemos.formats.package import read_package
@@ -100,6 +100,11 @@ class ModelPackager:
         WEIGHTS.apply("weights", weights)
         made, source, target = moment(created_at), self._source(weights), Path(path)
         extras = Extras(exports, ollama, sbom, sign)
+        unknown = [name for name in exports if name not in source.formats]
+        if unknown:
+            raise ConfigError(f"exports names {unknown[0]!r}; this model is exported to {', '.join(source.formats)}")
+        if sign is not None:
+            check_key(sign)
         if target.suffix != SUFFIX:
             with staging(target, overwrite) as work:
                 return self._write(source, extras, work, target, made, begun)

@@ -10,6 +10,13 @@ from mnemos.errors import ConfigError, FormatError, MissingDependencyError
 from mnemos.formats.package import SIGNATURE
 
 
+def check_key(key: str | os.PathLike[str]) -> None:
+    """ConfigError: there is no such file; MissingDependencyError: the library is not installed."""
+    if not os.path.isfile(key):
+        raise ConfigError(f"sign is {os.fspath(key)!r}, which is no file; expected a private EC key in PEM")
+    _library()
+
+
 def write_signature(folder: Path, key: str | os.PathLike[str]) -> None:
     """Writes model.sig with an elliptic curve's private key, a PEM file. ConfigError: it is none."""
     signing, _, hashing = _library()

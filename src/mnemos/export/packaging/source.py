@@ -60,6 +60,11 @@ class Source(Protocol):
         """What the model answers; None, and a note, where that cannot be found out here. folder: as `write` left it."""
         ...
 
+    @property
+    def formats(self) -> Sequence[str]:
+        """Those that `export` knows."""
+        ...
+
     def export(self, folder: Path, names: Sequence[str], facts: Facts, begun: Begun) -> list[dict[str, Any]]:
         """Exports the model into the folder; what metadata.json says about each format."""
         ...
