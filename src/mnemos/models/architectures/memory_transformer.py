@@ -45,7 +45,7 @@ class MemoryTransformerConfig(DecoderConfig):
         shape = read_shape(Fields(fields.path, values, context_length=fields.context_length))
         return cls(**shape, memory=config)
 
-    def rope(self, fields: Fields) -> RopeParams | None:
+    def rope_params(self, fields: Fields) -> RopeParams | None:
         """The rotary embedding; None if positions have none."""
         model = self.memory.model
         if not model.use_rope:
@@ -105,7 +105,7 @@ class MemoryTransformer:
     def __init__(self, fields: Fields, weights: Weights) -> None:
         self.config = config = MemoryTransformerConfig.read(fields)
         hidden, heads = config.hidden_size, (config.num_attention_heads, config.memory.model.num_kv_heads)
-        rope = config.rope(fields)
+        rope = config.rope_params(fields)
         readers = ReaderLoader.of(config.memory, weights, hidden, heads, config.num_hidden_layers)
         self.routing = readers.routing
         self.embed_tokens = weights.matrix("embed_tokens", config.vocab_size, hidden)
