@@ -53,7 +53,7 @@ def test_there_and_back(
 def test_what_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
         (["--out", str(tmp_path / "p.tar"), "--tar"], "give a folder for --tar and --oci beside it"),
-        (["--out", str(tmp_path / "p"), "--exports", "onxn"], "exports names 'onxn'; this model is exported to onnx"),
+        (["--out", str(tmp_path / "p"), "--exports", "onxn"], "exports names 'onxn'; expected some of onnx"),
         (["--out", str(model)], "model exists; choose another name"),
     ):
         assert main(["package", str(model), *options]) == 2

@@ -214,7 +214,9 @@ def test_a_folder_for_ollama(tmp_path: Path) -> None:
     from tests.export.gguf_models import folder_of
 
     reference = folder_of("llama", tmp_path / "model")
-    ModelPackager(tmp_path / "model").package(tmp_path / "p", ollama=True, created_at=0)
+    ModelPackager(tmp_path / "model").package(tmp_path / "p", exports=["gguf", "gguf-q8_0"], ollama=True)
+    stated = json.loads((tmp_path / "p" / "metadata.json").read_text())["exports"]
+    assert [one["path"] for one in stated] == ["exports/model.gguf", "exports/model-q8_0.gguf"]
     lines = (tmp_path / "p" / "Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ./exports/model.gguf" and "PARAMETER num_ctx 256" in lines
     with InferenceEngine.from_pretrained(tmp_path / "p" / "exports" / "model.gguf", dtype="float32") as engine:

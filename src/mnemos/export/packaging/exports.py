@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mnemos.errors import ConfigError, UnsupportedError
-from mnemos.export.formats import export_model
+from mnemos.export.formats import export_model, format_named
 from mnemos.export.packaging.source import Begun, Facts
 
 if TYPE_CHECKING:
@@ -17,6 +17,22 @@ FOLDER = "exports"
 MODELFILE = "Modelfile"
 MODULE_FORMATS = ("onnx", "torchscript", "pt2")  # of `export_module`
 _LONGEST_CONTEXT = 8192  # Ollama takes memory for all of num_ctx at once
+
+
+def check_file_formats(names: Sequence[str]) -> None:
+    """ConfigError: a format that `mnemos export` does not know."""
+    for name in names:
+        try:
+            format_named(name)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("--to is", "exports names", 1)) from error
+
+
+def check_module_formats(names: Sequence[str]) -> None:
+    """ConfigError: a format that a module of one's own is not exported to."""
+    unknown = [name for name in names if name not in MODULE_FORMATS]
+    if unknown:
+        raise ConfigError(f"exports names {unknown[0]!r}; this model is exported to {', '.join(MODULE_FORMATS)}")
 
 
 def export_files(folder: Path, kind: str, names: Sequence[str], begun: Begun) -> list[dict[str, Any]]:
@@ -70,10 +86,11 @@ def write_modelfile(folder: Path, facts: Facts, begun: Begun) -> None:
     if not found:
         from mnemos.export.gguf import export_to_gguf
 
-        begun("writing a GGUF file")
-        (folder / FOLDER).mkdir(exist_ok=True)
         found = [folder / FOLDER / "model.gguf"]
-        export_to_gguf(folder, found[0])
+        if not found[0].exists():  # it is not among the exports
+            begun("writing a GGUF file")
+            found[0].parent.mkdir(exist_ok=True)
+            export_to_gguf(folder, found[0])
     checkpoint = open_checkpoint(found[0])
     spec = describe_model(checkpoint)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)

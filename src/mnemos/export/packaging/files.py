@@ -13,7 +13,7 @@ from typing import Any
 
 from mnemos.contract import FirstLogits
 from mnemos.errors import ConfigError, FormatError
-from mnemos.export.formats import FORMATS
+from mnemos.export.packaging.exports import check_file_formats, export_files
 from mnemos.export.packaging.source import Begun, Facts, engine_first_logits
 from mnemos.formats.adapters import CONFIG, WEIGHTS, read_adapter
 from mnemos.formats.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
@@ -69,15 +69,12 @@ class FileSource:
         """See `Source`."""
         return engine_first_logits(folder, None if self._adapter is None else folder / ADAPTER, facts)
 
-    @property
-    def formats(self) -> Sequence[str]:
+    def check_formats(self, names: Sequence[str]) -> None:
         """See `Source`."""
-        return tuple(FORMATS)
+        check_file_formats(names)
 
     def export(self, folder: Path, names: Sequence[str], facts: Facts, begun: Begun) -> list[dict[str, Any]]:
         """See `Source`."""
-        from mnemos.export.packaging.exports import export_files
-
         return export_files(folder, facts.kind, names, begun)
 
 

@@ -18,9 +18,8 @@ from mnemos.compress.modules.quantized_model import QuantizedModel
 from mnemos.contract import FirstLogits
 from mnemos.errors import CapacityError, ConfigError, ModelError
 from mnemos.export.example import flattened
-from mnemos.export.formats import FORMATS
 from mnemos.export.packaging.config import plain_config
-from mnemos.export.packaging.exports import MODULE_FORMATS, export_files, export_module
+from mnemos.export.packaging.exports import check_file_formats, check_module_formats, export_files, export_module
 from mnemos.export.packaging.files import write_json
 from mnemos.export.packaging.source import Begun, Facts
 from mnemos.export.packaging.states import PICKLED_NAME, write_state
@@ -86,10 +85,12 @@ class ModuleSource:
             facts.notes.append(f"no fingerprint: {name}, called with token ids alone, returns no logits for each")
         return found
 
-    @property
-    def formats(self) -> Sequence[str]:
+    def check_formats(self, names: Sequence[str]) -> None:
         """See `Source`."""
-        return tuple(FORMATS) if self._kind == "huggingface" else MODULE_FORMATS
+        if self._kind == "huggingface":
+            check_file_formats(names)
+        else:
+            check_module_formats(names)
 
     def export(self, folder: Path, names: Sequence[str], facts: Facts, begun: Begun) -> list[dict[str, Any]]:
         """See `Source`."""

@@ -100,9 +100,7 @@ class ModelPackager:
         WEIGHTS.apply("weights", weights)
         made, source, target = moment(created_at), self._source(weights), Path(path)
         extras = Extras(exports, ollama, sbom, sign)
-        unknown = [name for name in exports if name not in source.formats]
-        if unknown:
-            raise ConfigError(f"exports names {unknown[0]!r}; this model is exported to {', '.join(source.formats)}")
+        source.check_formats(exports)
         if sign is not None:
             check_key(sign)
         if target.suffix != SUFFIX:

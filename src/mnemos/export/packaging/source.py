@@ -60,9 +60,8 @@ class Source(Protocol):
         """What the model answers; None, and a note, where that cannot be found out here. folder: as `write` left it."""
         ...
 
-    @property
-    def formats(self) -> Sequence[str]:
-        """Those that `export` knows."""
+    def check_formats(self, names: Sequence[str]) -> None:
+        """ConfigError: a format that `export` does not know."""
         ...
 
     def export(self, folder: Path, names: Sequence[str], facts: Facts, begun: Begun) -> list[dict[str, Any]]:
