@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class ProgramExporter(ModelExporter):
             example,
             outputs,
             lambda made: self._write(made, example, outputs, compile),
-            lambda made: _running(_load_compiled(made) if compile else load_program(made)),
+            lambda made: _running(load_program(made)),
             {"torch": torch.__version__, "code": "AOTInductor" if compile else "none"},
         )
 
@@ -80,11 +81,13 @@ def exported_program(module: torch.nn.Module, example: Example, outputs: int) ->
 
 
 def load_program(path: str | os.PathLike[str]) -> Any:
-    """The module of a `.pt2` file, callable. FormatError: it is none."""
+    """The module or the machine code of a `.pt2` file, callable. FormatError: it is none."""
     if not Path(path).is_file():
         raise FormatError(f"{path}: no such file; expected a .pt2 file")
     try:
-        return torch.export.load(os.fspath(path)).module()
+        with zipfile.ZipFile(path) as file:
+            compiled = any("/aotinductor/" in name for name in file.namelist())
+        return _load_compiled(Path(path)) if compiled else torch.export.load(os.fspath(path)).module()
     except Exception as error:
         raise FormatError(f"{path}: not a program of torch.export: {first_line(error)}") from error
 
