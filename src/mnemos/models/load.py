@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from mnemos.models.low_rank import Adapters
     from mnemos.models.memory_transformer.model import MemoryModel
     from mnemos.models.memory_transformer.reader import Routing
-    from mnemos.models.rope import Rope
     from mnemos.ops.protocol import Windows
 
 MOST_EARLY_STEPS = 4
@@ -257,8 +256,9 @@ def _routing(model: Architecture) -> Routing | None:
 
 def _slow_components(config: DecoderConfig) -> tuple[int, ...]:
     """The half of a head's components that the rotary embedding turns slowest, if the model has one."""
-    rope: Rope | None = getattr(config, "rope", None)
-    params = None if rope is None else rope.params(config.head_dim)
+    rope: Any = getattr(config, "rope", None)
+    # A memory transformer's config makes its embedding from the fields that it was read from, which are not here.
+    params = None if rope is None or callable(rope) else rope.params(config.head_dim)
     if params is None:
         return ()
     speeds = np.zeros(config.head_dim)
