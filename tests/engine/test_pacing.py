@@ -78,15 +78,40 @@ def test_requests_beyond_the_smaller_batch_wait_and_come_out_the_same(engine: In
     assert engine.stats().preemptions == preempted + 4
 
 
-def test_pauses_follow_the_work_and_answer_calls(engine: InferenceEngine) -> None:
+def test_a_step_is_followed_by_a_pause_as_long(engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     sensors = FakeSensors()
     sensors.conditions = Conditions(Heat.CRITICAL)
     engine.pace("balanced", True, sensors=sensors)
-    before, began = engine.stats().busy_seconds, time.perf_counter()
+    thread, pauses = engine._thread, []
+    pause = thread._pause
+
+    def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        pause(0.0)
+
+    monkeypatch.setattr(thread, "_pause", noted)
+    before = engine.stats()
     engine.complete(PROMPT, max_new_tokens=8)
-    took, busy = time.perf_counter() - began, engine.stats().busy_seconds - before
+    thread.call(lambda: None)  # after the last pause
+    after = engine.stats()
     engine.pace()
-    assert took > 1.7 * busy  # a step's time after every step but the last
+    assert len(pauses) == after.steps - before.steps
+    assert sum(pauses) == pytest.approx(after.busy_seconds - before.busy_seconds)
+
+
+def test_calls_are_answered_during_a_pause(engine: InferenceEngine) -> None:
+    thread = engine._thread
+    answered: list[str] = []
+
+    def pause_with_a_call() -> float:
+        began = time.perf_counter()
+        thread._inbox.put(lambda: answered.append("call"))
+        thread._pause(0.2)
+        return time.perf_counter() - began
+
+    took = thread.call(pause_with_a_call)
+    assert answered
+    assert took >= 0.2
 
 
 def test_closing_does_not_wait_for_a_pause(smollm2: Path) -> None:
