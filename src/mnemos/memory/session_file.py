@@ -31,6 +31,7 @@ from mnemos.memory.session_records import (
     Turn,
     after,
     check_tail,
+    delete,
     live_pages,
     page_record,
     read_page,
@@ -178,22 +179,21 @@ class SessionFile:
 
     def remove(self) -> None:
         """Deletes the file."""
+        descriptor, self._descriptor = self._descriptor, -1
         try:
+            delete(self.path, descriptor)
             self._drop_leftovers()
-            os.unlink(self.path)
             sync_folder(self.path.parent)
         except OSError as error:
             raise FormatError(f"{self.path}: the session cannot be deleted: {error.strerror or error}") from error
-        finally:
-            self.close()
 
     def close(self) -> None:
         """Closes the file and gives its lock back. One without turns is deleted."""
         descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            if self._checked and not self._ended:
-                with suppress(OSError):
-                    os.unlink(self.path)
+        if descriptor >= 0 and self._checked and not self._ended:
+            with suppress(OSError):
+                delete(self.path, descriptor)
+        elif descriptor >= 0:
             os.close(descriptor)
 
     def __del__(self) -> None:

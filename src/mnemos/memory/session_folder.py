@@ -12,7 +12,7 @@ from mnemos.errors import CapacityError, ConfigError, FormatError, shown
 from mnemos.machine.home import state
 from mnemos.machine.locks import lock
 from mnemos.memory.session_file import summary_of
-from mnemos.memory.session_records import BINARY, Summary, sync_folder
+from mnemos.memory.session_records import BINARY, Summary, delete, sync_folder
 
 SUFFIX = ".session"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -69,12 +69,11 @@ def forget_session(folder: Path, name: str) -> None:
         raise FormatError(f"{path}: there is no session {name!r} in this folder") from error
     except OSError as error:
         raise FormatError(f"{path}: the session cannot be deleted: {error.strerror or error}") from error
+    if not lock(descriptor):
+        os.close(descriptor)
+        raise CapacityError(f"{path}: the session {name!r} is in use; close it before it is forgotten")
     try:
-        if not lock(descriptor):
-            raise CapacityError(f"{path}: the session {name!r} is in use; close it before it is forgotten")
-        os.unlink(path)
+        delete(path, descriptor)
         sync_folder(folder)
     except OSError as error:
         raise FormatError(f"{path}: the session cannot be deleted: {error.strerror or error}") from error
-    finally:
-        os.close(descriptor)

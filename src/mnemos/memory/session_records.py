@@ -285,6 +285,18 @@ def live_pages(turns: Iterable[Ended], page_size: int, before: Mapping[PageKey, 
     return pages
 
 
+def delete(path: Path, descriptor: int) -> None:
+    """Deletes an open file and closes it."""
+    if os.name == "nt":  # where an open file cannot be deleted
+        os.close(descriptor)
+        os.unlink(path)
+        return
+    try:
+        os.unlink(path)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes a new or deleted name in a folder last, where the system can."""
     with suppress(OSError):
