@@ -60,6 +60,9 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.export.gguf import export_to_gguf as export_to_gguf
     from mnemos.export.onnx import ONNXExporter as ONNXExporter
     from mnemos.export.exporter import ModelExporter as ModelExporter
+    from mnemos.export.coreml import CoreMLExporter as CoreMLExporter
+    from mnemos.export.executorch import ExecuTorchExporter as ExecuTorchExporter
+    from mnemos.export.litert import LiteRTExporter as LiteRTExporter
     from mnemos.export.openvino import OpenVINOExporter as OpenVINOExporter
     from mnemos.export.packaging.packager import ModelPackager as ModelPackager
     from mnemos.export.programs import ProgramExporter as ProgramExporter
@@ -111,6 +114,9 @@ _NAMES = {
     "mnemos.export.gguf": "export_to_gguf",
     "mnemos.export.safetensors": "export_to_safetensors",
     "mnemos.export.onnx": "ONNXExporter",
+    "mnemos.export.coreml": "CoreMLExporter",
+    "mnemos.export.executorch": "ExecuTorchExporter",
+    "mnemos.export.litert": "LiteRTExporter",
     "mnemos.export.openvino": "OpenVINOExporter",
     "mnemos.export.packaging.packager": "ModelPackager",
     "mnemos.export.programs": "ProgramExporter",

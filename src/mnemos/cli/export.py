@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop-memory", action="store_true", help="the base of a memory-augmented model; says what that loses"
     )
+    parser.add_argument(
+        "--make-environment",
+        action="store_true",
+        help="install what executorch, litert and coreml need into an environment of their own (2.5 GB, once)",
+    )
     parser.epilog = (
         "formats:\n" + "\n".join(f"  {name:<19}{one.help}" for name, one in FORMATS.items()) + "\n\n"
         "Each file is run on several sizes and values and compared with the model in float32 before it is kept.\n\n"
@@ -50,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         Path(arguments.out),
         overwrite=arguments.overwrite,
         drop_memory=arguments.drop_memory,
+        make_environment=arguments.make_environment,
         begun=begun,
     )
     print(_table(reports))
@@ -64,7 +70,14 @@ def _table(reports: dict[str, ExportReport]) -> str:
     for name, report in reports.items():
         speed = ", ".join(f"{ratio:.2f} x at {size}" for size, ratio in report.speed.items())
         rows.append(
-            (name, str(report.path), f"{report.bytes / 1e6:.1f}", f"{report.error:.1e}", str(report.inputs), speed)
+            (
+                name,
+                str(report.path),
+                f"{report.bytes / 1e6:.1f}",
+                "not run" if report.error is None else f"{report.error:.1e}",
+                str(report.inputs),
+                speed,
+            )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

@@ -22,6 +22,7 @@ from mnemos.export.report import OF_LARGEST
 Arrays = list[npt.NDArray[Any]]
 Floats64 = npt.NDArray[np.float64]
 Run = Callable[[Mapping[str, Tensor]], Arrays]  # forward's tensors -> the results of the file
+Timed = Callable[[Mapping[str, Tensor], float], float]  # forward's tensors, and for how long to try -> seconds
 _FEWEST_SHAPES = 3
 _TINY = 1e-6  # results that are no larger count as nothing
 _ROUNDING = 1e-3  # a smaller difference may be float32's
@@ -108,7 +109,7 @@ def compare(
         worst = max(worst, difference)
         shapes[label] = None
         inputs += 1
-    if example.axes and len(shapes) < _FEWEST_SHAPES:
+    if example.axes and len(shapes) < min([_FEWEST_SHAPES, *map(len, example.only.values())]):
         raise ModelError(
             f"{type(module).__name__} takes only {len(shapes)} of the shapes tried ({'; '.join(shapes)}), too few to "
             f"compare the {what}; name the axes that vary in dynamic_axes"
@@ -140,14 +141,18 @@ def _difference(found: Sequence[Any], expected: Sequence[Tensor], where: str, me
     return worst
 
 
-def speed_ratios(module: nn.Module, run: Run, example: Example) -> dict[str, float]:
-    """How many times as fast as the module itself the file is, by what was timed: the smallest sizes, the example's."""
+def speed_ratios(module: nn.Module, run: Run, example: Example, timed: Timed | None = None) -> dict[str, float]:
+    """How many times as fast as the module itself the file is, by what was timed: the smallest sizes, the example's.
+
+    timed: the least seconds that the file takes for tensors, where that is not the time of `run`.
+    """
     ratios = {}
     smallest = example.values(dict.fromkeys(example.axis_names, 1), "random", 1)
     for tensors in (smallest, example.tensors):
         size = " x ".join(str(size) for size in next(iter(tensors.values())).shape)
         try:
-            own, other = _seconds(partial(answer_of, module, tensors)), _seconds(partial(run, tensors))
+            own = _seconds(partial(answer_of, module, tensors))
+            other = _seconds(partial(run, tensors)) if timed is None else timed(tensors, _LEAST_SECONDS)
         except Exception:  # a size that the module does not take, which `compare` has named
             continue
         ratios[size] = own / other

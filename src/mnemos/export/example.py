@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Example:
     names: what each is called in the file; axes: of these names; bounds: one more than the largest value of an input
     of integers; plausible: makes values out of drawn ones that the module can meet, where they depend on each other.
     answer: the tensors that the module returns for `tensors`, in order, each with the module's name for it or "";
-    plain: it returns one tensor itself, for tensors given by position.
+    plain: it returns one tensor itself, for tensors given by position; only: the sizes to try of an axis.
     """
 
     tensors: dict[str, Tensor]
@@ -41,6 +41,7 @@ class Example:
     answer: list[tuple[str, Tensor]]
     plain: bool
     plausible: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    only: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def axis_names(self) -> list[str]:
@@ -69,6 +70,8 @@ class Example:
                 sizes[name] = batch if index == 0 else other + index - 1
                 if name == PAST:
                     sizes[name] = _PASTS[number % len(_PASTS)]
+                if name in self.only:
+                    sizes[name] = self.only[name][number % len(self.only[name])]
             for kind in KINDS:
                 yield sizes, kind, self.values(sizes, kind, number + 1)
 

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from mnemos.compress.modules.batches import evaluating
 from mnemos.compress.modules.quantized_model import QuantizedModel
 from mnemos.errors import CapacityError, ConfigError, MnemosError, ModelError, shown
-from mnemos.export.comparison import Compared, Run, compare, speed_ratios
+from mnemos.export.comparison import Compared, Run, Timed, compare, speed_ratios
 from mnemos.export.example import Example, answer_of, plain_attention
 from mnemos.export.messages import first_line
 from mnemos.export.report import ExportReport as ExportReport
@@ -65,6 +66,7 @@ class ModelExporter:
     """
 
     format = ""
+    is_folder = False  # what is written
 
     def __init__(self, model: nn.Module, tolerance: float = TOLERANCE) -> None:
         """tolerance: the largest difference from the module that a file may have, over the largest value."""
@@ -84,20 +86,24 @@ class ModelExporter:
         example: Example,
         outputs: int,
         write: Callable[[Path], list[str]],
-        load: Callable[[Path], Run],
+        load: Callable[[Path], Run | None],
         versions: dict[str, str],
         compared: Callable[[Run], Compared] | None = None,
+        timed: Timed | None = None,
     ) -> ExportReport:
         """Writes by `write` (which returns notes), compares what `load` runs, and moves the result to `path`.
 
+        load: None where nothing here runs the file, which `write` has a note about then.
         compared: compares in place of the comparison with the module, to the exporter's tolerance.
 
         A file of that name is replaced once the new one has proved itself. ModelError: the module cannot be exported,
         or the file's results differ; FormatError, CapacityError: it cannot be written. None of them leaves anything.
         """
         target, needed = Path(path), parameter_bytes(self.model)
-        if target.is_dir():
+        if target.is_dir() and not self.is_folder:
             raise ConfigError(f"{target} is a folder; expected the path of a file to write")
+        if target.is_file() and self.is_folder:
+            raise ConfigError(f"{target} is a file; expected the path of a folder to write")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -114,16 +120,16 @@ class ModelExporter:
             with evaluating(self.model), plain_attention():
                 notes = self._written(target, made, write)
                 run = load(made)
-                if compared is None:
-                    found = compare(self.model, run, example, outputs, self.tolerance, self.format)
+                if run is None:
+                    found, speed = None, dict[str, float]()
                 else:
-                    found = compared(run)
-                speed = speed_ratios(self.model, run, example)
+                    compare_all = compared or partial(self._compared, example, outputs)
+                    found, speed = compare_all(run), speed_ratios(self.model, run, example, timed)
                 del run  # a runtime may hold the files, which some systems do not let be moved then
-            if found.left_out:
+            if found is not None and found.left_out:
                 notes.append(f"the module itself does not take {'; '.join(found.left_out)}")
             files = sorted(folder.iterdir(), key=lambda file: file == made)  # the named file last
-            size = sum(file.stat().st_size for file in files if file == made or file.name.startswith(made.stem + "."))
+            size = sum(_size(file) for file in files if file == made or file.name.startswith(made.stem + "."))
             for file in files:
                 if file.is_dir():
                     shutil.rmtree(target.parent / file.name, ignore_errors=True)
@@ -131,10 +137,14 @@ class ModelExporter:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self.report = ExportReport(
-            self.format, target, size, needed, found.error, found.shapes, found.inputs, versions,
-            speed, tuple(notes), found.unit,
+            self.format, target, size, needed, None if found is None else found.error,
+            () if found is None else found.shapes, 0 if found is None else found.inputs, versions, speed, tuple(notes),
+            "" if found is None else found.unit,
         )  # fmt: skip
         return self.report
+
+    def _compared(self, example: Example, outputs: int, run: Run) -> Compared:
+        return compare(self.model, run, example, outputs, self.tolerance, self.format)
 
     def _written(self, target: Path, made: Path, write: Callable[[Path], list[str]]) -> list[str]:
         try:
@@ -151,6 +161,10 @@ class ModelExporter:
             ) from error
         frozen = {str(w.message).strip().split("\n")[0] for w in caught if "TracerWarning" in type(w.message).__name__}
         return notes + [f"tracing took a value for a constant: {text}" for text in sorted(frozen)[:3]]
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file())
 
 
 def parameter_bytes(module: nn.Module) -> int:

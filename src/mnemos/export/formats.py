@@ -15,14 +15,20 @@ if TYPE_CHECKING:
     from mnemos.export.exporter import ExportReport
     from mnemos.export.torch_form import TorchForm
 
+_LONGEST = 512  # tokens, where a runtime reserves memory for the most
+_SIGNATURES = (16, 64, 256)
 TOLERANCE = 5e-5  # of the largest logit: float32's rounding through some tens of layers
 
 
 @dataclass
 class ExportSource:
-    """A model to export: its files, opened, and what formats are made from, built when first asked for."""
+    """A model to export: its files, opened, and what formats are made from, built when first asked for.
+
+    make_environment: whether runtimes that need an environment of their own may make it.
+    """
 
     checkpoint: Checkpoint
+    make_environment: bool = False
 
     @cached_property
     def form(self) -> TorchForm:
@@ -100,6 +106,27 @@ def _safetensors(source: ExportSource, path: Path, dtype: str | None = None) -> 
     return export_to_safetensors(source.checkpoint, path, dtype, overwrite=True)
 
 
+def _executorch(source: ExportSource, path: Path) -> ExportReport:
+    from mnemos.export.executorch import ExecuTorchExporter
+
+    longest = min(_LONGEST, source.form.spec.context_length)
+    return ExecuTorchExporter(source.form, TOLERANCE, source.make_environment).export(path, max_length=longest)
+
+
+def _litert(source: ExportSource, path: Path) -> ExportReport:
+    from mnemos.export.litert import LiteRTExporter
+
+    lengths = [length for length in _SIGNATURES if length <= source.form.spec.context_length]
+    return LiteRTExporter(source.form, TOLERANCE, source.make_environment).export(path, lengths=lengths)
+
+
+def _coreml(source: ExportSource, path: Path) -> ExportReport:
+    from mnemos.export.coreml import CoreMLExporter
+
+    longest = min(_LONGEST, source.form.spec.context_length)
+    return CoreMLExporter(source.form, TOLERANCE, source.make_environment).export(path, max_length=longest)
+
+
 FORMATS = {
     "onnx": Format("onnx/model.onnx", _onnx, "ONNX with a cache, in a folder that onnxruntime-genai runs"),
     "onnx-int8": Format("onnx-int8/model.onnx", partial(_onnx, bits=8), "the same with weights of 8 bits"),
@@ -110,6 +137,9 @@ FORMATS = {
     "aoti": Format("model-compiled.pt2", _compiled_program, "machine code by AOTInductor, for this kind of CPU"),
     "openvino": Format("openvino_model.xml", _openvino, "OpenVINO with a cache that the runtime keeps"),
     "openvino-no-cache": Format("openvino_model_no_cache.xml", _openvino_no_cache, "OpenVINO: token ids to logits"),
+    "executorch": Format("model.pte", _executorch, f"ExecuTorch with XNNPACK's kernels, 1 to {_LONGEST} tokens"),
+    "litert": Format("model.tflite", _litert, f"LiteRT, signatures for {', '.join(map(str, _SIGNATURES))} tokens"),
+    "coreml": Format("model.mlpackage", _coreml, f"Core ML, 1 to {_LONGEST} tokens"),
     "gguf": Format("model.gguf", _gguf, "GGUF for llama.cpp; gguf-TYPE: in a type of mnemos quantize, as gguf-q4_k_m"),
     "safetensors": Format(
         "safetensors", _safetensors, "a folder for transformers; safetensors-TYPE: in f32, f16 or bf16"
@@ -139,6 +169,7 @@ def export_model(
     *,
     overwrite: bool = False,
     drop_memory: bool = False,
+    make_environment: bool = False,
     begun: Callable[[str], None] = lambda name: None,
 ) -> dict[str, ExportReport]:
     """Exports a GGUF file or Hugging Face folder of a built-in architecture to each format, in float32.
@@ -160,7 +191,7 @@ def export_model(
         from mnemos.export.sources import measured_without_memory
 
         checkpoint, _ = measured_without_memory(checkpoint)
-    model = ExportSource(checkpoint)
+    model = ExportSource(checkpoint, make_environment)
     reports = {}
     for name, one in chosen.items():
         begun(name)

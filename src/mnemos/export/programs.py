@@ -45,7 +45,7 @@ class ProgramExporter(ModelExporter):
             example,
             outputs,
             lambda made: self._write(made, example, outputs, compile),
-            lambda made: _running(load_program(made)),
+            lambda made: running(load_program(made)),
             {"torch": torch.__version__, "code": "AOTInductor" if compile else "none"},
         )
 
@@ -66,11 +66,19 @@ class ProgramExporter(ModelExporter):
         return ["machine code for this kind of CPU"]
 
 
-def exported_program(module: torch.nn.Module, example: Example, outputs: int) -> torch.export.ExportedProgram:
-    """The module as a torch.export program that takes the example's tensors in order; the varying axes are dynamic."""
+def exported_program(
+    module: torch.nn.Module, example: Example, outputs: int, longest: Mapping[str, int] | None = None
+) -> torch.export.ExportedProgram:
+    """The module as a torch.export program that takes the example's tensors in order; the varying axes are dynamic.
+
+    longest: the largest size of axes that have a limit, by name.
+    """
     wrapper = FlatOutputs(module, tuple(example.tensors), outputs).eval()
+    dynamic: Any = torch.export.Dim.DYNAMIC
+    limited = {label: dynamic(min=1, max=most) for label, most in (longest or {}).items()}
     shapes = tuple(
-        dict.fromkeys(example.axes.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in example.tensors
+        {axis: limited.get(label, dynamic) for axis, label in example.axes.get(name, {}).items()} or None
+        for name in example.tensors
     )
     return torch.export.export(
         wrapper,
@@ -96,7 +104,9 @@ def _load_compiled(path: Path) -> Any:
     return torch._inductor.aoti_load_package(str(path))
 
 
-def _running(program: Any) -> Run:
+def running(program: Any) -> Run:
+    """The results of what takes a module's tensors in order."""
+
     def run(tensors: Mapping[str, Tensor]) -> list[Any]:
         with torch.no_grad():
             return [tensor.numpy() for _, tensor in flattened(program(*tensors.values()))]

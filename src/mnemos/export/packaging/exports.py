@@ -65,7 +65,7 @@ def export_module(module: Any, folder: Path, names: Sequence[str], begun: Begun)
 
 def _described(name: str, report: ExportReport, folder: Path) -> dict[str, Any]:
     path = report.path.relative_to(folder).as_posix()
-    error = float(f"{report.error:.2g}")
+    error = None if report.error is None else float(f"{report.error:.2g}")
     return {"format": name, "path": path, "error": error, "versions": dict(report.versions)}
 
 
