@@ -65,6 +65,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.export.litert import LiteRTExporter as LiteRTExporter
     from mnemos.export.openvino import OpenVINOExporter as OpenVINOExporter
     from mnemos.export.packaging.packager import ModelPackager as ModelPackager
+    from mnemos.export.tensorrt import TensorRTExporter as TensorRTExporter
     from mnemos.export.programs import ProgramExporter as ProgramExporter
     from mnemos.export.safetensors import export_to_safetensors as export_to_safetensors
     from mnemos.export.torchscript import TorchScriptExporter as TorchScriptExporter
@@ -120,6 +121,7 @@ _NAMES = {
     "mnemos.export.openvino": "OpenVINOExporter",
     "mnemos.export.packaging.packager": "ModelPackager",
     "mnemos.export.programs": "ProgramExporter",
+    "mnemos.export.tensorrt": "TensorRTExporter",
     "mnemos.export.torchscript": "TorchScriptExporter",
     "mnemos.memory.policy": "Memory",
     "mnemos.memory.response_cache": "ResponseCache",

@@ -106,6 +106,6 @@ DEVICES = Environment(
         "litert-torch": "0.10",
         "ai-edge-litert": "2.3",
         "coremltools": "9.0",
-        "numpy": "2.3",
+        "numpy": "2.3" if sys.version_info >= (3, 11) else "2.2",
     },
 )

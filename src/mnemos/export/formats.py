@@ -127,6 +127,13 @@ def _coreml(source: ExportSource, path: Path) -> ExportReport:
     return CoreMLExporter(source.form, TOLERANCE, source.make_environment).export(path, max_length=longest)
 
 
+def _tensorrt(source: ExportSource, path: Path) -> ExportReport:
+    from mnemos.export.tensorrt import TensorRTExporter
+    from mnemos.export.torch_form import WithCache, cache_example
+
+    return TensorRTExporter(WithCache(source.form), TOLERANCE).export(path, *cache_example(source.form))
+
+
 FORMATS = {
     "onnx": Format("onnx/model.onnx", _onnx, "ONNX with a cache, in a folder that onnxruntime-genai runs"),
     "onnx-int8": Format("onnx-int8/model.onnx", partial(_onnx, bits=8), "the same with weights of 8 bits"),
@@ -140,6 +147,7 @@ FORMATS = {
     "executorch": Format("model.pte", _executorch, f"ExecuTorch with XNNPACK's kernels, 1 to {_LONGEST} tokens"),
     "litert": Format("model.tflite", _litert, f"LiteRT, signatures for {', '.join(map(str, _SIGNATURES))} tokens"),
     "coreml": Format("model.mlpackage", _coreml, f"Core ML, 1 to {_LONGEST} tokens"),
+    "tensorrt": Format("tensorrt/model.onnx", _tensorrt, "ONNX with a cache, and the command that builds an engine"),
     "gguf": Format("model.gguf", _gguf, "GGUF for llama.cpp; gguf-TYPE: in a type of mnemos quantize, as gguf-q4_k_m"),
     "safetensors": Format(
         "safetensors", _safetensors, "a folder for transformers; safetensors-TYPE: in f32, f16 or bf16"
