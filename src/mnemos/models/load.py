@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from mnemos.formats.strict_json import parse_json_object
 from mnemos.machine.memory import check_memory
 from mnemos.models.blocks import Architecture
 from mnemos.models.fields import Fields, gguf_fields
+from mnemos.models.fingerprint import fingerprint_of
 from mnemos.models.registry import find_architecture, is_known
 from mnemos.models.weights import Weights
 from mnemos.ops.backends import get_ops
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 MOST_EARLY_STEPS = 4
 RECALLING = ("native", "numpy")  # backends whose attention obeys a layout's `recall`
 OWN_FORM_KEY = "mnemos.checkpoint"  # of GGUF files with tensors under Mnemos' own names: what the checkpoint says
-_COMPUTATION = "1"  # increased whenever an architecture's computation changes
 
 
 class LoadedModel:
@@ -238,7 +237,7 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
         layout=layout,
         position_limit=config.position_limit,
         parameters=sum(tensor.size for tensor in checkpoint.tensors.values()),
-        fingerprint=_fingerprint(checkpoint, config, (backend, dtype, kv_dtype)),
+        fingerprint=fingerprint_of(checkpoint, config, (backend, dtype, kv_dtype)),
         recalls=backend in RECALLING and _routing(model) is None,
         layers=config.num_hidden_layers,
         tied_embeddings=_is_tied(checkpoint, config),
@@ -362,22 +361,6 @@ def _special_tokens(checkpoint: Checkpoint, vocabulary_size: int) -> dict[str, A
         "bos_token_id": begin if type(begin) is int and begin in known else None,
         "pad_token_id": pad if type(pad) is int and pad in known else None,
     }
-
-
-def _fingerprint(checkpoint: Checkpoint, config: object, computation: tuple[str, ...]) -> str:
-    """A hash of the hyperparameters, the tensors and the computation.
-
-    Each tensor contributes its name, type, shape and four short samples: training or quantizing again changes
-    every tensor everywhere, and reading all of a large file would cost more than loading it.
-    """
-    digest = sha256(repr((_COMPUTATION, config, computation)).encode())
-    for name in sorted(checkpoint.tensors):
-        tensor = checkpoint.tensors[name]
-        digest.update(repr((name, int(tensor.type), tensor.shape)).encode())
-        step = max(len(tensor.data) // 4, 1)
-        for start in range(0, len(tensor.data), step):
-            digest.update(tensor.data[start : start + 64].tobytes())
-    return digest.hexdigest()
 
 
 def _details(checkpoint: Checkpoint) -> dict[str, object]:

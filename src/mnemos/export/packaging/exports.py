@@ -78,8 +78,8 @@ def write_modelfile(folder: Path, facts: Facts, begun: Begun) -> None:
     from mnemos.models.load import describe_model
     from mnemos.text.tokenizer import Tokenizer
 
-    if facts.kind not in ("gguf", "huggingface"):
-        raise UnsupportedError(f"ollama: a model of kind {facts.kind!r} cannot be a GGUF file that others run")
+    if facts.kind not in ("gguf", "huggingface") or facts.model_class.startswith("memory_"):
+        raise UnsupportedError(f"ollama: a {facts.model_class} ({facts.kind}) cannot be a GGUF file that others run")
     found = sorted(folder.glob("*.gguf"))
     if len(found) > 1:
         raise UnsupportedError(f"ollama: the model has {len(found)} parts; expected one GGUF file")
