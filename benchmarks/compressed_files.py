@@ -108,6 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     source = resolve(arguments.model)
     if arguments.spread is not None:
+        arguments.spread.mkdir(parents=True, exist_ok=True)
         if not (arguments.spread / "master.gguf").exists():
             spread(source, arguments.spread / "master.gguf")
         source = arguments.spread / "master.gguf"
