@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mnemos.contract import Batch, Cache, KVLayout, ModelSpec, Output, SpillingCache
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError
 from mnemos.formats.checkpoint import Checkpoint
@@ -18,6 +16,7 @@ from mnemos.models.blocks import Architecture
 from mnemos.models.fields import Fields, gguf_fields
 from mnemos.models.fingerprint import fingerprint_of
 from mnemos.models.registry import find_architecture, is_known
+from mnemos.models.rope import Rope
 from mnemos.models.weights import Weights
 from mnemos.ops.backends import get_ops
 from mnemos.ops.protocol import Ops
@@ -221,6 +220,7 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
     if kv_dtype == "auto":
         kv_dtype = "float32" if dtype == "float32" else "float16"
     config = model.config
+    rope = getattr(config, "rope", None)  # a method of memory transformers' configs
     windows = tuple(window if window < config.context_length else 0 for window in config.windows)
     layout = KVLayout(
         config.num_hidden_layers,
@@ -241,7 +241,7 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
         recalls=backend in RECALLING and _routing(model) is None,
         layers=config.num_hidden_layers,
         tied_embeddings=_is_tied(checkpoint, config),
-        slow_components=_slow_components(config),
+        slow_components=rope.slowest(config.head_dim) if isinstance(rope, Rope) else (),
         details=_details(checkpoint),
         **_special_tokens(checkpoint, config.vocab_size),
         **({} if (routing := _routing(model)) is None else routing.promises),
@@ -251,18 +251,6 @@ def _specify(checkpoint: Checkpoint, model: Architecture, backend: str, dtype: s
 def _routing(model: Architecture) -> Routing | None:
     """How the model's chapter routers go with the engine; None if it has none."""
     return getattr(model, "routing", None)
-
-
-def _slow_components(config: DecoderConfig) -> tuple[int, ...]:
-    """The half of a head's components that the rotary embedding turns slowest, if the model has one."""
-    rope: Any = getattr(config, "rope", None)
-    # A memory transformer's config makes its embedding from the fields that it was read from, which are not here.
-    params = None if rope is None or callable(rope) else rope.params(config.head_dim)
-    if params is None:
-        return ()
-    speeds = np.zeros(config.head_dim)
-    speeds[: params.rotary_dim] = np.tile(np.abs(params.frequencies), 2)
-    return tuple(sorted(int(i) for i in np.argsort(speeds, kind="stable")[: config.head_dim // 2]))
 
 
 def _is_tied(checkpoint: Checkpoint, config: DecoderConfig) -> bool:

@@ -51,6 +51,13 @@ class Rope:
             frequencies = np.asarray(frequencies / np.asarray(self.divisors, np.float32), np.float32)
         return RopeParams(head_dim, self.rotary_dim, frequencies, self.magnitude)
 
+    def slowest(self, head_dim: int) -> tuple[int, ...]:
+        """The half of a head's components that turn slowest, those that do not turn included."""
+        params = self.params(head_dim)
+        speeds = np.zeros(head_dim)
+        speeds[: params.rotary_dim] = np.tile(np.abs(params.frequencies), 2)
+        return tuple(sorted(int(i) for i in np.argsort(speeds, kind="stable")[: head_dim // 2]))
+
     def frequencies(self) -> Floats:
         """Radians per position, (rotary_dim / 2,)."""
         exponents = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
