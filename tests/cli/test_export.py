@@ -34,3 +34,15 @@ def test_files_that_exist_and_formats_that_do_not_are_refused(
     assert (tmp_path / "model.pt").read_text() == "mine"
     assert main(["export", str(folder), "--to", "onxx", "--out", str(tmp_path)]) != 0
     assert "--to is 'onxx'; expected some of onnx" in capsys.readouterr().err
+
+
+def test_gguf_files_and_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(folder), "--to", "gguf,gguf-Q8_0,safetensors-bf16", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["format", "gguf", "gguf-Q8_0", "safetensors-bf16"]
+    assert "has no tokenizer; the GGUF file takes token ids only" in shown.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model-q8_0.gguf", "model.gguf", "safetensors-bf16"]
+    assert main(["export", str(folder), "--to", "gguf-q4", "--out", str(tmp_path)]) != 0
+    assert "type is 'q4'; the types are f32, f16" in capsys.readouterr().err
+    assert main(["export", str(folder), "--to", "gguf", "--out", str(tmp_path / "x"), "--drop-memory"]) != 0
+    assert "has no memory to drop; leave drop_memory out" in capsys.readouterr().err

@@ -96,6 +96,7 @@ def test_tied_and_half_precision_modules(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="takes token ids only"):
         report = export_to_gguf(module, tmp_path / "model.gguf")
     file = GGUFFile.open(report.path)
+    assert file.metadata["general.file_type"] == 32  # bf16
     assert "output.weight" not in file.tensors and file.tensors["token_embd.weight"].type.name == "BF16"
     assert report.error <= 1e-6
 

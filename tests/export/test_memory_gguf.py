@@ -54,6 +54,22 @@ def test_modules_and_other_types(name: str, make_module: Any, tmp_path: Path) ->
     assert 0 < half.error < 0.2 and half.bytes < report.bytes
 
 
+def test_the_documented_call(make_module: Any, tmp_path: Path) -> None:  # noqa: F811
+    from mnemos.compat.merge import export_to_gguf as documented
+
+    module = make_module(read_reference("09_chapters_shared_norm"))
+    with pytest.warns(UserWarning, match="llama_cpp_path is not needed"):
+        report = documented(
+            module,
+            output_path=str(tmp_path / "outputs" / "model.gguf"),
+            quantization_type="q4_k_m",
+            llama_cpp_path="/path/to/llama.cpp",
+        )
+    stored = {tensor.type.name for tensor in GGUFFile.open(report.path).tensors.values()}
+    assert stored == {"F32", "Q5_0"} and "Q4_K needs rows of a multiple of 256 values" in report.notes[0]
+    assert np.isfinite(logits(report.path)).all()
+
+
 @pytest.mark.parametrize("name", ["03_per_layer_memdim48", "3_qwen2_shared_chapters_perlayer", "5_qwen2_lora_only"])
 def test_without_memory_the_base_is_left_and_the_loss_named(
     name: str,

@@ -151,7 +151,9 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="its tokenizer cannot be converted to GGUF"):
         tokenizer_metadata(tmp_path, 10)
     make(tmp_path, [pre_tokenizers.Split(Regex("[aeiou]"), "isolated"), *STEPS["gpt-2"]])
-    with pytest.raises(UnsupportedError, match="cuts text into words as none of the"):
+    with pytest.raises(
+        UnsupportedError, match=r"cuts text into words as none of the .* \(pre_tokenizer is .*\[aeiou\]"
+    ):
         tokenizer_metadata(tmp_path, 900)
     make(tmp_path, STEPS["gpt-2"])
     with pytest.raises(FormatError, match=r"has \d+ tokens; the model has rows for 10"):

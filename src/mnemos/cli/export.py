@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Each file is run on several sizes and values and compared with the model in float32 before it is kept.\n\n"
         "examples:\n"
         "  mnemos export smollm2-135m --to onnx --out exported\n"
+        "  mnemos export model/ --to gguf-q4_k_m --out exported\n"
         "  mnemos export model/ --to onnx,pt2 --out exported --overwrite"
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mnemos.compress.modules.state_file import save_state
 from mnemos.errors import ConfigError, FormatError
+from mnemos.export.gguf import export_to_gguf as export_to_gguf
 from mnemos.models.memory_transformer.lora import LoRALinear
 
 State = dict[str, Tensor]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos.compress.calibration import Calibration
+from mnemos.compress.mixes import MIXES
 from mnemos.compress.packing import FORMATS
 from mnemos.compress.plan import Override, Row, mix_named, plan
 from mnemos.compress.search import DAMPING, Costs, is_searchable, search_rows
@@ -123,7 +124,7 @@ def quantize_model(
     """`quantize_file` of a model that is open already; type None writes all tensors as they are stored."""
     if type is None:
         rows = [Row(name, tensor.shape, tensor.type, tensor.type) for name, tensor in model.tensors.items()]
-        return _write_rows(model, model.written, rows, out, "as stored", None, None, strict, progress)
+        return _write_rows(model, _with_file_type(model, rows), rows, out, "as stored", None, None, strict, progress)
     name, mix = mix_named(type)
     rows = plan(model.tensors, model.metadata, mix, calibrated=importance is not None, overrides=overrides)
     if types is not None:
@@ -136,6 +137,15 @@ def quantize_model(
         _check_importance(model.tensors, importance)
     metadata = _metadata(model.written, mix.number, name, importance, overrides)
     return _write_rows(model, metadata, rows, out, name, importance, search, strict, progress)
+
+
+def _with_file_type(model: Model, rows: Sequence[Row]) -> Mapping[str, Any]:
+    """The metadata to write, with the mix that the file is, if it is a plain one and nothing says so."""
+    types = {row.type.name.lower() for row in rows if len(row.shape) > 1}
+    mix = MIXES.get(types.pop()) if len(types) == 1 else None
+    if mix is None or "general.file_type" in model.metadata:
+        return model.written
+    return {**model.written, "general.file_type": mix.number}
 
 
 def _write_rows(

@@ -98,7 +98,7 @@ def _byte_level_metadata(
     }
     _pad(file, metadata, vocabulary_size)
     metadata |= _roles(core)
-    metadata[PREFIX + "pre"] = _pre_tokenizer(file, metadata, core)
+    metadata[PREFIX + "pre"] = _pre_tokenizer(file, metadata, core, source.get("pre_tokenizer"))
     return metadata | _white_space(file, metadata, core)
 
 
@@ -196,8 +196,8 @@ def _pad(file: Path, metadata: dict[str, Any], vocabulary_size: int) -> None:
         metadata[PREFIX + "scores"] = np.append(metadata[PREFIX + "scores"], np.full(missing, -1000, np.float32))
 
 
-def _pre_tokenizer(file: Path, metadata: Mapping[str, Any], core: TokenizerCore) -> str:
-    """The name of the pre-tokenizer that cuts as this tokenizer does."""
+def _pre_tokenizer(file: Path, metadata: Mapping[str, Any], core: TokenizerCore, own: Any) -> str:
+    """The name of the pre-tokenizer that cuts as this tokenizer does; own: the file's, for the error."""
     expected = core.encode(_PROBE, False, False)
     tried = set()
     for name in (*_LIKELY, *PRE_TOKENIZERS):
@@ -207,7 +207,7 @@ def _pre_tokenizer(file: Path, metadata: Mapping[str, Any], core: TokenizerCore)
             if build_core({**metadata, PREFIX + "pre": name}, str(file)).encode(_PROBE, False, False) == expected:
                 return name
     problem = f"cuts text into words as none of the {len(tried)} pre-tokenizers that GGUF names"
-    raise UnsupportedError(f"{file}: {problem}; it cannot be converted")
+    raise UnsupportedError(f"{file}: {problem}; it cannot be converted (pre_tokenizer is {json.dumps(own)[:300]})")
 
 
 def _sentencepiece_metadata(file: Path, settings: Settings, vocabulary_size: int) -> dict[str, Any]:
