@@ -262,7 +262,7 @@ def test_a_full_disk_costs_pages_first(tmp_path: Path, monkeypatch: pytest.Monke
         session.generate(FIRST, max_new_tokens=4)
         said = session.tokens
         monkeypatch.setattr(os, "write", write)
-        with pytest.raises(FormatError, match="cannot be stored: No space left"):
+        with pytest.raises(CapacityError, match="cannot be stored: No space left"):
             session.generate([5] * 20, max_new_tokens=2)
         assert session.tokens == said
         largest[0] = session.size + 240  # enough for the turn, or for its pages

@@ -116,11 +116,15 @@ def not_written(path: str | os.PathLike[str], error: OSError, size: int = 0, wha
     size: the bytes that it needs, 0 if that is not known; what: what it holds, where the path does not tell.
     """
     needs = f"{size / 1e6:.1f} MB in " if size else ""
-    kind = CapacityError if error.errno in _NO_ROOM else FormatError
-    return kind(
+    return kind_of(error)(
         f"{path}: {what}{' ' if what else ''}cannot be written: {error.strerror or error}; "
         f"it needs {needs}a folder with room that can be written to"
     )
+
+
+def kind_of(error: OSError) -> type[MnemosError]:
+    """The class of the error for what could not be written: CapacityError if there is no room, else FormatError."""
+    return CapacityError if error.errno in _NO_ROOM else FormatError
 
 
 def _umask() -> int:

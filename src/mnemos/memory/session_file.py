@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mnemos.errors import CapacityError, FormatError
+from mnemos.formats.whole_file import kind_of
 from mnemos.machine.locks import lock
 from mnemos.memory.session_records import (
     BINARY,
@@ -120,8 +121,8 @@ class SessionFile:
     def append(self, turn: Turn, pages: Iterable[StoredPage] = ()) -> None:
         """Ends a turn: it is on the disk when this returns.
 
-        Where there is no room for its pages, the turn is stored without them. FormatError if it cannot be stored at
-        all; the file is what it was then.
+        Where there is no room for its pages, the turn is stored without them. CapacityError if there is none for the
+        turn either, FormatError if it cannot be stored for another reason; the file is what it was then.
         """
         try:
             try:
@@ -136,7 +137,7 @@ class SessionFile:
                 )
         except OSError as error:
             self._cut()
-            raise FormatError(
+            raise kind_of(error)(
                 f"{self.path}: the turn cannot be stored: {error.strerror or error}; the session ends with the turn "
                 "before, and needs a disk with room that can be written to"
             ) from error
@@ -172,7 +173,7 @@ class SessionFile:
             raise FormatError(f"{path}: the session {name!r} exists; use another name, or forget it") from error
         except OSError as error:
             needed = sum(self.binding.page_bytes[group] for group, _ in live_pages(ended, self.binding.page_size)) / 1e6
-            raise FormatError(
+            raise kind_of(error)(
                 f"{path}: the session cannot be copied: {error.strerror or error}; it needs {needed:.1f} MB in a "
                 "folder that can be written to"
             ) from error

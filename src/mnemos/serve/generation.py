@@ -224,7 +224,7 @@ def sessions_of(model: Served, connection: Connection) -> list[Summary]:
 
 
 def unusable(error: FormatError) -> Refusal:
-    """The refusal for a session that is damaged, of another model, or cannot be stored."""
+    """The refusal for a session that is damaged or of another model."""
     return Refusal(409, str(error), param="session", code="session_unusable")
 
 
