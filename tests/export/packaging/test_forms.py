@@ -209,6 +209,7 @@ def test_for_ollama(smollm2: Path, tmp_path: Path) -> None:
         assert engine.generate("Once", max_new_tokens=8) == other.generate("Once", max_new_tokens=8)
 
 
+@pytest.mark.slow
 def test_a_folder_for_ollama(tmp_path: Path) -> None:
     """Its GGUF file has the same weights, tokenizer and template."""
     from tests.export.gguf_models import folder_of

@@ -78,7 +78,7 @@ def write_modelfile(folder: Path, facts: Facts, begun: Begun) -> None:
     from mnemos.models.load import describe_model
     from mnemos.text.tokenizer import Tokenizer
 
-    if facts.kind not in ("gguf", "huggingface") or facts.model_class.startswith("memory_"):
+    if facts.kind not in ("gguf", "huggingface") or facts.model_class.startswith("Memory"):
         raise UnsupportedError(f"ollama: a {facts.model_class} ({facts.kind}) cannot be a GGUF file that others run")
     found = sorted(folder.glob("*.gguf"))
     if len(found) > 1:
