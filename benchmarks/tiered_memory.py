@@ -24,7 +24,7 @@ from mnemos.hub.sources import resolve
 from mnemos.memory.policy import remember
 from mnemos.models.load import LoadedModel, load_model
 
-PAGE, CHUNK, READ, DECODED = 32, 512, 2048, 48
+PAGE, CHUNK, READ, DECODED = 32, 512, 1024, 48
 
 
 def batch(tokens: np.ndarray, start: int, groups: int) -> Batch:
@@ -59,19 +59,20 @@ def measure(name: str, length: int, memory: Memory | None) -> str:
     """One line of the table."""
     model = load_model(open_checkpoint(resolve(name)))
     if memory is not None:
-        remember(model, memory, max(length + READ, model.spec.context_length))
-    model.reserve(-(-(length + READ + DECODED) // PAGE) + 1)
+        remember(model, memory, max(length, model.spec.context_length))
+    model.reserve(-(-length // PAGE) + 1)
     tokens = np.random.default_rng(1).integers(0, model.spec.vocabulary_size, 4096)
-    read = min(length, len(tokens) - READ)
+    begin = (length - READ - DECODED) // PAGE * PAGE
+    read = min(begin, len(tokens) - READ)
     run(model, tokens[:read], 0, CHUNK)
     cache = model.cache
     for group in range(len(model.spec.layout.groups)):
         contents = [cache.read(page, group) for page in range(16)]
-        for page in range(read // PAGE, length // PAGE):
+        for page in range(read // PAGE, begin // PAGE):
             cache.write(page, contents[page % 16], group)
     del contents
-    reading = run(model, tokens[-READ:], length, CHUNK)
-    decoding = run(model, tokens[:DECODED], length + READ, 1)
+    reading = run(model, tokens[-READ:], begin, CHUNK)
+    decoding = run(model, tokens[:DECODED], begin + READ, 1)
     where = "all in memory" if memory is None else str(memory)
     return f"{length:8d}  {resident() / 2**20:9.0f}  {reading:9.0f}  {decoding:9.1f}  {where}"
 

@@ -82,10 +82,7 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
     tiles.push_back(make_tiles(batch, tables_[static_cast<size_t>(attention.group)], attention, team));
   }
   for (size_t g = 0; g < static_cast<size_t>(groups); g++) bring_pages(batch, g);
-  int64_t most = -1;
-  for (int64_t t = 0; !rope_tables_.empty() && t < batch.tokens; t++)
-    most = std::max<int64_t>(most, batch.positions[t]);
-  for (const auto &table : rope_tables_) table->extend(most + 1);
+  for (const auto &table : rope_tables_) table->prepare(batch.positions, batch.tokens);
 
   const bool one_row = batch.tokens == 1 && batch.chosen <= 1;
   const size_t needed = static_cast<size_t>(layout(batch, tiles, one_row));

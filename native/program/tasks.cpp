@@ -208,18 +208,36 @@ std::unique_ptr<Task> make_prepare(Norm norm, int x, int64_t width, std::vector<
 RopeTable::RopeTable(std::vector<float> frequencies, float magnitude)
     : frequencies_(std::move(frequencies)), magnitude_(magnitude) {}
 
-void RopeTable::extend(int64_t positions) {
-  const int64_t known = static_cast<int64_t>(values_.size()) / (2 * half());
-  if (positions <= known) return;
-  const int64_t wanted = std::max(positions, known + known / 2);
-  values_.resize(static_cast<size_t>(wanted * 2 * half()));
-  for (int64_t position = known; position < wanted; position++) {
-    float *row = values_.data() + position * 2 * half();
-    for (int64_t i = 0; i < half(); i++) {
-      const double angle = static_cast<double>(static_cast<float>(position) * frequencies_[static_cast<size_t>(i)]);
-      row[i] = static_cast<float>(std::cos(angle) * static_cast<double>(magnitude_));
-      row[half() + i] = static_cast<float>(std::sin(angle) * static_cast<double>(magnitude_));
+void RopeTable::prepare(const int32_t *positions, int64_t count) {
+  for (int64_t t = 0; t < count; t++) {
+    const auto number = static_cast<size_t>(positions[t] / block);
+    if (number >= blocks_.size()) blocks_.resize(number + 1);
+    if (blocks_[number]) continue;
+    if (made_ >= most_blocks) drop_unused(positions, count);
+    blocks_[number] = std::make_unique<float[]>(static_cast<size_t>(block * 2 * half()));
+    made_++;
+    for (int64_t slot = 0; slot < block; slot++) {
+      const auto position = static_cast<float>(static_cast<int64_t>(number) * block + slot);
+      float *row = blocks_[number].get() + slot * 2 * half();
+      for (int64_t i = 0; i < half(); i++) {
+        const double angle = static_cast<double>(position * frequencies_[static_cast<size_t>(i)]);
+        row[i] = static_cast<float>(std::cos(angle) * static_cast<double>(magnitude_));
+        row[half() + i] = static_cast<float>(std::sin(angle) * static_cast<double>(magnitude_));
+      }
     }
+  }
+}
+
+void RopeTable::drop_unused(const int32_t *positions, int64_t count) {
+  std::vector<char> used(blocks_.size());
+  for (int64_t t = 0; t < count; t++) {
+    const auto number = static_cast<size_t>(positions[t] / block);
+    if (number < used.size()) used[number] = 1;
+  }
+  for (size_t i = 0; i < blocks_.size(); i++) {
+    if (used[i] || !blocks_[i]) continue;
+    blocks_[i].reset();
+    made_--;
   }
 }
 

@@ -86,20 +86,29 @@ struct Argmax {
 std::vector<std::unique_ptr<Task>> make_argmax(const Argmax &argmax, int margins, int found, int tokens);
 int64_t argmax_state_floats(int threads);
 
-// Cosines and sines by position, computed once and extended as positions grow (between steps, by one thread).
+// Cosines and sines by position, in blocks that are computed when a batch first has a position in them (between steps, by
+// one thread). Of a long text, those that no batch has used for a while are dropped.
 class RopeTable {
  public:
   RopeTable(std::vector<float> frequencies, float magnitude);
-  void extend(int64_t positions);
+  // Makes what these positions need.
+  void prepare(const int32_t *positions, int64_t count);
   int64_t half() const { return static_cast<int64_t>(frequencies_.size()); }
-  const float *cosines(int64_t position) const { return values_.data() + position * 2 * half(); }
+  const float *cosines(int64_t position) const {
+    return blocks_[static_cast<size_t>(position / block)].get() + position % block * 2 * half();
+  }
   const float *sines(int64_t position) const { return cosines(position) + half(); }
   bool same_as(const std::vector<float> &frequencies, float magnitude) const {
     return frequencies == frequencies_ && magnitude == magnitude_;
   }
 
  private:
-  std::vector<float> frequencies_, values_;
+  static constexpr int64_t block = 256, most_blocks = 128;  // positions of a block, and blocks that are kept
+  void drop_unused(const int32_t *positions, int64_t count);
+
+  std::vector<float> frequencies_;
+  std::vector<std::unique_ptr<float[]>> blocks_;
+  int64_t made_ = 0;
   float magnitude_;
 };
 

@@ -90,6 +90,17 @@ void score_page(const IndexLayout &layout, const uint8_t *index, const IndexedQu
 }
 #endif
 
+void score_pages(const IndexLayout &layout, const PageIndices &pages, const IndexedQueries &queries, float *scores) {
+  constexpr int64_t ahead = 8, line = 64;  // pages, whose indices are short and may be anywhere
+  for (int64_t n = 0; n < pages.count; n++) {
+    if (n + ahead < pages.count) {
+      const uint8_t *next = pages.cells + pages.pages[n + ahead] * layout.bytes;
+      for (int64_t i = 0; i < layout.bytes; i += line) __builtin_prefetch(next + i);
+    }
+    score_page(layout, pages.cells + pages.pages[n] * layout.bytes, queries, scores + n, pages.count);
+  }
+}
+
 void choose_pages(const PageChoice &choice, int32_t *chosen) {
   float *combined = choice.combined;
   for (int64_t g = 0; g < choice.group; g++) {

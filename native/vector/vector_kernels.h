@@ -87,6 +87,13 @@ struct IndexedQueries {
   const int32_t *sums;
 };
 
+// The indices of `count` pages in one head of the cache.
+struct PageIndices {
+  const uint8_t *cells;  // of page 0
+  const int32_t *pages;
+  int64_t count;
+};
+
 // The pages that a row recalls in one head of keys: `count` of the pages begin to end, by their scores among `pages`.
 struct PageChoice {
   int64_t group;  // rows of scores, one for each of the head's queries
@@ -126,9 +133,9 @@ struct VectorKernels {
   void (*attend_plain)(const float *query, const float *keys, const float *values, int64_t count, int64_t n,
                        float scale, bool passing, float *scores, float *y);
 
-  // scores[r * stride] = the largest product of query r with any of the page's keys, over the query's scale.
-  void (*score_page)(const IndexLayout &layout, const uint8_t *index, const IndexedQueries &queries, float *scores,
-                     int64_t stride);
+  // scores[r * count + n] = the largest product of query r with any key of page n, over the query's scale.
+  void (*score_pages)(const IndexLayout &layout, const PageIndices &pages, const IndexedQueries &queries,
+                      float *scores);
   // Writes the `count` best pages, ascending; on ties the lower one is better.
   void (*choose_pages)(const PageChoice &choice, int32_t *chosen);
 
@@ -150,6 +157,9 @@ extern const VectorKernels avx512_vector_kernels;
 // Like VectorKernels::attend, with the bfloat16 dot product and with AMX tiles.
 void attend_by_dots(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
 void attend_in_tiles(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
+// Like VectorKernels::score_pages, with AMX tiles.
+void score_pages_in_tiles(const IndexLayout &layout, const PageIndices &pages, const IndexedQueries &queries,
+                          float *scores);
 #endif
 
 }  // namespace mnemos

@@ -240,6 +240,15 @@ def test_models_that_cannot_recall_are_named(tmp_path: Path) -> None:
         InferenceEngine(load(tmp_path, backend="torch"), memory=MEMORY)
 
 
+def test_a_memory_without_recall_is_a_sliding_window(folder: Path) -> None:
+    from mnemos import CacheManager
+
+    with InferenceEngine(load(folder), memory=replace(MEMORY, recall=0)) as engine:
+        assert CacheManager(engine).sliding_window == 64
+    with InferenceEngine(load(folder), memory=MEMORY) as engine:
+        assert CacheManager(engine).sliding_window == 0
+
+
 def test_layers_with_windows_keep_them(tmp_path: Path) -> None:
     """Of Gemma 3, only the global layers recall; the local ones drop their pages as before."""
     config = CONFIGS["gemma3"]()

@@ -52,8 +52,10 @@ class CacheManager:
 
     @property
     def sliding_window(self) -> int:
-        """How many positions back the model's attention reaches, 0 without a limit."""
-        return self._engine.spec.window
+        """How many positions back attention reaches, 0 without a limit; a memory without recall is such a window."""
+        spec = self._engine.spec
+        recall = spec.layout.recall
+        return recall.window if recall is not None and not recall.recall else spec.window
 
     @property
     def hit_rate(self) -> float:

@@ -1,0 +1,147 @@
+// Which pages the rows of a long text recall, and where their cells are; see Recall in contract.py.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "program/tasks.h"
+
+namespace mnemos {
+namespace {
+
+// Adds a text's page number `page`, whose cells are at `place`, to the blocks, which hold pages before it.
+inline void add_page(std::vector<KeyBlock> &blocks, int64_t page, const int32_t *place, int64_t slots) {
+  const int64_t first = page * slots, last = first + slots - 1;
+  if (!blocks.empty() && first % attention_block != 0 && blocks.back().last + 1 == first) {
+    blocks.back().last = last;
+  } else {
+    blocks.push_back({first / attention_block * attention_block, first, last, place});
+  }
+}
+
+// Which pages the tokens of a tile recall in one head of keys. Works in the scratch after the tile's.
+class Choosing {
+ public:
+  static int64_t floats(const Attention &a, const BatchView &batch, int64_t rows) {
+    if (a.recall == nullptr) return 0;
+    int64_t pages = 0;
+    for (int64_t t = 0; t < batch.tokens; t++)
+      pages = std::max<int64_t>(pages, batch.positions[t] / a.cache->cell().slots);
+    return rows * (pages + a.cache->index_layout().groups + 2) + pages + 2 * a.recall->recalled;
+  }
+
+  // Scores the pages before `page` for all rows of the tile.
+  Choosing(const Step &step, const Attention &a, const AttentionTile &tile, int64_t head, const int32_t *table,
+           int64_t page)
+      : step_(step), a_(a), pages_(page), scores_(tile.expanded + expanded_floats(*tile.cell)),
+        factors_(scores_ + tile.rows * page), combined_(factors_ + tile.rows), best_(combined_ + page),
+        chosen_(reinterpret_cast<int32_t *>(best_ + a.recall->recalled)) {
+    const IndexLayout &layout = a.cache->index_layout();
+    int32_t *sums = chosen_ + a.recall->recalled;
+    auto *codes = reinterpret_cast<int8_t *>(sums + tile.rows);
+    end_ = codes + tile.rows * layout.groups * 4;
+    for (int64_t r = 0; r < tile.rows; r++) {
+      const float *query = tile.queries + r * tile.cell->value_stride;
+      factors_[r] = quantize(query, a.recall->components, codes + r * layout.groups * 4, layout.groups * 4, &sums[r]);
+    }
+    const IndexedQueries queries{tile.rows, codes, sums};
+    step.kernels->score_pages(layout, {a.cache->index(a.layer, head), table, page}, queries, scores_);
+  }
+
+  void *end() const { return end_; }  // of the scratch in use
+
+  // The pages, ascending, of the token whose queries begin at a row.
+  const int32_t *choose(int64_t row) const {
+    const Recall &recall = *a_.recall;
+    const PageChoice choice{a_.heads / a_.kv_heads, scores_ + row * pages_, pages_, factors_ + row, pages_, recall.sinks,
+                            pages_ + 1 - recall.window, recall.recalled, combined_, best_};
+    step_.kernels->choose_pages(choice, chosen_);
+    return chosen_;
+  }
+
+ private:
+  static float quantize(const float *x, const std::vector<int64_t> &components, int8_t *codes, int64_t padded,
+                        int32_t *sum) {
+    float most = 0;
+    for (const int64_t i : components) most = std::max(most, std::fabs(x[i]));
+    if (!(most <= std::numeric_limits<float>::max())) most = 0;
+    const float inverse = most > 0 ? 127.0f / most : 0.0f;
+    *sum = 0;
+    for (int64_t i = 0; i < padded; i++) {
+      const bool indexed = i < static_cast<int64_t>(components.size()) && most > 0;
+      const float code = indexed ? std::nearbyint(x[components[static_cast<size_t>(i)]] * inverse) : 0.0f;
+      *sum += codes[i] = static_cast<int8_t>(code);
+    }
+    return most / 127.0f;
+  }
+
+  const Step &step_;
+  const Attention &a_;
+  const int64_t pages_;
+  float *const scores_, *const factors_, *const combined_, *const best_;
+  int32_t *const chosen_;
+  void *end_;
+};
+
+// The cells of one head that the tokens of a tile recall, in scratch, where some of their pages are in a file.
+// Neighbouring tokens recall much the same, so that what one has read is kept for the next ones.
+class Gathered {
+ public:
+  static int64_t bytes(const Attention &a) {
+    if (a.recall == nullptr || a.cache->spill() == nullptr) return 0;
+    return room(*a.recall) * (a.cache->cell().bytes + 16) + 128;  // vectors may reach beyond the last cell
+  }
+
+  Gathered(const Attention &a, int64_t head, void *scratch)
+      : a_(a), head_(head), room_(room(*a.recall)),
+        cells_(reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64)),
+        pages_(reinterpret_cast<int32_t *>(cells_ + room_ * a.cache->cell().bytes + 64)), used_(pages_ + room_),
+        places_(used_ + room_) {
+    std::fill_n(pages_, room_, -1);
+    std::fill_n(used_, room_, 0);
+  }
+
+  // Where the cells of these pages are now; room for as many others is not touched.
+  const int32_t *gather(const int32_t *table, const int32_t *chosen) {
+    now_++;
+    for (int64_t i = 0; i < a_.recall->recalled; i++) {
+      const int32_t page = table[chosen[i]];
+      const int64_t known = std::find(pages_, pages_ + room_, page) - pages_;
+      places_[i] = static_cast<int32_t>(known < room_ ? known : -1);
+      if (known < room_) used_[known] = now_;
+    }
+    for (int64_t i = 0; i < a_.recall->recalled; i++) {
+      if (places_[i] >= 0) continue;
+      while (used_[next_] == now_) next_ = (next_ + 1) % room_;
+      read(table[chosen[i]], cells_ + next_ * a_.cache->cell().bytes);
+      pages_[next_] = table[chosen[i]], used_[next_] = now_, places_[i] = static_cast<int32_t>(next_);
+      next_ = (next_ + 1) % room_;
+    }
+    return places_;
+  }
+  const uint8_t *cells() const { return cells_; }
+
+ private:
+  static int64_t room(const Recall &recall) { return 4 * recall.recalled; }
+  void read(int64_t page, uint8_t *into) const {
+    const Cache &cache = *a_.cache;
+    const uint8_t *cell = cache.cells(a_.layer, head_) + page * cache.page_bytes();
+    if (cache.spill()->holds(page)) {
+      cache.spill()->read(page, cell - cache.cells(0, 0) - page * cache.page_bytes(), cache.cell().bytes, into);
+    } else {
+      std::memcpy(into, cell, static_cast<size_t>(cache.cell().bytes));
+    }
+  }
+
+  const Attention &a_;
+  const int64_t head_, room_;
+  uint8_t *const cells_;
+  int32_t *const pages_, *const used_, *const places_;
+  int32_t now_ = 0;
+  int64_t next_ = 0;
+};
+
+}  // namespace
+}  // namespace mnemos
