@@ -10,8 +10,10 @@ import httpx
 import pytest
 
 from mnemos.engine.engine import InferenceEngine
+from mnemos.errors import CapacityError
 from mnemos.serve.application import app
 from mnemos.serve.keys import Keys
+from mnemos.serve.refusal import refusal_of
 from mnemos.serve.settings import Settings
 from tests.serve.running import events_of, running
 
@@ -135,7 +137,7 @@ def test_damaged_and_busy_sessions_are_refused_and_can_be_forgotten(
     body = {"messages": [user("Hello")], "session": "hurt", "max_tokens": 2}
     assert client.post(CHAT, json=body).status_code == 200
     busy = own.session("hurt", tenant="default")
-    turn = busy.submit_chat("Wait", max_new_tokens=2)
+    turn = busy.submit_chat("Wait", max_new_tokens=800, ignore_eos=True)  # ends when it is dropped
     response = client.post(CHAT, json=body)
     assert response.status_code == 429 and "turn in progress" in response.text
     turn.drop()
@@ -207,3 +209,14 @@ def test_a_response_of_a_session_is_continued_there(client: httpx.Client, own: I
     gone = client.post(RESPONSES, json={"input": "Why?", "previous_response_id": second["id"]})
     assert gone.status_code == 400 and "rewound or forgotten" in gone.text
     assert "chain" not in [one["id"] for one in client.get("/v1/sessions").json()["data"]]
+
+
+def test_a_turn_that_finds_no_room_on_the_disk_is_not_worth_repeating() -> None:
+    try:
+        raise CapacityError("/home/me/sessions/a: the turn cannot be stored") from OSError(
+            28, "No space left on device"
+        )
+    except CapacityError as error:
+        refusal = refusal_of(error)
+    assert (refusal.status, refusal.code, refusal.retry_after) == (507, "no_room", None)
+    assert "/home" not in refusal.message

@@ -111,6 +111,8 @@ def refusal_of(error: BaseException, names: dict[str, str] | None = None) -> Ref
         if name != field:
             message = name + message[len(field) :]
         return Refusal(400, message, param=name or None, code="invalid_value" if name else None)
+    if isinstance(error, CapacityError) and isinstance(error.__cause__, OSError):  # a full disk: no retry helps
+        return Refusal(507, message, code="no_room")
     if isinstance(error, CapacityError):
         return Refusal(429, message, code="capacity", retry_after=1)
     if isinstance(error, MnemosError):
