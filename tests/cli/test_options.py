@@ -8,6 +8,7 @@ import pytest
 
 from mnemos.cli.main import main
 from mnemos.engine.options import LoadOptions, command_line
+from mnemos.memory.policy import Memory
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def test_every_option_of_loading_reaches_the_loader(loaded: list[LoadOptions]) -
     words = ["--context-length", "9", "--device", "cpu", "--backend", "native", "--dtype", "float32", "--kv-dtype"]
     words += ["int8", "--threads", "2", "--tokenizer", "t.json", "--draft", "small", "--trust-remote-code"]
     words += ["--adapter", "lora", "--max-memory-gb", "6", "--performance-mode", "efficiency", "--thermal-throttle"]
+    words += ["--memory", "window=64,recall=96,sinks=32"]
     assert {word for word in words if word.startswith("--")} == {
         "--" + row.name.replace("_", "-") for row in command_line(LoadOptions)
     }
@@ -40,7 +42,7 @@ def test_every_option_of_loading_reaches_the_loader(loaded: list[LoadOptions]) -
     assert (options.context_length, options.device, options.backend) == (9, "cpu", "native")
     assert (options.dtype, options.kv_dtype, options.threads) == ("float32", "int8", 2)
     assert (options.tokenizer, options.draft, options.trust_remote_code) == ("t.json", "small", True)
-    assert options.adapter == "lora"
+    assert options.adapter == "lora" and options.memory == Memory(window=64, recall=96, sinks=32)
     assert (options.max_memory_gb, options.performance_mode, options.thermal_throttle) == (6, "efficiency", True)
 
 
