@@ -58,8 +58,9 @@ def test_a_gguf_file_gets_a_tokenizer_that_reads_the_same(smollm2: Path, tmp_pat
         expected = engine.generate(ids, config=GenerationConfig(strategy="greedy", max_length=len(ids) + 12))
         texts = [prompt, "  Zwölf Boxkämpfer, 1234567 \n\n\t x = y[0];", "<|im_start|>user\nHi<|im_end|>\n"]
         wanted = [engine.tokenizer.encode(text) for text in texts]
-        chat = engine.chat_template.render([{"role": "user", "content": "Hi"}])
+        messages = [{"role": "user", "content": "Hi"}]
+        chat = engine.tokenizer.apply_chat_template(messages)
     assert genai_ids(tmp_path / "onnx", ids, len(expected)) == expected
     tokenizer = genai.Tokenizer(genai.Model(str(tmp_path / "onnx")))
     assert [list(tokenizer.encode(text)) for text in texts] == wanted
-    assert tokenizer.apply_chat_template('[{"role": "user", "content": "Hi"}]', add_generation_prompt=True) == chat
+    assert tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True) == chat

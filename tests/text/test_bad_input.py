@@ -71,6 +71,8 @@ def test_sentencepiece_metadata(changes: dict[str, Any], message: str) -> None:
 def test_unsupported_kinds_list_those_supported() -> None:
     with pytest.raises(UnsupportedError, match=r"tokenizer\.ggml\.model is 'bert'; supported are gpt2, llama"):
         build(byte_level(model="bert"))
+    with pytest.raises(UnsupportedError, match=r"tokenizer\.ggml\.model is '\[\]'; supported are"):
+        build(byte_level(model=np.array([], dtype=np.int32)))
     with pytest.raises(UnsupportedError, match=r"tokenizer\.ggml\.pre is 'new'; supported are .*llama-bpe.*qwen2"):
         build(byte_level(pre="new"))
 

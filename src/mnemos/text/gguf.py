@@ -24,7 +24,7 @@ _SPACE = "\u2581"
 def model_name(metadata: Mapping[str, Any], label: str) -> str:
     """`tokenizer.ggml.model`, if it is one that can be built."""
     name = metadata.get(PREFIX + "model")
-    if name is None or name == "none":
+    if name is None or (isinstance(name, str) and name == "none"):  # any kind of value may stand there
         found = "is missing" if name is None else "is 'none'"
         raise FormatError(f"{label}: {PREFIX}model {found}; the file holds no tokenizer")
     if not isinstance(name, str) or name not in MODELS:

@@ -49,7 +49,8 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether `write_tokenizer` finds one among the model's files."""
     if checkpoint.kind == "gguf":
-        return checkpoint.metadata.get("tokenizer.ggml.model") not in (None, "none")
+        name = checkpoint.metadata.get("tokenizer.ggml.model")
+        return name is not None and not (isinstance(name, str) and name == "none")
     return any((checkpoint.folder / name).is_file() for name in (TOKENIZER_NAME, "tokenizer.model"))
 
 
