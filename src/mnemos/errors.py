@@ -3,6 +3,11 @@
 A message names the thing that is wrong, its value, and what would be right, in that order.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MnemosError(Exception):
     """Root of every error that Mnemos raises on purpose."""
@@ -42,6 +47,19 @@ class DownloadError(MnemosError):
 
 class MissingDependencyError(MnemosError, ImportError):
     """An optional package is not installed; the message names the extra to install."""
+
+
+@contextmanager
+def needing_extra(what: str, extra: str) -> Iterator[None]:
+    """Around the imports of an optional part: MissingDependencyError if a package that they need is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mnemos"):
+            raise
+        raise MissingDependencyError(
+            f"{error.name} is not installed; {what}: pip install 'mnemos[{extra}]'", name=error.name
+        ) from error
 
 
 def shown(value: object) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from mnemos.export.logits import compare_logits
 from mnemos.export.report import ExportReport
 from mnemos.export.sources import Source, measured_without_memory, open_source
 from mnemos.formats.checkpoint import open_checkpoint
-from mnemos.formats.whole_file import not_written
+from mnemos.formats.whole_file import beside
 from mnemos.hub.cache import Progress
 
 TOLERANCE = 1e-5  # of the largest logit, where no weight's type changes
@@ -65,17 +63,10 @@ def export_to_gguf(
             base, note = measured_without_memory(source.checkpoint)
             source, lost = Source(base, source.tokenizer), (note,)
         described = model_of(source.checkpoint, source.tokenizer)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        except OSError as error:
-            raise not_written(target, error) from error
-        try:
+        with beside(target) as work:
             made = work / "model.gguf"
             report = _write(source, described, made, quantization_type, progress)
             os.replace(made, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return replace(report, path=target, notes=(*report.notes, *lost))
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from mnemos.formats.safetensors import SINGLE_NAME
 from mnemos.formats.safetensors_writer import Entry as Stored
 from mnemos.formats.safetensors_writer import write_safetensors
 from mnemos.formats.tensor_types import TensorType
-from mnemos.formats.whole_file import not_written
+from mnemos.formats.whole_file import beside
 from mnemos.hub.cache import Progress
 from mnemos.models.conversion import Entry
 from mnemos.models.gguf_form import bare_gguf_form
@@ -66,21 +63,11 @@ def export_to_safetensors(
             base, note = measured_without_memory(source.checkpoint)
             source, lost = Source(base, source.tokenizer), (note,)
         config, entries = _described(source.checkpoint)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        except OSError as error:
-            raise not_written(target, error) from error
-        try:
+        with beside(target) as work:
             report = _write(source, config, entries, work / "model", dtype, progress)
             if target.exists():
                 os.replace(target, work / "old")
             os.replace(work / "model", target)
-        except OSError as error:
-            raise not_written(target, error) from error
-        finally:
-            with suppress(OSError):
-                shutil.rmtree(work)
     return replace(report, path=target, notes=(*report.notes, *lost))
 
 

@@ -73,6 +73,26 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for what will take its place; it is gone when the block ends. Errors: `not_written`'s."""
+    from shutil import rmtree  # see `new_folder`
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise not_written(path, error) from error
+    try:
+        yield work
+    except OSError as error:
+        if isinstance(error, MnemosError):
+            raise
+        raise not_written(path, error) from error
+    finally:
+        rmtree(work, ignore_errors=True)
+
+
+@contextmanager
 def late_errors(file: BinaryIO) -> Iterator[BinaryIO]:
     """A file for writers that cannot bear an OSError: what writing to `file` raises is raised when the block ends.
 

@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from mnemos.engine.engine import InferenceEngine
-from mnemos.errors import MissingDependencyError, MnemosError
+from mnemos.errors import MnemosError, needing_extra
 from mnemos.serve import decisions, generate, health, own, page_api, sessions
 from mnemos.serve import metrics as metrics_page
 from mnemos.serve.anthropic import messages as anthropic_messages
@@ -101,16 +101,10 @@ def app(
 def _tracing(settings: Settings, provider: TracerProvider | None) -> Tracing | None:
     if provider is None and settings.otlp_traces_endpoint is None:
         return None
-    try:
+    with needing_extra("traces need it", "otel"):
         from mnemos.serve.tracing import Tracing, exporting_to
 
         return Tracing(provider) if provider is not None else exporting_to(settings.otlp_traces_endpoint or "")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("mnemos"):
-            raise
-        raise MissingDependencyError(
-            f"{error.name} is not installed; traces need it: pip install 'mnemos[otel]'", name=error.name
-        ) from error
 
 
 class CheckedRoute(APIRoute):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mnemos.errors import MissingDependencyError
+from mnemos.errors import needing_extra
 
 if TYPE_CHECKING:
     from mnemos.cluster.ray_serve import application
@@ -15,12 +15,6 @@ __all__ = ["application"]
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with needing_extra("replicas on Ray need it", "ray"):
         from mnemos.cluster.ray_serve import application
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("mnemos"):
-            raise
-        raise MissingDependencyError(
-            f"{error.name} is not installed; replicas on Ray need it: pip install 'mnemos[ray]'", name=error.name
-        ) from error
     return application

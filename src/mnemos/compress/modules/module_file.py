@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from mnemos.compress.modules.state_file import DTYPES, entry_of, lost_types, real_form, restored_type
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError
 from mnemos.formats.mapping import excerpt
+from mnemos.formats.safetensors import read_notes
 from mnemos.formats.safetensors_writer import Entry
+from mnemos.formats.strict_json import parse_json_object
 
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -53,6 +55,17 @@ def entries_of(module: nn.Module) -> tuple[dict[str, Entry], dict[str, str], dic
             raise ModelError(f"{name} is {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
         tensors[name] = entry_of(tensor)
     return tensors, aliases, types
+
+
+def read_header(path: Path, note: str, version: int, kind: str, writer: str) -> dict[str, Any]:
+    """What the file of a changed module says of it. FormatError: it is none of the `kind` that `writer` has written."""
+    text = read_notes(path).get(note)
+    if text is None:
+        raise FormatError(f"{path}: is no {kind} module; expected a file that {writer} has written")
+    header = parse_json_object(text.encode(), f"{path}: {note}")
+    if header.get("version") != version:
+        raise FormatError(f"{path}: version is {excerpt(header.get('version'))}; this release reads {version}")
+    return header
 
 
 def make_module(

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from mnemos.compress.modules.kept_zeros import hold_zeros, is_held, mask_held
 from mnemos.compress.modules.layers import is_matrix, matrix_of
-from mnemos.compress.modules.module_file import entries_of, make_module, settings_of, tensors_of
+from mnemos.compress.modules.module_file import entries_of, make_module, read_header, settings_of, tensors_of
 from mnemos.compress.modules.structured import Removed
 from mnemos.errors import FormatError, ModelError
 from mnemos.formats.mapping import excerpt
-from mnemos.formats.safetensors import open_safetensors, read_notes
+from mnemos.formats.safetensors import open_safetensors
 from mnemos.formats.safetensors_writer import Entry, write_safetensors
-from mnemos.formats.strict_json import parse_json_object
 from mnemos.models.foreign.signature import unwrap
 
 NOTE = "mnemos.pruned_module"
@@ -117,12 +116,7 @@ def write_pruned(
 def read_pruned(path: Path) -> StoredPruned:
     """Opens a file. FormatError: it is none of these, or damaged."""
     stored = open_safetensors(path)
-    note = read_notes(path).get(NOTE)
-    if note is None:
-        raise FormatError(f"{path}: is no pruned module; expected a file that PrunedModel.save has written")
-    header = parse_json_object(note.encode(), f"{path}: {NOTE}")
-    if header.get("version") != _VERSION:
-        raise FormatError(f"{path}: version is {excerpt(header.get('version'))}; this release reads {_VERSION}")
+    header = read_header(path, NOTE, _VERSION, "pruned", "PrunedModel.save")
     try:
         return StoredPruned(
             path,

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.compress.modules.block_weights import BLOCK, TYPES, BlockWeights
-from mnemos.compress.modules.module_file import entries_of, settings_of, tensors_of
+from mnemos.compress.modules.module_file import entries_of, read_header, settings_of, tensors_of
 from mnemos.compress.modules.quantized_layers import QuantizedEmbedding, QuantizedLinear
 from mnemos.compress.modules.report import LayerReport
 from mnemos.errors import FormatError
 from mnemos.formats.mapping import excerpt
-from mnemos.formats.safetensors import open_safetensors, read_notes
+from mnemos.formats.safetensors import open_safetensors
 from mnemos.formats.safetensors_writer import write_safetensors
-from mnemos.formats.strict_json import parse_json_object
 from mnemos.models.foreign.signature import unwrap
 
 NOTE = "mnemos.quantized_module"
@@ -113,12 +112,7 @@ def write_model(path: Path, module: nn.Module, bits: int, method: str, reports: 
 def read_model(path: Path) -> StoredModel:
     """Opens a file. FormatError: it is none of these, or damaged."""
     stored = open_safetensors(path)
-    note = read_notes(path).get(NOTE)
-    if note is None:
-        raise FormatError(f"{path}: is no quantized module; expected a file that QuantizedModel.save has written")
-    header = parse_json_object(note.encode(), f"{path}: {NOTE}")
-    if header.get("version") != _VERSION:
-        raise FormatError(f"{path}: version is {excerpt(header.get('version'))}; this release reads {_VERSION}")
+    header = read_header(path, NOTE, _VERSION, "quantized", "QuantizedModel.save")
     try:
         return StoredModel(
             path,
