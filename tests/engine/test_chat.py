@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ def test_reasoning_is_apart_and_within_its_budget(engine: InferenceEngine) -> No
         "chat_template_kwargs": {"chat_template": THOUGHTFUL},
         "max_new_tokens": 20,
         "ignore_eos": True,
+        "bad_words": ["<", "</"],  # the model writes no marks by itself
     }
     answer = engine.chat(QUESTION, thinking_token_budget=3, **options)
     assert answer.reasoning and answer.text and "think>" not in answer.reasoning + answer.text
@@ -92,7 +93,26 @@ def test_reasoning_is_apart_and_within_its_budget(engine: InferenceEngine) -> No
               if isinstance(event, Piece)]  # fmt: skip
     for kind, text in (("reasoning", answer.reasoning), ("text", answer.text)):
         assert "".join(piece.text for piece in pieces if piece.kind == kind) == text
-    assert not engine.chat(QUESTION, thinking=False, **options).reasoning
+    plain = engine.chat(QUESTION, thinking=False, **options)
+    limited = engine.chat(QUESTION, thinking=False, thinking_token_budget=3, **options)
+    assert not plain.reasoning and limited.message == plain.message
+
+
+def test_reasoning_that_begins_again_has_the_rest_of_the_budget(engine: InferenceEngine) -> None:
+    assert engine.tokenizer is not None
+    script = engine.tokenizer.encode("one</think>Two<think>three four five", continues=True)
+
+    def written(token_ids: Sequence[int], logits: Any) -> None:
+        """Makes the model write the script, and then an A again and again."""
+        at = len(token_ids) - len(prompt)
+        logits[:] = -float("inf")
+        logits[script[at] if at < len(script) else letter] = 0
+
+    prompt = engine.tokenizer.encode_chat(QUESTION, chat_template=THOUGHTFUL)
+    letter = engine.tokenizer.encode("A", continues=True)[-1]
+    options: dict[str, Any] = {"chat_template_kwargs": {"chat_template": THOUGHTFUL}, "logits_processors": [written]}
+    answer = engine.chat(QUESTION, thinking_token_budget=6, max_new_tokens=30, ignore_eos=True, **options)
+    assert answer.reasoning.startswith("one") and "five" not in answer.reasoning and answer.text.endswith("AAA")
 
 
 def test_several_answers_and_an_event_loop(engine: InferenceEngine) -> None:

@@ -9,10 +9,12 @@ import random
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 
-from mnemos.text.tools.exchange import ReasoningBudget, functions_of, spelled_out
-from mnemos.text.tools.families import FAMILIES, HERMES, THINKING, family_of
+from mnemos.text.tools.budget import ReasoningBudget
+from mnemos.text.tools.exchange import functions_of, spelled_out
+from mnemos.text.tools.families import FAMILIES, HERMES, THINKING, Thinking, family_of
 from mnemos.text.tools.forcing import forced_calls
 from mnemos.text.tools.fragments import CallName, Reasoning, Text
 from mnemos.text.tools.reader import AnswerReader
@@ -200,23 +202,45 @@ def test_a_template_without_tools_gets_them_as_text() -> None:
     assert result == {"role": "user", "content": "<tool_response>\ndone\n</tool_response>"}
 
 
-def test_reasoning_ends_with_its_budget() -> None:
-    budget = ReasoningBudget(budget=3, end=[7, 8])
+class Letters:
+    """A tokenizer of one token a character, the letter's code."""
 
-    def allowed(generated: list[int]) -> list[int]:
-        logits = [0.0] * 10
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [ord(letter) for letter in text]
 
-        class Row(list):  # type: ignore[type-arg]
-            def __setitem__(self, where: Any, value: Any) -> None:
-                super().__setitem__(where, [value] * 10 if isinstance(where, slice) else value)
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(map(chr, ids))
 
-        row = Row(logits)
-        budget([0, 0, *generated], row)
-        return [token for token, value in enumerate(row) if value > -float("inf")]
 
-    assert len(allowed([])) == 10 and len(allowed([1, 1])) == 10
-    assert allowed([1, 1, 1]) == [7] and allowed([1, 1, 1, 7]) == [8] and len(allowed([1, 1, 1, 7, 8])) == 10
-    assert len(allowed([7, 8, 1])) == 10  # it has ended by itself
+@pytest.mark.parametrize(
+    ("inside", "answer", "forced"),
+    [
+        (True, "", ""),
+        (True, "ab", ""),
+        (True, "abc", "<"),
+        (True, "abc</thi", "n"),
+        (True, "ab</t", "h"),  # as it began by itself
+        (True, "abc</think>", ""),
+        (True, "abc</think>more words", ""),
+        (True, "a</think>", ""),
+        (True, "a</think>text <think>", "<"),  # reasoning that begins again has what is left: nothing
+        (True, "a</think>text <think></think>", ""),
+        (False, "words without reasoning", ""),
+        (False, "<think>ab", ""),
+        (False, "<think>abc", "<"),
+    ],
+)
+def test_reasoning_ends_with_its_budget(inside: bool, answer: str, forced: str) -> None:
+    tokenizer: Any = Letters()
+    prompt = tokenizer.encode("Why?")
+    whole = ReasoningBudget(3, Thinking("<think>", "</think>"), tokenizer, inside=inside)
+    for length in range(len(answer) + 1):
+        logits = np.zeros(128, np.float32)
+        whole([*prompt, *tokenizer.encode(answer[:length])], logits)
+    allowed = np.flatnonzero(np.isfinite(logits))
+    assert [chr(token) for token in allowed] == list(forced) or (not forced and len(allowed) == 128)
+    whole([*prompt, ord("x")], logits := np.zeros(128, np.float32))  # another sequence of the same request
+    assert np.isfinite(logits).all()
 
 
 def test_objects_of_a_closed_schema_have_the_listed_properties_only() -> None:

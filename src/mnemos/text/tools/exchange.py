@@ -14,6 +14,7 @@ from typing import Any
 from mnemos.errors import RequestError, shown
 from mnemos.text.conversation import Message, TemplateRefusal, check_messages
 from mnemos.text.tokenizer import Tokenizer
+from mnemos.text.tools.budget import ReasoningBudget
 from mnemos.text.tools.families import HERMES, Family, Thinking, family_of, thinking_of
 from mnemos.text.tools.forcing import forced_calls, forcible
 from mnemos.text.tools.forms import Schemas
@@ -101,8 +102,7 @@ def exchange(
         fields["stop"] = [family.end]
         fields["include_stop_str_in_output"] = True
     if budget is not None and marks is not None:
-        end = tokenizer.encode(marks.end, continues=True)
-        fields["logits_processors"] = [ReasoningBudget(budget, end)]
+        fields["logits_processors"] = [ReasoningBudget(budget, marks, tokenizer, inside=inside)]
     texts = [*_mark_texts(family), *((marks.start, marks.end) if marks else ())]
     known = {token: tokenizer.decode([token], skip_special=False) for text in texts for token in specials(text)}
     return Exchange(
@@ -177,34 +177,6 @@ def spelled_out(messages: Sequence[Message], functions: Sequence[Mapping[str, An
     if first.get("role") in ("system", "developer") and isinstance(first.get("content"), str):
         return [{**first, "content": f"{first['content']}\n\n{text}"}, *written[1:]]
     return [{"role": "system", "content": text}, *written]
-
-
-class ReasoningBudget:
-    """A logits processor: after `budget` tokens of reasoning, the mark that ends it is all that may come."""
-
-    def __init__(self, budget: int, end: Sequence[int]) -> None:
-        self._budget = budget
-        self._end = list(end)
-        self._prompt: int | None = None  # its length: the first call comes before the first token
-
-    def __call__(self, token_ids: Sequence[int], logits: Any) -> None:
-        if self._prompt is None:
-            self._prompt = len(token_ids)
-        first = self._prompt + self._budget
-        done = len(token_ids) - first
-        if not 0 <= done < len(self._end):
-            return
-        reasoning = list(token_ids[self._prompt : first])
-        if list(token_ids[first:]) != self._end[:done] or _contains(reasoning, self._end):
-            return
-        forced = self._end[done]
-        kept = logits[forced]
-        logits[:] = -float("inf")
-        logits[forced] = kept if kept > -float("inf") else 0.0
-
-
-def _contains(tokens: list[int], part: list[int]) -> bool:
-    return any(tokens[start : start + len(part)] == part for start in range(len(tokens) - len(part) + 1))
 
 
 def _opens_reasoning(tokenizer: Tokenizer, prompt_ids: list[int], marks: Thinking) -> bool:
