@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from mnemos.cli.main import main
+from mnemos.export.genai import DecoderExporter
 from tests.models.checkpoints import CONFIGS, build
 
 
@@ -34,6 +35,25 @@ def test_files_that_exist_and_formats_that_do_not_are_refused(
     assert (tmp_path / "model.pt").read_text() == "mine"
     assert main(["export", str(folder), "--to", "onxx", "--out", str(tmp_path)]) != 0
     assert "--to is 'onxx'; expected some of onnx" in capsys.readouterr().err
+
+
+def test_a_format_that_fails_is_named_and_the_others_are_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(DecoderExporter, "_write", fails)
+    out = tmp_path / "out"
+    assert main(["export", str(folder), "--to", "torchscript,onnx,pt2", "--out", str(out)]) == 1
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["format", "torchscript", "pt2"]
+    assert "mnemos: error: onnx: WithCache cannot be exported to ONNX file: ZeroDivisionError: why" in shown.err
+    assert sorted(file.name for file in out.iterdir()) == ["model.pt", "model.pt2"]  # no folder for onnx
+    assert main(["export", str(folder), "--to", "onnx", "--out", str(tmp_path / "none")]) == 1
+    assert not capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+def fails(*_: object) -> list[str]:
+    raise ZeroDivisionError("why")
 
 
 def test_gguf_files_and_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mnemos.errors import UnsupportedError  # noqa: E402
+from mnemos.export.formats import export_model  # noqa: E402
 from mnemos.export.onnx import ONNXExporter  # noqa: E402
 from mnemos.export.programs import ProgramExporter  # noqa: E402
 from mnemos.export.torch_form import TorchForm, WithCache, cache_example  # noqa: E402
@@ -89,3 +91,11 @@ def test_an_onnx_file_with_a_cache_routes_prompts_and_tokens(make: Any, tmp_path
 def test_a_window_that_no_cache_of_keys_holds_is_refused(make: Any) -> None:
     with pytest.raises(UnsupportedError, match="rolling or hybrid routing"):
         WithCache(make(CHAPTERED[0], "rolling"))
+
+
+def test_what_dropping_the_memory_loses_is_noted_of_every_format(tmp_path: Path, base_folder: Path) -> None:  # noqa: F811
+    folder = write_folder(read_reference(CHAPTERED[0]), tmp_path / "model", "token", base_folder)
+    with pytest.warns(UserWarning, match="without its memory the model loses"):
+        report = export_model(folder, ["torchscript"], tmp_path / "out", drop_memory=True)["torchscript"]
+    assert any(re.search(r"loses \d[\d.e-]* nats a token", note) for note in report.notes)
+    assert not [name for name, _ in torch.jit.load(report.path).named_parameters() if "memory_keys" in name]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnemos.cli.terminal import ProgressBar
+from mnemos.cli.terminal import ProgressBar, one_line
 from mnemos.export.formats import FORMATS, export_model
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     def begun(name: str) -> None:
         print(f"{time.perf_counter() - began:5.0f} s  writing {name} and comparing it", file=sys.stderr)
 
+    problems: dict[str, Exception] = {}
     names = [name.strip() for name in arguments.to.split(",") if name.strip()]
     reports = export_model(
         source,
@@ -58,12 +60,18 @@ def run(arguments: argparse.Namespace) -> int:
         drop_memory=arguments.drop_memory,
         make_environment=arguments.make_environment,
         begun=begun,
+        failed=problems.__setitem__,
     )
-    print(_table(reports))
+    if reports:
+        print(_table(reports))
     for name, report in reports.items():
         for note in report.notes:
             print(f"{name}: {note}", file=sys.stderr)
-    return 0
+    for name, problem in problems.items():
+        if arguments.debug:
+            traceback.print_exception(problem)
+        print(f"mnemos: error: {name}: {one_line(problem)}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def _table(reports: dict[str, ExportReport]) -> str:

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from mnemos import __version__
-from mnemos.errors import ConfigError, MnemosError
+from mnemos.errors import ConfigError
 
 # Each is a module of this package with `add_arguments(parser)` and `run(arguments) -> exit code`.
 COMMANDS = {
@@ -113,7 +113,9 @@ def _run(words: list[str]) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"mnemos: error: {_one_line(error)}", file=sys.stderr)
+        from mnemos.cli.terminal import one_line  # here, as most commands end without an error
+
+        print(f"mnemos: error: {one_line(error)}", file=sys.stderr)
         return USAGE if isinstance(error, ConfigError) else FAILURE
 
 
@@ -176,14 +178,3 @@ def _discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, MnemosError):
-        return text
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    return f"unexpected {type(error).__name__}: {text} (--debug shows the traceback)"

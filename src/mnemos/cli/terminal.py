@@ -8,6 +8,8 @@ import time
 from types import TracebackType
 from typing import TextIO
 
+from mnemos.errors import MnemosError
+
 _REDRAW_SECONDS = 0.1
 _CLEAR = "\r\x1b[K"
 
@@ -25,6 +27,18 @@ def dim(text: str, stream: TextIO) -> str:
 def remark(text: str) -> None:
     """Prints a quiet line beside the actual output."""
     print(dim(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def one_line(error: Exception) -> str:
+    """What is wrong, in one line for a terminal; an error that Mnemos does not raise on purpose is marked as such."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MnemosError):
+        return text
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    return f"unexpected {type(error).__name__}: {text} (--debug shows the traceback)"
 
 
 def human_bytes(count: float) -> str:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ class ModelExporter:
             raise ConfigError(f"{target} is a folder; expected the path of a file to write")
         if target.is_file() and self.is_folder:
             raise ConfigError(f"{target} is a file; expected the path of a folder to write")
+        new = [parent for parent in target.parents if not parent.exists()]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -136,6 +137,9 @@ class ModelExporter:
                 os.replace(file, target.parent / file.name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # the first one that has something in it
+                for parent in new:
+                    parent.rmdir()
         self.report = ExportReport(
             self.format, target, size, needed, None if found is None else found.error,
             () if found is None else found.shapes, 0 if found is None else found.inputs, versions, speed, tuple(notes),

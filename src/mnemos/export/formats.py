@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,12 +179,17 @@ def export_model(
     drop_memory: bool = False,
     make_environment: bool = False,
     begun: Callable[[str], None] = lambda name: None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, ExportReport]:
     """Exports a GGUF file or Hugging Face folder of a built-in architecture to each format, in float32.
 
-    drop_memory: exports the base of a memory-augmented model, after a warning that says what that loses.
-    begun: called with each format's name before it is written. ConfigError: an unknown format, or a file that exists;
-    other errors are those of `TorchForm` and the exporters. A format that fails leaves the ones before it.
+    drop_memory: exports the base of a memory-augmented model, after a warning that says what that loses, which every
+    report notes too. begun: called with each format's name before it is written.
+    failed: called with the name of a format that cannot be written and why; the others are written all the same. None:
+    the error is raised, and the formats before it are kept.
+
+    ConfigError: an unknown format, or a file that exists, before anything is written; other errors are those of
+    `TorchForm` and the exporters.
     """
     if not formats:
         raise ConfigError(f"--to is empty; expected some of {', '.join(FORMATS)}, with commas between")
@@ -195,13 +200,22 @@ def export_model(
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder} is a file; expected a folder")
     checkpoint = open_checkpoint(source)
+    lost: tuple[str, ...] = ()
     if drop_memory:
         from mnemos.export.sources import measured_without_memory
 
-        checkpoint, _ = measured_without_memory(checkpoint)
+        checkpoint, note = measured_without_memory(checkpoint)
+        lost = (note,)
     model = ExportSource(checkpoint, make_environment)
     reports = {}
     for name, one in chosen.items():
         begun(name)
-        reports[name] = one.write(model, folder / one.path)
+        try:
+            report = one.write(model, folder / one.path)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(name, error)
+        else:
+            reports[name] = replace(report, notes=(*report.notes, *lost))
     return reports
