@@ -50,7 +50,7 @@ def test_a_client_that_leaves_leaves_the_replica(engine: InferenceEngine) -> Non
         body = {**BODY, "max_tokens": 1500, "ignore_eos": True, "stream": True}
         with front.stream("POST", "/v1/chat/completions", json=body) as response:
             next(response.iter_lines())
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while engine.stats().cancelled == before and time.monotonic() < end:
             time.sleep(0.01)
     assert engine.stats().cancelled == before + 1

@@ -69,9 +69,9 @@ def test_killed_at_random(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 def test_killed_at_random_for_long(tmp_path: Path) -> None:
-    kill_often(tmp_path, 200)
+    kill_often(tmp_path, 60)
 
 
 def test_a_reopened_file_continues_where_writing_stopped(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.engine.toys import SlowModel, ToyModel, toy_greedy
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 
 
-def wait_until(condition: object, seconds: float = 20) -> None:
+def wait_until(condition: object, seconds: float = 60) -> None:
     limit = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < limit
@@ -185,7 +185,7 @@ def test_a_full_queue_refuses_at_once_and_lists_wait() -> None:
     with InferenceEngine(model, max_sequences=1, queue_size=2) as engine:
         engine.subscribe(events.append)
         first = engine.submit(PROMPT, max_new_tokens=5)
-        model.entered.wait(20)
+        assert model.entered.wait(60)
         waiting = [engine.submit(PROMPT, max_new_tokens=5) for _ in range(2)]
         with pytest.raises(CapacityError, match="full: 2"):
             engine.submit(PROMPT)
@@ -202,7 +202,7 @@ def test_cancels_do_not_fill_the_queue() -> None:
     model = SlowModel()
     with InferenceEngine(model, max_sequences=1, queue_size=4) as engine:
         first = engine.submit(PROMPT, max_new_tokens=5)
-        model.entered.wait(20)
+        assert model.entered.wait(60)
         for _ in range(20):
             first.cancel()  # the engine's thread is busy: these pile up
         waiting = engine.submit(PROMPT, max_new_tokens=5)
@@ -213,11 +213,11 @@ def test_cancels_do_not_fill_the_queue() -> None:
 def test_deadlines_are_for_those_who_wait() -> None:
     model = SlowModel()
     with InferenceEngine(model, max_sequences=1) as engine:
-        first = engine.submit(PROMPT, max_new_tokens=5, deadline=0.05)
-        model.entered.wait(20)
+        first = engine.submit(PROMPT, max_new_tokens=5, deadline=1)
+        assert model.entered.wait(60)
         late = engine.submit(PROMPT, deadline=0.05)
         patient = engine.submit(PROMPT, max_new_tokens=5, deadline=1000)
-        time.sleep(0.1)
+        time.sleep(1.1)
         model.free()
         assert len(first.result().token_ids) == 5  # it had started
         with pytest.raises(CapacityError, match="deadline"):
@@ -254,7 +254,7 @@ def test_close_drains_or_aborts() -> None:
     model = SlowModel()
     engine = InferenceEngine(model)
     handle = engine.submit(PROMPT)
-    model.entered.wait(20)
+    assert model.entered.wait(60)
     threading.Timer(0.05, model.free).start()
     engine.close()
     with pytest.raises(MnemosError, match="closed before"):

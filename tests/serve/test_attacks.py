@@ -76,9 +76,9 @@ def with_field(body: dict[str, Any], name: str, text: str) -> str:
 
 
 def assert_clean(response: httpx.Response, *statuses: int) -> None:
-    """An error has the status, arrives quickly, and shows nothing of the server's inside."""
+    """An error has the status, arrives soon, and shows nothing of the server's inside."""
     assert response.status_code in statuses, response.text[:500]
-    assert response.elapsed.total_seconds() < 5
+    assert response.elapsed.total_seconds() < 20
     for secret in ("Traceback", "/src/", "site-packages", "object at 0x", ".py"):
         assert secret not in response.text
 

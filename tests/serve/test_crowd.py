@@ -65,7 +65,7 @@ async def crowd(address: str, count: int, tokens: int, longest_patience: float) 
     return Counter(await asyncio.gather(*(stream(address, tokens, one) for one in patience)))
 
 
-def eventually(true: Callable[[], bool], seconds: float = 10.0) -> bool:
+def eventually(true: Callable[[], bool], seconds: float = 60.0) -> bool:
     """Whether it becomes true before so much time has passed: a server notices that a client has left soon after."""
     end = time.monotonic() + seconds
     while not true():
@@ -91,6 +91,7 @@ def test_nothing_is_left_behind_by_a_crowd() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_thousand_streams_at_once(smollm2: Path) -> None:
     with served(str(smollm2)) as server:
         memory = []

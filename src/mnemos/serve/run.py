@@ -22,6 +22,7 @@ from mnemos.serve.settings import LOCAL, Settings
 
 BACKLOG = 2048  # connections that wait to be accepted
 ACCEPTED = 16  # in one turn of the event loop
+TICK = 1.0  # seconds
 # Seconds for which a thread that reads a prompt may keep the interpreter from the event loop, which asks for it again
 # after each write. Python's default of 0.005 would slow down all streams when many requests arrive.
 SWITCH = 0.001
@@ -134,10 +135,10 @@ class Server(uvicorn.Server):
         notify("READY=1")
 
     async def main_loop(self) -> None:
-        """Wakes once a second, for the date in the headers, and at the end; uvicorn itself wakes ten times as often."""
+        """Wakes every TICK, for the date in the headers, and at the end; uvicorn itself wakes ten times as often."""
         while not await self.on_tick(0):
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), 1.0)
+                await asyncio.wait_for(self._stopped.wait(), TICK)
 
     def stop(self) -> None:
         """Ends the server as a signal does. From any thread."""

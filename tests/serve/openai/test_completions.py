@@ -199,7 +199,7 @@ def test_numbers_of_any_size_are_refused_or_answered(client: httpx.Client) -> No
             body = json.dumps({"prompt": "a", "max_tokens": 1, name: value})
             response = client.post(PATH, content=body, headers={"content-type": "application/json"})
             assert response.status_code == 400 or (name, value) in ALLOWED, (name, value, response.text)
-            assert response.elapsed.total_seconds() < 2
+            assert response.elapsed.total_seconds() < 20
 
 
 ALLOWED = [("priority", -1), ("top_k", -1), ("prompt_logprobs", True), ("top_k", 2**31)]

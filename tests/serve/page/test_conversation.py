@@ -342,7 +342,7 @@ def test_a_reply_that_a_closed_page_cut_off_is_kept(page: Any, script: Script) -
 
 
 def _until(condition: Any) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)
