@@ -43,7 +43,7 @@ def by_hand(engine: InferenceEngine, question: Any) -> list[float]:
     "question",
     [
         Predicate("Is the customer asking for a refund?"),
-        Choice("What is this about?", LABELS),
+        Choice("What is this about?", LABELS[:12]),
         Score("How angry is the customer?", ["calm", "annoyed", "angry"]),
     ],
 )
