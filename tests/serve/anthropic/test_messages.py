@@ -62,9 +62,12 @@ def test_a_forced_tool_use(sdk: anthropic.Anthropic, choice: Any) -> None:
 
 
 def test_a_stop_sequence_is_named(sdk: anthropic.Anthropic) -> None:
-    message = sdk.messages.create(model="smollm2", max_tokens=40, messages=ASKED, stop_sequences=["Par"])
+    said = {"regex": "It is Paris\\."}
+    message = sdk.messages.create(
+        model="smollm2", max_tokens=40, messages=ASKED, stop_sequences=["Par"], extra_body=said
+    )
     assert message.stop_reason == "stop_sequence" and message.stop_sequence == "Par"
-    assert "Par" not in message.content[0].text  # type: ignore[union-attr]
+    assert message.content[0].text == "It is "  # type: ignore[union-attr]
 
 
 def test_counting_is_what_the_prompt_takes(sdk: anthropic.Anthropic) -> None:
