@@ -42,10 +42,9 @@ quick: lint
 	@echo '== pytest, without PyTorch and slow tests, the fastest kernels alone'
 	@$(BIN)/python -m pytest -n auto --dist worksteal --without-torch --one-level -m 'not slow'
 
-# A process for each core, and then one alone for the tests that need the machine, or its GPU, to themselves.
+# A process for each core, each with the tests of its part of the tree; who is done takes some of another's.
 pytest: $(VENV)/.done-dev native-tests
-	@echo '== pytest' && $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m 'not alone and not gpu'
-	@echo '== pytest, one test at a time' && $(BIN)/python -m pytest -m 'alone or gpu'
+	@echo '== pytest' && $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 bench: $(VENV)/.done-install
 	@$(BIN)/mnemos bench smollm2-135m
