@@ -194,7 +194,9 @@ ActivationKind activation_kind(const std::string &name) {
   if (name == "gelu") return ActivationKind::gelu;
   if (name == "gelu_tanh") return ActivationKind::gelu_tanh;
   if (name == "relu") return ActivationKind::relu;
-  throw config_error("activation '" + name + "' is unknown; it must be silu, gelu, gelu_tanh or relu");
+  if (name == "sigmoid") return ActivationKind::sigmoid;
+  if (name == "tanh") return ActivationKind::tanh;
+  throw config_error("activation '" + name + "' is unknown; it must be silu, gelu, gelu_tanh, relu, sigmoid or tanh");
 }
 
 nb::object as_array(const OutputView &output) {

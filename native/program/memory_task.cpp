@@ -54,7 +54,7 @@ class MemoryTask : public Task {
     return (span < m_.shared ? 1 : m_.scaling * weights[span - m_.shared]) / total;
   }
   float result_share(const Step &step, int64_t row, int64_t span, int thread) const {
-    if (!m_.separate || span < m_.shared) return 1;
+    if (m_.chapters == 0 || !m_.separate || span < m_.shared) return 1;
     return m_.scaling * step.data(operands_.weights, thread)[row * m_.chosen + span - m_.shared];
   }
   // Whether a softmax ends with this span.

@@ -7,7 +7,7 @@
 
 namespace mnemos {
 
-enum class ActivationKind { silu, gelu, gelu_tanh, relu };
+enum class ActivationKind { silu, gelu, gelu_tanh, relu, sigmoid, tanh };
 enum class CacheType { float32, float16, bfloat16, int8 };
 
 // Keys are attended to in blocks of at most this many positions, none of which crosses a multiple of it. Blocks are

@@ -52,6 +52,8 @@ void layer_norm(const float *x, const float *weight, const float *bias, float ep
   });
 }
 
+inline Vec sigmoid(Vec x) { return div(splat(1.0f), add(splat(1.0f), exp(sub(zero(), x)))); }
+
 // x / (1 + e^-x)
 inline Vec silu(Vec x) { return div(x, add(splat(1.0f), exp(sub(zero(), x)))); }
 
@@ -110,6 +112,8 @@ void with_activation(ActivationKind kind, const Run &run) {
     case ActivationKind::gelu: return run([](Vec x) { return gelu(x); });
     case ActivationKind::gelu_tanh: return run([](Vec x) { return gelu_tanh(x); });
     case ActivationKind::relu: return run([](Vec x) { return max(x, zero()); });
+    case ActivationKind::sigmoid: return run([](Vec x) { return sigmoid(x); });
+    case ActivationKind::tanh: return run([](Vec x) { return tanh(x); });
   }
 }
 

@@ -118,6 +118,7 @@ def _memory(params: MemoryParams, chosen: int) -> Run:
 
 MEMORIES = {
     "memory": (MemoryParams(6, 2, 24, 0.2, rows=300), 0),
+    "memory undivided, by token": (MemoryParams(4, 2, 16, 0.3, rows=70, scaling=0.5, separate=True), 0),
     "memory of one row": (MemoryParams(3, 3, 8, 0.4, rows=1), 0),
     "memory by chapters": (MemoryParams(4, 1, 32, 0.2, rows=12 * 17, chapters=12), 3),
     "memory by chapters, some shared": (

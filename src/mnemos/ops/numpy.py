@@ -232,6 +232,10 @@ class NumpyOps:
             y = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x.astype(np.float64) ** 3)))
         elif kind == "relu":
             y = np.maximum(x, 0)
+        elif kind == "sigmoid":
+            y = 1 / (1 + np.exp(-x.astype(np.float64)))
+        elif kind == "tanh":
+            y = np.tanh(x)
         else:
             raise ValueError(f"activation {kind!r} is unknown")
         return np.asarray(y, dtype=np.float32)

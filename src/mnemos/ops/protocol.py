@@ -23,7 +23,7 @@ Matrix = Any
 Factors = Any  # a backend's own form of the factors of adapters
 Bank = Any  # a backend's own form of a memory bank's keys and values
 Forward = Callable[[Any, Any, Any], tuple[Array, ...]]  # (ops, batch, cache) -> (hidden, logits, *early logits)
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh")
 
 
 @dataclass(frozen=True)

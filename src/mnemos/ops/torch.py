@@ -263,6 +263,8 @@ class TorchOps:
             return F.silu(x)
         if kind == "relu":
             return F.relu(x)
+        if kind in ("sigmoid", "tanh"):
+            return torch.sigmoid(x) if kind == "sigmoid" else torch.tanh(x)
         return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
     def gated_activation(self, gate: Tensor, up: Tensor, kind: str) -> Tensor:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mnemos.contract import Cache
-from mnemos.errors import UnsupportedError
 from mnemos.models.blocks import MLP, GatedMLP, load_attention, load_head, only, run_layers
 from mnemos.models.config import DecoderConfig, read_shape
 from mnemos.models.fields import Fields
@@ -16,7 +15,7 @@ from mnemos.models.memory_transformer.config import Config, parse_config
 from mnemos.models.memory_transformer.reader import MemoryReader, ReaderLoader
 from mnemos.models.rope import read_rope
 from mnemos.models.weights import LayerNorm, RMSNorm, Weights
-from mnemos.ops.protocol import ACTIVATIONS, Array, Ops, RopeParams
+from mnemos.ops.protocol import Array, Ops, RopeParams
 
 Norm = RMSNorm | LayerNorm
 
@@ -134,9 +133,4 @@ def load_mlp(weights: Weights, name: str, config: MemoryTransformerConfig) -> ML
     down = weights.linear(f"{name}.down_proj", hidden, inner)
     if activation == "swiglu":
         return GatedMLP(weights.linear(f"{name}.gate_proj", inner, hidden), up, down, "silu")
-    if activation not in ACTIVATIONS:
-        raise UnsupportedError(
-            f"{weights.path}: hidden_activation is {activation!r}; supported are swiglu, silu, relu and gelu here, and "
-            "all as a module: InferenceEngine(MemoryTransformer(config))"
-        )
     return MLP(up, down, activation)

@@ -124,7 +124,7 @@ class ReaderLoader:
             chapters=settings.num_chapters if by_chapter else 0,
             shared=shared if by_chapter else 0,
             scaling=settings.routed_scaling_factor,
-            separate=settings.routing_strategy_inference == "token",
+            separate=by_chapter and settings.routing_strategy_inference == "token",
         )
         number = self.layers[layer]
         rows = self._read_bank(number, width)
