@@ -16,12 +16,13 @@ VOCABULARY = 704
 TEMPLATE = "{% for m in messages %}<|start|>{{ m.content }}<|end|>\r\n{% endfor %}"
 
 
-def folder_of(name: str, folder: Path) -> Reference:
-    """A model of transformers with a byte-level tokenizer, saved to a folder."""
+def folder_of(name: str, folder: Path, **changes: object) -> Reference:
+    """A model of transformers with a byte-level tokenizer, saved to a folder; changes: of its config."""
     folder.mkdir(parents=True)
     make(folder, STEPS["gpt-2"], chat_template=TEMPLATE)
     config = CONFIGS[name]()
-    config.vocab_size = VOCABULARY
+    for field, value in {"vocab_size": VOCABULARY, **changes}.items():
+        setattr(config, field, value)
     return build(config, folder)
 
 

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
 
 from mnemos import InferenceEngine, export_to_gguf  # noqa: E402
+from mnemos.compress.quantize import quantize_file  # noqa: E402
 from mnemos.errors import CapacityError, ConfigError, FormatError, ModelError, UnsupportedError  # noqa: E402
 from mnemos.formats.gguf import GGUFFile  # noqa: E402
 from mnemos.formats.gguf_writer import RawValue, writing_gguf  # noqa: E402
@@ -160,6 +161,40 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is Q8_0 already"):
         export_to_gguf(out, tmp_path / "smaller.gguf", "q4_k_m")
     assert export_to_gguf(tmp_path / "model", out, overwrite=True).error <= 1e-6
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "rope_theta": 10000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "name, changes, because",
+    [
+        ("qwen2", {"rope_parameters": LLAMA3}, "it has no scaling of rotary embeddings as Llama 3's for qwen2 models"),
+        ("llama", {"rope_parameters": YARN | {"beta_slow": 2.0}}, "its YaRN always has the betas 32 and 1"),
+        ("gemma", {"tie_word_embeddings": False}, "the output projection of its gemma models is the embedding"),
+        ("gemma2", {"attn_logit_softcapping": None}, "it limits the scores and logits of all gemma2 models"),
+        ("olmo2", {"head_dim": 24}, "the heads of its olmo2 models are together as wide as the model"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 0], "attention_bias": True}, "its smollm3 models have no biases"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused_and_quantized_with_a_warning(
+    name: str, changes: dict[str, object], because: str, tmp_path: Path
+) -> None:
+    folder_of(name, tmp_path / "model", **changes)
+    with pytest.raises(UnsupportedError, match=f"llama.cpp cannot run it: {because}.*; mnemos quantize makes"):
+        export_to_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    assert left(tmp_path) == ["model"]
+    with pytest.warns(UserWarning, match=f"llama.cpp will not run the file, only Mnemos: {because}"):
+        quantize_file(tmp_path / "model", tmp_path / "own.gguf", "f32")
+    assert export_to_gguf(tmp_path / "own.gguf", tmp_path / "again.gguf").error == 0
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:

@@ -48,6 +48,15 @@ ROPES = {
         "rope_theta": 10000.0,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
+    "yarn-own": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+        "beta_fast": 8.0,
+        "beta_slow": 2.0,
+        "attention_factor": 1.3,
+    },
 }
 
 
@@ -108,6 +117,29 @@ def test_scaled_rotations_are_kept(kind, tmp_path):
     build(config, folder)
     ids = token_ids(40)
     assert np.allclose(logits(converted(folder, tmp_path), ids), logits(folder, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_dynamic_scaling_is_left_out_within_the_trained_length(tmp_path):
+    folder = tmp_path / "model"
+    config = CONFIGS["llama"]()
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    build(config, folder)
+    with pytest.warns(UserWarning, match="no dynamic scaling .* up to 256 tokens, within which nothing is scaled"):
+        path = converted(folder, tmp_path)
+    ids = token_ids(40)
+    assert np.allclose(logits(path, ids), logits(folder, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gpt_neox"])
+def test_a_tied_head_is_written_again_where_llama_cpp_needs_one(name, tmp_path):
+    folder = tmp_path / "model"
+    config = CONFIGS[name]()
+    config.tie_word_embeddings = True
+    build(config, folder)
+    path = converted(folder, tmp_path)
+    assert "output.weight" in open_checkpoint(path).tensors
+    ids = token_ids(24)
+    assert np.allclose(logits(path, ids), logits(folder, ids), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -29,6 +30,7 @@ from mnemos.formats.tensor_types import TensorType
 from mnemos.hub.cache import Progress
 from mnemos.models.conversion import Entry
 from mnemos.models.gguf_form import gguf_form
+from mnemos.models.llama_cpp import refused_because
 from mnemos.version import __version__
 
 Bytes = npt.NDArray[np.uint8]
@@ -94,8 +96,13 @@ def quantize_file(
     mix_named(type)
     if out.exists() and source.exists() and out.samefile(source):
         raise ConfigError(f"out is {str(out)!r}, the model itself; give another file")
+    checkpoint = open_checkpoint(source)
+    model = model_of(checkpoint)
+    because = None if checkpoint.kind == "gguf" else refused_because(model.metadata, model.tensors)
+    if because is not None:
+        warnings.warn(f"{source}: llama.cpp will not run the file, only Mnemos: {because}", stacklevel=2)
     return quantize_model(
-        open_model(source),
+        model,
         out,
         type,
         importance=importance,

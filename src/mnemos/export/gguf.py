@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mnemos.compress.quantize import Model, model_of, quantize_model
-from mnemos.errors import ConfigError
+from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.export.logits import compare_logits
 from mnemos.export.report import ExportReport
 from mnemos.export.sources import Source, measured_without_memory, open_source
 from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.formats.whole_file import beside
 from mnemos.hub.cache import Progress
+from mnemos.models.llama_cpp import refused_because
 
 TOLERANCE = 1e-5  # of the largest logit, where no weight's type changes
 MODULE_TOLERANCE = 1e-3  # beside a module in memory, whose own rounding and activations count too
@@ -63,6 +64,12 @@ def export_to_gguf(
             base, note = measured_without_memory(source.checkpoint)
             source, lost = Source(base, source.tokenizer), (note,)
         described = model_of(source.checkpoint, source.tokenizer)
+        because = refused_because(described.metadata, described.tensors)
+        if because is not None and source.checkpoint.kind != "gguf":
+            raise UnsupportedError(
+                f"{source.checkpoint.path}: llama.cpp cannot run it: {because}; mnemos quantize makes a GGUF file for "
+                "Mnemos alone"
+            )
         with beside(target) as work:
             made = work / "model.gguf"
             report = _write(source, described, made, quantization_type, progress)

@@ -44,6 +44,7 @@ class Form:
     by_head      in checkpoints, queries, keys and values of one head are together
     usual        makes a checkpoint's name one that `gguf_tensor_name` knows
     zero_biases  GGUF's names, within a layer and outside, of what must have a bias in files, be it zero
+    needs_head   files must have an output projection, be it the embedding again
     """
 
     name: str
@@ -53,6 +54,7 @@ class Form:
     by_head: bool = False
     usual: Callable[[str], str] = str
     zero_biases: tuple[str, ...] = ()
+    needs_head: bool = False
 
 
 _BIASED = ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down", "output_norm")
@@ -69,11 +71,11 @@ FORMS = {
     "gemma": Form("gemma", norm_offset=1.0),
     "gemma2": Form("gemma2", norm_offset=1.0),
     "gemma3": Form("gemma3", norm_offset=1.0),
-    "olmo2": Form("olmo2"),
+    "olmo2": Form("olmo2", needs_head=True),
     "phi3": Form("phi3"),
     "gpt2": Form("gpt2", transposed=_CONV1D),
     "nano_gpt": Form("gpt2", zero_biases=_BIASED),
-    "gpt_neox": Form("gptneox", by_head=True, zero_biases=_BIASED),
+    "gpt_neox": Form("gptneox", by_head=True, zero_biases=_BIASED, needs_head=True),
 }
 _GELUS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}  # the operator's name -> one in files
 

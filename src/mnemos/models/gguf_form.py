@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mnemos.errors import FormatError, UnsupportedError
+from mnemos.errors import FormatError
 from mnemos.formats.checkpoint import Checkpoint
 from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
@@ -32,14 +32,15 @@ from mnemos.models.conversion import (
     without_values,
 )
 from mnemos.models.fields import GGUF_KEYS, GGUF_TABLES
+from mnemos.models.llama_cpp import other_in_long_texts
 from mnemos.models.load import describe_architecture, open_architecture
 from mnemos.models.memory_form import has_memory, memory_gguf_form
-from mnemos.models.rope import Rope
+from mnemos.models.rope import Rope, yarn_magnitude
 from mnemos.models.weights import HARMLESS, gguf_tensor_name, swapped, without_prefix
 from mnemos.text.gguf_form import NAME, tokenizer_metadata
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.((?:gate|up|down)_proj\.weight)")
-_WITHOUT_WINDOWS = ("llama", "phi3")  # architectures for which llama.cpp ignores the sliding window
+_EMBEDDING = "token_embd.weight"
 _TABLES = tuple(GGUF_TABLES.values())
 
 
@@ -85,13 +86,8 @@ def bare_gguf_form(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, En
     metadata |= {f"{form.name}.{key}": value for key, value in _hyperparameters(checkpoint, config, form)}
     if hasattr(config, "rope"):
         tensors |= {entry.name: entry for entry in _rope_tables(config.rope)}
-    reach = max(config.windows)
-    if form.name in _WITHOUT_WINDOWS and 0 < reach < config.context_length:
-        warnings.warn(
-            f"{checkpoint.path}: its attention reaches back {reach} tokens, which llama.cpp does not limit in "
-            f"{form.name} models: in longer texts it computes something else than the model",
-            stacklevel=3,
-        )
+    for difference in other_in_long_texts(form.name, config):
+        warnings.warn(f"{checkpoint.path}: {difference}", stacklevel=3)
     small = without_values(tensors, _TABLES)
     check_same(checkpoint, read, Checkpoint("gguf", checkpoint.path, metadata, small))
     return metadata, tensors
@@ -113,12 +109,13 @@ def _rope(checkpoint: Checkpoint, rope: Rope) -> dict[str, Any]:
     values: dict[str, Any] = {"rotary_dim": rope.rotary_dim, "rope_theta": rope.theta}
     if rope.kind in ("linear", "yarn"):
         values |= {"rope_type": rope.kind, "factor": rope.factor}
-    elif rope.kind == "longrope":
+    if rope.kind == "yarn":
+        values |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        values |= {"attention_factor": rope.magnitude / yarn_magnitude(rope.factor)}
+    if rope.kind == "longrope":
         _, fields = describe_architecture(checkpoint)
         values |= {"max_position_embeddings": fields.size("max_position_embeddings")}
         values |= {"rope_type": "longrope", "attention_factor": rope.magnitude}
-    elif rope.kind not in ("default", "llama3"):
-        raise UnsupportedError(f"{checkpoint.path}: rotary scaling {rope.kind!r} is not converted to GGUF")
     if rope.kind in ("yarn", "longrope"):
         values["original_max_position_embeddings"] = rope.trained_length
     return values
@@ -161,6 +158,8 @@ class _Entries:
                 if not (entry.name.startswith("output.") and self.config.tie_word_embeddings):
                     names.add(entry.name)
                     yield entry
+                if entry.name == _EMBEDDING and self.form.needs_head and self.config.tie_word_embeddings:
+                    yield Entry.of_tensor("output.weight", tensor)
         for name, stack in experts.items():
             yield _stacked(self._name(name), [stack[number] for number in sorted(stack)])
         yield from self._missing_biases(names)

@@ -211,11 +211,14 @@ def _factor(table: Fields, kind: str, default: float) -> float:
 def _yarn_magnitude(table: Fields, factor: float) -> float:
     """The attention temperature of YaRN; GGUF files store a multiple of the usual one."""
 
-    def usual(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * log(factor) + 1.0
-
     if table.is_gguf:
-        return usual(1.0) * table.number("attention_factor", 1.0)
+        return yarn_magnitude(factor) * table.number("attention_factor", 1.0)
     if table.get("mscale") and table.get("mscale_all_dim"):
-        return table.number("attention_factor", usual(table.number("mscale")) / usual(table.number("mscale_all_dim")))
-    return table.number("attention_factor", usual(1.0))
+        usual, all_dimensions = (yarn_magnitude(factor, table.number(name)) for name in ("mscale", "mscale_all_dim"))
+        return table.number("attention_factor", usual / all_dimensions)
+    return table.number("attention_factor", yarn_magnitude(factor))
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """What YaRN multiplies rotated queries and keys by, if a config says nothing else; weight: its `mscale`."""
+    return 1.0 if factor <= 1 else 0.1 * weight * log(factor) + 1.0
