@@ -137,7 +137,7 @@ def test_a_tokenizer_json_made_of_sentencepiece_keeps_its_ids(
 
 def test_an_added_token_that_takes_white_space_is_refused(tmp_path: Path) -> None:
     make(tmp_path, STEPS["gpt-2"])
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     content["added_tokens"][0]["lstrip"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(

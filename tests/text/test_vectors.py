@@ -66,7 +66,7 @@ def test_smollm2_splits_digits(smollm2: Path) -> None:
 def test_smollm2_prompts(smollm2: Path) -> None:
     """Prompts whose ids were made by another program (Hugging Face's tokenizers)."""
     tokenizer = Tokenizer.from_gguf(smollm2)
-    prompts = json.loads((DATA / "smollm2_prompts.json").read_text())
+    prompts = json.loads((DATA / "smollm2_prompts.json").read_text(encoding="utf-8"))
     for prompt in prompts:
         assert tokenizer.encode(prompt["text"]) == prompt["ids"]
 

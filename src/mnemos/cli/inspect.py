@@ -273,4 +273,6 @@ def _has_chat_template(checkpoint: Checkpoint) -> bool:
         return "tokenizer.chat_template" in checkpoint.metadata
     folder: Path = checkpoint.folder
     config = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").exists() or (config.exists() and '"chat_template"' in config.read_text())
+    if (folder / "chat_template.jinja").exists():
+        return True
+    return config.exists() and b'"chat_template"' in config.read_bytes()

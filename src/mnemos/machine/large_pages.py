@@ -55,9 +55,9 @@ def new_regions(before: list[Region], after: list[Region]) -> list[Region]:
 def _anonymous() -> list[Region]:
     """The process's writable memory that belongs to no file."""
     regions = []
-    for line in _MAPS.read_text().splitlines():
+    for line in _MAPS.read_bytes().removesuffix(b"\n").split(b"\n"):  # a file's name may have any other bytes
         addresses, access, _, _, inode, *_ = line.split()
-        if "w" in access and inode == "0" and "[stack" not in line:
-            low, high = addresses.split("-")
+        if b"w" in access and inode == b"0" and b"[stack" not in line:
+            low, high = addresses.split(b"-")
             regions.append((int(low, 16), int(high, 16)))
     return regions

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -162,7 +166,11 @@ def test_memory_that_is_new_is_told_from_what_was_there() -> None:
     assert new_regions(before, [(0, 100)]) == [(0, 10), (20, 30), (40, 60), (70, 100)]
 
 
-def test_large_pages_leave_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pages_leave_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a file with a name in another encoding is mapped."""
+    path = tmp_path / ("model\u2028\x0b.bin" + ("\udce8" if sys.platform == "linux" else ""))
+    path.write_bytes(bytes(4096))
+    mapped = np.memmap(path, mode="r")
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(1500, 2000), torch.randn(20, 1500)
     monkeypatch.setattr(packed_layers, "LARGE_COPIES", 1)
@@ -174,4 +182,4 @@ def test_large_pages_leave_everything_as_it_was(monkeypatch: pytest.MonkeyPatch)
         assert torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-4)
     finally:
         layers.remove()
-    assert all((one == value).all() for value, one in enumerate(kept))
+    assert all((one == value).all() for value, one in enumerate(kept)) and not mapped.any()
