@@ -53,11 +53,11 @@ def test_saving_as_json_and_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     structured, plain = tmp_path / "a b.json", tmp_path / "talk.txt"
     lines = ["Grüße", f"/save {structured}", f"/save {plain}"]
     assert talk(ScriptedEngine(["Hallo"]), lines, monkeypatch) == 0
-    assert json.loads(structured.read_text()) == [
+    assert json.loads(structured.read_text(encoding="utf-8")) == [
         {"role": "user", "content": "Grüße"},
         {"role": "assistant", "content": "Hallo"},
     ]
-    assert plain.read_text() == "user: Grüße\n\nassistant: Hallo\n\n"
+    assert plain.read_text(encoding="utf-8") == "user: Grüße\n\nassistant: Hallo\n\n"
 
 
 @pytest.mark.parametrize("line", ["/save", "/save /no/such/folder/file", "/sing"])
