@@ -43,7 +43,9 @@ quick: lint
 	@$(BIN)/python -m pytest -n auto --dist worksteal --without-torch --one-level -m 'not slow'
 
 # A process for each core, each with the tests of its part of the tree; who is done takes some of another's.
-pytest: $(VENV)/.done-dev native-tests
+pytest: $(VENV)/.done-dev
+	@log=$$(ls -t build/cp*/.ninja_log 2>/dev/null | head -n 1); \
+		$(MAKE) -s native-tests KERNELS="$${log:+$(CURDIR)/$$(dirname "$$log")/native/CMakeFiles/kernels.dir}"
 	@echo '== pytest' && $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 bench: $(VENV)/.done-install
@@ -64,10 +66,12 @@ native-tools:
 	@PATH="$$(dirname $(NATIVE_PYTHON)):$$PATH" && command -v cmake >/dev/null && command -v ninja >/dev/null \
 		&& $(NATIVE_PYTHON) -c 'import nanobind' 2>/dev/null || $(NATIVE_PYTHON) -m pip install -qq cmake ninja nanobind
 
-# The programs of native/tests; tests/ops/test_tiles.py runs the one that is built here.
+# The programs of native/tests; tests/ops/test_tiles.py runs the one that is built here. KERNELS names the folder of the
+# object files that the installation has left, so that they are not compiled twice.
+KERNELS ?=
 native-tests: native-tools
-	@echo '== building the checks of the native core (a minute or two the first time)'
-	@$(NATIVE_CMAKE) -S . -B build/tests -G Ninja -DMNEMOS_TESTS=ON >/dev/null
+	@echo '== building the checks of the native core'
+	@$(NATIVE_CMAKE) -S . -B build/tests -G Ninja -DMNEMOS_TESTS=ON -DMNEMOS_KERNELS="$(KERNELS)" >/dev/null
 	@$(NATIVE_CMAKE) --build build/tests
 
 wheel: $(VENV)/.done-venv
