@@ -23,7 +23,7 @@ def engine(smollm2: Path) -> Iterator[InferenceEngine]:
 
 def recorded(name: str) -> list[Any]:
     """Every recorded search; all but the first of each kind take too long for every run."""
-    data = json.loads((DATA / f"{name}.json").read_text())
+    data = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
     limits = {key: data["meta"][key] for key in ("max_new_tokens", "num_return_sequences", "eos_token_id")}
     return [
         pytest.param(
