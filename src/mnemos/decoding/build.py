@@ -15,7 +15,7 @@ import numpy as np
 from mnemos.contract import ModelSpec, TokenRules
 from mnemos.decoding.choice import Chooser, Constraint, Cutoffs
 from mnemos.decoding.config import DEFAULT_CANDIDATES, GenerationConfig
-from mnemos.decoding.fields import SAMPLING_ONLY, active
+from mnemos.decoding.fields import SAMPLING_ONLY
 from mnemos.decoding.lengths import check_ids, new_tokens
 from mnemos.decoding.processors import Padding, Processor, Setting, processors_of
 from mnemos.decoding.sampling import Drafter, Sampling
@@ -65,7 +65,7 @@ class _Builder:
         self.spec = spec
         self.source = source
         self.most = new_tokens(config, len(prompt_ids), spec)
-        self.negative = self._negative_prompt() if active(config, "guidance_scale") else []
+        self.negative = self._negative_prompt() if "guidance_scale" in config.active else []
         self.stop_ids = self._stop_ids()
         self.token_rules = self._token_rules()
         self.padding = self._padding()
@@ -207,7 +207,7 @@ class _Builder:
             known = self.padding.start
         if not config.samples:
             return Chooser(processors, known=known)
-        if any(active(config, field) for field in SAMPLING_ONLY if field not in _SAMPLERS_OWN):
+        if any(field in config.active for field in SAMPLING_ONLY if field not in _SAMPLERS_OWN):
             from mnemos.decoding.cutoffs import filters_of
 
             return Chooser(processors, filters_of(config), Cutoffs(), known)
@@ -243,7 +243,7 @@ class _Builder:
                 prompt=length,
                 longest=length + self.most,
                 source=self.source,
-                breakers=self._breakers() if active(self.config, "dry_multiplier") else (),
+                breakers=self._breakers() if "dry_multiplier" in self.config.active else (),
             )
         )
 
@@ -323,7 +323,7 @@ class _Builder:
     def _breakers(self) -> list[int]:
         """The last token of each text that breaks a repetition; none without a tokenizer, unless texts were given."""
         texts = self.config.dry_sequence_breakers
-        if self.tokenizer is None and not active(self.config, "dry_sequence_breakers"):
+        if self.tokenizer is None and "dry_sequence_breakers" not in self.config.active:
             return []
         tokenizer, found = self._needed_tokenizer("dry_sequence_breakers"), []
         for text in texts:

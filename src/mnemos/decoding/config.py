@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from mnemos.decoding.conflicts import check_conflicts
-from mnemos.decoding.fields import ALIASES, CONSTRAINTS, FIELDS, SAMPLING_ONLY, STRATEGIES, active, refuse_unknown
+from mnemos.decoding.fields import ALIASES, CONSTRAINTS, FIELDS, INACTIVE, SAMPLING_ONLY, STRATEGIES, refuse_unknown
 from mnemos.decoding.transformers_objects import derives
 from mnemos.errors import ConfigError
 
@@ -147,7 +148,8 @@ class GenerationConfig:
         self._take_alias("max_tokens", max_tokens)
         self._take_alias("min_tokens", min_tokens)
         for field in FIELDS:
-            object.__setattr__(self, field.name, field.normal(getattr(self, field.name)))
+            if (value := getattr(self, field.name)) is not field.default:
+                object.__setattr__(self, field.name, field.normal(value))
         for name, value in NAMED_DEFAULTS.get(self.strategy or "", {}).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -172,7 +174,13 @@ class GenerationConfig:
                 current.pop(name)
         return GenerationConfig(**{**current, **changes})
 
-    @property
+    @cached_property
+    def active(self) -> frozenset[str]:
+        """The names of the fields whose values have an effect."""
+        changed = [field.name for field in FIELDS if getattr(self, field.name) is not field.default]
+        return frozenset([name for name in changed if getattr(self, name) not in INACTIVE[name]])
+
+    @cached_property
     def mode(self) -> str:
         """The kind of decoding: greedy, sampling, beam or contrastive."""
         mode = STRATEGIES[self.strategy] if self.strategy is not None else self._implied_mode
@@ -180,13 +188,13 @@ class GenerationConfig:
 
     @property
     def _implied_mode(self) -> str:
-        if active(self, "num_beams"):
+        if "num_beams" in self.active:
             return "beam"
-        if active(self, "penalty_alpha"):
+        if "penalty_alpha" in self.active:
             return "contrastive"
         if self.do_sample is not None:
             return "sampling" if self.do_sample else "greedy"
-        wanted = self.temperature is not None or any(active(self, name) for name in SAMPLING_ONLY)
+        wanted = self.temperature is not None or not self.active.isdisjoint(SAMPLING_ONLY)
         return "sampling" if wanted else "greedy"
 
     @property

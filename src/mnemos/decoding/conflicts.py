@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from mnemos.decoding.fields import CONSTRAINTS, FIELDS, HABITUAL, ONLY, active
+from mnemos.decoding.fields import CONSTRAINTS, FIELDS, HABITUAL, ONLY
 from mnemos.errors import ConfigError, shown
 
 _ONLY = {only: tuple(field.name for field in FIELDS if field.only == only) for only in ONLY}
@@ -16,6 +16,8 @@ _ONLY = {only: tuple(field.name for field in FIELDS if field.only == only) for o
 class Config(Protocol):
     """The part of a config that the table reads, apart from fields that FIELDS restricts to one decoding."""
 
+    @property
+    def active(self) -> frozenset[str]: ...
     @property
     def mode(self) -> str: ...
     @property
@@ -85,6 +87,8 @@ def _ignored(config: Config, name: str) -> bool:
 
 def _misplaced(config: Config, only: str) -> list[str]:
     """The fields that only have an effect in the decoding `only` but were given in another."""
+    if config.active.isdisjoint(_ONLY[only]):
+        return []
     fits = {
         "sampling": config.samples,
         "beam": config.mode == "beam",
@@ -93,7 +97,7 @@ def _misplaced(config: Config, only: str) -> list[str]:
     }[only]
     if fits:
         return []
-    given = [name for name in _ONLY[only] if active(config, name)]
+    given = [name for name in _ONLY[only] if name in config.active]
     return [name for name in given if only != "sampling" or not _ignored(config, name)]
 
 
@@ -124,11 +128,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         "contrastive search weighs 2 to 256 candidates",
     ),
     Conflict(
-        lambda c: _if(c.mode != "beam" and active(c, "num_beams"), "num_beams"), "only beam search has several beams"
+        lambda c: _if(c.mode != "beam" and "num_beams" in c.active, "num_beams"), "only beam search has several beams"
     ),
     Conflict(lambda c: _if(c.beams % c.groups != 0, "num_beam_groups"), "it must divide num_beams"),
     Conflict(
-        lambda c: _if(active(c, "diversity_penalty") and c.groups == 1, "diversity_penalty"),
+        lambda c: _if("diversity_penalty" in c.active and c.groups == 1, "diversity_penalty"),
         "it needs num_beam_groups of at least 2",
     ),
     Conflict(
@@ -147,14 +151,14 @@ CONFLICTS: tuple[Conflict, ...] = (
         "a deterministic strategy has one result: sample, or set num_beams",
     ),
     Conflict(
-        lambda c: _if(active(c, "best_of") and c.mode != "sampling", "best_of"), "it only has an effect when sampling"
+        lambda c: _if("best_of" in c.active and c.mode != "sampling", "best_of"), "it only has an effect when sampling"
     ),
     Conflict(
         lambda c: _if(c.best_of is not None and c.best_of < c.num_return_sequences, "best_of"),
         "it must be at least num_return_sequences",
     ),
     Conflict(
-        lambda c: [name for name in CONSTRAINTS if active(c, name)][1:],
+        lambda c: [name for name in CONSTRAINTS if name in c.active][1:],
         "a request has one constraint: json_schema, regex, choice or grammar",
     ),
     Conflict(lambda c: _if(c.strict and c.json_schema is None, "strict"), "it needs json_schema"),
@@ -170,27 +174,27 @@ CONFLICTS: tuple[Conflict, ...] = (
         "an endless text drops tokens of its prompt, which cannot be scored then",
     ),
     Conflict(
-        lambda c: _if(c.negative_prompt is not None and not active(c, "guidance_scale"), "negative_prompt"),
+        lambda c: _if(c.negative_prompt is not None and "guidance_scale" not in c.active, "negative_prompt"),
         "it needs a guidance_scale other than 1",
     ),
     Conflict(
-        lambda c: _if(c.mode == "contrastive" and active(c, "guidance_scale"), "guidance_scale"),
+        lambda c: _if(c.mode == "contrastive" and "guidance_scale" in c.active, "guidance_scale"),
         "contrastive search compares hidden states, which guidance does not change",
     ),
     Conflict(
         lambda c: [
             name
             for name in ("guidance_scale", "speculative", "prompt_logprobs")
-            if c.dola_layers is not None and active(c, name)
+            if c.dola_layers is not None and name in c.active
         ],
         "it does not work with dola_layers",
     ),
     Conflict(
-        lambda c: _if(active(c, "guidance_scale") and c.speculative == "draft", "speculative"),
+        lambda c: _if("guidance_scale" in c.active and c.speculative == "draft", "speculative"),
         "a draft model does not guess guided texts; prompt_lookup works",
     ),
     Conflict(
-        lambda c: _if(active(c, "guidance_scale") and c.overflow == "sliding", "guidance_scale"),
+        lambda c: _if("guidance_scale" in c.active and c.overflow == "sliding", "guidance_scale"),
         "an endless text and its negative prompt would be cut in different places",
     ),
     Conflict(

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos.contract import Floats
-from mnemos.decoding.fields import active
 from mnemos.decoding.history import History, Surprises
 from mnemos.decoding.processors import Processor
 from mnemos.decoding.ranking import covering, descending, nucleus
@@ -193,7 +192,7 @@ CUTOFFS: tuple[tuple[str, Callable[[Any, int], Processor]], ...] = (
 
 def filters_of(config: GenerationConfig, keep: int = 1) -> list[Processor]:
     """The temperature and the cut-offs that have an effect; `keep` is the fewest tokens that a cut-off leaves."""
-    return [make(config, keep) for field, make in CUTOFFS if active(config, field)]
+    return [make(config, keep) for field, make in CUTOFFS if field in config.active]
 
 
 def _log_softmax(logits: Floats) -> Floats:

@@ -489,12 +489,6 @@ _INSTEAD = {
 }
 
 
-def active(config: object, name: str) -> bool:
-    """True if the config's field has a value that has an effect."""
-    value = getattr(config, name)
-    return value not in INACTIVE[name]
-
-
 def refuse_unknown(names: Iterable[str]) -> None:
     """Raises ConfigError, with a hint, for the first name that is not a field."""
     for name in names:

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos.contract import Floats, TokenRules
-from mnemos.decoding.fields import active
 from mnemos.decoding.history import History
 from mnemos.decoding.transformers_objects import plain_processor
 from mnemos.errors import MnemosError, RequestError
@@ -286,7 +285,7 @@ Maker = Callable[[Setting], "Processor | None"]
 
 def _for(field: str, make: Callable[[Setting, Any], Processor]) -> Maker:
     """Makes a processor from a field's value if that has an effect."""
-    return lambda setting: make(setting, getattr(setting.config, field)) if active(setting.config, field) else None
+    return lambda setting: make(setting, getattr(setting.config, field)) if field in setting.config.active else None
 
 
 def _count_penalty(setting: Setting) -> Processor | None:

@@ -130,12 +130,11 @@ class Launcher:
 
     def _prepare(self, prompt: list[int], config: GenerationConfig) -> Callable[[], RequestHandle]:
         from mnemos.decoding.build import make_strategy
-        from mnemos.decoding.fields import active
 
         spec, source = self._spec, None
         if isinstance(self._model, ConditionedModel):
             for field in ("prompt_logprobs", "guidance_scale"):
-                if active(config, field):
+                if field in config.active:
                     raise UnsupportedError(
                         f"{field} is {getattr(config, field)}, and {spec.architecture} reads the prompt with an "
                         "encoder; it needs a model that continues its prompt"

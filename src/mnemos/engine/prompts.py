@@ -77,7 +77,7 @@ def read_prompts(
         raise RequestError(f"the prompts are {_describe(prompts)}; {_EXPECTED}")
     if all(isinstance(prompt, str) for prompt in prompts):
         return _plain([encode(prompt, tokenizer, begin) for prompt in prompts], _texts, single=False)
-    if all(_is_id(value) for value in prompts):
+    if _are_ids(prompts):
         return _plain([[int(value) for value in prompts]], _ids, single=True)
     return _plain([_read_ids(prompt) for prompt in prompts], _ids, single=False)
 
@@ -122,7 +122,7 @@ def _read_ids(prompt: Any) -> list[int]:
                 f"a prompt in the list is an array of shape {tuple(prompt.shape)}; expected (time,) or (1, time)"
             )
         return _read_array(prompt, None).only
-    if not isinstance(prompt, (list, tuple)) or not all(_is_id(value) for value in prompt):
+    if not isinstance(prompt, (list, tuple)) or not _are_ids(prompt):
         raise RequestError(f"a prompt in the list is {_describe(prompt)}; {_EXPECTED}")
     if not prompt:
         raise RequestError("a prompt in the list is empty; give at least one token")
@@ -156,7 +156,7 @@ def _read_array(prompts: Any, attention_mask: Any, pad_id: int | None = None) ->
 
 def _read_masked(prompts: Any, attention_mask: Any) -> Prompts:
     """Lists of token ids with mask lists that are 0 where an id is padding."""
-    single = isinstance(prompts, (list, tuple)) and all(map(_is_id, prompts))
+    single = isinstance(prompts, (list, tuple)) and _are_ids(prompts)
     rows, masks = ([prompts], [attention_mask]) if single else (prompts, attention_mask)
     if not isinstance(rows, (list, tuple)) or not rows or any(isinstance(row, str) for row in rows):
         raise RequestError(f"attention_mask needs token ids; the prompts are {_describe(prompts)}")
@@ -210,8 +210,8 @@ def _one_or_all(results: list[Any]) -> Any:
     return results[0] if len(results) == 1 else results
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def _are_ids(values: Iterable[Any]) -> bool:
+    return all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in set(map(type, values)))
 
 
 def _describe(value: Any) -> str:
