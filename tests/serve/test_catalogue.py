@@ -36,7 +36,7 @@ def test_models_are_found_by_name_alias_and_tag() -> None:
 
 def test_an_application_takes_engines_by_name_and_says_what_it_does_not_take() -> None:
     engine = InferenceEngine(ToyModel())
-    catalogue = app({"a": engine, "b": engine}).app.state.server.catalogue
+    catalogue = app({"a": engine, "b": engine}).app.inner.state.server.catalogue
     assert [model.name for model in catalogue.models] == ["a", "b"]
     with pytest.raises(ConfigError, match="'a' is a str; it must be an InferenceEngine"):
         app({"a": "smollm2-135m"})

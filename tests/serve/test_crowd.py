@@ -78,14 +78,14 @@ def eventually(true: Callable[[], bool], seconds: float = 60.0) -> bool:
 def test_nothing_is_left_behind_by_a_crowd() -> None:
     with InferenceEngine(ToyModel(context_length=512), prefix_cache=False, max_sequences=4) as engine:
         application = app(engine, name="model")
-        state: State = application.app.state.server  # type: ignore[attr-defined]
+        state: State = application.app.inner.state.server  # type: ignore[attr-defined]
         with running(application) as client:
             ends = asyncio.run(crowd(str(client.base_url), 60, 24, 0.1))
             assert ends["whole"] >= 40 and ends["whole"] + ends["cut"] == 60
             assert eventually(lambda: application.active == 0)
+            assert eventually(lambda: (stats := engine.stats()).finished + stats.cancelled == stats.submitted)
             stats = engine.stats()
             assert (stats.running, stats.waiting, stats.pages_used, stats.failed) == (0, 0, 0, 0)
-            assert stats.finished + stats.cancelled == stats.submitted
             assert stats.finished >= ends["whole"]
             assert state.catalogue.models[0].users == 0
 

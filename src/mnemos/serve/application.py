@@ -21,6 +21,7 @@ from mnemos.serve.anthropic import messages as anthropic_messages
 from mnemos.serve.catalogue import Catalogue, Offer, given
 from mnemos.serve.collected import Metrics
 from mnemos.serve.connection import CheckedRequest
+from mnemos.serve.direct import Direct
 from mnemos.serve.guard import Guard
 from mnemos.serve.keys import Keys
 from mnemos.serve.ollama import chat as ollama_chat
@@ -29,7 +30,7 @@ from mnemos.serve.openai import chat, completions, embeddings, responses
 from mnemos.serve.openai import models as openai_models
 from mnemos.serve.openai.response_store import ResponseStore
 from mnemos.serve.page_files import description_files, page_files, page_routes
-from mnemos.serve.refusal import Refusal, refusal_of
+from mnemos.serve.refusal import Refusal, invalid, refusal_of
 from mnemos.serve.settings import Settings
 from mnemos.serve.state import State
 from mnemos.version import __version__
@@ -57,7 +58,6 @@ ROUTERS = (  # the busiest first: the framework tries one after the other
     sessions.router,
     page_api.router,
 )
-MOST_PROBLEMS = 3  # of a request that are named in one error
 
 
 def app(
@@ -93,7 +93,8 @@ def app(
     for kind in (MnemosError, Refusal, HTTPException, RequestValidationError, Exception):
         inner.add_exception_handler(kind, _refuse)
     tracing = _tracing(chosen, tracer_provider)
-    guard = Guard(inner, chosen, keys or Keys(), metrics, open_files=frozenset(page), tracing=tracing)
+    direct = Direct(inner, [route for router in ROUTERS for route in router.routes])
+    guard = Guard(direct, chosen, keys or Keys(), metrics, open_files=frozenset(page), tracing=tracing)
     inner.state.guard = guard
     return guard
 
@@ -157,7 +158,7 @@ async def _unload_idle(catalogue: Catalogue) -> None:
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
     """Every error in the protocol's own form."""
     if isinstance(error, RequestValidationError):
-        refusal = _invalid(error.errors())
+        refusal = invalid(error.errors())
     elif isinstance(error, HTTPException):
         known = {404: "there is nothing at this path", 405: f"{request.method} is not possible at this path"}
         refusal = Refusal(error.status_code, known.get(error.status_code, str(error.detail)))
@@ -165,19 +166,3 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
         refusal = refusal_of(error)
     headers = refusal.headers() | dict((error.headers if isinstance(error, HTTPException) else None) or {})
     return JSONResponse(refusal.body(request.url.path), refusal.status, headers)
-
-
-def _invalid(problems: Any) -> Refusal:
-    """What a body lacks or has wrong: the first problems, with the fields' names and short values."""
-    sentences, first = [], None
-    for problem in problems[:MOST_PROBLEMS]:
-        where = [str(part) for part in problem["loc"] if part != "body"]
-        # pydantic adds the alternatives of a union that it tried; names of fields are lower case words or numbers
-        name = (
-            ".".join(part for part in where if part.replace("_", "").isalnum() and part == part.lower()) or "the body"
-        )
-        first = first or (name[:200] if where else None)
-        value = repr(problem.get("input"))
-        shown = "" if problem["type"] == "missing" else f" (it is {value if len(value) <= 60 else value[:57] + '...'})"
-        sentences.append(f"{name[:200]}: {problem['msg'][:200]}{shown}")
-    return Refusal(400, "; ".join(sentences), param=first, code="invalid_value")

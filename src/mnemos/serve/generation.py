@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import difflib
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 from mnemos.decoding.config import GenerationConfig, choose_config
-from mnemos.decoding.fields import ALIASES, RULES
+from mnemos.decoding.fields import ALIASES, CONSTRAINTS, RULES
 from mnemos.engine.answers import Answer, AnswerEvent, answers_of
 from mnemos.engine.chat import Conversation, check_tokenizer, config_for
 from mnemos.engine.completion import Completion, StreamedToken, Usage
@@ -40,6 +40,9 @@ FIELDS = tuple(name for name in (*RULES, *ALIASES) if name not in RESERVED)
 RESERVED_VARIABLES = ("self", "messages", "tools", "add_generation_prompt", "chat_template", "continue_final_message",
                       "allow_special", "control_texts", "tokenize", "bos_token", "eos_token", "pad_token",
                       "unk_token")  # fmt: skip
+
+SHORT = 1000  # characters or tokens of a prompt that is read in the event loop
+FEW = 16  # characters of a field's text, or members of its list, beside such a prompt
 
 
 class Running:
@@ -127,18 +130,35 @@ class Running:
 async def start(model: Served, task: Task, connection: Connection) -> Running:
     """Puts a task into the engine's queue; it is cancelled when the client goes away.
 
-    Rendering, encoding and the compilation of grammars happen in a worker thread. Refusal for what cannot run.
+    Rendering, the compilation of grammars and the encoding of all but short texts happen in a worker thread. Refusal
+    for what cannot run.
     """
     return (await start_all(model, [task], connection))[0]
 
 
 async def start_all(model: Served, tasks: Sequence[Task], connection: Connection) -> list[Running]:
     """`start` for several tasks; if one of them cannot run, none does."""
-    running = await model.in_thread(_submit_all, model, tasks, connection)
+    if len(tasks) == 1 and _is_short(tasks[0]):
+        running = _submit_all(model, tasks, connection)
+    else:
+        running = await model.in_thread(_submit_all, model, tasks, connection)
     connection.notes["model"] = model.name
     for one in running:
         connection.start(one)
     return running
+
+
+def _is_short(task: Task) -> bool:
+    """Whether reading the prompt takes less time than a thread would need to begin with it."""
+    prompt, values = task.prompt, task.fields.values()
+    if isinstance(prompt, Infill) or task.session is not None or not task.fields.keys().isdisjoint(CONSTRAINTS):
+        return False
+    if isinstance(prompt, Conversation):
+        texts = [str(message.get("content", "")) for message in prompt.messages]
+        size = SHORT + 1 if prompt.tools else sum(map(len, texts))
+    else:
+        size = len(prompt)
+    return size <= SHORT and all(len(value) <= FEW for value in values if isinstance(value, Sized))
 
 
 def _submit_all(model: Served, tasks: Sequence[Task], connection: Connection) -> list[Running]:
@@ -149,6 +169,8 @@ def _submit_all(model: Served, tasks: Sequence[Task], connection: Connection) ->
         except (MnemosError, Refusal) as error:
             for other in running:
                 other.handle.cancel()
+            if isinstance(error, Refusal):
+                raise
             raise refusal_of(error, dict(task.names)) from error
     return running
 

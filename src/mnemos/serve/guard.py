@@ -204,18 +204,17 @@ class _Headers:
     """A request's headers; one that must not be repeated is looked up with `one`."""
 
     def __init__(self, scope: Scope) -> None:
-        self._raw: list[tuple[bytes, bytes]] = scope["headers"]
-        self.size = sum(len(name) + len(value) + 4 for name, value in self._raw)
-
-    def all(self, name: str) -> list[str]:
-        wanted = name.encode()
-        return [value.decode("latin-1") for key, value in self._raw if key == wanted]
+        self._values: dict[str, list[str]] = {}
+        self.size = 0
+        for name, value in scope["headers"]:
+            self._values.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+            self.size += len(name) + len(value) + 4
 
     def first(self, name: str) -> str | None:
-        return next(iter(self.all(name)), None)
+        return next(iter(self._values.get(name, ())), None)
 
     def one(self, name: str, required: bool = False) -> str | None:
-        found = self.all(name)
+        found = self._values.get(name, [])
         if len(found) > 1 or (required and not found):
             raise Refusal(400, f"the header {name} must be there once; it is there {len(found)} times")
         return found[0] if found else None

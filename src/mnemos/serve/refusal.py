@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from mnemos.errors import (
@@ -37,6 +39,7 @@ ANTHROPIC_TYPES = {
 }
 OTHERS = ("messages", "tools", "tool_choice", "prompt", "session")  # fields that errors name, besides the engine's
 LONGEST_MESSAGE = 2000
+MOST_PROBLEMS = 3  # of a request that are named in one error
 _PATH = re.compile(r"(?<![\w.:/<])(?:/[\w.@+\-]+){2,}/?|\b[A-Za-z]:\\[\w.\\@+\- ]+")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}\b")
 
@@ -127,3 +130,19 @@ def _field(message: str) -> str:
     found = re.match(r"[a-z_]+", message)
     name = found.group() if found else ""
     return name if name in RULES or name in ALIASES or name in OTHERS else ""
+
+
+def invalid(problems: Iterable[Any]) -> Refusal:
+    """What a body lacks or has wrong: the first problems, with the fields' names and short values."""
+    sentences, first = [], None
+    for problem in islice(problems, MOST_PROBLEMS):
+        where = [str(part) for part in problem["loc"] if part != "body"]
+        # pydantic adds the alternatives of a union that it tried; names of fields are lower case words or numbers
+        name = (
+            ".".join(part for part in where if part.replace("_", "").isalnum() and part == part.lower()) or "the body"
+        )
+        first = first or (name[:200] if where else None)
+        value = repr(problem.get("input"))
+        shown = "" if problem["type"] == "missing" else f" (it is {value if len(value) <= 60 else value[:57] + '...'})"
+        sentences.append(f"{name[:200]}: {problem['msg'][:200]}{shown}")
+    return Refusal(400, "; ".join(sentences), param=first, code="invalid_value")

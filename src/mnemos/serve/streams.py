@@ -43,7 +43,7 @@ def line_stream(chunks: AsyncIterator[str], on_error: Callable[[Refusal], str]) 
 
 
 class _Stream(StreamingResponse):
-    """A stream whose chunks are sent without a task for each; another task fills the silence between them.
+    """A stream whose chunks are sent without a task for each; a timer fills the silence between them.
 
     What comes after the headers goes past the framework's layers, each of which would cost something for every token.
     """
@@ -62,16 +62,18 @@ class _Stream(StreamingResponse):
         self._ping = ping
         self._ping_text = ping_text
         self._sent = time.monotonic()  # when something was sent last
+        self._timer: asyncio.TimerHandle | None = None
+        self._pinging: asyncio.Future[None] | None = None  # kept, or it might be collected before its end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection: Connection | None = scope.get("mnemos")
         self._send = connection.send if connection is not None and connection.send is not None else send
-        await super().__call__(scope, receive, send)
+        await self.stream_response(send)  # the guard notices a client that leaves, and ends the chunks then
 
     async def stream_response(self, send: Send) -> None:
         """Sends everything, and the last events of a stream that fails."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        pinging = None if self._ping is None else asyncio.create_task(self._keep_alive(self._ping))
+        self._watch_silence()
         try:
             async for chunk in self._chunks:
                 await self._write(chunk)
@@ -81,16 +83,20 @@ class _Stream(StreamingResponse):
                 logger.exception("a stream failed", exc_info=error)
             await self._write(self._on_error(refusal))
         finally:
-            if pinging is not None:
-                pinging.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write(self, text: str) -> None:
         self._sent = time.monotonic()
         await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
-    async def _keep_alive(self, ping: float) -> None:
-        while True:
-            await asyncio.sleep(max(0.0, self._sent + ping - time.monotonic()))
-            if time.monotonic() - self._sent >= ping:
-                await self._write(self._ping_text)
+    def _watch_silence(self) -> None:
+        """Sends a ping once nothing has been sent for so long, and again after as long."""
+        if self._ping is None:
+            return
+        now = time.monotonic()
+        if now - self._sent >= self._ping:
+            self._pinging = asyncio.ensure_future(self._write(self._ping_text))
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._ping - (now - self._sent) % self._ping, self._watch_silence)

@@ -34,10 +34,11 @@ def fields_of(body: Extended, connection: Connection) -> tuple[dict[str, Any], d
 
     Refusal for a field that is misspelt, set twice under two names, or cannot be honoured.
     """
-    fields = extra_fields(refuse_impossible(body), tuple(type(body).model_fields), connection)
-    fields |= body.given(*(name for name in SAME if name in type(body).model_fields))
+    declared = type(body).model_fields
+    fields = extra_fields(refuse_impossible(body), tuple(declared), connection)
+    fields |= body.given(*[name for name in SAME if name in declared])
     names: dict[str, str] = {}
-    for name, value in body.given(*(name for name in RENAMED if name in type(body).model_fields)).items():
+    for name, value in body.given(*[name for name in RENAMED if name in declared]).items():
         _put(fields, names, RENAMED[name], value, name)
     if body.structured_outputs is not None:
         _structure(fields, names, body.structured_outputs)
