@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mnemos.errors import FormatError
+from mnemos.export.packaging.oci import write_oci
 from mnemos.formats.package import is_package, read_package
 from mnemos.formats.package_tar import write_tar
 from mnemos.hub import cache
@@ -34,6 +35,14 @@ def test_a_package_is_unpacked_once_and_has_a_name(archive: Path) -> None:
     cache.remove(folder.name)
     with pytest.raises(FormatError, match="there is no model 'small'"):
         resolve("small")
+
+
+def test_an_image_layout_is_unpacked_as_its_package(archive: Path, tmp_path: Path) -> None:
+    package = read_package(tmp_path / "package")
+    write_oci(package, tmp_path / "small.oci")
+    folder = resolve(tmp_path / "small.oci")
+    assert folder == resolve(archive) == resolve("small")  # the same package, in whatever form it came
+    assert read_package(folder).digest == package.digest
 
 
 def test_another_package_of_the_same_name_is_another_one(archive: Path, tmp_path: Path) -> None:

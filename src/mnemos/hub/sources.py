@@ -20,7 +20,7 @@ def resolve(name_or_path: str | os.PathLike[str], progress: Progress = silent) -
 
     `name_or_path` is a registry name (`smollm2-135m`), `hf:org/name[:file]`, a path, or the name of a package that was
     unpacked. A registry name wins over a file of the same name in the working directory; write `./name` for the file.
-    A package's .tar is unpacked into the models folder. FormatError when there is no such
+    A package's .tar or OCI layout is unpacked into the models folder. FormatError when there is no such
     model, DownloadError when it cannot be fetched, ConfigError for anything but a str or a path.
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
@@ -49,7 +49,7 @@ def resolve(name_or_path: str | os.PathLike[str], progress: Progress = silent) -
         raise FormatError(
             f"{shown(name)} cannot be read: {problem}; give a path that can be, or a known name"
         ) from error
-    if path.suffix == ".tar" and path.is_file():
+    if (path.suffix == ".tar" and path.is_file()) or (path / "oci-layout").is_file():
         from mnemos.hub.packages import unpacked
 
         return unpacked(path, progress)

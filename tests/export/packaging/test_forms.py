@@ -124,7 +124,7 @@ def test_weights_that_no_file_has(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)[1:]
 
 
-def test_an_image_layout(package: Path, tmp_path: Path) -> None:
+def test_an_image_layout(package: Path, own_model: OwnModel, tmp_path: Path) -> None:
     """Every descriptor says the size and the digest of its blob, and the layers make the package."""
     digest = write_oci(read_package(package), tmp_path / "layout")
     assert write_oci(read_package(package), tmp_path / "layout", overwrite=True) == digest
@@ -148,6 +148,8 @@ def test_an_image_layout(package: Path, tmp_path: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(read(layer))
     assert len(list(blobs.iterdir())) == len(manifest["layers"]) + 2
+    model, _, config = ModelPackager.load_package(tmp_path / "layout", model_class=OwnModel)
+    assert torch.equal(logits(model), logits(own_model.eval())) and config == CONFIG
     kinds = {layer["annotations"]["org.cncf.model.filepath"]: layer["mediaType"] for layer in manifest["layers"]}
     assert kinds["model.safetensors"] == "application/vnd.cncf.model.weight.v1.raw"
     assert kinds["config.json"] == "application/vnd.cncf.model.weight.config.v1.raw"

@@ -10,6 +10,7 @@ from mnemos.errors import ConfigError, FormatError, MissingDependencyError
 from mnemos.export.packaging.tokenizers import read_tokenizer
 from mnemos.formats.checkpoint import CONFIG_NAME
 from mnemos.formats.package import Package, read_package
+from mnemos.formats.package_oci import is_oci_layout, unpack_oci
 from mnemos.formats.package_tar import is_package_tar, unpack_tar
 from mnemos.formats.safetensors import SINGLE_NAME
 from mnemos.formats.strict_json import read_json_object
@@ -23,13 +24,15 @@ TOLERANCE = 1e-3  # of the spread of a module's logits: PyTorch's versions and t
 
 def load(path: Path, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any, dict[str, Any]]:
     """See `ModelPackager.load_package`."""
-    if not is_package_tar(path):
+    layout = is_oci_layout(path)
+    if not layout and not is_package_tar(path):
         package = read_package(path)
         if package.metadata.get("model_module") is not None:  # else the engine verifies it
             package.verify()
         return _load(package, model_class, tokenizer_class)
     with TemporaryDirectory(prefix="mnemos-", ignore_cleanup_errors=True) as folder:
-        loaded = _load(unpack_tar(path, Path(folder)), model_class, tokenizer_class)
+        package = (unpack_oci if layout else unpack_tar)(path, Path(folder))
+        loaded = _load(package, model_class, tokenizer_class)
         if hasattr(loaded[0], "finish"):  # nothing is read from the folder later
             loaded[0].finish()
         if isinstance(loaded[1], Tokenizer):

@@ -17,8 +17,9 @@ from typing import Any
 
 from mnemos.export.packaging.staging import staging
 from mnemos.formats.package import METADATA, SIGNATURE, SUMS, Package, sha256_of
+from mnemos.formats.package_oci import ARTIFACT, FILE_PATH, LAYOUT
+from mnemos.formats.package_oci import INDEX as INDEX_NAME
 
-ARTIFACT = "application/vnd.cncf.model.manifest.v1+json"
 CONFIG = "application/vnd.cncf.model.config.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -49,8 +50,8 @@ def write_oci(package: Package, path: str | os.PathLike[str], *, tag: str = "lat
         entry = _described(manifest, MANIFEST, blobs)
         named = {**entry, "artifactType": ARTIFACT, "annotations": {"org.opencontainers.image.ref.name": tag}}
         index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [named]}
-        (work / "index.json").write_bytes(_bytes(index))
-        (work / "oci-layout").write_bytes(_bytes({"imageLayoutVersion": "1.0.0"}))
+        (work / INDEX_NAME).write_bytes(_bytes(index))
+        (work / LAYOUT).write_bytes(_bytes({"imageLayoutVersion": "1.0.0"}))
     return str(entry["digest"])
 
 
@@ -69,7 +70,7 @@ def _layer(package: Package, name: str, blobs: Path) -> dict[str, Any]:
         "mediaType": f"application/vnd.cncf.model.{part}.v1.raw",
         "digest": f"sha256:{digest}",
         "size": source.stat().st_size,
-        "annotations": {"org.cncf.model.filepath": name, "org.opencontainers.image.title": name},
+        "annotations": {FILE_PATH: name, "org.opencontainers.image.title": name},
     }
 
 
