@@ -30,6 +30,7 @@ LLAMA3 = {
 }
 LONG = {
     "rope_type": "longrope",
+    "partial_rotary_factor": 1.0,
     "rope_theta": 10000.0,
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
     "long_factor": [1.0 + i for i in range(8)],
@@ -50,7 +51,7 @@ EXACT: list[tuple[str, dict[str, Any]]] = [
     ("llama-biases", {}),
     ("mixtral", {}),
     ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "rope_parameters": LLAMA3}),
-    ("smollm3", {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1], "rope_parameters": YARN}),
+    ("smollm3", {"no_rope_layers": [1, 1, 1, 0], "rope_parameters": YARN}),
     ("qwen2", {}),
     ("qwen2", {**UNEVEN, "tie_word_embeddings": True, "rope_parameters": YARN}),
     ("qwen3", {}),
