@@ -47,6 +47,7 @@ def test_all_figures_of_a_server(monkeypatch: pytest.MonkeyPatch, smollm2: Path)
     monkeypatch.setattr(server, "STREAMS", (1, 2))
     monkeypatch.setattr(server, "ROUNDS", {1: 1, 2: 1})
     monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(server, "TOKENS", 16)
     figures = {result.metric: result for result in measure_server(smollm2, "auto")}
     assert list(figures) == ["ready_after", "memory_added", "idle", "stream1", "ttft_added", "stream2"]
     assert figures["stream1"].value > 0 and figures["stream2"].share is not None

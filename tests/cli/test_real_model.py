@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mnemos import InferenceEngine
+from mnemos.bench import scheduling
 from mnemos.cli.main import main
 
 TEXT = "Paris is the capital of France. The river Seine runs through it, and many bridges cross the river.\n"
@@ -145,7 +146,11 @@ def test_bench_as_a_table_says_what_bounds_it(smollm2: Path, capsys: pytest.Capt
 
 
 @pytest.mark.slow
-def test_serving_serves_every_request(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serving_serves_every_request(
+    smollm2: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RUNS": 1, "STEPS": 8, "LONG_PROMPT": 200, "DISTURBED": 32}.items():
+        monkeypatch.setattr(scheduling, name, value)
     options = ["--requests", "3", "--rate", "100", "--seed", "5", "--json"]
     assert main(["bench", str(smollm2), "--serving", *options]) == 0
     metrics = [json.loads(line)["metric"] for line in capsys.readouterr().out.splitlines()]

@@ -19,6 +19,7 @@ RUNS = 3
 STREAMS = 32
 STEPS = 64
 LONG_PROMPT = 4000  # tokens
+DISTURBED = 384  # tokens of each stream during which a long prompt arrives
 LOOP = 24  # period, in tokens, of a text that repeats itself
 
 
@@ -83,7 +84,9 @@ class SchedulingBench:
     def _stall(self) -> float:
         """99th percentile of inter-token latency over its median, for 8 streams during which a long prompt arrives."""
         length = min(LONG_PROMPT, self.engine.spec.context_length - 8)
-        handles = [self.engine.submit(prompt, max_new_tokens=384, ignore_eos=True) for prompt in self._prompts(8, 32)]
+        handles = [
+            self.engine.submit(prompt, max_new_tokens=DISTURBED, ignore_eos=True) for prompt in self._prompts(8, 32)
+        ]
         time.sleep(0.5)
         self.engine.complete(self._prompts(1, length)[0], max_new_tokens=2, ignore_eos=True)
         times = [handle.result().timings.tokens for handle in handles]
