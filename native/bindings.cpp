@@ -468,10 +468,11 @@ template <typename T, size_t axes>
 using Result = nb::ndarray<T, nb::ndim<axes>, nb::c_contig, nb::device::cpu>;
 
 // Codes, units and integers of a block format, see quantize/search.h; `format` has the fields of SearchFormat.
-void search_matrix(FloatRows values, FloatRows products, FloatRows factor, const std::array<int32_t, 8> &format,
+void search_matrix(FloatRows values, FloatRows products, FloatRows factor, const std::array<int32_t, 9> &format,
                    int sweeps, Result<uint8_t, 2> codes, Result<float, 3> units, Result<int8_t, 3> integers,
                    Pool &pool) {
-  const SearchFormat wanted{format[0], format[1], format[2], format[3], format[4], format[5], format[6], format[7]};
+  const SearchFormat wanted{format[0], format[1], format[2], format[3], format[4],
+                            format[5], format[6], format[7], format[8]};
   const size_t rows = values.shape(0), columns = values.shape(1);
   if (wanted.group < 1 || wanted.group > 32 || wanted.super % wanted.group ||
       columns % static_cast<size_t>(wanted.super)) {

@@ -10,11 +10,12 @@
 
 namespace mnemos {
 
-// A value is scale * (code - zero) + minimum, codes 0..top. A group of columns shares scale and minimum; if `super`
-// groups together have units in float16, they are integers times these: scale = unit * (scale_low..scale_top), minimum
-// = -unit * (0..minimum_top). Otherwise they are float16 numbers themselves.
+// A value is scale * level + minimum. The level of a code, 0..top, is code - zero or, if `curved`, IQ4's value of it. A
+// group of columns shares scale and minimum; if `super` groups together have units in float16, they are integers times
+// these: scale = unit * (scale_low..scale_top), minimum = -unit * (0..minimum_top). Otherwise they are float16 numbers
+// themselves.
 struct SearchFormat {
-  int32_t group, super, top, zero, minima, scale_low, scale_top, minimum_top;
+  int32_t group, super, top, zero, minima, scale_low, scale_top, minimum_top, curved;
 };
 
 // The error d of a row costs d' products d; `factor` is the upper triangular U of inverse(products) = U'U.

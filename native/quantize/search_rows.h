@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "quantize/fits.h"
 #include "quantize/lanes.h"
 #include "quantize/search.h"
 
@@ -12,8 +13,10 @@ namespace {
 
 constexpr int largest_group = 32, largest_super = 256;
 // What is tried for a group: scales from the one that reaches its largest value down, and ends of its range from a
-// little outside it inwards, in these steps, which are shares of the distance between two codes.
+// little outside it inwards, in these steps, which are shares of the distance between two codes (of IQ4's, of 16 even
+// ones).
 constexpr int symmetric_trials = 15, range_trials = 6;
+constexpr int curved_trials = 5;  // scales with which IQ4's shorter side, up to 113, reaches the largest value
 constexpr float symmetric_step = 0.2f, range_step = 0.3f;
 constexpr float hopeless = 3.0e38f;
 
@@ -52,8 +55,8 @@ class Columns {
 class RowSearch {
  public:
   RowSearch(const SearchFormat &format, const SearchCosts &costs)
-      : f(format), costs(costs), columns(static_cast<int>(costs.columns)), x(columns), original(columns), code(columns),
-        scale(columns / f.group), minimum(columns / f.group), integer(columns / f.group),
+      : f(format), costs(costs), columns(static_cast<int>(costs.columns)), x(columns), original(columns),
+        level(columns), scale(columns / f.group), minimum(columns / f.group), integer(columns / f.group),
         minimum_integer(columns / f.group), unit(columns / f.super), minimum_unit(columns / f.super) {}
 
   void run(const float *values, int rows, int sweeps, const SearchResult &result) {
@@ -68,13 +71,17 @@ class RowSearch {
   }
 
  private:
-  Floats code_of(Floats value, Floats inverse, Floats low) const {
-    return clamp(nearest((value - low) * inverse) + static_cast<float>(f.zero), 0, static_cast<float>(f.top));
+  // The nearest of the values that a code stands for, in units of the scale.
+  Floats level_of(Floats value, Floats inverse, Floats low) const {
+    const Floats scaled = (value - low) * inverse;
+    if (f.curved) return nearest_iq4(scaled);
+    return clamp(nearest(scaled), static_cast<float>(-f.zero), static_cast<float>(f.top - f.zero));
   }
-  Floats value_of(Floats q, Floats s, Floats low) const { return s * (q - static_cast<float>(f.zero)) + low; }
+  // The largest magnitude of a level, where these are on both sides of zero.
+  float reach() const { return f.curved ? -iq4_values[0] : static_cast<float>(f.zero); }
 
-  // What the columns of a group cost with this scale, each made up for by those after it. With `errors`, the codes are
-  // kept.
+  // What the columns of a group cost with this scale, each made up for by those after it. With `errors`, the levels
+  // are kept.
   Floats try_group(int first, Floats s, Floats low, Floats *errors) {
     Floats rest[largest_group];
     for (int j = 0; j < f.group; j++) rest[j] = x[first + j];
@@ -82,12 +89,12 @@ class RowSearch {
     Floats cost = {};
     for (int j = 0; j < f.group; j++) {
       const float *u = costs.factor + static_cast<int64_t>(first + j) * columns + first;
-      const Floats q = code_of(rest[j], inverse, low);
-      const Floats error = (rest[j] - value_of(q, s, low)) * (1.f / u[j]);
+      const Floats q = level_of(rest[j], inverse, low);
+      const Floats error = (rest[j] - (s * q + low)) * (1.f / u[j]);
       cost += error * error;
       if (errors) {
         errors[j] = error;
-        code[first + j] = q;
+        level[first + j] = q;
       }
       for (int k = j + 1; k < f.group; k++) rest[k] -= error * u[k];
     }
@@ -134,9 +141,10 @@ class RowSearch {
         }
       }
     } else {
-      const Floats whole = greatest(high, -low) / static_cast<float>(f.zero);
-      for (int i = 0; i < symmetric_trials; i++) {
-        const Floats s = whole * (1.f - symmetric_step * static_cast<float>(i) / static_cast<float>(f.zero));
+      const Floats whole = greatest(high, -low) / reach();
+      const float step = symmetric_step / static_cast<float>(f.curved ? (f.top + 1) / 2 : f.zero);
+      for (int i = f.curved ? -curved_trials : 0; i < symmetric_trials; i++) {
+        const Floats s = whole * (1.f - step * static_cast<float>(i));
         attempt(s, all(0.f));
         if (f.top % 2) attempt(-s, all(0.f));  // the codes reach farther on one side
       }
@@ -163,9 +171,7 @@ class RowSearch {
         low = least(low, x[j]);
         high = greatest(high, x[j]);
       }
-      const Floats reach =
-          f.minima ? (high - low) / static_cast<float>(f.top) : greatest(high, -low) / static_cast<float>(f.zero);
-      largest = greatest(largest, reach);
+      largest = greatest(largest, f.minima ? (high - low) / static_cast<float>(f.top) : greatest(high, -low) / reach());
       lowest = least(lowest, low);
     }
     const int b = first / f.super;
@@ -177,7 +183,7 @@ class RowSearch {
   void improve(int sweeps) {
     Columns slope(columns), now(columns);
     for (int j = 0; j < columns; j++) {
-      now[j] = value_of(code[j], scale[j / f.group], minimum[j / f.group]);
+      now[j] = scale[j / f.group] * level[j] + minimum[j / f.group];
       move(slope, j, now[j] - original[j]);
     }
     for (int sweep = 0; sweep < sweeps; sweep++) {
@@ -186,11 +192,11 @@ class RowSearch {
       for (int j = 0; j < columns; j++) {
         const Floats s = scale[j / f.group], low = minimum[j / f.group];
         const float curve = costs.products[static_cast<int64_t>(j) * columns + j];
-        const Floats q = code_of(now[j] - slope[j] * (1.f / curve), reciprocal(s), low);
-        const Mask changed = (q != code[j]) & (s != 0.f);
+        const Floats q = level_of(now[j] - slope[j] * (1.f / curve), reciprocal(s), low);
+        const Mask changed = (q != level[j]) & (s != 0.f);
         if (!any(changed)) continue;
-        const Floats step = select(changed, value_of(q, s, low) - now[j], all(0.f));
-        code[j] = select(changed, q, code[j]);
+        const Floats step = select(changed, s * q + low - now[j], all(0.f));
+        level[j] = select(changed, q, level[j]);
         now[j] += step;
         move(slope, j, step);
       }
@@ -252,7 +258,7 @@ class RowSearch {
     const bool nested = f.super != f.group;
     Floats v[largest_group], w[largest_group];
     for (int j = 0; j < f.group; j++) {
-      v[j] = code[first + j] - static_cast<float>(f.zero);
+      v[j] = level[first + j];
       w[j] = all(1.f);
     }
     const Plane cost = plane(first, f.group, v, w, slope);
@@ -290,7 +296,7 @@ class RowSearch {
     Floats v[largest_super], w[largest_super];
     for (int j = 0; j < f.super; j++) {
       const int g = (first + j) / f.group;
-      v[j] = integer[g] * (code[first + j] - static_cast<float>(f.zero));
+      v[j] = integer[g] * level[first + j];
       w[j] = -minimum_integer[g];
     }
     const Plane cost = plane(first, f.super, v, w, slope);
@@ -310,10 +316,12 @@ class RowSearch {
     move_columns(first, f.super, v, select(better, x, all(0.f)), w, select(better, y, all(0.f)), slope, now);
   }
 
+  Floats code_of(Floats q) const { return f.curved ? nearest_iq4_code(q) : q + static_cast<float>(f.zero); }
+
   void store(int rows, const SearchResult &result) const {
     for (int l = 0; l < rows; l++) {
       uint8_t *codes = result.codes + static_cast<int64_t>(l) * columns;
-      for (int j = 0; j < columns; j++) codes[j] = static_cast<uint8_t>(static_cast<int>(lane(code[j], l)));
+      for (int j = 0; j < columns; j++) codes[j] = static_cast<uint8_t>(static_cast<int>(lane(code_of(level[j]), l)));
       float *units = result.units + static_cast<int64_t>(l) * (columns / f.super) * 2;
       for (int b = 0; b < columns / f.super; b++) {
         units[2 * b] = lane(unit[b], l);
@@ -332,7 +340,7 @@ class RowSearch {
   const int columns;
   Columns x;  // the weights, with what the columns before them have cost
   Columns original;  // the weights
-  Columns code;
+  Columns level;  // what the codes stand for, in units of their scale
   Columns scale, minimum, integer, minimum_integer;  // by group
   Columns unit, minimum_unit;  // by `super`
 };

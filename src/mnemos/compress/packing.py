@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mnemos.contract import Floats
+from mnemos.formats.quants import IQ4_VALUES
 from mnemos.formats.tensor_types import TensorType
 
 Bytes = npt.NDArray[np.uint8]
@@ -18,6 +19,7 @@ Bytes = npt.NDArray[np.uint8]
 class BlockFormat:
     """How a type's values follow from codes: scale * (code - zero) + minimum, codes 0 to `top`.
 
+    With `curved`, IQ4's value of the code takes the place of code - zero.
     `group` weights share a scale (and a minimum, with `minima`). Where `block` is larger, its groups' scales are
     integers from scale_low to scale_top times the block's unit, and their minima integers up to minimum_top times minus
     its other unit.
@@ -31,12 +33,13 @@ class BlockFormat:
     scale_low: int = 0
     scale_top: int = 0
     minimum_top: int = 0
+    curved: bool = False
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """The fields in the order of the native core's SearchFormat."""
         scales = self.scale_low, self.scale_top, self.minimum_top
-        return self.group, self.block, self.top, self.zero, int(self.minima), *scales
+        return self.group, self.block, self.top, self.zero, int(self.minima), *scales, int(self.curved)
 
 
 FORMATS = {
@@ -50,6 +53,8 @@ FORMATS = {
     TensorType.Q4_K: BlockFormat(32, 256, 15, 0, True, 0, 63, 63),
     TensorType.Q5_K: BlockFormat(32, 256, 31, 0, True, 0, 63, 63),
     TensorType.Q6_K: BlockFormat(16, 256, 63, 32, False, -128, 127),
+    TensorType.IQ4_NL: BlockFormat(32, 32, 15, 0, curved=True),
+    TensorType.IQ4_XS: BlockFormat(32, 256, 15, 0, False, -32, 31, curved=True),
 }
 
 
@@ -68,7 +73,8 @@ class Codes:
         units = np.repeat(self.units, format.block // format.group, axis=1)
         if format.block > format.group:
             units = units * self.integers * np.array([1, -1], dtype=np.float32)
-        scaled = units[:, :, :1] * (self.codes.reshape(rows, -1, format.group).astype(np.float32) - format.zero)
+        levels = IQ4_VALUES[self.codes] if format.curved else self.codes.astype(np.float32) - format.zero
+        scaled = units[:, :, :1] * levels.reshape(rows, -1, format.group)
         return np.asarray(scaled + units[:, :, 1:], dtype=np.float32).reshape(rows, columns)
 
 
@@ -84,7 +90,7 @@ def pack(found: Codes, type: TensorType) -> Bytes:
     scales, minima = integers[:, :, 0], integers[:, :, 1].view(np.uint8)
     parts: tuple[Bytes, ...]
     match type:
-        case TensorType.Q4_0:
+        case TensorType.Q4_0 | TensorType.IQ4_NL:
             parts = halves[:, :2], _fields(codes, 4, 16)
         case TensorType.Q4_1:
             parts = halves, _fields(codes, 4, 16)
@@ -105,6 +111,9 @@ def pack(found: Codes, type: TensorType) -> Bytes:
         case TensorType.Q5_K:
             packed = _fields(high, 1, 32), _fields(low, 4, 32)
             parts = halves, _scales_and_minima(scales.view(np.uint8), minima), *packed
+        case TensorType.IQ4_XS:
+            six_bits = (scales + np.int8(32)).view(np.uint8)
+            parts = halves[:, :2], _fields(six_bits >> 4, 2, 1), _fields(six_bits & 15, 4, 1), _fields(codes, 4, 16)
         case _:  # Q6_K
             parts = _fields(low, 4, 64), _fields(high, 2, 32), scales.view(np.uint8), halves[:, :2]
     return np.concatenate(parts, axis=1).reshape(rows, -1)

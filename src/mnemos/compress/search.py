@@ -50,7 +50,7 @@ class Costs:
 
 
 def is_searchable(values: Floats, type: TensorType) -> bool:
-    """Whether `search_rows` takes these values in this type: it lacks the IQ types, and values beyond float16."""
+    """Whether `search_rows` takes these values in this type: not wide types, nor values beyond float16."""
     return type in FORMATS and bool((np.abs(values) < LARGEST).all())
 
 

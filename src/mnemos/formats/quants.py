@@ -19,7 +19,7 @@ from mnemos.formats.tensor_types import TensorType
 Bytes = npt.NDArray[np.uint8]
 
 _CHUNK = 1 << 16  # bytes expanded at a time: temporary arrays stay in the cache
-_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
 _NUMBERS = {
     TensorType.F32: "<f4",
     TensorType.F16: "<f2",
@@ -144,13 +144,13 @@ def _q6_k(blocks: Bytes) -> Floats:
 
 
 def _iq4_nl(blocks: Bytes) -> Floats:
-    return _grouped(_half(blocks, 0), _IQ4_VALUES[_fields(blocks[:, 2:], 4, 16)])
+    return _grouped(_half(blocks, 0), IQ4_VALUES[_fields(blocks[:, 2:], 4, 16)])
 
 
 def _iq4_xs(blocks: Bytes) -> Floats:
     six_bits = _fields(blocks[:, 4:8], 4, 1) | _fields(blocks[:, 2:4], 2, 1) << np.uint8(4)
     scales = _half(blocks, 0) * (six_bits.astype(np.int8) - np.int8(32)).astype(np.float32)
-    return _grouped(scales, _IQ4_VALUES[_fields(blocks[:, 8:], 4, 16)])
+    return _grouped(scales, IQ4_VALUES[_fields(blocks[:, 8:], 4, 16)])
 
 
 _EXPANDERS: dict[TensorType, Callable[[Bytes], Floats]] = {
