@@ -1,6 +1,8 @@
 """GGUF files converted to folders are the same models: transformers loads the folder and gives the file's logits."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from mnemos.errors import UnsupportedError
 from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
 from mnemos.formats.safetensors_writer import Entry as Stored
 from mnemos.formats.safetensors_writer import write_safetensors
-from mnemos.models.huggingface_form import huggingface_form
+from mnemos.models.huggingface_form import _llama3, huggingface_form
 from mnemos.models.load import load_model
+from mnemos.models.rope import Rope
 from tests.models.checkpoints import CONFIGS, build, token_ids
 from tests.models.stepping import whole
 
@@ -34,6 +37,14 @@ ROPES = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
         "rope_theta": 500000.0,
+    },
+    "llama3-own": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 5.0,
+        "original_max_position_embeddings": 50,
+        "rope_theta": 10000.0,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
 }
@@ -114,12 +125,30 @@ def test_quantized_rows_are_moved_without_a_change_of_value(name, tmp_path):
     assert np.allclose(theirs(written(path, tmp_path / "out"), ids), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize(
+    "factor, low, high, length", [(8.0, 1.0, 4.0, 64), (2.0, 0.5, 1.7, 1000), (32.0, 2.0, 5.0, 4000)]
+)
+def test_any_scaling_of_llama_3_is_found_in_its_table(head_dim, factor, low, high, length):
+    """The table says no more than a line: it is the rotation that must be the same, not each number."""
+    original = Rope(10000.0, head_dim, "llama3", factor, length, 4 * length, low, high)
+    divisors = replace(original, kind="default").frequencies() / original.frequencies()
+    read = Rope(10000.0, head_dim, context_length=4 * length, divisors=tuple(divisors.tolist()))
+    found = _llama3(Checkpoint("gguf", Path("model.gguf"), {}, {}), read)
+    again = replace(
+        original,
+        factor=found["factor"],
+        low_frequency_factor=found["low_freq_factor"],
+        high_frequency_factor=found["high_freq_factor"],
+        trained_length=found["original_max_position_embeddings"],
+    )
+    assert np.allclose(again.frequencies(), original.frequencies(), rtol=1e-5, atol=0)
+
+
 def test_a_table_of_frequencies_that_no_config_can_say_is_refused(tmp_path):
-    config = CONFIGS["llama"]()
-    config.rope_parameters = ROPES["llama3"] | {"low_freq_factor": 2.0, "original_max_position_embeddings": 100}
-    path = write_gguf(build(config, tmp_path / "source").module, tmp_path / "model.gguf")
+    divisors = (1.0, 1.0, 3.0, 1.5, 4.0, 2.0, 4.0, 4.0)  # neither a ramp nor its ends
     with pytest.raises(UnsupportedError, match=r"'rope_freqs.weight' holds no scaling of Llama 3"):
-        huggingface_form(open_checkpoint(path))
+        _llama3(Checkpoint("gguf", tmp_path, {}, {}), Rope(10000.0, 16, divisors=divisors))
 
 
 def test_special_tokens_are_named(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -176,22 +177,43 @@ def _rope(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
 def _llama3(checkpoint: Checkpoint, rope: Rope) -> dict[str, Any]:
     """Llama 3's scaling that gives the table of divisors in the file: its factor is the largest of them."""
     divisors = np.asarray(rope.divisors, np.float32)
-    factor = float(divisors.max())
     plain = replace(rope, divisors=(), kind="default").frequencies()
-    for length in _TRAINED_LENGTHS:
-        scaled = replace(rope, divisors=(), kind="llama3", factor=factor, trained_length=length)
+    for scaled in _llama3_scalings(replace(rope, divisors=(), kind="llama3", factor=float(divisors.max())), divisors):
         if np.allclose(plain / scaled.frequencies(), divisors, rtol=1e-5, atol=0):
             return {
                 "rope_type": "llama3",
-                "factor": factor,
+                "factor": scaled.factor,
                 "low_freq_factor": scaled.low_frequency_factor,
                 "high_freq_factor": scaled.high_frequency_factor,
-                "original_max_position_embeddings": length,
+                "original_max_position_embeddings": scaled.trained_length,
             }
     raise UnsupportedError(
-        f"{checkpoint.path}: tensor 'rope_freqs.weight' holds no scaling of Llama 3 (factors 1 and 4, lengths "
-        f"{', '.join(map(str, sorted(_TRAINED_LENGTHS)))}), and a config.json has no place for a table"
+        f"{checkpoint.path}: tensor 'rope_freqs.weight' holds no scaling of Llama 3, and a config.json has no place "
+        "for a table"
     )
+
+
+def _llama3_scalings(rope: Rope, divisors: npt.NDArray[np.float32]) -> Iterator[Rope]:
+    """What may have given the divisors: the usual scalings, then those of lines through two points of the ramp.
+
+    Between its factors Llama 3's scaling is linear in the frequency, so two points on the ramp, or at its ends, give it
+    for any trained length.
+    """
+    for length in _TRAINED_LENGTHS:
+        yield replace(rope, trained_length=length)
+    if rope.factor <= 1:
+        return
+    plain = replace(rope, kind="default").frequencies().astype(np.float64)
+    kept = (1 / divisors.astype(np.float64) - 1 / rope.factor) / (1 - 1 / rope.factor)
+    first, last = np.searchsorted(-kept, (-1 + 1e-5, -1e-5))  # of those between; kept falls with the frequency
+    points = range(max(first - 1, 0), min(last + 1, len(kept)))
+    length = _TRAINED_LENGTHS[0]
+    for i, j in sorted(combinations(points, 2), key=lambda pair: (pair[0] < first) + (pair[1] >= last)):
+        slope = (kept[i] - kept[j]) / (plain[i] - plain[j])
+        if slope > 0:
+            ends = (plain[j] - kept[j] / slope, plain[j] + (1 - kept[j]) / slope)  # where nothing and all is kept
+            low, high = (float(length * end / (2 * np.pi)) for end in ends)
+            yield replace(rope, trained_length=length, low_frequency_factor=low, high_frequency_factor=high)
 
 
 @dataclass(frozen=True)
