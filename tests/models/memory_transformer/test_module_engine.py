@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,7 @@ def test_a_module_that_goes_on_training(make_module: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["fp16", "bf16", "fp8", "dynamic"])
-@pytest.mark.parametrize("name", CHAPTERED)
+@pytest.mark.parametrize("name", [*CHAPTERED, ADAPTERS[0]])
 def test_whole_models_in_another_precision(make_module: Any, name: str, method: str, tmp_path: Path) -> None:
     reference = read_reference(name)
     module, ids = make_module(reference, "hybrid"), torch.from_numpy(reference.ids).long()
@@ -112,3 +114,19 @@ def test_whole_models_in_another_precision(make_module: Any, name: str, method: 
         loaded = QuantizedModel.load(path, make_module(reference, "hybrid"))
         with torch.no_grad():
             assert torch.equal(loaded(ids, use_cache=True).logits, found)
+
+
+def test_copies_read_memory_of_their_own(make_module: Any) -> None:
+    """Copied, pickled, and changed: the other one stays as it was."""
+    reference = read_reference(ADAPTERS[0])
+    module, ids = make_module(reference), torch.from_numpy(reference.ids).long()
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    with torch.no_grad():
+        expected = module(ids).logits
+        for other in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
+            assert torch.equal(other(ids).logits, expected)
+            other.memory_banks[0].base_bank.memory.neg_()
+            assert (other(ids).logits - expected).abs().max() > 0.01
+            assert torch.equal(module(ids).logits, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -71,9 +72,8 @@ class MemoryAdapter(nn.Module):
         self._hidden: Tensor | None = None
         layers = decoder_layers(self.base_model, base.num_hidden_layers)
         for number in self.bank_of_layer:
-            layers[number].register_forward_hook(self._make_hook(number))
-        head: Any = self.base_model.get_output_embeddings()  # type: ignore[operator]
-        head.register_forward_pre_hook(self._keep_hidden)
+            # No closure: a copy of the adapter has hooks of its own, as copies of bound methods belong to the copy.
+            layers[number].register_forward_hook(partial(self._read, number))
 
     def _initialize(self) -> None:
         for part in (self.memory_adapters, self.routers):
@@ -116,6 +116,8 @@ class MemoryAdapter(nn.Module):
         """
         windows = None if past_key_values is None else getattr(past_key_values, "memory_windows", {})
         self._call = call = MemoryCall(self.config.memory, self.training, use_cache, windows, attention_mask)
+        head: Any = self.base_model.get_output_embeddings()  # type: ignore[operator]  # it may have been quantized
+        watch = head.register_forward_pre_hook(self._keep_hidden)
         try:
             out = self.base_model(
                 input_ids=input_ids,
@@ -126,6 +128,7 @@ class MemoryAdapter(nn.Module):
             )
             hidden = self._hidden
         finally:
+            watch.remove()
             self._call = self._hidden = None
         past = getattr(out, self._past, None) if use_cache else None
         if past is not None:
@@ -138,26 +141,21 @@ class MemoryAdapter(nn.Module):
             routes=call.routes or None,
         )
 
-    def _make_hook(self, layer: int) -> Any:
+    def _read(self, layer: int, module: nn.Module, arguments: Any, output: Any) -> Any:
         """A hook that adds what is read from memory to a layer's output; without a call of the adapter, nothing."""
-
-        def read(module: nn.Module, arguments: Any, output: Any) -> Any:
-            call = self._call
-            if call is None:
-                return output
-            states = output[0] if isinstance(output, tuple) else output
-            block = self.memory_adapters[str(layer)]
-            assert isinstance(block, MemoryBlock)
-            x = states.to(block.memory_layernorm.weight.dtype)
-            bank, router = self.memory_banks[self.bank_of_layer[layer]], router_of(self.routers, layer)
-            added = states + call.read(layer, block.memory_attn, bank, router, block.memory_layernorm(x), x).to(states)
-            return (added, *output[1:]) if isinstance(output, tuple) else added
-
-        return read
+        call = self._call
+        if call is None:
+            return output
+        states = output[0] if isinstance(output, tuple) else output
+        block = self.memory_adapters[str(layer)]
+        assert isinstance(block, MemoryBlock)
+        x = states.to(block.memory_layernorm.weight.dtype)
+        bank, router = self.memory_banks[self.bank_of_layer[layer]], router_of(self.routers, layer)
+        added = states + call.read(layer, block.memory_attn, bank, router, block.memory_layernorm(x), x).to(states)
+        return (added, *output[1:]) if isinstance(output, tuple) else added
 
     def _keep_hidden(self, module: nn.Module, arguments: Any) -> None:
-        if self._call is not None:
-            self._hidden = arguments[0]
+        self._hidden = arguments[0]
 
 
 def decoder_layers(base: nn.Module, count: int) -> nn.ModuleList:
