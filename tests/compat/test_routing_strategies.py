@@ -1,4 +1,4 @@
-"""Routers for a generation loop of one's own, against another implementation's choices."""
+"""Routers for your own generation loop, against another implementation's choices."""
 
 from __future__ import annotations
 
@@ -122,3 +122,19 @@ def test_ties_go_to_the_lower_chapter() -> None:
 def test_what_is_refused(router: ChapterRouter, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         create_inference_router(router, **{"strategy": "sequence", "top_k": 3, **arguments})
+
+
+def test_states_and_routers_that_do_not_fit(router: ChapterRouter) -> None:
+    states = torch.randn(2, 5, 32)
+    for strategy in ("sequence", "sequence-rolling", "rolling", "hybrid", "token"):
+        made = create_inference_router(router, strategy, top_k=3)
+        with pytest.raises(ConfigError, match=r"hidden_states is \(2, 5, 8\); expected .* \(batch, positions, 32\)"):
+            made.route(states[..., :8])
+        with pytest.raises(ConfigError, match="hidden_states is a list"):
+            made.route([1.0])
+    rolling = RollingWindowRouter(router, top_k=3)
+    rolling.route(states)
+    with pytest.raises(ConfigError, match="is a batch of 1 and the texts so far were 2; call reset_cache"):
+        rolling.route(states[:1])
+    with pytest.raises(ConfigError, match="router is a str; expected one of the model's"):
+        SequenceLevelRouter("router", top_k=3)

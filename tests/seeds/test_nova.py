@@ -161,6 +161,8 @@ def test_key_value_cache() -> None:
     assert cache.update(0, key, value)[0].shape[2] == 3
     with pytest.raises(ConfigError, match=r"key \(8, 3, 64\) and value .* expected \(batch, heads, new positions"):
         cache.update(0, key[0], value[0])
+    with pytest.raises(ConfigError, match="key list and value list do not fit the cache: expected "):
+        cache.update(0, [1.0], [1.0])
     cache.clear()
     assert all(not tensor.any() for tensor in cache.keys)
 
@@ -227,6 +229,31 @@ def test_attention_to_another_text_and_what_does_not_fit() -> None:
         attention(x[0], x[0], x[0])
     with pytest.raises(ConfigError, match=r"key is \(2, 2, 8\); expected \(2, time, 32\)"):
         attention(x, x[..., :8], x)
+
+
+def test_dropout_is_a_share() -> None:
+    with pytest.raises(ConfigError, match=r"dropout is 1.5"):
+        CachedAttention(32, 4, dropout=1.5)
+
+
+def test_pytorch_s_own_dynamic_quantization(counter: torch.nn.Module, tokenizer: Any) -> None:
+    """Its layers round a text's inputs by their common range, so earlier logits depend a little on later tokens."""
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(counter), {torch.nn.Linear})
+    with InferenceEngine(quantized, tokenizer) as engine:
+        assert engine.generate("2 4 6", max_new_tokens=4).split() == ["8", "10", "12", "14"]
+
+
+def test_logits_that_are_a_view_of_a_parameter() -> None:
+    class Fixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = torch.nn.Parameter(torch.tensor([0.0, 1.0, 3.0, 2.0]))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.values.expand(*input_ids.shape, -1)
+
+    with InferenceEngine(Fixed(), context_length=16) as engine:
+        assert engine.generate([1], max_new_tokens=3) == [1, 2, 2, 2]
 
 
 def test_a_cache_has_the_dtype_of_its_keys() -> None:

@@ -28,6 +28,11 @@ class SequenceLevelRouter:
     def __init__(self, router: Any, top_k: int) -> None:
         self.router = router
         linear = getattr(router, "router", router)
+        if not isinstance(getattr(linear, "weight", None), Tensor) or linear.weight.dim() != 2:
+            raise ConfigError(
+                f"router is a {type(router).__name__}; expected one of the model's, such as model.routers['0'], "
+                "or a linear layer from states to chapters"
+            )
         chapters = linear.weight.shape[0]
         if COUNT.apply("top_k", top_k) > chapters:
             raise ConfigError(f"top_k is {top_k}; it must be at most the {chapters} chapters")
@@ -36,7 +41,17 @@ class SequenceLevelRouter:
 
     def route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """(indices, weights) (B, top_k)."""
-        return self._choose(hidden_states.mean(1))
+        return self._choose(self._checked(hidden_states).mean(1))
+
+    def _checked(self, states: Tensor) -> Tensor:
+        """The states, where they are of the form (B, T, H). ConfigError: they are not."""
+        width = self._linear.weight.shape[1]
+        if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[1] == 0 or states.shape[2] != width:
+            found = tuple(states.shape) if isinstance(states, Tensor) else f"a {type(states).__name__}"
+            raise ConfigError(
+                f"hidden_states is {found}; expected a tensor (batch, positions, {width}) with a position at least"
+            )
+        return states
 
     def _choose(self, states: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -48,7 +63,7 @@ class TokenLevelRouter(SequenceLevelRouter):
 
     def route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """(indices, weights) (B, T, top_k)."""
-        return self._choose(hidden_states)
+        return self._choose(self._checked(hidden_states))
 
 
 class SequenceRollingRouter(SequenceLevelRouter):
@@ -60,7 +75,7 @@ class SequenceRollingRouter(SequenceLevelRouter):
 
     def route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """(indices, weights) (B, top_k)."""
-        return self._choose(rolling_mean(hidden_states, self.window_size))
+        return self._choose(rolling_mean(self._checked(hidden_states), self.window_size))
 
 
 class RollingWindowRouter(SequenceLevelRouter):
@@ -77,7 +92,13 @@ class RollingWindowRouter(SequenceLevelRouter):
 
     def route(self, hidden_states: Tensor, use_cache: bool = True) -> tuple[Tensor, Tensor]:
         """(indices, weights) (B, top_k); without use_cache by the new positions alone, and none are kept."""
+        hidden_states = self._checked(hidden_states)
         if use_cache and self.cache is not None:
+            if len(self.cache) != len(hidden_states):
+                raise ConfigError(
+                    f"hidden_states is a batch of {len(hidden_states)} and the texts so far were {len(self.cache)}; "
+                    "call reset_cache() before other texts"
+                )
             hidden_states = torch.cat((self.cache, hidden_states), dim=1)
         recent = hidden_states[:, -self.window_size :].detach()
         if use_cache:
@@ -94,7 +115,7 @@ class HybridRouter(RollingWindowRouter):
 
     def start_generation(self, prefill_hidden_states: Tensor) -> None:
         """From here on, calls bring the positions that follow this prompt (B, T, H)."""
-        self.cache = prefill_hidden_states[:, -self.window_size :].detach()
+        self.cache = self._checked(prefill_hidden_states)[:, -self.window_size :].detach()
         self.generating = True
 
     def reset(self) -> None:
@@ -105,7 +126,7 @@ class HybridRouter(RollingWindowRouter):
     def route(self, hidden_states: Tensor, use_cache: bool = True) -> tuple[Tensor, Tensor]:
         """(indices, weights) (B, top_k)."""
         if not self.generating:
-            return self._choose(hidden_states.mean(1))
+            return self._choose(self._checked(hidden_states).mean(1))
         return super().route(hidden_states, use_cache)
 
 

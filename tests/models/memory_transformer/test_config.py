@@ -34,6 +34,7 @@ def test_defaults_numbers_and_references(read: Any) -> None:
     assert read("memory: {routing_strategy_inference: sequence_rolling}").memory.routing_strategy_inference == (
         "sequence-rolling"
     )
+    assert read("memory: {window_size: 64}").memory.routing_window_size == 64
 
 
 def test_a_saved_config_is_read_again(read: Any) -> None:

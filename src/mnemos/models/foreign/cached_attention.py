@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from mnemos.errors import ConfigError
 from mnemos.ops.torch import usable_device
-from mnemos.rules import COUNT
+from mnemos.rules import COUNT, real
+
+_SHARE = real(0, 1)
 
 
 class KVCache:
@@ -114,10 +116,11 @@ class KVCache:
 
     def update(self, layer_idx: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores key and value (batch, heads, new, head_dim) from `length` on; returns all, the new ones included."""
-        if not key.dim() == value.dim() == 4:
+        if not all(isinstance(new, Tensor) and new.dim() == 4 for new in (key, value)):
+            found = [tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__ for new in (key, value)]
             raise ConfigError(
-                f"key {tuple(key.shape)} and value {tuple(value.shape)} do not fit the cache: expected "
-                "(batch, heads, new positions, head_dim)"
+                f"key {found[0]} and value {found[1]} do not fit the cache: expected (batch, heads, new "
+                "positions, head_dim)"
             )
         end = self.length + key.shape[2]
         if self.max_length is None:
@@ -222,7 +225,8 @@ class CachedAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or d_model % num_heads:
             raise ConfigError(f"d_model is {d_model}; expected a multiple of num_heads, {num_heads}")
-        self.num_heads, self.head_dim, self.dropout = num_heads, d_model // num_heads, dropout
+        self.num_heads, self.head_dim = num_heads, d_model // num_heads
+        self.dropout = float(_SHARE.apply("dropout", dropout))
         self.q_proj = nn.Linear(d_model, d_model)
         self.k_proj = nn.Linear(d_model, d_model)
         self.v_proj = nn.Linear(d_model, d_model)

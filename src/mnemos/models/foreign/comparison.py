@@ -29,5 +29,5 @@ def _rounding(module: nn.Module) -> float:
     rounded the other way.
     """
     if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
-        return 8e-2
+        return 0.12
     return 3e-2 if getattr(module, "rounds_inputs", False) else 0.0

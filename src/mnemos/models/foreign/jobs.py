@@ -97,4 +97,4 @@ def split(jobs: list[Job], logits: Tensor, lengths: list[int], caller: Caller, v
 
 
 def _array(tensor: Tensor) -> Rows:
-    return np.asarray(tensor.float().cpu().numpy())
+    return np.asarray(tensor.detach().float().cpu().numpy())

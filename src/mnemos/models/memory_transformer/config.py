@@ -307,6 +307,8 @@ def parse_config(content: Any, path: Path) -> Config:
 
 def _section(kind: type[Section], values: dict[str, Any], name: str) -> Section:
     known = [f.name for f in fields(kind)]
+    if "routing_window_size" in known and "routing_window_size" not in values:  # the routers' classes name it shorter
+        values = {"routing_window_size" if key == "window_size" else key: value for key, value in values.items()}
     for key in values:
         if key not in known:
             raise ConfigError(f"{name}.{key} is unknown; {hint(key, known, f'the fields of {name}')}")
