@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -131,9 +132,12 @@ def example_of(
     names = dict(zip(tensors, input_names if input_names is not None else tensors, strict=True))
     axes = _default_axes(tensors) if dynamic_axes is None else _axes(dynamic_axes, tensors, names, output_names or ())
     answer, rows = _first_answer(module, tensors)
-    plain = isinstance(answer, Tensor) and not any(
-        parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters_of(module).values()
-    )
+    by_position = [
+        name
+        for name, one in parameters_of(module).items()
+        if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
+    plain = isinstance(answer, Tensor) and list(tensors) == by_position[: len(tensors)]
     plausible = getattr(module, "plausible", None)
     return Example(tensors, names, axes, _bounds(tensors, rows), list(flattened(answer)), plain, plausible)
 
@@ -151,6 +155,9 @@ def _tensors(module: nn.Module, dummy_input: Any) -> dict[str, Tensor]:
         given = {str(name): value for name, value in dummy_input.items()}
     else:
         several = list(dummy_input) if isinstance(dummy_input, (tuple, list)) else [dummy_input]
+        rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+        if rest is not None:  # forward(self, *tensors)
+            named += [f"{rest}_{number}" for number in range(len(several) - len(named))]
         if not several or len(several) > len(named):
             raise ConfigError(f"dummy_input has {len(several)} tensors; forward takes {', '.join(named)}")
         given = dict(zip(named, several, strict=False))
@@ -165,10 +172,11 @@ def _tensors(module: nn.Module, dummy_input: Any) -> dict[str, Tensor]:
 
 def _default_axes(tensors: Mapping[str, Tensor]) -> Axes:
     axes: Axes = {}
+    of_tokens = [tensor.shape for tensor in tensors.values() if tensor.dim() == 2 and not tensor.is_floating_point()]
     for name, tensor in tensors.items():
         if tensor.dim():
             axes[name] = {0: "batch"}
-        if tensor.dim() == 2 and not tensor.is_floating_point():
+        if tensor.shape in of_tokens:  # also floats, such as a mask, of which there is one for each token
             axes[name][1] = "sequence"
     return axes
 
@@ -240,13 +248,24 @@ def answer_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[st
     return list(flattened(plain_call(module, tensors)))
 
 
+def arrays_of(answer: Any) -> list[npt.NDArray[Any]]:
+    """The tensors of an answer, in order, as arrays; bfloat16, which NumPy lacks, becomes float32."""
+    tensors = (tensor.detach().cpu() for _, tensor in flattened(answer))
+    return [(tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy() for tensor in tensors]
+
+
 def flattened(answer: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested tuples and mappings; a name is empty where nothing gives one."""
+    """The tensors in nested tuples, mappings and dataclasses; a name is empty where nothing gives one."""
     if isinstance(answer, Tensor):
         yield name, answer
     elif isinstance(answer, Mapping):
         for key, value in answer.items():
             yield from flattened(value, str(key))
+    elif is_dataclass(answer) and not isinstance(answer, type):
+        for one in fields(answer):
+            yield from flattened(getattr(answer, one.name), one.name)
+    elif hasattr(answer, "_asdict"):  # a named tuple
+        yield from flattened(answer._asdict())
     elif isinstance(answer, (tuple, list)):
         for value in answer:
             yield from flattened(value)

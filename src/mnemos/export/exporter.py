@@ -157,9 +157,9 @@ class ModelExporter:
                 notes = write(made)
         except MnemosError:
             raise
-        except OSError as error:
-            raise not_written(target, error, parameter_bytes(self.model)) from error
         except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:  # others are of a converter, about source code
+                raise not_written(target, error, parameter_bytes(self.model)) from error
             raise ModelError(
                 f"{type(self.model).__name__} cannot be exported to {self.format}: {first_line(error)}"
             ) from error

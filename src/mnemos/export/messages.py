@@ -14,10 +14,26 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if type(error).__name__ == "GuardOnDataDependentSymNode":
         frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
+        frames = frames or re.findall(r"Caused by: \((\S+):(\d+) in (\w+)\)", text)
         place = next((frame for frame in reversed(frames) if "/torch/" not in frame[0]), None)
         where = f", in {place[2]} ({Path(place[0]).name}, line {place[1]})" if place else ""
         return f"it branches on the data{where}; express it with torch.where"
+    if len(lines) > 1 and "failed in the TorchScript interpreter" in lines[0]:
+        return lines[-1][:300]  # the error itself, below the code around it
+    guard = _GUARD.search(text)
+    if guard:
+        condition = _SIZE.sub(r"size \2 of input \1", guard["condition"])
+        return f"its code goes another way at some sizes, and what was exported is for {condition} (counted from 0)"
+    fixed = _FIXED.search(text)
+    if fixed:
+        return (
+            f"its code fixes size {fixed['axis']} of an input (counted from 0) at {fixed['size']}, as a loop over that "
+            "axis or a recurrent layer does; leave the axis out of dynamic_axes, or export to ONNX or TorchScript"
+        )
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
+_FIXED = re.compile(r"size\(\)\[(?P<axis>\d+)\] as dynamic but your code specialized it .* constant \((?P<size>\d+)\)")
+_GUARD = re.compile(r"Guard failed: (?P<condition>.+)")
+_SIZE = re.compile(r"tensors_(\d+)\.size\(\)\[(\d+)\]")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")

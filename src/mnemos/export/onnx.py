@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mnemos.compress.modules.batches import evaluating
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError, shown
+from mnemos.export.attention_axes import FourAxes
 from mnemos.export.comparison import RELATIVE, Compared, Run, compare
 from mnemos.export.example import SUM, Example, answer_of, example_of
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, WithValues, outputs_of
@@ -23,6 +25,7 @@ from mnemos.export.rms_norm import spelled_out
 
 DEFAULT_OPSET = 20
 _OLDEST, _FIRST_OF_DYNAMO = 9, 18  # torch.export's programs use operators of opset 18
+_LAST_OF_TRACING = 20
 _OF_ACTIVATIONS = 0.05  # what 8 bits of the activations may change of the results, as a relative root mean square
 _LARGEST_FILE = 2 * 1024**3 - 2**20  # of one protocol buffer, less what the graph takes
 
@@ -55,7 +58,8 @@ class ONNXExporter(ModelExporter):
         bits: 8 or 4: the weights of products and embeddings in so many, for ONNX Runtime (`export.onnx_weights`). The
         file is then compared with the module whose weights are rounded in the same way, and the report's error is that
         from the module itself, as a root mean square over the results' own.
-        Opsets from 18 on are written through torch.export, which refuses branches on data; older ones by tracing.
+        Opsets from 18 on are written through torch.export, which refuses branches on data; older ones by tracing, and
+        up to 20 modules with recurrent layers, too, whose loops torch.export cannot express for a length that varies.
         ConfigError: an argument that does not fit; ModelError: the module cannot be expressed, or the file differs.
         """
         onnx, _ = _packages()
@@ -124,15 +128,16 @@ class ONNXExporter(ModelExporter):
         names = [example.names[name] for name in example.tensors]
         options: dict[str, Any] = {"input_names": names, "output_names": list(outputs), "opset_version": opset}
         notes = []
-        if opset >= _FIRST_OF_DYNAMO:
+        if opset >= _FIRST_OF_DYNAMO and not (bits is None and opset <= _LAST_OF_TRACING and _is_recurrent(self.model)):
             shapes = tuple(
                 {axis: "total" if SUM in label else label for axis, label in example.axes.get(name, {}).items()} or None
                 for name in example.tensors
             )
-            program: Any = torch.onnx.export(
-                wrapper, arguments, dynamo=True, verbose=False, optimize=False,
-                dynamic_shapes=(shapes,) if example.axes else None, **options,
-            )  # fmt: skip
+            with FourAxes():
+                program: Any = torch.onnx.export(
+                    wrapper, arguments, dynamo=True, verbose=False, optimize=False,
+                    dynamic_shapes=(shapes,) if example.axes else None, **options,
+                )  # fmt: skip
             if bits is not None:
                 prefix = "module."  # of `FlatOutputs`
                 weights = {prefix + name for name, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -158,6 +163,10 @@ class ONNXExporter(ModelExporter):
                 f"newer one; export with opset_version={found}"
             )
         return notes
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.RNNBase) for part in module.modules())
 
 
 def _simplify(model: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mnemos.errors import FormatError
 from mnemos.export.comparison import Run
-from mnemos.export.example import Example, example_of, flattened
+from mnemos.export.example import Example, arrays_of, example_of
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of
 from mnemos.export.messages import first_line
 from mnemos.formats.whole_file import late_errors
@@ -109,6 +109,6 @@ def running(program: Any) -> Run:
 
     def run(tensors: Mapping[str, Tensor]) -> list[Any]:
         with torch.no_grad():
-            return [tensor.numpy() for _, tensor in flattened(program(*tensors.values()))]
+            return arrays_of(program(*tensors.values()))
 
     return run

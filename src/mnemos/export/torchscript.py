@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mnemos.errors import ConfigError, FormatError, shown
 from mnemos.export.comparison import Run
-from mnemos.export.example import Example, example_of, flattened
+from mnemos.export.example import Example, arrays_of, example_of
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of
 from mnemos.export.messages import first_line
 
@@ -99,7 +99,7 @@ def load_torchscript(path: str | os.PathLike[str]) -> torch.jit.ScriptModule:
 def _running(module: torch.jit.ScriptModule, example: Example) -> Run:
     def run(tensors: Mapping[str, Tensor]) -> list[Any]:
         with torch.no_grad():
-            return [tensor.numpy() for _, tensor in flattened(module(*tensors.values()))]
+            return arrays_of(module(*tensors.values()))
 
     return run
 
