@@ -9,6 +9,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from mnemos.formats.gguf import GGUFFile
+from mnemos.formats.gguf_writer import RawValue, writing_gguf
 from tests.models.checkpoints import CONFIGS, Reference, build
 
 SPECIAL = ("<pad>", "<s>", "</s>")
@@ -47,3 +49,16 @@ def genai_ids(folder: Path, prompt: list[int], length: int) -> list[int]:
     while not generator.is_done():
         generator.generate_next_token()
     return [int(token) for token in generator.get_sequence(0)]
+
+
+def first_layers(source: Path, path: Path, layers: int) -> Path:
+    """A GGUF file with the first layers of another one, and all its tokenizer."""
+    file = GGUFFile.open(source)
+    architecture = file.metadata["general.architecture"]
+    stored: dict[str, Any] = {key: RawValue(bytes(value)) for key, value in file.stored_metadata.items()}
+    stored[f"{architecture}.block_count"] = np.uint32(layers)
+    kept = [name for name in file.tensors if not name.startswith("blk.") or int(name.split(".")[1]) < layers]
+    with writing_gguf(path, stored, [(name, file.tensors[name].shape) for name in kept]) as writer:
+        for name in kept:
+            writer.write(name, file.tensors[name].type, [file.tensors[name].data])
+    return path

@@ -14,12 +14,12 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
 
 from mnemos import GenerationConfig, InferenceEngine  # noqa: E402
 from mnemos.export.formats import export_model  # noqa: E402
-from tests.export.decoders import decoder, genai_ids  # noqa: E402
+from tests.export.decoders import decoder, first_layers, genai_ids  # noqa: E402
 
 PROMPT = "Hello, is it 12 o'clock?"
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt2", "qwen3moe", "phi3")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt2", "qwen3moe", "mixtral", "phi3")]
 
 
 @pytest.mark.parametrize("name", ["llama-tied", *SLOW])
@@ -51,9 +51,11 @@ def test_it_runs_weights_of_few_bits(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_gguf_file_gets_a_tokenizer_that_reads_the_same(smollm2: Path, tmp_path: Path) -> None:
-    export_model(smollm2, ["onnx"], tmp_path)
+    """With two of the model's thirty layers, which take a tenth of the time; the tokenizer is whole."""
+    source = first_layers(smollm2, tmp_path / "model.gguf", 2)
+    export_model(source, ["onnx"], tmp_path)
     prompt = "The capital of France is"
-    with InferenceEngine.from_pretrained(smollm2, dtype="float32") as engine:
+    with InferenceEngine.from_pretrained(source, dtype="float32") as engine:
         ids = engine.tokenizer.encode(prompt)
         expected = engine.generate(ids, config=GenerationConfig(strategy="greedy", max_length=len(ids) + 12))
         texts = [prompt, "  Zwölf Boxkämpfer, 1234567 \n\n\t x = y[0];", "<|im_start|>user\nHi<|im_end|>\n"]

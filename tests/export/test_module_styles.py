@@ -224,6 +224,15 @@ class KeepsATable(Base):
         return x * self.table[: x.shape[1]]
 
 
+class LoopsOverTheText(Base):
+    def inner(self, x: Tensor) -> Tensor:
+        state, states = torch.zeros(x.shape[0], WIDTH), []
+        for time in range(x.shape[1]):
+            state = torch.tanh(self.linear(state) + x[:, time])
+            states.append(state)
+        return torch.stack(states, 1)
+
+
 MASKED = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 GIVEN: dict[type[Base], Any] = {
     TakesKeywords: MASKED,
@@ -316,6 +325,20 @@ def test_what_a_program_cannot_hold_is_named(style: type[Base], message: str, tm
     with pytest.raises(ModelError, match=message):
         ProgramExporter(style()).export(tmp_path / "model.pt2", IDS)
     assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_is_refused_for_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ModelError, match=r"InBFloat16 has parameters in bfloat16, .*; export model\.float\(\)"):
+        ONNXExporter(InBFloat16()).export(tmp_path / "model.onnx", IDS)
+
+
+@pytest.mark.slow
+def test_a_loop_over_the_text_is_named_for_onnx(tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    with pytest.raises(ModelError, match="its code fixes size 1 of an input"):
+        ONNXExporter(LoopsOverTheText()).export(tmp_path / "model.onnx", IDS)
 
 
 def test_a_recurrent_module_of_one_length_is_a_program(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import evaluating
 from mnemos.compress.modules.quantized_model import QuantizedModel
-from mnemos.errors import CapacityError, ConfigError, MnemosError, ModelError, shown
+from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError, ModelError, shown
 from mnemos.export.comparison import Compared, Run, Timed, compare, speed_ratios
 from mnemos.export.example import Example, answer_of, plain_attention
 from mnemos.export.messages import first_line
@@ -120,7 +120,7 @@ class ModelExporter:
             made = folder / target.name
             with evaluating(self.model), plain_attention():
                 notes = self._written(target, made, write)
-                run = load(made)
+                run = self._loaded(target, made, load)
                 if run is None:
                     found, speed = None, dict[str, float]()
                 else:
@@ -146,6 +146,13 @@ class ModelExporter:
             "" if found is None else found.unit,
         )  # fmt: skip
         return self.report
+
+    def _loaded(self, target: Path, made: Path, load: Callable[[Path], Run | None]) -> Run | None:
+        try:
+            return load(made)
+        except FormatError as error:  # about a file that was just written
+            problem = str(error).replace(str(made), target.name)
+            raise ModelError(f"the {self.format} of {type(self.model).__name__} cannot be run: {problem}") from error
 
     def _compared(self, example: Example, outputs: int, run: Run) -> Compared:
         return compare(self.model, run, example, outputs, self.tolerance, self.format)

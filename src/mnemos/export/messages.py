@@ -26,14 +26,18 @@ def first_line(error: BaseException) -> str:
         return f"its code goes another way at some sizes, and what was exported is for {condition} (counted from 0)"
     fixed = _FIXED.search(text)
     if fixed:
+        axis, size = (fixed["axis"], fixed["size"]) if fixed["axis"] else (fixed["at"], fixed["of"])
         return (
-            f"its code fixes size {fixed['axis']} of an input (counted from 0) at {fixed['size']}, as a loop over that "
-            "axis or a recurrent layer does; leave the axis out of dynamic_axes, or export to ONNX or TorchScript"
+            f"its code fixes size {axis} of an input (counted from 0) at {size}, as a loop over that axis or a "
+            "recurrent layer does; leave the axis out of dynamic_axes, or script the module (TorchScriptExporter)"
         )
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-_FIXED = re.compile(r"size\(\)\[(?P<axis>\d+)\] as dynamic but your code specialized it .* constant \((?P<size>\d+)\)")
+_FIXED = re.compile(
+    r"size\(\)\[(?P<axis>\d+)\] as dynamic but your code specialized it .* constant \((?P<size>\d+)\)"
+    r"|static shape of (?P<of>\d+) for dimension \S+\.shape\[(?P<at>\d+)\]"
+)
 _GUARD = re.compile(r"Guard failed: (?P<condition>.+)")
 _SIZE = re.compile(r"tensors_(\d+)\.size\(\)\[(\d+)\]")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -72,6 +72,11 @@ class ONNXExporter(ModelExporter):
             raise ConfigError(
                 f"opset_version is {opset_version}; weights of {bits} bits need {_FIRST_OF_DYNAMO} or more"
             )
+        if any(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters()):
+            raise ModelError(
+                f"{type(self.model).__name__} has parameters in bfloat16, in which ONNX Runtime computes nothing on a "
+                "CPU; export model.float()"
+            )
         example = example_of(self.model, dummy_input, input_names, output_names, dynamic_axes)
         outputs = outputs_of(self.model, example, output_names)
         versions = {"opset": str(opset_version), "torch": torch.__version__, "onnx": onnx.__version__}
