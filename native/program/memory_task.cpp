@@ -24,10 +24,13 @@ class MemoryTask : public Task {
  public:
   MemoryTask(std::shared_ptr<const MemoryAttention> memory, Operands operands, Rows rows)
       : memory_(std::move(memory)), m_(*memory_), operands_(operands), rows_(rows) {
-    const int64_t span = m_.span_rows();
-    for (int64_t first = 0; first < span; first += attention_block)
-      blocks_.push_back({first, first, std::min(first + attention_block, span) - 1, nullptr});
+    const int64_t span = m_.span_rows(), slots = m_.bank->cache().cell().slots;
     for (int64_t page = 0; page < m_.bank->cache().pages; page++) pages_.push_back(static_cast<int32_t>(page));
+    for (int64_t begin = 0; begin < m_.rows; begin += span) {
+      for (int64_t first = 0; first < span; first += attention_block)
+        blocks_.push_back(
+            {first, first, std::min(first + attention_block, span) - 1, pages_.data() + (begin + first) / slots});
+    }
   }
 
  protected:
@@ -68,6 +71,10 @@ class MemoryTask : public Task {
     float most[max_tile_rows], total[max_tile_rows];
     int64_t first[max_tile_rows], last[max_tile_rows];
   };
+  // What the rows of a tile have attended to so far; `result` is not divided by `total` yet.
+  struct State {
+    float *result, *most, *total;
+  };
   int64_t work_floats(int64_t queries) const {
     return queries * (score_stride + 3 * stride()) + expanded_floats(m_.bank->cache().cell());
   }
@@ -89,35 +96,40 @@ class MemoryTask : public Task {
       }
     }
   }
-  // Attends to one block: the result, maxima and sums of it alone are in `work`. Values are multiplied by the share.
-  void attend(const Step &step, Work &work, int64_t row, int64_t rows, int64_t head, int64_t span, int64_t block,
-              int thread) const {
-    const int64_t begin = chapter(step, row, span, thread) * m_.span_rows() + block * attention_block;
-    KeyBlock keys = blocks_[static_cast<size_t>(block)];
-    keys.pages = pages_.data() + begin / m_.bank->cache().cell().slots;
+  // The blocks of a span that a row reads.
+  const KeyBlock *blocks_of(const Step &step, int64_t row, int64_t span, int thread) const {
+    return &blocks_[static_cast<size_t>(chapter(step, row, span, thread) * m_.span_blocks())];
+  }
+  // Attends to neighbouring blocks and merges each into what is in `state`. next: the keys that this thread reads then.
+  void attend(const Step &step, Work &work, const State &state, int64_t rows, int64_t head, const KeyBlock *blocks,
+              int64_t count, const NextKeys &next = {}) const {
     const int64_t queries = rows * group();
     AttentionTile tile{};
     tile.cell = &m_.bank->cache().cell();
     tile.cells = m_.bank->cache().cells(0, head);
     tile.page_bytes = m_.bank->cache().page_bytes();
-    tile.blocks = &keys;
+    tile.blocks = blocks;
     tile.rows = queries;
     tile.first = work.first;
     tile.last = work.last;
     tile.queries = work.queries;
     tile.partial = work.partial;
-    tile.result = work.result;
+    tile.result = state.result;
     tile.scores = work.scores;
     tile.expanded = work.expanded;
-    tile.most = work.most;
-    tile.total = work.total;
-    for (int64_t i = 0; i < queries; i++) {
-      work.first[i] = 0, work.last[i] = m_.span_rows() - 1;
-      work.most[i] = -INFINITY, work.total[i] = 0;
-    }
-    step.kernels->attend(tile, 0, 1);
-    const float factor = share(step, row, span, thread);
-    if (factor != 1) step.kernels->scale(work.result, factor, work.result, queries * stride());
+    tile.most = state.most;
+    tile.total = state.total;
+    tile.next = next;
+    for (int64_t i = 0; i < queries; i++) work.first[i] = 0, work.last[i] = m_.span_rows() - 1;
+    step.kernels->attend(tile, 0, count);
+  }
+  // Attends to one block: the result, maxima and sums of it alone are in `work`. Values are multiplied by the share.
+  void attend_alone(const Step &step, Work &work, int64_t rows, int64_t head, const KeyBlock *block, float share,
+                    const NextKeys &next = {}) const {
+    const int64_t queries = rows * group();
+    for (int64_t i = 0; i < queries; i++) work.most[i] = -INFINITY, work.total[i] = 0;
+    attend(step, work, {work.result, work.most, work.total}, rows, head, block, 1, next);
+    if (share != 1) step.kernels->scale(work.result, share, work.result, queries * stride());
   }
 
   const std::shared_ptr<const MemoryAttention> memory_;
@@ -126,8 +138,8 @@ class MemoryTask : public Task {
   const Rows rows_;
 
  private:
-  std::vector<KeyBlock> blocks_;  // of a span
   std::vector<int32_t> pages_;
+  std::vector<KeyBlock> blocks_;  // of all spans
 };
 
 // Makes the keys and values that are read for the first time.
@@ -214,12 +226,30 @@ class ReadTask : public MemoryTask {
            std::memcmp(weights + a * m_.chosen, weights + b * m_.chosen, bytes) == 0;
   }
 
+  // The number of a part of what a row reads with a head of keys.
+  struct Part {
+    int64_t row, head, part;
+  };
+  Part part_of(int64_t item) const {
+    return {item / parts() / m_.kv_heads, item / parts() % m_.kv_heads, item % parts()};
+  }
+
   void read_part(const Step &step, int64_t item, int thread) const {
-    const int64_t part = item % parts(), head = item / parts() % m_.kv_heads, row = item / parts() / m_.kv_heads;
+    const Part own = part_of(item);
+    const auto [row, head, part] = own;
+    const auto block_of = [&](const Part &p) {
+      return blocks_of(step, p.row, p.part / m_.span_blocks(), thread) + p.part % m_.span_blocks();
+    };
+    NextKeys next{};
+    if (item + 1 < items(step)) {  // most likely this thread's too
+      const Part then = part_of(item + 1);
+      const KeyBlock *coming = block_of(then);
+      next = {m_.bank->cache().cells(0, then.head), coming, coming->first, coming->last};
+    }
     Work work;
     take(work, step.thread_scratch(thread), group());
     load_queries(step, work, row, 1, head, part / m_.span_blocks(), thread);
-    attend(step, work, row, 1, head, part / m_.span_blocks(), part % m_.span_blocks(), thread);
+    attend_alone(step, work, 1, head, block_of(own), share(step, row, part / m_.span_blocks(), thread), next);
     float *into = partial(step, partials_, row, head, part, thread);
     const int64_t values = group() * stride();
     std::memcpy(into, work.result, static_cast<size_t>(values) * sizeof(float));
@@ -240,8 +270,11 @@ class ReadTask : public MemoryTask {
     bool begun = false;
     for (int64_t span = 0; span < m_.spans(); span++) {
       load_queries(step, work, row, rows, head, span, thread);
-      for (int64_t block = 0; block < m_.span_blocks(); block++) {
-        attend(step, work, row, rows, head, span, block, thread);
+      const KeyBlock *blocks = blocks_of(step, row, span, thread);
+      const float factor = share(step, row, span, thread);
+      if (factor == 1) attend(step, work, {sum, most, total}, rows, head, blocks, m_.span_blocks());
+      for (int64_t block = 0; factor != 1 && block < m_.span_blocks(); block++) {
+        attend_alone(step, work, rows, head, blocks + block, factor);
         for (int64_t i = 0; i < queries; i++)
           step.kernels->merge(work.most[i], work.total[i], work.result + i * stride(), most + i, total + i,
                               sum + i * stride(), stride());
@@ -249,11 +282,11 @@ class ReadTask : public MemoryTask {
       if (!ends(span)) continue;
       for (int64_t i = 0; i < queries; i++) {
         float *into = y + i / group() * m_.heads * m_.head_dim + i % group() * m_.head_dim;
-        const float factor = result_share(step, row + i / group(), span, thread) / total[i];
+        const float weight = result_share(step, row + i / group(), span, thread) / total[i];
         if (begun) {
-          step.kernels->accumulate(sum + i * stride(), factor, into, m_.head_dim);
+          step.kernels->accumulate(sum + i * stride(), weight, into, m_.head_dim);
         } else {
-          step.kernels->scale(sum + i * stride(), factor, into, m_.head_dim);
+          step.kernels->scale(sum + i * stride(), weight, into, m_.head_dim);
         }
         most[i] = -INFINITY, total[i] = 0;
       }
