@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ def client(smollm2: Path) -> Iterator[httpx.Client]:
 
     from mnemos.serve.ray import application
 
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": 8127})
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(application({"smollm2": str(smollm2)}, replicas=2, context_length=1024))
-        with httpx.Client(base_url="http://127.0.0.1:8127", timeout=60) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             yield client
         serve.shutdown()
     finally:
