@@ -31,6 +31,15 @@ def test_nothing_is_left_when_the_block_raises(tmp_path, error):
     assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["model.gguf"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    message = "pipe: cannot be written: it is a device, a pipe or a socket"
+    with pytest.raises(FormatError, match=message), replacing(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -20,10 +20,12 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit of the
 def replacing(path: Path, size: int = 0) -> Iterator[BinaryIO]:
     """A new file beside `path`, open for writing and reading, that takes its place when the block ends.
 
-    If the block raises, nothing is left and a file that was there before stays. Errors: those of `not_written`;
-    `size` is the bytes that it needs, for them.
+    If the block raises, nothing is left and a file that was there before stays. Errors: those of `not_written`, also
+    for a device or a pipe, which would be replaced by a file; `size` is the bytes that it needs, for them.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, not a file")
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
         raise not_written(path, error, size) from error

@@ -106,5 +106,11 @@ def test_what_cannot_be_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model = Small()
     with torch.no_grad():
         model.inner.weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match="inner.weight"):
-        quantize_full_model(model, "fp8")
+    for method in ("fp8", "fp16"):
+        with pytest.raises(ModelError, match="inner.weight"):
+            quantize_full_model(model, method)
+    with torch.no_grad():
+        model.inner.weight[0, 0] = 1e5
+    with pytest.raises(ModelError, match=r"inner.weight has values up to 1e\+05, and fp16 ends at 6.55e\+04"):
+        quantize_full_model(model, "fp16")
+    assert quantize_full_model(model, "bf16").inner.weight[0, 0].item() == pytest.approx(1e5, rel=0.01)

@@ -284,7 +284,7 @@ def test_other_modes_and_places_are_refused() -> None:
 
 
 def test_what_cannot_be_asked_for() -> None:
-    for bits in (3, 16, "8", None, True):
+    for bits in (3, 16, 8.0, "8", None, True):
         with pytest.raises(ConfigError, match="bits is .*; expected 8 or 4"):
             QuantizedModel(Stack(), bits=bits)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="method is 'best'"):
@@ -301,6 +301,11 @@ def test_nan_weights_are_named() -> None:
         model.down[1].weight[3, 4] = torch.nan
     with pytest.raises(ModelError, match="down.1.weight"):
         QuantizedModel(model)
+    model = Stack()
+    with torch.no_grad():
+        model.down[1].bias[3] = torch.inf
+    with pytest.raises(ModelError, match="down.1.bias has values that are NaN or infinite"):
+        QuantizedModel(model)
 
 
 def test_static_waits_for_its_batches(tmp_path: Path) -> None:
@@ -310,6 +315,10 @@ def test_static_waits_for_its_batches(tmp_path: Path) -> None:
             use()
     with pytest.raises(ConfigError, match="batches is empty"):
         quantized.calibrate([])
+    with pytest.raises(ConfigError, match="batches have 15 rows or tokens in all; expected 16 or more"):
+        quantized.calibrate([ids()[:1, :5]] * 3)
+    with pytest.raises(ConfigError, match=r"batch 1 cannot be run: IndexError: .*; expected what Stack.forward takes"):
+        quantized.calibrate([ids(), ids() + 10**6])
     names: list[str] = []
     quantized.calibrate([(ids(), ids())], names.append)
     assert set(names) >= {"table", "up.0", "head"}

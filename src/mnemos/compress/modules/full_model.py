@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnemos.compress.modules.layers import check_module
+from mnemos.compress.modules.layers import check_finite_parameters, check_module
 from mnemos.compress.modules.quantizable import Layer, find_layers
 from mnemos.compress.modules.quantized_model import QuantizedModel
 from mnemos.compress.modules.state_file import save_state
@@ -20,6 +20,7 @@ from mnemos.compress.modules.stored_weights import (
     StoredLinear,
     import_bitsandbytes,
 )
+from mnemos.errors import ModelError
 from mnemos.rules import one_of
 
 _FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -39,7 +40,8 @@ def quantize_full_model(
 
     output_path: "dynamic" writes what `QuantizedModel.load` reads; the others a state dict, .safetensors, .pt, .pth or
     .bin, for a module that this function has made with the same method. Errors: ConfigError for an unknown method,
-    MissingDependencyError where bitsandbytes is needed, ModelError for NaN weights or nothing to quantize.
+    MissingDependencyError where bitsandbytes is needed, ModelError for NaN weights, ones beyond float16's range, or
+    nothing to quantize.
     """
     METHOD.apply("method", method)
     check_module(model)
@@ -49,7 +51,9 @@ def quantize_full_model(
             quantized.save(os.fspath(output_path))
         return quantized
     if method in _FLOATS:
+        check_finite_parameters(model)
         made = copy.deepcopy(model).to(_FLOATS[method])
+        _check_range(model, made, method)
     else:
         memo: dict[int, Any] = {}
         shared: dict[int, Any] = {}
@@ -63,6 +67,17 @@ def quantize_full_model(
     if output_path is not None:
         save_state(_tensors(made), output_path)
     return made
+
+
+def _check_range(model: nn.Module, made: nn.Module, method: str) -> None:
+    """ModelError: a value has become infinite, by the name of its parameter."""
+    for (name, before), after in zip(model.named_parameters(), made.parameters(), strict=True):
+        if after.is_floating_point() and not bool(torch.isfinite(after).all()):
+            largest = float(before.detach().abs().max())
+            raise ModelError(
+                f"{name} has values up to {largest:.3g}, and {method} ends at {torch.finfo(after.dtype).max:.3g}; "
+                "expected method='bf16'"
+            )
 
 
 def _replacement(layer: Layer, method: str, shared: dict[int, Any]) -> nn.Module | None:

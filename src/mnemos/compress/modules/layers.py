@@ -53,14 +53,13 @@ def set_values(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
 def matrices(model: nn.Module) -> dict[str, nn.Module]:
     """The layers with a matrix of their own, by name; one that is an embedding's too is left out.
 
-    ModelError: there is none, or a weight has values that are not finite.
+    ModelError: there is none, or a parameter of the module has values that are not finite.
     """
     shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found = {name: m for name, m in model.named_modules() if is_matrix(m) and id(m.weight) not in shared}
     if not found:
         raise ModelError(f"{type(model).__name__} has no nn.Linear; expected a module with weights to prune")
-    for name, layer in found.items():
-        check_finite(f"{name}.weight", cast(Tensor, layer.weight))
+    check_finite_parameters(model)
     return found
 
 
@@ -70,6 +69,13 @@ def check_finite(name: str, values: Tensor) -> None:
         raise ModelError(f"{name} has no values (its device is meta); expected loaded weights")
     if not bool(torch.isfinite(values.detach()).all()):
         raise ModelError(f"{name} has values that are NaN or infinite; expected finite weights")
+
+
+def check_finite_parameters(model: nn.Module) -> None:
+    """ModelError if a parameter has NaN or infinite values, with its name, or has no values at all."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            check_finite(name, parameter)
 
 
 def check_module(model: object, field: str = "model") -> nn.Module:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import call, evaluating, split_batch
-from mnemos.errors import ModelError
+from mnemos.errors import ConfigError, MnemosError, ModelError
+from mnemos.formats.mapping import excerpt
+
+FEWEST_ROWS = 16  # fewer say next to nothing about a layer's inputs
 
 
 @dataclass
@@ -34,8 +37,8 @@ class Moments:
 def measure(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any]) -> dict[str, Moments]:
     """The moments of the inputs of `layers` while `model` runs over the batches, in evaluation mode.
 
-    A layer that is never called has no entry. Memory: columns^2 float32 for each layer. ModelError: an input is not
-    finite.
+    A layer that is never called has no entry. Memory: columns^2 float32 for each layer. ConfigError: the module takes
+    no such batch, or all together have fewer than FEWEST_ROWS rows. ModelError: an input is not finite.
     """
     sums: dict[str, list[Any]] = {}
     names = {layer: name for name, layer in layers.items()}
@@ -50,11 +53,16 @@ def measure(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence
     hooks = [layer.register_forward_pre_hook(note) for layer in layers.values()]
     try:
         with evaluating(model):
-            for batch in batches:
-                call(model, split_batch(batch)[0])
+            for number, batch in enumerate(batches):
+                _run(model, batch, number)
     finally:
         for hook in hooks:
             hook.remove()
+    most = max((rows for _, _, rows in sums.values()), default=FEWEST_ROWS)
+    if most < FEWEST_ROWS:
+        raise ConfigError(
+            f"batches have {most} rows or tokens in all; expected {FEWEST_ROWS} or more, better thousands"
+        )
     found = {}
     for name, (total, products, rows) in sums.items():
         if not bool(torch.isfinite(products).all()):
@@ -62,3 +70,15 @@ def measure(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence
         if rows:
             found[name] = Moments(total / rows, products / rows, rows)
     return found
+
+
+def _run(model: nn.Module, batch: Any, number: int) -> None:
+    try:
+        call(model, split_batch(batch)[0])
+    except MnemosError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"batch {number} cannot be run: {type(error).__name__}: {excerpt(str(error))}; expected what "
+            f"{type(model).__name__}.forward takes"
+        ) from error

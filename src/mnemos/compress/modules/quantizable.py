@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from mnemos.compress.modules.block_weights import BLOCK
-from mnemos.compress.modules.layers import check_finite, is_transposed, matrix_of
+from mnemos.compress.modules.layers import check_finite_parameters, is_transposed, matrix_of
 from mnemos.errors import ConfigError, ModelError
 
 Kind = Literal["linear", "conv1d", "embedding"]
@@ -44,14 +44,14 @@ class Layer:
 
 def check_request(bits: Any, method: Any) -> None:
     """ConfigError unless the bits and the method are known."""
-    if bits not in BITS or isinstance(bits, bool):
+    if bits not in BITS or not isinstance(bits, int):
         raise ConfigError(f"bits is {bits!r}; expected 8 or 4")
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}; expected 'dynamic' or 'static'")
 
 
 def find_layers(model: nn.Module, bits: int) -> list[Layer]:
-    """The layers to quantize, with their bits. ModelError: there are none, or a weight is not finite or has no values.
+    """The layers to quantize, with their bits. ModelError: there are none, or a parameter is not finite or is empty.
 
     Tables and the heads that choose among their entries get 5 or 8 bits in a 4-bit module, as long as the file has
     room; those of an 8-bit module round their inputs more finely.
@@ -64,7 +64,8 @@ def find_layers(model: nn.Module, bits: int) -> list[Layer]:
             f"or transformers' Conv1D among its layers, which are {', '.join(kinds)}"
         )
     for layer in layers:
-        _check_values(layer)
+        _check_type(layer)
+    check_finite_parameters(model)
     entries = {len(layer.parameter) for layer in layers if layer.kind == "embedding"}
     heads = {layer.name for layer in layers if layer.kind != "embedding" and len(layer.matrix) in entries}
     raised = {} if bits == 8 else _raised(model, layers, heads)
@@ -99,11 +100,10 @@ def _layer_of(name: str, module: Any) -> Layer | None:
     return None
 
 
-def _check_values(layer: Layer) -> None:
-    weight, name = layer.parameter.detach(), f"{layer.name}.weight" if layer.name else "weight"
+def _check_type(layer: Layer) -> None:
+    weight, name = layer.parameter, f"{layer.name}.weight" if layer.name else "weight"
     if not weight.is_floating_point():
         raise ModelError(f"{name} is {weight.dtype}; expected a floating-point weight, not a quantized one")
-    check_finite(name, weight)
 
 
 def check_place(layers: Sequence[Layer]) -> None:
