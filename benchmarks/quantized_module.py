@@ -1,14 +1,16 @@
-"""Modules in 8 and 4 bits beside float32 and PyTorch's own int8: file, error of the logits, and speed.
+"""Modules in 8 and 4 bits, and without 30% of their blocks, beside float32 and PyTorch's own int8.
 
     python benchmarks/quantized_module.py [--width 768] [--layers 8] [--vocabulary 8192] [--threads N] [--repeats 20]
 
 A transformer with random weights runs over 1 and 128 tokens. Each figure is the least time of all repeats, which take
-turns, over that of float32 in PyTorch: so other programs on the machine disturb all alike. Prints a Markdown table.
+turns, over that of float32 in PyTorch: so other programs on the machine disturb all alike. The error is that of the
+logits, beside the same weights in float32 (for blocks that are gone: without these too). Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import time
 import warnings
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformer import Transformer
 
-from mnemos import QuantizedModel
+from mnemos import PrunedModel, QuantizedModel
 
 LENGTHS = (1, 128)
 HEAD_DIM, CONTEXT = 64, 1024
@@ -43,7 +45,7 @@ def error(logits: Tensor, exact: Tensor) -> float:
     return float((logits - exact).norm() / exact.norm())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=768)
@@ -59,16 +61,27 @@ def main() -> None:
     size = 4 * sum(p.numel() for p in model.parameters())
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, options.vocabulary, (1, max(LENGTHS)), generator=generator)
-    exact = model(ids)
-    forms: dict[str, nn.Module] = {
-        "float32": model,
-        "int8, torch.ao": torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8),
-        "int8": QuantizedModel(model, 8),
-        "int4": QuantizedModel(model, 4),
+
+    def without(pattern: str, form: nn.Module = model) -> PrunedModel:
+        return PrunedModel(form, 0.3, criterion="weights", scope="layer", pattern=pattern)
+
+    halves = copy.deepcopy(model).bfloat16()
+    fewer, fewer_pairs = without("16x32").model, without("16x64").model
+    exact, exact_fewer, exact_pairs = model(ids), fewer(ids), fewer_pairs(ids)
+    forms: dict[str, tuple[nn.Module, Tensor]] = {
+        "float32": (model, exact),
+        "float32, 30% of the blocks gone": (without("16x32").pack(), exact_fewer),
+        "bfloat16": (halves, exact),
+        "bfloat16, 30% of the blocks gone": (without("16x32", halves).pack(), exact_fewer),
+        "int8, torch.ao": (torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8), exact),
+        "int8": (QuantizedModel(model, 8), exact),
+        "int8, 30% of the blocks gone": (QuantizedModel(fewer, 8), exact_fewer),
+        "int4": (QuantizedModel(model, 4), exact),
+        "int4, 30% of the blocks gone": (QuantizedModel(fewer_pairs, 4), exact_pairs),
     }
     seconds = {
         length: times(
-            {name: (lambda form=form, length=length: form(ids[:, :length])) for name, form in forms.items()},
+            {name: (lambda form=form, length=length: form(ids[:, :length])) for name, (form, _) in forms.items()},
             options.repeats,
         )
         for length in LENGTHS
@@ -76,14 +89,15 @@ def main() -> None:
     print(f"{size / 4e6:.1f} M parameters, {options.threads} threads\n")
     print("| form | file | error | " + " | ".join(f"{length} tokens" for length in LENGTHS) + " |")
     print("| --- | --- | --- |" + " --- |" * len(LENGTHS))
-    for name, form in forms.items():
+    for name, (form, target) in forms.items():
         file = Path(tempfile.mkdtemp()) / "model"
-        if isinstance(form, QuantizedModel):
+        if isinstance(form, (QuantizedModel, PrunedModel)):
             form.save(file)
         else:
             torch.save(form.state_dict(), file)
         speeds = (f"{seconds[length]['float32'] / seconds[length][name]:.2f} x" for length in LENGTHS)
-        print(f"| {name} | {file.stat().st_size / size:.3f} x | {error(form(ids), exact):.4f} | {' | '.join(speeds)} |")
+        worse = error(form(ids).float(), target)
+        print(f"| {name} | {file.stat().st_size / size:.3f} x | {worse:.4f} | {' | '.join(speeds)} |")
         file.unlink()
         file.parent.rmdir()
 

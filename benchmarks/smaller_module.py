@@ -152,11 +152,12 @@ class Row:
     promised: str
     make: Callable[[nn.Module], nn.Module]
     recover: Callable[[nn.Module], nn.Module] | None = None
+    deploy: Callable[[nn.Module], nn.Module] = lambda module: module  # as it is used, after all training
 
 
 def bytes_of(model: nn.Module, scratch: Path) -> int:
-    """Of the module's file: a quantized one's own, else its parameters as they are."""
-    if isinstance(model, QuantizedModel):
+    """Of the module's file: a quantized or pruned one's own, else its parameters as they are."""
+    if isinstance(model, (QuantizedModel, PrunedModel)):
         model.save(scratch)
         return sum(path.stat().st_size for path in ([scratch] if scratch.is_file() else scratch.rglob("*")))
     return sum(parameter.nbytes for parameter in model.parameters())
@@ -199,15 +200,30 @@ def main() -> None:
     def taught(small: nn.Module) -> nn.Module:
         return distill(small, model, windows(text, 5), steps=200, learning_rate=1e-3).student.eval()
 
-    def masked(it: nn.Module) -> nn.Module:
-        return PrunedModel(it, 0.3, batches=given if it is model else noise).make_permanent()
+    def zeros(share: float, pattern: str | None = None) -> Callable[[nn.Module], nn.Module]:
+        return lambda it: PrunedModel(it, share, batches=given if it is model else noise, pattern=pattern)
+
+    def recovered(steps: int, rate: float) -> Callable[[nn.Module], nn.Module]:
+        return lambda it: fit(it.train(), text, steps, rate, 5)
+
+    def packed(it: nn.Module) -> nn.Module:
+        return copy.deepcopy(it).pack()
+
+    def packed_int8(it: nn.Module) -> nn.Module:
+        return QuantizedModel(copy.deepcopy(it).make_permanent(), 8)
 
     rows = [
         Row("8 bits", "4x, 2-3x, ~1%", lambda it: QuantizedModel(it, 8)),
         Row("4 bits", "8x, -, 2-5%", lambda it: QuantizedModel(it, 4)),
-        Row("30% of the weights zero", "1.4x, 1.2x, ~2%", masked),
+        Row(
+            "30% of the weights zero, by size", "1.4x, 1.2x, ~2%", lambda it: PrunedModel(it, 0.3, criterion="weights")
+        ),
+        Row("30% zero, the others fitted", "1.4x, 1.2x, ~2%", zeros(0.3)),
+        Row("50% zero, the others fitted", "-", zeros(0.5), recovered(200, 1e-3)),
+        Row("30% of the blocks gone", "1.4x, 1.2x, ~2%", zeros(0.3, "16x32"), recovered(200, 1e-3), packed),
+        Row("the same in 8 bits", "-", zeros(0.3, "16x32"), recovered(200, 1e-3), packed_int8),
         Row("30% of the neurons gone", "1.4x, 1.2x, ~2%", structured(0.3)),
-        Row("50% of the neurons gone", "-, 2-3x, -", structured(0.5), lambda it: fit(it, text, 100, 5e-4, 5)),
+        Row("50% of the neurons gone", "-, 2-3x, -", structured(0.5), recovered(100, 5e-4)),
         Row("student of half the size, distilled", "2x, 2x, ~5%", student, taught),
     ]
     full = accuracy(model, *held_out)
@@ -217,11 +233,12 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         for number, row in enumerate(rows):
-            small, fast = row.make(model), row.make(copy.deepcopy(large)).eval()
+            small, fast = row.make(model), row.deploy(row.make(copy.deepcopy(large)).eval())
             size = bytes_of(large, Path(folder) / "x") / bytes_of(fast, Path(folder) / f"{number}")
             speeds = [a / b for a, b in (seconds([large, fast], tokens) for tokens in (1, 128))]
-            lost = full - accuracy(small.eval(), *held_out)
-            after = "" if row.recover is None else f"{100 * (full - accuracy(row.recover(small), *held_out)):.2f}"
+            lost, after = full - accuracy(row.deploy(small.eval()), *held_out), ""
+            if row.recover is not None:
+                after = f"{100 * (full - accuracy(row.deploy(row.recover(small).eval()), *held_out)):.2f}"
             figures = (f"{size:.2f}x", *(f"{speed:.2f}x" for speed in speeds), f"{100 * lost:.2f}", after)
             lines.append("| " + " | ".join((row.name, row.promised, *figures)) + " |")
             print(lines[-1], flush=True)

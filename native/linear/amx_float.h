@@ -67,26 +67,27 @@ struct BfloatPanels {
   int64_t row_begin, row_end, tile_rows;
 };
 
-// Adds 32 columns of T tiles of rows to their sums.
+// Adds 32 columns, from number `column` of T tiles of rows, to their sums.
 template <int T, int P>
 inline __attribute__((always_inline)) void add_bfloats(const uint8_t *const *weights, const uint16_t *const *x,
-                                                       int64_t row_bytes) {
+                                                       int64_t column, int64_t row_bytes) {
   unroll<P>([&](auto p) { AmxTiles::load<bfloat_weights + p>(weights[p], 64); });
   unroll<T>([&](auto t) {
-    AmxTiles::load<bfloat_inputs + t>(x[t], row_bytes);
+    AmxTiles::load<bfloat_inputs + t>(x[t] + column, row_bytes);
     unroll<P>([&](auto p) { AmxTiles::dot_bfloats<2 * t + p, bfloat_inputs + t, bfloat_weights + p>(); });
   });
 }
 
-// T tiles of rows, the first of which is number `tile`, by tile products begin to end. The call's last tile of rows
+// T tiles of rows, the first of which is number `tile`, by tile products begin to end, of which `whole` are stored as
+// such. The call's last tile of rows
 // overlaps the one before rather than having fewer rows, which would need other shapes; its duplicate rows are not
 // stored.
-template <int T, int P>
-void multiply_bfloat_tiles(const BfloatPanels<P> &panels, const Matrix &matrix, const Input &input, int64_t tile,
-                           int64_t begin, int64_t end, const Results &results) {
+template <int T, int P, class Places>
+void multiply_bfloat_tiles(const BfloatPanels<P> &panels, const Input &input, int64_t tile, int64_t begin, int64_t end,
+                           int64_t whole, Places places, const Results &results) {
   const bool first = begin == 0;
   const float *starts = first ? results.starts : results.y;
-  const int64_t start_stride = first ? results.start_stride : results.stride, whole = matrix.columns / bfloat_columns;
+  const int64_t start_stride = first ? results.start_stride : results.stride;
   const int64_t row_bytes = input.padded * 2, column = panels.panel * panel_rows;
   int64_t rows[T], done[T];
   const uint16_t *x[T];
@@ -94,7 +95,7 @@ void multiply_bfloat_tiles(const BfloatPanels<P> &panels, const Matrix &matrix, 
     const int64_t next = panels.row_begin + (tile + t) * bfloat_rows;
     rows[t] = smaller(next, panels.row_end - panels.tile_rows);
     done[t] = next - rows[t];
-    x[t] = input.halves + rows[t] * input.padded + begin * bfloat_columns;
+    x[t] = input.halves + rows[t] * input.padded;
     unroll<P>([&](auto p) {
       const float *from = starts == nullptr ? zeros : starts + rows[t] * start_stride + column + p * panel_rows;
       AmxTiles::load<2 * t + p>(from, starts == nullptr ? 0 : start_stride * int64_t(sizeof(float)));
@@ -106,13 +107,12 @@ void multiply_bfloat_tiles(const BfloatPanels<P> &panels, const Matrix &matrix, 
     if (tile == 0)  // the others find the weights in the cache
       for (int p = 0; p < P; p++)
         for (int line = 0; line < bfloat_bytes; line += 64) __builtin_prefetch(weights[p] + prefetch_bytes + line);
-    add_bfloats<T, P>(weights, x, row_bytes);
+    add_bfloats<T, P>(weights, x, places[step] * bfloat_columns, row_bytes);
     for (int p = 0; p < P; p++) weights[p] += bfloat_bytes;
-    for (int t = 0; t < T; t++) x[t] += bfloat_columns;
   }
   if (end > whole) {
     for (int p = 0; p < P; p++) weights[p] = panels.last[p];
-    add_bfloats<T, P>(weights, x, row_bytes);
+    add_bfloats<T, P>(weights, x, places[whole] * bfloat_columns, row_bytes);
   }
   unroll<T>([&](auto t) {
     unroll<P>([&](auto p) {
@@ -127,14 +127,14 @@ void multiply_bfloat_tiles(const BfloatPanels<P> &panels, const Matrix &matrix, 
   });
 }
 
-template <int P>
+template <int P, class Places>
 void multiply_bfloat_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
-                            const Results &results, BfloatShapes &shapes) {
+                            Places places, const Results &results, BfloatShapes &shapes) {
   BfloatPanels<P> panels;
   panels.panel = panel, panels.outputs = smaller(matrix.rows - (panel + P - 1) * panel_rows, panel_rows);
   panels.row_begin = row_begin, panels.row_end = row_end, panels.tile_rows = smaller(row_end - row_begin, bfloat_rows);
   shapes.set_outputs(P == 1 ? panels.outputs : panel_rows, P == 1 ? panel_rows : panels.outputs);
-  const int64_t whole = matrix.columns / bfloat_columns, rest = matrix.columns % bfloat_columns;
+  const int64_t whole = matrix.stored_blocks(panel), rest = matrix.columns % bfloat_columns;
   for (int p = 0; p < P; p++) {
     panels.weights[p] = matrix.panel(panel + p);
     if (rest == 0) continue;
@@ -146,8 +146,9 @@ void multiply_bfloat_panels(const Matrix &matrix, const Input &input, int64_t ro
   for (int64_t begin = 0; begin < steps; begin += chunk) {
     const int64_t end = smaller(begin + chunk, steps);
     for (int64_t tile = 0; tile < tiles; tile += 2) {
-      const auto multiply = tile + 1 < tiles ? multiply_bfloat_tiles<2, P> : multiply_bfloat_tiles<1, P>;
-      multiply(panels, matrix, input, tile, begin, end, results);
+      const auto multiply =
+          tile + 1 < tiles ? multiply_bfloat_tiles<2, P, Places> : multiply_bfloat_tiles<1, P, Places>;
+      multiply(panels, input, tile, begin, end, whole, places, results);
     }
   }
 }
@@ -157,9 +158,14 @@ inline void multiply_bfloats(const Matrix &matrix, const Input &input, int64_t r
                              int64_t panel_begin, int64_t panel_end, const Results &results) {
   if (row_begin == row_end) return;  // there are no tiles without rows
   BfloatShapes shapes(smaller(row_end - row_begin, bfloat_rows));
-  for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
-    multiply_bfloat_panels<panels>(matrix, input, row_begin, row_end, panel, results, shapes);
-  });
+  if (!matrix.skips_blocks())
+    return for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
+      multiply_bfloat_panels<panels>(matrix, input, row_begin, row_end, panel, AllPlaces{}, results, shapes);
+    });
+  for (int64_t panel = panel_begin; panel < panel_end; panel++) {
+    const SomePlaces places{matrix.places(panel)};
+    multiply_bfloat_panels<1>(matrix, input, row_begin, row_end, panel, places, results, shapes);
+  }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "linear/linear.h"
 
 #include <new>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -75,9 +76,11 @@ size_t panel_bytes_of(const Layout &layout, int64_t columns) {
   return size_t((columns + 1) / 2) * 64;
 }
 
-Matrix::Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const ProductKernels &kernels)
+Matrix::Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const ProductKernels &kernels,
+               KeptBlocks kept)
     : type(type), rows(rows), columns(columns), kernels(kernels), layout(as_float32 ? layouts::f32 : layout_of(type)),
-      form(form_of(layout, kernels)), panel_bytes_(panel_bytes_of(layout, columns)) {}
+      form(form_of(layout, kernels)), kept_(std::move(kept)),
+      unit_bytes_(panel_bytes_of(layout, skips_blocks() ? 32 : columns)) {}
 
 void place(const std::vector<Matrix *> &matrices) {
   size_t total = 0;

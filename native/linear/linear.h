@@ -55,12 +55,27 @@ constexpr int64_t panel_rows = 16;
 
 struct Layout;  // the layout of a storage type in a panel
 
+// The blocks, 16 rows (a panel) by 32 columns, that a matrix stores if others are zero: they take neither memory nor
+// time. Products have the bits that they have with zeros stored (but for the sign of a zero, and for activations that
+// are not finite).
+struct KeptBlocks {
+  std::vector<int64_t> first;  // the number of each panel's first block among all that are stored, and their count
+  std::vector<int32_t> places;  // of each stored block among its panel's, ascending
+};
+
+// Whether a matrix can do without some of its blocks: float32, bfloat16, Q8_0, Q4_1 and Q5_1, in whole blocks.
+bool can_skip_blocks(WeightType type, int64_t columns);
+// The blocks of a matrix in the file's form with weights other than zero. Every panel has at least one. In Q4_1 and Q5_1
+// blocks of an even place and the next one are kept together, as kernels add their minima together.
+KeptBlocks find_kept_blocks(WeightType type, int64_t rows, int64_t columns, const uint8_t *raw);
+
 class Matrix {
  public:
   // The bytes are undefined until `pack_panels` has run over all panels. `columns` must be a multiple of
   // block_columns(type). With `as_float32` the weights are expanded and multiplied in float32. A matrix has no bytes
-  // before `place`.
-  Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const ProductKernels &kernels);
+  // before `place`. Without `kept.places` it has all its blocks.
+  Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, const ProductKernels &kernels,
+         KeptBlocks kept = {});
   Matrix(const Matrix &) = delete;
   Matrix &operator=(const Matrix &) = delete;
 
@@ -75,15 +90,27 @@ class Matrix {
   // The unit of parallel work. The last panel may be partly empty. A range of panels that begins at a multiple of 4
   // and has a length that is a multiple of 4 is multiplied fastest.
   int64_t panels() const { return (rows + panel_rows - 1) / panel_rows; }
-  size_t panel_bytes() const { return panel_bytes_; }
-  size_t bytes() const { return panel_bytes_ * size_t(panels()); }
-  const uint8_t *panel(int64_t index) const { return data_ + size_t(index) * panel_bytes_; }
-  uint8_t *panel(int64_t index) { return data_ + size_t(index) * panel_bytes_; }
+  size_t panel_bytes(int64_t index) const { return offset(index + 1) - offset(index); }
+  size_t bytes() const { return offset(panels()); }
+  const uint8_t *panel(int64_t index) const { return data_ + offset(index); }
+  uint8_t *panel(int64_t index) { return data_ + offset(index); }
+
+  bool skips_blocks() const { return !kept_.places.empty(); }
+  // The blocks of 32 columns that a panel stores, and, if some are skipped, their places.
+  int64_t stored_blocks(int64_t index) const {
+    return skips_blocks() ? kept_.first[size_t(index) + 1] - kept_.first[size_t(index)] : columns / 32;
+  }
+  const int32_t *places(int64_t index) const { return kept_.places.data() + kept_.first[size_t(index)]; }
 
  private:
   friend void place(const std::vector<Matrix *> &matrices);
 
-  size_t panel_bytes_;
+  size_t offset(int64_t index) const {
+    return (skips_blocks() ? size_t(kept_.first[size_t(index)]) : size_t(index)) * unit_bytes_;
+  }
+
+  const KeptBlocks kept_;
+  const size_t unit_bytes_;  // of a panel or, if some are skipped, of a block
   uint8_t *data_ = nullptr;
   std::shared_ptr<uint8_t> storage_;
 };
@@ -97,7 +124,7 @@ void place(const std::vector<Matrix *> &matrices);
 void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_t panel_end,
                  const int64_t *order = nullptr);
 
-// The exact values that the format defines: `columns` floats.
+// The exact values that the format defines: `columns` floats. Zeros for blocks that are skipped.
 void dequantize_row(const Matrix &matrix, int64_t row, float *out);
 
 // The Euclidean lengths of these panels' rows, 16 per panel, rounded up. Only for matrices with them: quantized ones

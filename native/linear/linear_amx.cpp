@@ -9,6 +9,7 @@
 #include "linear/amx_float.h"
 #include "linear/amx_tiles.h"
 #include "linear/avx512bf16.h"
+#include "linear/product_kept.h"
 
 namespace mnemos {
 namespace {
@@ -24,6 +25,9 @@ namespace {
 // They run side by side, as a block's sums are stored while those of the block before are scaled: about 50, against
 // 2 * 12 * 8 / 2 = 96 for the AVX-512 dot products alone, and their scaling comes on top. Not measured.
 constexpr int amx_rows = 12;
+
+// The same by one panel, of a matrix that skips blocks.
+constexpr int kept_rows = 16;
 
 // AVX-512 multiplies up to this many rows.
 constexpr int few_rows = 8;
@@ -71,14 +75,15 @@ struct Dots {
 };
 
 // Turn 0 and 1 use other tiles, so that a block need not wait for the one before.
-template <const Layout &L, int Parts, int P, int R, int Turn>
+template <const Layout &L, int Parts, int P, int R, int Turn, class Places>
 inline __attribute__((always_inline)) void multiply_block(const Expanded &weights, const QuantBlock<Parts> *x,
-                                                          int64_t row_bytes, int64_t b, Dots<L, Parts, P, R> &dots) {
+                                                          Places places, int64_t row_bytes, int64_t b,
+                                                          Dots<L, Parts, P, R> &dots) {
   constexpr int halves = Dots<L, Parts, P, R>::halves, products = Parts * halves;
   unroll<products>([&](auto product) {
     constexpr int part = product / halves, half = product % halves;
     constexpr int a = first_activations + (Turn * products + product) % 2;
-    AmxTiles::load<a>(x[b].parts[part] + half * 16, row_bytes);
+    AmxTiles::load<a>(x[places[b]].parts[part] + half * 16, row_bytes);
     unroll<P>([&](auto p) {
       constexpr int turn = (Turn * products + product) * P + p, sum = turn % sum_tiles, w = first_weights + turn % 2;
       AmxTiles::load<w>(weights.codes[p] + b * 512 + half * 256, 64);
@@ -90,17 +95,17 @@ inline __attribute__((always_inline)) void multiply_block(const Expanded &weight
 }
 
 // Adds block b of the chunk to the totals.
-template <const Layout &L, int Parts, int P, int R>
+template <const Layout &L, int Parts, int P, int R, class Places>
 inline __attribute__((always_inline)) void finish_block(const Expanded &weights, const QuantBlock<Parts> *x,
-                                                        int64_t row_blocks, int64_t b, const Dots<L, Parts, P, R> &dots,
-                                                        __m512 (&totals)[R][P]) {
+                                                        Places places, int64_t row_blocks, int64_t b,
+                                                        const Dots<L, Parts, P, R> &dots, __m512 (&totals)[R][P]) {
   constexpr int halves = Dots<L, Parts, P, R>::halves;
   __m512 scales[P][4];
   unroll<P>([&](auto p) {
     unroll<block_vectors<Avx512Bf16, L>>(
         [&](auto i) { scales[p][i] = Avx512::load(weights.scales[p] + scales_at<Avx512Bf16, L>(b) + i * 16); });
   });
-  const QuantBlock<Parts> *block = x + b;
+  const QuantBlock<Parts> *block = x + places[b];
   unroll<R>([&](auto r) {
     unroll<P>([&](auto p) {
       __m512i ends[2];
@@ -116,11 +121,12 @@ inline __attribute__((always_inline)) void finish_block(const Expanded &weights,
 }
 
 // Adds the minima of block b and the one before.
-template <const Layout &L, int Parts, int P, int R>
+template <const Layout &L, int Parts, int P, int R, class Places>
 inline __attribute__((always_inline)) void finish_pair(const Expanded &weights, const QuantBlock<Parts> *x,
-                                                       int64_t row_blocks, int64_t b, __m512 (&totals)[R][P]) {
+                                                       Places places, int64_t row_blocks, int64_t b,
+                                                       __m512 (&totals)[R][P]) {
   if constexpr (paired<Avx512Bf16, L>) {
-    const QuantBlock<Parts> *block = x + b / 2 * 2;
+    const QuantBlock<Parts> *block = x + places[b / 2 * 2];
     Minima<Avx512Bf16, Parts> minima[P];
     unroll<P>([&](auto p) { minima[p] = Minima<Avx512Bf16, Parts>::load(weights.scales[p] + minima_at(b)); });
     unroll<R>([&](auto r) {
@@ -130,10 +136,10 @@ inline __attribute__((always_inline)) void finish_pair(const Expanded &weights, 
   }
 }
 
-// P panels by R rows over the blocks of one chunk.
-template <const Layout &L, int Parts, int P, int R>
+// P panels by R rows over the blocks of one chunk, whose places count from `first_block`.
+template <const Layout &L, int Parts, int P, int R, class Places>
 void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
-              const Output &out, Prefetch &prefetch) {
+              Places places, const Output &out, Prefetch &prefetch) {
   __m512 totals[R][P];
   unroll<R>([&](auto r) {
     unroll<P>([&](auto p) { totals[r][p] = Avx512::load(out.starts[p] + r * out.start_stride[p]); });
@@ -141,19 +147,19 @@ void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t 
   const QuantBlock<Parts> *x = blocks_of<Parts>(input, row) + first_block;
   const int64_t row_blocks = input.padded / 32, row_bytes = row_blocks * int64_t(sizeof *x);
   Dots<L, Parts, P, R> even, odd;
-  multiply_block<L, Parts, P, R, 0>(weights, x, row_bytes, 0, even);
+  multiply_block<L, Parts, P, R, 0>(weights, x, places, row_bytes, 0, even);
   for (int64_t b = 0;;) {
-    if (b + 1 < blocks) multiply_block<L, Parts, P, R, 1>(weights, x, row_bytes, b + 1, odd);
+    if (b + 1 < blocks) multiply_block<L, Parts, P, R, 1>(weights, x, places, row_bytes, b + 1, odd);
     prefetch.advance(P);
-    finish_block(weights, x, row_blocks, b, even, totals);
+    finish_block(weights, x, places, row_blocks, b, even, totals);
     if (++b == blocks) {
-      finish_pair<L>(weights, x, row_blocks, b - 1, totals);
+      finish_pair<L, Parts>(weights, x, places, row_blocks, b - 1, totals);
       break;
     }
-    if (b + 1 < blocks) multiply_block<L, Parts, P, R, 0>(weights, x, row_bytes, b + 1, even);
+    if (b + 1 < blocks) multiply_block<L, Parts, P, R, 0>(weights, x, places, row_bytes, b + 1, even);
     prefetch.advance(P);
-    finish_block(weights, x, row_blocks, b, odd, totals);
-    finish_pair<L>(weights, x, row_blocks, b, totals);
+    finish_block(weights, x, places, row_blocks, b, odd, totals);
+    finish_pair<L, Parts>(weights, x, places, row_blocks, b, totals);
     if (++b == blocks) break;
   }
   unroll<R>([&](auto r) { unroll<P>([&](auto p) { Avx512::store(out.rows[p] + r * out.stride[p], totals[r][p]); }); });
@@ -168,7 +174,21 @@ void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin
       [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
           Prefetch &prefetch) {
         shapes.set_rows(r);
-        amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, first, count, out, prefetch);
+        amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, first, count, AllPlaces{}, out, prefetch);
+      });
+}
+
+// One panel of a matrix that skips blocks.
+template <const Layout &L, int Parts>
+void multiply_kept_panel(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
+                         const Results &results, Shapes &shapes) {
+  for_chunks<Avx512Bf16, L, Parts, 1, few_rows + 1, kept_rows, SignedVectors<L>>(
+      matrix, input, row_begin, row_end, panel, 1, results,
+      [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
+          Prefetch &prefetch) {
+        shapes.set_rows(r);
+        const SomePlaces places{matrix.places(panel) + first};
+        amx_tile<same_scales<L>(), Parts, 1, r>(weights, input, row, 0, count, places, out, prefetch);
       });
 }
 
@@ -181,6 +201,13 @@ void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, i
     return avx512bf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
                                        start_stride);
   Shapes shapes(matrix.layout.halves() ? 16 : 32);
+  if (matrix.skips_blocks())
+    return with_kept_layout(matrix.layout.type, [&](auto q) {
+      constexpr const Layout &layout = decltype(q)::layout;
+      const auto multiply = input.form == Form::int15 ? multiply_kept_panel<layout, 2> : multiply_kept_panel<layout, 1>;
+      for (int64_t panel = panel_begin; panel < panel_end; panel++)
+        multiply(matrix, input, row_begin, row_end, panel, {y, y_stride, starts, start_stride}, shapes);
+    });
   with_layout(matrix.layout.type, [&](auto q) {
     constexpr const Layout &layout = decltype(q)::layout;
     const auto multiply = input.form == Form::int15 ? multiply_panels<layout, 2> : multiply_panels<layout, 1>;

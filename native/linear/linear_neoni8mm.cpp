@@ -110,7 +110,7 @@ void multiply_panel(const Matrix &matrix, const Input &input, int64_t row_begin,
 
 void multiply_i8mm(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                    int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
-  if (!matrix.layout.quantized() || row_end - row_begin <= few_rows)
+  if (!matrix.layout.quantized() || row_end - row_begin <= few_rows || matrix.skips_blocks())
     return neon_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
                                  start_stride);
   for (int64_t panel = panel_begin; panel < panel_end; panel++)

@@ -293,16 +293,16 @@ void pack_words(const uint8_t *const *sources, int64_t blocks, int64_t rows, uin
   }
 }
 
-// The rows of one panel, a run of columns at a time, so that data written together stays in the cache.
-void pack_panel(const Matrix &matrix, const uint8_t *const *sources, int64_t rows, uint8_t *panel) {
+// The first columns of the rows of one panel, a run at a time, so that data written together stays in the cache.
+void pack_panel(const Matrix &matrix, const uint8_t *const *sources, int64_t rows, int64_t columns, uint8_t *panel) {
   const Layout &layout = matrix.layout;
   const int64_t block = block_columns(matrix.type), width = block == 1 ? 32 : block;
   if (packs_by_words(layout)) {
     const auto pack = layout.base == 8 ? pack_words<8, 1> : layout.minimum() ? pack_words<4, 2> : pack_words<4, 1>;
-    return pack(sources, matrix.columns / width, rows, panel);
+    return pack(sources, columns / width, rows, panel);
   }
-  for (int64_t begin = 0; begin < matrix.columns; begin += width) {
-    const int64_t end = begin + width < matrix.columns ? begin + width : matrix.columns;
+  for (int64_t begin = 0; begin < columns; begin += width) {
+    const int64_t end = begin + width < columns ? begin + width : columns;
     for (int r = 0; r < rows; r++) {
       if (block == 1) {
         pack_floats(layout, matrix.type, sources[r], begin, end, r, panel);
@@ -328,28 +328,51 @@ void pack_panels(Matrix &matrix, const uint8_t *raw, int64_t panel_begin, int64_
     const int64_t first = index * panel_rows;
     const int64_t filled = matrix.rows - first < panel_rows ? matrix.rows - first : panel_rows;
     const bool padded = matrix.layout.type == WeightType::bf16 && matrix.columns % 2 != 0;
-    if (filled < panel_rows || padded) memset(matrix.panel(index), 0, matrix.panel_bytes());
+    uint8_t *panel = matrix.panel(index);
+    if (filled < panel_rows || padded) memset(panel, 0, matrix.panel_bytes(index));
     const uint8_t *sources[panel_rows];
     for (int64_t r = 0; r < filled; r++) sources[r] = raw + (order ? order[first + r] : first + r) * stride;
-    pack_panel(matrix, sources, filled, matrix.panel(index));
+    if (!matrix.skips_blocks()) {
+      pack_panel(matrix, sources, filled, matrix.columns, panel);
+      continue;
+    }
+    const size_t block_bytes = panel_bytes_of(matrix.layout, 32);
+    for (int64_t b = 0; b < matrix.stored_blocks(index); b++, panel += block_bytes) {
+      const uint8_t *blocks[panel_rows];
+      for (int64_t r = 0; r < filled; r++)
+        blocks[r] = sources[r] + row_bytes(matrix.type, matrix.places(index)[b] * int64_t{32});
+      pack_panel(matrix, blocks, filled, 32, panel);
+    }
   }
 }
 
-void dequantize_row(const Matrix &matrix, int64_t row, float *out) {
-  const Layout &layout = matrix.layout;
-  const uint8_t *panel = matrix.panel(row / panel_rows);
-  const int r = int(row % panel_rows);
+namespace {
+
+// The first columns of row r of a panel.
+void expand_row(const Layout &layout, const uint8_t *panel, int r, int64_t columns, float *out) {
   if (layout.quantized()) {
-    for (int64_t begin = 0; begin < matrix.columns; begin += layout.group * 32, panel += layout.record_bytes())
+    for (int64_t begin = 0; begin < columns; begin += layout.group * 32, panel += layout.record_bytes())
       expand_record(layout, panel, r, out + begin);
     return;
   }
-  for (int64_t c = 0; c < matrix.columns; c++) {
+  for (int64_t c = 0; c < columns; c++) {
     const uint8_t *p = panel + float_offset(layout.type, r, c);
     if (layout.type == WeightType::f32) memcpy(out + c, p, 4);
     if (layout.type == WeightType::f16) out[c] = half_to_float(read_half(p));
     if (layout.type == WeightType::bf16) out[c] = bfloat_to_float(read_half(p));
   }
+}
+
+}  // namespace
+
+void dequantize_row(const Matrix &matrix, int64_t row, float *out) {
+  const int64_t index = row / panel_rows;
+  const uint8_t *panel = matrix.panel(index);
+  const int r = int(row % panel_rows);
+  if (!matrix.skips_blocks()) return expand_row(matrix.layout, panel, r, matrix.columns, out);
+  memset(out, 0, size_t(matrix.columns) * sizeof(float));
+  for (int64_t b = 0; b < matrix.stored_blocks(index); b++, panel += panel_bytes_of(matrix.layout, 32))
+    expand_row(matrix.layout, panel, r, 32, out + matrix.places(index)[b] * 32);
 }
 
 }  // namespace mnemos

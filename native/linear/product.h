@@ -8,6 +8,7 @@
 
 #include "linear/peak.h"
 #include "linear/product_float.h"
+#include "linear/product_kept.h"
 #include "linear/product_quantized.h"
 
 namespace mnemos {
@@ -19,6 +20,9 @@ constexpr float infinity = std::numeric_limits<float>::infinity(),
 template <class S>
 void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                   int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
+  if (matrix.skips_blocks())
+    return multiply_kept<S>(matrix, input, row_begin, row_end, panel_begin, panel_end,
+                            {y, y_stride, starts, start_stride});
   auto floats = [&](auto multiply) {
     multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts, start_stride);
   };
@@ -219,7 +223,7 @@ void lengths_all(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, f
     constexpr const Layout &layout = decltype(q)::layout;
     if constexpr (!layout.minimum())
       for (int64_t p = panel_begin; p < panel_end; p++, lengths += panel_rows)
-        panel_lengths<S, layout>(matrix.panel(p), matrix.columns / 32, lengths);
+        panel_lengths<S, layout>(matrix.panel(p), matrix.stored_blocks(p), lengths);
   });
 }
 

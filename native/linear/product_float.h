@@ -23,6 +23,39 @@ inline typename S::Floats load_column(const uint8_t *pair) {
     return Which == 0 ? S::load_low_bfloats(pair) : S::load_high_bfloats(pair);
 }
 
+// Column c of P panels, or two of them, which the bfloat16 layout has side by side, by R rows; stored at `at`.
+template <class S, WeightType W, int P, int R, int Count>
+inline MNEMOS_INLINE void add_columns(const uint8_t *const *panels, int64_t at, const Input &input, int64_t row,
+                                      int64_t c, typename S::Floats (&sums)[R][P]) {
+  if constexpr (R <= 2 && Count == 2) {  // few rows: reading the weights dominates
+    constexpr int bytes = W == WeightType::f32 ? 128 : 64;
+    const bool passing = W == WeightType::f32 && input.passing;
+    for (int p = 0; p < P; p++)
+      for (int line = 0; line < bytes; line += 64) {
+        const uint8_t *ahead = panels[p] + at + (W == WeightType::f32 ? float_prefetch_bytes : prefetch_bytes) + line;
+        if (passing)
+          __builtin_prefetch(ahead, 0, 0);
+        else
+          __builtin_prefetch(ahead);
+      }
+  }
+  if constexpr (W == WeightType::bf16 && S::bf16_form == Form::bf16) {
+    for (int r = 0; r < R; r++) {
+      const auto x = S::broadcast_bfloats(input.halves + (row + r) * input.padded + c);
+      for (int p = 0; p < P; p++) sums[r][p] = S::dot_bfloats(sums[r][p], S::load(panels[p] + at), x);
+    }
+  } else {
+    unroll<Count>([&](auto which) MNEMOS_INLINE {
+      typename S::Floats weights[P];
+      for (int p = 0; p < P; p++) weights[p] = load_column<S, W, which>(panels[p] + at);
+      for (int r = 0; r < R; r++) {
+        const auto x = S::broadcast(input.values[(row + r) * input.padded + c + which]);
+        for (int p = 0; p < P; p++) sums[r][p] = S::fma(weights[p], x, sums[r][p]);
+      }
+    });
+  }
+}
+
 // The float forms: columns first to first + columns of P panels by R rows, added to the output.
 template <class S, WeightType W, int P, int R>
 void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, int64_t first, int64_t columns,
@@ -31,49 +64,11 @@ void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, i
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) sums[r][p] = S::zero();
   constexpr int column_bytes = W == WeightType::f32 ? 64 : 32;
-  auto advance = [&](int64_t c, const typename S::Floats *weights) {
-    for (int r = 0; r < R; r++) {
-      const auto x = S::broadcast(input.values[(row + r) * input.padded + c]);
-      for (int p = 0; p < P; p++) sums[r][p] = S::fma(weights[p], x, sums[r][p]);
-    }
-  };
-  typename S::Floats weights[P];
-  const bool passing = W == WeightType::f32 && input.passing;
   int64_t c = first;
-  for (; c + 1 < first + columns; c += 2) {  // two columns a step: the bfloat16 layout has them side by side
-    const int64_t at = c * column_bytes;
-    if constexpr (R <= 2)  // few rows: reading the weights dominates
-      for (int p = 0; p < P; p++)
-        for (int line = 0; line < 2 * column_bytes; line += 64) {
-          const uint8_t *ahead = panels[p] + at + (W == WeightType::f32 ? float_prefetch_bytes : prefetch_bytes) + line;
-          if (passing)
-            __builtin_prefetch(ahead, 0, 0);
-          else
-            __builtin_prefetch(ahead);
-        }
-    if constexpr (W == WeightType::bf16 && S::bf16_form == Form::bf16) {
-      for (int r = 0; r < R; r++) {
-        const auto x = S::broadcast_bfloats(input.halves + (row + r) * input.padded + c);
-        for (int p = 0; p < P; p++) sums[r][p] = S::dot_bfloats(sums[r][p], S::load(panels[p] + at), x);
-      }
-    } else {
-      for (int p = 0; p < P; p++) weights[p] = load_column<S, W, 0>(panels[p] + at);
-      advance(c, weights);
-      for (int p = 0; p < P; p++) weights[p] = load_column<S, W, 1>(panels[p] + at);
-      advance(c + 1, weights);
-    }
-  }
-  if (c < first + columns) {
-    if constexpr (W == WeightType::bf16 && S::bf16_form == Form::bf16) {  // the layout and the input end with a zero
-      for (int r = 0; r < R; r++) {
-        const auto x = S::broadcast_bfloats(input.halves + (row + r) * input.padded + c);
-        for (int p = 0; p < P; p++) sums[r][p] = S::dot_bfloats(sums[r][p], S::load(panels[p] + c * column_bytes), x);
-      }
-    } else {
-      for (int p = 0; p < P; p++) weights[p] = load_column<S, W, 0>(panels[p] + c * column_bytes);
-      advance(c, weights);
-    }
-  }
+  for (; c + 1 < first + columns; c += 2)
+    add_columns<S, W, P, R, 2>(panels, c * column_bytes, input, row, c, sums);
+  // The bfloat16 layout and input end with a zero.
+  if (c < first + columns) add_columns<S, W, P, R, 1>(panels, c * column_bytes, input, row, c, sums);
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) {
       float *y = out.rows[p] + r * out.stride[p];

@@ -260,11 +260,11 @@ struct Prefetch {
   }
 };
 
-// P panels by R rows over the blocks of one chunk. With `ByExponents`, scales are multiplied by integer additions, to
+// P panels by R rows over the blocks of one chunk, whose places count from `first_block`. With `ByExponents`, scales are multiplied by integer additions, to
 // the same bits; this returns false, and nothing is stored, if an activation is not finite, for which that doesn't
 // hold.
-template <class S, const Layout &L, int Parts, int P, int R, bool ByExponents>
-bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
+template <class S, const Layout &L, int Parts, int P, int R, bool ByExponents, class Places>
+bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks, Places places,
           const Output &out, Prefetch &prefetch) {
   constexpr int halves = L.halves() ? 2 : 1, n = step<S, L>;
   typename S::Floats totals[R][P];
@@ -281,7 +281,7 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
     unroll<(R + most - 1) / most>([&](auto group) MNEMOS_INLINE {
       constexpr int begin = group * most, count = smaller(most, R - begin);
       const QuantBlock<Parts> *x[count];
-      for (int r = 0; r < count; r++) x[r] = rows[begin + r] + b;
+      for (int r = 0; r < count; r++) x[r] = rows[begin + r] + places[b];
       typename S::Ints dots[2][count][P], high[2][count][P];
       unroll<Parts>([&](auto part) MNEMOS_INLINE {
         constexpr bool last = part == Parts - 1;
@@ -338,7 +338,10 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
         unroll<P>([&](auto p) MNEMOS_INLINE {
           const auto minima = Minima<S, Parts>::load(weights.scales[p] + minima_at(b));
           unroll<R>([&](auto r)
-                        MNEMOS_INLINE { totals[r][p] = minima.add_to(totals[r][p], rows[r] + b / 2 * 2, b % 2 != 0); });
+                        MNEMOS_INLINE {
+                          const auto *x = rows[r] + places[b / 2 * 2];
+                          totals[r][p] = minima.add_to(totals[r][p], x, b % 2 != 0);
+                        });
         });
       }
     }
@@ -350,21 +353,21 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
   return true;
 }
 
-// One panel by R rows over all blocks, straight from the packed form: for few rows, where reading the weights is the
+// One panel by R rows over all of its blocks, straight from the packed form: for few rows, where reading the weights is the
 // work. Sums of a block's parts are kept apart, and for few rows those of its halves, so that the dot products need not
 // wait for each other.
-template <class S, const Layout &L, int Parts, int R>
-void stream(const uint8_t *panel, const Input &input, int64_t row, const Output &out) {
+template <class S, const Layout &L, int Parts, int R, class Places>
+void stream(const uint8_t *panel, int64_t blocks, Places places, const Input &input, int64_t row, const Output &out) {
   constexpr int sums = L.halves() || (Parts == 1 && R <= S::split_rows) ? 2 : 1;
   typename S::Floats totals[R];
   for (int r = 0; r < R; r++) totals[r] = S::load(out.starts[0] + r * out.start_stride[0]);
   const QuantBlock<Parts> *rows[R];
   for (int r = 0; r < R; r++) rows[r] = blocks_of<Parts>(input, row + r);
-  const int64_t row_blocks = input.padded / 32;
   typename S::Floats even = S::zero();
   int64_t at = 0;
-  for (int64_t done = 0; done < row_blocks; done += L.group, panel += L.record_bytes()) {
+  for (int64_t done = 0; done < blocks; done += L.group, panel += L.record_bytes()) {
     for (int block = 0; block < L.group; block++, at++) {
+      const int64_t place = places[at];
       const uint8_t *source = panel + block * L.code_bytes();
       constexpr int share = L.record_bytes() / L.group;  // a few lines with each block: many at once would have to wait
       for (int ahead = 0; ahead < share; ahead += 64)
@@ -373,7 +376,7 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
       int32_t starts[sums][R];
       for (int r = 0; r < R; r++)
         for (int h = 0; h < sums; h++) {
-          starts[h][r] = start_of<S, L>(rows[r][at], h);
+          starts[h][r] = start_of<S, L>(rows[r][place], h);
           dots[Parts - 1][h][r] = S::template begin<L.bits()>(starts[h][r]);
           if constexpr (Parts == 2) dots[0][h][r] = S::template begin<L.bits()>(0);
         }
@@ -390,7 +393,7 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
                   for (int part = 0; part < Parts; part++) {
                     typename S::Quad quads[n];
                     for (int i = 0; i < n; i++)
-                      quads[i] = S::broadcast_quad(rows[r][at].parts[part] + ((first + i) * turns<L> + turn) * 4);
+                      quads[i] = S::broadcast_quad(rows[r][place].parts[part] + ((first + i) * turns<L> + turn) * 4);
                     dots[part][h][r] = add_products<S, L>(dots[part][h][r], codes, quads);
                   }
               });
@@ -398,7 +401,7 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
       typename S::Floats scales[4];
       load_scales<S, L>(panel, block, scales);
       for (int r = 0; r < R; r++) {
-        const QuantBlock<Parts> &x = rows[r][at];
+        const QuantBlock<Parts> &x = rows[r][place];
         typename S::Ints ends[2];
         for (int h = 0; h < sums; h++) {
           ends[h] = S::template end<L.bits()>(dots[Parts - 1][h][r], starts[h][r]);
@@ -409,9 +412,9 @@ void stream(const uint8_t *panel, const Input &input, int64_t row, const Output 
       }
       if constexpr (paired<S, L>) {
         const bool odd = at % 2 != 0;
-        if (odd || at + 1 == row_blocks) {
+        if (odd || at + 1 == blocks) {
           const auto minima = Minima<S, Parts>::of(odd ? even : scales[1], odd ? scales[1] : S::zero());
-          for (int r = 0; r < R; r++) totals[r] = minima.add_to(totals[r], rows[r] + at / 2 * 2, odd);
+          for (int r = 0; r < R; r++) totals[r] = minima.add_to(totals[r], rows[r] + places[at / 2 * 2], odd);
         }
         even = scales[1];
       }
@@ -442,12 +445,13 @@ constexpr const Layout &same_scales() {
 
 // Expands P panels chunk by chunk, of even sizes, and calls body(integral_constant R, weights, row, first block,
 // blocks, output, prefetch) for tiles that cover the rows, of which there are at least `Fewest`, with at most `Most`
-// each. Of the P panels only `panels` exist: the last one is multiplied again for each of the others.
+// each. Of the P panels only `panels` exist: the last one is multiplied again for each of the others. All store the same
+// number of blocks.
 template <class S, const Layout &L, int Parts, int P, int Fewest, int Most, class Arrangement, class Body>
 void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                 int64_t panels, const Results &results, Body &&body) {
   Expanded weights;
-  const int64_t blocks = matrix.columns / 32, chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
+  const int64_t blocks = matrix.stored_blocks(panel), chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
   constexpr int64_t unit = L.group > 1 ? L.group : 2;  // blocks come in pairs
   const int64_t chunk = ((blocks + chunks - 1) / chunks + unit - 1) / unit * unit;
   const int64_t tiles = (row_end - row_begin + Most - 1) / Most;
@@ -477,7 +481,7 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
     for (int64_t p = 0; p < panels; p++)
       for_tiles<1, 1, Parts == 1 ? S::stream_rows : S::fine_rows>(
           matrix, panel + p, 1, row_begin, row_end, results, false, [&](auto r, int64_t row, const Output &out) {
-            stream<S, L, Parts, r>(matrix.panel(panel + p), input, row, out);
+            stream<S, L, Parts, r>(matrix.panel(panel + p), matrix.columns / 32, AllPlaces{}, input, row, out);
           });
     return;
   }
@@ -488,10 +492,11 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
           Prefetch &prefetch) {
         constexpr const Layout &layout = same_arithmetic<L>();
         if constexpr (S::adds_exponents && !L.halves()) {
-          if (weights.ordinary && tile<S, layout, Parts, P, r, true>(weights, input, row, first, count, out, prefetch))
+          if (weights.ordinary &&
+              tile<S, layout, Parts, P, r, true>(weights, input, row, first, count, AllPlaces{}, out, prefetch))
             return;
         }
-        tile<S, layout, Parts, P, r, false>(weights, input, row, first, count, out, prefetch);
+        tile<S, layout, Parts, P, r, false>(weights, input, row, first, count, AllPlaces{}, out, prefetch);
       });
 }
 

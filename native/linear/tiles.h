@@ -40,6 +40,15 @@ constexpr int most_panels = 2;  // of a tile
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The places among a row's blocks of 32 columns of those that a panel stores: all of them, or these.
+struct AllPlaces {
+  int64_t operator[](int64_t stored) const { return stored; }
+};
+struct SomePlaces {
+  const int32_t *places;
+  int64_t operator[](int64_t stored) const { return places[stored]; }
+};
+
 // Where a kernel's results go: rows `stride` floats apart, one run of 16 floats a panel; and what they start from.
 struct Output {
   float *rows[most_panels];

@@ -8,7 +8,7 @@ Q8_0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from mnemos.formats.tensor_types import TensorType
 
 BLOCK = 32
 TYPES = {8: TensorType.Q8_0, 5: TensorType.Q5_1, 4: TensorType.Q4_1}
+LEAST_ZEROS = 1 / 8  # of all blocks: from this share on, blocks of zeros are left out
 _SMALLEST = 2.0**-24  # float16's
 _SLACK = 1.1  # of the rows' largest scales: error feedback changes the weights of a row while it is quantized
 _SHRINKS = (1.0, 0.93, 0.86, 0.79, 0.72)  # of a block's range, from which fits begin
@@ -28,8 +29,9 @@ _CHUNK = 1 << 19  # values fitted at a time: what they need stays in the caches
 class BlockWeights:
     """A matrix (rows, columns) in blocks; its columns are padded with zeros to whole ones.
 
-    codes (rows, blocks, 4 * bits) uint8, a block's as its GGUF type stores them; scales (rows, blocks) uint8;
-    minima (rows, blocks) int8; row_scales and row_minima (rows,) bfloat16. Without minima (8 bits) both are None.
+    codes (rows, blocks, 4 * bits) uint8, a block's as its GGUF type stores them, or `compact` (stored, 4 * bits): only
+    those of blocks that are not zero; scales (rows, blocks) uint8; minima (rows, blocks) int8; row_scales and
+    row_minima (rows,) bfloat16. Without minima (8 bits) both are None.
     """
 
     bits: int
@@ -42,13 +44,32 @@ class BlockWeights:
 
     @property
     def rows(self) -> int:
-        return len(self.codes)
+        return len(self.row_scales)
 
     @property
     def bytes(self) -> int:
         """Memory of the tensors, which is what a file takes."""
         parts = (self.codes, self.scales, self.row_scales, self.minima, self.row_minima)
         return sum(part.nbytes for part in parts if part is not None)
+
+    def has_values(self) -> Tensor:
+        """(rows, blocks) bool: whether a block's scale or minimum is other than zero."""
+        return self.scales != 0 if self.minima is None else (self.scales != 0) | (self.minima != 0)
+
+    def compact(self) -> BlockWeights:
+        """Without the codes of blocks that are zero, if they are an eighth of all or more; else as it is."""
+        stored = self.has_values()
+        if self.codes.dim() == 2 or int(stored.sum()) > stored.numel() * (1 - LEAST_ZEROS):
+            return self
+        return replace(self, codes=self.codes[stored])
+
+    def whole_codes(self) -> Tensor:
+        """(rows, blocks, 4 * bits) uint8."""
+        if self.codes.dim() == 3:
+            return self.codes
+        whole = self.codes.new_zeros((*self.scales.shape, self.codes.shape[1]))
+        whole[self.has_values()] = self.codes
+        return whole
 
     def block_scales(self) -> Tensor:
         """(rows, blocks) float16."""
@@ -64,11 +85,11 @@ class BlockWeights:
         parts = [self.block_scales()[..., None].view(torch.uint8)]
         if self.minima is not None:
             parts.append(self.block_minima()[..., None].view(torch.uint8))
-        return torch.cat((*parts, self.codes), dim=2).flatten()
+        return torch.cat((*parts, self.whole_codes()), dim=2).flatten()
 
     def values(self) -> Tensor:
         """(rows, columns) float32: what the products multiply by."""
-        codes = unpack(self.codes, self.bits)
+        codes = unpack(self.whole_codes(), self.bits)
         values = codes * self.block_scales().float()[..., None]
         if self.minima is not None:
             values += self.block_minima().float()[..., None]

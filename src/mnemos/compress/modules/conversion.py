@@ -15,9 +15,10 @@ from mnemos.compress.modules.block_weights import quantize
 from mnemos.compress.modules.error_feedback import quantize_for
 from mnemos.compress.modules.kept_zeros import is_held
 from mnemos.compress.modules.layers import is_transposed
+from mnemos.compress.modules.native_linear import Products
 from mnemos.compress.modules.quantizable import Layer, named_leftovers, outside_of_range, reason_to_stay
 from mnemos.compress.modules.quantized_file import StoredLayer, StoredModel
-from mnemos.compress.modules.quantized_layers import Products, QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from mnemos.compress.modules.quantized_layers import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from mnemos.compress.modules.report import LayerReport
 from mnemos.errors import ModelError
 from mnemos.machine.memory import machine_memory
@@ -68,7 +69,7 @@ def convert(
         change = float((done.values() - matrix).norm() / matrix.float().norm().clamp(min=1e-30))
         if progress is not None:
             progress(layer.name)
-        return QuantizedWeight(done), change
+        return QuantizedWeight(done.compact()), change
 
     threads = torch.get_num_threads()
     made: dict[int, tuple[QuantizedWeight, float]] = {}
@@ -202,7 +203,7 @@ def _checked(
     module: Any, layer: StoredLayer, weight: QuantizedWeight, products: Products, stored: StoredModel
 ) -> QuantizedLinear | QuantizedEmbedding:
     own = getattr(module, "weight", None)
-    shape = (len(weight.codes), weight.columns)
+    shape = (weight.rows, weight.columns)
     if not isinstance(own, Tensor) or tuple(own.shape) != (shape[::-1] if is_transposed(module) else shape):
         size = "none" if not isinstance(own, Tensor) else tuple(own.shape)
         raise ModelError(f"{layer.name}.weight has shape {size}; {stored.path} stores a matrix {shape}")

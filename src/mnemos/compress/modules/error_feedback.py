@@ -3,7 +3,7 @@
 GPTQ (Frantar et al., 2022, arXiv:2210.17323): with H, the second moments of a layer's inputs, the square error of its
 outputs is e H e^T for an error e of a row of weights. Columns are rounded one after the other, and each one's error is
 distributed to the later ones by the Cholesky factor of H's inverse. Scales and minima are fitted block by block to what
-the weights have become.
+the weights have become. Blocks of zeros stay zero: what they are to make up for, the columns after them do.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ def quantize_for(weight: Tensor, moments: Tensor, bits: int) -> BlockWeights:
     moments = _damped(moments, count * BLOCK)
     grid = Grid.of(blocks, bits, moments.diagonal().view(count, BLOCK))
     factor = _factor(moments)
+    stays = (blocks != 0).any(2).T.float()  # (blocks, rows)
     left = blocks.flatten(1).T.contiguous()  # (columns, rows): a column's values side by side
     codes = torch.empty_like(left)
     for begin in range(0, len(left), BLOCK):
         end = begin + BLOCK
         own, inner = left[begin:end], factor[begin:end, begin:end]
         diagonal = inner.diagonal()
-        grid.refit(begin // BLOCK, own.T, diagonal.square().reciprocal())
+        grid.refit(begin // BLOCK, (own * stays[begin // BLOCK]).T, diagonal.square().reciprocal())
         step, low = grid.of_block(begin // BLOCK)
         per_step = 1 / torch.where(step == 0, 1, step)
         errors = torch.empty_like(own)

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mnemos.compress.modules.block_sparse import BlockSparseLinear
 from mnemos.compress.modules.kept_zeros import hold_zeros, is_held, mask_held
-from mnemos.compress.modules.layers import is_matrix, matrix_of
+from mnemos.compress.modules.layers import is_transposed, matrix_of
 from mnemos.compress.modules.module_file import entries_of, make_module, read_header, settings_of, tensors_of
+from mnemos.compress.modules.state_file import entry_of
 from mnemos.compress.modules.structured import Removed
 from mnemos.errors import FormatError, ModelError
 from mnemos.formats.mapping import excerpt
@@ -66,7 +68,8 @@ class Before:
 
 @dataclass(frozen=True)
 class StoredPruned:
-    """What a file holds; `before`: the weights that each pruned layer had."""
+    """What a file holds; `before`: the weights that each pruned layer had; `masked`: layers with masks, and whether the
+    weight of each is stored transposed; `shapes`: of the weights of which only what the masks leave is stored."""
 
     path: Path
     class_name: str
@@ -75,7 +78,8 @@ class StoredPruned:
     removed: list[Removed]
     before: dict[str, int]
     layers: list[str]
-    masked: list[str]
+    masked: dict[str, bool]
+    shapes: dict[str, list[int]]
     aliases: dict[str, str]
     tensors: dict[str, Tensor]
 
@@ -90,12 +94,17 @@ def write_pruned(
 ) -> None:
     """Writes a pruned module with the masks that it holds. FormatError: the file cannot be written."""
     tensors, aliases, types = entries_of(module)
-    masked = []
-    for name, layer in module.named_modules():
-        if is_matrix(layer) and is_held(layer):
-            masked.append(name)
-            packed = np.packbits(mask_held(layer).cpu().numpy())
-            tensors[name + _MASK] = Entry("U8", packed.shape, packed)
+    masked, shapes = {}, {}
+    for name, mask in masks_of(module).items():
+        layer = module.get_submodule(name)
+        masked[name] = layer.transposed if isinstance(layer, BlockSparseLinear) else is_transposed(layer)
+        packed = np.packbits(mask.cpu().numpy())
+        tensors[name + _MASK] = Entry("U8", packed.shape, packed)
+        key = f"{name}.weight" if name else "weight"
+        if key in tensors:  # not another name of one that is stored
+            weight = matrix_of(layer)
+            shapes[key] = list(weight.shape)
+            tensors[key] = entry_of(weight[mask])
     inner = unwrap(module)
     header = {
         "version": _VERSION,
@@ -107,6 +116,7 @@ def write_pruned(
         "before": dict(before),
         "layers": list(layers),
         "masked": masked,
+        "shapes": shapes,
         "aliases": aliases,
         "types": types,
     }
@@ -129,7 +139,8 @@ def read_pruned(path: Path) -> StoredPruned:
             [Removed(**one) for one in header["removed"]],
             {str(name): int(count) for name, count in header["before"].items()},
             [str(name) for name in header["layers"]],
-            [str(name) for name in header["masked"]],
+            {str(name): bool(transposed) for name, transposed in header["masked"].items()},
+            {str(name): [int(size) for size in shape] for name, shape in header["shapes"].items()},
             {str(alias): str(name) for alias, name in header["aliases"].items()},
             tensors_of(path, stored, dict(header.get("types", {}))),
         )
@@ -155,9 +166,7 @@ def restore_pruned(
         _take_tensors(module, stored)
         for name in stored.masked:
             layer = module.get_submodule(name)
-            weight = matrix_of(layer)
-            bits = np.unpackbits(stored.tensors[name + _MASK].numpy(), count=weight.numel())
-            hold_zeros(layer, torch.from_numpy(bits).bool().view(weight.shape))
+            hold_zeros(layer, _mask(stored, name, matrix_of(layer).shape))
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
         raise ModelError(f"{stored.path} does not fit a {type(unwrap(module)).__name__}: {error}") from error
     return module
@@ -166,6 +175,11 @@ def restore_pruned(
 def _take_tensors(module: nn.Module, stored: StoredPruned) -> None:
     """Gives the module the file's tensors; those of another size or type become new parameters."""
     own = {name: tensor for name, tensor in stored.tensors.items() if not name.endswith(_MASK)}
+    for key, shape in stored.shapes.items():
+        name = key.removesuffix("weight").removesuffix(".")
+        whole = own[key].new_zeros(shape)
+        whole[_mask(stored, name, whole.shape)] = own[key]
+        own[key] = whole.T.contiguous() if stored.masked[name] else whole
     names: dict[str, list[str]] = {name: [name] for name in own}
     for alias, name in stored.aliases.items():
         names[name].append(alias)
@@ -180,6 +194,23 @@ def _take_tensors(module: nn.Module, stored: StoredPruned) -> None:
             setattr(module.get_submodule(owner), attribute, changed)
     state = own | {alias: own[name] for alias, name in stored.aliases.items()}
     module.load_state_dict(state)
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """The masks of a module's layers, (out, in) bool, by the layers' names."""
+    masks = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BlockSparseLinear):
+            masks[name] = layer.mask
+        elif is_held(layer):
+            masks[name] = mask_held(layer)
+    return masks
+
+
+def _mask(stored: StoredPruned, name: str, shape: torch.Size) -> Tensor:
+    """A layer's mask, (out, in) as `shape` says. ValueError: the file has another size of it."""
+    bits = np.unpackbits(stored.tensors[name + _MASK].numpy(), count=shape.numel())
+    return torch.from_numpy(bits).bool().view(shape)
 
 
 def _lists(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]:

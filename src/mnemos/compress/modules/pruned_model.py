@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
@@ -11,16 +11,26 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import listed
+from mnemos.compress.modules.block_sparse import BlockSparseLinear, pack_layers
 from mnemos.compress.modules.depth import Stack, find_stack
-from mnemos.compress.modules.kept_zeros import hold_zeros, is_held, mask_held, release_zeros
+from mnemos.compress.modules.kept_zeros import hold_zeros, release_zeros
 from mnemos.compress.modules.layers import check_module, is_matrix, matrices, matrix_of, set_values, stages
 from mnemos.compress.modules.masks import Pattern, fit_masked, magnitude_masks
 from mnemos.compress.modules.moments import measure
+from mnemos.compress.modules.native_linear import bind_all, call_native
 from mnemos.compress.modules.own_text import own_text
-from mnemos.compress.modules.pruned_file import Before, Differences, read_pruned, restore_pruned, write_pruned
+from mnemos.compress.modules.pruned_file import (
+    Before,
+    Differences,
+    masks_of,
+    read_pruned,
+    restore_pruned,
+    write_pruned,
+)
 from mnemos.compress.modules.shrink import shrink
 from mnemos.compress.modules.structured import Removed
 from mnemos.errors import ConfigError, ModelError
+from mnemos.native import require_core
 from mnemos.rules import one_of, real, several
 
 RATIO = real(0, 1, open_low=True, open_high=True)
@@ -44,8 +54,8 @@ class PrunedModel(nn.Module):
     batches        what the inputs are measured on: token ids (batch, time), (ids, labels), or mappings of what forward
                    takes. None: a language model's own guesses
     scope          with criterion "weights": "global", one threshold for all layers (the default), or "layer"
-    pattern        None, or "2:4" (two of every four weights of a row stay; this sets the ratio), or "4x8" (blocks of 4
-                   rows and 8 columns)
+    pattern        None, or "2:4" (two of every four weights of a row stay; this sets the ratio), or "16x32" (blocks of
+                   16 rows and 32 columns, which the native core can do without; see `pack`), or of any other size
     skip           layers that are left alone, by name or pattern such as "*head*"
 
     Errors: ConfigError for a value that is not allowed, ModelError for a module without matrices or with NaN weights.
@@ -84,6 +94,7 @@ class PrunedModel(nn.Module):
         found = matrices(model)
         self._before = {name: matrix_of(layer).numel() for name, layer in found.items()}
         self.removed: list[Removed] = []
+        self.is_packed = False
         if method == "structured":
             self.model = model if inplace else copy.deepcopy(model)
             before = Before(self.model)
@@ -112,32 +123,62 @@ class PrunedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module answers."""
-        return self.model(*args, **kwargs)
+        return call_native(self.model, args, kwargs) if self.is_packed else self.model(*args, **kwargs)
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Which weights stay, (out, in) bool, by the name of their layer; empty after `make_permanent`."""
-        return {name: mask_held(layer) for name, layer in self._held()}
+        return masks_of(self.model)
 
     def sparsity(self) -> float:
         """The share of the weights that the pruned layers had which are zero or gone."""
-        left = 0
+        left, masks = 0, self.masks
         for name, layer in self.model.named_modules():
-            if is_matrix(layer) and (self.removed or name in self._layers):
+            if isinstance(layer, BlockSparseLinear) or (is_matrix(layer) and (self.removed or name in self._layers)):
                 stays = matrix_of(layer) != 0
-                left += int((stays & mask_held(layer) if is_held(layer) else stays).sum())
+                left += int((stays & masks[name] if name in masks else stays).sum())
         return 1 - left / sum(self._before[name] for name in self._layers)
+
+    def pack(self) -> PrunedModel:
+        """Leaves zero blocks out of the memory and of the products, which the native core computes; returns the model.
+
+        For zeros in whole blocks of 16 rows and 32 columns, of weights in float32 or bfloat16 on a CPU. The model is in
+        evaluation mode and without gradients from now on; a file of `save` can be loaded and trained on.
+        ConfigError: the zeros are others (by name of the layer), or the weights are elsewhere or of another type.
+        """
+        require_core()
+        if self.removed:
+            raise ConfigError(
+                "pack: method is 'structured', which leaves no zeros; expected 'magnitude' with a pattern"
+            )
+        if not self.is_packed:
+            pack_layers(self.model, self._layers)
+            self.is_packed = True
+            self.requires_grad_(False)
+            super().train(False)
+            bind_all(self)
+        return self
+
+    def train(self, mode: bool = True) -> PrunedModel:
+        """As of any module; a packed one can only be evaluated, else ConfigError."""
+        if mode and self.is_packed:
+            raise ConfigError(
+                "mode is True; packed weights cannot be trained: save() the model, and load() it for that"
+            )
+        super().train(mode)
+        return self
 
     def make_permanent(self) -> nn.Module:
         """Lets go of the masks and returns the module: the zeros are weights like any other from now on."""
-        for _, layer in list(self._held()):
+        for layer in self.model.modules():
             release_zeros(layer)
         return self.model
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whatever its name ends in, that `load` reads; without pickle.
 
-        It holds the weights that are left, and the masks unless they are permanent. It appears when it is complete.
+        It holds the weights that are left and, unless they are permanent, the masks; zeros that a mask keeps take a bit
+        each. It appears when it is complete.
         """
         write_pruned(Path(path), self.model, self._differences, self.removed, self._before, self._layers)
 
@@ -156,7 +197,7 @@ class PrunedModel(nn.Module):
         nn.Module.__init__(self)
         self.model = restore_pruned(stored, model_class, arguments)
         self.removed, self._differences = stored.removed, stored.differences
-        self._before, self._layers = stored.before, stored.layers
+        self._before, self._layers, self.is_packed = stored.before, stored.layers, False
         return self
 
     def _remove(
@@ -184,12 +225,6 @@ class PrunedModel(nn.Module):
             layers=layers,
             measured=criterion != "weights",
         )
-
-    def _held(self) -> Iterator[tuple[str, nn.Module]]:
-        for name in self._layers:
-            layer = self.model.get_submodule(name)
-            if is_held(layer):
-                yield name, layer
 
 
 def _chosen(layers: dict[str, nn.Module], zeros: Pattern, skip: Sequence[str]) -> list[str]:

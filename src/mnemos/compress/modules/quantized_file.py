@@ -59,13 +59,16 @@ class StoredModel:
     def weights(self, layer: StoredLayer) -> BlockWeights:
         """A layer's weights, checked. FormatError: a part is missing or has another shape."""
         parts = [self.tensors.get(_key(layer.owner, part)) for part in _PARTS]
-        codes = parts[0]
+        codes, row_scales = parts[0], parts[2]
         blocks = -(-layer.columns // BLOCK)
-        if layer.bits not in TYPES or layer.columns < 1 or codes is None or codes.dim() != 3:
+        known = codes is not None and codes.dim() in (2, 3) and row_scales is not None
+        if layer.bits not in TYPES or layer.columns < 1 or not known:
             raise FormatError(f"{self.path}: layer {excerpt(layer.name)} has no codes of a known kind")
-        rows = len(codes)
+        assert codes is not None and row_scales is not None
+        rows = len(row_scales)
         uint8, int8, bfloat16 = torch.uint8, torch.int8, torch.bfloat16
-        shapes = [((rows, blocks, 4 * layer.bits), uint8), ((rows, blocks), uint8), ((rows,), bfloat16)]
+        stored = (rows, blocks) if codes.dim() == 3 else (len(codes),)
+        shapes = [((*stored, 4 * layer.bits), uint8), ((rows, blocks), uint8), ((rows,), bfloat16)]
         shapes += [((rows, blocks), int8), ((rows,), bfloat16)] if layer.bits != 8 else []
         for part, tensor, (shape, dtype) in zip(_PARTS, parts, shapes, strict=False):
             if tensor is None or tuple(tensor.shape) != shape or tensor.dtype is not dtype:
@@ -74,7 +77,13 @@ class StoredModel:
         held: list[Any] = [*parts[: len(shapes)], None, None][:5]
         if not bool(held[2].isfinite().all()) or (held[4] is not None and not bool(held[4].isfinite().all())):
             raise FormatError(f"{self.path}: {_key(layer.owner, 'row_scales')} or row_minima holds NaN or infinity")
-        return BlockWeights(layer.bits, layer.columns, *held)
+        weights = BlockWeights(layer.bits, layer.columns, *held)
+        if codes.dim() == 2 and len(codes) != int(weights.has_values().sum()):
+            raise FormatError(
+                f"{self.path}: {_key(layer.owner, 'codes')} has {len(codes)} blocks; its scales need "
+                f"{int(weights.has_values().sum())}"
+            )
+        return weights
 
     def floats(self) -> dict[str, Tensor]:
         """The other tensors, by all of their names in the module's state dict."""

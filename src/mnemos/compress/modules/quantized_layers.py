@@ -6,34 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mnemos.compress.modules.block_weights import BLOCK, TYPES, BlockWeights
-from mnemos.errors import ConfigError, RequestError
-from mnemos.machine.levels import settle_levels
-from mnemos.models.foreign.threads import outer_threads
+from mnemos.compress.modules.native_linear import NativeLinear, Products, pack_together
+from mnemos.errors import ConfigError
 from mnemos.native import core as _native
-
-
-class Products:
-    """The native products of one model's layers, which learn in which order they are called; for each thread count."""
-
-    def __init__(self) -> None:
-        self._steps: dict[int, Any] = {}
-
-    def step(self, threads: int) -> Any:
-        """The native core's object for so many threads."""
-        if threads not in self._steps:
-            settle_levels()
-            pool = _native.shared_pool(min(threads, _native.usable_cores()))
-            self._steps[threads] = _native.ForeignStep(pool)
-        return self._steps[threads]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Products:
-        return Products()
-
-    def __reduce__(self) -> Any:
-        return Products, ()
 
 
 class QuantizedWeight(nn.Module):
@@ -64,6 +41,10 @@ class QuantizedWeight(nn.Module):
         return BlockWeights(self.bits, self.columns, *buffers)
 
     @property
+    def rows(self) -> int:
+        return len(self.row_scales)
+
+    @property
     def padded(self) -> int:
         """Columns, rounded up to whole blocks."""
         return -(-self.columns // BLOCK) * BLOCK
@@ -71,18 +52,28 @@ class QuantizedWeight(nn.Module):
     @property
     def stored_values(self) -> int:
         """How many weights there are."""
-        return len(self.codes) * self.columns
+        return self.rows * self.columns
 
     @property
     def matrix(self) -> Any:
         """The native core's copy, (rows, padded)."""
         if self._matrix is None:
-            stored = self.weights.gguf_blocks().numpy()
-            type_ = int(TYPES[self.bits])
-            matrix = _native.allocate_matrix(stored, type_, len(self.codes), self.padded, as_float32=False, order=None)
-            _native.pack_matrices([(matrix, stored, None, False)], _native.shared_pool(1))
-            self._matrix = matrix
+            pack_together([self.allocate()])
         return self._matrix
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether the native core has a copy."""
+        return self._matrix is not None
+
+    def allocate(self) -> tuple[Any, Any]:
+        """(the native core's copy, what it is to be packed from); `pack_together` must follow."""
+        stored = self.weights.gguf_blocks().numpy()
+        kind = int(TYPES[self.bits])
+        self._matrix = _native.allocate_matrix(
+            stored, kind, self.rows, self.padded, as_float32=False, order=None, skip_zeros=True
+        )
+        return self._matrix, stored
 
     def values(self) -> Tensor:
         """(rows, columns) float32; kept from the first call on, as modules that ask once ask in each call."""
@@ -120,14 +111,14 @@ class QuantizedWeight(nn.Module):
         return copy
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(NativeLinear):
     """x W^T + bias for x (..., in_features) in float32, float16 or bfloat16, whose dtype the result has.
 
     The activations are rounded to 8 bits in blocks of 32 with a scale each when they come in, or to 15 bits with
     `precise`. A row's result does not depend on the other rows. There are no gradients.
     """
 
-    rounds_inputs = True  # for `models.foreign.comparison`
+    rounds_inputs = True
 
     def __init__(
         self,
@@ -137,51 +128,19 @@ class QuantizedLinear(nn.Module):
         precise: bool = False,
         products: Products | None = None,
     ) -> None:
-        super().__init__()
+        sizes = quantized.rows, quantized.columns
+        super().__init__(sizes, quantized.padded, bias, precise=precise, products=products)
         self.quantized = quantized
-        self.in_features, self.out_features = quantized.columns, len(quantized.codes)
-        self.precise = precise
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.products = products or Products()
-        self._numbers: dict[int, tuple[Any, int]] = {}
+
+    @property
+    def matrix(self) -> Any:
+        """The native core's weights, (out_features, padded)."""
+        return self.quantized.matrix
 
     @property
     def weight(self) -> Tensor:
         """The weights as the products use them, (out_features, in_features) float32."""
         return self.quantized.values()
-
-    def bind(self, threads: int) -> tuple[Any, int]:
-        """Makes the native product for so many threads, where there is none: (how to multiply, its number)."""
-        if threads not in self._numbers:
-            step = self.products.step(threads)
-            bias = None if self.bias is None else self.bias.detach().float().contiguous().numpy()
-            self._numbers[threads] = step.multiply, step.add(self.quantized.matrix, bias, self.precise)
-        return self._numbers[threads]
-
-    def forward(self, input: Tensor) -> Tensor:
-        shape, width = input.shape, self.in_features
-        if shape[-1:] != (width,):
-            raise RequestError(f"input has shape {tuple(shape)}; expected {width} values in its last axis")
-        if input.requires_grad and torch.is_grad_enabled():
-            raise ConfigError("input requires gradients, which quantized layers do not have; train the float module")
-        x = input if input.dtype is torch.float32 else input.float()
-        if self.quantized.padded != width:
-            x = F.pad(x, (0, self.quantized.padded - width))
-        if not x.is_contiguous():
-            x = x.contiguous()
-        y = x.new_empty((*shape[:-1], self.out_features))
-        threads = outer_threads()
-        multiply, number = self._numbers.get(threads) or self.bind(threads)
-        if y.numel():
-            multiply(number, x.data_ptr(), y.numel() // self.out_features, y.data_ptr())
-        return y if input.dtype is torch.float32 else y.to(input.dtype)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._numbers = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_numbers": {}}
 
     def extra_repr(self) -> str:
         bits = f"bits={self.quantized.bits}"
@@ -194,7 +153,7 @@ class QuantizedEmbedding(nn.Module):
     def __init__(self, quantized: QuantizedWeight, padding_idx: int | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.quantized = quantized
-        self.num_embeddings, self.embedding_dim = len(quantized.codes), quantized.columns
+        self.num_embeddings, self.embedding_dim = quantized.rows, quantized.columns
         self.padding_idx = padding_idx
         self.dtype = dtype
 

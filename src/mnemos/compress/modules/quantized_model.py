@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,13 @@ from mnemos.compress.modules.conversion import convert, fill, restore, split_att
 from mnemos.compress.modules.layers import check_module
 from mnemos.compress.modules.module_file import make_module
 from mnemos.compress.modules.moments import measure
+from mnemos.compress.modules.native_linear import bind_all, call_native, pack_together
 from mnemos.compress.modules.quantizable import check_place, check_request, find_layers
 from mnemos.compress.modules.quantized_file import read_model, write_model
-from mnemos.compress.modules.quantized_layers import QuantizedLinear
+from mnemos.compress.modules.quantized_layers import QuantizedWeight
 from mnemos.compress.modules.report import LayerReport, Report
 from mnemos.errors import ConfigError
-from mnemos.models.foreign.threads import hold_threads, outer_threads, release_threads
 from mnemos.native import require_core
-
-# Up to so many rows PyTorch is held to one thread: what its others could share is less than what they cost by spinning.
-_HELD_ROWS = 512
 
 
 class QuantizedModel(nn.Module):
@@ -88,24 +85,14 @@ class QuantizedModel(nn.Module):
     def _finish(self) -> None:
         self.requires_grad_(False)
         super().train(False)
-        self.bind()
-
-    def bind(self) -> None:
-        """Makes all native products, so that the first call is as fast as the others."""
-        threads = outer_threads()
-        for layer in self.modules():
-            if isinstance(layer, QuantizedLinear):
-                layer.bind(threads)
+        weights = (module for module in self.modules() if isinstance(module, QuantizedWeight))
+        pack_together(weight.allocate() for weight in weights if not weight.is_allocated)
+        bind_all(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrated:
             raise ConfigError("method is 'static' and the model is not calibrated; expected calibrate(batches) first")
-        held = _rows_of((*args, *kwargs.values())) <= _HELD_ROWS and hold_threads()
-        try:
-            return self.model(*args, **kwargs)
-        finally:
-            if held:
-                release_threads()
+        return call_native(self.model, args, kwargs)
 
     def train(self, mode: bool = True) -> QuantizedModel:
         """Only `train(False)`, which changes nothing, is possible."""
@@ -159,11 +146,3 @@ class QuantizedModel(nn.Module):
         self.model, self._reports = fill(module, stored), stored.reports
         self._finish()
         return self
-
-
-def _rows_of(values: Iterable[Any]) -> int:
-    """The tokens or rows of the first tensor among a call's arguments."""
-    for value in values:
-        if isinstance(value, Tensor):
-            return value.numel() // (value.shape[-1] if value.is_floating_point() and value.dim() else 1)
-    return _HELD_ROWS + 1

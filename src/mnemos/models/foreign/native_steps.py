@@ -43,7 +43,9 @@ class NativeOperators:
         rows, columns = weight.shape
         stored = weight.detach().contiguous().view(torch.uint8).numpy().reshape(-1)
         kind = TensorType.BF16 if weight.dtype is torch.bfloat16 else TensorType.F32
-        matrix = _native.allocate_matrix(stored, int(kind), rows, columns, as_float32=False, order=None)
+        matrix = _native.allocate_matrix(
+            stored, int(kind), rows, columns, as_float32=False, order=None, skip_zeros=True
+        )
         self._unpacked.append((matrix, stored, None, False))
         offset = None if bias is None else bias.detach().float().contiguous().numpy()
         if number is None:
