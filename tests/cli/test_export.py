@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_a_format_that_fails_is_named_and_the_others_are_written(
     assert sorted(file.name for file in out.iterdir()) == ["model.pt", "model.pt2"]  # no folder for onnx
     assert main(["export", str(folder), "--to", "onnx", "--out", str(tmp_path / "none")]) == 1
     assert not capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+def test_without_pytorch_files_are_written_and_the_rest_names_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("mnemos.export.requirements.version", none)
+    assert main(["export", str(folder), "--to", "safetensors,onnx", "--out", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["format", "safetensors"]
+    assert "onnx: exporting to onnx needs torch 2.6 or newer; run: pip install 'mnemos[export]'" in shown.err
 
 
 def fails(*_: object) -> list[str]:

@@ -10,8 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
 
-from mnemos import InferenceEngine, export_to_gguf, export_to_safetensors  # noqa: E402
+from mnemos import InferenceEngine, ModelPackager, export_to_gguf, export_to_safetensors  # noqa: E402
+from mnemos.compress.safetensors import convert_folder  # noqa: E402
 from mnemos.errors import ConfigError, FormatError  # noqa: E402
+from mnemos.formats.package import is_package  # noqa: E402
 from mnemos.formats.safetensors import open_safetensors  # noqa: E402
 from tests.export.gguf_models import TEMPLATE, folder_of, mini_llm_checkpoint, read_config  # noqa: E402
 
@@ -64,6 +66,17 @@ def test_a_folder_keeps_its_files(tmp_path: Path) -> None:
     assert (report.path / "LICENSE").read_text() == "free"
     assert (report.path / "tokenizer.json").read_bytes() == (tmp_path / "model" / "tokenizer.json").read_bytes()
     assert np.array_equal(theirs(report.path, IDS), reference.logits(IDS))
+
+
+def test_a_package_becomes_a_folder_that_is_none(tmp_path: Path) -> None:
+    reference = folder_of("llama-tied", tmp_path / "model")
+    ModelPackager(tmp_path / "model").package(tmp_path / "package", sbom=True)
+    report = export_to_safetensors(tmp_path / "package", tmp_path / "out")
+    names = {path.name for path in report.path.iterdir()}
+    assert not names & {"metadata.json", "SHA256SUMS", "sbom.cdx.json"} and "tokenizer.json" in names
+    assert np.array_equal(theirs(report.path, IDS), reference.logits(IDS))
+    assert convert_folder(tmp_path / "package", tmp_path / "half", "bf16").path == tmp_path / "half"
+    assert not is_package(tmp_path / "half")
 
 
 def test_a_module_in_memory(tmp_path: Path) -> None:

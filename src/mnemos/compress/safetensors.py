@@ -11,6 +11,7 @@ from mnemos.compress.plan import Row
 from mnemos.compress.quantize import Bytes, Quantized, Unfit, encoded
 from mnemos.errors import ConfigError, FormatError
 from mnemos.formats.checkpoint import CONFIG_NAME, Checkpoint, open_checkpoint
+from mnemos.formats.package import METADATA, SIGNATURE, SUMS, is_package
 from mnemos.formats.safetensors import SINGLE_NAME
 from mnemos.formats.safetensors_writer import Entry, write_safetensors
 from mnemos.formats.tensor import Tensor
@@ -20,6 +21,7 @@ from mnemos.hub.cache import Progress
 
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # names in config.json
 _FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16, TensorType.F64)
+_OF_PACKAGES = (METADATA, SUMS, SIGNATURE, "sbom.cdx.json", "Modelfile")  # they describe the files as they were
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
@@ -53,9 +55,10 @@ def convert_folder(source: Path, out: Path, type: str, *, progress: Progress | N
 
 
 def copy_others(source: Path, folder: Path) -> None:
-    """Copies the files of a Hugging Face folder that are neither weights nor its config."""
+    """Copies the files of a Hugging Face folder that are neither weights, nor its config, nor a package's lists."""
+    left = {CONFIG_NAME, *(_OF_PACKAGES if is_package(source) else ())}
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.name != CONFIG_NAME and not file.name.endswith(_WEIGHTS):
+        if file.is_file() and file.name not in left and not file.name.endswith(_WEIGHTS):
             shutil.copyfile(file, folder / file.name)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnemos.errors import ConfigError, FormatError
+from mnemos.export.requirements import imported
 from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _LONGEST = 512  # tokens, where a runtime reserves memory for the most
 _SIGNATURES = (16, 64, 256)
+_WITHOUT_TORCH = ("gguf", "safetensors")  # families of formats that need no PyTorch
 TOLERANCE = 5e-5  # of the largest logit: float32's rounding through some tens of layers
 
 
@@ -188,7 +190,8 @@ def export_model(
     failed: called with the name of a format that cannot be written and why; the others are written all the same. None:
     the error is raised, and the formats before it are kept.
 
-    ConfigError: an unknown format, or a file that exists, before anything is written; other errors are those of
+    ConfigError: an unknown format, or a file that exists, before anything is written; MissingDependencyError: PyTorch,
+    or what a format needs, is not installed; other errors are those of
     `TorchForm` and the exporters.
     """
     if not formats:
@@ -211,6 +214,8 @@ def export_model(
     for name, one in chosen.items():
         begun(name)
         try:
+            if name.partition("-")[0] not in _WITHOUT_TORCH:
+                imported("torch", "2.6", "export", f"exporting to {name}")
             report = one.write(model, folder / one.path)
         except Exception as error:
             if failed is None:
