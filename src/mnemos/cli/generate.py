@@ -42,7 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--num-return-sequences is {config.num_return_sequences}; several results need --json")
     text = _read_prompt(arguments.prompt)
     if not text:
-        raise ConfigError("the prompt is empty; give it as an argument or on standard input")
+        raise ConfigError(
+            f"the prompt is empty; give it after the model, which is {arguments.model!r} here, or on standard input"
+        )
     with load_engine(arguments) as engine:
         prompt = _prompt_ids(tokenizer_of(engine, arguments.model), text, arguments)
         if arguments.json:
