@@ -72,7 +72,8 @@ def _described(name: str, report: ExportReport, folder: Path) -> dict[str, Any]:
 def write_modelfile(folder: Path, facts: Facts, begun: Begun) -> None:
     """Writes Modelfile for `ollama create NAME -f Modelfile`, and for a model that is no GGUF file exports/model.gguf.
 
-    Ollama takes the chat template from the GGUF file. UnsupportedError: a model that cannot be one.
+    There is no TEMPLATE: Ollama knows those of common families by the one in the GGUF file.
+    UnsupportedError: a model that cannot be one.
     """
     from mnemos.formats.checkpoint import open_checkpoint
     from mnemos.models.load import describe_model
