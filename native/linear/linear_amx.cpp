@@ -1,5 +1,6 @@
 // The matrix products with AMX: the tile unit multiplies blocks of quantized weights by up to 12 rows, the vector units
-// scale and add up what it stores, step by step as the AVX-512 kernels do, so that the bits are theirs.
+// scale and add up what it stores, step by step as the AVX-512 kernels without bfloat16 do, so that the bits are
+// theirs.
 //
 // The expanded codes of a block (8 vectors of 64 bytes, byte 4r + i of vector v: row r, column 4v + i) are the second
 // operand of the tile product as they are. Activations are the first one, in place, a row of a tile for each row.
@@ -8,7 +9,7 @@
 // products for any number of rows (amx_float.h).
 #include "linear/amx_float.h"
 #include "linear/amx_tiles.h"
-#include "linear/avx512bf16.h"
+#include "linear/avx512.h"
 #include "linear/product_kept.h"
 
 namespace mnemos {
@@ -16,14 +17,15 @@ namespace {
 
 // Rows of a tile: the totals of 12 rows by two panels are 24 registers, and the others hold what the scaling needs.
 //
-// What a block of 12 rows by two panels takes on Sapphire Rapids in cycles, from the throughputs that Intel's
-// optimization manual gives:
-//   tile products          2 of 12 rows         24 (32 if one takes 16 cycles whatever its rows)
-//   scaling, ports 0 and 5 24 x 3 or 3.5 of 2   36 or 42, the latter with minima
-//   loads, 2 of 64 bytes   12 + 16 rows of tiles, 24 sums, 12 or 24 activations' scales   32 or 38
-//   stores, 1 of 64 bytes  24 rows of tiles     24
-// They run side by side, as a block's sums are stored while those of the block before are scaled: about 50, against
-// 2 * 12 * 8 / 2 = 96 for the AVX-512 dot products alone, and their scaling comes on top. Not measured.
+// Measured on Sapphire Rapids, in cycles, with all data in the level-1 cache:
+//   2 tile products of 12 rows   25
+//   2 tiles of sums stored       32, alongside, if the four sums take turns and each is stored two products later: a
+//                                store waits for its product, and the next products wait for the store
+//   scaling, 24 vectors          an addition, a product and a multiply-add each, one more multiply-add with minima
+// From a tile instruction on, and for 300 cycles after it, products, multiply-adds and conversions of 64 bytes run at
+// one a cycle instead of two, but additions still at two: so sums come as floats with an offset that a subtraction
+// removes, rather than as integers that are converted. Side by side all this would take 73 cycles, 85 with minima; it
+// takes about 100.
 constexpr int amx_rows = 12;
 
 // The same by one panel, of a matrix that skips blocks.
@@ -34,6 +36,29 @@ constexpr int few_rows = 8;
 
 // Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 activations, each in turn.
 constexpr int sum_tiles = 4, first_weights = 4, first_activations = 6;
+// A product's sums are stored when this many further products have begun, or the next one, of a block that has only
+// one.
+constexpr int most_lag = 2;
+
+// Sums of one part start from this number's bits, and so are the bits of (number + sum) while they are below 2^22.
+constexpr float sum_offset = 0x1.8p23f;
+static_assert(32 * 128 * 127 < 1 << 22);
+
+struct OffsetSums : Avx512 {
+  static Floats to_floats(Ints a) { return _mm512_sub_ps(_mm512_castsi512_ps(a), _mm512_set1_ps(sum_offset)); }
+};
+// Sums of two parts are put together first.
+template <int Parts>
+using Sums = std::conditional_t<Parts == 1, OffsetSums, Avx512>;
+
+struct alignas(64) SumStart {
+  float values[panel_rows];
+};
+constexpr SumStart offset_start = [] {
+  SumStart start{};
+  for (float &value : start.values) value = sum_offset;
+  return start;
+}();
 
 // The tiles' shapes follow the number of rows.
 class Shapes {
@@ -62,7 +87,7 @@ class Shapes {
 template <const Layout &L>
 struct SignedVectors {
   static void store(uint8_t *codes, __m512i vector) {
-    Avx512::store(codes, _mm512_sub_epi8(vector, _mm512_set1_epi8(char(centre_of<Avx512Bf16, L>))));
+    Avx512::store(codes, _mm512_sub_epi8(vector, _mm512_set1_epi8(char(centre_of<Avx512, L>))));
   }
   static void finish(uint8_t *) {}
 };
@@ -70,70 +95,82 @@ struct SignedVectors {
 // Dot products of a block, of each part and half.
 template <const Layout &L, int Parts, int P, int R>
 struct Dots {
-  static constexpr int halves = L.halves() ? 2 : 1;
+  static constexpr int halves = L.halves() ? 2 : 1, products = Parts * halves * P;
+  static constexpr int lag = products < most_lag ? products : most_lag;
+  static constexpr int tiles = 2 * products < sum_tiles ? 2 * products : sum_tiles;  // that sums take turns in
   alignas(64) uint8_t values[Parts][halves][P][R][64];
 };
 
-// Turn 0 and 1 use other tiles, so that a block need not wait for the one before.
+// Stores what product number I of a block has summed.
+template <int Sum, const Layout &L, int Parts, int P, int R, int I>
+inline MNEMOS_INLINE void store_sums(Dots<L, Parts, P, R> &dots, std::integral_constant<int, I>) {
+  constexpr int halves = Dots<L, Parts, P, R>::halves;
+  AmxTiles::store<Sum>(dots.values[I / P / halves][I / P % halves][I % P], 64);
+}
+
+// The products of block b, which begin while the last ones of the block before are stored. Turn 0 and 1 use other
+// tiles.
 template <const Layout &L, int Parts, int P, int R, int Turn, class Places>
-inline __attribute__((always_inline)) void multiply_block(const Expanded &weights, const QuantBlock<Parts> *x,
-                                                          Places places, int64_t row_bytes, int64_t b,
-                                                          Dots<L, Parts, P, R> &dots) {
-  constexpr int halves = Dots<L, Parts, P, R>::halves, products = Parts * halves;
-  unroll<products>([&](auto product) {
-    constexpr int part = product / halves, half = product % halves;
-    constexpr int a = first_activations + (Turn * products + product) % 2;
-    AmxTiles::load<a>(x[places[b]].parts[part] + half * 16, row_bytes);
-    unroll<P>([&](auto p) {
-      constexpr int turn = (Turn * products + product) * P + p, sum = turn % sum_tiles, w = first_weights + turn % 2;
-      AmxTiles::load<w>(weights.codes[p] + b * 512 + half * 256, 64);
+inline MNEMOS_INLINE void multiply_block(const Expanded &weights, const QuantBlock<Parts> *x, Places places,
+                                         int64_t row_bytes, int64_t b, Dots<L, Parts, P, R> *before,
+                                         Dots<L, Parts, P, R> &dots) {
+  using Block = Dots<L, Parts, P, R>;
+  unroll<Block::products>([&](auto product) MNEMOS_INLINE {
+    constexpr int part = product / P / Block::halves, half = product / P % Block::halves, p = product % P;
+    constexpr int turn = Turn * Block::products + product, sum = turn % Block::tiles;
+    constexpr int stored = (turn + Block::tiles - Block::lag) % Block::tiles;
+    constexpr int w = first_weights + turn % 2, a = first_activations + turn / P % 2;
+    if constexpr (p == 0) AmxTiles::load<a>(x[places[b]].parts[part] + half * 16, row_bytes);
+    AmxTiles::load<w>(weights.codes[p] + b * 512 + half * 256, 64);
+    if constexpr (Parts == 1)
+      AmxTiles::load<sum>(&offset_start, 0);
+    else
       AmxTiles::zero<sum>();
-      AmxTiles::dot<sum, a, w>();
-      AmxTiles::store<sum>(dots.values[part][half][p], 64);
-    });
+    AmxTiles::dot<sum, a, w>();
+    if constexpr (product >= Block::lag) {
+      store_sums<stored>(dots, std::integral_constant<int, product - Block::lag>{});
+    } else {
+      if (before != nullptr)
+        store_sums<stored>(*before, std::integral_constant<int, Block::products + product - Block::lag>{});
+    }
+  });
+}
+
+// Stores the last sums of a block that no other one follows.
+template <const Layout &L, int Parts, int P, int R, int Turn>
+inline MNEMOS_INLINE void store_last(Dots<L, Parts, P, R> &dots) {
+  using Block = Dots<L, Parts, P, R>;
+  unroll<Block::lag>([&](auto i) MNEMOS_INLINE {
+    constexpr int product = Block::products - Block::lag + i;
+    store_sums<(Turn * Block::products + product) % Block::tiles>(dots, std::integral_constant<int, product>{});
   });
 }
 
 // Adds block b of the chunk to the totals.
 template <const Layout &L, int Parts, int P, int R, class Places>
-inline __attribute__((always_inline)) void finish_block(const Expanded &weights, const QuantBlock<Parts> *x,
-                                                        Places places, int64_t row_blocks, int64_t b,
-                                                        const Dots<L, Parts, P, R> &dots, __m512 (&totals)[R][P]) {
+inline MNEMOS_INLINE void finish_block(const Expanded &weights, const QuantBlock<Parts> *x, Places places,
+                                       int64_t row_blocks, int64_t b, const Dots<L, Parts, P, R> &dots,
+                                       __m512 (&totals)[R][P]) {
   constexpr int halves = Dots<L, Parts, P, R>::halves;
   __m512 scales[P][4];
-  unroll<P>([&](auto p) {
-    unroll<block_vectors<Avx512Bf16, L>>(
-        [&](auto i) { scales[p][i] = Avx512::load(weights.scales[p] + scales_at<Avx512Bf16, L>(b) + i * 16); });
+  unroll<P>([&](auto p) MNEMOS_INLINE {
+    unroll<block_vectors<Avx512, L>>([&](auto i) MNEMOS_INLINE {
+      scales[p][i] = Avx512::load(weights.scales[p] + scales_at<Avx512, L>(b) + i * 16);
+    });
   });
   const QuantBlock<Parts> *block = x + places[b];
-  unroll<R>([&](auto r) {
-    unroll<P>([&](auto p) {
+  unroll<R>([&](auto r) MNEMOS_INLINE {
+    unroll<P>([&](auto p) MNEMOS_INLINE {
       __m512i ends[2];
-      unroll<halves>([&](auto h) {
+      unroll<halves>([&](auto h) MNEMOS_INLINE {
         ends[h] = Avx512::load(dots.values[Parts - 1][h][p][r]);
         if constexpr (Parts == 2)
           ends[h] = Avx512::add_ints(ends[h], Avx512::shift_part(Avx512::load(dots.values[0][h][p][r])));
       });
-      totals[r][p] = add_block<Avx512Bf16, L, Parts>(totals[r][p], ends[0], ends[halves - 1], scales[p], *block);
+      totals[r][p] = add_block<Sums<Parts>, L, Parts>(totals[r][p], ends[0], ends[halves - 1], scales[p], *block);
     });
     block += row_blocks;
   });
-}
-
-// Adds the minima of block b and the one before.
-template <const Layout &L, int Parts, int P, int R, class Places>
-inline __attribute__((always_inline)) void finish_pair(const Expanded &weights, const QuantBlock<Parts> *x,
-                                                       Places places, int64_t row_blocks, int64_t b,
-                                                       __m512 (&totals)[R][P]) {
-  if constexpr (paired<Avx512Bf16, L>) {
-    const QuantBlock<Parts> *block = x + places[b / 2 * 2];
-    Minima<Avx512Bf16, Parts> minima[P];
-    unroll<P>([&](auto p) { minima[p] = Minima<Avx512Bf16, Parts>::load(weights.scales[p] + minima_at(b)); });
-    unroll<R>([&](auto r) {
-      unroll<P>([&](auto p) { totals[r][p] = minima[p].add_to(totals[r][p], block, b % 2 != 0); });
-      block += row_blocks;
-    });
-  }
 }
 
 // P panels by R rows over the blocks of one chunk, whose places count from `first_block`.
@@ -141,35 +178,36 @@ template <const Layout &L, int Parts, int P, int R, class Places>
 void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
               Places places, const Output &out, Prefetch &prefetch) {
   __m512 totals[R][P];
-  unroll<R>([&](auto r) {
-    unroll<P>([&](auto p) { totals[r][p] = Avx512::load(out.starts[p] + r * out.start_stride[p]); });
+  unroll<R>([&](auto r) MNEMOS_INLINE {
+    unroll<P>([&](auto p) MNEMOS_INLINE { totals[r][p] = Avx512::load(out.starts[p] + r * out.start_stride[p]); });
   });
   const QuantBlock<Parts> *x = blocks_of<Parts>(input, row) + first_block;
   const int64_t row_blocks = input.padded / 32, row_bytes = row_blocks * int64_t(sizeof *x);
-  Dots<L, Parts, P, R> even, odd;
-  multiply_block<L, Parts, P, R, 0>(weights, x, places, row_bytes, 0, even);
-  for (int64_t b = 0;;) {
-    if (b + 1 < blocks) multiply_block<L, Parts, P, R, 1>(weights, x, places, row_bytes, b + 1, odd);
+  Dots<L, Parts, P, R> dots[2];
+  const auto step = [&](auto turn, int64_t b) MNEMOS_INLINE {
+    auto &now = dots[turn], &next = dots[1 - turn];
+    if (b + 1 < blocks)
+      multiply_block<L, Parts, P, R, 1 - turn>(weights, x, places, row_bytes, b + 1, &now, next);
+    else
+      store_last<L, Parts, P, R, turn>(now);
     prefetch.advance(P);
-    finish_block(weights, x, places, row_blocks, b, even, totals);
-    if (++b == blocks) {
-      finish_pair<L, Parts>(weights, x, places, row_blocks, b - 1, totals);
-      break;
-    }
-    if (b + 1 < blocks) multiply_block<L, Parts, P, R, 0>(weights, x, places, row_bytes, b + 1, even);
-    prefetch.advance(P);
-    finish_block(weights, x, places, row_blocks, b, odd, totals);
-    finish_pair<L, Parts>(weights, x, places, row_blocks, b, totals);
-    if (++b == blocks) break;
+    finish_block(weights, x, places, row_blocks, b, now, totals);
+  };
+  multiply_block<L, Parts, P, R, 0>(weights, x, places, row_bytes, 0, nullptr, dots[0]);
+  for (int64_t b = 0; b < blocks; b += 2) {
+    step(std::integral_constant<int, 0>{}, b);
+    if (b + 1 < blocks) step(std::integral_constant<int, 1>{}, b + 1);
   }
-  unroll<R>([&](auto r) { unroll<P>([&](auto p) { Avx512::store(out.rows[p] + r * out.stride[p], totals[r][p]); }); });
+  unroll<R>([&](auto r) MNEMOS_INLINE {
+    unroll<P>([&](auto p) MNEMOS_INLINE { Avx512::store(out.rows[p] + r * out.stride[p], totals[r][p]); });
+  });
 }
 
 template <const Layout &L, int Parts>
 void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                      int64_t panels, const Results &results, Shapes &shapes) {
   constexpr int P = most_panels;
-  for_chunks<Avx512Bf16, L, Parts, P, few_rows + 1, amx_rows, SignedVectors<L>>(
+  for_chunks<Avx512, L, Parts, P, few_rows + 1, amx_rows, SignedVectors<L>>(
       matrix, input, row_begin, row_end, panel, panels, results,
       [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
           Prefetch &prefetch) {
@@ -182,7 +220,7 @@ void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin
 template <const Layout &L, int Parts>
 void multiply_kept_panel(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                          const Results &results, Shapes &shapes) {
-  for_chunks<Avx512Bf16, L, Parts, 1, few_rows + 1, kept_rows, SignedVectors<L>>(
+  for_chunks<Avx512, L, Parts, 1, few_rows + 1, kept_rows, SignedVectors<L>>(
       matrix, input, row_begin, row_end, panel, 1, results,
       [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
           Prefetch &prefetch) {
@@ -198,8 +236,8 @@ void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, i
     return multiply_bfloats(matrix, input, row_begin, row_end, panel_begin, panel_end,
                             {y, y_stride, starts, start_stride});
   if (!matrix.layout.quantized() || row_end - row_begin <= few_rows)
-    return avx512bf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
-                                       start_stride);
+    return avx512_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
+                                   start_stride);
   Shapes shapes(matrix.layout.halves() ? 16 : 32);
   if (matrix.skips_blocks())
     return with_kept_layout(matrix.layout.type, [&](auto q) {
@@ -219,7 +257,7 @@ void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, i
 }
 
 int64_t multiply_in_tiles(Form form, int64_t rounds) {
-  if (form == Form::f32) return avx512bf16_kernels.multiply_registers(form, rounds);
+  if (form == Form::f32) return avx512_kernels.multiply_registers(form, rounds);
   constexpr int rows = 16, bytes = 64;
   TileShapes shapes;
   for (int tile = 0; tile < 8; tile++) shapes.rows[tile] = rows, shapes.row_bytes[tile] = bytes;
@@ -238,7 +276,7 @@ int64_t multiply_in_tiles(Form form, int64_t rounds) {
 
 }  // namespace
 
-const ProductKernels amx_kernels{"amx",        Form::bf16,          prepare_all<Avx512Bf16>,
+const ProductKernels amx_kernels{"amx",        Form::bf16,          prepare_all<Avx512>,
                                  multiply_amx, lengths_all<Avx512>, multiply_in_tiles};
 
 }  // namespace mnemos

@@ -62,7 +62,7 @@ CpuFeatures detect() {
   features.avx512_bf16 = features.avx512 && (a1 & (1u << 5));
   const bool tile_units = (d & (1u << 22)) && (d & (1u << 24)) && (d & (1u << 25));  // BF16, TILE, INT8
   features.amx =
-      features.avx512_bf16 && tiles && tile_units && request_tiles() && same_products(amx_kernels, avx512bf16_kernels);
+      features.avx512_bf16 && tiles && tile_units && request_tiles() && same_products(amx_kernels, avx512_kernels);
   return features;
 }
 #elif defined(__aarch64__)

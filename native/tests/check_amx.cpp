@@ -174,8 +174,7 @@ void check_bfloats() {
 // One bit of one result is wrong, for many rows only.
 void multiply_wrongly(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                       int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
-  avx512bf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
-                              start_stride);
+  amx_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts, start_stride);
   if (row_end - row_begin > 8) reinterpret_cast<uint32_t &>(y[9 * y_stride + 3]) ^= 1;
 }
 
@@ -188,12 +187,12 @@ void multiply_rows_otherwise(const Matrix &matrix, const Input &input, int64_t r
 }
 
 void check_selection() {
-  expect(same_products(amx_kernels, avx512bf16_kernels), "the check at start refuses right kernels");
+  expect(same_products(amx_kernels, avx512_kernels), "the check at start refuses right kernels");
   ProductKernels wrong = amx_kernels;
   wrong.multiply = multiply_wrongly;
-  expect(!same_products(wrong, avx512bf16_kernels), "the check at start lets a wrong bit pass");
+  expect(!same_products(wrong, avx512_kernels), "the check at start lets a wrong bit pass");
   wrong.multiply = multiply_rows_otherwise;
-  expect(!same_products(wrong, avx512bf16_kernels), "the check at start lets rows differ by their neighbours");
+  expect(!same_products(wrong, avx512_kernels), "the check at start lets rows differ by their neighbours");
 }
 
 }  // namespace
@@ -212,7 +211,7 @@ int main() {
   const int64_t before = amx_emulator::state.bfloat_products;
   failures += check_attention(vector_kernels(Isa::amx));
   if (emulated) expect(amx_emulator::state.bfloat_products > before, "no tile product ran in attention");
-  failures += check_products(amx_kernels, avx512bf16_kernels);
+  failures += check_products(amx_kernels, avx512_kernels);
   if (emulated) {
     const amx_emulator::State &state = amx_emulator::state;
     expect(state.products > 0 && state.bfloat_products > 0, "no tile product ran");
