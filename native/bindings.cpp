@@ -729,11 +729,11 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Cache *cache, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size,
              const std::string &dtype, int64_t pages,
-             std::optional<std::tuple<int64_t, int64_t, int64_t, std::vector<bool>, std::vector<int64_t>>> recall) {
+             std::optional<std::tuple<int64_t, int64_t, int64_t, int64_t, std::vector<bool>, std::vector<int64_t>>> recall) {
             std::unique_ptr<const Recall> seen;
             if (recall) {
-              const auto &[window, recalled, sinks, heads, components] = *recall;
-              seen.reset(new Recall{window, recalled, sinks, {heads.begin(), heads.end()}, components});
+              const auto &[window, recalled, sinks, farthest, heads, components] = *recall;
+              seen.reset(new Recall{window, recalled, sinks, farthest, {heads.begin(), heads.end()}, components});
             }
             new (cache) Cache(layers, kv_heads, head_dim, page_size, cache_type(dtype), pages, std::move(seen));
           },

@@ -51,30 +51,77 @@ int64_t mapping_bytes(int64_t page_bytes, int64_t pages) {
 
 float from_half(uint16_t half) {
   const int exponent = half >> 10 & 31, fraction = half & 1023;
-  const float size = exponent == 0    ? std::ldexp(static_cast<float>(fraction), -24)
-                     : exponent == 31 ? std::numeric_limits<float>::infinity()
-                                      : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  const uint32_t bits = static_cast<uint32_t>(half & 0x7fff) << 13;
+  const uint32_t raised = exponent == 31 ? bits | 0x7f800000u : bits + (112u << 23);
+  float size;
+  std::memcpy(&size, &raised, 4);
+  if (exponent == 0) size = static_cast<float>(fraction) * 0x1p-24f;
   return half >> 15 != 0 ? -size : size;
 }
 
-// Component i of a stored key.
-float stored_key(const CellLayout &cell, const uint8_t *data, int64_t slot, int64_t i) {
-  const auto get = [&](auto value, const uint8_t *from, int64_t at) {
-    std::memcpy(&value, from + at * static_cast<int64_t>(sizeof value), sizeof value);
-    return value;
-  };
+// Component i of the keys in index_run slots of a cell from `slot` on.
+void stored_keys(const CellLayout &cell, const uint8_t *data, int64_t slot, int64_t i, float *keys) {
   const int64_t at = i * cell.key_stride + slot;
   switch (cell.type) {
-    case CacheType::float32: return get(0.0f, data, at);
-    case CacheType::float16: return from_half(get(uint16_t{}, data, at));
-    case CacheType::bfloat16: {
-      const uint32_t pair = get(uint32_t{}, data, i / 2 * cell.key_stride + slot);
-      const uint32_t bits = i % 2 == 0 ? pair << 16 : pair & 0xffff0000;
-      return get(0.0f, reinterpret_cast<const uint8_t *>(&bits), 0);
+    case CacheType::float32: std::memcpy(keys, data + at * 4, index_run * 4); break;
+    case CacheType::float16: {
+      uint16_t halves[index_run];
+      std::memcpy(halves, data + at * 2, sizeof halves);
+      for (int64_t k = 0; k < index_run; k++) keys[k] = from_half(halves[k]);
+      break;
     }
-    case CacheType::int8: return get(int8_t{}, data, at) * get(0.0f, data + cell.key_scale_offset, slot);
+    case CacheType::bfloat16: {
+      uint32_t pairs[index_run];
+      std::memcpy(pairs, data + (i / 2 * cell.key_stride + slot) * 4, sizeof pairs);
+      for (uint32_t &pair : pairs) pair = i % 2 == 0 ? pair << 16 : pair & 0xffff0000u;
+      std::memcpy(keys, pairs, sizeof pairs);
+      break;
+    }
+    case CacheType::int8: {
+      float scales[index_run];
+      std::memcpy(scales, data + cell.key_scale_offset + slot * 4, sizeof scales);
+      for (int64_t k = 0; k < index_run; k++) keys[k] = static_cast<float>(static_cast<int8_t>(data[at + k])) * scales[k];
+      break;
+    }
   }
-  return 0;
+}
+
+// The index of the keys in index_run slots of a cell, see `index_keys` in ops/recall.py.
+void index_keys(const CellLayout &cell, const uint8_t *data, int64_t slot, const std::vector<int64_t> &components,
+                const IndexLayout &layout, uint8_t *run) {
+  const auto count = static_cast<int64_t>(components.size());
+  thread_local std::vector<float> keys;
+  keys.resize(static_cast<size_t>(count * index_run));
+  float most = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < count; i++) {
+    float *own = keys.data() + i * index_run;
+    stored_keys(cell, data, slot, components[static_cast<size_t>(i)], own);
+    for (int64_t k = 0; k < index_run; k++) {
+      most = std::max(most, std::fabs(own[k]));
+      finite = finite && std::fabs(own[k]) <= std::numeric_limits<float>::max();
+    }
+  }
+  uint8_t *lows = run + layout.groups * 32, *steps = lows + layout.groups * 4;
+  std::memset(run, 0, static_cast<size_t>(layout.run_bytes));
+  std::memset(lows, index_offset, static_cast<size_t>(layout.groups * 4));
+  if (!finite || most == 0) return;
+  const float inverse = static_cast<float>(index_levels) / most, scale = most / static_cast<float>(index_levels);
+  std::memcpy(run + layout.groups * 40, &scale, 4);
+  for (int64_t i = 0; i < count; i++) {
+    int32_t levels[index_run], least = index_levels, largest = -index_levels;
+    for (int64_t k = 0; k < index_run; k++) {
+      levels[k] = static_cast<int32_t>(std::nearbyint(keys[static_cast<size_t>(i * index_run + k)] * inverse));
+      least = std::min(least, levels[k]), largest = std::max(largest, levels[k]);
+    }
+    const int32_t cut = (largest - least + 8) / 16;
+    const int32_t low = least + cut, step = std::max((largest - least - 2 * cut + 1) / 3, 1);
+    lows[i] = static_cast<uint8_t>(low + index_offset), steps[i] = static_cast<uint8_t>(step);
+    for (int64_t k = 0; k < index_run; k++) {
+      const int32_t code = std::min((2 * std::max(levels[k] - low, 0) + step) / (2 * step), 3);
+      run[i / 4 * 32 + k % 8 * 4 + i % 4] |= static_cast<uint8_t>(code << (k / 8 * 2));
+    }
+  }
 }
 
 }  // namespace
@@ -112,7 +159,7 @@ Cache::~Cache() {
 
 void Cache::number_indices() {
   const size_t heads = static_cast<size_t>(layers * kv_heads);
-  if (recall_->heads.size() != heads || recall_->window < 1 || recall_->recalled < 0 || recall_->sinks < 0 ||
+  if (recall_->heads.size() != heads || recall_->window < 1 || recall_->recalled < 0 || recall_->sinks < 0 || recall_->farthest < 0 ||
       cell_.slots % index_run != 0 || recall_->components.empty()) {
     throw config_error("recall needs pages of a multiple of " + std::to_string(index_run) +
                        " positions, a window of a page, and to know of each of " + std::to_string(heads) +
@@ -132,30 +179,14 @@ uint8_t *Cache::index(int64_t layer, int64_t head) const {
   return number < 0 ? nullptr : indexed_ + number * pages * index_layout_.bytes;
 }
 
-void Cache::index_key(int64_t layer, int64_t head, int64_t page, int64_t slot) {
+void Cache::index_page(int64_t layer, int64_t head, int64_t page) {
   uint8_t *index = this->index(layer, head);
   if (index == nullptr) return;
   const uint8_t *data = cells(layer, head) + page * page_bytes_;
-  index += page * index_layout_.bytes + slot / index_run * index_layout_.run_bytes;
-  const std::vector<int64_t> &components = recall_->components;
-  float most = 0;
-  for (const int64_t i : components) most = std::max(most, std::fabs(stored_key(cell_, data, slot, i)));
-  if (!(most <= std::numeric_limits<float>::max())) most = 0;
-  const float inverse = most > 0 ? 7.0f / most : 0.0f;
-  const int64_t key = slot % index_run, lane = key / 2;
-  const int shift = key % 2 == 0 ? 0 : 4;
-  for (int64_t i = 0; i < index_layout_.groups * 4; i++) {
-    const bool indexed = i < static_cast<int64_t>(components.size()) && most > 0;
-    const float code =
-        indexed ? std::nearbyint(stored_key(cell_, data, slot, components[static_cast<size_t>(i)]) * inverse) : 0;
-    uint8_t &byte = index[i / 4 * 64 + lane * 4 + i % 4];
-    byte = static_cast<uint8_t>((byte & ~(15 << shift)) | (static_cast<int>(code) + index_offset) << shift);
+  index += page * index_layout_.bytes;
+  for (int64_t run = 0; run < index_layout_.runs; run++) {
+    index_keys(cell_, data, run * index_run, recall_->components, index_layout_, index + run * index_layout_.run_bytes);
   }
-  const float scale = most / 7.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &scale, 4);
-  const auto word = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  std::memcpy(index + index_layout_.groups * 64 + (key % 2 * (index_run / 2) + lane) * 2, &word, 2);
 }
 
 void Cache::count_recalled(int64_t layer, int64_t head, int64_t shares, int64_t rows) {
@@ -210,9 +241,7 @@ void Cache::copy(int64_t source, int64_t target) {
 void Cache::write(int64_t index, const uint8_t *content) {
   std::memcpy(page(index), content, static_cast<size_t>(page_bytes_));
   for (int64_t layer = 0; indices_ > 0 && layer < layers; layer++) {
-    for (int64_t head = 0; head < kv_heads; head++) {
-      for (int64_t slot = 0; slot < cell_.slots; slot++) index_key(layer, head, index, slot);
-    }
+    for (int64_t head = 0; head < kv_heads; head++) index_page(layer, head, index);
   }
   if (spill_) put_away(index);
 }

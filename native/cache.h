@@ -17,6 +17,7 @@ CacheType cache_type(const std::string &name);
 // What rows of long texts see, in pages; see Recall in contract.py.
 struct Recall {
   int64_t window, recalled, sinks;
+  int64_t farthest;  // pages farther back than this are seen as if they were as far; 0: at their true distance
   std::vector<char> heads;  // (layers, kv_heads): whether a head recalls
   std::vector<int64_t> components;  // of keys and queries, that scores are computed of
 
@@ -57,8 +58,8 @@ class Cache {
   const IndexLayout &index_layout() const { return index_layout_; }
   // The index of page 0 for a head; that of page p is p * index_layout().bytes further on. Null if it does not recall.
   uint8_t *index(int64_t layer, int64_t head) const;
-  // Brings the index up to date with a key that was stored.
-  void index_key(int64_t layer, int64_t head, int64_t page, int64_t slot);
+  // Makes the index of a page whose keys are all stored.
+  void index_page(int64_t layer, int64_t head, int64_t page);
   // Adds what rows gave to the pages that they recalled, in units of 1 / recalled_unit, and the number of rows.
   void count_recalled(int64_t layer, int64_t head, int64_t shares, int64_t rows);
   std::vector<float> recalled() const;  // the mean share, (layers, kv_heads)

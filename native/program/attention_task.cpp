@@ -3,6 +3,7 @@
 #include <cstring>
 #include <optional>
 
+#include "program/attention_rows.h"
 #include "program/recalling.h"
 #include "program/tasks.h"
 
@@ -11,29 +12,10 @@ namespace {
 
 constexpr int64_t wanted_tile_rows = 96;
 
-int64_t group_of(const Attention &a) { return a.heads / a.kv_heads; }
-
 int64_t tile_tokens(const Attention &a) { return std::max<int64_t>(1, wanted_tile_rows / group_of(a)); }
-
-// Floats of one partial result: values of every query of the group, then maxima and sums.
-int64_t partial_floats(const Attention &a) {
-  return group_of(a) * a.cache->cell().value_stride + 2 * ((group_of(a) + 15) / 16 * 16);
-}
 
 int64_t first_visible(const Attention &a, int64_t position) {
   return a.window > 0 ? std::max<int64_t>(0, position - a.window + 1) : 0;
-}
-
-// y = one head of queries or keys, normed, rotated and scaled.
-void transform(const Step &step, const Norm &norm, const RopeTable *rope, int64_t position, float factor,
-               int64_t head_dim, const float *x, float *y) {
-  if (norm.kind != Norm::none) {
-    step.kernels->rms_norm(x, norm.weight->data(), norm.epsilon, y, 1, head_dim);
-    x = y;
-  }
-  const int64_t rotated = rope == nullptr ? 0 : 2 * rope->half();
-  if (rope != nullptr) step.kernels->rope(x, rope->cosines(position), rope->sines(position), factor, y, rope->half());
-  if (rotated < head_dim) step.kernels->scale(x + rotated, factor, y + rotated, head_dim - rotated);
 }
 
 // Writes a head's results, which are weighted sums still to be divided by their totals, for `rows` tokens of one head
@@ -71,10 +53,10 @@ void store_token(const Step &step, const Attention &a, const float *k, const flo
   const int64_t position = step.batch.positions[t], at = (t * a.kv_heads + head) * a.head_dim;
   const int64_t page = step.batch.pages[step.tables[a.group].new_pages[static_cast<size_t>(sequence)] + position / cell.slots];
   uint8_t *data = a.cache->cells(a.layer, head) + page * a.cache->page_bytes();
-  transform(step, a.key_norm, a.key_rope.get(), position, 1.0f, a.head_dim, k + at, scratch);
+  transform(step, a.key_norm, rotation(a.key_rope.get(), position), 1.0f, a.head_dim, k + at, scratch);
   step.kernels->store_key(cell, data, position % cell.slots, scratch);
   step.kernels->store_value(cell, data, position % cell.slots, v + at);
-  if (a.recall != nullptr) a.cache->index_key(a.layer, head, page, position % cell.slots);
+  if (a.recall != nullptr && position % cell.slots == cell.slots - 1) a.cache->index_page(a.layer, head, page);
 }
 
 class StoreTask : public Task {
@@ -93,8 +75,9 @@ class StoreTask : public Task {
 
   void run(const Step &step, int64_t item, int thread) const override {
     const int64_t first = item / a_.kv_heads * tokens_per_item;
-    const int64_t begin = pair_begin(step.batch, first),
-                  end = pair_begin(step.batch, std::min(first + tokens_per_item, step.batch.tokens));
+    const int64_t together = a_.recall != nullptr ? a_.cache->cell().slots : 2;
+    const int64_t begin = run_begin(step.batch, first, together),
+                  end = run_begin(step.batch, std::min(first + tokens_per_item, step.batch.tokens), together);
     if (begin == end) return;
     int64_t sequence = sequence_of(step.batch, begin);
     for (int64_t t = begin; t < end; t++) {
@@ -107,11 +90,12 @@ class StoreTask : public Task {
  private:
   static constexpr int64_t tokens_per_item = 32;  // neighbours share the lines of their keys
 
-  // The first token from t on that does not share words of the cache with the token before it.
-  static int64_t pair_begin(const BatchView &batch, int64_t t) {
-    const bool shares =
-        t > 0 && t < batch.tokens && batch.positions[t] % 2 != 0 && batch.positions[t] == batch.positions[t - 1] + 1;
-    return shares ? t + 1 : t;
+  // The first token from t on that is not stored together with the one before it: two neighbours share words of the
+  // cache, and a page is indexed by whoever stores its last key, after the others.
+  static int64_t run_begin(const BatchView &batch, int64_t t, int64_t together) {
+    const auto shares = [&] { return batch.positions[t] % together != 0 && batch.positions[t] == batch.positions[t - 1] + 1; };
+    while (t > 0 && t < batch.tokens && shares()) t++;
+    return t;
   }
 
   const Attention a_;
@@ -171,7 +155,9 @@ class AttendTask : public Task {
     const int64_t rows = tile_tokens(a_) * group_of(a_);
     const CellLayout &cell = a_.cache->cell();
     const int64_t floats = rows * (score_stride + 3 * cell.value_stride) + expanded_floats(cell);
-    return (floats + Choosing::floats(a_, batch, rows)) * static_cast<int64_t>(sizeof(float)) + Gathered::bytes(a_);
+    const int64_t moved = a_.recall != nullptr ? rows * cell.value_stride : 0;  // queries
+    return (floats + moved + Choosing::floats(a_, batch, rows)) * static_cast<int64_t>(sizeof(float)) +
+           Gathered::bytes(a_);
   }
 
   bool fetches_ahead() const override { return true; }
@@ -252,11 +238,11 @@ class AttendTask : public Task {
       most[r] = -INFINITY;
       total[r] = 0;
       float *row = queries + r * stride;
-      transform(step, a_.query_norm, a_.query_rope.get(), last[r], a_.scale, a_.head_dim,
+      transform(step, a_.query_norm, rotation(a_.query_rope.get(), last[r]), a_.scale, a_.head_dim,
                 rows + t * width + r % group * a_.head_dim, row);
     }
     if (query.drops) {
-      attend_recalled(step, query, head, tile, first, last);
+      attend_recalled(step, query, head, tile, first, last, thread);
     } else {
       step.kernels->attend(tile, query.block_begin, query.block_end);
     }
@@ -266,7 +252,7 @@ class AttendTask : public Task {
   // Attends to the sinks, to what each token recalls and to the window, in this order. Blocks do not reach from one to
   // the next. `first` and `last` are the tile's.
   void attend_recalled(const Step &step, const QueryTile &query, int64_t head, AttentionTile &tile, int64_t *first,
-                       int64_t *last) const {
+                       int64_t *last, int thread) const {
     const Recall &recall = *a_.recall;
     const int64_t slots = a_.cache->cell().slots, page = step.batch.positions[query.token_begin] / slots;
     const bool recalls = a_.cache->index(a_.layer, head) != nullptr;
@@ -284,8 +270,27 @@ class AttendTask : public Task {
     };
     tile.next = NextKeys{};
     for (int64_t r = 0; r < tile.rows; r++) first[r] = 0;
-    if (recall.sinks > 0) {
-      see(0, recall.sinks);
+    float *moved = tile.expanded + expanded_floats(*tile.cell);
+    // Pages that are too far back are attended to one by one, with queries that are rotated as if they were nearer.
+    const auto is_far = [&](int64_t n) { return a_.query_rope && recall.farthest > 0 && page - n > recall.farthest; };
+    const auto attend_far = [&](AttentionTile &part, int64_t row, int64_t n, const int32_t *place) {
+      const float *by = a_.query_rope->multiple(n + recall.farthest);
+      const int64_t half = a_.query_rope->half(), group = group_of(a_), width = a_.heads * a_.head_dim;
+      const float *rows = step.data(q_, thread) + query.token_begin * width + head * group * a_.head_dim;
+      for (int64_t r = row; r < row + part.rows; r++) {
+        transform(step, a_.query_norm, {by, by + half, half}, a_.scale, a_.head_dim,
+                  rows + r / group * width + r % group * a_.head_dim, moved + (r - row) * tile.cell->value_stride);
+      }
+      const float *queries = part.queries;
+      part.queries = moved;
+      add_page(blocks, n, place, slots);
+      attend(part);
+      part.queries = queries;
+    };
+    int64_t near_sinks = 0;
+    for (; near_sinks < recall.sinks && is_far(near_sinks); near_sinks++) attend_far(tile, 0, near_sinks, pages + near_sinks);
+    if (near_sinks < recall.sinks) {
+      see(near_sinks, recall.sinks);
       attend(tile);
     }
     // Of each row's sum of exponentials: before and after what it recalls, each relative to its largest score then.
@@ -295,7 +300,8 @@ class AttendTask : public Task {
     };
     if (recalls && recall.recalled > 0) {
       note(0);
-      Choosing choosing(step, a_, tile, head, pages, page);
+      const float *scores = query.scores < 0 ? nullptr : page_scores(step, query, head, page, thread);
+      Choosing choosing(step, a_, tile, head, pages, page, scores, moved + tile.rows * tile.cell->value_stride);
       const int64_t group = group_of(a_);
       std::optional<Gathered> gathered;
       if (a_.cache->spill() != nullptr) gathered.emplace(a_, head, choosing.end());
@@ -312,9 +318,11 @@ class AttendTask : public Task {
         });
         const int32_t *places = apart ? gathered->gather(pages, chosen) : nullptr;
         if (apart) part.cells = gathered->cells(), part.page_bytes = a_.cache->cell().bytes;
-        for (int64_t i = 0; i < recall.recalled; i++)
-          add_page(blocks, chosen[i], apart ? places + i : pages + chosen[i], slots);
-        attend(part);
+        const auto place = [&](int64_t i) { return apart ? places + i : pages + chosen[i]; };
+        int64_t i = 0;
+        for (; i < recall.recalled && is_far(chosen[i]); i++) attend_far(part, r, chosen[i], place(i));
+        for (; i < recall.recalled; i++) add_page(blocks, chosen[i], place(i), slots);
+        if (!blocks.empty()) attend(part);
       }
       note(1);
     }
@@ -330,6 +338,12 @@ class AttendTask : public Task {
       if (given > 0 && given <= 1) shares += static_cast<int64_t>(given * static_cast<float>(recalled_unit));
     }
     a_.cache->count_recalled(a_.layer, head, shares, tile.rows);
+  }
+
+  // What make_score's task found.
+  const float *page_scores(const Step &step, const QueryTile &query, int64_t head, int64_t pages, int thread) const {
+    return step.data(partials_, thread) + scores_begin(step.tile_sets[a_.tile_set], a_) + query.scores +
+           head * group_of(a_) * pages;
   }
 
   void write_result(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile,
@@ -478,6 +492,10 @@ TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention
       if (attention.recall != nullptr) limit_to_page(attention, batch.positions[t], tile);
       next = tile.token_end;
       if (tile.drops) {
+        if (few && end - begin == 1 && attention.recall->recalled > 0) {
+          tile.scores = set.scores;
+          set.scores += attention.heads * (batch.positions[t] / attention.cache->cell().slots);
+        }
         set.tiles.push_back(tile);
         continue;
       }
@@ -501,7 +519,7 @@ TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention
 }
 
 int64_t partials_bytes(const TileSet &tiles, const Attention &attention) {
-  return tiles.partials * attention.kv_heads * partial_floats(attention) * static_cast<int64_t>(sizeof(float));
+  return (scores_begin(tiles, attention) + tiles.scores) * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace mnemos

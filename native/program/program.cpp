@@ -83,6 +83,7 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
   }
   for (size_t g = 0; g < static_cast<size_t>(groups); g++) bring_pages(batch, g);
   for (const auto &table : rope_tables_) table->prepare(batch.positions, batch.tokens);
+  prepare_far_pages(batch);
 
   const bool one_row = batch.tokens == 1 && batch.chosen <= 1;
   const size_t needed = static_cast<size_t>(layout(batch, tiles, one_row));
@@ -121,6 +122,17 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
     outputs.back() = {best, outputs.back().rows, 1, ValueType::int32, workspace_};
   }
   return outputs;
+}
+
+// Rows are rotated to the positions at which they see pages that are too far back.
+void Program::prepare_far_pages(const BatchView &batch) {
+  const int64_t last = batch.tokens == 0 ? 0 : *std::max_element(batch.positions, batch.positions + batch.tokens);
+  for (const auto &cache : caches_) {
+    if (cache->recall() == nullptr || cache->recall()->farthest == 0) continue;
+    const int64_t slots = cache->cell().slots;
+    if (last / slots <= cache->recall()->farthest) continue;
+    for (const auto &table : rope_tables_) table->prepare_multiples(slots, last);
+  }
 }
 
 // What rows see without recalling it must be in memory: sinks, and windows of heads that do not recall.

@@ -93,6 +93,7 @@ class Program {
   void check_sequence(const BatchView &batch, int64_t sequence) const;
   void check_table(const BatchView &batch, int64_t sequence, int64_t group) const;
   void check_inputs(const BatchView &batch, const std::vector<InputView> &inputs) const;
+  void prepare_far_pages(const BatchView &batch);
   void bring_pages(const BatchView &batch, size_t group);
   void put_away_pages(const BatchView &batch, size_t group);
   void execute(const Step &step, bool one_row);

@@ -21,7 +21,45 @@ inline void add_page(std::vector<KeyBlock> &blocks, int64_t page, const int32_t 
   }
 }
 
-// Which pages the tokens of a tile recall in one head of keys. Works in the scratch after the tile's.
+// Queries in 8 bits, in scratch.
+class QuantizedRows {
+ public:
+  static int64_t bytes(const Attention &a, int64_t rows) { return rows * (a.cache->index_layout().groups * 4 + 4); }
+
+  // Queries are value_stride floats apart; factors (rows,) get what their codes are to be multiplied by.
+  QuantizedRows(const Attention &a, const float *queries, int64_t rows, float *factors, void *scratch)
+      : rows_(rows), padded_(a.cache->index_layout().groups * 4), sums_(static_cast<int32_t *>(scratch)),
+        codes_(reinterpret_cast<int8_t *>(sums_ + rows)) {
+    for (int64_t r = 0; r < rows; r++) {
+      const float *query = queries + r * a.cache->cell().value_stride;
+      factors[r] = quantize(query, a.recall->components, codes_ + r * padded_, &sums_[r]);
+    }
+  }
+
+  IndexedQueries queries() const { return {rows_, codes_, sums_}; }
+  void *end() const { return codes_ + rows_ * padded_; }
+
+ private:
+  float quantize(const float *x, const std::vector<int64_t> &components, int8_t *codes, int32_t *sum) const {
+    float most = 0;
+    for (const int64_t i : components) most = std::max(most, std::fabs(x[i]));
+    if (!(most <= std::numeric_limits<float>::max())) most = 0;
+    const float inverse = most > 0 ? 127.0f / most : 0.0f;
+    *sum = 0;
+    for (int64_t i = 0; i < padded_; i++) {
+      const bool indexed = i < static_cast<int64_t>(components.size()) && most > 0;
+      const float code = indexed ? std::nearbyint(x[components[static_cast<size_t>(i)]] * inverse) : 0.0f;
+      *sum += codes[i] = static_cast<int8_t>(code);
+    }
+    return most / 127.0f;
+  }
+
+  const int64_t rows_, padded_;
+  int32_t *const sums_;
+  int8_t *const codes_;
+};
+
+// Which pages the tokens of a tile recall in one head of keys. Works in scratch.
 class Choosing {
  public:
   static int64_t floats(const Attention &a, const BatchView &batch, int64_t rows) {
@@ -29,25 +67,22 @@ class Choosing {
     int64_t pages = 0;
     for (int64_t t = 0; t < batch.tokens; t++)
       pages = std::max<int64_t>(pages, batch.positions[t] / a.cache->cell().slots);
-    return rows * (pages + a.cache->index_layout().groups + 2) + pages + 2 * a.recall->recalled;
+    return rows * (pages + 1) + pages + 2 * a.recall->recalled + QuantizedRows::bytes(a, rows) / 4;
   }
 
-  // Scores the pages before `page` for all rows of the tile.
+  // Scores the pages before `page` for all rows of the tile, unless that has been done: scores (rows, page) or null.
   Choosing(const Step &step, const Attention &a, const AttentionTile &tile, int64_t head, const int32_t *table,
-           int64_t page)
-      : step_(step), a_(a), pages_(page), scores_(tile.expanded + expanded_floats(*tile.cell)),
-        factors_(scores_ + tile.rows * page), combined_(factors_ + tile.rows), best_(combined_ + page),
-        chosen_(reinterpret_cast<int32_t *>(best_ + a.recall->recalled)) {
-    const IndexLayout &layout = a.cache->index_layout();
-    int32_t *sums = chosen_ + a.recall->recalled;
-    auto *codes = reinterpret_cast<int8_t *>(sums + tile.rows);
-    end_ = codes + tile.rows * layout.groups * 4;
-    for (int64_t r = 0; r < tile.rows; r++) {
-      const float *query = tile.queries + r * tile.cell->value_stride;
-      factors_[r] = quantize(query, a.recall->components, codes + r * layout.groups * 4, layout.groups * 4, &sums[r]);
-    }
-    const IndexedQueries queries{tile.rows, codes, sums};
-    step.kernels->score_pages(layout, {a.cache->index(a.layer, head), table, page}, queries, scores_);
+           int64_t page, const float *scores, float *scratch)
+      : step_(step), a_(a), pages_(page), factors_(scratch),
+        combined_(factors_ + tile.rows), best_(combined_ + page),
+        chosen_(reinterpret_cast<int32_t *>(best_ + a.recall->recalled)), scores_(scores) {
+    const QuantizedRows rows(a, tile.queries, tile.rows, factors_, chosen_ + a.recall->recalled);
+    end_ = rows.end();
+    if (scores != nullptr) return;
+    auto *own = static_cast<float *>(end_);
+    step.kernels->score_pages(a.cache->index_layout(), {a.cache->index(a.layer, head), table, page}, rows.queries(), own,
+                              page);
+    scores_ = own, end_ = own + tile.rows * page;
   }
 
   void *end() const { return end_; }  // of the scratch in use
@@ -62,26 +97,12 @@ class Choosing {
   }
 
  private:
-  static float quantize(const float *x, const std::vector<int64_t> &components, int8_t *codes, int64_t padded,
-                        int32_t *sum) {
-    float most = 0;
-    for (const int64_t i : components) most = std::max(most, std::fabs(x[i]));
-    if (!(most <= std::numeric_limits<float>::max())) most = 0;
-    const float inverse = most > 0 ? 127.0f / most : 0.0f;
-    *sum = 0;
-    for (int64_t i = 0; i < padded; i++) {
-      const bool indexed = i < static_cast<int64_t>(components.size()) && most > 0;
-      const float code = indexed ? std::nearbyint(x[components[static_cast<size_t>(i)]] * inverse) : 0.0f;
-      *sum += codes[i] = static_cast<int8_t>(code);
-    }
-    return most / 127.0f;
-  }
-
   const Step &step_;
   const Attention &a_;
   const int64_t pages_;
-  float *const scores_, *const factors_, *const combined_, *const best_;
+  float *const factors_, *const combined_, *const best_;
   int32_t *const chosen_;
+  const float *scores_;
   void *end_;
 };
 

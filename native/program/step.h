@@ -49,12 +49,13 @@ struct QueryTile {
   int64_t block_begin, block_end;  // numbers in Tables::blocks
   int64_t split;  // index of the first partial result, or -1 if the tile does all its blocks itself
   bool drops = false;  // its tokens, all of one page of positions, do not see all before them: see Recall
+  int64_t scores = -1;  // where those of its pages begin among the set's, or -1 if whoever attends makes them
 };
 
 // The tiles of all attention operators that share window and head counts.
 struct TileSet {
   std::vector<QueryTile> tiles;
-  int64_t partials = 0;
+  int64_t partials = 0, scores = 0;  // how many there are
   bool one_token_each = false;  // no sequence has several tokens
 };
 

@@ -216,15 +216,23 @@ void RopeTable::prepare(const int32_t *positions, int64_t count) {
     if (made_ >= most_blocks) drop_unused(positions, count);
     blocks_[number] = std::make_unique<float[]>(static_cast<size_t>(block * 2 * half()));
     made_++;
-    for (int64_t slot = 0; slot < block; slot++) {
-      const auto position = static_cast<float>(static_cast<int64_t>(number) * block + slot);
-      float *row = blocks_[number].get() + slot * 2 * half();
-      for (int64_t i = 0; i < half(); i++) {
-        const double angle = static_cast<double>(position * frequencies_[static_cast<size_t>(i)]);
-        row[i] = static_cast<float>(std::cos(angle) * static_cast<double>(magnitude_));
-        row[half() + i] = static_cast<float>(std::sin(angle) * static_cast<double>(magnitude_));
-      }
-    }
+    for (int64_t slot = 0; slot < block; slot++)
+      fill(static_cast<int64_t>(number) * block + slot, blocks_[number].get() + slot * 2 * half());
+  }
+}
+
+void RopeTable::prepare_multiples(int64_t step, int64_t last) {
+  const int64_t made = static_cast<int64_t>(multiples_.size()) / (2 * half()), count = last / step + 1;
+  if (count <= made) return;
+  multiples_.resize(static_cast<size_t>(count * 2 * half()));
+  for (int64_t number = made; number < count; number++) fill(number * step, multiples_.data() + number * 2 * half());
+}
+
+void RopeTable::fill(int64_t position, float *row) const {
+  for (int64_t i = 0; i < half(); i++) {
+    const double angle = static_cast<double>(static_cast<float>(position) * frequencies_[static_cast<size_t>(i)]);
+    row[i] = static_cast<float>(std::cos(angle) * static_cast<double>(magnitude_));
+    row[half() + i] = static_cast<float>(std::sin(angle) * static_cast<double>(magnitude_));
   }
 }
 

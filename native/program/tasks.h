@@ -98,6 +98,9 @@ class RopeTable {
     return blocks_[static_cast<size_t>(position / block)].get() + position % block * 2 * half();
   }
   const float *sines(int64_t position) const { return cosines(position) + half(); }
+  // Makes those of the multiples of `step` up to `last` and keeps them: `cosines` of position number * step, then sines.
+  void prepare_multiples(int64_t step, int64_t last);
+  const float *multiple(int64_t number) const { return multiples_.data() + number * 2 * half(); }
   bool same_as(const std::vector<float> &frequencies, float magnitude) const {
     return frequencies == frequencies_ && magnitude == magnitude_;
   }
@@ -105,9 +108,11 @@ class RopeTable {
  private:
   static constexpr int64_t block = 256, most_blocks = 128;  // positions of a block, and blocks that are kept
   void drop_unused(const int32_t *positions, int64_t count);
+  void fill(int64_t position, float *row) const;
 
   std::vector<float> frequencies_;
   std::vector<std::unique_ptr<float[]>> blocks_;
+  std::vector<float> multiples_;
   int64_t made_ = 0;
   float magnitude_;
 };
@@ -131,7 +136,9 @@ struct Attention {
 std::unique_ptr<Task> make_store(const Attention &attention, int k, int v, int stored);
 std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials,
                                   const Target &y);
-// Keys and values of the sequences of such a task, for one thread.
+// Where a single row of a long text recalls, scores its pages before make_attend's task chooses among them.
+std::unique_ptr<Task> make_score(const Attention &attention, int q, int partials);
+// Keys and values of the sequences of make_attend's task, for one thread.
 std::unique_ptr<Ahead> make_attention_ahead();
 // Merges the partial results of long contexts that were split among threads.
 std::unique_ptr<Task> make_merge(const Attention &attention, int partials, const Target &y);

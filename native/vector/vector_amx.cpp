@@ -17,36 +17,54 @@ void attend_in_tiles(const AttentionTile &tile, int64_t block_begin, int64_t blo
 }
 
 void score_pages_in_tiles(const IndexLayout &layout, const PageIndices &pages, const IndexedQueries &queries,
-                          float *scores) {
-  constexpr int64_t most_groups = 64, few_rows = 8;
+                          float *scores, int64_t stride) {
+  constexpr int64_t most_groups = 32, few_rows = 8, block = 16, late = 2;  // pages whose scores are transposed together
   const bool fits = layout.groups <= tile_groups || layout.groups % tile_groups == 0;
-  if (queries.rows < few_rows || !fits || layout.groups * layout.runs > most_groups)
-    return avx512_vector_kernels.score_pages(layout, pages, queries, scores);
-  alignas(64) uint8_t keys[2 * most_groups * 64];
-  const auto groups = static_cast<uint8_t>(layout.groups < tile_groups ? layout.groups : tile_groups);
+  if (queries.rows < few_rows || !fits || layout.groups > most_groups)
+    return avx512_vector_kernels.score_pages(layout, pages, queries, scores, stride);
+  constexpr int64_t most_tiles = max_tile_rows / tile_queries;
+  alignas(64) uint8_t columns[most_tiles * most_groups * 64], keys[2][index_run * most_groups * 4];
+  alignas(64) int32_t sums[4][index_run * tile_queries];
+  alignas(64) float best[most_tiles][block * tile_queries];
+  queries_in_columns(layout, queries, columns);
   TileShapes shapes;
-  const auto set = [&](int tile, uint8_t rows, uint16_t bytes) { shapes.rows[tile] = rows, shapes.row_bytes[tile] = bytes; };
-  set(3, groups, 64), set(4, groups, 64);
+  for (int tile = 0; tile < 8; tile++) shapes.rows[tile] = 16, shapes.row_bytes[tile] = 64;
+  const auto groups = static_cast<uint8_t>(layout.groups < tile_groups ? layout.groups : tile_groups);
+  shapes.row_bytes[0] = shapes.row_bytes[1] = static_cast<uint16_t>(groups * 4);
+  shapes.rows[6] = shapes.rows[7] = groups;
   ConfiguredTiles tiles;
-  // Rows begin to end, in tiles of `rows`.
-  const auto score = [&](int64_t begin, int64_t end, int64_t rows) {
-    if (begin == end) return;
-    set(0, static_cast<uint8_t>(rows), 64), set(1, static_cast<uint8_t>(rows), 64);
-    set(2, static_cast<uint8_t>(rows), static_cast<uint16_t>(groups * 4));
-    tiles.configure(shapes);
-    for (int64_t n = 0; n < pages.count; n++) {
-      const uint8_t *index = pages.cells + pages.pages[n] * layout.bytes;
-      for (int64_t run = 0; run < layout.runs; run++) {
-        uint8_t *even = keys + run * 2 * layout.groups * 64;
-        unpack_run(layout, index + run * layout.run_bytes, even, even + layout.groups * 64);
-      }
-      for (int64_t row = begin; row < end; row += rows)
-        score_tile_rows(layout, index, keys, queries, row, rows, scores + n, pages.count);
-    }
+  tiles.configure(shapes);
+  const int64_t count = (queries.rows + tile_queries - 1) / tile_queries, runs = pages.count * layout.runs;
+  const auto run_of = [&](int64_t n) {
+    return pages.cells + pages.pages[n / layout.runs] * layout.bytes + n % layout.runs * layout.run_bytes;
   };
-  const int64_t whole = queries.rows / score_rows_tile * score_rows_tile;
-  score(0, whole, score_rows_tile);
-  score(whole, queries.rows, queries.rows - whole);
+  if (runs > 0) keys_in_rows(layout, run_of(0), keys[0]);
+  for (int64_t n = 0; n < runs; n++) {
+    const int64_t page = n / layout.runs, place = page % block;
+    const bool first = n % layout.runs == 0;
+    const uint8_t *own = keys[n % 2];
+    if (layout.groups <= tile_groups) AmxTiles::load<0>(own, groups * 4), AmxTiles::load<1>(own + 16 * groups * 4, groups * 4);
+    if (n + 1 < runs) keys_in_rows(layout, run_of(n + 1), keys[(n + 1) % 2]);
+    const Vec scale = splat(scale_of(layout, run_of(n)));
+    const auto reduce = [&](int64_t tile) {
+      reduce_tile(sums[tile % 4], scale, first, best[tile] + place * tile_queries);
+    };
+    for (int64_t tile = 0; tile < count; tile++) {
+      const uint8_t *of_tile = columns + tile * layout.groups * 64;
+      if (tile % 2 == 0) {
+        multiply_tile<2, 6>(layout, own, of_tile, sums[tile % 4]);
+      } else {
+        multiply_tile<4, 7>(layout, own, of_tile, sums[tile % 4]);
+      }
+      if (tile >= late) reduce(tile - late);  // not at once: its sums are still on their way to memory
+    }
+    for (int64_t tile = count > late ? count - late : 0; tile < count; tile++) reduce(tile);
+    if (n % layout.runs + 1 < layout.runs || (place + 1 < block && page + 1 < pages.count)) continue;
+    for (int64_t tile = 0; tile < count; tile++) {
+      const int64_t rows = queries.rows - tile * tile_queries < tile_queries ? queries.rows - tile * tile_queries : tile_queries;
+      transpose(best[tile], scores + tile * tile_queries * stride + page - place, stride, rows, place + 1);
+    }
+  }
 }
 
 }  // namespace mnemos

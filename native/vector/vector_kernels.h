@@ -67,16 +67,17 @@ struct AttentionTile {
   float *result;  // (rows, value_stride) running weighted sum of values, set by the first block that a row sees
 };
 
-// The index of one (page, head) of the cache: its keys in 4 bits, in runs of 32. A run has, for each group of 4
-// components, 64 bytes: byte 4 lane + i has component i of keys 2 lane (low bits) and 2 lane + 1, each with index_offset
-// added; then the scales in bfloat16, those of even keys first.
+// The index of one (page, head) of the cache: its keys in 2 bits, in runs of 32. A component of a run's keys takes four
+// values, from a lowest one on in steps. A run has, for each group of 4 components, 32 bytes: byte 4 lane + i has the
+// codes of component i in keys lane (lowest bits), lane + 8, lane + 16 and lane + 24; then each component's lowest value,
+// with index_offset added, and its step, in bytes; then what 1 stands for, in float32. There are whole fours of groups.
 struct IndexLayout {
   int64_t groups, runs, run_bytes, bytes;
 };
 constexpr int64_t index_run = 32;
-constexpr int32_t index_offset = 8;
+constexpr int32_t index_offset = 128, index_levels = 126;  // values are whole numbers, up to index_levels at first
 constexpr IndexLayout index_layout(int64_t slots, int64_t components) {
-  const int64_t groups = (components + 3) / 4, run_bytes = groups * 64 + index_run * 2;
+  const int64_t groups = (components + 15) / 16 * 4, run_bytes = groups * 40 + 4;
   return {groups, slots / index_run, run_bytes, slots / index_run * run_bytes};
 }
 
@@ -133,9 +134,10 @@ struct VectorKernels {
   void (*attend_plain)(const float *query, const float *keys, const float *values, int64_t count, int64_t n,
                        float scale, bool passing, float *scores, float *y);
 
-  // scores[r * count + n] = the largest product of query r with any key of page n, over the query's scale.
-  void (*score_pages)(const IndexLayout &layout, const PageIndices &pages, const IndexedQueries &queries,
-                      float *scores);
+  // scores[r * stride + n] = the largest product of query r with any key of page n, over the query's scale. At most
+  // max_tile_rows queries.
+  void (*score_pages)(const IndexLayout &layout, const PageIndices &pages, const IndexedQueries &queries, float *scores,
+                      int64_t stride);
   // Writes the `count` best pages, ascending; on ties the lower one is better.
   void (*choose_pages)(const PageChoice &choice, int32_t *chosen);
 
@@ -159,7 +161,7 @@ void attend_by_dots(const AttentionTile &tile, int64_t block_begin, int64_t bloc
 void attend_in_tiles(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
 // Like VectorKernels::score_pages, with AMX tiles.
 void score_pages_in_tiles(const IndexLayout &layout, const PageIndices &pages, const IndexedQueries &queries,
-                          float *scores);
+                          float *scores, int64_t stride);
 #endif
 
 }  // namespace mnemos

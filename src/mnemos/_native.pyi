@@ -119,8 +119,8 @@ def search_rows(
     U'U. `format` and the results are those of `mnemos.compress.search`."""
 
 class Cache:
-    """recall: window, recalled pages and sinks, all in pages; for each layer and head whether it recalls; the
-    components of keys that are indexed."""
+    """recall: window, recalled pages, sinks and the farthest distance, all in pages; for each layer and head
+    whether it recalls; the components of keys that are indexed."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Cache:
         page_size: int,
         dtype: str,
         pages: int,
-        recall: tuple[int, int, int, list[bool], list[int]] | None = None,
+        recall: tuple[int, int, int, int, list[bool], list[int]] | None = None,
     ) -> None: ...
     def recalled(self) -> Floats: ...
     @property

@@ -121,13 +121,15 @@ def test_short_texts_are_computed_as_without_a_memory(folder: Path, backend: str
     assert np.abs(logits[WHOLE:] - expected[WHOLE:]).max() > 1e-3
 
 
-def test_backends_agree(folder: Path) -> None:
-    """The same heads recall, and rows choose the same pages."""
+@pytest.mark.parametrize("context_length", [None, 2 * CONTEXT])
+def test_backends_agree(folder: Path, context_length: int | None) -> None:
+    """The same heads recall, rows choose the same pages, and see those that are too far back from as near."""
     logits = []
     for backend in ("native", "numpy"):
         model = load(folder, backend=backend)
-        with InferenceEngine(model, memory=replace(MEMORY, heads=1.0)) as engine:
-            logits.append(engine.logits(token_ids(260, seed=4)))
+        memory = replace(MEMORY, heads=1.0)
+        with InferenceEngine(model, memory=memory, context_length=context_length) as engine:
+            logits.append(engine.logits(token_ids(420, seed=4)))
             assert engine.spec.layout.recall is not None and engine.spec.layout.recall.heads == ((0, 1),) * 3
     assert np.abs(logits[0] - logits[1]).max() < 1e-3
 
@@ -139,6 +141,18 @@ def test_texts_may_be_longer_than_the_trained_context(folder: Path) -> None:
         assert len(engine.generate(tokens, max_new_tokens=10, ignore_eos=True)) == 910
     with pytest.raises(ConfigError, match=r"context_length is 200000; with a memory, this model takes 1 to 131072"):
         InferenceEngine(load(folder), memory=True, context_length=200_000)
+
+
+def test_no_row_is_farther_than_half_the_trained_context_from_what_it_sees(folder: Path) -> None:
+    """In a context that is longer than the trained one; the rows for which it makes a difference are those after it."""
+    tokens = token_ids(420, seed=4)
+    logits = []
+    for context_length in (None, 2 * CONTEXT):
+        with InferenceEngine(load(folder), memory=MEMORY, context_length=context_length) as engine:
+            logits.append(engine.logits(tokens))
+    same = CONTEXT // 2 + PAGE
+    assert np.array_equal(logits[0][:same], logits[1][:same])
+    assert (np.abs(logits[0][same:] - logits[1][same:]).max(axis=1) > 0).all()
 
 
 def test_pages_leave_memory_and_come_back(folder: Path, alone: dict[str, list[list[Any]]], tmp_path: Path) -> None:

@@ -75,15 +75,18 @@ def remember(model: Model, memory: Memory, context_length: int | None = None) ->
     context_length: its new one, which may exceed the trained length up to the model's farthest position; None: its own.
     UnsupportedError for a model that cannot, ConfigError for a policy that does not fit it.
     """
-    spec = model.spec
+    spec, distance = model.spec, 0
     _check(spec, memory)
     if context_length is not None:
         farthest = max(spec.context_length, spec.position_limit)
         if context_length > farthest:
             raise ConfigError(f"context_length is {context_length}; with a memory, this model takes 1 to {farthest}")
+        page = spec.layout.page_size
+        if context_length > spec.context_length > page:
+            distance = spec.context_length // 2 // page * page
         spec = replace(spec, context_length=context_length)
     heads = far_heads(model, memory.heads) if memory.recall else ((),) * spec.layout.layers
-    recall = Recall(memory.window, memory.recall, memory.sinks, heads, indexed_components(spec))
+    recall = Recall(memory.window, memory.recall, memory.sinks, heads, indexed_components(spec), distance)
     model.spec = replace(spec, layout=replace(spec.layout, recall=recall))
     if isinstance(model, SpillingModel):
         model.spill_folder = None if memory.folder is None else _folder(memory.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Protocol
 
@@ -79,7 +79,7 @@ class Attention:
             q, k = self.q_norm(ops, q), self.k_norm(ops, k)
         if self.rope:
             q, k = ops.rope(q, batch.positions, self.rope), ops.rope(k, batch.positions, self.rope)
-        mixed = ops.attention(q, k, v, cache, self.layer, batch, self.params)
+        mixed = ops.attention(q, k, v, cache, self.layer, batch, replace(self.params, rope=self.rope))
         return self.o_proj(ops, only(ops, mixed, wanted))
 
 

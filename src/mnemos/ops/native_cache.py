@@ -94,11 +94,12 @@ class NativeWindows:
             self.core.clear(int(slot))
 
 
-def _recall(layout: KVLayout, layers: Sequence[int]) -> tuple[int, int, int, list[bool], list[int]] | None:
-    """A layout's `recall` for some layers, in pages: window, recalled and sinks, whether each head recalls, and the
-    components that are indexed."""
+def _recall(layout: KVLayout, layers: Sequence[int]) -> tuple[int, int, int, int, list[bool], list[int]] | None:
+    """A layout's `recall` for some layers, in pages: window, recalled, sinks and farthest, whether each head
+    recalls, and the components that are indexed."""
     recall, size = layout.recall, layout.page_size
     if recall is None:
         return None
     heads = [head in recall.heads[layer] for layer in layers for head in range(layout.kv_heads)]
-    return recall.window // size, recall.recall // size, recall.sinks // size, heads, list(recall.components)
+    sizes = recall.window // size, recall.recall // size, recall.sinks // size, recall.farthest // size
+    return *sizes, heads, list(recall.components)

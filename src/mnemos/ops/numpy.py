@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mnemos.contract import Batch, Floats, Ints, KVLayout, Output
 from mnemos.formats.tensor import Tensor
 from mnemos.ops.protocol import AttentionParams, BankSource, Forward, MemoryParams, PoolParams, RopeParams, Rows
-from mnemos.ops.recall import Bytes, index_keys, seen_pages
+from mnemos.ops.recall import Bytes, index_keys, see_from_nearer, seen_pages
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 
@@ -208,17 +208,19 @@ class NumpyOps:
             all_values = values[page, past % page_size].repeat(shared, axis=1)
             queries = q[new].reshape(len(positions), params.heads, params.head_dim)
             scores = np.einsum("ihd,jhd->hij", queries, all_keys) * np.float32(params.scale)
+            recall = None if params.window else cache.layout.recall
+            if recall is not None and recall.farthest and params.rope is not None:
+                see_from_nearer(self.rope, scores, queries, all_keys, positions, page_size, recall.farthest, params)
             if params.softcap:
                 scores = params.softcap * np.tanh(scores / params.softcap)
             distance = positions[:, None] - past
             hidden = (distance < 0) | ((distance >= params.window) if params.window else False)
-            recalls = cache.layout.recall is not None and not params.window
-            if recalls:
+            if recall is not None:
                 scaled = queries * np.float32(params.scale)
                 seen = _recalled(cache, layer, scaled, positions, pages, params.kv_heads)
                 hidden = hidden | ~seen.repeat(page_size, axis=2)[:, :, : len(past)].repeat(shared, axis=0)
             probabilities = softmax(np.where(hidden, -np.inf, scores))
-            if recalls:
+            if recall is not None:
                 _count_recalled(cache, layer, probabilities, positions)
             out[new] = np.einsum("hij,jhd->ihd", probabilities, all_values).reshape(len(positions), -1)
         return out

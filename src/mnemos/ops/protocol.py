@@ -26,18 +26,6 @@ Forward = Callable[[Any, Any, Any], tuple[Array, ...]]  # (ops, batch, cache) ->
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh")
 
 
-@dataclass(frozen=True)
-class AttentionParams:
-    """Causal grouped-query attention. Query i sees a cached key j when j <= i and, with a window, i - j < window."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    window: int = 0  # 0: no limit
-    softcap: float = 0.0  # 0: none; else scores become cap * tanh(scores / cap)
-
-
 @dataclass(frozen=True, eq=False)
 class RopeParams:
     """Rotary embedding in the half-split ("neox") order: element i is paired with element i + rotary_dim / 2.
@@ -50,6 +38,19 @@ class RopeParams:
     rotary_dim: int
     frequencies: Floats
     magnitude: float = 1.0
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """Causal grouped-query attention. Query i sees a cached key j when j <= i and, with a window, i - j < window."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0  # 0: no limit
+    softcap: float = 0.0  # 0: none; else scores become cap * tanh(scores / cap)
+    rope: RopeParams | None = None  # by which queries and keys are rotated, see `Recall.farthest`
 
 
 @dataclass(frozen=True)

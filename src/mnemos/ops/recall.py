@@ -5,13 +5,18 @@ All arithmetic is exact, in integers or in single float32 operations: the choice
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
-from mnemos.contract import Floats, Recall
+from mnemos.contract import Floats, Ints, Recall
+from mnemos.ops.protocol import AttentionParams, RopeParams
 
 Bytes = npt.NDArray[np.int8]
-KEY_LEVELS, QUERY_LEVELS = 7, 127  # the largest quantized value of a key's component, and of a query's
+KEY_LEVELS, QUERY_LEVELS = 126, 127  # the largest whole numbers that a run's keys and a query are scaled to
+RUN = 32  # neighbouring keys that are indexed together
 
 
 def quantize(x: Floats, levels: int) -> tuple[Bytes, Floats]:
@@ -24,18 +29,29 @@ def quantize(x: Floats, levels: int) -> tuple[Bytes, Floats]:
 
 
 def index_keys(keys: Floats) -> tuple[Bytes, Floats]:
-    """The index of keys (..., components): 4 bits a component, and scales (...) that are rounded to bfloat16."""
-    codes, scales = quantize(keys, KEY_LEVELS)
-    bits = scales.view(np.uint32)
-    return codes, ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    """The index of keys (..., components), whose number is a multiple of 32: whole numbers, and their scales (...).
+
+    In each run of 32 neighbouring keys a component takes four values, equally far apart, so that it is stored in 2 bits
+    (KIVI, Liu et al. 2024, arXiv:2402.02750, shows why by component: those that are large are so in every key). They
+    leave out a sixteenth of the component's range at either end, since most keys are not there.
+    """
+    runs = keys.reshape(-1, RUN, keys.shape[-1])
+    codes, scales = quantize(runs.reshape(len(runs), RUN * keys.shape[-1]), KEY_LEVELS)
+    levels = codes.reshape(runs.shape).astype(np.int32)
+    least, largest = levels.min(axis=1, keepdims=True), levels.max(axis=1, keepdims=True)
+    cut = (largest - least + 8) // 16
+    low, step = least + cut, np.maximum((largest - least - 2 * cut + 1) // 3, 1)
+    steps = np.minimum((2 * np.maximum(levels - low, 0) + step) // (2 * step), 3)
+    values = (low + step * steps).astype(np.int8).reshape(keys.shape)
+    return values, scales.repeat(RUN).reshape(keys.shape[:-1])
 
 
 def page_scores(queries: Floats, codes: Bytes, scales: Floats) -> Floats:
     """How well each page suits a row in one key/value head: (pages,).
 
     queries (group, components), scaled as for attention; codes (pages, page_size, components) and scales
-    (pages, page_size) as `index_keys` makes them. A query's score of a page is that of its best key, less that of the
-    best key of all pages; the page has the best score that any query of the group gives it.
+    (pages, page_size) as `index_keys` makes them of whole pages. A query's score of a page is that of its best key,
+    less that of the best key of all pages; the page has the best score that any query of the group gives it.
     """
     small, factors = quantize(queries, QUERY_LEVELS)
     dots = np.einsum("gd,pkd->gpk", small.astype(np.int32), codes.astype(np.int32)).astype(np.float32)
@@ -62,3 +78,29 @@ def seen_pages(
     seen[candidates] = False
     seen[sinks + order[:chosen]] = True
     return seen
+
+
+def see_from_nearer(
+    rotate: Callable[[Floats, Ints, RopeParams], Floats],
+    scores: Floats,
+    queries: Floats,
+    keys: Floats,
+    positions: Ints,
+    page_size: int,
+    farthest: int,
+    params: AttentionParams,
+) -> None:
+    """Replaces the scores (heads, rows, keys) of pages that are too far back, see `Recall.farthest`.
+
+    queries (rows, heads, head size), rotated for their positions (rows,) by params.rope; keys (keys, heads, head size).
+    """
+    assert params.rope is not None
+    rope = replace(params.rope, magnitude=1.0)
+    for first in range(0, len(keys), page_size):
+        rows = positions // page_size * page_size - first > farthest
+        if not rows.any():
+            return
+        own = queries[rows]
+        moved = rotate(own.reshape(len(own), -1), first + farthest - positions[rows], rope).reshape(own.shape)
+        page = slice(first, first + page_size)
+        scores[:, rows, page] = np.einsum("ihd,jhd->hij", moved, keys[page]) * np.float32(params.scale)
