@@ -40,6 +40,7 @@ LONG_NATIVE_FILES = {
     "linear/product_quantized.h": "one tile, whose steps share its registers",
     "program/schedule.cpp": "one walk over the operators, which decides what is fused",
     "program/attention_task.cpp": "one operator: how its work is cut, done and put together",
+    "program/memory_task.cpp": "one operator: keys filled in, spans read, their parts joined and pooled",
     "text/unicode_data.cpp": "tables that tools/unicode_tables.py writes",
     "vector/attention_impl.h": "one kernel, for each type of cache",
 }
