@@ -102,24 +102,25 @@ void index_keys(const CellLayout &cell, const uint8_t *data, int64_t slot, const
       finite = finite && std::fabs(own[k]) <= std::numeric_limits<float>::max();
     }
   }
-  uint8_t *lows = run + layout.groups * 32, *steps = lows + layout.groups * 4;
+  uint8_t *thirds = run + layout.thirds(), *lows = run + layout.lows(), *steps = run + layout.steps();
   std::memset(run, 0, static_cast<size_t>(layout.run_bytes));
   std::memset(lows, index_offset, static_cast<size_t>(layout.groups * 4));
   if (!finite || most == 0) return;
   const float inverse = static_cast<float>(index_levels) / most, scale = most / static_cast<float>(index_levels);
-  std::memcpy(run + layout.groups * 40, &scale, 4);
+  std::memcpy(run + layout.scale(), &scale, 4);
   for (int64_t i = 0; i < count; i++) {
     int32_t levels[index_run], least = index_levels, largest = -index_levels;
     for (int64_t k = 0; k < index_run; k++) {
       levels[k] = static_cast<int32_t>(std::nearbyint(keys[static_cast<size_t>(i * index_run + k)] * inverse));
       least = std::min(least, levels[k]), largest = std::max(largest, levels[k]);
     }
-    const int32_t cut = (largest - least + 8) / 16;
-    const int32_t low = least + cut, step = std::max((largest - least - 2 * cut + 1) / 3, 1);
+    const int32_t step = std::max((largest - least + 3) / 7, 1);
+    const int32_t low = least + ((largest - least - 7 * step) >> 1);
     lows[i] = static_cast<uint8_t>(low + index_offset), steps[i] = static_cast<uint8_t>(step);
     for (int64_t k = 0; k < index_run; k++) {
-      const int32_t code = std::min((2 * std::max(levels[k] - low, 0) + step) / (2 * step), 3);
-      run[i / 4 * 32 + k % 8 * 4 + i % 4] |= static_cast<uint8_t>(code << (k / 8 * 2));
+      const int32_t code = std::min((2 * std::max(levels[k] - low, 0) + step) / (2 * step), 7);
+      run[i / 4 * 32 + k % 8 * 4 + i % 4] |= static_cast<uint8_t>((code & 3) << (k / 8 * 2));
+      thirds[i / 4 * 16 + k / 2] |= static_cast<uint8_t>(code >> 2 << (k % 2 * 4 + i % 4));
     }
   }
 }

@@ -1,4 +1,4 @@
-// How well pages suit a row, from an index of their keys in 2 bits; see Recall in contract.py. All arithmetic is exact,
+// How well pages suit a row, from an index of their keys in 3 bits; see Recall in contract.py. All arithmetic is exact,
 // in integers or in single float operations, so that the choice is the same with every instruction set.
 #pragma once
 
@@ -10,19 +10,21 @@ namespace {
 
 inline float scale_of(const IndexLayout &layout, const uint8_t *run) {
   float scale;
-  std::memcpy(&scale, run + layout.groups * 40, 4);
+  std::memcpy(&scale, run + layout.scale(), 4);
   return scale;
 }
 
 #if defined(__AVX512VNNI__)
 // Bytes of 16 keys in one group of components, from their lowest value on in steps; `half`: keys 0 to 15, or 16 to 31.
-inline __m512i keys_of_group(__m512i pairs, int half, __m512i low, __m512i step) {
+inline __m512i keys_of_group(__m512i pairs, __mmask64 third, int half, __m512i low, __m512i step) {
   const auto bit = [&](int number) {  // of keys 0 to 7 in the lower half of the vector, of keys 8 to 15 in the upper
     const __m512i lower = _mm512_set1_epi8(static_cast<char>(1 << (4 * half + number)));
     return _mm512_inserti64x4(lower, _mm256_set1_epi8(static_cast<char>(1 << (4 * half + 2 + number))), 1);
   };
   const __m512i odd = _mm512_mask_add_epi8(low, _mm512_test_epi8_mask(pairs, bit(0)), low, step);
-  return _mm512_mask_add_epi8(odd, _mm512_test_epi8_mask(pairs, bit(1)), odd, _mm512_add_epi8(step, step));
+  const __m512i twice = _mm512_add_epi8(step, step);
+  const __m512i paired = _mm512_mask_add_epi8(odd, _mm512_test_epi8_mask(pairs, bit(1)), odd, twice);
+  return _mm512_mask_add_epi8(paired, third, paired, _mm512_add_epi8(twice, twice));
 }
 
 // The values that four neighbouring components share, for every key.
@@ -36,16 +38,24 @@ inline __m512i pairs_of(const uint8_t *run, int64_t group) {
   return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(run + group * 32)));
 }
 
+// The third bits of a group's codes, for the keys of one half.
+inline __mmask64 thirds_of(const IndexLayout &layout, const uint8_t *run, int64_t group, int half) {
+  uint64_t thirds;
+  std::memcpy(&thirds, run + layout.thirds() + group * 16 + half * 8, 8);
+  return thirds;
+}
+
 // R rows at once share the keys of a run.
 template <int R>
 inline void score_run(const IndexLayout &layout, const uint8_t *run, const IndexedQueries &queries, int64_t row,
                       float *best) {
   __m512i sums[2][R];
   for (int r = 0; r < R; r++) sums[0][r] = sums[1][r] = _mm512_setzero_si512();
-  const uint8_t *lows = run + layout.groups * 32, *steps = lows + layout.groups * 4;
+  const uint8_t *lows = run + layout.lows(), *steps = run + layout.steps();
   for (int64_t g = 0; g < layout.groups; g++) {
     const __m512i pairs = pairs_of(run, g), low = four_of(lows, g), step = four_of(steps, g);
-    const __m512i keys[2] = {keys_of_group(pairs, 0, low, step), keys_of_group(pairs, 1, low, step)};
+    const __m512i keys[2] = {keys_of_group(pairs, thirds_of(layout, run, g, 0), 0, low, step),
+                             keys_of_group(pairs, thirds_of(layout, run, g, 1), 1, low, step)};
     for (int r = 0; r < R; r++) {
       const auto *codes = reinterpret_cast<const uint8_t *>(queries.codes + (row + r) * layout.groups * 4);
       const __m512i query = four_of(codes, g);
@@ -81,16 +91,19 @@ void score_page(const IndexLayout &layout, const uint8_t *index, const IndexedQu
 #else
 // The keys of a run in one group of components, in signed bytes: component i of key k is number 4 k + i.
 inline void expand_group(const IndexLayout &layout, const uint8_t *run, int64_t group, int8_t *keys) {
-  const uint8_t *lows = run + layout.groups * 32 + group * 4, *steps = lows + layout.groups * 4;
-  uint8_t low[32], step[32], pairs[32];
+  const uint8_t *lows = run + layout.lows() + group * 4, *steps = run + layout.steps() + group * 4;
+  uint8_t low[32], step[32], pairs[32], thirds[16];
   for (int i = 0; i < 32; i++) low[i] = static_cast<uint8_t>(lows[i % 4] - index_offset), step[i] = steps[i % 4];
   std::memcpy(pairs, run + group * 32, 32);
+  std::memcpy(thirds, run + layout.thirds() + group * 16, 16);
   for (int eight = 0; eight < 4; eight++) {
     for (int i = 0; i < 32; i++) {
       const auto code = static_cast<uint8_t>(pairs[i] >> (2 * eight));
       const auto once = static_cast<uint8_t>(-(code & 1) & step[i]);
       const auto twice = static_cast<uint8_t>(-((code >> 1) & 1) & (2 * step[i]));
-      keys[32 * eight + i] = static_cast<int8_t>(low[i] + once + twice);
+      const int third = thirds[4 * eight + i / 8] >> (i % 8) & 1;
+      const auto four = static_cast<uint8_t>(-third & (4 * step[i]));
+      keys[32 * eight + i] = static_cast<int8_t>(low[i] + once + twice + four);
     }
   }
 }

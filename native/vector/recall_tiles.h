@@ -26,14 +26,14 @@ inline void queries_in_columns(const IndexLayout &layout, const IndexedQueries &
 
 // The keys of a run in signed bytes, each with its components after each other, in any order of the keys.
 inline void keys_in_rows(const IndexLayout &layout, const uint8_t *run, uint8_t *keys) {
-  const uint8_t *lows = run + layout.groups * 32, *steps = lows + layout.groups * 4;
+  const uint8_t *lows = run + layout.lows(), *steps = run + layout.steps();
   const int64_t key_bytes = layout.groups * 4;
   const __m512i offset = _mm512_set1_epi8(static_cast<char>(index_offset));
   for (int64_t g = 0; g < layout.groups; g += 4) {
     for (int half = 0; half < 2; half++) {
       const auto at = [&](int64_t group) {
-        return keys_of_group(pairs_of(run, group), half, _mm512_sub_epi8(four_of(lows, group), offset),
-                             four_of(steps, group));
+        return keys_of_group(pairs_of(run, group), thirds_of(layout, run, group, half), half,
+                             _mm512_sub_epi8(four_of(lows, group), offset), four_of(steps, group));
       };
       const __m512i a = at(g), b = at(g + 1), c = at(g + 2), d = at(g + 3);
       const __m512i ab[2] = {_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)};

@@ -67,17 +67,23 @@ struct AttentionTile {
   float *result;  // (rows, value_stride) running weighted sum of values, set by the first block that a row sees
 };
 
-// The index of one (page, head) of the cache: its keys in 2 bits, in runs of 32. A component of a run's keys takes four
+// The index of one (page, head) of the cache: its keys in 3 bits, in runs of 32. A component of a run's keys takes eight
 // values, from a lowest one on in steps. A run has, for each group of 4 components, 32 bytes: byte 4 lane + i has the
-// codes of component i in keys lane (lowest bits), lane + 8, lane + 16 and lane + 24; then each component's lowest value,
-// with index_offset added, and its step, in bytes; then what 1 stands for, in float32. There are whole fours of groups.
+// lower two bits of component i's codes in keys lane (lowest bits), lane + 8, lane + 16 and lane + 24; then, for each
+// group, 16 bytes: bit 4 key + i is the third one of component i's code; then each component's lowest value, with
+// index_offset added, and its step, in bytes; then what 1 stands for, in float32. There are whole fours of groups.
 struct IndexLayout {
   int64_t groups, runs, run_bytes, bytes;
+
+  constexpr int64_t thirds() const { return groups * 32; }
+  constexpr int64_t lows() const { return groups * 48; }
+  constexpr int64_t steps() const { return groups * 52; }
+  constexpr int64_t scale() const { return groups * 56; }
 };
 constexpr int64_t index_run = 32;
-constexpr int32_t index_offset = 128, index_levels = 126;  // values are whole numbers, up to index_levels at first
+constexpr int32_t index_offset = 128, index_levels = 124;  // values are whole numbers, up to index_levels at first
 constexpr IndexLayout index_layout(int64_t slots, int64_t components) {
-  const int64_t groups = (components + 15) / 16 * 4, run_bytes = groups * 40 + 4;
+  const int64_t groups = (components + 15) / 16 * 4, run_bytes = groups * 56 + 4;
   return {groups, slots / index_run, run_bytes, slots / index_run * run_bytes};
 }
 

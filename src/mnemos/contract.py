@@ -118,7 +118,7 @@ class Recall:
 
     Every row sees the pages of the text's first `sinks` positions and those of its last `window`, its own page
     included. In a key/value head that recalls, it also sees those `recall` / page_size of the pages between that suit
-    it best: a page's score is the largest dot product, in integers, of one of its keys in 2 bits with the row's queries
+    it best: a page's score is the largest dot product, in integers, of one of its keys in 3 bits with the row's queries
     in 8, and on exact ties the lower page is taken. In any other head its window is longer by `recall`. So every head
     sees as many pages, and all of a text of up to `positions`.
 
@@ -183,11 +183,11 @@ class KVLayout:
         )
 
     def _index_bytes(self, layers: tuple[int, ...]) -> int:
-        """Bytes of a page's index: for 32 keys, 2 bits a component, its lowest value and its step, and a scale."""
+        """Bytes of a page's index: for 32 keys, 3 bits a component, its lowest value and its step, and a scale."""
         if self.recall is None:
             return 0
         heads = sum(len(self.recall.heads[layer]) for layer in layers)
-        return heads * self.page_size // 32 * (-(-len(self.recall.components) // 16) * 160 + 4)
+        return heads * self.page_size // 32 * (-(-len(self.recall.components) // 16) * 224 + 4)
 
     def place(self, layer: int) -> tuple[int, int]:
         """The number of a layer's group, and the layer's number in the group."""

@@ -15,7 +15,7 @@ from mnemos.contract import Floats, Ints, Recall
 from mnemos.ops.protocol import AttentionParams, RopeParams
 
 Bytes = npt.NDArray[np.int8]
-KEY_LEVELS, QUERY_LEVELS = 126, 127  # the largest whole numbers that a run's keys and a query are scaled to
+KEY_LEVELS, QUERY_LEVELS = 124, 127  # the largest whole numbers that a run's keys and a query are scaled to
 RUN = 32  # neighbouring keys that are indexed together
 
 
@@ -31,17 +31,16 @@ def quantize(x: Floats, levels: int) -> tuple[Bytes, Floats]:
 def index_keys(keys: Floats) -> tuple[Bytes, Floats]:
     """The index of keys (..., components), whose number is a multiple of 32: whole numbers, and their scales (...).
 
-    In each run of 32 neighbouring keys a component takes four values, equally far apart, so that it is stored in 2 bits
-    (KIVI, Liu et al. 2024, arXiv:2402.02750, shows why by component: those that are large are so in every key). They
-    leave out a sixteenth of the component's range at either end, since most keys are not there.
+    In each run of 32 neighbouring keys a component takes eight values, equally far apart, so that it is stored in 3
+    bits (KIVI, Liu et al. 2024, arXiv:2402.02750, shows why by component: those that are large are so in every key).
     """
     runs = keys.reshape(-1, RUN, keys.shape[-1])
     codes, scales = quantize(runs.reshape(len(runs), RUN * keys.shape[-1]), KEY_LEVELS)
     levels = codes.reshape(runs.shape).astype(np.int32)
     least, largest = levels.min(axis=1, keepdims=True), levels.max(axis=1, keepdims=True)
-    cut = (largest - least + 8) // 16
-    low, step = least + cut, np.maximum((largest - least - 2 * cut + 1) // 3, 1)
-    steps = np.minimum((2 * np.maximum(levels - low, 0) + step) // (2 * step), 3)
+    step = np.maximum((largest - least + 3) // 7, 1)
+    low = least + (largest - least - 7 * step >> 1)
+    steps = np.minimum((2 * np.maximum(levels - low, 0) + step) // (2 * step), 7)
     values = (low + step * steps).astype(np.int8).reshape(keys.shape)
     return values, scales.repeat(RUN).reshape(keys.shape[:-1])
 
