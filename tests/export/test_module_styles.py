@@ -311,6 +311,37 @@ def test_onnx(style: type[Base], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "style",
+    [
+        pytest.param(style, marks=() if style is GroupedAttention else pytest.mark.slow)
+        for style in STYLES
+        if style is not ComplexRotation
+    ],
+)
+def test_openvino(style: type[Base], tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    from mnemos.export.openvino import OpenVINOExporter
+
+    module = style()
+    exporter = OpenVINOExporter(module)
+    exporter.export(tmp_path / "model.xml", GIVEN.get(style, IDS))
+    compiled = exporter.load_openvino(tmp_path / "model.xml")
+    taken = [port.get_any_name() for port in compiled.inputs]
+    same(style, module, lambda tensors: list(compiled({name: tensors[name].numpy() for name in taken}).values()))
+
+
+def test_what_openvino_cannot_hold_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    from mnemos.export.openvino import OpenVINOExporter
+
+    with pytest.raises(ModelError, match=r"OpenVINO cannot express .*aten.view_as_real.default; write that by other"):
+        OpenVINOExporter(ComplexRotation()).export(tmp_path / "model.xml", IDS)
+    with pytest.raises(ModelError, match=r"InBFloat16 has parameters in bfloat16, .*; export model\.float\(\)"):
+        OpenVINOExporter(InBFloat16()).export(tmp_path / "model.xml", IDS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("style", "message"),
     [
         (BranchesOnASize, r"goes another way at some sizes, and what was exported is for size 1 of input 0 >= 4"),

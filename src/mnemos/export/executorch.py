@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mnemos.errors import ConfigError
-from mnemos.export.exporter import ExportReport, outputs_of
+from mnemos.export.exporter import ExportReport, outputs_of, refuse_bfloat16
 from mnemos.export.foreign import Arrays, ForeignExporter, ForeignModel, ForeignProcess, one_row
 
 PACKAGES = ("torch", "executorch", "torchao")
@@ -47,6 +47,7 @@ class ExecuTorchExporter(ForeignExporter):
         """
         if not isinstance(max_length, int) or max_length < 2:
             raise ConfigError(f"max_length is {max_length!r}; expected a number from 2")
+        refuse_bfloat16(self.model, "its answers cannot be compared here")
         example = one_row(self.model, dummy_input, None, None, dynamic_axes)
         sizes, _, _ = next(example.others())
         if sizes and max(sizes.values()) > max_length:

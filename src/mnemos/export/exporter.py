@@ -188,6 +188,12 @@ def parameter_bytes(module: nn.Module) -> int:
     return sum(storages.values())
 
 
+def refuse_bfloat16(model: nn.Module, because: str) -> None:
+    """ModelError for parameters in bfloat16, in which `because`."""
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        raise ModelError(f"{type(model).__name__} has parameters in bfloat16, in which {because}; export model.float()")
+
+
 def outputs_of(module: nn.Module, example: Example, names: Any) -> tuple[str, ...]:
     """Names of the results to export: those asked for, else the module's own, else logits, output_1, ..."""
     found = example.answer

@@ -18,7 +18,7 @@ from mnemos.errors import ConfigError, FormatError, MissingDependencyError, Mode
 from mnemos.export.attention_axes import FourAxes
 from mnemos.export.comparison import RELATIVE, Compared, Run, compare
 from mnemos.export.example import SUM, Example, answer_of, example_of
-from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, WithValues, outputs_of
+from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, WithValues, outputs_of, refuse_bfloat16
 from mnemos.export.messages import first_line
 from mnemos.export.onnx_weights import BITS, round_weights
 from mnemos.export.rms_norm import spelled_out
@@ -72,11 +72,7 @@ class ONNXExporter(ModelExporter):
             raise ConfigError(
                 f"opset_version is {opset_version}; weights of {bits} bits need {_FIRST_OF_DYNAMO} or more"
             )
-        if any(parameter.dtype == torch.bfloat16 for parameter in self.model.parameters()):
-            raise ModelError(
-                f"{type(self.model).__name__} has parameters in bfloat16, in which ONNX Runtime computes nothing on a "
-                "CPU; export model.float()"
-            )
+        refuse_bfloat16(self.model, "ONNX Runtime computes nothing on a CPU")
         example = example_of(self.model, dummy_input, input_names, output_names, dynamic_axes)
         outputs = outputs_of(self.model, example, output_names)
         versions = {"opset": str(opset_version), "torch": torch.__version__, "onnx": onnx.__version__}

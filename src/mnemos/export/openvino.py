@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemos.errors import ConfigError, FormatError
+from mnemos.errors import ConfigError, FormatError, ModelError
 from mnemos.export.comparison import Run
 from mnemos.export.example import Example, example_of
-from mnemos.export.exporter import ExportReport, ModelExporter, outputs_of
+from mnemos.export.exporter import ExportReport, ModelExporter, outputs_of, refuse_bfloat16
 from mnemos.export.messages import first_line
 from mnemos.export.programs import exported_program
 from mnemos.export.requirements import imported
@@ -56,6 +56,7 @@ class OpenVINOExporter(ModelExporter):
         openvino = _openvino()
         if Path(path).suffix != ".xml":
             raise ConfigError(f"path is {os.fspath(path)!r}; expected a name that ends in .xml")
+        refuse_bfloat16(self.model, "an OpenVINO model would answer otherwise")
         example = example_of(self.model, dummy_input, input_names, output_names, dynamic_axes)
         outputs = outputs_of(self.model, example, output_names)
         kept = _state(state, example, outputs)
@@ -74,7 +75,7 @@ class OpenVINOExporter(ModelExporter):
 
     def _write(self, made: Path, example: Example, outputs: tuple[str, ...], state: dict[str, str]) -> list[str]:
         openvino = _openvino()
-        converted = openvino.convert_model(exported_program(self.model, example, len(outputs)))
+        converted = _converted(exported_program(self.model, example, len(outputs)))
         name_ports(converted, [example.names[name] for name in example.tensors], outputs)
         if state:
             _keep_state(converted, state)
@@ -85,6 +86,29 @@ class OpenVINOExporter(ModelExporter):
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error  # the one cause in a folder just made
         return [f"the weights are in {made.with_suffix('.bin').name}, which belongs beside the file"]
+
+
+def _converted(program: Any) -> Any:
+    """The `openvino.Model` of a `torch.export` program. ModelError: it has operators that OpenVINO has no form of."""
+    convert = _openvino().convert_model
+    try:
+        return convert(program)
+    except Exception as error:
+        if not _unconverted(error):
+            raise
+    try:  # some that it has no form of are made of others that it has
+        return convert(program.run_decompositions())
+    except Exception as error:
+        if missing := _unconverted(error):
+            raise ModelError(f"OpenVINO cannot express {missing}; write that by other operators") from error
+        raise
+
+
+def _unconverted(error: Exception) -> str:
+    """The operators that a conversion named as the cause; empty if it is another error."""
+    return ", ".join(
+        line.partition("for: ")[2] for line in str(error).splitlines() if "onver" in line and "for: " in line
+    )
 
 
 def name_ports(converted: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
