@@ -210,7 +210,9 @@ class ForeignExporter(ModelExporter):
                 ]
 
             def run(tensors: Mapping[str, Tensor]) -> list[npt.NDArray[Any]]:
-                return list(files[0](**arguments(tensors)).values())
+                answer = files[0](**arguments(tensors))
+                # A runtime that knows the names may give them in any order, such as the alphabet's.
+                return [answer[name] for name in outputs] if set(outputs) == set(answer) else list(answer.values())
 
             return self._export(
                 path, example, len(outputs), write, lambda made: run if files[0].runs else None, versions,
