@@ -21,10 +21,16 @@ MODELS = ("gpt2", "llama", "gemma4", "t5")
 _SPACE = "\u2581"
 
 
+def names_tokenizer(metadata: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file says that it holds a tokenizer, be it one that cannot be built."""
+    name = metadata.get(PREFIX + "model")  # any kind of value may stand there, such as an array
+    return name is not None and not (isinstance(name, str) and name == "none")
+
+
 def model_name(metadata: Mapping[str, Any], label: str) -> str:
     """`tokenizer.ggml.model`, if it is one that can be built."""
     name = metadata.get(PREFIX + "model")
-    if name is None or (isinstance(name, str) and name == "none"):  # any kind of value may stand there
+    if not names_tokenizer(metadata):
         found = "is missing" if name is None else "is 'none'"
         raise FormatError(f"{label}: {PREFIX}model {found}; the file holds no tokenizer")
     if not isinstance(name, str) or name not in MODELS:

@@ -13,7 +13,7 @@ from mnemos.formats.checkpoint import GENERATION_CONFIG_NAME, Checkpoint
 from mnemos.formats.whole_file import not_written
 from mnemos.text.core import ByteLevelSpelling
 from mnemos.text.encoder import AddedToken, Step
-from mnemos.text.gguf import Description, describe, named_templates
+from mnemos.text.gguf import Description, describe, named_templates, names_tokenizer
 from mnemos.text.huggingface import read_settings
 from mnemos.text.sentencepiece import metadata_with_settings
 from mnemos.text.vocabulary import used_size
@@ -49,8 +49,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> list[str]:
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether `write_tokenizer` finds one among the model's files."""
     if checkpoint.kind == "gguf":
-        name = checkpoint.metadata.get("tokenizer.ggml.model")
-        return name is not None and not (isinstance(name, str) and name == "none")
+        return names_tokenizer(checkpoint.metadata)
     return any((checkpoint.folder / name).is_file() for name in (TOKENIZER_NAME, "tokenizer.model"))
 
 
