@@ -1,4 +1,4 @@
-"""The Python in README.md and docs/python.md runs as it is; commands are understood, and links lead somewhere."""
+"""What the documents say: their Python runs, their commands are understood, links lead somewhere, and extras exist."""
 
 from __future__ import annotations
 
@@ -55,3 +55,16 @@ def test_links_lead_somewhere(name: str) -> None:
     document = ROOT / name
     for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
         assert (document.parent / target).exists(), target
+
+
+def test_the_extras_in_the_documents_are_those_of_the_package() -> None:
+    table = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]\n")[2]
+    extras = set(re.findall(r"^([a-z]+) = \[", table.partition("\n[")[0], re.MULTILINE))
+    named = {name: named_extras((ROOT / name).read_text(encoding="utf-8")) for name in DOCUMENTS}
+    assert named["docs/install.md"] == extras
+    assert set().union(*named.values()) == extras
+
+
+def named_extras(text: str) -> set[str]:
+    """The extras in what `pip install 'mnemos[...]'` is given anywhere in a text."""
+    return {extra for found in re.findall(r"mnemos\[([a-z,]+)\]", text) for extra in found.split(",")}
