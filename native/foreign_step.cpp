@@ -118,30 +118,37 @@ void ForeignStep::multiply(int number, const void *x, int64_t rows, void *y) {
   Input input = input_of(own, x, rows);
   input.passing = passes_by();
   const bool bfloats = matrix.layout.type == WeightType::bf16;
-  if (bfloats) sums_.resize(static_cast<size_t>(rows * matrix.rows));
-  float *sums = bfloats ? sums_.data() : static_cast<float *>(y);
   const float *bias = own.bias ? own.bias->data() : nullptr;
-  const auto multiply_part = [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end) {
-    mnemos::multiply(matrix, input, row_begin, row_end, begin, end, sums, matrix.rows, bias, 0);
-    const int64_t first = begin * panel_rows, count = std::min(end * panel_rows, matrix.rows) - first;
-    for (int64_t r = row_begin; bfloats && r < row_end; r++) {
-      const float *row = sums + r * matrix.rows + first;
-      std::transform(row, row + count, static_cast<uint16_t *>(y) + r * matrix.rows + first, float_to_bfloat);
-    }
+  Input rounded = bind_input(matrix.kernels, Form::bf16, rows, matrix.rows, y);
+  rounded.padded = matrix.rows;
+  // Sums that are rounded to bfloat16 afterwards are close together meanwhile: in rows as long as y's they would each
+  // be in a page of their own.
+  const auto multiply_part = [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float *sums) {
+    if (!bfloats)
+      return mnemos::multiply(matrix, input, row_begin, row_end, begin, end, static_cast<float *>(y), matrix.rows, bias,
+                              0);
+    const int64_t first = begin * panel_rows, stride = (end - begin) * panel_rows;
+    mnemos::multiply(matrix, input, row_begin, row_end, begin, end, sums - first, stride, bias, 0);
+    prepare_columns(rounded, sums - first, stride, row_begin, row_end, first, std::min(first + stride, matrix.rows));
   };
   const int64_t panels = matrix.panels();
   const int64_t work = static_cast<int64_t>(matrix.bytes()) * (rows > least_rows ? rows / least_rows : 1);
-  if (work < least_shared_bytes) return multiply_part(0, rows, 0, panels);
+  const bool shared = work >= least_shared_bytes;
+  const int64_t size = !shared ? panels : panels >= 32 * pool_->threads() ? 4 : 2;  // panels of an item
+  const int64_t outputs = panels * panel_rows, part_floats = rows * size * panel_rows;
+  if (bfloats) sums_.resize(static_cast<size_t>(outputs + part_floats * (shared ? pool_->threads() : 1)));
+  float *const sums = sums_.data() + outputs;  // after as many as `multiply_part` subtracts at most
+  if (!shared) return multiply_part(0, rows, 0, panels, sums);
   pool_->interrupt();
   std::fill(own.fetched.begin(), own.fetched.end(), 0);
   if (last_ >= 0) link(last_).next = number;
   last_ = number;
-  const int64_t size = panels >= 32 * pool_->threads() ? 4 : 2;  // panels of an item
   const int64_t columns = parts_of(panels, size);  // of items; rows are divided if there are too few
   const int64_t parts = std::clamp<int64_t>(rows / least_rows, 1, parts_of(8 * pool_->threads(), columns));
-  share(columns * parts, [&](int64_t item, int) {
+  share(columns * parts, [&](int64_t item, int thread) {
     const int64_t column = item / parts * size, part = item % parts;
-    multiply_part(rows * part / parts, rows * (part + 1) / parts, column, std::min(panels, column + size));
+    multiply_part(rows * part / parts, rows * (part + 1) / parts, column, std::min(panels, column + size),
+                  sums + thread * part_floats);
   });
   fetch_ahead();
 }

@@ -28,8 +28,8 @@ namespace {
 // Rows of a tile, columns of a tile product, and bytes of a panel's part in it.
 constexpr int64_t bfloat_rows = 16, bfloat_columns = 32, bfloat_bytes = 1024;
 
-// Tile products of a chunk of columns: its weights, two panels, take a third of the level-1 cache.
-constexpr int64_t bfloat_chunk = 8;
+// The most tile products of a chunk of columns: its weights, two panels, take half of the level-1 cache.
+constexpr int64_t bfloat_chunk = 12;
 
 // Tile 2t + p is the sum of row tile t and panel p, 4 + p weights of panel p, 6 + t rows of t.
 constexpr int bfloat_weights = 4, bfloat_inputs = 6;
@@ -142,7 +142,9 @@ void multiply_bfloat_panels(const Matrix &matrix, const Input &input, int64_t ro
     memcpy(panels.last[p], panels.weights[p] + whole * bfloat_bytes, size_t((rest + 1) / 2 * 64));
   }
   const int64_t tiles = (row_end - row_begin + bfloat_rows - 1) / bfloat_rows, steps = whole + (rest > 0);
-  const int64_t chunk = tiles > 2 ? bfloat_chunk : steps;  // weights that are used once need not stay in the cache
+  // Chunks of even sizes; but weights that are used once need not stay in the cache.
+  const int64_t chunks = tiles > 2 ? (steps + bfloat_chunk - 1) / bfloat_chunk : 1;
+  const int64_t chunk = (steps + chunks - 1) / chunks;
   for (int64_t begin = 0; begin < steps; begin += chunk) {
     const int64_t end = smaller(begin + chunk, steps);
     for (int64_t tile = 0; tile < tiles; tile += 2) {
@@ -162,10 +164,10 @@ inline void multiply_bfloats(const Matrix &matrix, const Input &input, int64_t r
     return for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
       multiply_bfloat_panels<panels>(matrix, input, row_begin, row_end, panel, AllPlaces{}, results, shapes);
     });
-  for (int64_t panel = panel_begin; panel < panel_end; panel++) {
+  for_kept_panels(matrix, panel_begin, panel_end, [&](auto panels, int64_t panel) {
     const SomePlaces places{matrix.places(panel)};
-    multiply_bfloat_panels<1>(matrix, input, row_begin, row_end, panel, places, results, shapes);
-  }
+    multiply_bfloat_panels<panels>(matrix, input, row_begin, row_end, panel, places, results, shapes);
+  });
 }
 
 }  // namespace

@@ -40,7 +40,8 @@ KeptBlocks find_kept_blocks(WeightType type, int64_t rows, int64_t columns, cons
       for (int64_t i = 0; i < count && has; i++) kept.places.push_back(int32_t(b + i));
     }
   }
-  kept.first.push_back(int64_t(kept.places.size()));
+  // The end, and twice more for kernels of two panels, which prefetch those after the last ones.
+  for (int end = 0; end < 3; end++) kept.first.push_back(int64_t(kept.places.size()));
   return kept;
 }
 

@@ -216,17 +216,17 @@ void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin
       });
 }
 
-// One panel of a matrix that skips blocks.
-template <const Layout &L, int Parts>
-void multiply_kept_panel(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
-                         const Results &results, Shapes &shapes) {
-  for_chunks<Avx512, L, Parts, 1, few_rows + 1, kept_rows, SignedVectors<L>>(
-      matrix, input, row_begin, row_end, panel, 1, results,
+// P panels of a matrix that skips blocks, the same ones in each.
+template <const Layout &L, int Parts, int P>
+void multiply_kept_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
+                          const Results &results, Shapes &shapes) {
+  for_chunks<Avx512, L, Parts, P, few_rows + 1, P == 1 ? kept_rows : amx_rows, SignedVectors<L>>(
+      matrix, input, row_begin, row_end, panel, P, results,
       [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
           Prefetch &prefetch) {
         shapes.set_rows(r);
         const SomePlaces places{matrix.places(panel) + first};
-        amx_tile<same_scales<L>(), Parts, 1, r>(weights, input, row, 0, count, places, out, prefetch);
+        amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, 0, count, places, out, prefetch);
       });
 }
 
@@ -242,9 +242,11 @@ void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, i
   if (matrix.skips_blocks())
     return with_kept_layout(matrix.layout.type, [&](auto q) {
       constexpr const Layout &layout = decltype(q)::layout;
-      const auto multiply = input.form == Form::int15 ? multiply_kept_panel<layout, 2> : multiply_kept_panel<layout, 1>;
-      for (int64_t panel = panel_begin; panel < panel_end; panel++)
+      for_kept_panels(matrix, panel_begin, panel_end, [&](auto panels, int64_t panel) {
+        const auto multiply = input.form == Form::int15 ? multiply_kept_panels<layout, 2, panels>
+                                                        : multiply_kept_panels<layout, 1, panels>;
         multiply(matrix, input, row_begin, row_end, panel, {y, y_stride, starts, start_stride}, shapes);
+      });
     });
   with_layout(matrix.layout.type, [&](auto q) {
     constexpr const Layout &layout = decltype(q)::layout;

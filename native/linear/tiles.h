@@ -15,6 +15,7 @@
 // Everything is in an anonymous namespace: the same template compiled for two instruction sets must not be merged.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -142,6 +143,23 @@ void for_panels(int64_t panel_begin, int64_t panel_end, Body &&body) {
   int64_t panel = panel_begin;
   for (; panel + Most <= panel_end; panel += Most) body(std::integral_constant<int, Most>{}, panel);
   for (; panel < panel_end; panel++) body(std::integral_constant<int, 1>{}, panel);
+}
+
+// Calls body(integral_constant panels, panel) for the panels of a matrix that skips blocks: for two at once where they
+// store the same ones, so that they share what they read of the activations.
+template <class Body>
+void for_kept_panels(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, Body &&body) {
+  for (int64_t panel = panel_begin; panel < panel_end;) {
+    const int64_t blocks = matrix.stored_blocks(panel);
+    const int32_t *places = matrix.places(panel);
+    const bool twins = panel + 1 < panel_end && matrix.stored_blocks(panel + 1) == blocks &&
+                       std::equal(places, places + blocks, matrix.places(panel + 1));
+    if (twins)
+      body(std::integral_constant<int, 2>{}, panel);
+    else
+      body(std::integral_constant<int, 1>{}, panel);
+    panel += twins ? 2 : 1;
+  }
 }
 
 }  // namespace

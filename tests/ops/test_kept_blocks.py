@@ -12,16 +12,17 @@ from tests.ops.test_linear import random_weight
 from mnemos import _native
 from mnemos.formats.tensor_types import TensorType
 
-# Panels: whole and partly empty; columns: odd and even numbers of blocks, several chunks of them.
-SIZES = [(16, 128), (40, 32 * 9), (100, 32 * 50)]
+# Panels: whole and partly empty; columns: odd and even numbers of blocks, several chunks of them; blocks of one panel,
+# and of two, which are multiplied at once.
+SIZES = [(16, 128, 16), (40, 32 * 9, 16), (100, 32 * 50, 16), (60, 32 * 9, 32), (100, 32 * 50, 32)]
 KINDS = [TensorType.F32, TensorType.BF16, TensorType.Q8_0, TensorType.Q4_1, TensorType.Q5_1]
 
 
-def pruned(kind: TensorType, rows: int, columns: int) -> npt.NDArray[np.uint8]:
-    """Random weights in the file's form, flat; every other block of 16 rows and 64 columns is zero."""
+def pruned(kind: TensorType, rows: int, columns: int, height: int = 16) -> npt.NDArray[np.uint8]:
+    """Random weights in the file's form, flat; every other block of `height` rows and 64 columns is zero."""
     data = random_weight(kind, rows, columns).data.reshape(rows, columns // 32, -1).copy()
-    gone = np.add.outer(np.arange(-(-rows // 16)), np.arange(-(-columns // 64))) % 2 == 1
-    data[gone.repeat(16, 0)[:rows].repeat(2, 1)[:, : columns // 32]] = 0
+    gone = np.add.outer(np.arange(-(-rows // height)), np.arange(-(-columns // 64))) % 2 == 1
+    data[gone.repeat(height, 0)[:rows].repeat(2, 1)[:, : columns // 32]] = 0
     return data.reshape(-1)
 
 
@@ -41,9 +42,11 @@ def product(weights: Any, x: npt.NDArray[Any], *, precise: bool = False) -> npt.
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
-def test_products_have_the_bits_of_those_with_zeros(kind: TensorType, rows: int, columns: int, isa: str) -> None:
-    data = pruned(kind, rows, columns)
+@pytest.mark.parametrize(("rows", "columns", "height"), SIZES)
+def test_products_have_the_bits_of_those_with_zeros(
+    kind: TensorType, rows: int, columns: int, height: int, isa: str
+) -> None:
+    data = pruned(kind, rows, columns, height)
     whole, kept = (matrix(data, kind, rows, columns, skip=skip) for skip in (False, True))
     assert kept.bytes < whole.bytes * 0.9
     x = np.random.default_rng(0).standard_normal((70, columns)).astype(np.float32)
