@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from mnemos.formats.checkpoint import Checkpoint
 from mnemos.formats.gguf import GGUFFile
 from mnemos.formats.gguf_writer import writing_gguf
 from mnemos.text.gguf_form import tokenizer_metadata
+from mnemos.text.huggingface import read_settings
+from mnemos.text.llama_cpp import other_tokens
+from mnemos.text.sentencepiece import metadata_with_settings
 from mnemos.text.tokenizer import Tokenizer
-from mnemos.text.tokenizer_files import write_tokenizer
+from mnemos.text.tokenizer_files import tokenizer_json, write_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 
 TEXTS = [
     "Hello world, it's 12345 o'clock!",
@@ -100,14 +104,18 @@ def test_the_beginning_token_is_kept_where_it_is_added(tmp_path: Path) -> None:
     assert tokenizer_metadata(tmp_path, 900)["tokenizer.ggml.add_bos_token"] is True
 
 
-def test_sentencepiece_keeps_its_ids(tmp_path: Path) -> None:
+def train(folder: Path, **options: Any) -> None:
+    """A SentencePiece model of 400 pieces, by default with merges and bytes."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    sample = tmp_path / "sample.txt"
+    sample = folder / "sample.txt"
     sample.write_text("\n".join([*TEXTS[:1], Path(__file__).read_text(encoding="utf-8")]), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(sample), model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type="bpe",
-        byte_fallback=True, minloglevel=2,
-    )  # fmt: skip
+    chosen = {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2} | options
+    sentencepiece.SentencePieceTrainer.train(input=str(sample), model_prefix=str(folder / "tokenizer"), **chosen)
+    sample.unlink()
+
+
+def test_sentencepiece_keeps_its_ids(tmp_path: Path) -> None:
+    train(tmp_path)
     before = Tokenizer.from_file(tmp_path)
     metadata = tokenizer_metadata(tmp_path, before.vocabulary_size)
     assert (
@@ -135,15 +143,151 @@ def test_a_tokenizer_json_made_of_sentencepiece_keeps_its_ids(
     assert (after.bos_id, after.eos_id) == (before.bos_id, before.eos_id)
 
 
-def test_an_added_token_that_takes_white_space_is_refused(tmp_path: Path) -> None:
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the content of tokenizer.json."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+@pytest.mark.parametrize("text", ["<|start|>", "[user]"])
+def test_an_added_token_with_a_flag_is_refused(flag: str, text: str, tmp_path: Path) -> None:
     make(tmp_path, STEPS["gpt-2"])
-    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    content["added_tokens"][0]["lstrip"] = True
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(
-        UnsupportedError, match=r"the added token '<\|start\|>' takes or leaves the white space beside it"
-    ):
+    edit(tmp_path, lambda file: next(t for t in file["added_tokens"] if t["content"] == text).update({flag: True}))
+    with pytest.raises(UnsupportedError, match=rf"the added token '{re.escape(text)}' is found in a text as no token"):
         tokenizer_metadata(tmp_path, 900)
+
+
+def test_a_flag_beside_sentencepiece_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    added = {"400": {"content": "[user]", "special": False, "lstrip": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(UnsupportedError, match=r"lstrip of the added token '\[user\]' is true, which GGUF cannot say"):
+        tokenizer_metadata(tmp_path, 401)
+
+
+def test_a_token_that_another_one_begins_is_refused(tmp_path: Path) -> None:
+    """The library finds special tokens first, readers of a GGUF file the longest one."""
+    make(tmp_path, STEPS["gpt-2"])
+    token = {"id": 701, "special": False, "normalized": True, "lstrip": False, "rstrip": False, "single_word": False}
+    edit(tmp_path, lambda file: file["added_tokens"].append({**token, "content": "<|end|>x"}))
+    with pytest.raises(UnsupportedError, match=r"the added token '<\|end\|>x' is found"):
+        tokenizer_metadata(tmp_path, 900)
+
+
+@pytest.mark.parametrize("kind", ["Lowercase", "NFKC", "Replace"])
+def test_a_normalizer_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    make(tmp_path, STEPS["gpt-2"])
+    made = {"type": kind} | ({"pattern": {"String": "!!!"}, "content": "!"} if kind == "Replace" else {})
+    edit(tmp_path, lambda file: file.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, made]}))
+    with pytest.raises(UnsupportedError, match=f"its normalizer is {kind}"):
+        tokenizer_metadata(tmp_path, 900)
+
+
+def test_composing_characters_is_a_warning(tmp_path: Path) -> None:
+    make(tmp_path, STEPS["qwen2"])
+    edit(tmp_path, lambda file: file.update(normalizer={"type": "NFC"}))
+    with pytest.warns(UserWarning, match="composes characters"):
+        assert tokenizer_metadata(tmp_path, 900)["tokenizer.ggml.pre"] == "qwen2"
+
+
+def surround(folder: Path, *single: str) -> None:
+    """Gives a tokenizer special tokens around a text, which is "A"."""
+    template = processors.TemplateProcessing(
+        single=[*single], special_tokens=[("<|start|>", 0), ("<|end|>", 1)] if len(single) > 1 else []
+    )
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = template
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_special_tokens_around_a_text_are_kept_or_refused(tmp_path: Path) -> None:
+    make(tmp_path, STEPS["gpt-2"])
+    surround(tmp_path, "<|start|>", "$A", "<|end|>")
+    before = Tokenizer.from_file(tmp_path)
+    metadata = tokenizer_metadata(tmp_path, 900)
+    assert (
+        written(metadata, tmp_path).encode("a", True) == before.encode("a", True) == [0, *before.encode("a", False), 1]
+    )
+    surround(tmp_path, "<|end|>", "$A")
+    with pytest.raises(UnsupportedError, match=r"encodes 'a' as \['<\|end\|>', 'a'\]; a GGUF file can have its bos"):
+        tokenizer_metadata(tmp_path, 900)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    assert tokenizer_metadata(tmp_path, 900)["tokenizer.ggml.bos_token_id"] == 1  # as GPT-2 has one for both
+
+
+def test_without_an_end_token_llama_cpp_takes_none_that_a_text_has(tmp_path: Path) -> None:
+    make(tmp_path, STEPS["gpt-2"], eos_token=None, bos_token=None)
+    size = Tokenizer.from_file(tmp_path).vocabulary_size
+    assert tokenizer_metadata(tmp_path, size + 5)["tokenizer.ggml.eos_token_id"] == size + 4  # an unused row
+    with pytest.warns(UserWarning, match=r"has no end token; llama.cpp ends a text at token 11"):
+        assert "tokenizer.ggml.eos_token_id" not in tokenizer_metadata(tmp_path, size)
+
+
+def test_missing_bytes_are_a_warning(tmp_path: Path) -> None:
+    make(tmp_path, STEPS["gpt-2"])
+    edit(tmp_path, lambda file: file["model"]["vocab"].update({"[gone]": file["model"]["vocab"].pop("\u0101")}))
+    with pytest.warns(UserWarning, match="has no tokens for 1 of the 256 bytes, such as 1;"):
+        tokenizer_metadata(tmp_path, 900)
+
+
+def test_named_templates_are_listed(tmp_path: Path) -> None:
+    templates = {"default": "{{ 'odd \u2581 \U0001f600' }}\r\n", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
+    listed = [{"name": name, "template": text} for name, text in templates.items()]
+    make(tmp_path, STEPS["gpt-2"], chat_template=listed)
+    metadata = tokenizer_metadata(tmp_path, 900)
+    assert metadata["tokenizer.chat_templates"] == ["rag", "tool_use"]
+    assert metadata["tokenizer.chat_template"] == templates["default"]
+    assert metadata["tokenizer.chat_template.tool_use"] == templates["tool_use"]
+
+
+IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+@pytest.mark.parametrize(
+    "options, because",
+    [
+        (IDENTITY, None),
+        (IDENTITY | {"model_type": "unigram", "byte_fallback": False}, None),
+        ({}, "does not normalize text"),
+        (IDENTITY | {"remove_extra_whitespaces": True}, "keeps all spaces"),
+        (IDENTITY | {"byte_fallback": False}, "needs all 256 bytes as tokens"),
+        (IDENTITY | {"model_type": "unigram"}, "does not spell unknown characters in bytes"),
+    ],
+)
+def test_what_llama_cpp_would_encode_otherwise_is_known(
+    options: dict[str, Any], because: str | None, tmp_path: Path
+) -> None:
+    train(tmp_path, **options)
+    found = other_tokens(tokenizer_metadata(tmp_path, 500))
+    assert found is None if because is None else found is not None and because in found
+
+
+def test_sentencepiece_without_a_beginning_token_gets_none(tmp_path: Path) -> None:
+    train(tmp_path, bos_id=-1, eos_id=1, **IDENTITY)
+    metadata = tokenizer_metadata(tmp_path, 400)
+    assert metadata["tokenizer.ggml.add_bos_token"] is False and "tokenizer.ggml.bos_token_id" not in metadata
+    assert written(metadata, tmp_path).encode("a", True) == Tokenizer.from_file(tmp_path).encode("a", True)
+
+
+def test_a_metaspace_that_adds_no_second_space_is_a_warning(tmp_path: Path) -> None:
+    """As transformers writes Llama's and Mistral's: only texts that begin with a space differ."""
+    train(tmp_path, **IDENTITY)
+    metadata = metadata_with_settings(tmp_path / "tokenizer.model", read_settings(tmp_path))
+    content = tokenizer_json(metadata, "tokenizer")
+    content |= {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False},
+    }
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="puts no space before a text that begins with one"):
+        after = written(tokenizer_metadata(tmp_path, 400), tmp_path)
+    before = Tokenizer.from_file(tmp_path)
+    for text in TEXTS[:1]:
+        assert after.encode(text, True) == before.encode(text, True)
+    assert after.encode(" a") != before.encode(" a")
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:

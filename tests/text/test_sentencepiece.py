@@ -25,6 +25,7 @@ MORE = (
     "</s><s> <unk>",
     "don't 12345",
     "\u2581x",
+    "\t x \n y\n ",
 )
 
 
@@ -75,6 +76,14 @@ def test_ids_and_texts_are_those_of_the_library(options: dict[str, Any], tmp_pat
     merges = options.get("model_type", "bpe") == "bpe"
     assert ours.encode("a") == ([1] if merges else []) + library.encode("a")
     assert Tokenizer.from_file(tmp_path / "tokenizer.model").encode("a") == ours.encode("a")
+
+
+def test_extra_white_space_is_spaces_only(tmp_path: Path) -> None:
+    """Tabs and line ends stay where nothing normalizes them."""
+    library = train(tmp_path, remove_extra_whitespaces=True)
+    ours = Tokenizer.from_file(tmp_path)
+    for text in ("\t", "\n\n\t x", " \t x \n y\n ", "  a   b  ", "\u2581x\u2581"):
+        assert ours.encode(text, add_special=False, parse_special=False) == library.encode(text), text
 
 
 def test_files_beside_it_count(tmp_path: Path) -> None:

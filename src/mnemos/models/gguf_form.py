@@ -37,7 +37,8 @@ from mnemos.models.load import describe_architecture, open_architecture
 from mnemos.models.memory_form import has_memory, memory_gguf_form
 from mnemos.models.rope import Rope, yarn_magnitude
 from mnemos.models.weights import HARMLESS, gguf_tensor_name, swapped, without_prefix
-from mnemos.text.gguf_form import NAME, tokenizer_metadata
+from mnemos.text.gguf_form import tokenizer_metadata
+from mnemos.text.gguf_probes import NAME
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.((?:gate|up|down)_proj\.weight)")
 _EMBEDDING = "token_embd.weight"

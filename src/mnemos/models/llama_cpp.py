@@ -7,6 +7,7 @@ from typing import Any
 
 from mnemos.models.fields import GGUF_KEYS, GGUF_TABLES
 from mnemos.models.rope import Rope
+from mnemos.text.llama_cpp import other_tokens
 
 _OWN_SCALING = ("llama",)  # architectures with a place for Llama 3's table of divisors
 _TIED = ("gemma", "gemma2")  # those whose output projection is the embedding
@@ -35,7 +36,7 @@ def refused_because(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> 
         return "the heads of its olmo2 models are together as wide as the model"
     if name == "smollm3" and any(tensor.endswith(".bias") for tensor in tensors):
         return "its smollm3 models have no biases"
-    return None
+    return other_tokens(metadata)
 
 
 def other_in_long_texts(name: str, config: Any) -> Iterator[str]:

@@ -171,7 +171,7 @@ def _normalizer(vocabulary: Vocabulary) -> Step:
         encoded = b64encode(bytes(bytearray(table))).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": encoded})
     if vocabulary.flag("remove_extra_whitespaces", False):
-        steps += [{"type": "Strip", "strip_left": True, "strip_right": True}, _replace({"Regex": " {2,}"}, " ")]
+        steps += [_replace({"Regex": r"\A +|[ \u2581]+\z"}, ""), _replace({"Regex": " {2,}"}, " ")]
     if vocabulary.flag("add_space_prefix", True):
         steps.append({"type": "Prepend", "prepend": _SPACE})
     return {"type": "Sequence", "normalizers": [*steps, _replace({"String": " "}, _SPACE)]}

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mnemos.errors import FormatError, UnsupportedError
-from mnemos.text.core import TokenizerCore, parse_byte_token
+from mnemos.text.core import TokenizerCore, byte_characters, parse_byte_token
 from mnemos.text.gguf import build_core
+from mnemos.text.gguf_probes import check_added, check_merges, check_surrounding, pre_tokenizer
 from mnemos.text.huggingface import Settings, read_chat_templates, read_settings
 from mnemos.text.huggingface import build_core as build_from_json
-from mnemos.text.pretokenizers import PRE_TOKENIZERS
 from mnemos.text.sentencepiece import metadata_with_settings
 from mnemos.text.vocabulary import PREFIX, TokenType
 
-# A text that pre-tokenizers cut differently: cases, contractions, numbers, marks, spaces, line ends, scripts.
-_PROBE = (
-    "I'm sure it's 3.14159 or 1234567 or 12 34 567, DON'T you'LL we'Ve?! (see [x_1] + {y}) a/b\\c #tag @me 50% $9.99"
-    "\n\n  two  spaces\t\ttabs \r\n\r\n   end   \n camelCaseHTTPServer snake_case_2 \u00c9t\u00e9 na\u00efve \u4f60"
-    "\u597d\uff0c\u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \u3053\u3093\u306b\u3061\u306f \ud55c\uad6d\uc5b4 "
-    "\U0001f600\U0001f680 ... --- === \u2014\u201cquote\u201d\u2026 \u0661\u0662\u0663 x\u00b2+y\u00b3 'tis !!\n\t\n"
-)
-# Tried first: those of most models. One that cuts more, as qwen2 cuts numbers into digits, is before its like: with a
-# vocabulary that has no numbers of several digits, both give the same ids.
-_LIKELY = ("qwen2", "llama-bpe", "smollm", "gpt-2", "olmo", "gpt-4o", "tekken", "default")
-
-
-NAME = "general.name"  # by which readers know Phi-3, whose tokens swallow the white space after them
-_MOST_PROBED = 512  # added tokens that are tried in a text
+_DEFAULT_EOS = {"gpt2": 11, "llama": 2, "t5": 1}  # llama.cpp's, by the model
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -41,8 +28,9 @@ def tokenizer_metadata(folder: Path, vocabulary_size: int) -> dict[str, Any]:
 
     From tokenizer.json if its tokens spell bytes, else from SentencePiece's tokenizer.model, else from a tokenizer.json
     that was made of one. A folder without the files of a tokenizer gives a model that takes token ids only, with a
-    warning. UnsupportedError for another kind, one that cuts text into words as none of the pre-tokenizers that GGUF
-    names, or added tokens that take the white space beside them (GGUF says that of Phi-3's only, by the model's name).
+    warning. UnsupportedError for another kind, or one that does what GGUF cannot say: words cut as none of the
+    pre-tokenizers that GGUF names does, text changed before, other tokens around a text than bos and eos, added tokens
+    that take the white space beside them (GGUF says that of Phi-3's only, by the model's name).
     """
     if not any((folder / name).is_file() for name in _FILES):
         warnings.warn(f"{folder}: has no tokenizer; the GGUF file takes token ids only", stacklevel=2)
@@ -55,7 +43,10 @@ def tokenizer_metadata(folder: Path, vocabulary_size: int) -> dict[str, Any]:
     elif (folder / "tokenizer.model").is_file():
         metadata = _sentencepiece_metadata(folder / "tokenizer.model", settings, vocabulary_size)
         if source is not None and _falls_back_to_bytes(source):
-            metadata |= _white_space(file, metadata, build_from_json(file, settings), strict=False)
+            made = build_core(metadata, str(file))
+            metadata |= check_added(file, metadata, made, build_from_json(file, settings), strict=False)
+        else:
+            _check_flags(folder, settings)
     elif source is not None and _falls_back_to_bytes(source):
         metadata = _byte_fallback_metadata(file, source, settings, vocabulary_size)
     else:
@@ -66,7 +57,21 @@ def tokenizer_metadata(folder: Path, vocabulary_size: int) -> dict[str, Any]:
     template, named = read_chat_templates(folder, settings)
     if template is not None:
         metadata["tokenizer.chat_template"] = template
-    return metadata | {f"tokenizer.chat_template.{name}": text for name, text in named.items() if name != "default"}
+    further = {f"tokenizer.chat_template.{name}": text for name, text in named.items() if name != "default"}
+    if further:
+        metadata["tokenizer.chat_templates"] = sorted(named.keys() - {"default"})
+    return metadata | further
+
+
+def _check_flags(folder: Path, settings: Settings) -> None:
+    """UnsupportedError: tokenizer_config.json adds a token with a flag for which GGUF has no key."""
+    for entry in settings.tokenizer.get("added_tokens_decoder", {}).values():
+        flag = next((name for name in ("lstrip", "rstrip", "single_word") if entry.get(name)), None)
+        if flag is not None:
+            raise UnsupportedError(
+                f"{folder / 'tokenizer_config.json'}: {flag} of the added token {entry.get('content')!r} is true, "
+                "which GGUF cannot say; it cannot be converted"
+            )
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -88,8 +93,17 @@ def _is_byte_level(source: Mapping[str, Any]) -> bool:
 def _byte_level_metadata(
     file: Path, source: Mapping[str, Any], settings: Settings, vocabulary_size: int
 ) -> dict[str, Any]:
+    _check_normalizers(file, source)
     core = build_from_json(file, settings)
-    ordinary = set(source["model"]["vocab"].values())
+    vocabulary = source["model"]["vocab"]
+    missing = [byte for byte, character in enumerate(byte_characters()) if character not in vocabulary]
+    if missing:
+        warnings.warn(
+            f"{file}: has no tokens for {len(missing)} of the 256 bytes, such as {missing[0]}; llama.cpp may take "
+            "other tokens around them",
+            stacklevel=3,
+        )
+    ordinary = set(vocabulary.values())
     metadata: dict[str, Any] = {
         PREFIX + "model": "gpt2",
         PREFIX + "tokens": list(core.texts),
@@ -98,19 +112,72 @@ def _byte_level_metadata(
     }
     _pad(file, metadata, vocabulary_size)
     metadata |= _roles(core)
-    metadata[PREFIX + "pre"] = _pre_tokenizer(file, metadata, core, source.get("pre_tokenizer"))
-    return metadata | _white_space(file, metadata, core)
+    metadata[PREFIX + "pre"] = pre_tokenizer(file, metadata, core, source.get("pre_tokenizer"))
+    made = build_core(metadata, str(file))
+    check_surrounding(file, made, core)
+    metadata |= check_added(file, metadata, made, core)
+    return metadata | _stand_in_for_eos(file, metadata)
+
+
+def _check_normalizers(file: Path, source: Mapping[str, Any]) -> None:
+    """UnsupportedError: the tokenizer changes a text before it cuts it, which those of GGUF that spell bytes do not."""
+    kinds = [step.get("type") for step in _steps(source.get("normalizer"))]
+    if other := next((kind for kind in kinds if kind != "NFC"), None):
+        raise UnsupportedError(
+            f"{file}: its normalizer is {other}; GGUF's tokenizers that spell bytes have none, so that texts would "
+            "become other tokens; it cannot be converted"
+        )
+    if kinds:
+        warnings.warn(
+            f"{file}: composes characters (NFC), which readers of a GGUF file do not: 'e' with a combining accent "
+            "becomes other tokens there",
+            stacklevel=3,
+        )
+
+
+def _steps(normalizer: Any) -> Iterator[Mapping[str, Any]]:
+    """The normalizers of a sequence, or the only one."""
+    if isinstance(normalizer, Mapping):
+        if normalizer.get("type") != "Sequence":
+            yield normalizer
+        for step in normalizer.get("normalizers") or ():
+            yield from _steps(step)
 
 
 def _roles(core: TokenizerCore) -> dict[str, Any]:
-    ids = {"bos": core.bos_id, "eos": core.eos_id, "padding": core.pad_id, "unknown": core.unknown_id}
-    ids["eot"] = min(core.eos_ids - {core.eos_id}, default=None)
+    encoded, plain = core.encode("a", True, False), core.encode("a", False, False)
+    before = next((n for n in range(len(encoded)) if encoded[n : n + len(plain)] == plain), 0)
+    prefix, suffix = encoded[:before], encoded[before + len(plain) :]
+    bos = prefix[0] if core.bos_id is None and len(prefix) == 1 else core.bos_id
+    eos = suffix[0] if core.eos_id is None and len(suffix) == 1 else core.eos_id
+    ids = {"bos": bos, "eos": eos, "padding": core.pad_id, "unknown": core.unknown_id}
+    ids["eot"] = min(core.eos_ids - {eos}, default=None)
     found: dict[str, Any] = {f"{PREFIX}{role}_token_id": token for role, token in ids.items() if token is not None}
-    encoded = core.encode("a", True, False)
-    found[PREFIX + "add_bos_token"] = core.bos_id is not None and encoded[:1] == [core.bos_id]
-    if core.eos_id is not None and encoded[-1:] == [core.eos_id]:
+    found[PREFIX + "add_bos_token"] = bos is not None and prefix == [bos]
+    if suffix:
         found[PREFIX + "add_eos_token"] = True
     return found
+
+
+def _stand_in_for_eos(file: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """An end token for a tokenizer without one, for which llama.cpp would take an ordinary token by its number.
+
+    One that no text has: padding, an unused row, or the unknown token; where there is none, a warning.
+    """
+    key = PREFIX + "eos_token_id"
+    if key in metadata:
+        return {}
+    types = metadata[PREFIX + "token_type"]
+    silent = (types == TokenType.UNUSED).nonzero()[0]
+    stated = (metadata.get(f"{PREFIX}{role}_token_id") for role in ("padding", "unknown"))
+    found = next((token for token in (*stated, *silent[-1:].tolist()) if token is not None), None)
+    if found is not None:
+        return {key: found}
+    default = _DEFAULT_EOS[metadata[PREFIX + "model"]]
+    if default < len(types) and types[default] == TokenType.NORMAL:
+        text = metadata[PREFIX + "tokens"][default]
+        warnings.warn(f"{file}: has no end token; llama.cpp ends a text at token {default}, {text!r}", stacklevel=4)
+    return {}
 
 
 def _falls_back_to_bytes(source: Mapping[str, Any]) -> bool:
@@ -145,33 +212,18 @@ def _byte_fallback_metadata(
     }
     _pad(file, metadata, vocabulary_size)
     made = build_core(metadata, str(file))
-    for text in (_PROBE, "", "  a", "a\n\n\n b"):
-        if made.encode(text, True, False) != core.encode(text, True, False):
-            raise UnsupportedError(
-                f"{file}: encodes {text[:20]!r} otherwise than a SentencePiece tokenizer with its tokens; it cannot be "
-                "converted to GGUF without its tokenizer.model"
-            )
-    return metadata | _white_space(file, metadata, core)
-
-
-def _white_space(file: Path, metadata: Mapping[str, Any], core: TokenizerCore, strict: bool = True) -> dict[str, Any]:
-    """What GGUF needs so that added tokens take white space beside them as in `file`: nothing, or Phi-3's name.
-
-    strict: UnsupportedError where neither does it; else nothing.
-    """
-    texts = [core.texts[token] for token in sorted(core.literal_ids | core.special_ids)][:_MOST_PROBED]
-    probes = [f"a {text} b" for text in texts if text]
-    for more in ({}, {NAME: "Phi-3"}):
-        made = build_core({**metadata, **more}, str(file))
-        wrong = [probe for probe in probes if made.encode(probe, False, True) != core.encode(probe, False, True)]
-        if not wrong:
-            return more
-    if not strict:
-        return {}
-    raise UnsupportedError(
-        f"{file}: the added token {wrong[0][2:-2]!r} takes or leaves the white space beside it as no token of a GGUF "
-        "file does; it cannot be converted"
-    )
+    check_merges(file, made, core)
+    check_surrounding(file, made, core)
+    alike = all(made.encode(text, True, False) == core.encode(text, True, False) for text in ("", " a", "  a"))
+    if not alike:
+        warnings.warn(
+            f"{file}: puts no space before a text that begins with one or follows a special token, which readers of a "
+            "GGUF file do: ' a' becomes other tokens there",
+            stacklevel=3,
+        )
+    else:
+        metadata |= check_added(file, metadata, made, core)
+    return metadata | _stand_in_for_eos(file, metadata)
 
 
 def _kind(token: int, core: TokenizerCore, ordinary: Container[int]) -> TokenType:
@@ -196,23 +248,14 @@ def _pad(file: Path, metadata: dict[str, Any], vocabulary_size: int) -> None:
         metadata[PREFIX + "scores"] = np.append(metadata[PREFIX + "scores"], np.full(missing, -1000, np.float32))
 
 
-def _pre_tokenizer(file: Path, metadata: Mapping[str, Any], core: TokenizerCore, own: Any) -> str:
-    """The name of the pre-tokenizer that cuts as this tokenizer does; own: the file's, for the error."""
-    expected = core.encode(_PROBE, False, False)
-    tried = set()
-    for name in (*_LIKELY, *PRE_TOKENIZERS):
-        style = PRE_TOKENIZERS[name]
-        if style not in tried and style.byte_level:
-            tried.add(style)
-            if build_core({**metadata, PREFIX + "pre": name}, str(file)).encode(_PROBE, False, False) == expected:
-                return name
-    problem = f"cuts text into words as none of the {len(tried)} pre-tokenizers that GGUF names"
-    raise UnsupportedError(f"{file}: {problem}; it cannot be converted (pre_tokenizer is {json.dumps(own)[:300]})")
-
-
 def _sentencepiece_metadata(file: Path, settings: Settings, vocabulary_size: int) -> dict[str, Any]:
     metadata = metadata_with_settings(file, settings)
     _pad(file, metadata, vocabulary_size)
-    metadata[PREFIX + "precompiled_charsmap"] = np.frombuffer(metadata[PREFIX + "precompiled_charsmap"], np.uint8)
-    absent = [key for key, value in metadata.items() if key.endswith("_token_id") and value == -1]
-    return {key: value for key, value in metadata.items() if key not in absent} | {PREFIX + "pre": "default"}
+    absent = {key for key, value in metadata.items() if key.endswith("_token_id") and value == -1}
+    if PREFIX + "bos_token_id" in absent:
+        metadata[PREFIX + "add_bos_token"] = False  # readers would take token 1
+    table = metadata.pop(PREFIX + "precompiled_charsmap")
+    if table:
+        metadata[PREFIX + "precompiled_charsmap"] = np.frombuffer(table, np.uint8)
+    kept = {key: value for key, value in metadata.items() if key not in absent} | {PREFIX + "pre": "default"}
+    return kept | _stand_in_for_eos(file, kept)
