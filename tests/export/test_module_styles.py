@@ -285,7 +285,11 @@ QUICK = (ReturnsDataclass, SkipsAnArgument, MaskFromABuffer)
 
 
 @pytest.mark.parametrize(
-    "style", [pytest.param(style, marks=() if style in QUICK else pytest.mark.slow) for style in [*STYLES, InBFloat16]]
+    "style",
+    [
+        pytest.param(style, marks=() if style in QUICK else pytest.mark.slow)
+        for style in [*STYLES, InBFloat16, Recurrent]
+    ],
 )
 def test_programs(style: type[Base], tmp_path: Path) -> None:
     module = style()
@@ -347,7 +351,7 @@ def test_what_openvino_cannot_hold_is_named(tmp_path: Path) -> None:
         (BranchesOnASize, r"goes another way at some sizes, and what was exported is for size 1 of input 0 >= 4"),
         (Draws, "Draws answers the same input differently when it is called again"),
         (
-            Recurrent,
+            LoopsOverTheText,
             r"its code fixes size 1 of an input \(counted from 0\) at 5, as a loop over that axis or a recurrent",
         ),
     ],
@@ -372,9 +376,8 @@ def test_a_loop_over_the_text_is_named_for_onnx(tmp_path: Path) -> None:
         ONNXExporter(LoopsOverTheText()).export(tmp_path / "model.onnx", IDS)
 
 
-def test_a_recurrent_module_of_one_length_is_a_program(tmp_path: Path) -> None:
-    module = Recurrent()
-    ProgramExporter(module).export(tmp_path / "model.pt2", IDS, dynamic_axes={"ids": {0: "batch"}})
+def test_a_loop_over_a_fixed_length_is_a_program(tmp_path: Path) -> None:
+    ProgramExporter(LoopsOverTheText()).export(tmp_path / "model.pt2", IDS, dynamic_axes={"ids": {0: "batch"}})
 
 
 def test_a_dataclass_in_a_script_is_named(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.errors import ModelError
+from mnemos.export.causes import grown_since, refuse_random, table_sizes
 from mnemos.export.example import Example, answer_of
-from mnemos.export.messages import first_line
+from mnemos.export.messages import GOES_ANOTHER_WAY, first_line
 from mnemos.export.report import OF_LARGEST
 
 Arrays = list[npt.NDArray[Any]]
@@ -82,6 +83,7 @@ def compare(
     which sizes and values, and by how much.
     """
     worst, shapes, left_out, inputs = 0.0, dict[str, None](), dict[str, None](), 0
+    before = table_sizes(module)
     for sizes, kind, tensors in example.others():
         label = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "the example's shape"
         if label in left_out:
@@ -97,19 +99,16 @@ def compare(
         except Exception as error:
             raise ModelError(
                 f"the {what} of {type(module).__name__} fails at {label} ({kind} values), where the module does not: "
-                f"{first_line(error)}"
+                f"{first_line(error)}{grown_since(module, before) or _of_a_size(error)}"
             ) from error
         where = f"{what} of {type(module).__name__} at {label} ({kind} values)"
         difference = _difference(found, expected, where, measure)
-        if not difference <= tolerance and not _repeats(module, tensors):
-            raise ModelError(
-                f"{type(module).__name__} answers the same input differently when it is called again, so that no file "
-                "can be compared with it; it draws random numbers or keeps a state: make forward depend on its inputs"
-            )
         if not difference <= tolerance:
+            refuse_random(module, tensors)
             raise ModelError(
                 f"the {what} of {type(module).__name__} differs from the module by {difference:.3g} at {label} "
-                f"({kind} values), more than {tolerance:.0e} of {measure.unit}; {_advice(difference)}"
+                f"({kind} values), more than {tolerance:.0e} of {measure.unit}"
+                f"{grown_since(module, before) or _advice(difference)}"
             )
         worst = max(worst, difference)
         shapes[label] = None
@@ -122,17 +121,21 @@ def compare(
     return Compared(worst, tuple(shapes), inputs, tuple(left_out), measure.unit)
 
 
-def _repeats(module: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
-    first, second = ([tensor for _, tensor in answer_of(module, tensors)] for _ in range(2))
-    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
-
-
 def _advice(difference: float) -> str:
     if difference < _ROUNDING:
-        return "so little may be rounding, which grows with the layers: give the exporter a larger tolerance"
+        return "; so little may be rounding, which grows with the layers: give the exporter a larger tolerance"
     return (
-        "a branch that depends on the data or a size is the usual cause: express it with torch.where, or export with "
-        "another method"
+        "; a branch that depends on the data or a size, or arithmetic in half precision, is the usual cause: express "
+        "it with torch.where or in float32, or export with another method"
+    )
+
+
+def _of_a_size(error: Exception) -> str:
+    if GOES_ANOTHER_WAY in first_line(error):  # which says it all
+        return ""
+    return (
+        "; a loop over a size, or a size that Python computes with, is the usual cause, as tracing takes both from the "
+        "example: compute with whole tensors, or export with another method"
     )
 
 

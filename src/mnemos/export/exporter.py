@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from mnemos.compress.modules.batches import evaluating
 from mnemos.compress.modules.quantized_model import QuantizedModel
 from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError, ModelError, shown
+from mnemos.export.causes import refuse_random, refuse_scripts
 from mnemos.export.comparison import Compared, Run, Timed, compare, speed_ratios
 from mnemos.export.example import Example, answer_of, plain_attention
 from mnemos.export.messages import first_line
 from mnemos.export.report import ExportReport as ExportReport
+from mnemos.export.tracing import uncompiled, uncompiled_parts
 from mnemos.formats.whole_file import not_written
 
 TOLERANCE = 1e-5  # of the largest value expected
@@ -67,11 +69,13 @@ class ModelExporter:
 
     format = ""
     is_folder = False  # what is written
+    through_program = True  # of torch.export
 
     def __init__(self, model: nn.Module, tolerance: float = TOLERANCE) -> None:
         """tolerance: the largest difference from the module that a file may have, over the largest value."""
         if isinstance(model, QuantizedModel):
             model = model.dequantize()
+        model = uncompiled(model)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
         self.model = model
@@ -118,8 +122,8 @@ class ModelExporter:
                     f"{free / 1e6:.1f} MB free; give a folder on another disk"
                 )
             made = folder / target.name
-            with evaluating(self.model), plain_attention():
-                notes = self._written(target, made, write)
+            with evaluating(self.model), uncompiled_parts(self.model), plain_attention():
+                notes = self._written(target, made, example, write)
                 run = self._loaded(target, made, load)
                 if run is None:
                     found, speed = None, dict[str, float]()
@@ -157,7 +161,7 @@ class ModelExporter:
     def _compared(self, example: Example, outputs: int, run: Run) -> Compared:
         return compare(self.model, run, example, outputs, self.tolerance, self.format)
 
-    def _written(self, target: Path, made: Path, write: Callable[[Path], list[str]]) -> list[str]:
+    def _written(self, target: Path, made: Path, example: Example, write: Callable[[Path], list[str]]) -> list[str]:
         try:
             with warnings.catch_warnings(record=True) as caught, _quiet():
                 warnings.simplefilter("always")
@@ -167,6 +171,9 @@ class ModelExporter:
         except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:  # others are of a converter, about source code
                 raise not_written(target, error, parameter_bytes(self.model)) from error
+            if self.through_program:
+                refuse_scripts(self.model, self.format)
+            refuse_random(self.model, example.tensors)
             raise ModelError(
                 f"{type(self.model).__name__} cannot be exported to {self.format}: {first_line(error)}"
             ) from error

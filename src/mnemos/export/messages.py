@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+BY_TRACING = "written by tracing: whatever depends on the data was compared, not proved"
+GOES_ANOTHER_WAY = "its code goes another way at some sizes"
+
 
 def first_line(error: BaseException) -> str:
     """What an error says in its first line, or what the one that caused it says: a converter wraps the useful one."""
@@ -20,10 +23,15 @@ def first_line(error: BaseException) -> str:
         return f"it branches on the data{where}; express it with torch.where"
     if len(lines) > 1 and "failed in the TorchScript interpreter" in lines[0]:
         return lines[-1][:300]  # the error itself, below the code around it
+    stated = _STATUS.search(str(error))
+    if stated:
+        return f"{stated['node']} fails: {stated['problem'].strip()[:300]}"
+    if len(lines) > 1 and lines[0].endswith(":"):  # OpenVINO's places in its source, and then the problem
+        return f"{type(error).__name__}: {next((each for each in lines if not _PLACE.search(each)), lines[-1])[:300]}"
     guard = _GUARD.search(text)
     if guard:
         condition = _SIZE.sub(r"size \2 of input \1", guard["condition"])
-        return f"its code goes another way at some sizes, and what was exported is for {condition} (counted from 0)"
+        return f"{GOES_ANOTHER_WAY}, and what was exported is for {condition} (counted from 0)"
     fixed = _FIXED.search(text)
     if fixed:
         axis, size = (fixed["axis"], fixed["size"]) if fixed["axis"] else (fixed["at"], fixed["of"])
@@ -40,4 +48,6 @@ _FIXED = re.compile(
 )
 _GUARD = re.compile(r"Guard failed: (?P<condition>.+)")
 _SIZE = re.compile(r"tensors_(\d+)\.size\(\)\[(\d+)\]")
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_COLOURS = re.compile(r"\x1b?\[[0-9;]*m")
+_STATUS = re.compile(r"while running (?P<node>\w+) node.* Status Message: (?P<problem>[^\n\x1b]+)")
+_PLACE = re.compile(r"^(Exception from|Check '.*' failed at|FrontEnd API failed)|\.[ch]pp:\d+:?$")

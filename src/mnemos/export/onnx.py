@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mnemos.compress.modules.batches import evaluating
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError, shown
@@ -19,9 +18,11 @@ from mnemos.export.attention_axes import FourAxes
 from mnemos.export.comparison import RELATIVE, Compared, Run, compare
 from mnemos.export.example import SUM, Example, answer_of, example_of
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, WithValues, outputs_of, refuse_bfloat16
-from mnemos.export.messages import first_line
+from mnemos.export.messages import BY_TRACING, first_line
 from mnemos.export.onnx_weights import BITS, round_weights
+from mnemos.export.recurrent import is_recurrent, scanned
 from mnemos.export.rms_norm import spelled_out
+from mnemos.export.tracing import without_gradients
 
 DEFAULT_OPSET = 20
 _OLDEST, _FIRST_OF_DYNAMO = 9, 18  # torch.export's programs use operators of opset 18
@@ -129,12 +130,12 @@ class ONNXExporter(ModelExporter):
         names = [example.names[name] for name in example.tensors]
         options: dict[str, Any] = {"input_names": names, "output_names": list(outputs), "opset_version": opset}
         notes = []
-        if opset >= _FIRST_OF_DYNAMO and not (bits is None and opset <= _LAST_OF_TRACING and _is_recurrent(self.model)):
+        if opset >= _FIRST_OF_DYNAMO and not (bits is None and opset <= _LAST_OF_TRACING and is_recurrent(self.model)):
             shapes = tuple(
                 {axis: "total" if SUM in label else label for axis, label in example.axes.get(name, {}).items()} or None
                 for name in example.tensors
             )
-            with FourAxes():
+            with FourAxes(), scanned(self.model):
                 program: Any = torch.onnx.export(
                     wrapper, arguments, dynamo=True, verbose=False, optimize=False,
                     dynamic_shapes=(shapes,) if example.axes else None, **options,
@@ -151,12 +152,12 @@ class ONNXExporter(ModelExporter):
                 notes.append(f"the weights are in {made.name}.data, which belongs beside the file")
         else:
             dynamic = {example.names[name]: axes for name, axes in example.axes.items()}
-            with spelled_out(self.model):
+            with spelled_out(self.model), without_gradients():
                 torch.onnx.export(
                     wrapper, arguments, str(made), dynamo=False, dynamic_axes=_with_outputs(dynamic, outputs),
                     do_constant_folding=False, **options,
                 )  # fmt: skip
-            notes.append("written by tracing: whatever depends on the data was compared, not proved")
+            notes.append(BY_TRACING)
         found = file_opset(made)
         if found != opset:
             raise ModelError(
@@ -164,10 +165,6 @@ class ONNXExporter(ModelExporter):
                 f"newer one; export with opset_version={found}"
             )
         return notes
-
-
-def _is_recurrent(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.RNNBase) for part in module.modules())
 
 
 def _simplify(model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -17,12 +18,15 @@ from mnemos.errors import ConfigError, FormatError, ModelError
 from mnemos.export.comparison import Run
 from mnemos.export.example import Example, example_of
 from mnemos.export.exporter import ExportReport, ModelExporter, outputs_of, refuse_bfloat16
-from mnemos.export.messages import first_line
+from mnemos.export.messages import BY_TRACING, first_line
 from mnemos.export.programs import exported_program
+from mnemos.export.recurrent import is_recurrent
 from mnemos.export.requirements import imported
+from mnemos.export.torchscript import traced_module
 
 BEAMS = "beam_idx"
 _OLDEST = "2025.0"
+_UNCONVERTED = re.compile(r"onver.* for(?: operations)?: (.+)|-- (aten\S+) with a message")
 _FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
@@ -75,7 +79,11 @@ class OpenVINOExporter(ModelExporter):
 
     def _write(self, made: Path, example: Example, outputs: tuple[str, ...], state: dict[str, str]) -> list[str]:
         openvino = _openvino()
-        converted = _converted(exported_program(self.model, example, len(outputs)))
+        recurrent = is_recurrent(self.model)  # of any length by tracing alone: OpenVINO knows no scan
+        if recurrent:
+            converted = _converted(traced_module(self.model, example, len(outputs)))
+        else:
+            converted = _converted(exported_program(self.model, example, len(outputs)))
         name_ports(converted, [example.names[name] for name in example.tensors], outputs)
         if state:
             _keep_state(converted, state)
@@ -85,19 +93,20 @@ class OpenVINOExporter(ModelExporter):
             if "iostream" not in str(error):
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error  # the one cause in a folder just made
-        return [f"the weights are in {made.with_suffix('.bin').name}, which belongs beside the file"]
+        notes = [f"the weights are in {made.with_suffix('.bin').name}, which belongs beside the file"]
+        return [*notes, BY_TRACING] if recurrent else notes
 
 
 def _converted(program: Any) -> Any:
-    """The `openvino.Model` of a `torch.export` program. ModelError: it has operators that OpenVINO has no form of."""
+    """The `openvino.Model` of a `torch.export` program or a trace. ModelError: OpenVINO has no form of an operator."""
     convert = _openvino().convert_model
     try:
-        return convert(program)
-    except Exception as error:
-        if not _unconverted(error):
-            raise
-    try:  # some that it has no form of are made of others that it has
-        return convert(program.run_decompositions())
+        try:
+            return convert(program)
+        except Exception as error:
+            if not _unconverted(error) or not hasattr(program, "run_decompositions"):
+                raise
+        return convert(program.run_decompositions())  # some that it has no form of are made of others that it has
     except Exception as error:
         if missing := _unconverted(error):
             raise ModelError(f"OpenVINO cannot express {missing}; write that by other operators") from error
@@ -106,9 +115,7 @@ def _converted(program: Any) -> Any:
 
 def _unconverted(error: Exception) -> str:
     """The operators that a conversion named as the cause; empty if it is another error."""
-    return ", ".join(
-        line.partition("for: ")[2] for line in str(error).splitlines() if "onver" in line and "for: " in line
-    )
+    return ", ".join(dict.fromkeys(found[1] or found[2] for found in _UNCONVERTED.finditer(str(error))))
 
 
 def name_ports(converted: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:

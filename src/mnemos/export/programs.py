@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mnemos.export.comparison import Run
 from mnemos.export.example import Example, arrays_of, example_of
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of
 from mnemos.export.messages import first_line
+from mnemos.export.recurrent import scanned
 from mnemos.formats.whole_file import late_errors
 
 
@@ -54,7 +56,7 @@ class ProgramExporter(ModelExporter):
         return load_program(path)
 
     def _write(self, made: Path, example: Example, outputs: int, compile: bool) -> list[str]:
-        program = exported_program(self.model, example, outputs)
+        program = exported_program(self.model, example, outputs, scans=not compile)
         if not compile:
             with made.open("wb") as file, late_errors(file) as patient:
                 torch.export.save(program, patient)
@@ -67,11 +69,16 @@ class ProgramExporter(ModelExporter):
 
 
 def exported_program(
-    module: torch.nn.Module, example: Example, outputs: int, longest: Mapping[str, int] | None = None
+    module: torch.nn.Module,
+    example: Example,
+    outputs: int,
+    longest: Mapping[str, int] | None = None,
+    scans: bool = True,
 ) -> torch.export.ExportedProgram:
     """The module as a torch.export program that takes the example's tensors in order; the varying axes are dynamic.
 
-    longest: the largest size of axes that have a limit, by name.
+    longest: the largest size of axes that have a limit, by name; scans: recurrent layers become scans, of any length,
+    where the next converter knows them; otherwise they are unrolled.
     """
     wrapper = FlatOutputs(module, tuple(example.tensors), outputs).eval()
     dynamic: Any = torch.export.Dim.DYNAMIC
@@ -80,12 +87,13 @@ def exported_program(
         {axis: limited.get(label, dynamic) for axis, label in example.axes.get(name, {}).items()} or None
         for name in example.tensors
     )
-    return torch.export.export(
-        wrapper,
-        tuple(example.traced().tensors.values()),
-        dynamic_shapes=(shapes,) if example.axes else None,
-        strict=False,
-    )
+    with scanned(module) if scans else nullcontext():
+        return torch.export.export(
+            wrapper,
+            tuple(example.traced().tensors.values()),
+            dynamic_shapes=(shapes,) if example.axes else None,
+            strict=False,
+        )
 
 
 def load_program(path: str | os.PathLike[str]) -> Any:

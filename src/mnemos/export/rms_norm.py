@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnemos.export.forwards import parts_of, replaced
+
 
 @contextmanager
 def spelled_out(module: nn.Module) -> Iterator[None]:
     """Inside, the module's nn.RMSNorm layers compute with a mean and a square root; afterwards as before."""
     kind = getattr(nn, "RMSNorm", None)
-    layers: list[Any] = [part for part in module.modules() if kind is not None and isinstance(part, kind)]
-    for layer in layers:
-        layer.forward = _forward(layer)
-    try:
+    layers = [] if kind is None else parts_of(module, kind)
+    with replaced({layer: _forward(layer) for layer in layers}):
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def _forward(layer: Any) -> Any:

@@ -17,6 +17,7 @@ from mnemos.export.comparison import Run
 from mnemos.export.example import Example, arrays_of, example_of
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of
 from mnemos.export.messages import first_line
+from mnemos.export.tracing import without_gradients
 
 METHODS = ("trace", "script")
 
@@ -32,6 +33,7 @@ class TorchScriptExporter(ModelExporter):
     """
 
     format = "TorchScript file"
+    through_program = False
 
     def export(
         self,
@@ -68,14 +70,20 @@ class TorchScriptExporter(ModelExporter):
             with _without_deprecation():
                 _save(torch.jit.script(self.model), made)
             return []
-        traced = tuple(example.traced().tensors.values())
-        module = self.model if example.plain else FlatOutputs(self.model, tuple(example.tensors), outputs).eval()
-        with _without_deprecation():
-            trace: Any = torch.jit.trace
-            _save(trace(module, traced, check_trace=False), made)
+        _save(traced_module(self.model, example, outputs), made)
         if example.plain:
             return []
         return [f"the file returns {'the tensor' if outputs == 1 else 'the tensors'} of the answer alone"]
+
+
+def traced_module(module: torch.nn.Module, example: Example, outputs: int) -> torch.jit.ScriptModule:
+    """The module as a trace that takes the example's tensors in order, and returns the first so many of its tensors."""
+    tensors = tuple(example.traced().tensors.values())
+    with _without_deprecation(), without_gradients():
+        trace: Any = torch.jit.trace
+        wrapper = module if example.plain else FlatOutputs(module, tuple(example.tensors), outputs).eval()
+        found: torch.jit.ScriptModule = trace(wrapper, tensors, check_trace=False)
+        return found
 
 
 def _save(module: Any, made: Path) -> None:
