@@ -102,9 +102,11 @@ def test_products_of_a_value_projection_are_of_the_averages_that_attention_takes
 ) -> None:
     own = reference(name)
     layer = own.module.get_submodule("model.layers.1.self_attn")
-    sums, seen = np.zeros((2, 64, 64)), []
+    sums, seen, chunks = np.zeros((2, 64, 64)), [], iter(range(len(TEXT)))
 
     def add(module: object, given: object, named: dict[str, torch.Tensor], result: tuple[torch.Tensor, ...]) -> None:
+        if next(chunks) % 2:  # two heads share one of values: every second chunk gives as many averages as tokens
+            return
         x, attention = named["hidden_states"][0].numpy(), result[1][0].detach().numpy()
         for head, shares in enumerate(attention):  # four heads, of which two share one of values
             sums[head // 2] += (shares @ x).T @ (shares @ x)
@@ -173,7 +175,7 @@ def test_a_weight_that_is_not_a_number_is_refused(reference: Callable[[str], Ref
     finally:
         with torch.no_grad():
             weight.copy_(kept)
-    with pytest.raises(FormatError, match="the inputs of blk.1.ffn_down.weight are not finite"):
+    with pytest.raises(FormatError, match="blk.1.ffn_up.weight has values that are NaN or infinite"):
         moments(open_checkpoint(path), TEXT)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
+
+from safetensors import SafetensorError  # noqa: E402
 
 from mnemos.cli.main import main  # noqa: E402
 from mnemos.engine.engine import InferenceEngine  # noqa: E402
@@ -77,6 +80,8 @@ def test_a_student_is_trained_and_compared(folder: Path, tmp_path: Path, capsys:
         ([], "nothing is to be removed; give --neurons, --heads, --layers or --zeros"),
         (["--zeros", "0.5", "--layers", "1"], "--zeros is given with what removes parts"),
         (["--layers", "3"], "has 3 layers, of which 3 cannot go"),
+        (["--neurons", "1.5"], "neurons is 1.5; it must be a number from 0 and below 1"),
+        (["--zeros", "0.3", "--pattern", "2:4"], "pattern 2:4 makes 0.5 of the weights zero; give --zeros 0.5"),
         (["--neurons", "0.5", "--calibrate", "short.txt"], "tokens; at least 256 are needed"),
     ],
 )
@@ -88,3 +93,40 @@ def test_bad_input_is_named(
     text = str(folder.parent / "text.txt")
     assert main(["prune", str(folder), "--calibrate", text, "--out", str(tmp_path / "out"), *options]) != 0
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_student_with_other_tokens_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(folder, student)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([line[::-1].upper() for line in LINES], vocab_size=300, show_progress=False)
+    tokenizer.save(str(student / "tokenizer.json"))
+    options = ["--text", str(folder.parent / "text.txt"), "--student", str(student), "--out", str(tmp_path / "out")]
+    assert main(["distill", str(folder), *options]) == 2
+    assert "in the other; expected the same vocabulary" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", full)
+    options = ["--neurons", "0.5", "--calibrate", str(folder.parent / "text.txt"), "--out", str(tmp_path / "small")]
+    assert main(["prune", str(folder), *options]) == 1
+    assert "small: cannot be written: No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_size_that_nothing_comes_down_to_is_refused_before_anything_is_measured(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mnemos._native")
+    options = ["--size", "10KB", "--calibrate", str(folder.parent / "text.txt"), "--out", str(tmp_path / "a.gguf")]
+    assert main(["quantize", str(folder), *options]) == 2
+    shown = capsys.readouterr().err
+    assert "--size is 10KB; the smallest file of this model has" in shown and "calibrating" not in shown

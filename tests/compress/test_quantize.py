@@ -236,6 +236,14 @@ def test_wrong_options_are_named(source, arguments, problem, capsys):
     assert problem in capsys.readouterr().err
 
 
+def test_what_exists_is_not_written_over(source, capsys):
+    other = source.parent / "kept.gguf"
+    other.write_text("kept")
+    assert main(["quantize", str(source), "--type", "q4_0", "--out", str(other)]) == 2
+    assert "which exists; give a new name" in capsys.readouterr().err
+    assert other.read_text() == "kept"
+
+
 @pytest.mark.skipif(core is None, reason="the native module is not built")
 def test_a_search_loses_less_than_importance_alone(tmp_path):
     checkpoints = pytest.importorskip("tests.models.checkpoints")
@@ -267,8 +275,10 @@ def test_moments_are_measured_in_groups_that_fit(tmp_path, monkeypatch):
     text, runs = checkpoints.token_ids(256), []
     calibration = Calibration(open_checkpoint(source), text, progress=lambda *now: runs.append(now))
     names = [f"blk.{layer}.{part}.weight" for layer in range(3) for part in ("attn_q", "ffn_down")]
+    squares = calibration.importance(wanted=names)
     whole = {name: calibration.full_moments(name, names).products for name in names}
     assert len(runs) == 1
+    np.testing.assert_allclose(np.diagonal(whole[names[0]][0]), squares[names[0]], rtol=1e-5)
     monkeypatch.setattr("mnemos.compress.calibration.BUDGET", 4 * (64**2 + 88**2))
     calibration = Calibration(open_checkpoint(source), text, progress=lambda *now: runs.append(now))
     for name in names:

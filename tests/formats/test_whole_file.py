@@ -6,7 +6,7 @@ import os
 import pytest
 
 from mnemos.errors import CapacityError, FormatError
-from mnemos.formats.whole_file import late_errors, replacing, write_whole
+from mnemos.formats.whole_file import late_errors, new_folder, replacing, write_whole
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -75,6 +75,19 @@ def test_errors_of_writing_wait_until_the_block_ends(tmp_path):
         assert file.write(b"abc") == 3 and file.write(b"de") == 2
         reached = True
     assert reached
+
+
+def test_a_file_of_a_folder_that_cannot_be_written_is_named_by_the_folder(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.raises(CapacityError, match=r"made: cannot be written: No space left"),
+        new_folder(made := tmp_path / "made") as work,
+    ):
+        write_whole(work / "one", lambda file: file.write(b"1"))
+    assert not made.exists() and not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):

@@ -52,16 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
     from mnemos.hub.sources import resolve
 
     require_torch("mnemos distill")
+    from mnemos.compress.evaluate import check_same_tokens
     from mnemos.compress.modules.distill import distill, evaluate
     from mnemos.compress.modules.folders import (
         batches_of,
-        check_new,
         load_folder,
         parameters,
         save_folder,
         split_batches,
     )
     from mnemos.compress.modules.student import student_of
+    from mnemos.formats.whole_file import check_new
 
     out = Path(arguments.out)
     check_new(out)
@@ -75,7 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
             teacher, arguments.layers, arguments.width, heads=arguments.heads, size=arguments.size, batches=batches[:8]
         )
     else:
-        student, _ = load_folder(resolve(arguments.student))
+        student, own = load_folder(resolve(arguments.student))
+        check_same_tokens(tokenizer, own, min(len(tokenizer), len(own)))
     start = evaluate(student, held_out, teacher)
     with ProgressBar(arguments.model, unit="steps") as progress:
         done = distill(

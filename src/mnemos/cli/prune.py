@@ -40,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from mnemos.formats.whole_file import check_new
     from mnemos.hub.sources import resolve
 
+    check_new(Path(arguments.out))
     text = read_text(Path(arguments.calibrate))
     with ProgressBar(arguments.model) as progress:
         source = resolve(arguments.model, progress)
@@ -77,14 +79,20 @@ def _prune_gguf(source: Path, text: str, arguments: argparse.Namespace) -> None:
 
 
 def _prune_folder(source: Path, text: str, arguments: argparse.Namespace) -> Iterable[tuple[str, int, int]]:
-    from mnemos.compress.modules.folders import batches_of, check_new, load_folder, parameters, save_folder
+    from mnemos.compress.modules.folders import batches_of, load_folder, parameters, save_folder
+    from mnemos.compress.modules.masks import Pattern
     from mnemos.compress.modules.pruned_model import PrunedModel
 
     if arguments.zeros is not None and (arguments.neurons or arguments.heads or arguments.layers):
         raise ConfigError("--zeros is given with what removes parts; give one of them")
     if arguments.zeros is None and not (arguments.neurons or arguments.heads or arguments.layers):
         raise ConfigError("nothing is to be removed; give --neurons, --heads, --layers or --zeros")
-    check_new(Path(arguments.out))
+    share = Pattern.read(arguments.pattern).zeros
+    if share is not None and arguments.zeros is not None and abs(arguments.zeros - share) > 1e-3:
+        raise ConfigError(
+            f"--zeros is {arguments.zeros}, and pattern {arguments.pattern} makes {share:g} of the weights zero; "
+            f"give --zeros {share:g}"
+        )
     module, tokenizer = load_folder(source)
     batches = batches_of(text, tokenizer, module, arguments.calibrate)
     before = parameters(module)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mnemos.compress.calibration import Calibration
     from mnemos.compress.plan import Row
     from mnemos.compress.quantize import Importance
+    from mnemos.formats.checkpoint import Checkpoint
     from mnemos.formats.tensor_types import TensorType
 
 
@@ -76,8 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from mnemos.compress.plan import mix_named, override_of
+    from mnemos.formats.whole_file import check_new
     from mnemos.hub.sources import resolve
 
+    size = None if arguments.size is None else _bytes(arguments.size)
     if sum(value is not None for value in (arguments.type, arguments.size, arguments.loss)) != 1:
         raise ConfigError("--type, --size and --loss each say what the tensors become; give one of them")
     if arguments.type is None:
@@ -85,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(
                 "--size and --loss measure what each type costs; give --calibrate TEXT, without --dry-run"
             )
-        size, arguments.search = None if arguments.size is None else _bytes(arguments.size), True
+        arguments.search = True
     mix_named(arguments.type or MIX)
     overrides = [override_of(text) for text in arguments.tensor]
     if arguments.out is None and not arguments.dry_run:
@@ -102,7 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
         return _show_plan(source, arguments, overrides)
     if not arguments.out.endswith(".gguf"):
         return _convert(source, arguments)
+    check_new(Path(arguments.out))
     calibration = _calibration(source, arguments)
+    if calibration is not None and size is not None:
+        _check_size(calibration.checkpoint, size, arguments.size)
     importance = _importance(calibration, arguments)
     from mnemos.compress.quantize import quantize_file
 
@@ -162,6 +168,19 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * unit ** (" kmg".index(found[2]) if found[2] else 0))
 
 
+def _check_size(checkpoint: Checkpoint, size: int, given: str) -> None:
+    """ConfigError, before anything is measured, for a size that no choice of types comes down to."""
+    from mnemos.compress.budget import candidates
+    from mnemos.compress.quantize import unchanged_bytes
+
+    tensors, types = checkpoint.tensors, candidates(checkpoint.tensors)
+    smallest = unchanged_bytes(checkpoint.path, types)
+    for name, own in types.items():
+        smallest += tensors[name].rows * min(one.row_bytes(tensors[name].columns) for one in own)
+    if size < smallest:
+        raise ConfigError(f"--size is {given}; the smallest file of this model has {human_bytes(smallest)}")
+
+
 def _choose(calibration: Calibration, size: int | None, arguments: argparse.Namespace) -> dict[str, TensorType]:
     """The types for --size or --loss, with the loss to expect as a remark."""
     from mnemos.compress.budget import choose, measure_options
@@ -201,10 +220,12 @@ def _importance(calibration: Calibration | None, arguments: argparse.Namespace) 
     if calibration is None:
         return None
     from mnemos.compress.calibration import CHUNK
+    from mnemos.compress.mixes import is_quantizable
 
-    name = Path(arguments.calibrate).name
+    name, tensors = Path(arguments.calibrate).name, calibration.checkpoint.tensors
+    wanted = [key for key, one in tensors.items() if arguments.search and is_quantizable(key, one.shape)]
     with ProgressBar(arguments.calibrate, unit="tokens") as progress:
-        values = calibration.importance(progress)
+        values = calibration.importance(progress, wanted)
     if arguments.save_imatrix is not None:
         from mnemos.formats.imatrix import ImportanceMatrix, write_imatrix
 

@@ -29,7 +29,7 @@ from mnemos.hub.cache import Progress
 from mnemos.models.load import load_model
 
 TOKENS = 512  # of the calibration's, on which divergences are measured
-PROBED_ROWS = 48  # of each part of a tensor, on which errors are measured
+PROBED_ROWS = 16  # of each part of a tensor, on which errors are measured
 PROBE = TensorType.Q4_0  # coarse enough that the divergence is far above the noise, and its block divides most rows
 _LOWEST_PRICE, _HIGHEST_PRICE = 1e-20, 1e3  # nats per byte: all tensors at their best, all at their smallest
 
@@ -101,13 +101,23 @@ def _spend(chosen: dict[str, Option], options: Mapping[str, Sequence[Option]], s
     return chosen
 
 
+def candidates(tensors: Mapping[str, Tensor]) -> dict[str, list[TensorType]]:
+    """The quantizable tensors of a GGUF model, each with the types whose blocks divide its rows, one at least."""
+    found = {
+        name: [type for type, format in FORMATS.items() if tensor.columns % format.block == 0]
+        for name, tensor in tensors.items()
+        if is_quantizable(name, tensor.shape)
+    }
+    return {name: types for name, types in found.items() if types}
+
+
 def measure_options(calibration: Calibration, progress: Progress | None = None) -> dict[str, list[Option]]:
     """What each quantizable tensor may become, by measurement on the calibration's model and text.
 
     Tensors whose rows divide into no type's blocks are left out. Needs memory for two more float32 models.
     """
     tensors = calibration.checkpoint.tensors
-    names = [name for name, tensor in tensors.items() if is_quantizable(name, tensor.shape)]
+    names = list(candidates(tensors))
     found: dict[str, dict[TensorType, float]] = {}
     rounded: dict[str, Tensor] = {}
     probed: dict[str, float] = {}

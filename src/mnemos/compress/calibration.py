@@ -27,6 +27,7 @@ from mnemos.text.tokenizer import Tokenizer
 
 CHUNK = 512  # tokens evaluated at once, or the model's context if that is shorter
 BUDGET = 1 << 30  # bytes of products that are held at a time
+PIECE = 1 << 24  # weights that are looked at together for values that are not finite
 FEWEST_TOKENS = 256  # with fewer, a few columns seem unused that are not
 Report = Callable[[str, int, int], None]  # (what, done, total), as `mnemos.hub.sources.resolve` takes it
 
@@ -114,14 +115,20 @@ class Calibration:
             self._model.forward(_whole(self.token_ids[start : start + self.chunk], self._model.spec.layout))
             if self.progress is not None:
                 self.progress("calibrating", min(start + self.chunk, count), count)
-        return {
-            names(tensor): _mean(tensor, sums, recorder.averaged.get(tensor)) for tensor, sums in _by_tensor(recorder)
-        }
+        found = {}
+        for tensor, sums in _by_tensor(recorder):
+            found[names(tensor)] = own = _mean(sums, recorder.averaged.get(tensor))
+            if not np.isfinite(own.squares).all():
+                raise _not_finite(self.checkpoint, tensor)
+        return found
 
-    def importance(self, progress: Report | None = None) -> dict[str, Floats]:
-        """The mean squares of `moments`."""
+    def importance(self, progress: Report | None = None, wanted: Sequence[str] = ()) -> dict[str, Floats]:
+        """The mean squares of `moments`.
+
+        wanted: tensors that `full_moments` will be asked for next, in that order, so that one run serves both.
+        """
         self.progress = progress or self.progress
-        return {name: found.squares for name, found in self.moments().items()}
+        return {name: found.squares for name, found in self._run(wanted).items()}
 
     def full_moments(self, name: str, wanted: Sequence[str]) -> Moments | None:
         """The moments of one tensor, with products; None for one that nothing is multiplied with.
@@ -130,12 +137,16 @@ class Calibration:
         `name` whose products fit into BUDGET are kept from the same run, and those before it are forgotten.
         """
         if name not in self._held:
-            following = wanted[wanted.index(name) :]
-            sizes = accumulate(4 * self.checkpoint.tensors[tensor].columns ** 2 for tensor in following)
-            group = {tensor for tensor, size in zip(following, sizes, strict=True) if size <= BUDGET} | {name}
-            found = self.moments(lambda tensor: tensor in group)
-            self._held = {tensor: found.get(tensor) for tensor in group}
+            self._run(wanted[wanted.index(name) :])
         return self._held[name]
+
+    def _run(self, wanted: Sequence[str]) -> dict[str, Moments]:
+        """`moments`, of which those with the products of the first of `wanted` are held, one at least."""
+        sizes = accumulate(4 * self.checkpoint.tensors[tensor].columns ** 2 for tensor in wanted)
+        group = {tensor for tensor, size in zip(wanted, sizes, strict=True) if size <= BUDGET} | {*wanted[:1]}
+        found = self.moments(lambda tensor: tensor in group)
+        self._held = {tensor: found.get(tensor) for tensor in group}
+        return found
 
 
 def _tokens(checkpoint: Checkpoint, text: str | Sequence[int]) -> list[int]:
@@ -183,15 +194,24 @@ def _by_tensor(recorder: RecordingOps) -> Iterator[tuple[str, list[Sums | None]]
         yield tensor, [recorder.sums.get((tensor, expert)) for expert in range(count)]
 
 
-def _mean(tensor: str, sums: Sequence[Sums | None], averaged: Sequence[Sums] | None) -> Moments:
+def _not_finite(checkpoint: Checkpoint, reader: str) -> FormatError:
+    """The error for the tensor that has NaN or infinity, or if none has, for the one with such inputs, `reader`."""
+    for name, tensor in checkpoint.tensors.items():
+        step = max(1, PIECE // max(tensor.columns, 1))
+        for start in range(0, tensor.rows, step):
+            rows = tensor.slice_rows(start, min(start + step, tensor.rows)) if tensor.rows > step else tensor
+            if not np.isfinite(rows.dequantize()).all():
+                return FormatError(f"{name} has values that are NaN or infinite; expected finite weights")
+    return FormatError(f"the inputs of {reader} are not finite on the text for calibration; expected finite weights")
+
+
+def _mean(sums: Sequence[Sums | None], averaged: Sequence[Sums] | None) -> Moments:
     first = next(one for one in sums if one is not None)
     columns = len(first.squares)
     squares = np.ones((len(sums), columns), dtype=np.float32)
     for own, one in zip(squares, sums, strict=True):
         if one is not None:
             own[:] = one.squares / one.tokens
-    if not np.isfinite(squares).all():
-        raise FormatError(f"the inputs of {tensor} are not finite on the text for calibration; expected finite weights")
     parts = None if first.products is None else [_mean_products(one, columns) for one in averaged or sums]
     tokens = sum(one.tokens for one in sums if one is not None)
     products = None if parts is None else np.stack(parts)

@@ -15,6 +15,7 @@ from mnemos.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from mnemos.engine.engine import InferenceEngine
+    from mnemos.text.tokenizer import Tokenizer
 
 CHUNK = 512  # tokens of a piece of text that is evaluated on its own, or the model's context if that is shorter
 LARGEST_EXPONENT = 700.0  # a float can still represent its exponential
@@ -132,13 +133,21 @@ def _check_vocabularies(model: InferenceEngine, against: InferenceEngine) -> Non
         raise ConfigError(
             f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; expected the same vocabulary"
         )
-    if model.tokenizer is None or against.tokenizer is None:
-        return
-    for token in range(0, sizes[0], max(sizes[0] // 256, 1)):  # another tokenizer differs almost everywhere
-        pair = [engine.tokenizer.decode([token]) for engine in (model, against) if engine.tokenizer is not None]
-        if pair[0] != pair[1]:
+    if model.tokenizer is not None and against.tokenizer is not None:
+        check_same_tokens(model.tokenizer, against.tokenizer, sizes[0])
+
+
+def check_same_tokens(one: Tokenizer, other: Tokenizer, count: int) -> None:
+    """ConfigError if the tokenizers have different texts for any of about 256 of `count` tokens.
+
+    Another tokenizer differs almost everywhere.
+    """
+    for token in range(0, count, max(count // 256, 1)):
+        texts = one.decode([token]), other.decode([token])
+        if texts[0] != texts[1]:
             raise ConfigError(
-                f"token {token} is {pair[0]!r} in one model and {pair[1]!r} in the other; expected the same vocabulary"
+                f"token {token} is {texts[0]!r} in one model and {texts[1]!r} in the other; expected the same "
+                "vocabulary"
             )
 
 

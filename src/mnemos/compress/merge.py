@@ -24,7 +24,7 @@ from mnemos.formats.quants import dequantize
 from mnemos.formats.safetensors import INDEX_NAME, SINGLE_NAME, TYPE_NAMES
 from mnemos.formats.safetensors_writer import Entry, write_safetensors
 from mnemos.formats.tensor_types import TensorType
-from mnemos.formats.whole_file import new_folder
+from mnemos.formats.whole_file import check_new, new_folder
 from mnemos.models.adapted import MERGED_TYPE, WeightChanges
 
 Progress = Callable[[str, int, int], None]
@@ -62,8 +62,7 @@ def merge_files(
     `out` appears when it is whole. Errors: FormatError for an adapter of another model, ConfigError.
     """
     checkpoint = open_checkpoint(source)
-    if out.exists():
-        raise ConfigError(f"out is {str(out)!r}, which exists; give a new name")
+    check_new(out)
     changes = WeightChanges(checkpoint, adapters)
     if checkpoint.kind == "gguf":
         return _write_gguf(GGUFFile.open(checkpoint.path), changes, out, type, progress)

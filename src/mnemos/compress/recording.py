@@ -48,7 +48,8 @@ class Sums:
         if self.products is None:
             return
         self.weight += len(x) if weights is None else float(weights.sum())
-        self.products += x.T @ (x if weights is None else x * weights[:, None])
+        scaled = x if weights is None else x * np.sqrt(weights)[:, None]
+        self.products += scaled.T @ scaled  # of one array with itself: half of the work
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,7 @@ class RecordingOps:
         self.sums: dict[tuple[str, int], Sums] = {}  # by tensor and expert
         self.averaged: dict[str, list[Sums]] = {}  # of value projections: by tensor, for each key/value head
         self._made: dict[str, int] = {}  # how many matrices were made of a tensor before
+        self._chunk = 0  # batches since `begin`
         self._latest: tuple[Floats, Sums] | None = None  # the latest input and where it was added
         self._products: deque[_Product] = deque()  # the latest ones, at most _LATEST
 
@@ -92,6 +94,7 @@ class RecordingOps:
         """Forgets all sums. full: tensors of which the products of all pairs of columns are wanted, besides squares."""
         self.full = full
         self.sums, self.averaged = {}, {}
+        self._chunk = 0
 
     def as_ops(self) -> Ops:
         """This object as what an architecture calls; what is not defined here is the inner backend's."""
@@ -111,6 +114,7 @@ class RecordingOps:
             self._latest = None
             hidden, logits, *_ = forward(self.as_ops(), batch, cache)
             self._forget(0)
+            self._chunk += 1
             return Output(logits=logits, hidden=hidden)
 
         return step
@@ -144,7 +148,7 @@ class RecordingOps:
         self, q: Floats, k: Floats, v: Floats, cache: Any, layer: int, batch: Batch, params: AttentionParams
     ) -> Any:
         found = next((product for product in self._products if product.result is v), None)
-        if found is not None:
+        if found is not None and self._chunk % (params.heads // params.kv_heads) == 0:
             x, tensor = found.x, found.tensor
             if self.full(tensor) and self.tensors[tensor].rows == v.shape[1]:  # not together with queries and keys
                 self._average(

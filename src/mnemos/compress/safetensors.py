@@ -16,7 +16,7 @@ from mnemos.formats.safetensors import SINGLE_NAME
 from mnemos.formats.safetensors_writer import Entry, write_safetensors
 from mnemos.formats.tensor import Tensor
 from mnemos.formats.tensor_types import TensorType
-from mnemos.formats.whole_file import new_folder
+from mnemos.formats.whole_file import check_new, new_folder
 from mnemos.hub.cache import Progress
 
 TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # names in config.json
@@ -39,8 +39,7 @@ def convert_folder(source: Path, out: Path, type: str, *, progress: Progress | N
     checkpoint = open_checkpoint(source)
     if checkpoint.kind != "huggingface" or not source.is_dir():
         raise ConfigError(f"{source}: is no Hugging Face folder; give --out a name that ends in .gguf")
-    if out.exists():
-        raise ConfigError(f"out is {str(out)!r}, which exists; give a folder that does not")
+    check_new(out)
     chosen = TensorType[type.upper()]
     rows = [
         Row(name, t.shape, t.type, chosen if t.type in _FLOATS else t.type) for name, t in checkpoint.tensors.items()

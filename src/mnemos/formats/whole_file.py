@@ -11,9 +11,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from mnemos.errors import CapacityError, FormatError, MnemosError
+from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit of the process or of the file system
+
+
+def check_new(out: Path) -> None:
+    """ConfigError if there is a file or folder of this name, for what is never written over anything."""
+    if out.exists():
+        raise ConfigError(f"out is {str(out)!r}, which exists; give a new name")
 
 
 @contextmanager
@@ -69,8 +75,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.replace(work, path)
     except BaseException as error:
         rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, MnemosError):
-            raise not_written(path, error) from error
+        # A file in the folder has said so already, by a path that nobody knows.
+        cause = error.__cause__ if isinstance(error, MnemosError) and str(work) in str(error) else error
+        if isinstance(cause, OSError) and not isinstance(cause, MnemosError):
+            raise not_written(path, cause) from error
         raise
 
 

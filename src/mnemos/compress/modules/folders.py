@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.formats.checkpoint import open_checkpoint
-from mnemos.formats.whole_file import new_folder
+from mnemos.formats.whole_file import check_new, new_folder
 from mnemos.models.foreign.pretrained import load_module
 from mnemos.models.foreign.settings import find_context
 from mnemos.text.tokenizer import Tokenizer
@@ -55,13 +58,11 @@ def save_folder(module: nn.Module, source: Path, out: Path) -> None:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, draft / path.name)
-        saved.save_pretrained(draft)
-
-
-def check_new(out: Path) -> None:
-    """ConfigError if there is a file or folder of this name."""
-    if out.exists():
-        raise ConfigError(f"out is {str(out)!r}, which exists; give a new name")
+        try:
+            saved.save_pretrained(draft)
+        except SafetensorError as error:
+            system = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(system[1]), os.strerror(int(system[1]))) if system else error from error
 
 
 def parameters(module: nn.Module) -> int:

@@ -53,6 +53,11 @@ class Pattern:
             f"pattern is {shown(text)}; it must be None, N:M with N below M such as 2:4, or ROWSxCOLUMNS such as 4x8"
         )
 
+    @property
+    def zeros(self) -> float | None:
+        """The share of zeros that N:M makes, whatever ratio is wanted; None of the others, which follow the ratio."""
+        return 1 - self.kept / self.group if self.group else None
+
     def fits(self, shape: torch.Size) -> bool:
         """Whether a matrix (rows, columns) divides into such blocks or groups."""
         return shape[0] % self.rows == 0 and shape[1] % self.columns == 0 and shape[1] % (self.group or 1) == 0

@@ -23,7 +23,9 @@ from mnemos.compress.modules.structured import (
 )
 from mnemos.compress.modules.units import Units, find_units
 from mnemos.errors import ModelError
+from mnemos.rules import real
 
+SHARE = real(0, 1, open_high=True)
 TRACED_ROWS, TRACED_TOKENS = 2, 8  # enough to see what depends on what
 
 
@@ -40,12 +42,12 @@ def shrink(
 
     batches: what the module runs over, at least one. measured: the batches' activations decide what goes, and what
     reads the rest is fitted to them; else the weights' norms do, and layers go at even distances.
-    ModelError: none of what was asked for can be removed.
+    ConfigError: a share that is not from 0 and below 1. ModelError: none of what was asked for can be removed.
     """
+    shares = {"neurons": SHARE.apply("neurons", neurons), "heads": SHARE.apply("heads", heads)}
     done: list[Removed] = []
     if layers:
         done.append(_shorten(model, batches, layers, measured))
-    shares = {"neurons": neurons, "heads": heads}
     wanted = [kind for kind, share in shares.items() if share]
     if not wanted:
         return done
