@@ -185,7 +185,8 @@ def _open_packed_module(package: Package) -> Checkpoint:
 
 def _load(package: Package) -> str:
     name = str(package.metadata.get("model_class"))[:60]
-    return f"ModelPackager.load_package({str(package.path)!r}, model_class={name}) makes it, for InferenceEngine(model)"
+    own = f", model_class={name}" if package.needs_class else ""
+    return f"expected InferenceEngine(*ModelPackager.load_package({str(package.path)!r}{own})[:2])"
 
 
 def _listing(names: list[str]) -> str:

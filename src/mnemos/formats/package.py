@@ -61,6 +61,12 @@ class Package:
         return str(self.metadata["kind"])
 
     @property
+    def needs_class(self) -> bool:
+        """Whether it is a module that only its author's class makes: of transformers' own, its file says how."""
+        theirs = str(self.metadata.get("model_module")).startswith("transformers.models.")
+        return self.kind == "module" or (self.kind in MODULES and not theirs)
+
+    @property
     def adapter(self) -> Path | None:
         """The folder of the LoRA adapter that belongs to the model."""
         return self.path / ADAPTER if self.kind == "adapter" else None

@@ -13,7 +13,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mnemos import InferenceEngine, ModelPackager, QuantizedModel, Tokenizer  # noqa: E402
+from mnemos import InferenceEngine, ModelPackager, PrunedModel, QuantizedModel, Tokenizer  # noqa: E402
+from mnemos.cli.main import main  # noqa: E402
 from mnemos.errors import ConfigError, FormatError, UnsupportedError  # noqa: E402
 from tests.export.packaging.conftest import IDS, OwnModel, logits  # noqa: E402
 from tests.models.checkpoints import VOCABULARY, Reference  # noqa: E402
@@ -91,7 +92,7 @@ def test_what_does_not_fit_is_named(package: Path) -> None:
     with pytest.raises(ConfigError, match="model_class made a list; expected a torch.nn.Module"):
         ModelPackager.load_package(package, model_class=lambda **config: [])
     with pytest.raises(
-        UnsupportedError, match="holds a OwnModel; ModelPackager.load_package\\(.*model_class=OwnModel\\)"
+        UnsupportedError, match="holds a OwnModel; expected .*load_package\\(.*model_class=OwnModel\\)"
     ):
         InferenceEngine.from_pretrained(package)
 
@@ -112,6 +113,27 @@ def test_a_quantized_module(own_model: OwnModel, tmp_path: Path) -> None:
     assert type(model) is QuantizedModel and config == CONFIG
     assert torch.equal(logits(model), logits(quantized))
     assert metadata(tmp_path / "p")["dtype"] == "int8"
+
+
+@pytest.mark.parametrize("kind", ["quantized", "pruned"])
+def test_a_changed_module_of_transformers(
+    llama: Reference, words: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file says how it is made, so that it needs no class; the commands run it."""
+    changed: Any = QuantizedModel(llama.module) if kind == "quantized" else PrunedModel(llama.module, 0.3)
+    path = tmp_path / "package"
+    ModelPackager(changed, words).package(path)
+    stated = json.loads((path / "metadata.json").read_text())
+    assert stated["kind"] == kind and stated["parameters"] == sum(p.numel() for p in llama.module.parameters())
+    with pytest.raises(UnsupportedError, match=rf"was {kind}; expected InferenceEngine\(\*ModelPackager.load_package"):
+        InferenceEngine.from_pretrained(path)
+    with InferenceEngine(*ModelPackager.load_package(path)[:2]) as engine:
+        expected = engine.generate("a b", max_new_tokens=4)
+    assert "model_class" not in (path / "README.md").read_text()
+    assert main(["generate", str(path), "a b", "--max-new-tokens", "4"]) == 0
+    assert str(expected) in capsys.readouterr().out
+    assert main(["generate", str(path), "a b", "--dtype", "float32"]) == 2
+    assert f"dtype is 'float32' for {path}, which holds a module that was {kind}" in capsys.readouterr().err
 
 
 def test_a_module_of_transformers(llama: Reference, words: Path, tmp_path: Path) -> None:

@@ -44,8 +44,12 @@ def _use(facts: Mapping[str, Any], name: str) -> list[str]:
             "    engine = InferenceEngine.from_pretrained(PACKAGE)",
         ]
     own = facts.get("own_tokenizer")
-    arguments = f", model_class={facts['model_class']}" + (f", tokenizer_class={own}" if own else "")
+    theirs = facts["kind"] != "module" and str(facts.get("model_module")).startswith("transformers.models.")
+    arguments = "" if theirs else f", model_class={facts['model_class']}"
+    arguments += f", tokenizer_class={own}" if own else ""
+    command = ['    mnemos generate PACKAGE "Once upon a time"', "", "or in Python:", ""] if theirs and not own else []
     return [
+        *command,
         "    from mnemos import InferenceEngine, ModelPackager",
         f"    model, tokenizer, config = ModelPackager.load_package(PACKAGE{arguments})",
         "    engine = InferenceEngine(model, tokenizer)",

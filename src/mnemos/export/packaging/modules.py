@@ -184,7 +184,9 @@ def _facts(module: nn.Module, kind: str, licence: str | None) -> Facts:
         kind=kind,
         model_class=type(inner).__name__,
         dtype=dtype,
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        parameters=module.report().parameters
+        if isinstance(module, QuantizedModel)
+        else sum(parameter.numel() for parameter in module.parameters()),
         name=type(inner).__name__,
         device="cpu" if first is None else str(first.device),
         licence=licence,
