@@ -173,7 +173,7 @@ def format_named(name: str) -> Format:
 
 
 def export_model(
-    source: Path,
+    source: Path | Checkpoint,
     formats: list[str],
     folder: Path,
     *,
@@ -183,7 +183,7 @@ def export_model(
     begun: Callable[[str], None] = lambda name: None,
     failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, ExportReport]:
-    """Exports a GGUF file or Hugging Face folder of a built-in architecture to each format, in float32.
+    """Exports a GGUF file or Hugging Face folder, which may be open, of a built-in architecture to each format.
 
     drop_memory: exports the base of a memory-augmented model, after a warning that says what that loses, which every
     report notes too. begun: called with each format's name before it is written.
@@ -202,7 +202,7 @@ def export_model(
         raise ConfigError(f"{there[0]} exists; choose another folder, or replace it with --overwrite")
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder} is a file; expected a folder")
-    checkpoint = open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     lost: tuple[str, ...] = ()
     if drop_memory:
         from mnemos.export.sources import measured_without_memory

@@ -32,6 +32,7 @@ class Checkpoint:
     metadata            GGUF's key-value pairs (large arrays decoded lazily), or the parsed config.json
     generation_config   the parsed generation_config.json, if there is one
     base                the folder of the model that an adapter belongs to
+    name                what the model is called, where its files and their folder do not say it
     """
 
     kind: Literal["gguf", "huggingface"]
@@ -40,6 +41,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     base: Path | None = None
+    name: str = ""
 
     @property
     def folder(self) -> Path:
@@ -152,6 +154,14 @@ def open_package(package: Package, *, without_adapter: bool = False) -> Checkpoi
             f"{folder}: is a model with a LoRA adapter, which this would leave out; expected what `mnemos merge` "
             "makes of the two"
         )
+    checkpoint = _open_packed(package)
+    if isinstance(name := package.metadata.get("name"), str):
+        checkpoint.name = name
+    return checkpoint
+
+
+def _open_packed(package: Package) -> Checkpoint:
+    folder = package.path
     if package.kind == "module":
         return _open_packed_module(package)
     if package.kind in ("quantized", "pruned"):

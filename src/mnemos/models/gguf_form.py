@@ -82,7 +82,7 @@ def bare_gguf_form(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, En
     config: Any = read.config
     tensors = {entry.name: entry for entry in _Entries(checkpoint, type(read), config, form).all()}
     metadata: dict[str, Any] = {"general.architecture": form.name, "general.type": "model"}
-    name = checkpoint.metadata.get("_name_or_path") or checkpoint.folder.resolve().name
+    name = checkpoint.name or checkpoint.metadata.get("_name_or_path") or checkpoint.folder.resolve().name
     metadata["general.name"] = str(name)
     metadata |= {f"{form.name}.{key}": value for key, value in _hyperparameters(checkpoint, config, form)}
     if hasattr(config, "rope"):

@@ -15,10 +15,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mnemos import InferenceEngine, ModelPackager  # noqa: E402
+from mnemos import InferenceEngine, ModelPackager, export_to_gguf  # noqa: E402
 from mnemos.errors import CapacityError, ConfigError, FormatError, ModelError  # noqa: E402
 from mnemos.export.packaging.oci import write_oci  # noqa: E402
+from mnemos.formats.checkpoint import open_checkpoint  # noqa: E402
 from mnemos.formats.package import read_package  # noqa: E402
+from tests.export.gguf_models import folder_of  # noqa: E402
 from tests.export.packaging.conftest import OwnModel, logits  # noqa: E402
 from tests.models.checkpoints import VOCABULARY, Reference  # noqa: E402
 
@@ -45,6 +47,22 @@ def test_the_same_model_becomes_the_same_bytes(
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH is 'yesterday'; expected seconds since 1970"):
         ModelPackager(own_model, None, CONFIG).package(tmp_path / "e")
+
+
+def test_what_is_inside_has_the_models_name(tmp_path: Path) -> None:
+    """And not that of the folder that it is written in, so that it is the same wherever it is packed."""
+    module = folder_of("llama", tmp_path / "model").module
+    made = []
+    for name in ("a", "other/b"):
+        ModelPackager(module, tmp_path / "model").package(
+            tmp_path / name, exports=["gguf", "safetensors"], ollama=True, sbom=True, created_at=0
+        )
+        made.append(contents(tmp_path / name))
+    assert made[0] == made[1]
+    package = tmp_path / "a"
+    assert open_checkpoint(package / "exports" / "model.gguf").metadata["general.name"] == "LlamaForCausalLM"
+    report = export_to_gguf(package, tmp_path / "model.gguf")
+    assert open_checkpoint(report.path).metadata["general.name"] == "LlamaForCausalLM"
 
 
 def test_one_file(own_model: OwnModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,8 +232,6 @@ def test_for_ollama(smollm2: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_folder_for_ollama(tmp_path: Path) -> None:
     """Its GGUF file has the same weights, tokenizer and template."""
-    from tests.export.gguf_models import folder_of
-
     reference = folder_of("llama", tmp_path / "model")
     ModelPackager(tmp_path / "model").package(tmp_path / "p", exports=["gguf", "gguf-q8_0"], ollama=True)
     stated = json.loads((tmp_path / "p" / "metadata.json").read_text())["exports"]

@@ -91,9 +91,7 @@ def test_what_does_not_fit_is_named(package: Path) -> None:
         ModelPackager.load_package(package, model_class=lambda **config: OwnModel(VOCABULARY, 25))
     with pytest.raises(ConfigError, match="model_class made a list; expected a torch.nn.Module"):
         ModelPackager.load_package(package, model_class=lambda **config: [])
-    with pytest.raises(
-        UnsupportedError, match="holds a OwnModel; expected .*load_package\\(.*model_class=OwnModel\\)"
-    ):
+    with pytest.raises(UnsupportedError, match="holds a OwnModel; expected .*load_package\\(.*model_class=OwnModel\\)"):
         InferenceEngine.from_pretrained(package)
 
 

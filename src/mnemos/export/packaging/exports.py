@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.export.formats import export_model, format_named
 from mnemos.export.packaging.source import Begun, Facts
+from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from mnemos.export.exporter import ExportReport
@@ -35,17 +37,23 @@ def check_module_formats(names: Sequence[str]) -> None:
         raise ConfigError(f"exports names {unknown[0]!r}; this model is exported to {', '.join(MODULE_FORMATS)}")
 
 
-def export_files(folder: Path, kind: str, names: Sequence[str], begun: Begun) -> list[dict[str, Any]]:
-    """Exports the model in a package's folder, in float32, into exports/; what metadata.json says about each.
+def export_files(folder: Path, facts: Facts, names: Sequence[str], begun: Begun) -> list[dict[str, Any]]:
+    """Exports the model in a package's folder into exports/; what metadata.json says about each.
 
     ConfigError: an unknown format, or a model with an adapter; errors of `mnemos.export.formats.export_model`.
     """
-    if kind == "adapter":
+    if facts.kind == "adapter":
         raise ConfigError(
             f"exports is {','.join(names)!r} for a LoRA folder, whose base alone would be exported; merge the two first"
         )
-    reports = export_model(folder, list(names), folder / FOLDER, begun=lambda name: begun(f"exporting {name}"))
+    model = _named(folder, facts)
+    reports = export_model(model, list(names), folder / FOLDER, begun=lambda name: begun(f"exporting {name}"))
     return [_described(name, report, folder) for name, report in reports.items()]
+
+
+def _named(folder: Path, facts: Facts) -> Checkpoint:
+    """The model in a package's folder, which does not have its name yet."""
+    return replace(open_checkpoint(folder), name=facts.name)
 
 
 def export_module(module: Any, folder: Path, names: Sequence[str], begun: Begun) -> list[dict[str, Any]]:
@@ -75,7 +83,6 @@ def write_modelfile(folder: Path, facts: Facts, begun: Begun) -> None:
     There is no TEMPLATE: Ollama knows those of common families by the one in the GGUF file.
     UnsupportedError: a model that cannot be one.
     """
-    from mnemos.formats.checkpoint import open_checkpoint
     from mnemos.models.load import describe_model
     from mnemos.text.tokenizer import Tokenizer
 
@@ -91,7 +98,7 @@ def write_modelfile(folder: Path, facts: Facts, begun: Begun) -> None:
         if not found[0].exists():  # it is not among the exports
             begun("writing a GGUF file")
             found[0].parent.mkdir(exist_ok=True)
-            export_to_gguf(folder, found[0])
+            export_to_gguf(_named(folder, facts), found[0])
     checkpoint = open_checkpoint(found[0])
     spec = describe_model(checkpoint)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)

@@ -75,7 +75,7 @@ class FileSource:
 
     def export(self, folder: Path, names: Sequence[str], facts: Facts, begun: Begun) -> list[dict[str, Any]]:
         """See `Source`."""
-        return export_files(folder, facts.kind, names, begun)
+        return export_files(folder, facts, names, begun)
 
 
 def _base_of(adapter: Path) -> Path:

@@ -95,7 +95,7 @@ class ModuleSource:
     def export(self, folder: Path, names: Sequence[str], facts: Facts, begun: Begun) -> list[dict[str, Any]]:
         """See `Source`."""
         if self._kind == "huggingface":
-            return export_files(folder, facts.kind, names, begun)
+            return export_files(folder, facts, names, begun)
         return export_module(self._module, folder, names, begun)
 
 

@@ -120,6 +120,7 @@ class ModelPackager:
         """Writes everything into the empty folder `work`, which becomes `target`."""
         begun("writing the weights")
         facts = source.write(work)
+        facts.name = self._name or facts.name
         tokenizer = self._write_tokenizer(work)
         self._write_licence(work)
         begun("trying the model")
@@ -196,7 +197,7 @@ class ModelPackager:
     def _describe(self, facts: Facts, made: str) -> dict[str, Any]:
         described: dict[str, Any] = {
             "kind": facts.kind,
-            "name": self._name or facts.name,
+            "name": facts.name,
             "model_class": facts.model_class,
             "dtype": facts.dtype,
             "parameters": facts.parameters,
