@@ -46,10 +46,95 @@ NEAR_MISSES = [
     ("Who is the president?", "Who was the president?"),
     ("What is my name?", "What is your name?"),
 ]
-ONE_WORD = [  # which nothing but its meaning tells apart: see how often below
+ONE_WORD = [  # which nothing but its meaning tells apart
     ("How do I open the valve?", "How do I close the valve?"),
     ("Is the tap water hot?", "Is the tap water cold?"),
     ("What should a vegetarian eat?", "What should a diabetic eat?"),
+]
+MORE_NEAR_MISSES = [
+    (
+        "How do I open the small valve on the left side of the boiler in the basement?",
+        "How do I close the small valve on the left side of the boiler in the basement?",
+    ),
+    (
+        "Write a polite letter to my landlord in which I accept the new rent from May on",
+        "Write a polite letter to my landlord in which I reject the new rent from May on",
+    ),
+    (
+        "Give me the list of all users who logged in before the update was rolled out to production",
+        "Give me the list of all users who logged in after the update was rolled out to production",
+    ),
+    (
+        "What are the most common side effects of the medicine for adults who take it daily?",
+        "What are the most common side effects of the medicine for children who take it daily?",
+    ),
+    ("Tell me a joke", "Explain a joke"),
+    ("Show me the code", "Explain the code"),
+    ("Can you swim?", "Do you swim?"),
+    ("Can I mix bleach and vinegar?", "Do I mix bleach and vinegar?"),
+    ("Tell me about you", "Tell me about us"),
+    ("Give me my money", "Give me your money"),
+    (
+        "Delete the file from the folder on my desktop that I made this morning",
+        "Delete the files from the folder on my desktop that I made this morning",
+    ),
+    (
+        "Is the increase of the temperature in the northern lakes a risk for the fish in them?",
+        "Is the decrease of the temperature in the northern lakes a risk for the fish in them?",
+    ),
+    ("Who is taller, Anna or Ben?", "Who is taller, Ben or Carl?"),
+    ("Did Germany beat Brazil?", "Did Brazil beat Germany?"),
+    ("Convert 5 miles to kilometres", "Convert 5 kilometres to miles"),
+    ("What is 3 * 4?", "What is 3 + 4?"),
+    ("What is 1/2 of 10?", "What is 1/20 of 10?"),
+    ("Set an alarm for 6 am", "Set an alarm for 6 pm"),
+    ("Pay twenty dollars to Sam", "Pay thirty dollars to Sam"),
+    ("Pay $20 to Sam", "Pay €20 to Sam"),
+    ("Should I take it with food?", "Shouldn't I take it with food?"),
+    ("Is there any evidence that it works?", "Is there no evidence that it works?"),
+    ("List the animals that are dangerous", "List the animals that aren't dangerous"),
+    ("Everyone but Tom came; who came?", "Everyone and Tom came; who came?"),
+    ("Which planet is the hottest?", "Which planet is the coldest?"),
+    ("Which planet is the second hottest?", "Which planet is the third hottest?"),
+    ("How many people live in North Korea?", "How many people live in South Korea?"),
+    ("How many people live in Georgia, the state?", "How many people live in Georgia, the country?"),
+    ("Who wrote the book?", "Who read the book?"),
+    (
+        "Write a poem about my mother in the style of the old masters with many rhymes",
+        "Write a poem about my father in the style of the old masters with many rhymes",
+    ),
+    ("Is Python 3.1 supported?", "Is Python 3.10 supported?"),
+    ("What happened on 01/02/2020?", "What happened on 02/01/2020?"),
+    ("Translate this to Spanish: I love you", "Translate this to Spanish: I loved you"),
+    ("He told her that she won, who won?", "She told her that he won, who won?"),
+    ("Turn the lights on", "Turn the lights off"),
+    (
+        "Turn on the light in the kitchen, then turn off the light in the hall",
+        "Turn off the light in the kitchen, then turn on the light in the hall",
+    ),
+    ("Is x < y?", "Is x > y?"),
+    ("Is a <= b?", "Is a < b?"),
+    ("Remove the first paragraph and keep the last", "Keep the first paragraph and remove the last"),
+    ("Can the patient eat before the operation?", "Must the patient eat before the operation?"),
+    (
+        "Can you give me a vegetarian recipe with lentils, rice, onions and a lot of garlic?",
+        "Can you give me a vegan recipe with lentils, rice, onions and a lot of garlic?",
+    ),
+    ("Show me shoes for men", "Show me red shoes for men"),
+    ("Does it ever snow in Cairo?", "Does it often snow in Cairo?"),
+    (
+        "What does the function f return for an empty list when the flag is set in the configuration?",
+        "What does the function f return for a full list when the flag is set in the configuration?",
+    ),
+    ("I am allergic to nuts. What can I eat?", "I am allergic to fish. What can I eat?"),
+    ("Should I buy or sell the shares now?", "Should I sell or buy the shares now? No, only buy?"),
+    ("is iOS 17 better than iOS 16", "is iOS 16 better than iOS 17"),
+    ("call mr miller", "call mr muller"),
+    ("who is older, anna or ben", "who is older, anna or bea"),
+    (
+        "What is the capital of the country to the north of Austria, and how many live there?",
+        "What is the capital of the country to the south of Austria, and how many live there?",
+    ),
 ]
 
 
@@ -59,20 +144,21 @@ def test_manners_do_not_matter(one: str, other: str) -> None:
     assert overlap(one, other) >= 0.9
 
 
-@pytest.mark.parametrize(("one", "other"), NEAR_MISSES)
+@pytest.mark.parametrize(("one", "other"), [*NEAR_MISSES, *ONE_WORD, *MORE_NEAR_MISSES])
 def test_near_misses_never_share_an_answer(one: str, other: str) -> None:
     assert not (may_share_an_answer(one, other) and overlap(one, other) >= 0.9)
     assert not (may_share_an_answer(other, one) and overlap(other, one) >= 0.9)
 
 
-def test_the_guard_alone_stops_most_of_them() -> None:
+def test_the_guard_alone() -> None:
     """The rates that docs/memory.md gives: of near misses stopped and of same questions let through."""
-    stopped = sum(not may_share_an_answer(*pair) for pair in NEAR_MISSES)
-    assert stopped == 18 and all(may_share_an_answer(*pair) for pair in [*THE_SAME, *ONE_WORD])
+    near = [*NEAR_MISSES, *ONE_WORD, *MORE_NEAR_MISSES]
+    assert len(near) == 73 and sum(may_share_an_answer(*pair) for pair in near) == 2
+    assert all(may_share_an_answer(*pair) for pair in [*THE_SAME, *REWORDED])
 
 
-def test_rewording_and_single_words_need_an_encoder_and_are_its_risk() -> None:
-    assert all(overlap(*pair) < 0.9 for pair in [*REWORDED, *ONE_WORD])
+def test_rewording_needs_an_encoder() -> None:
+    assert all(overlap(*pair) < 0.9 for pair in REWORDED)
 
 
 def test_overlap_is_a_share() -> None:

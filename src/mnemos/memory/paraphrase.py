@@ -19,14 +19,17 @@ _SPELLED_NUMBERS = """
 _SPELLED_NEGATIONS = """
     not no never none nobody nothing nowhere neither nor without except unless hardly barely
 """
-# Words that say how something is asked rather than what. Tenses and persons are not among them.
-_SPELLED_MANNERS = """
-    a an the please kindly could can you me us tell say give show explain s is are do does hi hello hey thanks thank
-    just
-"""
+# Words that say how something is asked rather than what. Tenses, persons and what may be done are not among them.
+_MANNERS = frozenset(["a", "an", "the", "please", "kindly", "s", "is", "hi", "hello", "hey", "thanks", "just"])
+# How a request begins: "can you please tell me", where "can you swim" and "tell Anna" are what is asked.
+_BEGINNING = re.compile(
+    r"((?:^|[.!?:\n])\W*(?:(?:hi|hello|hey|please|kindly)\W+)*)"
+    r"(?:(?:can|could) you (?:(?:please|kindly|just) )*(?=(?:tell|show|give|explain|describe|list|write|help)\b))?"
+    r"(?:(?:tell|show|give) me )?"
+)
+_MOST_ALIKE = 0.6  # texts with more words in common than this are about the words that they do not share
 _NUMBERS = frozenset(_SPELLED_NUMBERS.split())
 _NEGATIONS = frozenset(_SPELLED_NEGATIONS.split())
-_MANNERS = frozenset(_SPELLED_MANNERS.split())
 _SYMBOLS = frozenset("+-*/=<>%$€£#@&")
 
 
@@ -35,12 +38,14 @@ def words_of(text: str) -> list[str]:
     text = text.replace("\u2019", "'").casefold()
     for pattern, whole in _CONTRACTED:
         text = pattern.sub(whole, text)
+    text = _BEGINNING.sub(r"\1", text.replace("thank you", "thanks"))
     found = _WORD.findall(text)
     return [word for word in found if word not in _MANNERS and (word.isalnum() or "-" in word[1:] or _keeps(word))]
 
 
 def may_share_an_answer(one: str, other: str) -> bool:
-    """False if the texts differ in numbers, names, negations or the order of the words that they share.
+    """False if the texts differ in numbers, names, negations or the order of the words that they share, or in a few
+    words of many: "open the valve" and "close the valve".
 
     That they are about the same matter is not judged: a similarity says it, and is wrong about it now and then.
     """
@@ -51,13 +56,18 @@ def may_share_an_answer(one: str, other: str) -> bool:
     if not (_has(second, _names(one)) and _has(first, _names(other))):
         return False
     shared = Counter(first) & Counter(second)
+    if _share(first, second) > _MOST_ALIKE and Counter(first) != Counter(second):
+        return False
     return _only(first, shared) == _only(second, shared)
 
 
 def overlap(one: str, other: str) -> float:
     """The share of words that two texts have in common, 0 to 1 (Dice's coefficient)."""
-    first, second = Counter(words_of(one)), Counter(words_of(other))
-    return 2 * (first & second).total() / max(first.total() + second.total(), 1)
+    return _share(words_of(one), words_of(other))
+
+
+def _share(one: list[str], other: list[str]) -> float:
+    return 2 * (Counter(one) & Counter(other)).total() / max(len(one) + len(other), 1)
 
 
 def _keeps(word: str) -> bool:
