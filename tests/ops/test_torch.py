@@ -70,6 +70,19 @@ def test_operator_equals_the_reference(case: Case, device: str) -> None:
             np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6 * np.abs(other).max())
 
 
+NOT_OF_ROWS = ("rows", "rope", "rope of a part", "experts")  # which the reference itself does not compute for none
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in NOT_OF_ROWS], ids=lambda case: case.name)
+def test_no_rows_give_no_rows(case: Case) -> None:
+    """As in the last layer of a step that wants no logits."""
+    ops = OnArrays(TorchOps("cpu", "float32"))
+    expected, result = (case.run(one, generator(case.name), 0) for one in (REFERENCE, ops))
+    pairs = list(zip(result, expected, strict=True)) if isinstance(expected, tuple) else [(result, expected)]
+    for one, other in pairs:
+        assert one.shape == other.shape and one.size == 0
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)

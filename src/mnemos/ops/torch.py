@@ -225,7 +225,7 @@ class TorchOps:
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        groups = x.float().view(*x.shape[:-1], -1, len(weight))
+        groups = x.float().view(*x.shape[:-1], x.shape[-1] // len(weight), len(weight))  # there may be no rows
         normal = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + epsilon)
         return (normal * weight).to(x.dtype).view(x.shape)
 
