@@ -233,9 +233,17 @@ InputView input_view(nb::handle object) {
   throw config_error("a program's inputs must be float32 or int32 arrays of two axes, contiguous in memory");
 }
 
+using RecallFields = std::tuple<int64_t, int64_t, int64_t, int64_t, std::vector<bool>, std::vector<int64_t>>;
+
+std::unique_ptr<const Recall> make_recall(const RecallFields &fields) {
+  const auto &[window, recalled, sinks, farthest, heads, components] = fields;
+  return std::unique_ptr<const Recall>(
+      new Recall{{window, recalled, sinks}, farthest, {heads.begin(), heads.end()}, components});
+}
+
 nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages,
                      Ints page_positions, Ints page_starts, Ints logit_rows, nb::list inputs, bool argmax,
-                     std::optional<Ints> states, int threads, std::optional<Ints> adapters) {
+                     std::optional<Ints> states, int threads, std::optional<Ints> adapters, std::optional<Ints> sights) {
   BatchView batch;
   batch.argmax = argmax;
   batch.threads = threads;
@@ -263,6 +271,7 @@ nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequ
   batch.logit_rows = logit_rows.data();
   if (states) batch.states = states->data(), batch.state_slots = static_cast<int64_t>(states->size());
   if (adapters) batch.adapters = adapters->data(), batch.adapter_count = static_cast<int64_t>(adapters->size());
+  if (sights) batch.sights = sights->data(), batch.sight_values = static_cast<int64_t>(sights->size());
   std::vector<InputView> views;
   for (nb::handle input : inputs) views.push_back(input_view(input));
   std::vector<OutputView> outputs;
@@ -665,7 +674,7 @@ void bind_program(nb::module_ &m) {
       .def("finish", &Program::finish, "outputs"_a)
       .def("run", &run_program, "token_ids"_a, "positions"_a, "sequence_starts"_a, "pages"_a, "page_positions"_a,
            "page_starts"_a, "logit_rows"_a, "inputs"_a, "argmax"_a = false, "states"_a = nb::none(),
-           "threads"_a = 0, "adapters"_a = nb::none())
+           "threads"_a = 0, "adapters"_a = nb::none(), "sights"_a = nb::none())
       .def_prop_ro("finds_argmax", &Program::finds_argmax)
       .def("poison", &Program::poison, "on"_a)
       .def("workspace_bytes", &Program::workspace_bytes, "tokens"_a, "chosen"_a)
@@ -728,14 +737,9 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Cache *cache, int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size,
-             const std::string &dtype, int64_t pages,
-             std::optional<std::tuple<int64_t, int64_t, int64_t, int64_t, std::vector<bool>, std::vector<int64_t>>> recall) {
-            std::unique_ptr<const Recall> seen;
-            if (recall) {
-              const auto &[window, recalled, sinks, farthest, heads, components] = *recall;
-              seen.reset(new Recall{window, recalled, sinks, farthest, {heads.begin(), heads.end()}, components});
-            }
-            new (cache) Cache(layers, kv_heads, head_dim, page_size, cache_type(dtype), pages, std::move(seen));
+             const std::string &dtype, int64_t pages, const std::optional<RecallFields> &recall) {
+            new (cache) Cache(layers, kv_heads, head_dim, page_size, cache_type(dtype), pages,
+                              recall ? make_recall(*recall) : nullptr);
           },
           "layers"_a, "kv_heads"_a, "head_dim"_a, "page_size"_a, "dtype"_a, "pages"_a, "recall"_a = nb::none())
       .def_ro("pages", &Cache::pages)
@@ -761,6 +765,7 @@ NB_MODULE(_native, m) {
           "page"_a, "content"_a)
       .def_prop_ro("spilled", [](const Cache &cache) { return cache.spill() != nullptr ? cache.spill()->count() : 0; })
       .def("spill_to", &Cache::spill_to, "file"_a)
+      .def("begin_recall", [](Cache &cache, const RecallFields &recall) { cache.begin_recall(make_recall(recall)); }, "recall"_a)
       .def("recalled", [](const Cache &cache) { return owned_array(cache.recalled()); });
 
   bind_program(m);

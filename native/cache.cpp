@@ -140,13 +140,12 @@ Cache::Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_si
     : layers(checked("number of layers", layers)), kv_heads(checked("kv_heads", kv_heads)),
       pages(checked("number of pages", pages)), cell_(make_cell(type, page_size, head_dim)),
       page_bytes_(layers * kv_heads * cell_.bytes), recall_(std::move(recall)) {
-  if (recall_) number_indices();
+  if (recall_) number_indices(*recall_);
   data_ = map_memory(static_cast<size_t>(mapping_bytes(page_bytes_, pages)), "the key/value cache");
   // Large pages would take memory for neighbours of pages that are moved to a file.
   if (!recall_) prefer_large_pages(data_, static_cast<size_t>(mapping_bytes(page_bytes_, pages)));
-  if (indices_ == 0) return;
   try {
-    indexed_ = map_memory(static_cast<size_t>(index_bytes()), "the index of keys");
+    map_index();
   } catch (...) {
     unmap_memory(data_, static_cast<size_t>(mapping_bytes(page_bytes_, pages)));
     throw;
@@ -158,20 +157,39 @@ Cache::~Cache() {
   if (indexed_ != nullptr) unmap_memory(indexed_, static_cast<size_t>(index_bytes()));
 }
 
-void Cache::number_indices() {
+void Cache::begin_recall(std::unique_ptr<const Recall> recall) {
+  if (recall_) throw config_error("the cache recalls already");
+  number_indices(*recall);
+  map_index();
+  recall_ = std::move(recall);
+}
+
+void Cache::map_index() {
+  if (indices_ == 0) return;
+  try {
+    indexed_ = map_memory(static_cast<size_t>(index_bytes()), "the index of keys");
+  } catch (...) {
+    indices_ = 0;
+    throw;
+  }
+}
+
+void Cache::number_indices(const Recall &recall) {
   const size_t heads = static_cast<size_t>(layers * kv_heads);
-  if (recall_->heads.size() != heads || recall_->window < 1 || recall_->recalled < 0 || recall_->sinks < 0 || recall_->farthest < 0 ||
-      cell_.slots % index_run != 0 || recall_->components.empty()) {
+  const Sight &sight = recall.sight;
+  if (recall.heads.size() != heads || sight.window < 1 || sight.recalled < 0 || sight.sinks < 0 || recall.farthest < 0 ||
+      cell_.slots % index_run != 0 || recall.components.empty()) {
     throw config_error("recall needs pages of a multiple of " + std::to_string(index_run) +
                        " positions, a window of a page, and to know of each of " + std::to_string(heads) +
                        " heads whether it recalls");
   }
-  for (const int64_t component : recall_->components) {
+  for (const int64_t component : recall.components) {
     if (component >= 0 && component < cell_.head_dim) continue;
     throw config_error("component " + std::to_string(component) + " is not one of " + std::to_string(cell_.head_dim));
   }
-  index_layout_ = mnemos::index_layout(cell_.slots, static_cast<int64_t>(recall_->components.size()));
-  for (const char recalls : recall_->heads) index_of_.push_back(recalls ? indices_++ : -1);
+  index_layout_ = mnemos::index_layout(cell_.slots, static_cast<int64_t>(recall.components.size()));
+  index_of_.clear(), indices_ = 0;
+  for (const char recalls : recall.heads) index_of_.push_back(recalls ? indices_++ : -1);
   recalled_ = std::make_unique<Recalled[]>(heads);
 }
 

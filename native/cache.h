@@ -14,14 +14,19 @@ namespace mnemos {
 
 CacheType cache_type(const std::string &name);
 
-// What rows of long texts see, in pages; see Recall in contract.py.
-struct Recall {
+// How much of a long text a row sees, in pages; see Recall in contract.py.
+struct Sight {
   int64_t window, recalled, sinks;
+
+  int64_t pages() const { return window + recalled + sinks; }
+};
+
+// How rows of long texts choose what they see.
+struct Recall {
+  Sight sight;  // of sequences for which a batch says nothing else
   int64_t farthest;  // pages farther back than this are seen as if they were as far; 0: at their true distance
   std::vector<char> heads;  // (layers, kv_heads): whether a head recalls
   std::vector<int64_t> components;  // of keys and queries, that scores are computed of
-
-  int64_t pages() const { return window + recalled + sinks; }
 };
 
 class Cache {
@@ -54,6 +59,9 @@ class Cache {
   void bring(int64_t index);
   void put_away(int64_t index);
 
+  // Has rows recall from now on, in a cache that was made without: pages that are filled later have an index. Errors as
+  // of the constructor; Error (config) if it recalls already.
+  void begin_recall(std::unique_ptr<const Recall> recall);
   const Recall *recall() const { return recall_.get(); }
   const IndexLayout &index_layout() const { return index_layout_; }
   // The index of page 0 for a head; that of page p is p * index_layout().bytes further on. Null if it does not recall.
@@ -79,7 +87,8 @@ class Cache {
   std::unique_ptr<Recalled[]> recalled_;
   std::unique_ptr<Spill> spill_;
 
-  void number_indices();
+  void number_indices(const Recall &recall);
+  void map_index();
   int64_t index_bytes() const { return indices_ * pages * index_layout_.bytes; }
 };
 

@@ -56,7 +56,7 @@ void store_token(const Step &step, const Attention &a, const float *k, const flo
   transform(step, a.key_norm, rotation(a.key_rope.get(), position), 1.0f, a.head_dim, k + at, scratch);
   step.kernels->store_key(cell, data, position % cell.slots, scratch);
   step.kernels->store_value(cell, data, position % cell.slots, v + at);
-  if (a.recall != nullptr && position % cell.slots == cell.slots - 1) a.cache->index_page(a.layer, head, page);
+  if (a.recall() != nullptr && position % cell.slots == cell.slots - 1) a.cache->index_page(a.layer, head, page);
 }
 
 class StoreTask : public Task {
@@ -75,7 +75,7 @@ class StoreTask : public Task {
 
   void run(const Step &step, int64_t item, int thread) const override {
     const int64_t first = item / a_.kv_heads * tokens_per_item;
-    const int64_t together = a_.recall != nullptr ? a_.cache->cell().slots : 2;
+    const int64_t together = a_.recall() != nullptr ? a_.cache->cell().slots : 2;
     const int64_t begin = run_begin(step.batch, first, together),
                   end = run_begin(step.batch, std::min(first + tokens_per_item, step.batch.tokens), together);
     if (begin == end) return;
@@ -108,7 +108,7 @@ class AttentionAhead : public Ahead {
   void begin(const Step &step, const Attention &attention, int thread) {
     stop();
     const TileSet &set = step.tile_sets[attention.tile_set];
-    if (!set.one_token_each || attention.recall != nullptr) return;  // prompts are bound by arithmetic there too
+    if (!set.one_token_each || set.drops) return;  // prompts are bound by arithmetic there too
     const int64_t count = static_cast<int64_t>(set.tiles.size()) * attention.kv_heads;
     step_ = &step, attention_ = &attention;
     first_ = count * thread / step.threads, index_ = count * (thread + 1) / step.threads;
@@ -155,9 +155,9 @@ class AttendTask : public Task {
     const int64_t rows = tile_tokens(a_) * group_of(a_);
     const CellLayout &cell = a_.cache->cell();
     const int64_t floats = rows * (score_stride + 3 * cell.value_stride) + expanded_floats(cell);
-    const int64_t moved = a_.recall != nullptr ? rows * cell.value_stride : 0;  // queries
+    const int64_t moved = a_.recall() != nullptr ? rows * cell.value_stride : 0;  // queries
     return (floats + moved + Choosing::floats(a_, batch, rows)) * static_cast<int64_t>(sizeof(float)) +
-           Gathered::bytes(a_);
+           Gathered::bytes(a_, batch);
   }
 
   bool fetches_ahead() const override { return true; }
@@ -253,10 +253,11 @@ class AttendTask : public Task {
   // the next. `first` and `last` are the tile's.
   void attend_recalled(const Step &step, const QueryTile &query, int64_t head, AttentionTile &tile, int64_t *first,
                        int64_t *last, int thread) const {
-    const Recall &recall = *a_.recall;
+    const Recall &recall = *a_.recall();
+    const Sight sight = sight_of(step.batch, *a_.cache, query.sequence);
     const int64_t slots = a_.cache->cell().slots, page = step.batch.positions[query.token_begin] / slots;
     const bool recalls = a_.cache->index(a_.layer, head) != nullptr;
-    const int64_t window = page + 1 - recall.window - (recalls ? 0 : recall.recalled);
+    const int64_t window = page + 1 - sight.window - (recalls ? 0 : sight.recalled);
     const int32_t *pages =
         step.batch.pages + step.tables[a_.group].new_pages[static_cast<size_t>(query.sequence)];
     thread_local std::vector<KeyBlock> blocks;
@@ -288,9 +289,9 @@ class AttendTask : public Task {
       part.queries = queries;
     };
     int64_t near_sinks = 0;
-    for (; near_sinks < recall.sinks && is_far(near_sinks); near_sinks++) attend_far(tile, 0, near_sinks, pages + near_sinks);
-    if (near_sinks < recall.sinks) {
-      see(near_sinks, recall.sinks);
+    for (; near_sinks < sight.sinks && is_far(near_sinks); near_sinks++) attend_far(tile, 0, near_sinks, pages + near_sinks);
+    if (near_sinks < sight.sinks) {
+      see(near_sinks, sight.sinks);
       attend(tile);
     }
     // Of each row's sum of exponentials: before and after what it recalls, each relative to its largest score then.
@@ -298,13 +299,13 @@ class AttendTask : public Task {
     const auto note = [&](int moment) {
       std::copy_n(tile.total, tile.rows, sums[moment]), std::copy_n(tile.most, tile.rows, mosts[moment]);
     };
-    if (recalls && recall.recalled > 0) {
+    if (recalls && sight.recalled > 0) {
       note(0);
       const float *scores = query.scores < 0 ? nullptr : page_scores(step, query, head, page, thread);
-      Choosing choosing(step, a_, tile, head, pages, page, scores, moved + tile.rows * tile.cell->value_stride);
+      Choosing choosing(step, a_, sight, tile, head, pages, page, scores, moved + tile.rows * tile.cell->value_stride);
       const int64_t group = group_of(a_);
       std::optional<Gathered> gathered;
-      if (a_.cache->spill() != nullptr) gathered.emplace(a_, head, choosing.end());
+      if (a_.cache->spill() != nullptr) gathered.emplace(a_, sight, head, choosing.end());
       for (int64_t r = 0; r < tile.rows; r += group) {
         AttentionTile part = tile;
         part.rows = group;
@@ -313,28 +314,28 @@ class AttendTask : public Task {
         part.result = tile.result + r * tile.cell->value_stride;
         part.most = tile.most + r, part.total = tile.total + r;
         const int32_t *chosen = choosing.choose(r);
-        const bool apart = gathered && std::any_of(chosen, chosen + recall.recalled, [&](int32_t n) {
+        const bool apart = gathered && std::any_of(chosen, chosen + sight.recalled, [&](int32_t n) {
           return a_.cache->spill()->holds(pages[n]);
         });
         const int32_t *places = apart ? gathered->gather(pages, chosen) : nullptr;
         if (apart) part.cells = gathered->cells(), part.page_bytes = a_.cache->cell().bytes;
         const auto place = [&](int64_t i) { return apart ? places + i : pages + chosen[i]; };
         int64_t i = 0;
-        for (; i < recall.recalled && is_far(chosen[i]); i++) attend_far(part, r, chosen[i], place(i));
-        for (; i < recall.recalled; i++) add_page(blocks, chosen[i], place(i), slots);
+        for (; i < sight.recalled && is_far(chosen[i]); i++) attend_far(part, r, chosen[i], place(i));
+        for (; i < sight.recalled; i++) add_page(blocks, chosen[i], place(i), slots);
         if (!blocks.empty()) attend(part);
       }
       note(1);
     }
     see(window, page + 1);
     attend(tile);
-    if (!recalls || recall.recalled == 0) return;
+    if (!recalls || sight.recalled == 0) return;
     int64_t shares = 0;
     for (int64_t r = 0; r < tile.rows; r++) {
       const auto share = [&](int moment) {
         return sums[moment][r] * std::exp(mosts[moment][r] - tile.most[r]) / tile.total[r];
       };
-      const float given = share(1) - (recall.sinks > 0 ? share(0) : 0.0f);
+      const float given = share(1) - (sight.sinks > 0 ? share(0) : 0.0f);
       if (given > 0 && given <= 1) shares += static_cast<int64_t>(given * static_cast<float>(recalled_unit));
     }
     a_.cache->count_recalled(a_.layer, head, shares, tile.rows);
@@ -462,8 +463,8 @@ void resolve_tables(const BatchView &batch, int64_t groups, int64_t group, int64
 }
 
 // Tokens that see all before them and those that do not are in different tiles; of the latter, a tile's are of one page.
-static void limit_to_page(const Attention &attention, int64_t position, QueryTile &tile) {
-  const int64_t slots = attention.cache->cell().slots, whole = attention.recall->pages() * slots;
+static void limit_to_page(const Attention &attention, const Sight &sight, int64_t position, QueryTile &tile) {
+  const int64_t slots = attention.cache->cell().slots, whole = sight.pages() * slots;
   tile.drops = position >= whole;
   const int64_t left = tile.drops ? slots - position % slots : whole - position;
   tile.token_end = std::min(tile.token_end, tile.token_begin + left);
@@ -489,10 +490,15 @@ TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention
     };
     for (int64_t t = begin, next = begin; t < end; t = next) {
       QueryTile tile{s, t, std::min(t + size, end), 0, 0, -1};
-      if (attention.recall != nullptr) limit_to_page(attention, batch.positions[t], tile);
+      Sight sight{};
+      if (attention.recall() != nullptr) {
+        sight = sight_of(batch, *attention.cache, s);
+        limit_to_page(attention, sight, batch.positions[t], tile);
+      }
       next = tile.token_end;
       if (tile.drops) {
-        if (few && end - begin == 1 && attention.recall->recalled > 0) {
+        set.drops = true;
+        if (few && end - begin == 1 && sight.recalled > 0) {
           tile.scores = set.scores;
           set.scores += attention.heads * (batch.positions[t] / attention.cache->cell().slots);
         }

@@ -139,19 +139,19 @@ void Program::prepare_far_pages(const BatchView &batch) {
 void Program::bring_pages(const BatchView &batch, size_t group) {
   Cache &cache = *caches_[group];
   if (cache.spill() == nullptr) return;
-  const Recall &recall = *cache.recall();
   const int64_t slots = cache.cell().slots, step = ++cache.spill()->step;
   for (int64_t s = 0; s < batch.sequences; s++) {
+    const Sight sight = sight_of(batch, cache, s);
     const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
     if (begin == end) continue;
     const int32_t *pages = batch.pages + tables_[group].new_pages[static_cast<size_t>(s)];
     const int64_t last = batch.positions[end - 1] / slots;
-    const int64_t first = batch.positions[begin] / slots - recall.window - recall.recalled + 1;
+    const int64_t first = batch.positions[begin] / slots - sight.window - sight.recalled + 1;
     const auto see = [&](int64_t n) {
       cache.bring(pages[n]);
       cache.spill()->seen[static_cast<size_t>(pages[n])] = step;
     };
-    for (int64_t n = 0; n < std::min(recall.sinks, first); n++) see(n);
+    for (int64_t n = 0; n < std::min(sight.sinks, first); n++) see(n);
     for (int64_t n = std::max<int64_t>(first, 0); n <= last; n++) see(n);
   }
   cache.spill()->check();
@@ -164,13 +164,13 @@ void Program::put_away_pages(const BatchView &batch, size_t group) {
   Spill *spill = cache.spill();
   if (spill == nullptr) return;
   spill->check();
-  const Recall &recall = *cache.recall();
   for (int64_t s = 0; s < batch.sequences; s++) {
+    const Sight sight = sight_of(batch, cache, s);
     const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
     if (begin == end) continue;
     const int32_t *pages = batch.pages + tables_[group].new_pages[static_cast<size_t>(s)];
-    const int64_t left = (batch.positions[end - 1] + 1) / cache.cell().slots - recall.window - recall.recalled;
-    for (int64_t n = recall.sinks; n <= left; n++) {
+    const int64_t left = (batch.positions[end - 1] + 1) / cache.cell().slots - sight.window - sight.recalled;
+    for (int64_t n = sight.sinks; n <= left; n++) {
       const int64_t page = pages[n];
       if (!spill->holds(page) && spill->seen[static_cast<size_t>(page)] < spill->step - 1) cache.put_away(page);
     }
@@ -327,7 +327,23 @@ void Program::check_batch(const BatchView &batch) const {
   }
   monotonic(batch.sequence_starts, batch.sequences, batch.tokens, "sequence_starts");
   monotonic(batch.page_starts, tables, batch.table_pages, "page_starts");
+  if (batch.sights != nullptr) check_sights(batch);
   for (int64_t s = 0; s < batch.sequences; s++) check_sequence(batch, s);
+}
+
+void Program::check_sights(const BatchView &batch) const {
+  if (batch.sight_values != 3 * batch.sequences) {
+    throw request_error("the batch has " + number(batch.sight_values) + " sizes of memories; it needs three for each of its " +
+                        number(batch.sequences) + " sequences, or none");
+  }
+  const bool recalls = std::any_of(caches_.begin(), caches_.end(), [](const auto &cache) { return cache->recall() != nullptr; });
+  if (!recalls) throw request_error("the batch has memories, and the cache does not recall");
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    const int32_t *own = batch.sights + 3 * s;
+    if (own[0] >= (own[1] + own[2] > 0 ? 1 : 0) && own[1] >= 0 && own[2] >= 0) continue;
+    throw request_error("the memory of sequence " + number(s) + " is a window of " + number(own[0]) + " pages, " +
+                        number(own[1]) + " recalled ones and " + number(own[2]) + " sinks; it needs a window of a page");
+  }
 }
 
 void Program::check_sequence(const BatchView &batch, int64_t s) const {
@@ -348,6 +364,10 @@ void Program::check_table(const BatchView &batch, int64_t s, int64_t group) cons
   const int64_t slots = cache.cell().slots, table = s * static_cast<int64_t>(caches_.size()) + group;
   const int32_t *first = batch.page_positions + batch.page_starts[table],
                 *table_end = batch.page_positions + batch.page_starts[table + 1];
+  bool whole = false;  // it must hold all pages from position 0 on
+  if (cache.recall() != nullptr) {
+    whole = cache.spill() != nullptr || batch.positions[end - 1] >= sight_of(batch, cache, s).pages() * slots;
+  }
   for (const int32_t *position = first; position < table_end; position++) {
     const int64_t page = batch.pages[position - batch.page_positions];
     if (page < 0 || page >= cache.pages) {
@@ -362,7 +382,7 @@ void Program::check_table(const BatchView &batch, int64_t s, int64_t group) cons
       throw request_error("page_positions of sequence " + number(s) + " do not ascend: " + number(position[-1]) +
                           " is followed by " + number(*position));
     }
-    if (cache.recall() != nullptr && *position != (position - first) * slots) {
+    if (whole && *position != (position - first) * slots) {
       throw request_error("the pages of sequence " + number(s) + " have a gap before position " + number(*position) +
                           "; recall chooses among all pages from position 0 on");
     }

@@ -90,6 +90,7 @@ class Program {
   int64_t buffer_bytes(const BufferSpec &spec, const BatchView &batch, const std::vector<TileSet> &tiles) const;
   int64_t layout(const BatchView &batch, const std::vector<TileSet> &tiles, bool one_row);
   void check_batch(const BatchView &batch) const;
+  void check_sights(const BatchView &batch) const;
   void check_sequence(const BatchView &batch, int64_t sequence) const;
   void check_table(const BatchView &batch, int64_t sequence, int64_t group) const;
   void check_inputs(const BatchView &batch, const std::vector<InputView> &inputs) const;

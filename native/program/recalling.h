@@ -21,6 +21,17 @@ inline void add_page(std::vector<KeyBlock> &blocks, int64_t page, const int32_t 
   }
 }
 
+// The most pages that a row of the batch recalls; those of short texts see all.
+inline int64_t most_recalled(const Attention &a, const BatchView &batch) {
+  int64_t most = 0;
+  for (int64_t s = 0; s < batch.sequences; s++) {
+    const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
+    const Sight sight = sight_of(batch, *a.cache, s);
+    if (begin < end && batch.positions[end - 1] / a.cache->cell().slots >= sight.pages()) most = std::max(most, sight.recalled);
+  }
+  return most;
+}
+
 // Queries in 8 bits, in scratch.
 class QuantizedRows {
  public:
@@ -32,7 +43,7 @@ class QuantizedRows {
         codes_(reinterpret_cast<int8_t *>(sums_ + rows)) {
     for (int64_t r = 0; r < rows; r++) {
       const float *query = queries + r * a.cache->cell().value_stride;
-      factors[r] = quantize(query, a.recall->components, codes_ + r * padded_, &sums_[r]);
+      factors[r] = quantize(query, a.recall()->components, codes_ + r * padded_, &sums_[r]);
     }
   }
 
@@ -63,20 +74,20 @@ class QuantizedRows {
 class Choosing {
  public:
   static int64_t floats(const Attention &a, const BatchView &batch, int64_t rows) {
-    if (a.recall == nullptr) return 0;
+    if (a.recall() == nullptr) return 0;
     int64_t pages = 0;
     for (int64_t t = 0; t < batch.tokens; t++)
       pages = std::max<int64_t>(pages, batch.positions[t] / a.cache->cell().slots);
-    return rows * (pages + 1) + pages + 2 * a.recall->recalled + QuantizedRows::bytes(a, rows) / 4;
+    return rows * (pages + 1) + pages + 2 * most_recalled(a, batch) + QuantizedRows::bytes(a, rows) / 4;
   }
 
   // Scores the pages before `page` for all rows of the tile, unless that has been done: scores (rows, page) or null.
-  Choosing(const Step &step, const Attention &a, const AttentionTile &tile, int64_t head, const int32_t *table,
-           int64_t page, const float *scores, float *scratch)
-      : step_(step), a_(a), pages_(page), factors_(scratch),
+  Choosing(const Step &step, const Attention &a, const Sight &sight, const AttentionTile &tile, int64_t head,
+           const int32_t *table, int64_t page, const float *scores, float *scratch)
+      : step_(step), a_(a), sight_(sight), pages_(page), factors_(scratch),
         combined_(factors_ + tile.rows), best_(combined_ + page),
-        chosen_(reinterpret_cast<int32_t *>(best_ + a.recall->recalled)), scores_(scores) {
-    const QuantizedRows rows(a, tile.queries, tile.rows, factors_, chosen_ + a.recall->recalled);
+        chosen_(reinterpret_cast<int32_t *>(best_ + sight.recalled)), scores_(scores) {
+    const QuantizedRows rows(a, tile.queries, tile.rows, factors_, chosen_ + sight.recalled);
     end_ = rows.end();
     if (scores != nullptr) return;
     auto *own = static_cast<float *>(end_);
@@ -89,9 +100,8 @@ class Choosing {
 
   // The pages, ascending, of the token whose queries begin at a row.
   const int32_t *choose(int64_t row) const {
-    const Recall &recall = *a_.recall;
-    const PageChoice choice{a_.heads / a_.kv_heads, scores_ + row * pages_, pages_, factors_ + row, pages_, recall.sinks,
-                            pages_ + 1 - recall.window, recall.recalled, combined_, best_};
+    const PageChoice choice{a_.heads / a_.kv_heads, scores_ + row * pages_, pages_, factors_ + row, pages_, sight_.sinks,
+                            pages_ + 1 - sight_.window, sight_.recalled, combined_, best_};
     step_.kernels->choose_pages(choice, chosen_);
     return chosen_;
   }
@@ -99,6 +109,7 @@ class Choosing {
  private:
   const Step &step_;
   const Attention &a_;
+  const Sight sight_;
   const int64_t pages_;
   float *const factors_, *const combined_, *const best_;
   int32_t *const chosen_;
@@ -110,13 +121,13 @@ class Choosing {
 // Neighbouring tokens recall much the same, so that what one has read is kept for the next ones.
 class Gathered {
  public:
-  static int64_t bytes(const Attention &a) {
-    if (a.recall == nullptr || a.cache->spill() == nullptr) return 0;
-    return room(*a.recall) * (a.cache->cell().bytes + 16) + 128;  // vectors may reach beyond the last cell
+  static int64_t bytes(const Attention &a, const BatchView &batch) {
+    if (a.recall() == nullptr || a.cache->spill() == nullptr) return 0;
+    return room(most_recalled(a, batch)) * (a.cache->cell().bytes + 16) + 128;  // vectors may reach beyond the last cell
   }
 
-  Gathered(const Attention &a, int64_t head, void *scratch)
-      : a_(a), head_(head), room_(room(*a.recall)),
+  Gathered(const Attention &a, const Sight &sight, int64_t head, void *scratch)
+      : a_(a), recalled_(sight.recalled), head_(head), room_(room(sight.recalled)),
         cells_(reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64)),
         pages_(reinterpret_cast<int32_t *>(cells_ + room_ * a.cache->cell().bytes + 64)), used_(pages_ + room_),
         places_(used_ + room_) {
@@ -127,13 +138,13 @@ class Gathered {
   // Where the cells of these pages are now; room for as many others is not touched.
   const int32_t *gather(const int32_t *table, const int32_t *chosen) {
     now_++;
-    for (int64_t i = 0; i < a_.recall->recalled; i++) {
+    for (int64_t i = 0; i < recalled_; i++) {
       const int32_t page = table[chosen[i]];
       const int64_t known = std::find(pages_, pages_ + room_, page) - pages_;
       places_[i] = static_cast<int32_t>(known < room_ ? known : -1);
       if (known < room_) used_[known] = now_;
     }
-    for (int64_t i = 0; i < a_.recall->recalled; i++) {
+    for (int64_t i = 0; i < recalled_; i++) {
       if (places_[i] >= 0) continue;
       while (used_[next_] == now_) next_ = (next_ + 1) % room_;
       read(table[chosen[i]], cells_ + next_ * a_.cache->cell().bytes);
@@ -145,7 +156,7 @@ class Gathered {
   const uint8_t *cells() const { return cells_; }
 
  private:
-  static int64_t room(const Recall &recall) { return 4 * recall.recalled; }
+  static int64_t room(int64_t recalled) { return 4 * recalled; }
   void read(int64_t page, uint8_t *into) const {
     const Cache &cache = *a_.cache;
     const uint8_t *cell = cache.cells(a_.layer, head_) + page * cache.page_bytes();
@@ -157,7 +168,7 @@ class Gathered {
   }
 
   const Attention &a_;
-  const int64_t head_, room_;
+  const int64_t recalled_, head_, room_;
   uint8_t *const cells_;
   int32_t *const pages_, *const used_, *const places_;
   int32_t now_ = 0;

@@ -169,7 +169,6 @@ int Program::attention(int q, int k, int v, Attention attention) {
   op.inputs = {q, k, v};
   op.attention = attention;
   op.attention.cache = cache;
-  op.attention.recall = attention.window == 0 ? cache->recall() : nullptr;
   return add_operator(std::move(op), {checked_value(q)});
 }
 

@@ -25,8 +25,17 @@ struct BatchView {
   int threads = 0;  // the most to compute with, 0: all of the pool's; results are the same
   const int32_t *adapters = nullptr;  // an adapter for each sequence, -1 for none; null if no sequence has one
   int64_t adapter_count = 0;  // of values in `adapters`
+  const int32_t *sights = nullptr;  // (sequences, 3): window, recalled and sinks in pages, zeros or null: the cache's
+  int64_t sight_values = 0;  // in `sights`
   bool argmax = false;  // only the index of each row's largest logit is wanted; see Program::finds_argmax
 };
+
+// What the rows of a sequence see in a cache that recalls.
+inline Sight sight_of(const BatchView &batch, const Cache &cache, int64_t sequence) {
+  const int32_t *own = batch.sights == nullptr ? nullptr : batch.sights + 3 * sequence;
+  if (own == nullptr || own[0] == 0) return cache.recall()->sight;
+  return {own[0], own[1], own[2]};
+}
 
 // A piece of the workspace. With `copies` every thread has its own, filled by itself.
 struct Piece {
@@ -57,6 +66,7 @@ struct TileSet {
   std::vector<QueryTile> tiles;
   int64_t partials = 0, scores = 0;  // how many there are
   bool one_token_each = false;  // no sequence has several tokens
+  bool drops = false;  // a tile does
 };
 
 struct Step {

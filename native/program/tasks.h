@@ -126,10 +126,12 @@ struct Attention {
   int64_t group;  // which of the program's caches, and of a sequence's page tables
   int tile_set = 0;
   std::shared_ptr<Cache> cache;
-  const Recall *recall = nullptr;  // the cache's, where the layer has no window
   // Fused in front of it: norms of each head and rotation of queries and keys; empty if there is none.
   Norm query_norm, key_norm;
   std::shared_ptr<const RopeTable> query_rope, key_rope;
+
+  // How its rows see long texts, null: whole, or within its window. A cache may begin to recall between two steps.
+  const Recall *recall() const { return window == 0 ? cache->recall() : nullptr; }
 };
 // Norms and rotates keys and stores them and values in the cache, for batches in which a sequence has several tokens;
 // `stored` represents the cache's content then. In other batches make_attend's task does it.

@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.compress.modules.quantized_model import QuantizedModel as QuantizedModel
     from mnemos.compress.modules.student import student_of as student_of
     from mnemos.decoding.config import GenerationConfig as GenerationConfig
+    from mnemos.decoding.memory import Memory as Memory
     from mnemos.engine.engine import InferenceEngine as InferenceEngine
     from mnemos.errors import MnemosError as MnemosError
     from mnemos.export.gguf import export_to_gguf as export_to_gguf
@@ -69,7 +70,6 @@ if TYPE_CHECKING:  # what _NAMES says, for type checkers and editors
     from mnemos.export.programs import ProgramExporter as ProgramExporter
     from mnemos.export.safetensors import export_to_safetensors as export_to_safetensors
     from mnemos.export.torchscript import TorchScriptExporter as TorchScriptExporter
-    from mnemos.memory.policy import Memory as Memory
     from mnemos.memory.response_cache import ResponseCache as ResponseCache
     from mnemos.models.foreign.cached_attention import CachedAttention as CachedAttention, KVCache as KVCache
     from mnemos.models.memory_transformer.adapter import MemoryAdapter as MemoryAdapter
@@ -109,6 +109,7 @@ _NAMES = {
     "mnemos.compress.modules.quantized_model": "QuantizedModel",
     "mnemos.compress.modules.student": "student_of",
     "mnemos.decoding.config": "GenerationConfig",
+    "mnemos.decoding.memory": "Memory",
     "mnemos.engine.engine": "InferenceEngine",
     "mnemos.errors": "MnemosError",
     "mnemos.export.exporter": "ModelExporter",
@@ -123,7 +124,6 @@ _NAMES = {
     "mnemos.export.programs": "ProgramExporter",
     "mnemos.export.tensorrt": "TensorRTExporter",
     "mnemos.export.torchscript": "TorchScriptExporter",
-    "mnemos.memory.policy": "Memory",
     "mnemos.memory.response_cache": "ResponseCache",
     "mnemos.models.foreign.cached_attention": "CachedAttention KVCache",
     "mnemos.models.memory_transformer.adapter": "MemoryAdapter",

@@ -132,6 +132,7 @@ class Cache:
         pages: int,
         recall: tuple[int, int, int, int, list[bool], list[int]] | None = None,
     ) -> None: ...
+    def begin_recall(self, recall: tuple[int, int, int, int, list[bool], list[int]]) -> None: ...
     def recalled(self) -> Floats: ...
     @property
     def spilled(self) -> int: ...
@@ -255,6 +256,7 @@ class Program:
         states: Ints | None = None,
         threads: int = 0,
         adapters: Ints | None = None,
+        sights: Ints | None = None,
     ) -> list[npt.NDArray[Any]]:
         """One step on a checked batch; the results are views that the next step overwrites.
 

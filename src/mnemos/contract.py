@@ -32,6 +32,8 @@ class Batch:
     logit_rows (R,)                  the rows whose logits (and last hidden states) are wanted, ascending
     greedy                           only the most probable tokens of those rows are wanted
     states (S,)                      each sequence's state slot, all different; empty for a model without `spec.states`
+    memories (S, 3)                  what each sequence's rows see, in pages: window, recalled pages and sinks, in place
+                                     of those of the cache's `layout.recall`; zeros: as there; empty: all as there
     adapters (S,)                    the adapter of each sequence, a number in `spec.adapters` or -1; empty: no adapters
     early_layers                     layers below `spec.layers` of whose input logits are wanted too, for the same rows
     """
@@ -47,6 +49,7 @@ class Batch:
     states: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     adapters: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     early_layers: tuple[int, ...] = ()
+    memories: Ints = field(default_factory=lambda: np.empty((0, 3), np.int32))
 
     @property
     def sequences(self) -> int:
@@ -81,6 +84,7 @@ class Batch:
             logit_rows=self.logit_rows[asked] - begin,
             states=self.states[first:last],
             adapters=self.adapters[first:last],
+            memories=self.memories[first:last],
         )
 
 
@@ -201,6 +205,7 @@ class KVLayout:
         return (pages,) * len(self.groups) if isinstance(pages, int) else tuple(pages)
 
 
+WHOLE_TEXT = 1 << 30  # a window, in positions, that no text exceeds; a multiple of a page
 NO_PAGES = KVLayout(layers=0, kv_heads=0, head_dim=0)
 
 
@@ -231,7 +236,13 @@ class ReleasingCache(Protocol):
 
 
 class RecallingCache(Cache, Protocol):
-    """The cache of a model that `recalls`, with a `layout.recall`."""
+    """The cache of a model that `recalls`."""
+
+    def begin_recall(self, recall: Recall) -> None:
+        """For a cache without a `layout.recall`, which gets this one: pages that are filled later have an index.
+
+        A sequence's rows see pages that were filled before only as long as they see all of their text.
+        """
 
     def recalled(self) -> Floats:
         """Of the attention of rows that did not see all of their text, which share went to pages that they recalled:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mnemos.cli.main import main
+from mnemos.decoding.memory import Memory
 from mnemos.engine.options import LoadOptions, command_line
-from mnemos.memory.policy import Memory
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from tests.ops.cases import AttentionCase, Table, batch_of, floats
 
-from mnemos.contract import KVLayout, Recall
+from mnemos.contract import WHOLE_TEXT, KVLayout, Recall
 from mnemos.errors import CapacityError, ConfigError, RequestError, UnsupportedError
 from mnemos.ops.native import NativeOps
 from mnemos.ops.numpy import NumpyOps
@@ -35,8 +36,11 @@ def cache_of(ops: Any, case: AttentionCase, dtype: str, recall: Recall | None) -
     )
 
 
-def attend(ops: Any, case: AttentionCase, cache: Any, pieces: list[int], seed: int = 1, texts: int = 1) -> np.ndarray:
+def attend(
+    ops: Any, case: AttentionCase, cache: Any, pieces: list[int], seed: int = 1, texts: int = 1, memories: Any = ()
+) -> np.ndarray:
     """All rows of `texts` equal texts in the second layer, evaluated in pieces of these lengths."""
+    seen = np.array(memories, dtype=np.int32).reshape(-1, 3)
     generator = np.random.default_rng(seed)
     sizes = case.heads * case.head_dim, *[case.kv_heads * case.head_dim] * 2
     q, k, v = (2 * floats(generator, LENGTH, size) for size in sizes)
@@ -47,7 +51,8 @@ def attend(ops: Any, case: AttentionCase, cache: Any, pieces: list[int], seed: i
     for piece in pieces:
         rows = range(start, min(start + piece, LENGTH))
         parts = [np.concatenate([x[rows.start : rows.stop]] * texts) for x in (q, k, v)]
-        out.append(ops.attention(*parts, cache, 1, batch_of([rows] * texts, tables), case.params))
+        batch = replace(batch_of([rows] * texts, tables), memories=seen)
+        out.append(ops.attention(*parts, cache, 1, batch, case.params))
         start = rows.stop
     assert start == LENGTH
     return np.concatenate(out)
@@ -110,6 +115,41 @@ def test_pages_in_a_file_give_the_same_bits(case: AttentionCase, dtype: str, tmp
     for page in range(cache.pages[0]):  # whatever needs a page brings it back
         assert cache.read(page).any() == (page < whole)
     assert cache.spilled == 0
+
+
+Sizes = tuple[tuple[int, int, int], ...]
+MEMORIES: Sizes = ((2, 3, 1), (1, 2, 1), (WHOLE_TEXT // 32, 0, 0), (4, 0, 0))
+
+
+def attend_texts(ops: Any, dtype: str, recall: Recall | None, sizes: Sizes, begun: bool = False) -> list[np.ndarray]:
+    """The rows of equal texts, each with a memory of these sizes; `begun`: the cache was made without one."""
+    case, pieces = CASES[0], [100, 1, 250, 1, 128]
+    cache = ops.cache(KVLayout(2, case.kv_heads, case.head_dim, 32, dtype, recall=None if begun else recall), 4 * 16)
+    if begun:
+        cache.begin_recall(recall)
+    found = attend(ops, case, cache, pieces, texts=len(sizes), memories=sizes)
+    parts = np.split(found, np.cumsum([piece * len(sizes) for piece in pieces])[:-1])
+    return [np.concatenate([np.split(part, len(sizes))[n] for part in parts]) for n in range(len(sizes))]
+
+
+@lru_cache
+def reference_texts(dtype: str) -> list[np.ndarray]:
+    return attend_texts(NumpyOps(), dtype, recall_of(CASES[0]), MEMORIES)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_texts_of_a_batch_see_as_much_as_each_of_them_is_to(dtype: str, isa: str) -> None:
+    """In a cache with sizes of its own, and in one that began to recall; both alike with the reference."""
+    ops, recall = NativeOps(), recall_of(CASES[0])
+    found = attend_texts(ops, dtype, recall, ((0, 0, 0), *MEMORIES[1:]))
+    begun = replace(recall, window=WHOLE_TEXT, recall=0, sinks=0)
+    later = attend_texts(ops, dtype, begun, MEMORIES, begun=True)
+    for one, other, expected, sizes in zip(found, later, reference_texts(dtype), MEMORIES, strict=True):
+        assert np.array_equal(one, other)
+        window, recalled, sinks = (32 * pages for pages in sizes)
+        alone = replace(recall, window=window, recall=recalled, sinks=sinks)
+        assert np.array_equal(one, attend_texts(ops, dtype, alone, ((0, 0, 0),))[0])
+        assert np.abs(one - expected).max() < (0.1 if dtype == "bfloat16" else 2e-4)
 
 
 def test_a_file_that_cannot_take_a_page_is_named(tmp_path: Path) -> None:
@@ -215,10 +255,22 @@ def test_what_recall_cannot_hold_is_named() -> None:
         cache_of(ops, case, "float32", recall_of(case, (0,)))
     case = CASES[0]
     cache = cache_of(ops, case, "float32", recall_of(case))
-    table = Table(np.arange(3), np.array([0, 64, 96]))
+    table = Table(np.arange(6), np.array([0, *range(64, 224, 32)]))
     x = [np.zeros((1, n), dtype=np.float32) for n in (6 * 64, 2 * 64, 2 * 64)]
+    batch = batch_of([range(200, 201)], [table])
     with pytest.raises(RequestError, match="gap before position 64"):
-        ops.attention(*x, cache, 1, batch_of([range(100, 101)], [table]), case.params)
+        ops.attention(*x, cache, 1, batch, case.params)
+    plain = cache_of(ops, case, "float32", None)
+    for sizes, held, message in [
+        ([[0, 1, 0]], cache, "memory of sequence 0 is a window of 0 pages, 1 recalled ones and 0 sinks; it needs"),
+        ([[1, -1, 0]], cache, "a window of 1 pages, -1 recalled ones"),
+        ([[1, 1, 0]] * 2, cache, "the batch has 6 sizes of memories; it needs three for each of its 1 sequences"),
+        ([[1, 1, 0]], plain, "the batch has memories, and the cache does not recall"),
+    ]:
+        with pytest.raises(RequestError, match=message):
+            ops.attention(*x, held, 1, replace(batch, memories=np.array(sizes, dtype=np.int32)), case.params)
+    with pytest.raises(ConfigError, match="recalls already"):
+        cache.cores[0].begin_recall((1, 1, 1, 0, [True] * 4, [0]))
 
 
 def test_a_layer_with_a_window_recalls_nothing() -> None:

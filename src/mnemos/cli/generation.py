@@ -16,9 +16,10 @@ from mnemos.errors import ConfigError
 if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
 
-# Of a command with one model, --adapter merges the adapter as the model is loaded.
+# Of a command with one model, --adapter merges the adapter as the model is loaded, and --memory is the engine's.
+_OF_THE_ENGINE = ("adapter", "memory")
 OPTIONS = tuple(
-    field for field in FIELDS if (field.rule.item or field.rule).kind != "callable" and field.name != "adapter"
+    field for field in FIELDS if (field.rule.item or field.rule).kind != "callable" and field.name not in _OF_THE_ENGINE
 )
 _METAVARS = {"integer": "N", "number": "X"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ from mnemos.decoding.conflicts import check_conflicts
 from mnemos.decoding.fields import ALIASES, CONSTRAINTS, FIELDS, INACTIVE, SAMPLING_ONLY, STRATEGIES, refuse_unknown
 from mnemos.decoding.transformers_objects import derives
 from mnemos.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mnemos.decoding.memory import Memory
 
 LogitsProcessor = Callable[[Sequence[int], npt.NDArray[np.float32]], "npt.NDArray[np.float32] | None"]
 PrefixFunction = Callable[[int, npt.NDArray[np.int64]], Sequence[int]]
@@ -133,6 +136,7 @@ class GenerationConfig:
     deadline: float | None = None
     cache_salt: str | None = None
     adapter: str | None = None
+    memory: Memory | Mapping[str, Any] | str | bool | None = None
     n: InitVar[int | None] = None
     max_tokens: InitVar[int | None] = None
     min_tokens: InitVar[int | None] = None

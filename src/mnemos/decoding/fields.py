@@ -12,6 +12,7 @@ from mnemos.decoding.kinds import (
     DOLA_LAYERS,
     EARLY_STOPPING,
     JSON_SCHEMA,
+    MEMORY,
     MIROSTAT,
     PROMPT,
     SEQUENCE,
@@ -466,6 +467,11 @@ FIELDS: tuple[Field, ...] = (
     Field(
         "adapter", "scheduling", text(1024),
         "The name of a LoRA adapter that the engine was given beside its model.", metavar="NAME",
+    ),
+    Field(
+        "memory", "scheduling", MEMORY,
+        "What rows of a long text see, in place of the engine's memory: sinks, a window and pages that they recall.",
+        metavar="POLICY",
     ),
 )  # fmt: skip
 

@@ -53,6 +53,8 @@ class EngineCore:
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
         self.tell("submitted", request, time.perf_counter())
+        if request.memory is not None:
+            self._recall(request)
 
     def cancel(self, request: Request) -> None:
         """Ends a request that is no longer wanted; its sink keeps what was delivered."""
@@ -102,6 +104,15 @@ class EngineCore:
         counters.busy_seconds += took
         if self.pacer is not None:
             self.rest = self.pacer.rest * took
+
+    def _recall(self, request: Request) -> None:
+        """Has the cache keep an index of keys, from the first request on that has a memory of its own."""
+        from mnemos.memory.policy import begin_recall
+
+        try:
+            begin_recall(self.model, self.scheduler.tables.tree)
+        except BaseException as error:
+            self.fail(request, error)
 
     def _begin(self, request: Request, state: int) -> None:
         """For a model with an encoder: has it read the request's source into a sequence's clear state slot."""

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 from mnemos.contract import ConditionedModel, Model, ModelSpec
 from mnemos.engine.handle import Channel, Lease, RequestHandle, run_all
@@ -15,6 +15,7 @@ from mnemos.errors import ContextLengthError, RequestError, UnsupportedError
 
 if TYPE_CHECKING:
     from mnemos.decoding.config import GenerationConfig
+    from mnemos.decoding.memory import Memory
     from mnemos.decoding.prompt_scores import ScoredToken
     from mnemos.decoding.strategy import Strategy
     from mnemos.engine.completion import Completion
@@ -59,6 +60,7 @@ class Launcher:
         from mnemos.decoding.lengths import fit_prompt
 
         spec = self._spec
+        self._memory(config)
         if config.overflow == "sliding" and spec.context_length < SMALLEST_SLIDING:
             raise RequestError(
                 f"overflow is 'sliding' and the context {spec.context_length}; it needs {SMALLEST_SLIDING}"
@@ -169,6 +171,7 @@ class Launcher:
         from mnemos.decoding.lengths import fit_prompt
 
         spec = self._spec
+        self._memory(config)
         if isinstance(self._model, ConditionedModel):
             raise UnsupportedError(
                 f"{spec.architecture} has an encoder for its prompt; a text alone has no score and no embedding"
@@ -190,6 +193,20 @@ class Launcher:
             raise RequestError(f"adapter is {name!r}; the model has {', '.join(map(repr, known)) or 'no adapters'}")
         return known.index(name)
 
+    def _memory(self, config: GenerationConfig) -> tuple[int, int, int] | None:
+        """What rows see of a request's long text, None: as the engine's do. Errors if the engine cannot do that."""
+        if config.memory is None:
+            return None
+        from mnemos.memory.policy import sizes_of
+
+        sizes = sizes_of(self._spec, cast("Memory | Literal[False]", config.memory))
+        if sizes is not None and config.overflow == "sliding":
+            raise RequestError(
+                f"overflow is 'sliding' and memory is {config.memory}; a text that drops its past has nothing to "
+                "recall: leave one of them out"
+            )
+        return sizes
+
     def _launch(
         self,
         strategy: Strategy,
@@ -199,7 +216,10 @@ class Launcher:
     ) -> RequestHandle:
         now = time.perf_counter()
         channel = Channel()
-        adapter = self._adapter(config.adapter)
+        adapter, memory = self._adapter(config.adapter), self._memory(config)
+        salt = config.cache_salt if config.adapter is None else f"{config.adapter}\n{config.cache_salt or ''}"
+        if memory is not None:  # beyond what they all see, pages of texts that see different parts are different
+            salt = f"memory {memory}\n{salt or ''}"
         request = Request(
             strategy,
             prompt,
@@ -207,8 +227,9 @@ class Launcher:
             Timings(now),
             priority=config.priority,
             tenant=config.tenant,
-            salt=config.cache_salt if config.adapter is None else f"{config.adapter}\n{config.cache_salt or ''}",
+            salt=salt,
             adapter=adapter,
+            memory=memory,
             deadline=None if config.deadline is None else now + config.deadline,
             sliding=config.overflow == "sliding",
             source=source,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from mnemos.decoding.config import AnyConfig, GenerationConfig
+    from mnemos.decoding.memory import Memory
     from mnemos.hub.cache import Progress
-    from mnemos.memory.policy import Memory
     from mnemos.memory.response_cache import ResponseCache
 
 TRANSFORMERS = "transformers"
@@ -45,7 +45,7 @@ def _config(value: Any) -> Any:
 
 
 def _memory(value: Any) -> Memory | None:
-    from mnemos.memory.policy import Memory
+    from mnemos.decoding.memory import Memory
 
     return Memory.read(value)
 

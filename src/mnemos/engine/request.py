@@ -67,6 +67,7 @@ class State(Enum):
 class Request:
     """A strategy and its state in the engine. `deadline`: when, on the engine's clock, it must have started.
 
+    memory: what rows see of long texts, as in `Batch.memories`; None: as the engine's do.
     adapter: a number in `ModelSpec.adapters`, or NO_ADAPTER.
     skip_special: whether texts leave out the names of special tokens.
     prompt_scores: the strategy's scores of the prompt's tokens, where it was asked for them, as far as it has come.
@@ -80,6 +81,7 @@ class Request:
     tenant: str = "default"
     salt: str | None = None
     adapter: int = NO_ADAPTER
+    memory: tuple[int, int, int] | None = None
     deadline: float | None = None
     sliding: bool = False
     source: list[int] | None = None  # the encoder's input, for a model that has an encoder

@@ -13,7 +13,7 @@ from mnemos.decoding.forced import ForcedReading
 from mnemos.engine.chat import ChatCompletion, ChatHandle, check_tokenizer, read_chat
 from mnemos.engine.completion import Completion, StreamedToken
 from mnemos.engine.prompts import read_prompts
-from mnemos.engine.session_pages import SessionPages, shared_length
+from mnemos.engine.session_pages import SessionPages, has_usual_pages, shared_length
 from mnemos.engine.turn import Turn
 from mnemos.errors import CapacityError, RequestError, shown
 from mnemos.memory.session_file import SessionFile
@@ -359,8 +359,8 @@ class Session:
         return new[1:]
 
     def _load(self, prompt_ids: Sequence[int], config: GenerationConfig) -> None:
-        """Brings stored pages into the cache; what an adapter computes has others, which are not stored."""
-        if config.adapter is None:
+        """Brings stored pages into the cache; with an adapter or a memory of its own, a turn has others."""
+        if has_usual_pages(config):
             self._pages.load(prompt_ids, config.cache_salt)
 
     def _save(
@@ -377,7 +377,7 @@ class Session:
         keep = shared_length(file.tokens, tokens)
         file.append(
             TurnRecord(keep, list(tokens[keep:]), [dict(one) for one in messages], removed),
-            self._pages.new(tokens, keep, config.cache_salt) if config.adapter is None else (),
+            self._pages.new(tokens, keep, config.cache_salt) if has_usual_pages(config) else (),
         )
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mnemos.contract import Cache
+from mnemos.decoding.config import GenerationConfig
 from mnemos.errors import MnemosError
 from mnemos.memory.prefix import PrefixTree
 from mnemos.memory.session_file import SessionFile
@@ -78,6 +79,11 @@ class SessionPages:
             for salt in self._salts:
                 with suppress(MnemosError):  # the engine was closed
                     self._thread.call(partial(tree.forget, salt, tokens, keep // tree.page_size))
+
+
+def has_usual_pages(config: GenerationConfig) -> bool:
+    """Whether a turn has the pages that are stored, which an adapter or a memory of its own would change."""
+    return config.adapter is None and config.memory is None
 
 
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -6,11 +6,12 @@ from array import array
 
 import numpy as np
 
-from mnemos.contract import Batch
+from mnemos.contract import Batch, Ints
 from mnemos.engine.request import Request
 from mnemos.engine.sequence import Sequence
 from mnemos.memory.states import NO_STATE
 
+NO_MEMORIES = np.empty((0, 3), dtype=np.int32)
 Part = tuple[Sequence, int, int, int]  # sequence, rows, first and end of its wanted rows in the output
 Item = tuple[Request, list[Part], bool]  # with whether its parts complete the rows that the strategy waits for
 
@@ -32,6 +33,7 @@ class Step:
         "items",
         "known",
         "logit_rows",
+        "memories",
         "page_positions",
         "page_starts",
         "pages",
@@ -53,6 +55,7 @@ class Step:
         self.logit_rows: list[int] = []
         self.states: list[int] = []
         self.adapters: list[int] = []
+        self.memories: list[tuple[int, int, int] | None] = []
         self.decode_rows = 0
         self.prefill_rows = 0
         self.greedy = True
@@ -62,6 +65,7 @@ class Step:
     def add(self, request: Request, planned: list[tuple[Sequence, int]], rows: int) -> None:
         """Takes the next positions of a request's sequences, `rows` in total; their pages are allocated."""
         self.adapters += [request.adapter] * len(planned)
+        self.memories += [request.memory] * len(planned)
         parts, complete = [self._add(*part) for part in planned], rows == request.pending
         self.items.append((request, parts, complete))
         for sequence, _, start, end in parts:
@@ -77,6 +81,7 @@ class Step:
         done, asked = sequence.done, len(self.logit_rows)
         self.items.append((request, [(sequence, 1, asked, asked + 1)], True))
         self.adapters.append(request.adapter)
+        self.memories.append(request.memory)
         self.logit_rows.append(len(self.token_ids))
         self.token_ids.append(sequence.branch.tokens[done + sequence.dropped])
         self.positions.append(done)
@@ -133,4 +138,10 @@ class Step:
             states=np.array(self.states, dtype=np.int32),
             adapters=np.array(self.adapters if max(self.adapters, default=-1) >= 0 else (), dtype=np.int32),
             early_layers=self.early_layers,
+            memories=self._memories(),
         )
+
+    def _memories(self) -> Ints:
+        if not any(self.memories):
+            return NO_MEMORIES
+        return np.array([own or (0, 0, 0) for own in self.memories], dtype=np.int32)

@@ -11,13 +11,14 @@ import json
 import os
 import tempfile
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
-from mnemos.contract import Batch, Floats, Model, ModelSpec, PagedModel, Recall, RecallingCache
+from mnemos.contract import Batch, Floats, KVLayout, Model, ModelSpec, PagedModel, Recall, RecallingCache
 from mnemos.machine.home import home
 
 PERIOD = 1280  # tokens before they are repeated
@@ -33,7 +34,7 @@ def far_heads(model: Model, share: float) -> Heads:
     layout = model.spec.layout
     whole = [layer for layer in range(layout.layers) if not (layout.windows and layout.windows[layer])]
     all_heads = tuple(tuple(range(layout.kv_heads)) if layer in whole else () for layer in range(layout.layers))
-    count = max(1, round(share * len(whole) * layout.kv_heads))
+    count = far_count(layout, share)
     if count == len(whole) * layout.kv_heads:
         return all_heads
     shares = _stored(model.spec.fingerprint)
@@ -45,6 +46,12 @@ def far_heads(model: Model, share: float) -> Heads:
     return tuple(tuple(head for head in heads if (layer, head) in chosen) for layer, heads in enumerate(all_heads))
 
 
+def far_count(layout: KVLayout, share: float) -> int:
+    """How many heads that share is."""
+    whole = sum(not window for window in layout.windows) if layout.windows else layout.layers
+    return max(1, round(share * whole * layout.kv_heads))
+
+
 def indexed_components(spec: ModelSpec) -> tuple[int, ...]:
     """Which components of keys are indexed: those that turn slowly tell far keys apart as well as all, in half the
     memory; the others change with every position."""
@@ -52,7 +59,11 @@ def indexed_components(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def measure(model: Model, heads: Heads) -> Floats:
-    """The share of each head's attention that goes to what it recalls, (layers, kv_heads). Reserves pages for it."""
+    """The share of each head's attention that goes to what it recalls, (layers, kv_heads).
+
+    It is measured in pages of a copy that shares the model's weights, so that the model's own stay as they are.
+    """
+    probe = copy(model)
     spec, layout = model.spec, model.spec.layout
     page = layout.page_size
     period = min(PERIOD, spec.context_length // 2) // page * page
@@ -60,15 +71,11 @@ def measure(model: Model, heads: Heads) -> Floats:
     recall = Recall(window, 15 * page, page, heads, indexed_components(spec))
     tokens = np.random.default_rng(0).integers(0, spec.vocabulary_size, period).astype(np.int32)
     tokens = np.concatenate((tokens, tokens))
-    try:
-        model.spec = replace(spec, layout=replace(layout, recall=recall))
-        pages = len(tokens) // page
-        cast(PagedModel, model).reserve(pages)
-        for start in range(0, len(tokens), CHUNK):
-            model.forward(_batch(tokens, start, min(start + CHUNK, len(tokens)), page, len(layout.groups)))
-        return cast(RecallingCache, cast(PagedModel, model).cache).recalled()
-    finally:
-        model.spec = spec
+    probe.spec = replace(spec, layout=replace(layout, recall=recall))
+    cast(PagedModel, probe).reserve(len(tokens) // page)
+    for start in range(0, len(tokens), CHUNK):
+        probe.forward(_batch(tokens, start, min(start + CHUNK, len(tokens)), page, len(layout.groups)))
+    return cast(RecallingCache, cast(PagedModel, probe).cache).recalled()
 
 
 def _batch(tokens: np.ndarray, start: int, end: int, page: int, groups: int) -> Batch:

@@ -1,72 +1,20 @@
-"""How an engine remembers long texts: a working memory, and pages of the past that rows recall."""
+"""How models see long texts: a working memory, and pages of the past that rows recall."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
-from mnemos.contract import Model, ModelSpec, Recall, SpillingModel
+from mnemos.contract import WHOLE_TEXT, Model, ModelSpec, PagedModel, Recall, RecallingCache, SpillingModel
+from mnemos.decoding.memory import Memory
 from mnemos.errors import ConfigError, UnsupportedError
-from mnemos.memory.calibration import far_heads, indexed_components
-from mnemos.rules import Rule, hint, real, whole
+from mnemos.memory.calibration import far_count, far_heads, indexed_components
+from mnemos.memory.prefix import PrefixTree
 
-_SIZE, _SHARE = whole(0), real(0, 1, open_low=True)
-_PATH = Rule(lambda value: os.fspath(value) if isinstance(value, (str, os.PathLike)) and value else None, "a path")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """What a row of a long text sees, in place of all of it. Sizes are positions, multiples of a page (32).
-
-    window: the working memory, its latest positions. sinks: the text's first positions, always seen. recall: how many
-    positions of the pages between it sees besides, chosen for each row, layer and key/value head by its query.
-    heads: the share of the key/value heads that recall: those whose attention reaches far, measured once for each
-    model. The others have a window that is longer by `recall`.
-
-    folder: where pages that no row sees unless it recalls them are stored, in a file that ends with the process;
-    "auto": the system's folder for large temporary files; None: they stay in memory. Their index stays there anyway.
-
-    Texts of up to sinks + recall + window positions are computed as without a memory, bit for bit. ConfigError for
-    values that are not allowed.
-    """
-
-    window: int = 512
-    recall: int = 480
-    sinks: int = 32
-    heads: float = 0.5
-    folder: str | None = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("window", "recall", "sinks"):
-            _SIZE.apply(f"memory: {name}", getattr(self, name))
-        object.__setattr__(self, "heads", _SHARE.apply("memory: heads", self.heads))
-        if self.folder is not None:
-            object.__setattr__(self, "folder", _PATH.apply("memory: folder", self.folder))
-
-    @classmethod
-    def read(cls, value: Any) -> Memory | None:
-        """A Memory from one, from a mapping of its fields, from a text like "window=512,recall=480", or from True for
-        the defaults; None for anything else. ConfigError for an unknown field or a value that is not allowed."""
-        if isinstance(value, cls):
-            return value
-        if value is True or value == "default":
-            return cls()
-        if isinstance(value, str):
-            pairs = [part.partition("=") for part in value.split(",")]
-            if not all(equals and number for _, equals, number in pairs):
-                return None
-            value = {name.strip(): _number(number) for name, _, number in pairs}
-        if not isinstance(value, Mapping):
-            return None
-        known = [one.name for one in fields(cls)]
-        for name in value:
-            if name not in known:
-                raise ConfigError(f"memory has no field {name!r}; {hint(str(name), known, 'its fields')}")
-        return cls(**value)
+HALF = 0.5  # of the heads recall unless a memory says otherwise
 
 
 def remember(model: Model, memory: Memory, context_length: int | None = None) -> None:
@@ -85,11 +33,74 @@ def remember(model: Model, memory: Memory, context_length: int | None = None) ->
         if context_length > spec.context_length > page:
             distance = spec.context_length // 2 // page * page
         spec = replace(spec, context_length=context_length)
-    heads = far_heads(model, memory.heads) if memory.recall else ((),) * spec.layout.layers
+    heads = far_heads(model, memory.heads or HALF) if memory.recall else ((),) * spec.layout.layers
     recall = Recall(memory.window, memory.recall, memory.sinks, heads, indexed_components(spec), distance)
     model.spec = replace(spec, layout=replace(spec.layout, recall=recall))
     if isinstance(model, SpillingModel):
         model.spill_folder = None if memory.folder is None else _folder(memory.folder)
+
+
+def begin_recall(model: Model, tree: PrefixTree | None) -> None:
+    """Has a model without a memory keep an index of keys from now on, for requests that have one; once is enough.
+
+    tree: what it holds may come from a file, and is indexed too. Which heads use the far past is measured now if that
+    was never done: a few seconds.
+    """
+    cache = cast(RecallingCache, cast(PagedModel, model).cache)
+    if cache.layout.recall is not None:
+        return
+    cache.begin_recall(Recall(WHOLE_TEXT, 0, 0, far_heads(model, HALF), indexed_components(model.spec)))
+    for node in tree.nodes() if tree is not None else ():
+        page = node.pages[0]  # of the layers without a window, whose group is the first
+        if page is not None:
+            cache.write(page, cache.read(page))
+
+
+def sizes_of(spec: ModelSpec, wanted: Memory | Literal[False]) -> tuple[int, int, int] | None:
+    """What the rows of a request see, as in `Batch.memories`; None where that is what the model's rows see anyway.
+
+    wanted: the request's own memory, False for none. UnsupportedError or ConfigError if the model cannot do that.
+    """
+    own, page = spec.layout.recall, spec.layout.page_size
+    if isinstance(wanted, Memory):
+        _check(spec, wanted)
+        _check_request(spec, wanted)
+        sizes = wanted.window, wanted.recall, wanted.sinks
+    elif own is None:
+        return None
+    elif own.farthest:
+        raise ConfigError(
+            f"memory is False, and the engine's context_length, {spec.context_length}, is beyond what the model was "
+            "trained for; only with a memory does it read such texts: leave it out"
+        )
+    else:
+        sizes = WHOLE_TEXT, 0, 0
+    if own is not None and sizes == (own.window, own.recall, own.sinks):
+        return None
+    return sizes[0] // page, sizes[1] // page, sizes[2] // page
+
+
+def _check_request(spec: ModelSpec, memory: Memory) -> None:
+    """Raises the error of what is decided for an engine as a whole."""
+    recall = spec.layout.recall
+    if memory.folder not in ("auto", None):
+        raise ConfigError(
+            f"memory: folder is {memory.folder!r} in a request; where pages are stored is decided for the engine: give "
+            "the engine a memory with it, and leave it out here"
+        )
+    if memory.recall == 0:
+        return
+    indexed = far_count(spec.layout, HALF) if recall is None else sum(map(len, recall.heads))
+    if indexed == 0:
+        raise ConfigError(
+            f"memory: recall is {memory.recall} in a request, and the engine's own memory recalls nothing, so that it "
+            "keeps no index; give the engine a memory with recall, or this request recall=0"
+        )
+    if memory.heads is not None and far_count(spec.layout, memory.heads) != indexed:
+        raise ConfigError(
+            f"memory: heads is {memory.heads} in a request, and {indexed} heads of the engine keep an index; leave it "
+            f"out, or give the engine a memory with heads={memory.heads}"
+        )
 
 
 def _check(spec: ModelSpec, memory: Memory) -> None:
@@ -119,14 +130,3 @@ def _folder(name: str) -> Path:
         return Path(name)
     large = Path("/var/tmp")
     return large if os.access(large, os.W_OK) else Path(tempfile.gettempdir())
-
-
-def _number(text: str) -> int | float | str | None:
-    if text == "none":
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -343,6 +343,7 @@ def _run(
         batch.states if len(batch.states) else None,
         threads,
         batch.adapters if len(batch.adapters) else None,
+        batch.memories.reshape(-1) if len(batch.memories) else None,
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from mnemos.contract import Floats, KVLayout
+from mnemos.contract import Floats, KVLayout, Recall
 from mnemos.errors import ConfigError
 from mnemos.native import core as _native
 
@@ -56,6 +57,14 @@ class NativeCache:
     def spilled(self) -> int:
         """See `SpillingCache`."""
         return sum(core.spilled for core in self.cores)
+
+    def begin_recall(self, recall: Recall) -> None:
+        """See `RecallingCache`."""
+        self.layout = replace(self.layout, recall=recall)
+        for group, core in zip(self.layout.groups, self.cores, strict=True):
+            fields = None if group.window else _recall(self.layout, group.layers)
+            if fields is not None:
+                core.begin_recall(fields)
 
     def recalled(self) -> Floats:
         """See `RecallingCache`."""

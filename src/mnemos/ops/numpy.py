@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from math import erf
 
 import numpy as np
 import numpy.typing as npt
 
-from mnemos.contract import Batch, Floats, Ints, KVLayout, Output
+from mnemos.contract import Batch, Floats, Ints, KVLayout, Output, Recall
 from mnemos.formats.tensor import Tensor
 from mnemos.ops.protocol import AttentionParams, BankSource, Forward, MemoryParams, PoolParams, RopeParams, Rows
 from mnemos.ops.recall import Bytes, index_keys, see_from_nearer, seen_pages
@@ -28,6 +29,10 @@ class NumpyCache:
             for group, count in zip(layout.groups, self.pages, strict=True)
         ]
         self._recalled = np.zeros((layout.layers, layout.kv_heads, 2))  # the sum of shares, and of how many rows
+
+    def begin_recall(self, recall: Recall) -> None:
+        """See `RecallingCache`."""
+        self.layout = replace(self.layout, recall=recall)
 
     def recalled(self) -> Floats:
         """See `RecallingCache`."""
@@ -208,7 +213,7 @@ class NumpyOps:
             all_values = values[page, past % page_size].repeat(shared, axis=1)
             queries = q[new].reshape(len(positions), params.heads, params.head_dim)
             scores = np.einsum("ihd,jhd->hij", queries, all_keys) * np.float32(params.scale)
-            recall = None if params.window else cache.layout.recall
+            recall = None if params.window else _recall_of(cache, batch, s)
             if recall is not None and recall.farthest and params.rope is not None:
                 see_from_nearer(self.rope, scores, queries, all_keys, positions, page_size, recall.farthest, params)
             if params.softcap:
@@ -217,11 +222,11 @@ class NumpyOps:
             hidden = (distance < 0) | ((distance >= params.window) if params.window else False)
             if recall is not None:
                 scaled = queries * np.float32(params.scale)
-                seen = _recalled(cache, layer, scaled, positions, pages, params.kv_heads)
+                seen = _recalled(cache, recall, layer, scaled, positions, pages, params.kv_heads)
                 hidden = hidden | ~seen.repeat(page_size, axis=2)[:, :, : len(past)].repeat(shared, axis=0)
             probabilities = softmax(np.where(hidden, -np.inf, scores))
             if recall is not None:
-                _count_recalled(cache, layer, probabilities, positions)
+                _count_recalled(cache, recall, layer, probabilities, positions)
             out[new] = np.einsum("hij,jhd->ihd", probabilities, all_values).reshape(len(positions), -1)
         return out
 
@@ -341,15 +346,23 @@ class NumpyOps:
         return y
 
 
+def _recall_of(cache: NumpyCache, batch: Batch, sequence: int) -> Recall | None:
+    """How a sequence's rows see a long text."""
+    recall, page = cache.layout.recall, cache.layout.page_size
+    if recall is None or not len(batch.memories) or not batch.memories[sequence].any():
+        return recall
+    window, recalled, sinks = (int(pages) * page for pages in batch.memories[sequence])
+    return replace(recall, window=window, recall=recalled, sinks=sinks)
+
+
 def _recalled(
-    cache: NumpyCache, layer: int, queries: Floats, positions: Ints, pages: Ints, kv_heads: int
+    cache: NumpyCache, recall: Recall, layer: int, queries: Floats, positions: Ints, pages: Ints, kv_heads: int
 ) -> npt.NDArray[np.bool_]:
     """Which pages of its table each row sees in each key/value head: (kv_heads, rows, pages).
 
     queries (rows, heads, head size), scaled. The pages are those of all positions from 0 on.
     """
-    recall, size = cache.layout.recall, cache.layout.page_size
-    assert recall is not None
+    size = cache.layout.page_size
     seen = np.ones((kv_heads, len(positions), len(pages)), dtype=np.bool_)
     group, index = cache.layout.place(layer)
     for head in range(kv_heads):
@@ -362,10 +375,9 @@ def _recalled(
     return seen
 
 
-def _count_recalled(cache: NumpyCache, layer: int, probabilities: Floats, positions: Ints) -> None:
+def _count_recalled(cache: NumpyCache, recall: Recall, layer: int, probabilities: Floats, positions: Ints) -> None:
     """Counts what rows that do not see all of their text give to pages between its sinks and their windows."""
-    recall, size = cache.layout.recall, cache.layout.page_size
-    assert recall is not None
+    size = cache.layout.page_size
     rows = positions // size * size >= recall.positions
     first = (positions // size + 1) * size - recall.window  # of each row's window
     past = np.arange(probabilities.shape[2])
