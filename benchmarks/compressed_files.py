@@ -8,12 +8,18 @@ from MODEL in float32 is measured on another text, in chunks of 512 tokens, with
 a master without a grid of a model that is quantized already, on which no type is favoured: each weight is moved by a
 random part of its block's step (seeded), as `master.gguf` in the folder given. --markdown puts the table into FILE
 between the lines `<!-- files -->` and `<!-- /files -->`.
+
+    python benchmarks/compressed_files.py MODEL --speed [--calibrate TEXT] [--types q4_k_m q4_0]
+
+prints instead how long writing each file takes, beside what ggml's own encoders take for its tensors alone (libgguf),
+in processor time of one thread, and whether all bytes are the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from mnemos.bench.results import insert_table
-from mnemos.compress.budget import choose, measure_options
+from mnemos.compress.budget import candidates, choose, measure_options
 from mnemos.compress.calibration import Calibration
 from mnemos.compress.evaluate import CHUNK, compare, cut
 from mnemos.compress.quantize import Importance, gguf_checkpoint, open_model, quantize_file, unchanged_bytes
@@ -84,6 +90,29 @@ def measure(path: Path, exact: Remembered, chunks: list[list[int]]) -> Measured:
     return Measured(size, found.divergence, found.percentile(99), found.agreement)
 
 
+def time_types(source: Path, types: Sequence[str], importance: Importance | None) -> None:
+    """Prints a row for each type: processor time here and of ggml's encoders, and whether the bytes are the same."""
+    import libgguf
+
+    tensors = gguf_checkpoint(source).tensors
+    print("| type | here, file | ggml, tensors | same bytes |\n| --- | --- | --- | --- |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "model.gguf"
+        for name in types:
+            began = time.process_time()
+            rows = quantize_file(source, out, name, importance=importance).rows
+            ours, theirs, equal = time.process_time() - began, 0.0, True
+            written = gguf_checkpoint(out).tensors
+            for row in (row for row in rows if row.changes):
+                values = np.ascontiguousarray(tensors[row.name].dequantize().reshape(row.shape))
+                weights = None if importance is None else importance.values.get(row.name)
+                began = time.process_time()
+                data = libgguf.quantize_rows(values, int(row.type), weights)
+                theirs += time.process_time() - began
+                equal &= bool(np.array_equal(np.ravel(data), np.ravel(written[row.name].data)))
+            print(f"| {name} | {ours:.2f} s | {theirs:.2f} s | {'yes' if equal else 'NO'} |", flush=True)
+
+
 def line(name: str, plain: Measured | None, searched: Measured) -> str:
     """A row of the table."""
     before = "| |" if plain is None else f"| {plain.divergence:.4f} | {100 * plain.agreement:.1f}% "
@@ -98,8 +127,9 @@ def main() -> None:
     """Prints the table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="a known name, a GGUF file or a Hugging Face folder")
-    parser.add_argument("--calibrate", metavar="TEXT", type=Path, nargs="+", required=True, help="joined by a newline")
-    parser.add_argument("--text", metavar="TEXT", type=Path, required=True, help="what the loss is measured on")
+    parser.add_argument("--calibrate", metavar="TEXT", type=Path, nargs="+", default=[], help="joined by a newline")
+    parser.add_argument("--text", metavar="TEXT", type=Path, help="what the loss is measured on")
+    parser.add_argument("--speed", action="store_true", help="how long writing takes, in place of what is lost")
     parser.add_argument("--types", metavar="TYPE", nargs="+", default=TYPES)
     parser.add_argument("--tokens", metavar="N", type=int, default=4096, help="of the text")
     parser.add_argument("--spread", metavar="FOLDER", type=Path, help="make and use a master without a grid there")
@@ -113,8 +143,15 @@ def main() -> None:
             spread(source, arguments.spread / "master.gguf")
         source = arguments.spread / "master.gguf"
     text = "\n".join(path.read_text(encoding="utf-8") for path in arguments.calibrate)
+    if arguments.speed:
+        found = Calibration(gguf_checkpoint(source), text).importance() if text else None
+        time_types(source, arguments.types, None if found is None else Importance(found, "text"))
+        return
+    if not text or arguments.text is None:
+        parser.error("--calibrate and --text are needed")
     calibration = Calibration(gguf_checkpoint(source), text)
-    importance = Importance(calibration.importance(), "text")
+    wanted = list(candidates(calibration.checkpoint.tensors))
+    importance = Importance(calibration.importance(wanted=wanted), "text")
     lines = [
         "| type | tensors | importance | same token | search | 99% | same token | search / importance |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

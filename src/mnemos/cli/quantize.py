@@ -219,11 +219,11 @@ def _importance(calibration: Calibration | None, arguments: argparse.Namespace) 
         return Importance(matrix.values, matrix.source or Path(arguments.imatrix).name)
     if calibration is None:
         return None
+    from mnemos.compress.budget import candidates
     from mnemos.compress.calibration import CHUNK
-    from mnemos.compress.mixes import is_quantizable
 
-    name, tensors = Path(arguments.calibrate).name, calibration.checkpoint.tensors
-    wanted = [key for key, one in tensors.items() if arguments.search and is_quantizable(key, one.shape)]
+    name = Path(arguments.calibrate).name
+    wanted = list(candidates(calibration.checkpoint.tensors)) if arguments.search else []
     with ProgressBar(arguments.calibrate, unit="tokens") as progress:
         values = calibration.importance(progress, wanted)
     if arguments.save_imatrix is not None:
