@@ -236,12 +236,15 @@ def test_wrong_options_are_named(source, arguments, problem, capsys):
     assert problem in capsys.readouterr().err
 
 
-def test_what_exists_is_not_written_over(source, capsys):
+def test_what_exists_is_not_written_over_and_a_missing_folder_is_named(source, capsys):
     other = source.parent / "kept.gguf"
     other.write_text("kept")
     assert main(["quantize", str(source), "--type", "q4_0", "--out", str(other)]) == 2
     assert "which exists; give a new name" in capsys.readouterr().err
     assert other.read_text() == "kept"
+    missing = str(source.parent / "missing" / "small.gguf")
+    assert main(["quantize", str(source), "--type", "q4_0", "--out", missing]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(core is None, reason="the native module is not built")

@@ -63,7 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prune_gguf(source: Path, text: str, arguments: argparse.Namespace) -> None:
     from mnemos.compress.prune_file import prune_file
+    from mnemos.formats.whole_file import check_new
 
+    check_new(Path(arguments.out), is_file=True)
     for option in ("layers", "zeros", "pattern"):
         if getattr(arguments, option):
             raise UnsupportedError(

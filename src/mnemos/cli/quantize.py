@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _show_plan(source, arguments, overrides)
     if not arguments.out.endswith(".gguf"):
         return _convert(source, arguments)
-    check_new(Path(arguments.out))
+    check_new(Path(arguments.out), is_file=True)
     calibration = _calibration(source, arguments)
     if calibration is not None and size is not None:
         _check_size(calibration.checkpoint, size, arguments.size)

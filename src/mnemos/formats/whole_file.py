@@ -16,10 +16,15 @@ from mnemos.errors import CapacityError, ConfigError, FormatError, MnemosError
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit of the process or of the file system
 
 
-def check_new(out: Path) -> None:
-    """ConfigError if there is a file or folder of this name, for what is never written over anything."""
+def check_new(out: Path, is_file: bool = False) -> None:
+    """ConfigError if there is a file or folder of this name, for what is never written over anything.
+
+    is_file: also if the folder is missing that it would be in, before what is to be written has been computed.
+    """
     if out.exists():
         raise ConfigError(f"out is {str(out)!r}, which exists; give a new name")
+    if is_file and not out.parent.is_dir():
+        raise ConfigError(f"out is {str(out)!r}, and there is no folder {str(out.parent)!r}; make it first")
 
 
 @contextmanager
