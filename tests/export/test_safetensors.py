@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ hf = pytest.importorskip("transformers")
 
 from mnemos import InferenceEngine, ModelPackager, export_to_gguf, export_to_safetensors  # noqa: E402
 from mnemos.compress.safetensors import convert_folder  # noqa: E402
-from mnemos.errors import ConfigError, FormatError  # noqa: E402
+from mnemos.errors import ConfigError, FormatError, UnsupportedError  # noqa: E402
 from mnemos.formats.package import is_package  # noqa: E402
 from mnemos.formats.safetensors import open_safetensors  # noqa: E402
 from tests.export.gguf_models import TEMPLATE, folder_of, mini_llm_checkpoint, read_config  # noqa: E402
@@ -33,6 +35,9 @@ def test_a_gguf_file_becomes_a_folder_for_transformers(name: str, tmp_path: Path
     export_to_gguf(tmp_path / "model", tmp_path / "model.gguf")
     report = export_to_safetensors(tmp_path / "model.gguf", tmp_path / "out")
     assert report.path == tmp_path / "out" and report.error < 1e-6 and report.inputs == 6
+    stated, original = (read_config(folder) for folder in (report.path, tmp_path / "model"))
+    epsilon = "layer_norm_epsilon" if name == "gpt2" else "rms_norm_eps"
+    assert stated[epsilon] == original[epsilon]  # though the GGUF file has it in float32
     assert np.allclose(theirs(report.path, IDS), reference.logits(IDS), rtol=1e-5, atol=1e-5)
     tokenizers = (
         hf.PreTrainedTokenizerFast.from_pretrained(tmp_path / "model"),
@@ -95,6 +100,19 @@ def test_mini_llm_becomes_a_llama(tmp_path: Path) -> None:
     ids = [5, 17, 3, 60, 0, 22, 41]
     with torch.no_grad():
         assert np.allclose(theirs(report.path, ids), module(torch.tensor([ids]))[0][0].numpy(), atol=1e-4)
+
+
+def test_an_unknown_architecture_is_named_and_no_temporary_folder(tmp_path: Path) -> None:
+    folder_of("llama", tmp_path / "model")
+    config = read_config(tmp_path / "model") | {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+    }
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    expected = re.escape(f"{tmp_path / 'out'}: architecture 'LlavaForConditionalGeneration'")
+    with pytest.raises(UnsupportedError, match=f"^{expected}"):
+        export_to_safetensors(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:

@@ -207,6 +207,17 @@ def test_a_window_that_llama_cpp_ignores_is_named(name, tmp_path):
         gguf_form(open_checkpoint(tmp_path))
 
 
+def test_parts_for_images_are_named_where_they_are_left_out(tmp_path):
+    build(CONFIGS["gemma3"](), tmp_path)
+    found = open_checkpoint(tmp_path)
+    _, plain = gguf_form(found)
+    image = Tensor.from_array("x", np.zeros((2, 2), np.float32))
+    whole = replace(found, tensors={**found.tensors, "vision_tower.a.weight": image, "multi_modal_projector.w": image})
+    with pytest.warns(UserWarning, match="has 2 tensors of parts for other inputs than text, such as 'vision_tower"):
+        _, entries = gguf_form(whole)
+    assert entries.keys() == plain.keys()
+
+
 def test_values_have_the_types_that_llama_cpp_expects(tmp_path):
     build(CONFIGS["qwen3"](), tmp_path)
     metadata, entries = gguf_form(open_checkpoint(tmp_path))

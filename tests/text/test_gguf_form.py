@@ -225,6 +225,13 @@ def test_without_an_end_token_llama_cpp_takes_none_that_a_text_has(tmp_path: Pat
         assert "tokenizer.ggml.eos_token_id" not in tokenizer_metadata(tmp_path, size)
 
 
+def test_an_end_tokens_name_as_ordinary_text_is_a_warning(tmp_path: Path) -> None:
+    make(tmp_path, STEPS["gpt-2"])
+    edit(tmp_path, lambda file: file["model"]["vocab"].update({"</s>": file["model"]["vocab"].pop("\u0101")}))
+    with pytest.warns(UserWarning, match="has '</s>' as ordinary text, for which llama.cpp takes special tokens"):
+        tokenizer_metadata(tmp_path, 900)
+
+
 def test_missing_bytes_are_a_warning(tmp_path: Path) -> None:
     make(tmp_path, STEPS["gpt-2"])
     edit(tmp_path, lambda file: file["model"]["vocab"].update({"[gone]": file["model"]["vocab"].pop("\u0101")}))

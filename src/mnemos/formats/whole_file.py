@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -89,7 +90,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A folder beside `path` for what will take its place; it is gone when the block ends. Errors: `not_written`'s."""
+    """A folder beside `path` for what will take its place; it is gone when the block ends. Errors: `not_written`'s.
+
+    What Mnemos' errors say of a file or folder in it, they say of `path`.
+    """
     from shutil import rmtree  # see `new_folder`
 
     try:
@@ -99,9 +103,12 @@ def beside(path: Path) -> Iterator[Path]:
         raise not_written(path, error) from error
     try:
         yield work
-    except OSError as error:
-        if isinstance(error, MnemosError):
+    except MnemosError as error:
+        named = re.sub(rf"{re.escape(str(work))}(/[^/:\s]+)?", lambda _: str(path), str(error))
+        if named == str(error):
             raise
+        raise type(error)(named) from error
+    except OSError as error:
         raise not_written(path, error) from error
     finally:
         rmtree(work, ignore_errors=True)

@@ -140,7 +140,8 @@ class _Entries:
     form: Form
 
     def all(self) -> Iterator[Entry]:
-        """Every tensor of the GGUF file, in the checkpoint's order."""
+        """Every tensor of the GGUF file, in the checkpoint's order; a warning for those for images."""
+        self._say_what_is_left_out()
         names: set[str] = set()
         experts: dict[str, dict[int, Tensor]] = {}
         for original, tensor in self.checkpoint.tensors.items():
@@ -164,6 +165,16 @@ class _Entries:
         for name, stack in experts.items():
             yield _stacked(self._name(name), [stack[number] for number in sorted(stack)])
         yield from self._missing_biases(names)
+
+    def _say_what_is_left_out(self) -> None:
+        ignored = self.architecture.ignored
+        others = [name for name in self.checkpoint.tensors if any(fnmatchcase(name, one) for one in ignored)]
+        if others:
+            warnings.warn(
+                f"{self.checkpoint.path}: has {len(others)} tensors of parts for other inputs than text, such as "
+                f"{others[0]!r}; the GGUF file is the language model without them",
+                stacklevel=4,
+            )
 
     def _name(self, name: str) -> str:
         return gguf_tensor_name(name, self.architecture.gguf_names)

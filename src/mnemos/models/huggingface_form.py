@@ -94,7 +94,16 @@ def huggingface_form(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, 
     values = _values(checkpoint, read, folder)
     tensors = {entry.name: entry for entry in _Entries(checkpoint, type(read), config, form, folder).all()}
     check_same(checkpoint, read, Checkpoint("huggingface", checkpoint.path, values, without_values(tensors)))
-    return values, tensors
+    return {name: _shortest(value) for name, value in values.items()}, tensors
+
+
+def _shortest(value: Any) -> Any:
+    """A float32 of a GGUF file as people write it: 1e-06, where as a float64 it would be 9.999999974752427e-07."""
+    if isinstance(value, dict):
+        return {name: _shortest(part) for name, part in value.items()}
+    if isinstance(value, float) and float(np.float32(value)) == value:
+        return float(str(np.float32(value)))
+    return value
 
 
 def _values(checkpoint: Checkpoint, model: Any, folder: Folder) -> dict[str, Any]:

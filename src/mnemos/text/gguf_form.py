@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mnemos.errors import FormatError, UnsupportedError
-from mnemos.text.core import TokenizerCore, byte_characters, parse_byte_token
+from mnemos.text.core import END_NAMES, TokenizerCore, byte_characters, parse_byte_token
 from mnemos.text.gguf import build_core
 from mnemos.text.gguf_probes import check_added, check_merges, check_surrounding, pre_tokenizer
 from mnemos.text.huggingface import Settings, read_chat_templates, read_settings
@@ -104,6 +104,12 @@ def _byte_level_metadata(
             stacklevel=3,
         )
     ordinary = set(vocabulary.values())
+    plain = [name for name in END_NAMES if vocabulary.get(name, -1) not in {-1, *core.literal_ids, *core.special_ids}]
+    if plain:
+        warnings.warn(
+            f"{file}: has {', '.join(map(repr, plain))} as ordinary text, for which llama.cpp takes special tokens",
+            stacklevel=3,
+        )
     metadata: dict[str, Any] = {
         PREFIX + "model": "gpt2",
         PREFIX + "tokens": list(core.texts),
