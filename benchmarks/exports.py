@@ -5,10 +5,10 @@
 Llamas with random weights are exported with their caches, and run one token after 128 others ("decoding") and 128
 tokens at once ("prompt"). A speed is PyTorch's least time over the file's, of repeats that take turns, so that other
 programs disturb all alike. ONNX Runtime runs the float32 file, those of Mnemos with weights of 8 and 4 bits, and what
-its own `quantize_dynamic` makes of the first. The engine runs GGUF files of the same weights, with its own sampling
+its own `quantize_dynamic` makes of the first; OpenVINO, in float32, keeps the cache itself. The engine runs GGUF files of the same weights, with its own sampling
 and bookkeeping; the last lines divide its speed by the best of ONNX Runtime's.
 With --folder the files are kept there, and those of an earlier run are measured without being written again.
-Prints a Markdown table. Needs transformers, onnxruntime and onnxscript.
+Prints a Markdown table. Needs transformers, onnxruntime, onnxscript and openvino.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from quantized_module import times
 from torch import Tensor
@@ -30,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mnemos import GenerationConfig, InferenceEngine
 from mnemos.export.onnx import ONNXExporter
+from mnemos.export.openvino import OpenVINOExporter
 from mnemos.export.torch_form import TorchForm, WithCache, cache_example
 from mnemos.export.torchscript import TorchScriptExporter
 from mnemos.formats.checkpoint import open_checkpoint
@@ -42,7 +44,7 @@ SHAPES = {
     "10M": (256, 9, 4, 2, 704, 8192),
     "135M": (576, 30, 9, 3, 1536, 49152),
 }
-FORMATS = ("TorchScript", "ONNX", "ONNX int8", "ONNX int4", "ONNX dynamic int8")
+FORMATS = ("TorchScript", "ONNX", "ONNX int8", "ONNX int4", "ONNX dynamic int8", "OpenVINO")
 OWN = ("q8_0", "q4_0")  # what the engine runs
 
 
@@ -71,6 +73,9 @@ def write(name: str, form: TorchForm, folder: Path) -> File:
     module, (example, _, outputs, axes) = WithCache(form), cache_example(form)
     if name == "TorchScript":
         report = TorchScriptExporter(module, TOLERANCE).export(folder / "model.pt", example, dynamic_axes=axes)
+    elif name == "OpenVINO":
+        state = dict(zip(list(example)[2:], outputs[1:], strict=True))
+        report = OpenVINOExporter(module, TOLERANCE).export(folder / "model.xml", example, None, outputs, axes, state)
     elif name == "ONNX dynamic int8":
         return quantize_dynamic(folder / "ONNX.onnx", folder / f"{name}.onnx")
     else:
@@ -150,6 +155,28 @@ def session_call(session: Any, given: list[Tensor]) -> Callable[[], object]:
     return lambda: session.run(["logits"], fed)
 
 
+def openvino_call(path: Path, threads: int, given: list[Tensor]) -> Callable[[], object]:
+    """A call of OpenVINO's file, whose own cache is set to what is given first, for the logits alone."""
+    import openvino
+
+    options = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": threads}
+    request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+    fed = {"input_ids": given[0].numpy(), "attention_mask": given[1].numpy(), "beam_idx": np.zeros(1, np.int32)}
+    names = [f"{layer}.{side}" for layer in range(len(given) // 2 - 1) for side in ("key", "value")]
+    states = {one.name: one for one in request.query_state()}
+    sides = [states[f"past_key_values.{name}present.{name}"] for name in names]
+    before = [openvino.Tensor(side.contiguous().numpy()) for side in given[2:]]
+
+    def call() -> object:
+        request.reset_state()
+        if given[2].numel():
+            for side, tensor in zip(sides, before, strict=True):
+                side.state = tensor
+        return request.infer(fed)["logits"]
+
+    return call
+
+
 def measure(size: str, folder: Path, threads: int, repeats: int) -> dict[str, tuple[float, float]]:
     """Prints the rows of a size; returns how many times as fast as PyTorch decoding and prompt are, by file."""
     form, files = files_of(size, folder)
@@ -161,6 +188,7 @@ def measure(size: str, folder: Path, threads: int, repeats: int) -> dict[str, tu
         given = inputs(form, tokens, past)
         calls = {"PyTorch": lambda given=given: module(*given), "TorchScript": lambda given=given: scripted(*given)}
         calls |= {name: session_call(session, given) for name, session in sessions.items()}
+        calls["OpenVINO"] = openvino_call(folder / files["OpenVINO"].path, threads, given)
         seconds.append(times(calls, repeats))
     del sessions
     for type_ in OWN:
