@@ -5,7 +5,8 @@
 Llamas with random weights are exported with their caches, and run one token after 128 others ("decoding") and 128
 tokens at once ("prompt"). A speed is PyTorch's least time over the file's, of repeats that take turns, so that other
 programs disturb all alike. ONNX Runtime runs the float32 file, those of Mnemos with weights of 8 and 4 bits, and what
-its own `quantize_dynamic` makes of the first; OpenVINO, in float32, keeps the cache itself. The engine runs GGUF files of the same weights, with its own sampling
+its own `quantize_dynamic` makes of the first; OpenVINO, in float32, keeps the cache itself. The engine runs GGUF files
+of the same weights, with its own sampling
 and bookkeeping; the last lines divide its speed by the best of ONNX Runtime's.
 With --folder the files are kept there, and those of an earlier run are measured without being written again.
 Prints a Markdown table. Needs transformers, onnxruntime, onnxscript and openvino.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,22 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mnemos.errors import CapacityError, ConfigError, FormatError, MissingDependencyError, ModelError  # noqa: E402
+from mnemos.export.causes import obstacle  # noqa: E402
 from mnemos.export.coreml import CoreMLExporter  # noqa: E402
 from mnemos.export.environments import DEVICES  # noqa: E402
+from mnemos.export.example import example_of  # noqa: E402
 from mnemos.export.executorch import ExecuTorchExporter  # noqa: E402
 from mnemos.export.formats import FORMATS, ExportSource  # noqa: E402
 from mnemos.export.litert import LiteRTExporter  # noqa: E402
+from mnemos.export.programs import exported_program  # noqa: E402
 from mnemos.formats.checkpoint import open_checkpoint  # noqa: E402
 from tests.export.test_module_exporters import IDS, Branching, ByKeyword, Tied, modes  # noqa: E402
+from tests.export.test_module_styles import (  # noqa: E402
+    ComplexRotation,
+    MaskFromABuffer,
+    Recurrent,
+    ScatteredExperts,
+)
 from tests.models.checkpoints import CONFIGS, build, token_ids  # noqa: E402
 
 
@@ -58,6 +68,53 @@ def test_arguments_that_do_not_fit_are_named(
         exporter(Tied()).export(tmp_path / "model.mlpackage", IDS, **arguments)
     with pytest.raises(ConfigError, match="path is '.*'; expected a name that ends in .mlpackage"):
         CoreMLExporter(Tied()).export(tmp_path / "model.onnx", IDS)
+
+
+@pytest.mark.parametrize(
+    ("exporter", "arguments"),
+    [
+        (ExecuTorchExporter, {"max_length": 100}),
+        (LiteRTExporter, {"lengths": (1, 100)}),
+        (CoreMLExporter, {"max_length": 100}),
+    ],
+)
+def test_a_length_that_the_module_does_not_take_is_named(
+    exporter: Any, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    message = r"Tied does not take a length of 100: IndexError: .*; the longest that it takes is 64"
+    with pytest.raises(ModelError, match=message):
+        exporter(Tied()).export(tmp_path / "model.mlpackage", IDS, **arguments)
+
+
+def test_what_no_device_has_a_form_of_is_found_in_a_program() -> None:
+    def found(module: Any) -> str:
+        return obstacle(exported_program(module.eval(), example_of(module, IDS), 1))
+
+    assert found(Tied()) == ""
+    assert found(ComplexRotation()).startswith("complex numbers, in ")
+    message = r"a size that depends on the data, in \w+ \(test_module_styles.py, line \d+\); compute all rows"
+    assert re.match(message, found(ScatteredExperts()))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("exporter", [ExecuTorchExporter, LiteRTExporter, CoreMLExporter])
+def test_recurrent_layers_and_tables_of_fewer_positions_than_usual(exporter: Any, tmp_path: Path) -> None:
+    having(exporter)
+    name = f"model.{'mlpackage' if exporter is CoreMLExporter else 'bin'}"
+    for module in (Recurrent(), MaskFromABuffer()):
+        report = exporter(module).export(tmp_path / name, IDS)
+        assert (report.error is not None or "not run" in str(report)) and report.bytes < 3 * report.parameter_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("exporter", [ExecuTorchExporter, LiteRTExporter, CoreMLExporter])
+def test_what_a_device_has_no_form_of_is_named(exporter: Any, tmp_path: Path) -> None:
+    having(exporter)
+    with pytest.raises(ModelError, match=r"has no form of a size that depends on the data, in \w+ \(test_module"):
+        exporter(ScatteredExperts()).export(tmp_path / "model.mlpackage", IDS)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from mnemos.errors import ModelError
 from mnemos.export.example import answer_of
+from mnemos.export.messages import place_in
 
 Sizes = dict[str, tuple[int, ...]]
 
@@ -51,4 +53,18 @@ def grown_since(module: nn.Module, before: Sizes) -> str:
                 f"; forward makes {name} anew, {size} in place of {before[name]}, and a file has it as it was: call "
                 "the module on the longest text, then export it"
             )
+    return ""
+
+
+def obstacle(program: torch.export.ExportedProgram) -> str:
+    """What in a program most runtimes have no form of, and where forward does it; empty if there is no such thing."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        found = ""
+        if isinstance(value, Tensor) and value.is_complex():
+            found = "complex numbers, {}; compute with their two parts, as rotary embeddings do with cos and sin"
+        elif isinstance(value, Tensor) and free_unbacked_symbols(value):
+            found = "a size that depends on the data, {}; compute all rows, and mask or weigh those that do not count"
+        if found:
+            return found.format(place_in(node.meta.get("stack_trace") or "") or f"in {node.name}")
     return ""

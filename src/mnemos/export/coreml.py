@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from mnemos.errors import ConfigError, ModelError, UnsupportedError
-from mnemos.export.example import Example
-from mnemos.export.exporter import ExportReport, outputs_of
-from mnemos.export.foreign import Arrays, ForeignExporter, ForeignModel, ForeignProcess, one_row
+from mnemos.export.exporter import ExportReport, outputs_of, refuse_bfloat16
+from mnemos.export.foreign import (
+    Arrays,
+    ForeignExporter,
+    ForeignModel,
+    ForeignProcess,
+    Programs,
+    checked_length,
+    one_row,
+)
+from mnemos.export.programs import exported_program
+from mnemos.export.recurrent import is_recurrent
+from mnemos.export.torchscript import traced_module
 
 PACKAGES = ("torch", "coremltools", "numpy")
 LENGTH = 128
@@ -31,7 +41,7 @@ class CoreMLExporter(ForeignExporter):
     """
 
     format = "Core ML package"
-    runtime = "coreml"
+    runtime, title = "coreml", "Core ML"
     packages = PACKAGES
     is_folder = True
     spells_out_norms = True  # coremltools takes no RMSNorm with PyTorch's own epsilon
@@ -42,10 +52,11 @@ class CoreMLExporter(ForeignExporter):
         dummy_input: Any = None,
         input_names: Sequence[str] | None = None,
         output_names: Sequence[str] | None = None,
-        max_length: int = LENGTH,
+        max_length: int | None = None,
         half: bool = False,
     ) -> ExportReport:
-        """Writes the folder. Integers are int32 in it; of token ids the length varies from 1 to max_length.
+        """Writes the folder. Integers are int32 in it; of token ids the length varies from 1 to max_length (None:
+        128, or the most that the module takes).
 
         half: weights and arithmetic in float16, the one type of the neural engine; its difference is larger than the
         tolerance for most models. ConfigError: an argument that does not fit; MissingDependencyError: no environment
@@ -53,21 +64,38 @@ class CoreMLExporter(ForeignExporter):
         """
         if Path(path).suffix != ".mlpackage":
             raise ConfigError(f"path is {os.fspath(path)!r}; expected a name that ends in .mlpackage")
-        if not isinstance(max_length, int) or max_length < 2:
-            raise ConfigError(f"max_length is {max_length!r}; expected a number from 2")
+        checked_length(max_length)
+        refuse_bfloat16(self.model, "Core ML computes nothing")
         example = one_row(self.model, dummy_input, input_names, output_names, None)
-        tried = (1, max_length, *(size for size in _TRIED if size < max_length))
+        most = self._longest(example, max_length, LENGTH)
+        tried = (1, most, *(size for size in _TRIED if size < most))
         example = replace(example, only=dict.fromkeys(example.axis_names, tried))
         outputs = outputs_of(self.model, example, output_names)
-        longest = dict.fromkeys(example.axis_names, max_length)
-        options = {"inputs": list(example.names.values()), "outputs": list(outputs), "half": half}
+        longest = dict.fromkeys(example.axis_names, most)
+        sizes = {
+            example.names[name]: [
+                [1, most] if axis in example.axes.get(name, {}) else [size, size]
+                for axis, size in enumerate(tensor.shape)
+            ]
+            for name, tensor in example.tensors.items()
+        }
+        inputs = {
+            label: (sizes[label], "float32" if tensor.is_floating_point() else "int32")
+            for label, tensor in zip(sizes, example.tensors.values(), strict=True)
+        }
+
+        def programs() -> Programs:
+            if is_recurrent(self.model):  # Core ML has layers of its own for a trace, and no scan
+                return {"trace": traced_module(self.model, example, len(outputs))}
+            return {"program": exported_program(self.model, example, len(outputs), longest)}
+
         return self._through_process(
             path,
             example,
             outputs,
-            longest,
-            options,
-            lambda process, made: _checked(CoreMLFile(process, made), example, outputs, max_length),
+            programs,
+            {"inputs": inputs, "outputs": list(outputs), "half": half},
+            lambda process, made: _checked(CoreMLFile(process, made), sizes, outputs),
             lambda tensors: {example.names[name]: tensor.numpy() for name, tensor in tensors.items()},
         )
 
@@ -96,15 +124,8 @@ def load_coreml(path: str | os.PathLike[str], make_environment: bool = False) ->
     return CoreMLFile(ForeignProcess("coreml", PACKAGES, make_environment), Path(path))
 
 
-def _checked(file: CoreMLFile, example: Example, outputs: tuple[str, ...], max_length: int) -> CoreMLFile:
+def _checked(file: CoreMLFile, expected: dict[str, list[list[int]]], outputs: tuple[str, ...]) -> CoreMLFile:
     """ModelError: the file's description is not what was asked for."""
-    expected = {
-        example.names[name]: [
-            [1, max_length] if axis in example.axes.get(name, {}) else [size, size]
-            for axis, size in enumerate(tensor.shape)
-        ]
-        for name, tensor in example.tensors.items()
-    }
     found = {name: each["sizes"] for name, each in file.about["inputs"].items()}
     if found != expected or file.about["outputs"] != list(outputs):
         raise ModelError(

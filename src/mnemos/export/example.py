@@ -62,6 +62,10 @@ class Example:
             sizes[name] = size
         return replace(self, tensors=self.values(sizes, "random", 0), answer=[])
 
+    def fixed(self, tensors: dict[str, Tensor]) -> Example:
+        """With these tensors, of whose sizes none varies; not run yet."""
+        return replace(self, tensors=tensors, axes={}, only={}, answer=[])
+
     def others(self) -> Iterator[tuple[dict[str, int], str, dict[str, Tensor]]]:
         """(sizes of the varying axes, kind of values, tensors): the example itself first, then each size and kind."""
         yield self._sizes_of(self.tensors), "example", self.tensors

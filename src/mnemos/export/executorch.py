@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mnemos.errors import ConfigError
 from mnemos.export.exporter import ExportReport, outputs_of, refuse_bfloat16
-from mnemos.export.foreign import Arrays, ForeignExporter, ForeignModel, ForeignProcess, one_row
+from mnemos.export.foreign import Arrays, ForeignExporter, ForeignModel, ForeignProcess, checked_length, one_row
+from mnemos.export.programs import exported_program
 
 PACKAGES = ("torch", "executorch", "torchao")
 LENGTH = 128
@@ -29,7 +30,7 @@ class ExecuTorchExporter(ForeignExporter):
     """
 
     format = "ExecuTorch file"
-    runtime = "executorch"
+    runtime, title = "executorch", "ExecuTorch"
     packages = PACKAGES
 
     def export(
@@ -37,27 +38,37 @@ class ExecuTorchExporter(ForeignExporter):
         path: str | os.PathLike[str],
         dummy_input: Any = None,
         dynamic_axes: Mapping[str, Any] | None = None,
-        max_length: int = LENGTH,
+        max_length: int | None = None,
     ) -> ExportReport:
         """Writes the file. The length varies; the batch is that of dummy_input (None: one row of token ids).
 
         dynamic_axes: what varies instead, as for `ONNXExporter.export`. max_length: the largest size of what varies,
-        for which the runtime reserves memory. ConfigError: an argument that does not fit; MissingDependencyError: no
-        environment has ExecuTorch; ModelError: it cannot express the module, or the results differ.
+        for which the runtime reserves memory; None: 128, or the most that the module takes.
+        ConfigError: an argument that does not fit; MissingDependencyError: no environment has ExecuTorch; ModelError:
+        it cannot express the module, or the results differ.
         """
-        if not isinstance(max_length, int) or max_length < 2:
-            raise ConfigError(f"max_length is {max_length!r}; expected a number from 2")
+        checked_length(max_length)
         refuse_bfloat16(self.model, "its answers cannot be compared here")
         example = one_row(self.model, dummy_input, None, None, dynamic_axes)
         sizes, _, _ = next(example.others())
-        if sizes and max(sizes.values()) > max_length:
-            raise ConfigError(f"max_length is {max_length}; expected at least dummy_input's {max(sizes.values())}")
-        tried = (1, max_length, *(size for size in _TRIED if size < max_length))
+        if sizes and max(sizes.values()) > (max_length or LENGTH):
+            raise ConfigError(
+                f"max_length is {max_length or LENGTH}; expected at least dummy_input's {max(sizes.values())}"
+            )
+        most = self._longest(example, max_length, LENGTH)
+        tried = (1, most, *(size for size in _TRIED if size < most))
         example = replace(example, only=dict.fromkeys(example.axis_names, tried))
-        longest = dict.fromkeys(example.axis_names, max_length)
+        outputs = outputs_of(self.model, example, None)
+        longest = dict.fromkeys(example.axis_names, most)
         return self._through_process(
-            path, example, outputs_of(self.model, example, None), longest, {}, ExecuTorchFile, _arguments
-        )  # fmt: skip
+            path,
+            example,
+            outputs,
+            lambda: {"program": exported_program(self.model, example, len(outputs), longest)},
+            {},
+            ExecuTorchFile,
+            _arguments,
+        )
 
     def load_executorch(self, path: str | os.PathLike[str]) -> ExecuTorchFile:
         """A file, to be called. FormatError: it is none of ExecuTorch's."""

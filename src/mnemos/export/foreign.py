@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,19 +18,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
-from mnemos.errors import FormatError, ModelError
+from mnemos.compress.modules.batches import evaluating
+from mnemos.errors import ConfigError, FormatError, ModelError
 from mnemos.export import worker
+from mnemos.export.causes import obstacle, refuse_random
 from mnemos.export.comparison import compare
 from mnemos.export.environments import DEVICES
-from mnemos.export.example import Example, example_of
+from mnemos.export.example import Example, answer_of, example_of
 from mnemos.export.exporter import TOLERANCE, ExportReport, ModelExporter
 from mnemos.export.messages import first_line
-from mnemos.export.programs import exported_program, running
+from mnemos.export.programs import running
 from mnemos.export.rms_norm import spelled_out
 from mnemos.formats.whole_file import late_errors
 
 Arrays = dict[str, npt.NDArray[Any]]
+Programs = Mapping[str, torch.export.ExportedProgram | ScriptModule]
 
 
 class RemoteError(Exception):
@@ -161,6 +166,12 @@ def one_row(
     return replace(example, axes={name: {1: axes[1]} for name, axes in example.axes.items() if 1 in axes})
 
 
+def checked_length(max_length: int | None) -> None:
+    """ConfigError: it is no length that could vary."""
+    if max_length is not None and (type(max_length) is not int or max_length < 2):
+        raise ConfigError(f"max_length is {max_length!r}; expected a number from 2")
+
+
 class ForeignExporter(ModelExporter):
     """Base of the exporters whose runtime has a process of its own.
 
@@ -168,7 +179,7 @@ class ForeignExporter(ModelExporter):
     under the user's cache folder, once.
     """
 
-    runtime = ""
+    runtime, title = "", ""  # as the process knows it, and as people write it
     packages: tuple[str, ...] = ()
     spells_out_norms = False
 
@@ -181,36 +192,54 @@ class ForeignExporter(ModelExporter):
         path: str | os.PathLike[str],
         example: Example,
         outputs: tuple[str, ...],
-        longest: Mapping[str, int],
+        programs: Callable[[], Programs],
         options: Mapping[str, Any],
         load: Callable[[ForeignProcess, Path], ForeignModel],
         arguments: Callable[[Mapping[str, Tensor]], Arrays],
     ) -> ExportReport:
-        """Converts in the runtime's process and compares what it runs there. longest: of axes that have a limit."""
+        """Converts in the runtime's process and compares what it runs there.
+
+        programs: makes what is converted, by the names that the process knows.
+        """
         with closing(ForeignProcess(self.runtime, self.packages, self._make_environment)) as process:
             versions, _ = process.ask("versions")
             files: list[ForeignModel] = []
+            obstacles: list[str] = []
 
             def write(made: Path) -> list[str]:
                 with spelled_out(self.model) if self.spells_out_norms else nullcontext():
-                    program = exported_program(self.model, example, len(outputs), longest)
+                    converted = programs()
+                exported = [one for one in converted.values() if not isinstance(one, ScriptModule)]
+                obstacles.extend(filter(None, map(obstacle, exported)))
                 with TemporaryDirectory() as folder:
-                    handed = Path(folder) / "program.pt2"
-                    with handed.open("wb") as file, late_errors(file) as patient:
-                        torch.export.save(program, patient)
-                    process.ask("convert", program=str(handed), path=str(made.absolute()), options=dict(options))
+                    handed = {name: str(_handed(one, Path(folder) / name)) for name, one in converted.items()}
+                    try:
+                        process.ask("convert", programs=handed, path=str(made.absolute()), options=dict(options))
+                    except RemoteError as error:
+                        refuse_random(self.model, example.tensors)
+                        raise ModelError(
+                            f"{type(self.model).__name__} cannot be exported to {self.format}: "
+                            f"{self._has_no(obstacles) or self._problem(error)}"
+                        ) from error
                 files.append(load(process, made))
                 if files[0].runs:
                     return []
-                what = f"program for the {self.format}"
-                found = compare(self.model, running(program.module()), example, len(outputs), self.tolerance, what)
+                what, (program, *_) = f"program for the {self.format}", converted.values()
+                # Without what torch.export asserts of sizes: the operators are right for more, which is compared.
+                run = running(program if isinstance(program, ScriptModule) else program.module(check_guards=False))
+                same = compare(self.model, run, example, len(outputs), self.tolerance, what)
                 return [
-                    f"{self.runtime} does not run on {sys.platform}: what was converted was compared (error "
-                    f"{found.error:.1e}, {found.inputs} inputs), and the file read again, but not run"
+                    f"{self.title} does not run on {sys.platform}: what was converted was compared (error "
+                    f"{same.error:.1e}, {same.inputs} inputs), and the file read again, but not run"
                 ]
 
             def run(tensors: Mapping[str, Tensor]) -> list[npt.NDArray[Any]]:
-                answer = files[0](**arguments(tensors))
+                try:
+                    answer = files[0](**arguments(tensors))
+                except ModelError as error:
+                    if obstacles:
+                        raise ModelError(self._has_no(obstacles)) from error
+                    raise
                 # A runtime that knows the names may give them in any order, such as the alphabet's.
                 return [answer[name] for name in outputs] if set(outputs) == set(answer) else list(answer.values())
 
@@ -218,3 +247,60 @@ class ForeignExporter(ModelExporter):
                 path, example, len(outputs), write, lambda made: run if files[0].runs else None, versions,
                 timed=lambda tensors, budget: files[0].seconds(budget, **arguments(tensors)),
             )  # fmt: skip
+
+    def _longest(self, example: Example, asked: int | None, usual: int) -> int:
+        """The largest size of what varies: the one that is asked for, else the usual one or what the module takes.
+
+        ModelError: the module does not take what is asked for.
+        """
+        most = usual if asked is None else asked
+        if not example.axes:
+            return most
+        with evaluating(self.model), torch.no_grad():
+            problem = self._refused(example, most)
+            if problem is None:
+                return most
+            taken, refused = max(next(example.others())[0].values()), most  # of the example it is known
+            while refused - taken > 1:
+                middle = (taken + refused) // 2
+                if self._refused(example, middle) is None:
+                    taken = middle
+                else:
+                    refused = middle
+        if asked is None:
+            return taken
+        raise ModelError(
+            f"{type(self.model).__name__} does not take a length of {most}: {first_line(problem)}; the longest that it "
+            f"takes is {taken}"
+        )
+
+    def _refused(self, example: Example, size: int) -> Exception | None:
+        """What the module raises for a size of all that varies."""
+        try:
+            answer_of(self.model, example.values(dict.fromkeys(example.axis_names, size), "random", 0))
+        except Exception as error:
+            return error
+        return None
+
+    def _has_no(self, obstacles: list[str]) -> str:
+        return f"{self.title} has no form of {obstacles[0]}" if obstacles else ""
+
+    def _problem(self, error: RemoteError) -> str:
+        """What a converter's error says, without its own words for operators that it does not know."""
+        unknown = _UNKNOWN.search(str(error))
+        if unknown:
+            return f"{self.title} has no form of {unknown[1] or unknown[2]}; write that by other operators"
+        return first_line(error)
+
+
+def _handed(program: Any, path: Path) -> Path:
+    """The file of a program or a trace for the process."""
+    with path.open("wb") as file, late_errors(file) as patient:
+        if isinstance(program, ScriptModule):
+            torch.jit.save(program, patient)
+        else:
+            torch.export.save(program, patient)
+    return path
+
+
+_UNKNOWN = re.compile(r"Unsupported fx node (\w+)|conversion (?:function )?for op '(\w+)' not implemented")

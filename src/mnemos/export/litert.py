@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mnemos.errors import ConfigError, shown
 from mnemos.export.example import Example
-from mnemos.export.exporter import ExportReport, outputs_of
-from mnemos.export.foreign import Arrays, ForeignExporter, ForeignModel, ForeignProcess, one_row
+from mnemos.export.exporter import ExportReport, outputs_of, refuse_bfloat16
+from mnemos.export.foreign import Arrays, ForeignExporter, ForeignModel, ForeignProcess, Programs, one_row
+from mnemos.export.programs import exported_program, running
 
 PACKAGES = ("torch", "litert-torch", "ai-edge-litert")
 LENGTHS = (1, 8, 64)
@@ -30,7 +31,7 @@ class LiteRTExporter(ForeignExporter):
     """
 
     format = "LiteRT file"
-    runtime = "litert"
+    runtime, title = "litert", "LiteRT"
     packages = PACKAGES
 
     def export(
@@ -39,37 +40,57 @@ class LiteRTExporter(ForeignExporter):
         dummy_input: Any = None,
         input_names: Sequence[str] | None = None,
         output_names: Sequence[str] | None = None,
-        lengths: Sequence[int] = LENGTHS,
+        lengths: Sequence[int] | None = None,
     ) -> ExportReport:
         """Writes the file. Integers are int32 in it. LiteRT has no sizes that vary.
 
-        lengths: of the token ids, each the shape of a signature, length_1, length_8, ...; a module without token ids
-        has the one signature of dummy_input's shapes. The batch is that of dummy_input (None: one row of token ids).
+        lengths: of the token ids, each the shape of a signature, length_1, length_8, ...; None: those of 1, 8 and 64
+        that the module takes. A module without token ids has the one signature of dummy_input's shapes. The batch is
+        that of dummy_input (None: one row of token ids).
         ConfigError: an argument that does not fit; MissingDependencyError: no environment has LiteRT; ModelError: it
         cannot express the module, or the results differ.
         """
-        sizes = tuple(lengths)
-        if not sizes or len(set(sizes)) != len(sizes) or any(not isinstance(n, int) or n < 1 for n in sizes):
+        sizes = LENGTHS if lengths is None else tuple(lengths)
+        if not sizes or len(set(sizes)) != len(sizes) or any(type(n) is not int or n < 1 for n in sizes):
             raise ConfigError(f"lengths is {shown(lengths)}; expected different numbers from 1, such as (1, 8, 64)")
+        refuse_bfloat16(self.model, "LiteRT computes nothing")
         example = one_row(self.model, dummy_input, input_names, output_names, None)
         if example.axes:
+            most = self._longest(example, None if lengths is None else max(sizes), max(sizes))
+            sizes = tuple(size for size in sizes if size <= most)
             first = example.values(dict.fromkeys(example.axis_names, sizes[0]), "random", 0)
             example = one_row(self.model, first, input_names, output_names, None)
             example = replace(example, only=dict.fromkeys(example.axis_names, sizes))
         outputs = outputs_of(self.model, example, output_names)
-        signatures = {
-            f"length_{size}": _inputs(example, example.values(dict.fromkeys(example.axis_names, size), "random", 0))
+        samples = {
+            f"length_{size}": example.values(dict.fromkeys(example.axis_names, size), "random", 0)
             for size in (sizes if example.axes else ())
-        } or {"serving_default": _inputs(example, example.tensors)}
+        } or {"serving_default": example.tensors}
+        inputs = {name: _inputs(example, tensors) for name, tensors in samples.items()}
         return self._through_process(
             path,
             example,
             outputs,
-            dict.fromkeys(example.axis_names, max(*sizes, 2)),
-            {"signatures": signatures, "outputs": list(outputs)},
+            lambda: self._programs(example, samples, len(outputs)),
+            {"signatures": inputs, "outputs": list(outputs)},
             LiteRTFile,
             lambda tensors: {example.names[name]: tensor.numpy() for name, tensor in tensors.items()},
         )
+
+    def _programs(self, example: Example, samples: Mapping[str, dict[str, Tensor]], outputs: int) -> Programs:
+        """One program for all signatures if it takes them, else one for each, as its code differs by the length."""
+        try:
+            longest = dict.fromkeys(example.axis_names, max(*(max(sizes) for sizes in example.only.values()), 2))
+            one = exported_program(self.model, example, outputs, longest, scans=False)
+            run = running(one.module())
+            for tensors in samples.values():
+                run(tensors)
+            return {"program": one}
+        except Exception:
+            return {
+                name: exported_program(self.model, example.fixed(tensors), outputs, scans=False)
+                for name, tensors in samples.items()
+            }
 
     def load_litert(self, path: str | os.PathLike[str]) -> LiteRTFile:
         """A file, to be called. FormatError: it is none of LiteRT's."""

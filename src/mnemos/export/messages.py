@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mnemos.errors import MnemosError
+
 BY_TRACING = "written by tracing: whatever depends on the data was compared, not proved"
 GOES_ANOTHER_WAY = "its code goes another way at some sizes"
 
@@ -16,11 +18,8 @@ def first_line(error: BaseException) -> str:
     text = _COLOURS.sub("", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if type(error).__name__ == "GuardOnDataDependentSymNode":
-        frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
-        frames = frames or re.findall(r"Caused by: \((\S+):(\d+) in (\w+)\)", text)
-        place = next((frame for frame in reversed(frames) if "/torch/" not in frame[0]), None)
-        where = f", in {place[2]} ({Path(place[0]).name}, line {place[1]})" if place else ""
-        return f"it branches on the data{where}; express it with torch.where"
+        place = place_in(text)
+        return f"it branches on the data{place and f', {place}'}; express it with torch.where"
     if len(lines) > 1 and "failed in the TorchScript interpreter" in lines[0]:
         return lines[-1][:300]  # the error itself, below the code around it
     stated = _STATUS.search(str(error))
@@ -39,9 +38,22 @@ def first_line(error: BaseException) -> str:
             f"its code fixes size {axis} of an input (counted from 0) at {size}, as a loop over that axis or a "
             "recurrent layer does; leave the axis out of dynamic_axes, or script the module (TorchScriptExporter)"
         )
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    if isinstance(error, MnemosError):
+        return text
+    found = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    source = _SOURCE.search(text)  # of a script that does not compile
+    return f"{found.rstrip(' :.')} ({Path(source['file']).name}, line {source['line']})" if source else found
 
 
+def place_in(text: str) -> str:
+    """The innermost function outside PyTorch that a stack names, as `in NAME (FILE, line N)`; empty: it names none."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
+    frames = frames or re.findall(r"Caused by: \((\S+):(\d+) in (\w+)\)", text)
+    place = next((frame for frame in reversed(frames) if "/torch/" not in frame[0]), None)
+    return f"in {place[2]} ({Path(place[0]).name}, line {place[1]})" if place else ""
+
+
+_SOURCE = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)\n', re.MULTILINE)
 _FIXED = re.compile(
     r"size\(\)\[(?P<axis>\d+)\] as dynamic but your code specialized it .* constant \((?P<size>\d+)\)"
     r"|static shape of (?P<of>\d+) for dimension \S+\.shape\[(?P<at>\d+)\]"

@@ -25,11 +25,13 @@ class ExecuTorch:
 
     packages = ("executorch", "torch")
 
-    def convert(self, program: str, path: str, options: dict[str, Any]) -> dict[str, Any]:
+    def convert(self, programs: dict[str, str], path: str, options: dict[str, Any]) -> dict[str, Any]:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-        lowered = to_edge_transform_and_lower(torch.export.load(program), partitioner=[XnnpackPartitioner()])
+        lowered = to_edge_transform_and_lower(
+            torch.export.load(programs["program"]), partitioner=[XnnpackPartitioner()]
+        )
         with open(path, "wb") as file:
             file.write(lowered.to_executorch().buffer)
         return {}
@@ -54,15 +56,18 @@ class LiteRT:
 
     packages = ("litert-torch", "ai-edge-litert", "torch")
 
-    def convert(self, program: str, path: str, options: dict[str, Any]) -> dict[str, Any]:
+    def convert(self, programs: dict[str, str], path: str, options: dict[str, Any]) -> dict[str, Any]:
         import litert_torch
 
-        module = _Named(torch.export.load(program).module(), options["outputs"])
+        modules = {
+            name: _Named(torch.export.load(file).module(), options["outputs"]) for name, file in programs.items()
+        }
         converter: Any = litert_torch
         for name, inputs in options["signatures"].items():
             examples = {
                 label: torch.ones(shape, dtype=getattr(torch, dtype)) for label, (shape, dtype) in inputs.items()
             }
+            module = modules[name] if name in modules else modules["program"]
             converter = converter.signature(name, module, sample_kwargs=examples)
         converter.convert().export(path)
         return {}
@@ -92,12 +97,23 @@ class CoreML:
 
     packages = ("coremltools", "torch")
 
-    def convert(self, program: str, path: str, options: dict[str, Any]) -> dict[str, Any]:
+    def convert(self, programs: dict[str, str], path: str, options: dict[str, Any]) -> dict[str, Any]:
         import coremltools
 
         precision = coremltools.precision.FLOAT16 if options["half"] else coremltools.precision.FLOAT32
+        source: Any
+        given = None
+        if "trace" in programs:
+            load: Any = torch.jit.load
+            source, given = (
+                load(programs["trace"]),
+                [_tensor_type(name, *each) for name, each in options["inputs"].items()],
+            )
+        else:
+            source = torch.export.load(programs["program"]).run_decompositions({})
         model = coremltools.convert(
-            torch.export.load(program).run_decompositions({}),
+            source,
+            inputs=given,
             outputs=[coremltools.TensorType(name=name) for name in options["outputs"]],
             minimum_deployment_target=coremltools.target.iOS18,
             compute_precision=precision,
@@ -127,6 +143,14 @@ class CoreML:
 
     def run(self, arrays: Arrays) -> Arrays:
         return dict(self._model.predict({name: _int32(array) for name, array in arrays.items()}))
+
+
+def _tensor_type(name: str, sizes: list[list[int]], kind: str) -> Any:
+    """Core ML's description of an input with the smallest and the largest size of each axis."""
+    import coremltools
+
+    shape = [low if low == high else coremltools.RangeDim(low, high) for low, high in sizes]
+    return coremltools.TensorType(name=name, shape=shape, dtype=np.dtype(kind))
 
 
 class _Named(torch.nn.Module):
@@ -169,7 +193,7 @@ def answer(runtime: Any, request: dict[str, Any], arrays: Arrays) -> tuple[dict[
     """What a request is answered with; it may raise anything."""
     command = request["command"]
     if command == "convert":
-        return runtime.convert(request["program"], request["path"], request["options"]), {}
+        return runtime.convert(request["programs"], request["path"], request["options"]), {}
     if command == "load":
         return runtime.load(request["path"]), {}
     if command == "versions":
