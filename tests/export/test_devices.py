@@ -104,7 +104,7 @@ def test_recurrent_layers_and_tables_of_fewer_positions_than_usual(exporter: Any
     name = f"model.{'mlpackage' if exporter is CoreMLExporter else 'bin'}"
     for module in (Recurrent(), MaskFromABuffer()):
         report = exporter(module).export(tmp_path / name, IDS)
-        assert (report.error is not None or "not run" in str(report)) and report.bytes < 3 * report.parameter_bytes
+        assert report.error is not None or "not run" in str(report)
 
 
 @pytest.mark.slow

@@ -89,6 +89,8 @@ def test_onnx_with_weights_of_8_bits_takes_any_length(tmp_path: Path) -> None:
 
     report = ONNXExporter(Layers()).export(tmp_path / "model.onnx", IDS, bits=8)
     assert "batch 1, sequence 17" in report.shapes
+    report = ONNXExporter(Layers(proj_size=4)).export(tmp_path / "model.onnx", IDS)  # not by tracing
+    assert report.error <= 1e-5 and "tracing" not in str(report)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mnemos.compress.modules.batches import evaluating
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError, shown
@@ -18,6 +19,7 @@ from mnemos.export.attention_axes import FourAxes
 from mnemos.export.comparison import RELATIVE, Compared, Run, compare
 from mnemos.export.example import SUM, Example, answer_of, example_of
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, WithValues, outputs_of, refuse_bfloat16
+from mnemos.export.forwards import parts_of
 from mnemos.export.messages import BY_TRACING, first_line
 from mnemos.export.onnx_weights import BITS, round_weights
 from mnemos.export.recurrent import is_recurrent, scanned
@@ -60,7 +62,7 @@ class ONNXExporter(ModelExporter):
         file is then compared with the module whose weights are rounded in the same way, and the report's error is that
         from the module itself, as a root mean square over the results' own.
         Opsets from 18 on are written through torch.export, which refuses branches on data; older ones by tracing, and
-        up to 20 modules with recurrent layers, too, whose loops torch.export cannot express for a length that varies.
+        up to 20 modules with recurrent layers, too, which are ONNX's own layers then, and not a scan over time.
         ConfigError: an argument that does not fit; ModelError: the module cannot be expressed, or the file differs.
         """
         onnx, _ = _packages()
@@ -130,7 +132,7 @@ class ONNXExporter(ModelExporter):
         names = [example.names[name] for name in example.tensors]
         options: dict[str, Any] = {"input_names": names, "output_names": list(outputs), "opset_version": opset}
         notes = []
-        if opset >= _FIRST_OF_DYNAMO and not (bits is None and opset <= _LAST_OF_TRACING and is_recurrent(self.model)):
+        if opset >= _FIRST_OF_DYNAMO and not (bits is None and opset <= _LAST_OF_TRACING and _has_layers(self.model)):
             shapes = tuple(
                 {axis: "total" if SUM in label else label for axis, label in example.axes.get(name, {}).items()} or None
                 for name in example.tensors
@@ -153,10 +155,16 @@ class ONNXExporter(ModelExporter):
         else:
             dynamic = {example.names[name]: axes for name, axes in example.axes.items()}
             with spelled_out(self.model), without_gradients():
-                torch.onnx.export(
-                    wrapper, arguments, str(made), dynamo=False, dynamic_axes=_with_outputs(dynamic, outputs),
-                    do_constant_folding=False, **options,
-                )  # fmt: skip
+                try:
+                    torch.onnx.export(
+                        wrapper, arguments, str(made), dynamo=False, dynamic_axes=_with_outputs(dynamic, outputs),
+                        do_constant_folding=False, **options,
+                    )  # fmt: skip
+                except torch.onnx.errors.OnnxExporterError as error:
+                    raise ModelError(
+                        f"{type(self.model).__name__} cannot be exported with opset {opset}: {first_line(error)}; "
+                        f"opsets from {_FIRST_OF_DYNAMO} on are written through torch.export, which has more operators"
+                    ) from error
             notes.append(BY_TRACING)
         found = file_opset(made)
         if found != opset:
@@ -165,6 +173,11 @@ class ONNXExporter(ModelExporter):
                 f"newer one; export with opset_version={found}"
             )
         return notes
+
+
+def _has_layers(module: nn.Module) -> bool:
+    """Whether all recurrent layers of a module that has some are layers of ONNX's own, which know no projection."""
+    return is_recurrent(module) and not any(part.proj_size for part in parts_of(module, nn.RNNBase))
 
 
 def _simplify(model: Any) -> None:
