@@ -102,7 +102,7 @@ void index_keys(const CellLayout &cell, const uint8_t *data, int64_t slot, const
       finite = finite && std::fabs(own[k]) <= std::numeric_limits<float>::max();
     }
   }
-  uint8_t *thirds = run + layout.thirds(), *lows = run + layout.lows(), *steps = run + layout.steps();
+  uint8_t *lows = run + layout.lows(), *steps = run + layout.steps();
   std::memset(run, 0, static_cast<size_t>(layout.run_bytes));
   std::memset(lows, index_offset, static_cast<size_t>(layout.groups * 4));
   if (!finite || most == 0) return;
@@ -119,8 +119,10 @@ void index_keys(const CellLayout &cell, const uint8_t *data, int64_t slot, const
     lows[i] = static_cast<uint8_t>(low + index_offset), steps[i] = static_cast<uint8_t>(step);
     for (int64_t k = 0; k < index_run; k++) {
       const int32_t code = std::min((2 * std::max(levels[k] - low, 0) + step) / (2 * step), 7);
-      run[i / 4 * 32 + k % 8 * 4 + i % 4] |= static_cast<uint8_t>((code & 3) << (k / 8 * 2));
-      thirds[i / 4 * 16 + k / 2] |= static_cast<uint8_t>(code >> 2 << (k % 2 * 4 + i % 4));
+      uint8_t *half = run + k / index_half * layout.half();
+      const int64_t at = 4 * (k % index_half) + i % 4;
+      half[i / 16 * 64 + at] |= static_cast<uint8_t>((code & 3) << (i / 4 % 4 * 2));
+      half[layout.thirds() + i / 4 * 8 + at / 8] |= static_cast<uint8_t>(code >> 2 << (at % 8));
     }
   }
 }

@@ -35,8 +35,8 @@ inline int64_t partial_floats(const Attention &a) {
   return group_of(a) * a.cache->cell().value_stride + 2 * ((group_of(a) + 15) / 16 * 16);
 }
 
-// Where the scores of pages begin, after the partial results.
-inline int64_t scores_begin(const TileSet &tiles, const Attention &a) {
+// Where the pages that rows of long texts name begin, after the partial results.
+inline int64_t named_begin(const TileSet &tiles, const Attention &a) {
   return tiles.partials * a.kv_heads * partial_floats(a);
 }
 

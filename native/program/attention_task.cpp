@@ -11,6 +11,7 @@ namespace mnemos {
 namespace {
 
 constexpr int64_t wanted_tile_rows = 96;
+constexpr int64_t least_part = 64;  // pages of a text that are worth a thread's while
 
 int64_t tile_tokens(const Attention &a) { return std::max<int64_t>(1, wanted_tile_rows / group_of(a)); }
 
@@ -156,7 +157,7 @@ class AttendTask : public Task {
     const CellLayout &cell = a_.cache->cell();
     const int64_t floats = rows * (score_stride + 3 * cell.value_stride) + expanded_floats(cell);
     const int64_t moved = a_.recall() != nullptr ? rows * cell.value_stride : 0;  // queries
-    return (floats + moved + Choosing::floats(a_, batch, rows)) * static_cast<int64_t>(sizeof(float)) +
+    return (floats + moved) * static_cast<int64_t>(sizeof(float)) + Choosing::bytes(a_, batch) +
            Gathered::bytes(a_, batch);
   }
 
@@ -301,8 +302,8 @@ class AttendTask : public Task {
     };
     if (recalls && sight.recalled > 0) {
       note(0);
-      const float *scores = query.scores < 0 ? nullptr : page_scores(step, query, head, page, thread);
-      Choosing choosing(step, a_, sight, tile, head, pages, page, scores, moved + tile.rows * tile.cell->value_stride);
+      float *free = moved + tile.rows * tile.cell->value_stride;
+      const Choosing choosing(step, a_, step.data(partials_, thread), query, head, free);
       const int64_t group = group_of(a_);
       std::optional<Gathered> gathered;
       if (a_.cache->spill() != nullptr) gathered.emplace(a_, sight, head, choosing.end());
@@ -339,12 +340,6 @@ class AttendTask : public Task {
       if (given > 0 && given <= 1) shares += static_cast<int64_t>(given * static_cast<float>(recalled_unit));
     }
     a_.cache->count_recalled(a_.layer, head, shares, tile.rows);
-  }
-
-  // What make_score's task found.
-  const float *page_scores(const Step &step, const QueryTile &query, int64_t head, int64_t pages, int thread) const {
-    return step.data(partials_, thread) + scores_begin(step.tile_sets[a_.tile_set], a_) + query.scores +
-           head * group_of(a_) * pages;
   }
 
   void write_result(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile,
@@ -473,6 +468,10 @@ static void limit_to_page(const Attention &attention, const Sight &sight, int64_
 TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention &attention, int threads) {
   TileSet set;
   set.one_token_each = one_token_each(batch);
+  if (attention.recall() != nullptr && batch.tokens > 0) {
+    const int32_t farthest = *std::max_element(batch.positions, batch.positions + batch.tokens);
+    set.parts = std::clamp<int64_t>(farthest / attention.cache->cell().slots / least_part, 1, threads);
+  }
   const int64_t size = tile_tokens(attention);
   int64_t whole_tiles = 0;
   for (int64_t s = 0; s < batch.sequences; s++) {
@@ -480,6 +479,7 @@ TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention
   }
   const bool few = threads > 1 && whole_tiles * attention.kv_heads < 4 * threads;
   for (int64_t s = 0; s < batch.sequences; s++) {
+    set.starts.push_back(set.tiles.size());
     const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
     const auto blocks = tables.blocks.begin() + tables.block_starts[static_cast<size_t>(s)];
     const auto blocks_end = tables.blocks.begin() + tables.block_starts[static_cast<size_t>(s) + 1];
@@ -498,9 +498,10 @@ TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention
       next = tile.token_end;
       if (tile.drops) {
         set.drops = true;
-        if (few && end - begin == 1 && sight.recalled > 0) {
-          tile.scores = set.scores;
-          set.scores += attention.heads * (batch.positions[t] / attention.cache->cell().slots);
+        if (sight.recalled > 0) {
+          const int64_t rows = (tile.token_end - t) * group_of(attention);
+          tile.recalled = sight.recalled, tile.named = set.named;
+          set.named += attention.kv_heads * set.parts * NamedPages::floats(rows, sight.recalled);
         }
         set.tiles.push_back(tile);
         continue;
@@ -521,11 +522,12 @@ TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention
       }
     }
   }
+  set.starts.push_back(set.tiles.size());
   return set;
 }
 
 int64_t partials_bytes(const TileSet &tiles, const Attention &attention) {
-  return (scores_begin(tiles, attention) + tiles.scores) * static_cast<int64_t>(sizeof(float));
+  return (named_begin(tiles, attention) + tiles.named) * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace mnemos

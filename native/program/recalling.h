@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
+#include <vector>
 
+#include "program/attention_rows.h"
 #include "program/tasks.h"
 
 namespace mnemos {
@@ -32,89 +33,98 @@ inline int64_t most_recalled(const Attention &a, const BatchView &batch) {
   return most;
 }
 
-// Queries in 8 bits, in scratch.
-class QuantizedRows {
- public:
-  static int64_t bytes(const Attention &a, int64_t rows) { return rows * (a.cache->index_layout().groups * 4 + 4); }
+// The pages that a tile's queries name in one head, in one part of all pages. Rows are padded to whole tiles.
+struct NamedPages : Named {
+  static int64_t padded(int64_t rows) { return (rows + query_columns - 1) / query_columns * query_columns; }
+  static int64_t floats(int64_t rows, int64_t count) { return padded(rows) * (4 + 2 * named_room(count)); }
 
-  // Queries are value_stride floats apart; factors (rows,) get what their codes are to be multiplied by.
-  QuantizedRows(const Attention &a, const float *queries, int64_t rows, float *factors, void *scratch)
-      : rows_(rows), padded_(a.cache->index_layout().groups * 4), sums_(static_cast<int32_t *>(scratch)),
-        codes_(reinterpret_cast<int8_t *>(sums_ + rows)) {
-    for (int64_t r = 0; r < rows; r++) {
-      const float *query = queries + r * a.cache->cell().value_stride;
-      factors[r] = quantize(query, a.recall()->components, codes_ + r * padded_, &sums_[r]);
-    }
+  NamedPages(float *data, int64_t rows, int64_t count) {
+    const int64_t room = padded(rows);
+    this->count = count, stride = named_room(count);
+    factors = data, most = factors + room, least = most + room;
+    found = reinterpret_cast<int32_t *>(least + room);
+    scores = least + 2 * room;
+    pages = reinterpret_cast<int32_t *>(scores + room * stride);
   }
 
-  IndexedQueries queries() const { return {rows_, codes_, sums_}; }
-  void *end() const { return codes_ + rows_ * padded_; }
-
- private:
-  float quantize(const float *x, const std::vector<int64_t> &components, int8_t *codes, int32_t *sum) const {
-    float most = 0;
-    for (const int64_t i : components) most = std::max(most, std::fabs(x[i]));
-    if (!(most <= std::numeric_limits<float>::max())) most = 0;
-    const float inverse = most > 0 ? 127.0f / most : 0.0f;
-    *sum = 0;
-    for (int64_t i = 0; i < padded_; i++) {
-      const bool indexed = i < static_cast<int64_t>(components.size()) && most > 0;
-      const float code = indexed ? std::nearbyint(x[components[static_cast<size_t>(i)]] * inverse) : 0.0f;
-      *sum += codes[i] = static_cast<int8_t>(code);
-    }
-    return most / 127.0f;
-  }
-
-  const int64_t rows_, padded_;
-  int32_t *const sums_;
-  int8_t *const codes_;
+  float *factors;  // (rows,) by which scores are to be multiplied
 };
 
-// Which pages the tokens of a tile recall in one head of keys. Works in scratch.
+// Where they are among a step's partial results.
+inline NamedPages named_pages(const Step &step, const Attention &a, float *partials, const QueryTile &tile,
+                              int64_t head, int64_t part) {
+  const TileSet &set = step.tile_sets[a.tile_set];
+  const int64_t rows = (tile.token_end - tile.token_begin) * group_of(a), count = tile.recalled;
+  const int64_t number = head * set.parts + part;
+  return {partials + named_begin(set, a) + tile.named + number * NamedPages::floats(rows, count), rows, count};
+}
+
+// Chooses the pages that a token recalls in one head, from those that its queries name. Works in scratch.
 class Choosing {
  public:
-  static int64_t floats(const Attention &a, const BatchView &batch, int64_t rows) {
-    if (a.recall() == nullptr) return 0;
-    int64_t pages = 0;
-    for (int64_t t = 0; t < batch.tokens; t++)
-      pages = std::max<int64_t>(pages, batch.positions[t] / a.cache->cell().slots);
-    return rows * (pages + 1) + pages + 2 * most_recalled(a, batch) + QuantizedRows::bytes(a, rows) / 4;
+  static int64_t bytes(const Attention &a, const BatchView &batch) {
+    return a.recall() == nullptr ? 0 : most_recalled(a, batch) * 4;
   }
 
-  // Scores the pages before `page` for all rows of the tile, unless that has been done: scores (rows, page) or null.
-  Choosing(const Step &step, const Attention &a, const Sight &sight, const AttentionTile &tile, int64_t head,
-           const int32_t *table, int64_t page, const float *scores, float *scratch)
-      : step_(step), a_(a), sight_(sight), pages_(page), factors_(scratch),
-        combined_(factors_ + tile.rows), best_(combined_ + page),
-        chosen_(reinterpret_cast<int32_t *>(best_ + sight.recalled)), scores_(scores) {
-    const QuantizedRows rows(a, tile.queries, tile.rows, factors_, chosen_ + sight.recalled);
-    end_ = rows.end();
-    if (scores != nullptr) return;
-    auto *own = static_cast<float *>(end_);
-    step.kernels->score_pages(a.cache->index_layout(), {a.cache->index(a.layer, head), table, page}, rows.queries(), own,
-                              page);
-    scores_ = own, end_ = own + tile.rows * page;
-  }
+  Choosing(const Step &step, const Attention &a, float *partials, const QueryTile &tile, int64_t head, void *scratch)
+      : step_(step), a_(a), partials_(partials), tile_(tile), head_(head),
+        chosen_(static_cast<int32_t *>(scratch)) {}
 
-  void *end() const { return end_; }  // of the scratch in use
+  void *end() const { return chosen_ + tile_.recalled; }  // of the scratch in use
 
   // The pages, ascending, of the token whose queries begin at a row.
   const int32_t *choose(int64_t row) const {
-    const PageChoice choice{a_.heads / a_.kv_heads, scores_ + row * pages_, pages_, factors_ + row, pages_, sight_.sinks,
-                            pages_ + 1 - sight_.window, sight_.recalled, combined_, best_};
-    step_.kernels->choose_pages(choice, chosen_);
+    const int64_t count = tile_.recalled, parts = step_.tile_sets[a_.tile_set].parts;
+    thread_local std::vector<Page> named;
+    named.clear();
+    for (int64_t r = row; r < row + group_of(a_); r++) {
+      const size_t begin = named.size();
+      float most = -INFINITY, factor = 0;
+      for (int64_t part = 0; part < parts; part++) {
+        const NamedPages own = named_pages(step_, a_, partials_, tile_, head_, part);
+        factor = own.factors[r];
+        most = std::max(most, own.most[r]);
+        for (int64_t i = 0; i < own.found[r]; i++)
+          named.push_back({own.scores[r * own.stride + i], own.pages[r * own.stride + i]});
+      }
+      keep(named, begin, count);
+      most *= factor;
+      for (size_t i = begin; i < named.size(); i++) named[i].score = named[i].score * factor - most;
+    }
+    // The best of those that name a page.
+    std::sort(named.begin(), named.end(), [](const Page &a, const Page &b) {
+      return a.page < b.page || (a.page == b.page && a.score > b.score);
+    });
+    named.erase(std::unique(named.begin(), named.end(), [](const Page &a, const Page &b) { return a.page == b.page; }),
+                named.end());
+    keep(named, 0, count);
+    for (int64_t i = 0; i < count; i++) chosen_[i] = named[static_cast<size_t>(i)].page;
+    std::sort(chosen_, chosen_ + count);
     return chosen_;
   }
 
  private:
+  struct Page {
+    float score;
+    int32_t page;
+  };
+
+  // Drops all but the best `count` from `begin` on.
+  static void keep(std::vector<Page> &pages, size_t begin, int64_t count) {
+    const auto first = pages.begin() + static_cast<std::ptrdiff_t>(begin);
+    if (pages.end() - first <= count) return;
+    std::nth_element(first, first + count - 1, pages.end(), [](const Page &a, const Page &b) {
+      return a.score > b.score || (a.score == b.score && a.page < b.page);
+    });
+    pages.resize(begin + static_cast<size_t>(count));
+  }
+
   const Step &step_;
   const Attention &a_;
-  const Sight sight_;
-  const int64_t pages_;
-  float *const factors_, *const combined_, *const best_;
+  float *const partials_;
+  const QueryTile &tile_;
+  const int64_t head_;
   int32_t *const chosen_;
-  const float *scores_;
-  void *end_;
 };
 
 // The cells of one head that the tokens of a tile recall, in scratch, where some of their pages are in a file.

@@ -336,7 +336,7 @@ class Scheduler {
     // A head's results must be whole blocks of any form.
     const Target y = target(o.outputs[0], attention.head_dim % 32 == 0);
     add(make_store(attention, k, v, stored));
-    if (attention.window == 0) add(make_score(attention, inputs[0], partial));
+    if (attention.window == 0) add(make_naming(attention, inputs[0], stored, partial));
     add(make_attend(attention, inputs[0], k, v, stored, partial, y));
     add(make_merge(attention, partial, y));
   }

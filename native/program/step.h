@@ -58,13 +58,17 @@ struct QueryTile {
   int64_t block_begin, block_end;  // numbers in Tables::blocks
   int64_t split;  // index of the first partial result, or -1 if the tile does all its blocks itself
   bool drops = false;  // its tokens, all of one page of positions, do not see all before them: see Recall
-  int64_t scores = -1;  // where those of its pages begin among the set's, or -1 if whoever attends makes them
+  int64_t recalled = 0;  // how many pages each of them recalls in heads that do
+  int64_t named = 0;  // where those that its queries name begin among the set's
 };
 
 // The tiles of all attention operators that share window and head counts.
 struct TileSet {
   std::vector<QueryTile> tiles;
-  int64_t partials = 0, scores = 0;  // how many there are
+  std::vector<size_t> starts;  // (sequences + 1): sequence s has tiles starts[s] to starts[s + 1]
+  int64_t partials = 0;  // how many there are
+  int64_t named = 0;  // floats of the pages that queries name
+  int64_t parts = 1;  // of a text's pages, that are searched apart
   bool one_token_each = false;  // no sequence has several tokens
   bool drops = false;  // a tile does
 };

@@ -138,8 +138,8 @@ struct Attention {
 std::unique_ptr<Task> make_store(const Attention &attention, int k, int v, int stored);
 std::unique_ptr<Task> make_attend(const Attention &attention, int q, int k, int v, int stored, int partials,
                                   const Target &y);
-// Where a single row of a long text recalls, scores its pages before make_attend's task chooses among them.
-std::unique_ptr<Task> make_score(const Attention &attention, int q, int partials);
+// Where rows of long texts recall, their queries name pages before make_attend's task chooses among those.
+std::unique_ptr<Task> make_naming(const Attention &attention, int q, int stored, int partials);
 // Keys and values of the sequences of make_attend's task, for one thread.
 std::unique_ptr<Ahead> make_attention_ahead();
 // Merges the partial results of long contexts that were split among threads.

@@ -1,5 +1,5 @@
-// How well pages suit a row, from an index of their keys in 3 bits; see Recall in contract.py. All arithmetic is exact,
-// in integers or in single float operations, so that the choice is the same with every instruction set.
+// How well pages suit queries, from an index of their keys in 3 bits; see Recall in contract.py. All arithmetic is
+// exact, in integers or in single float operations, so that the choice is the same with every instruction set.
 #pragma once
 
 #include "vector/vec.h"
@@ -14,193 +14,218 @@ inline float scale_of(const IndexLayout &layout, const uint8_t *run) {
   return scale;
 }
 
-#if defined(__AVX512VNNI__)
-// Bytes of 16 keys in one group of components, from their lowest value on in steps; `half`: keys 0 to 15, or 16 to 31.
-inline __m512i keys_of_group(__m512i pairs, __mmask64 third, int half, __m512i low, __m512i step) {
-  const auto bit = [&](int number) {  // of keys 0 to 7 in the lower half of the vector, of keys 8 to 15 in the upper
-    const __m512i lower = _mm512_set1_epi8(static_cast<char>(1 << (4 * half + number)));
-    return _mm512_inserti64x4(lower, _mm256_set1_epi8(static_cast<char>(1 << (4 * half + 2 + number))), 1);
-  };
-  const __m512i odd = _mm512_mask_add_epi8(low, _mm512_test_epi8_mask(pairs, bit(0)), low, step);
-  const __m512i twice = _mm512_add_epi8(step, step);
-  const __m512i paired = _mm512_mask_add_epi8(odd, _mm512_test_epi8_mask(pairs, bit(1)), odd, twice);
-  return _mm512_mask_add_epi8(paired, third, paired, _mm512_add_epi8(twice, twice));
+// The index of a text's page, while those of the next pages, which may be anywhere, are fetched.
+inline const uint8_t *index_of(const IndexLayout &layout, const PageIndices &pages, int64_t page) {
+  constexpr int64_t ahead = 32, line = 64;  // and not into the first level: more lines can be on their way
+  if (page + ahead < pages.last) {
+    const uint8_t *next = pages.cells + pages.table[page + ahead] * layout.bytes;
+    for (int64_t i = 0; i < layout.bytes; i += line) __builtin_prefetch(next + i, 0, 2);
+  }
+  return pages.cells + pages.table[page] * layout.bytes;
 }
 
+// Drops all but the `count` best pages that a query has named, the first of equal ones being better: those than which
+// fewer are better. The others keep their order. Rare, and not to be in the way of what calls it.
+__attribute__((noinline)) void keep_best(const Named &named, int64_t row) {
+  constexpr unsigned lanes = (1u << width) - 1;
+  float *scores = named.scores + row * named.stride;
+  int32_t *pages = named.pages + row * named.stride;
+  const int64_t found = named.found[row];
+  for (int64_t i = found; i < named.stride; i++) scores[i] = -INFINITY;
+  for (int64_t i = 0; i < found; i++) {
+    const Vec own = splat(scores[i]);
+    int64_t better = 0;
+    for (int64_t j = 0; j < found; j += width) {
+      const Vec others = load(scores + j);
+      const unsigned earlier = j >= i ? 0 : i - j >= width ? lanes : (1u << (i - j)) - 1;
+      better += __builtin_popcount((bits(less(own, others)) & ~earlier) | (~bits(less(others, own)) & earlier));
+    }
+    if (better >= named.count) pages[i] = -1;
+  }
+  int64_t kept = 0;
+  float least = INFINITY;
+  for (int64_t i = 0; i < found; i++) {
+    if (pages[i] < 0) continue;
+    least = scores[i] < least ? scores[i] : least;
+    scores[kept] = scores[i], pages[kept++] = pages[i];
+  }
+  named.found[row] = static_cast<int32_t>(kept);
+  named.least[row] = least;
+}
+
+inline void name_page(const Named &named, int64_t row, float score, int64_t page) {
+  int32_t &found = named.found[row];
+  const int64_t at = row * named.stride + found;
+  named.scores[at] = score, named.pages[at] = static_cast<int32_t>(page);
+  if (++found == 2 * named.count) keep_best(named, row);
+}
+
+inline bool can_name(const NamingQueries &queries, int64_t page) { return page >= queries.begin && page < queries.end; }
+
+// Adds a page, whose scores are those of `rows` queries from `row` on.
+inline void add_scores(const NamingQueries &queries, int64_t row, int64_t rows, const float *scores, int64_t page) {
+  for (int64_t r = 0; r < rows; r++) {
+    float &most = queries.named.most[row + r];
+    most = scores[r] > most ? scores[r] : most;
+    if (scores[r] > queries.named.least[row + r] && can_name(queries, page))
+      name_page(queries.named, row + r, scores[r], page);
+  }
+}
+
+constexpr int64_t group_bytes = 4 * index_half;  // of 16 keys in one group of components, in bytes each
+
+#if defined(__AVX512VNNI__)
 // The values that four neighbouring components share, for every key.
-inline __m512i four_of(const uint8_t *values, int64_t group) {
+inline __m512i four_of(const void *values) {
   int32_t four;
-  std::memcpy(&four, values + group * 4, 4);
+  std::memcpy(&four, values, 4);
   return _mm512_set1_epi32(four);
 }
 
-inline __m512i pairs_of(const uint8_t *run, int64_t group) {
-  return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(run + group * 32)));
+// The keys of half a run in four groups of components from `group` on, their lowest values less `offset`.
+inline void keys_of_groups(const IndexLayout &layout, const uint8_t *run, int64_t half, int64_t group, int32_t offset,
+                           __m512i *keys) {
+  const uint8_t *own = run + half * layout.half();
+  const __m512i pairs = _mm512_loadu_si512(own + group * 16), less = _mm512_set1_epi8(static_cast<char>(offset));
+  for (int g = 0; g < 4; g++) {
+    const __m512i low = _mm512_sub_epi8(four_of(run + layout.lows() + (group + g) * 4), less);
+    const __m512i step = four_of(run + layout.steps() + (group + g) * 4), twice = _mm512_add_epi8(step, step);
+    uint64_t thirds;
+    std::memcpy(&thirds, own + layout.thirds() + (group + g) * 8, 8);
+    const auto bit = [&](int number) {
+      return _mm512_test_epi8_mask(pairs, _mm512_set1_epi8(static_cast<char>(1 << (2 * g + number))));
+    };
+    const __m512i odd = _mm512_mask_add_epi8(low, bit(0), low, step);
+    const __m512i even = _mm512_mask_add_epi8(odd, bit(1), odd, twice);
+    keys[g] = _mm512_mask_add_epi8(even, thirds, even, _mm512_add_epi8(twice, twice));
+  }
 }
 
-// The third bits of a group's codes, for the keys of one half.
-inline __mmask64 thirds_of(const IndexLayout &layout, const uint8_t *run, int64_t group, int half) {
-  uint64_t thirds;
-  std::memcpy(&thirds, run + layout.thirds() + group * 16 + half * 8, 8);
-  return thirds;
+// The largest of each of four vectors.
+inline __m128i largest_of_four(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_max_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_max_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i all = _mm512_max_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// R rows at once share the keys of a run.
+// R rows at once, of the same 16 columns: their scores in a run whose keys are given, with index_offset added.
 template <int R>
-inline void score_run(const IndexLayout &layout, const uint8_t *run, const IndexedQueries &queries, int64_t row,
-                      float *best) {
-  __m512i sums[2][R];
-  for (int r = 0; r < R; r++) sums[0][r] = sums[1][r] = _mm512_setzero_si512();
-  const uint8_t *lows = run + layout.lows(), *steps = run + layout.steps();
+inline void score_rows(const IndexLayout &layout, const uint8_t *keys, float scale, const NamingQueries &queries,
+                       int64_t row, float *scores) {
+  const int8_t *columns =
+      queries.columns + row / query_columns * layout.groups * group_bytes + row % query_columns * 4;
+  __m512i sums[4], others[4];
+  for (int r = 0; r < 4; r++) sums[r] = others[r] = _mm512_setzero_si512();
   for (int64_t g = 0; g < layout.groups; g++) {
-    const __m512i pairs = pairs_of(run, g), low = four_of(lows, g), step = four_of(steps, g);
-    const __m512i keys[2] = {keys_of_group(pairs, thirds_of(layout, run, g, 0), 0, low, step),
-                             keys_of_group(pairs, thirds_of(layout, run, g, 1), 1, low, step)};
+    const __m512i own = _mm512_load_si512(keys + g * group_bytes);
+    const __m512i other = _mm512_load_si512(keys + (layout.groups + g) * group_bytes);
     for (int r = 0; r < R; r++) {
-      const auto *codes = reinterpret_cast<const uint8_t *>(queries.codes + (row + r) * layout.groups * 4);
-      const __m512i query = four_of(codes, g);
-      sums[0][r] = _mm512_dpbusd_epi32(sums[0][r], keys[0], query);
-      sums[1][r] = _mm512_dpbusd_epi32(sums[1][r], keys[1], query);
+      const __m512i query = four_of(columns + g * group_bytes + 4 * r);
+      sums[r] = _mm512_dpbusd_epi32(sums[r], own, query), others[r] = _mm512_dpbusd_epi32(others[r], other, query);
     }
   }
-  const float scale = scale_of(layout, run);
-  for (int r = 0; r < R; r++) {
-    const int32_t most = _mm512_reduce_max_epi32(_mm512_max_epi32(sums[0][r], sums[1][r]));
-    const float score = static_cast<float>(most - index_offset * queries.sums[row + r]) * scale;
-    best[r] = score > best[r] ? score : best[r];
+  for (int r = 0; r < R; r++) sums[r] = _mm512_max_epi32(sums[r], others[r]);
+  const __m128i code_sums = _mm_loadu_si128(reinterpret_cast<const __m128i *>(queries.sums + row));
+  const __m128i offsets = _mm_mullo_epi32(code_sums, _mm_set1_epi32(index_offset));
+  const __m128i most = _mm_sub_epi32(largest_of_four(sums[0], sums[1], sums[2], sums[3]), offsets);
+  _mm_storeu_ps(scores, _mm_mul_ps(_mm_cvtepi32_ps(most), _mm_set1_ps(scale)));
+}
+
+inline void expand_run(const IndexLayout &layout, const uint8_t *run, uint8_t *keys) {
+  for (int64_t half = 0; half < 2; half++, keys += layout.groups * group_bytes) {
+    for (int64_t g = 0; g < layout.groups; g += 4) {
+      __m512i four[4];
+      keys_of_groups(layout, run, half, g, 0, four);
+      for (int i = 0; i < 4; i++) _mm512_store_si512(keys + (g + i) * group_bytes, four[i]);
+    }
   }
-}
-
-template <int R>
-inline void score_rows_of_page(const IndexLayout &layout, const uint8_t *index, const IndexedQueries &queries,
-                               int64_t row, float *scores, int64_t stride) {
-  float best[R];
-  for (int r = 0; r < R; r++) best[r] = -INFINITY;
-  for (int64_t run = 0; run < layout.runs; run++)
-    score_run<R>(layout, index + run * layout.run_bytes, queries, row, best);
-  for (int r = 0; r < R; r++) scores[(row + r) * stride] = best[r];
-}
-
-void score_page(const IndexLayout &layout, const uint8_t *index, const IndexedQueries &queries, float *scores,
-                int64_t stride) {
-  int64_t row = 0;
-  for (; row + 8 <= queries.rows; row += 8) score_rows_of_page<8>(layout, index, queries, row, scores, stride);
-  for (; row + 3 <= queries.rows; row += 3) score_rows_of_page<3>(layout, index, queries, row, scores, stride);
-  for (; row < queries.rows; row++) score_rows_of_page<1>(layout, index, queries, row, scores, stride);
 }
 #else
-// The keys of a run in one group of components, in signed bytes: component i of key k is number 4 k + i.
-inline void expand_group(const IndexLayout &layout, const uint8_t *run, int64_t group, int8_t *keys) {
+// The keys of half a run in one group of components, in signed bytes: component i of key k is number 4 k + i.
+inline void expand_group(const IndexLayout &layout, const uint8_t *run, int64_t half, int64_t group, int8_t *keys) {
   const uint8_t *lows = run + layout.lows() + group * 4, *steps = run + layout.steps() + group * 4;
-  uint8_t low[32], step[32], pairs[32], thirds[16];
-  for (int i = 0; i < 32; i++) low[i] = static_cast<uint8_t>(lows[i % 4] - index_offset), step[i] = steps[i % 4];
-  std::memcpy(pairs, run + group * 32, 32);
-  std::memcpy(thirds, run + layout.thirds() + group * 16, 16);
-  for (int eight = 0; eight < 4; eight++) {
-    for (int i = 0; i < 32; i++) {
-      const auto code = static_cast<uint8_t>(pairs[i] >> (2 * eight));
-      const auto once = static_cast<uint8_t>(-(code & 1) & step[i]);
-      const auto twice = static_cast<uint8_t>(-((code >> 1) & 1) & (2 * step[i]));
-      const int third = thirds[4 * eight + i / 8] >> (i % 8) & 1;
-      const auto four = static_cast<uint8_t>(-third & (4 * step[i]));
-      keys[32 * eight + i] = static_cast<int8_t>(low[i] + once + twice + four);
-    }
+  const uint8_t *own = run + half * layout.half();
+  const uint8_t *pairs = own + group / 4 * 64, *thirds = own + layout.thirds() + group * 8;
+  const int shift = static_cast<int>(group % 4 * 2);
+  for (int i = 0; i < group_bytes; i++) {
+    const int code = (pairs[i] >> shift & 3) | (thirds[i / 8] >> (i % 8) & 1) << 2;
+    keys[i] = static_cast<int8_t>(lows[i % 4] - index_offset + code * steps[i % 4]);
   }
 }
 
-// sums (128,): of products of each component of a group's keys with those of a query, summed up for every second one.
+// sums (32,) += products of each component of a group's keys with those of a query, summed up for every second one.
 inline void add_products(const int8_t *keys, const int8_t *query, int32_t *sums) {
 #if defined(__AVX2__)
   int32_t four;
   std::memcpy(&four, query, 4);
   const __m256i wide_query = _mm256_cvtepi8_epi16(_mm_set1_epi32(four));
-  for (int i = 0; i < 128; i += 16) {
+  for (int i = 0; i < group_bytes; i += 16) {
     const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(keys + i)));
     auto *into = reinterpret_cast<__m256i *>(sums + i / 2);
     _mm256_storeu_si256(into, _mm256_add_epi32(_mm256_loadu_si256(into), _mm256_madd_epi16(wide, wide_query)));
   }
 #else
-  for (int i = 0; i < 64; i++) sums[i] += keys[2 * i] * query[2 * i % 4] + keys[2 * i + 1] * query[2 * i % 4 + 1];
+  for (int i = 0; i < group_bytes / 2; i++)
+    sums[i] += keys[2 * i] * query[2 * i % 4] + keys[2 * i + 1] * query[2 * i % 4 + 1];
 #endif
 }
 
-void score_page(const IndexLayout &layout, const uint8_t *index, const IndexedQueries &queries, float *scores,
-                int64_t stride) {
-  int32_t sums[max_tile_rows][2 * index_run];
-  for (int64_t number = 0; number < layout.runs; number++) {
-    const uint8_t *run = index + number * layout.run_bytes;
-    std::memset(sums, 0, static_cast<size_t>(queries.rows) * sizeof sums[0]);
-    for (int64_t g = 0; g < layout.groups; g++) {
-      int8_t keys[4 * index_run];
-      expand_group(layout, run, g, keys);
-      for (int64_t row = 0; row < queries.rows; row++)
-        add_products(keys, queries.codes + (row * layout.groups + g) * 4, sums[row]);
-    }
-    for (int64_t row = 0; row < queries.rows; row++) {
-      int32_t most = INT32_MIN;
-      for (int key = 0; key < index_run; key++) {
-        const int32_t dot = sums[row][2 * key] + sums[row][2 * key + 1];
+template <int R>
+inline void score_rows(const IndexLayout &layout, const uint8_t *keys, float scale, const NamingQueries &queries,
+                       int64_t row, float *scores) {
+  for (int r = 0; r < R; r++) {
+    const int8_t *columns =
+        queries.columns + (row + r) / query_columns * layout.groups * group_bytes + (row + r) % query_columns * 4;
+    int32_t most = INT32_MIN;
+    for (int64_t half = 0; half < 2; half++) {
+      const auto *own = reinterpret_cast<const int8_t *>(keys) + half * layout.groups * group_bytes;
+      int32_t sums[group_bytes / 2] = {};
+      for (int64_t g = 0; g < layout.groups; g++) add_products(own + g * group_bytes, columns + g * group_bytes, sums);
+      for (int key = 0; key < index_half; key++) {
+        const int32_t dot = sums[2 * key] + sums[2 * key + 1];
         most = dot > most ? dot : most;
       }
-      const float score = static_cast<float>(most) * scale_of(layout, run);
-      float &best = scores[row * stride];
-      best = number == 0 || score > best ? score : best;
     }
+    scores[r] = static_cast<float>(most) * scale;
+  }
+}
+
+inline void expand_run(const IndexLayout &layout, const uint8_t *run, uint8_t *keys) {
+  for (int64_t half = 0; half < 2; half++) {
+    for (int64_t g = 0; g < layout.groups; g++, keys += group_bytes)
+      expand_group(layout, run, half, g, reinterpret_cast<int8_t *>(keys));
   }
 }
 #endif
 
-void score_pages(const IndexLayout &layout, const PageIndices &pages, const IndexedQueries &queries, float *scores,
-                 int64_t stride) {
-  constexpr int64_t ahead = 8, line = 64;  // pages, whose indices are short and may be anywhere
-  for (int64_t n = 0; n < pages.count; n++) {
-    if (n + ahead < pages.count) {
-      const uint8_t *next = pages.cells + pages.pages[n + ahead] * layout.bytes;
-      for (int64_t i = 0; i < layout.bytes; i += line) __builtin_prefetch(next + i);
+void name_pages(const IndexLayout &layout, const PageIndices &pages, const NamingQueries *sets, int64_t count) {
+  const int64_t run_keys = 2 * layout.groups * group_bytes;
+  for (int64_t page = pages.first; page < pages.last; page++) {
+    const uint8_t *index = index_of(layout, pages, page);
+    for (int64_t run = 0; run < layout.runs; run++)
+      expand_run(layout, index + run * layout.run_bytes, pages.expanded + run * run_keys);
+    for (const NamingQueries *set = sets; set < sets + count; set++) {
+      for (int64_t row = 0; page < set->pages && row < set->rows; row += 4) {
+        float best[4], scores[4];
+        const int64_t rows = set->rows - row < 4 ? set->rows - row : 4;
+        for (int64_t run = 0; run < layout.runs; run++) {
+          const uint8_t *keys = pages.expanded + run * run_keys;
+          const float scale = scale_of(layout, index + run * layout.run_bytes);
+          float *into = run == 0 ? best : scores;
+          if (rows == 4) {
+            score_rows<4>(layout, keys, scale, *set, row, into);
+          } else if (rows == 3) {
+            score_rows<3>(layout, keys, scale, *set, row, into);
+          } else {
+            score_rows<2>(layout, keys, scale, *set, row, into);
+          }
+          for (int64_t r = 0; run > 0 && r < rows; r++) best[r] = scores[r] > best[r] ? scores[r] : best[r];
+        }
+        add_scores(*set, row, rows, best, page);
+      }
     }
-    score_page(layout, pages.cells + pages.pages[n] * layout.bytes, queries, scores + n, stride);
-  }
-}
-
-void choose_pages(const PageChoice &choice, int32_t *chosen) {
-  float *combined = choice.combined;
-  for (int64_t g = 0; g < choice.group; g++) {
-    const float *scores = choice.scores + g * choice.stride;
-    const float factor = choice.factors[g];
-    const float most = largest_of(scores, choice.pages) * factor;
-    const Vec factors = splat(factor), mosts = splat(most);
-    int64_t n = choice.begin;
-    for (; n + width <= choice.end; n += width) {
-      const Vec score = sub(mul(load(scores + n), factors), mosts);
-      store(combined + n, g == 0 ? score : max(score, load(combined + n)));
-    }
-    for (; n < choice.end; n++) {
-      const float score = scores[n] * factor - most;
-      combined[n] = g == 0 || score > combined[n] ? score : combined[n];
-    }
-  }
-  int64_t count = 0;
-  float *best = choice.best;
-  const auto consider = [&](int64_t n) {
-    const float score = combined[n];
-    if (count == choice.count && !(score > best[count - 1])) return;
-    int64_t at = count < choice.count ? count++ : count - 1;
-    for (; at > 0 && score > best[at - 1]; at--) best[at] = best[at - 1], chosen[at] = chosen[at - 1];
-    best[at] = score;
-    chosen[at] = static_cast<int32_t>(n);
-  };
-  int64_t n = choice.begin;
-  for (; n < choice.end && count < choice.count; n++) consider(n);
-  for (; n + width <= choice.end; n += width) {
-    unsigned better = bits(less(splat(best[count - 1]), load(combined + n)));
-    for (; better; better &= better - 1) consider(n + __builtin_ctz(better));
-  }
-  for (; n < choice.end; n++) consider(n);
-  for (int64_t i = 1; i < count; i++) {  // in order of their positions; no template that other levels share
-    const int32_t page = chosen[i];
-    int64_t at = i;
-    for (; at > 0 && chosen[at - 1] > page; at--) chosen[at] = chosen[at - 1];
-    chosen[at] = page;
   }
 }
 

@@ -1,6 +1,6 @@
-// How well pages suit many rows, with AMX tiles of signed bytes: the numbers that recall_impl.h gives.
+// How well pages suit many queries, with AMX tiles of signed bytes: the numbers that recall_impl.h gives.
 //
-// Keys are the rows of the products and queries their columns, so that the best key of a page is a maximum of whole
+// Keys are the rows of the products and queries their columns, so that the best key of a run is a maximum of whole
 // vectors.
 #pragma once
 
@@ -10,105 +10,108 @@
 namespace mnemos {
 namespace {
 
-constexpr int64_t tile_queries = 16, tile_groups = 16;  // columns, and groups of four components, of a tile
+constexpr int64_t tile_groups = 16;  // of four components, in a tile
 
-// Queries as columns of tiles: 64 bytes for each group, with the four components of 16 queries; zero beyond the last.
-inline void queries_in_columns(const IndexLayout &layout, const IndexedQueries &queries, uint8_t *columns) {
-  for (int64_t first = 0; first < queries.rows; first += tile_queries) {
-    std::memset(columns, 0, static_cast<size_t>(layout.groups * 64));
-    for (int64_t r = 0; r < tile_queries && first + r < queries.rows; r++) {
-      const int8_t *codes = queries.codes + (first + r) * layout.groups * 4;
-      for (int64_t g = 0; g < layout.groups; g++) std::memcpy(columns + g * 64 + r * 4, codes + g * 4, 4);
-    }
-    columns += layout.groups * 64;
-  }
-}
-
-// The keys of a run in signed bytes, each with its components after each other, in any order of the keys.
-inline void keys_in_rows(const IndexLayout &layout, const uint8_t *run, uint8_t *keys) {
-  const uint8_t *lows = run + layout.lows(), *steps = run + layout.steps();
+// The keys of half a run in signed bytes, each with its components after each other, in any order of the keys.
+inline void keys_in_rows(const IndexLayout &layout, const uint8_t *run, int64_t half, uint8_t *keys) {
   const int64_t key_bytes = layout.groups * 4;
-  const __m512i offset = _mm512_set1_epi8(static_cast<char>(index_offset));
   for (int64_t g = 0; g < layout.groups; g += 4) {
-    for (int half = 0; half < 2; half++) {
-      const auto at = [&](int64_t group) {
-        return keys_of_group(pairs_of(run, group), thirds_of(layout, run, group, half), half,
-                             _mm512_sub_epi8(four_of(lows, group), offset), four_of(steps, group));
-      };
-      const __m512i a = at(g), b = at(g + 1), c = at(g + 2), d = at(g + 3);
-      const __m512i ab[2] = {_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)};
-      const __m512i cd[2] = {_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d)};
-      for (int i = 0; i < 2; i++) {
-        const __m512i whole[2] = {_mm512_unpacklo_epi64(ab[i], cd[i]), _mm512_unpackhi_epi64(ab[i], cd[i])};
-        for (int j = 0; j < 2; j++) {
-          uint8_t *into = keys + (16 * half + 8 * i + 4 * j) * key_bytes + g * 4;
-          const auto store_key = [&](int64_t key, __m128i x) {
-            _mm_storeu_si128(reinterpret_cast<__m128i *>(into + key * key_bytes), x);
-          };
-          store_key(0, _mm512_castsi512_si128(whole[j]));
-          store_key(1, _mm512_extracti32x4_epi32(whole[j], 1));
-          store_key(2, _mm512_extracti32x4_epi32(whole[j], 2));
-          store_key(3, _mm512_extracti32x4_epi32(whole[j], 3));
-        }
+    __m512i four[4];
+    keys_of_groups(layout, run, half, g, index_offset, four);
+    const __m512i ab[2] = {_mm512_unpacklo_epi32(four[0], four[1]), _mm512_unpackhi_epi32(four[0], four[1])};
+    const __m512i cd[2] = {_mm512_unpacklo_epi32(four[2], four[3]), _mm512_unpackhi_epi32(four[2], four[3])};
+    for (int i = 0; i < 2; i++) {
+      const __m512i whole[2] = {_mm512_unpacklo_epi64(ab[i], cd[i]), _mm512_unpackhi_epi64(ab[i], cd[i])};
+      for (int j = 0; j < 2; j++) {
+        uint8_t *into = keys + (8 * i + 4 * j) * key_bytes + g * 4;
+        const auto store_key = [&](int64_t key, __m128i x) {
+          _mm_storeu_si128(reinterpret_cast<__m128i *>(into + key * key_bytes), x);
+        };
+        store_key(0, _mm512_castsi512_si128(whole[j]));
+        store_key(1, _mm512_extracti32x4_epi32(whole[j], 1));
+        store_key(2, _mm512_extracti32x4_epi32(whole[j], 2));
+        store_key(3, _mm512_extracti32x4_epi32(whole[j], 3));
       }
     }
   }
 }
 
-// sums (32, 16) = the products of a run's keys with 16 queries. Uses the tiles Sums, Sums + 1 and B, and with one block of
-// groups the keys in tiles 0 and 1.
-template <int Sums, int B>
-inline void multiply_tile(const IndexLayout &layout, const uint8_t *keys, const uint8_t *columns, int32_t *sums) {
-  const int64_t key_bytes = layout.groups * 4;
-  AmxTiles::zero<Sums>(), AmxTiles::zero<Sums + 1>();
-  for (int64_t g = 0; g < layout.groups; g += tile_groups) {
-    if (layout.groups > tile_groups) {
-      AmxTiles::load<0>(keys + g * 4, key_bytes), AmxTiles::load<1>(keys + 16 * key_bytes + g * 4, key_bytes);
-    }
-    AmxTiles::load<B>(columns + g * 64, 64);
-    AmxTiles::dot<Sums, 0, B>(), AmxTiles::dot<Sums + 1, 1, B>();
+// Halves of runs whose keys are in rows, one after the other from a page's first on, and 16 queries.
+struct TileOfQueries {
+  const IndexLayout &layout;
+  const NamingQueries &queries;
+  const uint8_t *keys;
+  const float *scales;  // of the halves
+  int64_t row, page, halves;  // the first query and the first page, and how many halves there are
+
+  const uint8_t *columns() const {
+    return reinterpret_cast<const uint8_t *>(queries.columns) + row * layout.groups * 4;
   }
-  AmxTiles::store<Sums>(sums, 64), AmxTiles::store<Sums + 1>(sums + 256, 64);
+};
+
+// Products of the keys of half `n` in a tile of sums. Tile 7, with one block of groups, has the queries.
+template <int Sums, int Keys>
+inline void multiply_half(const TileOfQueries &tile, int64_t n) {
+  const int64_t key_bytes = tile.layout.groups * 4;
+  const uint8_t *keys = tile.keys + n * index_half * key_bytes;
+  AmxTiles::zero<Sums>();
+  for (int64_t g = 0; g < tile.layout.groups; g += tile_groups) {
+    AmxTiles::load<Keys>(keys + g * 4, key_bytes);
+    if (tile.layout.groups > tile_groups) AmxTiles::load<7>(tile.columns() + g * group_bytes, group_bytes);
+    AmxTiles::dot<Sums, Keys, 7>();
+  }
 }
 
-// best = the larger of it, but for the first run, and the scores of 16 queries in a run.
-inline void reduce_tile(const int32_t *sums, Vec scale, bool first, float *best) {
+inline __m512i largest_of_rows(const int32_t *sums) {
   __m512i most[4];
   for (int i = 0; i < 4; i++) most[i] = _mm512_load_si512(sums + 16 * i);
-  for (int key = 4; key < index_run; key += 4) {
+  for (int key = 4; key < index_half; key += 4) {
     for (int i = 0; i < 4; i++) most[i] = _mm512_max_epi32(most[i], _mm512_load_si512(sums + 16 * (key + i)));
   }
-  const __m512i all = _mm512_max_epi32(_mm512_max_epi32(most[0], most[1]), _mm512_max_epi32(most[2], most[3]));
-  const Vec score = mul(_mm512_cvtepi32_ps(all), scale);
-  store(best, first ? score : max(score, load(best)));
+  return _mm512_max_epi32(_mm512_max_epi32(most[0], most[1]), _mm512_max_epi32(most[2], most[3]));
 }
 
-// y[c * stride + r] = x[16 r + c] for 16 or fewer columns and rows.
-inline void transpose(const float *x, float *y, int64_t stride, int64_t columns, int64_t rows) {
-  __m512i a[16], b[16];
-  for (int r = 0; r < 16; r++) a[r] = _mm512_loadu_si512(x + 16 * r);
-  for (int r = 0; r < 16; r += 2) {
-    b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
-    b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
-  }
-  for (int r = 0; r < 16; r += 4) {
-    for (int i = 0; i < 2; i++) {
-      a[r + 2 * i] = _mm512_unpacklo_epi64(b[r + i], b[r + 2 + i]);
-      a[r + 2 * i + 1] = _mm512_unpackhi_epi64(b[r + i], b[r + 2 + i]);
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
+// Products go through four tiles of sums: while one is made, an earlier one is stored and a still earlier one reduced,
+// as each of these takes a while to arrive.
+inline void name_in_tile(const TileOfQueries &tile) {
+  constexpr int64_t late = 4;
+  alignas(64) int32_t sums[late][index_half * query_columns];
+  if (tile.layout.groups <= tile_groups) AmxTiles::load<7>(tile.columns(), group_bytes);
+  const Named &named = tile.queries.named;
+  Vec most = load(named.most + tile.row), best = most;
+  int64_t half = 0, page = tile.page;  // of the products that come next
+  const auto reduce = [&](int64_t n, const int32_t *products) {
+    const Vec score = mul(_mm512_cvtepi32_ps(largest_of_rows(products)), splat(tile.scales[n]));
+    best = half == 0 ? score : max(score, best);
+    if (++half < 2 * tile.layout.runs) return;
+    half = 0;
+    most = max(best, most);
+    const int64_t own = page++;
+    if (!can_name(tile.queries, own)) return;
+    unsigned better = bits(less(load(named.least + tile.row), best));
+    if (better == 0) return;
+    float scores[query_columns];
+    store(scores, best);
+    for (; better; better &= better - 1) {
+      const int r = __builtin_ctz(better);
+      name_page(named, tile.row + r, scores[r], own);
     }
+  };
+  const auto turn = [&](int64_t n, auto number) {
+    constexpr int own = decltype(number)::value, stored = (own + 2) % 4;
+    if (n < tile.halves) multiply_half<2 + own, own % 2>(tile, n);
+    if (n >= 2 && n - 2 < tile.halves) AmxTiles::store<2 + stored>(sums[stored], 64);
+    if (n >= late && n - late < tile.halves) reduce(n - late, sums[own]);
+  };
+  for (int64_t n = 0; n < tile.halves + late; n += 4) {
+    turn(n, Number<0>{}), turn(n + 1, Number<1>{}), turn(n + 2, Number<2>{}), turn(n + 3, Number<3>{});
   }
-  for (int i = 0; i < 4; i++) {
-    for (int half = 0; half < 2; half++) {
-      b[8 * half + i] = _mm512_shuffle_i32x4(a[8 * half + i], a[8 * half + 4 + i], 0x88);
-      b[8 * half + 4 + i] = _mm512_shuffle_i32x4(a[8 * half + i], a[8 * half + 4 + i], 0xdd);
-    }
-  }
-  for (int i = 0; i < 8; i++) {
-    a[i % 4 + i / 4 * 4] = _mm512_shuffle_i32x4(b[i], b[8 + i], 0x88);
-    a[8 + i % 4 + i / 4 * 4] = _mm512_shuffle_i32x4(b[i], b[8 + i], 0xdd);
-  }
-  const auto written = static_cast<__mmask16>((1u << rows) - 1);
-  for (int64_t c = 0; c < columns; c++) _mm512_mask_storeu_epi32(y + c * stride, written, a[c]);
+  store(named.most + tile.row, most);
 }
 
 }  // namespace

@@ -11,10 +11,10 @@ extern const VectorKernels neon_vector_kernels;
 
 #if defined(__x86_64__)
 static VectorKernels avx512_with(decltype(VectorKernels::attend) attend,
-                                 decltype(VectorKernels::score_pages) score_pages = nullptr) {
+                                 decltype(VectorKernels::name_pages) name_pages = nullptr) {
   VectorKernels kernels = avx512_vector_kernels;
   kernels.attend = attend;
-  if (score_pages != nullptr) kernels.score_pages = score_pages;
+  if (name_pages != nullptr) kernels.name_pages = name_pages;
   return kernels;
 }
 #endif
@@ -22,7 +22,7 @@ static VectorKernels avx512_with(decltype(VectorKernels::attend) attend,
 const VectorKernels &vector_kernels(Isa isa) {
 #if defined(__x86_64__)
   static const VectorKernels avx512bf16_vector_kernels = avx512_with(attend_by_dots);
-  static const VectorKernels amx_vector_kernels = avx512_with(attend_in_tiles, score_pages_in_tiles);
+  static const VectorKernels amx_vector_kernels = avx512_with(attend_in_tiles, name_pages_in_tiles);
   if (isa == Isa::amx) return amx_vector_kernels;
   if (isa >= Isa::avx512_bf16) return avx512bf16_vector_kernels;
   if (isa >= Isa::avx512) return avx512_vector_kernels;

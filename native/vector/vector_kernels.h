@@ -68,47 +68,62 @@ struct AttentionTile {
 };
 
 // The index of one (page, head) of the cache: its keys in 3 bits, in runs of 32. A component of a run's keys takes eight
-// values, from a lowest one on in steps. A run has, for each group of 4 components, 32 bytes: byte 4 lane + i has the
-// lower two bits of component i's codes in keys lane (lowest bits), lane + 8, lane + 16 and lane + 24; then, for each
-// group, 16 bytes: bit 4 key + i is the third one of component i's code; then each component's lowest value, with
-// index_offset added, and its step, in bytes; then what 1 stands for, in float32. There are whole fours of groups.
+// values, from a lowest one on in steps. A run has two halves of 16 keys, each with, for each four groups of 4
+// components, 64 bytes: byte 4 key + i has, in bits 2 g and 2 g + 1, the lower two bits of the key's code of component i
+// of group g; and then, for each group, 8 bytes: bit 4 key + i is the third one of component i's code. After the halves
+// there are each component's lowest value, with index_offset added, and its step, in bytes; then what 1 stands for, in
+// float32. There are whole fours of groups.
 struct IndexLayout {
   int64_t groups, runs, run_bytes, bytes;
 
-  constexpr int64_t thirds() const { return groups * 32; }
+  constexpr int64_t half() const { return groups * 24; }
+  constexpr int64_t thirds() const { return groups * 16; }  // in a half
   constexpr int64_t lows() const { return groups * 48; }
   constexpr int64_t steps() const { return groups * 52; }
   constexpr int64_t scale() const { return groups * 56; }
 };
-constexpr int64_t index_run = 32;
+constexpr int64_t index_run = 32, index_half = 16;
 constexpr int32_t index_offset = 128, index_levels = 124;  // values are whole numbers, up to index_levels at first
 constexpr IndexLayout index_layout(int64_t slots, int64_t components) {
   const int64_t groups = (components + 15) / 16 * 4, run_bytes = groups * 56 + 4;
   return {groups, slots / index_run, run_bytes, slots / index_run * run_bytes};
 }
 
-// Queries in 8 bits: codes (rows, 4 * groups), and the sum of each row's.
-struct IndexedQueries {
-  int64_t rows;
-  const int8_t *codes;
-  const int32_t *sums;
-};
-
-// The indices of `count` pages in one head of the cache.
+// Indices of one head: those of pages `first` to `last` of a text.
 struct PageIndices {
-  const uint8_t *cells;  // of page 0
-  const int32_t *pages;
-  int64_t count;
+  const uint8_t *cells;  // of page 0 of the cache
+  const int32_t *table;  // of the text, from its page 0
+  int64_t first, last;
+  uint8_t *expanded;  // scratch of expanded_bytes, aligned
 };
+constexpr int64_t expanded_bytes(const IndexLayout &layout) {
+  const int64_t page = layout.runs * layout.groups * 4 * index_run, block = 64 * page;
+  return block < (1 << 15) ? block : page > (1 << 15) ? page : 1 << 15;
+}
 
-// The pages that a row recalls in one head of keys: `count` of the pages begin to end, by their scores among `pages`.
-struct PageChoice {
-  int64_t group;  // rows of scores, one for each of the head's queries
-  const float *scores;  // (group, stride)
-  int64_t stride;
-  const float *factors;  // (group,) by which scores are to be multiplied
-  int64_t pages, begin, end, count;
-  float *combined, *best;  // scratch for `pages` and for `count`
+// The pages that queries name: those that suit each of them best. There is room for twice as many as are wanted, so
+// that the worse half is only sorted out now and then.
+struct Named {
+  int64_t count;  // wanted
+  int64_t stride;  // from one row's pages to the next one's
+  float *most;  // (rows,) the largest score of any page
+  float *least;  // (rows,) only larger scores are added
+  int32_t *found;  // (rows,)
+  float *scores;  // (rows, stride)
+  int32_t *pages;  // (rows, stride)
+};
+// Room for the pages of a row, which are read in whole vectors.
+constexpr int64_t named_room(int64_t count) { return (2 * count + 15) / 16 * 16; }
+constexpr int64_t query_columns = 16;
+
+// The queries, in 8 bits, of tokens in the same page of a text, in one head. Each 16 of them are columns: for each group
+// of 4 components, 64 bytes. Columns beyond the last query are zero, and have places in `named` too.
+struct NamingQueries {
+  int64_t rows;
+  const int8_t *columns;
+  const int32_t *sums;  // (rows,) of each query's codes
+  int64_t pages, begin, end;  // those before `pages` have scores, and those from begin to end can be named
+  Named named;
 };
 
 struct VectorKernels {
@@ -140,12 +155,9 @@ struct VectorKernels {
   void (*attend_plain)(const float *query, const float *keys, const float *values, int64_t count, int64_t n,
                        float scale, bool passing, float *scores, float *y);
 
-  // scores[r * stride + n] = the largest product of query r with any key of page n, over the query's scale. At most
-  // max_tile_rows queries.
-  void (*score_pages)(const IndexLayout &layout, const PageIndices &pages, const IndexedQueries &queries, float *scores,
-                      int64_t stride);
-  // Writes the `count` best pages, ascending; on ties the lower one is better.
-  void (*choose_pages)(const PageChoice &choice, int32_t *chosen);
+  // Has queries name pages: the score of one is the largest product of the query with any key of its index. All numbers
+  // are exact. At most max_tile_rows queries in each of the `count` sets.
+  void (*name_pages)(const IndexLayout &layout, const PageIndices &pages, const NamingQueries *sets, int64_t count);
 
   // For sampling and log probabilities.
   // Infinite where any x is not a number.
@@ -165,9 +177,8 @@ extern const VectorKernels avx512_vector_kernels;
 // Like VectorKernels::attend, with the bfloat16 dot product and with AMX tiles.
 void attend_by_dots(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
 void attend_in_tiles(const AttentionTile &tile, int64_t block_begin, int64_t block_end);
-// Like VectorKernels::score_pages, with AMX tiles.
-void score_pages_in_tiles(const IndexLayout &layout, const PageIndices &pages, const IndexedQueries &queries,
-                          float *scores, int64_t stride);
+// Like VectorKernels::name_pages, with AMX tiles.
+void name_pages_in_tiles(const IndexLayout &layout, const PageIndices &pages, const NamingQueries *sets, int64_t count);
 #endif
 
 }  // namespace mnemos

@@ -123,8 +123,8 @@ class Recall:
     Every row sees the pages of the text's first `sinks` positions and those of its last `window`, its own page
     included. In a key/value head that recalls, it also sees those `recall` / page_size of the pages between that suit
     it best: a page's score is the largest dot product, in integers, of one of its keys in 3 bits with the row's queries
-    in 8, and on exact ties the lower page is taken. In any other head its window is longer by `recall`. So every head
-    sees as many pages, and all of a text of up to `positions`.
+    in 8, and on exact ties the lower page is taken (`seen_pages` in ops/recall.py). In any other head its window is
+    longer by `recall`. So every head sees as many pages, and all of a text of up to `positions`.
 
     farthest: a row sees pages that are more than this many positions before its own as if it stood this many positions
     after them, with its queries rotated so; 0: at their true distance.

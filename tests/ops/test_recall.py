@@ -14,6 +14,7 @@ from tests.ops.cases import AttentionCase, Table, batch_of, floats
 
 from mnemos.contract import WHOLE_TEXT, KVLayout, Recall
 from mnemos.errors import CapacityError, ConfigError, RequestError, UnsupportedError
+from mnemos.native import core as _native
 from mnemos.ops.native import NativeOps
 from mnemos.ops.numpy import NumpyOps
 from mnemos.ops.protocol import AttentionParams
@@ -188,10 +189,22 @@ def test_scores_follow_the_exact_products() -> None:
     generator = np.random.default_rng(3)
     keys, query = floats(generator, 60, 32, 64), floats(generator, 1, 64)
     for shared in (np.zeros(64, dtype=np.float32), 6 * floats(generator, 64)):
-        scores = page_scores(query, *index_keys(keys + shared))
+        scores, _ = page_scores(query, *index_keys(keys + shared))
         exact = ((keys + shared) @ query[0]).max(axis=1)
-        assert np.corrcoef(scores, exact)[0, 1] > 0.85
-        assert set(np.argsort(-exact)[:5]) <= set(np.argsort(-scores)[:20])
+        assert np.corrcoef(scores[0], exact)[0, 1] > 0.85
+        assert set(np.argsort(-exact)[:5]) <= set(np.argsort(-scores[0])[:20])
+
+
+def test_each_query_of_a_group_names_pages_by_its_own_best() -> None:
+    """A query with small products counts as much as one with large ones, but only for pages that it names."""
+    case = CASES[0]
+    keys, queries = np.zeros((20, 32, 64), dtype=np.float32), np.zeros((2, 64), dtype=np.float32)
+    queries[0, 0], queries[1, 1] = 100, 1
+    for page, size in ((3, 9), (5, 8), (6, 7), (9, 6), (11, 5)):
+        keys[page, 4, 0] = size
+    keys[13, 7, 1] = 9
+    seen = seen_pages(recall_of(case), 32, 20, queries, *index_keys(keys), recalls=True)
+    assert {0, 3, 13, 19, 20} <= set(np.flatnonzero(seen)) and seen.sum() == 6
 
 
 def test_an_index_has_eight_values_of_a_component_in_32_keys() -> None:
@@ -210,6 +223,27 @@ def test_an_index_has_eight_values_of_a_component_in_32_keys() -> None:
             step = max((spread + 3) // 7, 1)
             assert len(levels) <= 8 and (np.diff(levels.astype(int)) % step == 0).all()
             assert np.abs(run[:, component] / scale[0] - indexed[:, component]).max() <= step / 2 + 2.5
+
+
+def test_threads_that_share_the_pages_of_a_long_text_find_what_the_reference_does(isa: str) -> None:
+    case, length, last = AttentionCase(2, 1, 16, 32), 4224, 40
+    recall, generator = recall_of(case, (0,)), np.random.default_rng(6)
+    q, k, v = (2 * floats(generator, length, n) for n in (32, 16, 16))
+    count, rows = length // 32, range(length - last, length)
+    table = Table(generator.permutation(count), 32 * np.arange(count))
+    caches = [ops.cache(KVLayout(2, 1, 16, 32, "float32", recall=recall), count) for ops in (NativeOps(), NumpyOps())]
+    results = []
+    for threads in (1, _native.usable_cores()):
+        ops = NativeOps(threads)
+        for part in (range(length - last), rows):
+            own = [x[part.start : part.stop] for x in (q, k, v)]
+            result = ops.attention(*own, caches[0], 1, batch_of([part], [table]), case.params)
+        results.append(result)
+    for stored, x in zip(caches[1].values[0][1], (k, v), strict=True):
+        stored[table.pages] = x.reshape(count, 32, 1, 16)
+    own = [x[rows.start :] for x in (q, k, v)]
+    expected = NumpyOps().attention(*own, caches[1], 1, batch_of([rows], [table]), case.params)
+    assert np.array_equal(*results) and np.abs(results[0] - expected).max() < 2e-4
 
 
 @pytest.mark.parametrize("make", [NumpyOps, NativeOps])

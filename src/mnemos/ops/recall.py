@@ -45,17 +45,16 @@ def index_keys(keys: Floats) -> tuple[Bytes, Floats]:
     return values, scales.repeat(RUN).reshape(keys.shape[:-1])
 
 
-def page_scores(queries: Floats, codes: Bytes, scales: Floats) -> Floats:
-    """How well each page suits a row in one key/value head: (pages,).
+def page_scores(queries: Floats, codes: Bytes, scales: Floats) -> tuple[Floats, Floats]:
+    """How well each page suits each query of a row in one key/value head: the product with the page's best key
+    (group, pages), and what it is to be multiplied by (group,).
 
     queries (group, components), scaled as for attention; codes (pages, page_size, components) and scales
-    (pages, page_size) as `index_keys` makes them of whole pages. A query's score of a page is that of its best key,
-    less that of the best key of all pages; the page has the best score that any query of the group gives it.
+    (pages, page_size) as `index_keys` makes them of whole pages.
     """
     small, factors = quantize(queries, QUERY_LEVELS)
     dots = np.einsum("gd,pkd->gpk", small.astype(np.int32), codes.astype(np.int32)).astype(np.float32)
-    best = (dots * scales).max(axis=2) * factors[:, None]
-    return np.asarray((best - best.max(axis=1, keepdims=True)).max(axis=0))
+    return (dots * scales).max(axis=2), factors
 
 
 def seen_pages(
@@ -63,7 +62,9 @@ def seen_pages(
 ) -> npt.NDArray[np.bool_]:
     """Which pages a row in page number `page` sees in one key/value head: (page + 1,).
 
-    queries (group, components); codes and scales hold the index of the pages before `page`, if the head recalls.
+    queries (group, components); codes and scales hold the index of the pages before `page`, if the head recalls. Each
+    query of the group names as many pages as the row recalls, those that suit it best. Of all that are named, the row
+    recalls those whose score is nearest to that of the best page of a query that named them; ties go to the lower page.
     """
     sinks, chosen, window = (n // page_size for n in (recall.sinks, recall.recall, recall.window))
     seen = np.ones(page + 1, dtype=np.bool_)
@@ -73,9 +74,15 @@ def seen_pages(
         seen[sinks : page - chosen - window + 1] = False
         return seen
     candidates = slice(sinks, page - window + 1)
-    order = np.argsort(-page_scores(queries, codes, scales)[candidates], kind="stable")
+    scores, factors = page_scores(queries, codes, scales)
+    named = sinks + np.argsort(-scores[:, candidates], axis=1, kind="stable")[:, :chosen]
+    scores *= factors[:, None]
+    scores -= scores.max(axis=1, keepdims=True)
+    best = np.full(page + 1, -np.inf, dtype=np.float32)
+    for own, pages in zip(scores, named, strict=True):
+        best[pages] = np.maximum(best[pages], own[pages])
     seen[candidates] = False
-    seen[sinks + order[:chosen]] = True
+    seen[np.argsort(-best, kind="stable")[:chosen]] = True
     return seen
 
 
