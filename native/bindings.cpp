@@ -703,7 +703,9 @@ NB_MODULE(_native, m) {
   m.def("usable_cores", &usable_cores);
   m.def("available_memory", &available_memory);
 
-  nb::class_<Pool>(m, "Pool").def_prop_ro("threads", &Pool::threads);
+  nb::class_<Pool>(m, "Pool")
+      .def_prop_ro("threads", &Pool::threads)
+      .def_prop_ro("contended", &Pool::contended);
   m.def("shared_pool", &shared_pool, "threads"_a);
   m.def("read_bandwidth", &read_bandwidth, "pool"_a, "bytes"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply_rate", &measure_multiply_rate, "pool"_a, "isa"_a, "form"_a, "repeats"_a,

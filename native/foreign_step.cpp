@@ -185,7 +185,7 @@ void ForeignStep::share(int64_t items, const std::function<void(int64_t item, in
   };
   const int threads = pool_->threads();
   const auto counters = std::make_unique<Counter[]>(static_cast<size_t>(threads));
-  pool_->run([&](int thread) {
+  pool_->share(threads, 1, Pool::Team::open, [&](int thread, int) {
     for (int helped = 0; helped < threads; helped++) {
       const int owner = (thread + helped) % threads;
       const int64_t first = items * owner / threads, own = items * (owner + 1) / threads - first;

@@ -28,10 +28,11 @@ void Program::finish(std::vector<int> outputs) {
   schedule_ = make_schedule(graph_, pool_->threads());
   assign_slots();
   place_barriers();
-  for (size_t t = 0; t < schedule_.tasks.size(); t++) {
-    if (schedule_.tasks[t]->fetches_ahead()) fetching_.push_back(t);
-  }
+  const size_t count = schedule_.tasks.size();
+  fetching_from_.assign(count + 1, count);
+  for (size_t t = count; t-- > 0;) fetching_from_[t] = schedule_.tasks[t]->fetches_ahead() ? t : fetching_from_[t + 1];
   for (int thread = 0; thread < pool_->threads(); thread++) ahead_.push_back(make_attention_ahead());
+  fetching_now_.resize(static_cast<size_t>(pool_->threads()));
   counters_ = std::make_unique<Counter[]>(schedule_.tasks.size() * static_cast<size_t>(pool_->threads()));
   pieces_.resize(schedule_.buffers.size());
   finished_ = true;
@@ -73,19 +74,20 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
   check_batch(batch);
   check_inputs(batch, inputs);
   std::lock_guard<std::mutex> lock(mutex_);
-  const int team = batch.threads > 0 ? std::min(batch.threads, pool_->team()) : pool_->team();
+  const int threads = batch.threads > 0 ? std::min(batch.threads, pool_->threads()) : pool_->threads();
   std::vector<TileSet> tiles;
   const int64_t groups = schedule_.attentions.empty() ? 0 : static_cast<int64_t>(caches_.size());
   for (int64_t g = 0; g < groups; g++)
     resolve_tables(batch, groups, g, caches_[static_cast<size_t>(g)]->cell().slots, tables_[static_cast<size_t>(g)]);
   for (const Attention &attention : schedule_.attentions) {
-    tiles.push_back(make_tiles(batch, tables_[static_cast<size_t>(attention.group)], attention, team));
+    tiles.push_back(make_tiles(batch, tables_[static_cast<size_t>(attention.group)], attention, threads));
   }
   for (size_t g = 0; g < static_cast<size_t>(groups); g++) bring_pages(batch, g);
   for (const auto &table : rope_tables_) table->prepare(batch.positions, batch.tokens);
   prepare_far_pages(batch);
 
-  const bool one_row = batch.tokens == 1 && batch.chosen <= 1;
+  // Where every thread does the small tasks of one row for itself, none can join later.
+  const bool one_row = batch.tokens == 1 && batch.chosen <= 1 && !pool_->contended();
   const size_t needed = static_cast<size_t>(layout(batch, tiles, one_row));
   if (!workspace_ || workspace_->bytes < needed) {
     workspace_.reset();
@@ -101,7 +103,7 @@ std::vector<OutputView> Program::run(const BatchView &batch, const std::vector<I
                 static_cast<size_t>(inputs[i].rows * inputs[i].width) * 4);
   }
   const Step step{batch,
-                  team,
+                  threads,
                   kernels_,
                   pieces_.data(),
                   tables_.data(),
@@ -184,24 +186,18 @@ void Program::execute(const Step &step, bool one_row) {
   for (size_t c = 0; c < count * static_cast<size_t>(threads); c++)
     counters_[c].taken.store(0, std::memory_order_relaxed);
   for (const auto &task : schedule_.tasks) task->plan(step);
-  const auto &barriers = barrier_before_[one_row ? 1 : 0];
-  pool_->run(threads, [&](int thread) {
-    bool wait = false;  // a task that is skipped leaves its barrier to the next one
-    size_t fetching = 0;
-    const auto fetch_for_next = [&] {
-      if (fetching == fetching_.size()) return ahead_[static_cast<size_t>(thread)]->stop();
-      schedule_.tasks[fetching_[fetching]]->fetch_ahead(step, thread);
-    };
-    fetch_for_next();
-    for (size_t t = 0; t < count; t++) {
-      if (fetching < fetching_.size() && t > fetching_[fetching]) fetching++, fetch_for_next();
+  plan_phases(step, one_row);
+  for (size_t thread = 0; thread < static_cast<size_t>(threads); thread++) {
+    ahead_[thread]->stop();
+    fetching_now_[thread].task = count;
+  }
+  const auto team = one_row ? Pool::Team::fixed : Pool::Team::open;
+  pool_->share(threads, static_cast<int>(phases_.size()) - 1, team, [&](int thread, int phase) {
+    const size_t begin = phases_[static_cast<size_t>(phase)], end = phases_[static_cast<size_t>(phase) + 1];
+    for (size_t i = begin; i < end; i++) {
+      const size_t t = active_[i];
       const Task &task = *schedule_.tasks[t];
-      wait = wait || barriers[t];
-      if (!task.active(step)) continue;
-      // Products of few rows have fetched nothing, and while threads wait for each other, memory has nothing to do.
-      if (fetching < fetching_.size() && t == fetching_[fetching]) fetch_first(*ahead_[static_cast<size_t>(thread)]);
-      if (wait && !pool_->barrier(thread)) return;
-      wait = false;
+      if (i > begin || phase == 0) approach(step, t, thread);
       const int64_t items = task.items(step);
       if (one_row && task.cheap_for_one_row) {
         for (int64_t item = 0; item < items; item++) task.run(step, item, thread);
@@ -220,7 +216,34 @@ void Program::execute(const Step &step, bool one_row) {
         }
       }
     }
+    if (end < active_.size()) approach(step, active_[end], thread);
   });
+}
+
+// A phase is the tasks from one barrier to the next. One that this batch does not need leaves its barrier to the next.
+void Program::plan_phases(const Step &step, bool one_row) {
+  const auto &barriers = barrier_before_[one_row ? 1 : 0];
+  phases_.clear(), active_.clear();
+  bool wait = true;
+  for (size_t t = 0; t < schedule_.tasks.size(); t++) {
+    wait = wait || barriers[t];
+    if (!schedule_.tasks[t]->active(step)) continue;
+    if (wait) phases_.push_back(active_.size());
+    active_.push_back(t);
+    wait = false;
+  }
+  phases_.push_back(active_.size());
+}
+
+// Before a task, and before a thread waits to begin it: says what the products until the next task that fetches ahead
+// may fetch for it. Products of few rows have fetched nothing, and while threads wait, memory has nothing to do.
+void Program::approach(const Step &step, size_t task, int thread) {
+  size_t &fetching = fetching_now_[static_cast<size_t>(thread)].task;
+  const size_t next = fetching_from_[task];
+  Ahead &ahead = *ahead_[static_cast<size_t>(thread)];
+  if (next == schedule_.tasks.size()) return ahead.stop();
+  if (fetching != next) fetching = next, schedule_.tasks[next]->fetch_ahead(step, thread);
+  if (next == task) fetch_first(ahead);
 }
 
 void Program::check_inputs(const BatchView &batch, const std::vector<InputView> &inputs) const {

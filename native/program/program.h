@@ -98,6 +98,8 @@ class Program {
   void bring_pages(const BatchView &batch, size_t group);
   void put_away_pages(const BatchView &batch, size_t group);
   void execute(const Step &step, bool one_row);
+  void plan_phases(const Step &step, bool one_row);
+  void approach(const Step &step, size_t task, int thread);
 
   const std::shared_ptr<Pool> pool_;
   const std::vector<std::shared_ptr<Cache>> caches_;  // by layer group
@@ -110,8 +112,14 @@ class Program {
   std::vector<int> slot_of_;  // by buffer
   std::vector<Slot> slots_;
   std::vector<char> barrier_before_[2];  // by task; [1]: for one row
-  std::vector<size_t> fetching_;  // tasks that fetch ahead
+  std::vector<size_t> fetching_from_;  // by task: the first one from it on that fetches ahead; their number if none
   std::vector<std::unique_ptr<Ahead>> ahead_;  // by thread
+  struct alignas(64) Fetching {
+    size_t task = 0;  // whose memory the thread fetches; the number of tasks: none yet
+  };
+  std::vector<Fetching> fetching_now_;  // by thread
+  std::vector<size_t> active_;  // tasks that the step needs
+  std::vector<size_t> phases_;  // where each phase begins in active_, and the end
   std::vector<Piece> pieces_;
   std::vector<Tables> tables_;  // by layer group
   std::shared_ptr<Workspace> workspace_;

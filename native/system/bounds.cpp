@@ -21,7 +21,7 @@ double read_bandwidth(Pool &pool, int64_t bytes, int repeats) {
   double best = 0;
   for (int i = 0; i < repeats; i++) {
     const auto start = std::chrono::steady_clock::now();
-    pool.run([&](int thread) {
+    pool.on_each([&](int thread) {
       const uint64_t *own = words + thread * share;
       uint64_t sums[lanes] = {};
       for (int64_t at = 0; at < share; at += lanes) {
@@ -47,7 +47,7 @@ double multiply_rate(Pool &pool, const ProductKernels &kernels, Form form, int r
   for (int i = 0; i < repeats; i++) {
     products = 0;
     const auto start = std::chrono::steady_clock::now();
-    pool.run([&](int) { products += multiply_registers(kernels, form, rounds); });
+    pool.on_each([&](int) { products += multiply_registers(kernels, form, rounds); });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     best = std::max(best, static_cast<double>(products.load()) / seconds.count());
   }

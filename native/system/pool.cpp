@@ -28,23 +28,23 @@ using std::chrono::milliseconds;
 using std::chrono::nanoseconds;
 
 // The gap between two steps (sampling, scheduling) is below this, so that threads rarely sleep while text is generated,
-// but soon do when it is not.
-constexpr auto spin_between_regions = microseconds(500);
+// but soon do when it is not. Where other programs want the core, a thread that has slept gets it back sooner than one
+// that has used up its time by spinning.
+constexpr auto spin_between_regions = microseconds(500), spin_where_contended = microseconds(20);
 // Inside a region the others are late by microseconds, unless one has lost its core: then it may well continue on ours.
 constexpr auto spin_inside_region = microseconds(100);
 constexpr auto polite_after = microseconds(40);
 
-// How long threads wait in one region before one is sent away, and the minimum share of its time: a step has
-// a hundred barriers, at each of which a thread may lack its core for milliseconds.
-constexpr auto most_waiting = milliseconds(5);
-constexpr double waiting_share = 0.6;
 // A thread that has moved to another core gives the system this long before it moves again.
 constexpr auto settling = milliseconds(1);
-// Long enough for several steps, and for a core to be lost and regained.
-constexpr auto window = milliseconds(20);
-constexpr auto shortest_rest = milliseconds(20), longest_rest = milliseconds(640);
-// The minimum gain from fewer threads.
-constexpr double clear_gain = 1.1;
+
+// A thread that finds that it could not run for this long had to leave its core to another program.
+constexpr auto lost_core = microseconds(500);
+// How long cores count as contended, relative to the time that they were lost for, and at most.
+constexpr int memory_of_losses = 20;
+constexpr auto longest_memory = milliseconds(1000);
+// How long the system lets a thread run before another has its turn: it is not told, so threads learn it.
+constexpr auto first_turn = microseconds(3000), shortest_turn = microseconds(1000), longest_turn = microseconds(20000);
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -64,10 +64,16 @@ bool soon(const Done &done) {
   return false;
 }
 
+// Whether a time of the steady clock in nanoseconds, 0 if there is none, is still to come.
+bool is_ahead(const std::atomic<int64_t> &time) {
+  const int64_t then = time.load(std::memory_order_relaxed);
+  return then != 0 && then > nanoseconds(Clock::now().time_since_epoch()).count();
+}
+
 // Spins until done() or until it is time to sleep, by the clock: a pause takes 40 cycles on one processor and 140 on
-// another. After some microseconds it yields to other threads of the core.
+// another. If polite, it yields to other threads of the core after some microseconds.
 template <typename Done>
-bool spin_until(const Done &done, Clock::time_point start, microseconds most) {
+bool spin_until(const Done &done, Clock::time_point start, microseconds most, bool polite) {
   for (;;) {
     for (int i = 0; i < 4; i++) {
       if (done()) return true;
@@ -75,7 +81,7 @@ bool spin_until(const Done &done, Clock::time_point start, microseconds most) {
     }
     const auto waited = Clock::now() - start;
     if (waited > most) return done();
-    if (waited > polite_after) std::this_thread::yield();
+    if (polite && waited > polite_after) std::this_thread::yield();
   }
 }
 
@@ -88,79 +94,60 @@ int64_t own_time() {
   return nanoseconds(Clock::now().time_since_epoch()).count();
 }
 
+// Who takes part in the running region and how far it is, in one word, so that threads meet, join and leave without
+// locks: 26 bits for the region's number, 17 for its phase, a bit for an open team, 10 for the threads that have
+// finished the phase, and 10 for those of the team.
+class Roll {
+ public:
+  static constexpr uint64_t over = (1 << 17) - 1;  // the phase of a region that has ended
+  static constexpr uint64_t arrival = 1 << 10;  // what a thread that has finished a phase adds
+  static constexpr int most_threads = (1 << 10) - 1;
+
+  explicit Roll(uint64_t word = over << 21) : word_(word) {}
+  uint64_t word() const { return word_; }
+  uint64_t region() const { return word_ >> 38; }
+  uint64_t phase() const { return word_ >> 21 & over; }
+  bool is_over() const { return phase() == over; }
+  bool open() const { return word_ >> 20 & 1; }
+  uint64_t arrived() const { return word_ >> 10 & most_threads; }
+  uint64_t team() const { return word_ & most_threads; }
+  bool last() const { return arrived() + 1 == team(); }
+  bool full() const { return team() > 0 && arrived() == team(); }
+  bool same_phase(Roll other) const { return (word_ ^ other.word_) >> 21 == 0; }
+
+  Roll next_region(int threads, bool open) const {
+    return Roll((region() + 1) << 38 | uint64_t(open) << 20 | static_cast<uint64_t>(threads));
+  }
+  Roll next_phase(uint64_t phases) const {
+    const uint64_t next = phase() + 1 == phases ? over : phase() + 1;
+    return Roll(region() << 38 | next << 21 | uint64_t(open()) << 20 | team());
+  }
+  Roll ended() const { return Roll(word_ | over << 21); }
+  Roll with_member() const { return Roll(word_ + 1); }
+  Roll without_member() const { return Roll(word_ - 1); }
+
+ private:
+  uint64_t word_;
+};
+
 }  // namespace
 
-template <typename Complete>
-int64_t Barrier::wait(int threads, const Complete &complete) {
-  if (threads == 1) return 0;
-  const uint32_t generation = generation_.load();
-  if (arrived_.fetch_add(1) == threads - 1) {
-    arrived_.store(0);
-    complete();
-    if (sleepers_.load() > 0) complete_ = Clock::now();
-    generation_.store(generation + 1);
-    if (sleepers_.load() > 0) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      wake_.notify_all();
-    }
-    return 0;
-  }
-  const auto passed = [&] { return generation_.load() != generation; };
-  if (soon(passed)) return 0;
-  const auto start = Clock::now();
-  auto end = start;
-  if (spin_until(passed, start, spin_inside_region)) {
-    end = Clock::now();
-  } else {
-    std::unique_lock<std::mutex> lock(mutex_);
-    sleepers_.fetch_add(1);
-    wake_.wait(lock, passed);
-    sleepers_.fetch_sub(1);
-    end = std::max(complete_, start + spin_inside_region);  // belongs to another wait if the last thread has just come
-  }
-  return end - start > polite_after ? nanoseconds(end - start).count() : 0;
-}
-
-void Team::record(Clock::time_point now, nanoseconds took, nanoseconds waited, nanoseconds lost) {
-  if (size_ < all_ && !trying_ && now >= next_try_) {
-    size_++, trying_ = true;
-    return begin_window();
-  }
-  if (size_ == 1) return;
-  took_ += took, waited_ += waited, lost_ += lost;
-  if (took_ < window) return;
-  // While one thread has no core, all others wait for it. An uneven division of work makes them wait too, but then
-  // every thread has its core.
-  const double held_up =
-      static_cast<double>(std::min(waited_ / (size_ - 1), lost_).count()) / static_cast<double>(took_.count());
-  const double share_of_fewer = static_cast<double>(size_ - 1) / size_;
-  if ((1 - held_up) * clear_gain < share_of_fewer) {
-    return shrink(now);
-  }
-  if (trying_) next_try_ = now + rest_;  // the cores are free again: add one thread, if possible
-  trying_ = false;
-  begin_window();
-}
-
-void Team::shrink(Clock::time_point now) {
-  size_--;
-  rest_ = trying_ ? std::min<nanoseconds>(2 * rest_, longest_rest) : shortest_rest;
-  next_try_ = now + rest_;
-  trying_ = false;
-  begin_window();
-}
-
 struct Pool::Crew {
-  // What one thread of the crew notes about itself.
+  // What one thread notes about itself.
   struct alignas(64) Member {
     std::atomic<bool> asleep{false};
+    bool short_turns = false;  // has asked the system for them
+    bool turn_over = false;  // it should leave its core after the phase
     Clock::time_point moved;  // when it last left a core that it shared
-    int64_t before = 0;  // its running time at the region's begin
-    int64_t waited = 0;  // nanoseconds that it waited for others in the region
+    Clock::time_point seen;  // when it last looked at the clock
+    Clock::time_point since;  // since when it has had its core
+    Clock::time_point marked;  // when it last compared the clock with its running time
+    int64_t ran = 0;  // its running time then, in nanoseconds
   };
 
-  explicit Crew(int threads)
-      : members(new Member[static_cast<size_t>(threads)]), cores(new std::atomic<int>[static_cast<size_t>(threads)]()) {
+  Crew(int threads, std::atomic<int64_t> *contended_until)
+      : members(new Member[static_cast<size_t>(threads)]), cores(new std::atomic<int>[static_cast<size_t>(threads)]()),
+        contended_until(contended_until) {
     for (int i = 1; i < threads; i++) workers.emplace_back([this, i] { work(i); });
   }
 
@@ -168,27 +155,23 @@ struct Pool::Crew {
     {
       std::lock_guard<std::mutex> lock(mutex);
       stop = true;
-      call(0);
+      roll.store(now().next_region(0, true).ended().word());
     }
     wake.notify_all();
     for (std::thread &worker : workers) worker.join();
   }
 
-  // A region's number and its threads change together, so that a worker that is late does not take part in a region
-  // that does without it.
-  void call(int team) { region.store((number(region.load()) + 1) << 32 | static_cast<uint32_t>(team)); }
-  static uint64_t number(uint64_t region) { return region >> 32; }
-  static int team_of(uint64_t region) { return static_cast<int>(region & 0xffffffff); }
+  Roll now() const { return Roll(roll.load()); }
+  bool contended() const { return is_ahead(*contended_until); }
+  Member &member(int index) const { return members[static_cast<size_t>(index)]; }
 
-  void start_region(const std::function<void(int)> &work_of_region, int threads) {
-    team = threads, body = &work_of_region;
-    begin = Clock::now();
-    note_core(0);
-    waited.store(0, std::memory_order_relaxed), without_core.store(0, std::memory_order_relaxed);
-    if (team == 1) return;  // sleeping threads keep sleeping
-    running.store(team - 1);
-    call(team);
-    for (int worker = 1; worker < team; worker++) {
+  // Begins a region of `threads` threads, of which threads 0 to present - 1 belong to an open team at once, and all to
+  // a fixed one. Only the caller, thread 0, may begin one, when none runs.
+  void begin(int threads, int present, int phases, Team kind, const std::function<void(int, int)> &work_of_phase) {
+    body = &work_of_phase;
+    limit.store(threads, std::memory_order_relaxed), last_phase = static_cast<uint64_t>(phases);
+    roll.store(now().next_region(kind == Team::open ? present : threads, kind == Team::open).word());
+    for (int worker = 1; worker < threads; worker++) {
       if (!member(worker).asleep.load()) continue;
       std::lock_guard<std::mutex> lock(mutex);
       wake.notify_all();
@@ -196,21 +179,30 @@ struct Pool::Crew {
     }
   }
 
-  // The caller's part is done: wait for the others.
-  void finish_region() {
-    const auto done = [&] { return running.load() == 0; };
-    const auto start = Clock::now();
-    if (!spin_until(done, start, spin_inside_region)) {
-      std::unique_lock<std::mutex> lock(mutex);
-      caller_sleeps.store(true);
-      finished.wait(lock, done);
-      caller_sleeps.store(false);
+  // Ends a region that nobody is in, or waits for those who are.
+  void end() {
+    uint64_t seen = roll.load();
+    while (Roll(seen).team() == 0 && !Roll(seen).is_over()) {
+      if (roll.compare_exchange_weak(seen, Roll(seen).ended().word())) return;
     }
-    const auto late = Clock::now() - start;
-    if (late > polite_after) waited.fetch_add(nanoseconds(late).count(), std::memory_order_relaxed);
+    wait_inside(0, [this] { return now().is_over(); });
   }
 
-  Member &member(int index) const { return members[static_cast<size_t>(index)]; }
+  // For a thread that has arrived at the end of a phase, or of a region.
+  template <typename Done>
+  void wait_inside(int index, const Done &done) {
+    // Yielding to another program gives it a whole turn.
+    if (soon(done) || spin_until(done, Clock::now(), spin_inside_region, !contended())) return;
+    {
+      std::unique_lock<std::mutex> lock(mutex);
+      sleepers.fetch_add(1);
+      passed.wait(lock, done);
+      sleepers.fetch_sub(1);
+    }
+    const auto time = Clock::now();
+    mark(index, time);
+    member(index).since = time;
+  }
 
   int note_core(int index) {
     std::atomic<int> &noted = cores[static_cast<size_t>(index)];
@@ -219,7 +211,7 @@ struct Pool::Crew {
     return here;
   }
 
-  // Two threads on one core take turns where they should run side by side, and wait for each other at every barrier.
+  // Two threads on one core take turns where they should run side by side, and wait for each other after every phase.
   // The system puts them there when it wakes a thread while others use the remaining cores for a moment, and may leave
   // them there for many regions. So a worker that is on the core of a thread with a smaller index goes elsewhere.
   void spread(int index) {
@@ -228,42 +220,132 @@ struct Pool::Crew {
     int other = 0;
     while (other < index && on(other) != here) other++;
     if (other == index || here < 0) return;
-    const auto now = Clock::now();
-    if (now - member(index).moved < settling) return;
-    member(index).moved = now;
+    const auto time = Clock::now();
+    if (time - member(index).moved < settling) return;
+    member(index).moved = time;
     std::vector<int> taken;
-    for (int i = 0; i < team; i++) taken.push_back(on(i));
+    for (int i = 0; i < limit.load(std::memory_order_relaxed); i++) taken.push_back(on(i));
     leave_cores(taken);
     note_core(index);
   }
 
-  void run_body(int index) {
-    spread(index);
-    member(index).before = own_time(), member(index).waited = 0;
-    (*body)(index);
-    without_core.fetch_add(lost(index).count(), std::memory_order_relaxed);
+  // Compares the time that has passed since the thread last did so with its running time.
+  nanoseconds mark(int index, Clock::time_point time) {
+    Member &self = member(index);
+    const int64_t running = own_time();
+    const nanoseconds absent = (time - self.marked) - nanoseconds(running - self.ran);
+    self.seen = self.marked = time, self.ran = running;
+    return absent;
   }
 
-  // How long a thread has been without a core in this region, other than to wait for the others.
-  nanoseconds lost(int index) const {
-    const Member &self = member(index);
-    return Clock::now() - begin - nanoseconds(own_time() - self.before + self.waited);
+  // Notes that the thread could not run for that long although there was something to do.
+  void note_loss(nanoseconds absent, Clock::time_point time) {
+    const int64_t at = nanoseconds(time.time_since_epoch()).count();
+    const int64_t before = std::max(at, contended_until->load(std::memory_order_relaxed));
+    const int64_t until =
+        std::min(before + memory_of_losses * absent.count(), at + nanoseconds(longest_memory).count());
+    contended_until->store(until, std::memory_order_relaxed);
   }
 
-  // False if the thread is to leave.
-  bool meet(int index) {
-    spread(index);
-    const int64_t time = barrier.wait(team, [this, index] {
-      const auto each = nanoseconds(waited.load(std::memory_order_relaxed) / (team - 1));
-      // A thread that had more to do, or waited for a page of memory, keeps the others waiting too, but has its core.
-      if (each < most_waiting || lost(index) < each / 2) return;
-      if (each > waiting_share * (Clock::now() - begin)) team--;
-    });
-    if (time > 0) {
-      waited.fetch_add(time, std::memory_order_relaxed);
-      member(index).waited += time;
+  // For a thread that has worked since it last looked: notes whether it will soon have to leave its core.
+  void look(int index) {
+    Member &self = member(index);
+    const auto time = Clock::now();
+    if (time - self.seen < lost_core) {
+      self.seen = time;
+    } else {
+      const nanoseconds had = self.seen - self.since, absent = mark(index, time);
+      if (absent > lost_core) {
+        note_loss(absent, time);
+        const int64_t expected = turn.load(std::memory_order_relaxed);
+        if (had.count() < expected) set_turn(std::max(expected * 9 / 10, had.count() * 7 / 8));
+        self.since = time;
+      }
     }
-    return index < team;
+    self.turn_over = time - self.since > nanoseconds(turn.load(std::memory_order_relaxed)) && contended();
+  }
+
+  void set_turn(int64_t time) {
+    const int64_t least = nanoseconds(shortest_turn).count(), most = nanoseconds(longest_turn).count();
+    turn.store(std::clamp(time, least, most), std::memory_order_relaxed);
+  }
+
+  // Lets other programs use the core. If one does, the thread has it back for a whole turn.
+  void give_way(int index) {
+    mark(index, Clock::now());
+    std::this_thread::yield();
+    const auto time = Clock::now();
+    const nanoseconds absent = mark(index, time);
+    member(index).since = time, member(index).turn_over = false;
+    if (absent < lost_core) return;
+    note_loss(absent, time);
+    set_turn(turn.load(std::memory_order_relaxed) * 101 / 100);
+  }
+
+  // Makes the thread a member of the region's open team. False if the region has ended.
+  bool join(uint64_t region, Roll *into) {
+    uint64_t seen = roll.load();
+    while (Roll(seen).region() == region && !Roll(seen).is_over()) {
+      if (Roll(seen).full()) {
+        seen = roll.load();  // the next phase is about to begin
+        continue;
+      }
+      *into = Roll(seen).with_member();
+      if (roll.compare_exchange_weak(seen, into->word())) return true;
+    }
+    return false;
+  }
+
+  // The thread has done its part of a phase. Returns when the next one begins, or, in an open team, with a later one if
+  // it had to leave its core. False if the region is over.
+  bool meet(int index, Roll *at) {
+    spread(index);
+    if (at->open() && member(index).turn_over) return leave(index, at);
+    const Roll here(roll.fetch_add(Roll::arrival));
+    if (here.last()) {
+      pass(*at = here.next_phase(last_phase));
+      look(index);
+      return !at->is_over();
+    }
+    look(index);
+    const Roll before = *at;
+    wait_inside(index, [&] { return !now().same_phase(before); });
+    *at = now();
+    return at->region() == before.region() && !at->is_over();
+  }
+
+  // The last of the team's threads has arrived: until now nobody else has changed the roll.
+  void pass(Roll next) {
+    roll.store(next.word());
+    if (sleepers.load() == 0) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    passed.notify_all();
+  }
+
+  // Arrives and leaves the team, gives way, and comes back.
+  bool leave(int index, Roll *at) {
+    uint64_t seen = roll.load();
+    for (;;) {
+      const bool last = Roll(seen).last();
+      const Roll next = (last ? Roll(seen).next_phase(last_phase) : Roll(seen)).without_member();
+      if (!roll.compare_exchange_weak(seen, next.word())) continue;
+      if (last) pass(next);
+      break;
+    }
+    give_way(index);
+    return join(at->region(), at);
+  }
+
+  // A thread's part of a region.
+  void take_part(int index, Roll at) {
+    spread(index);
+    const auto time = Clock::now();
+    Member &self = member(index);
+    if (mark(index, time) > lost_core) self.since = time;
+    if (!self.short_turns && contended()) prefer_short_turns(), self.short_turns = true;
+    do {
+      (*body)(index, static_cast<int>(at.phase()));
+    } while (meet(index, &at));
   }
 
   void work(int index) {
@@ -271,44 +353,40 @@ struct Pool::Crew {
     std::atomic<bool> &sleeping = member(index).asleep;
     bool spins = true;
     for (uint64_t seen = 0;;) {
-      const auto called = [&] { return number(region.load()) != seen; };
-      if (!spins || !spin_until(called, Clock::now(), spin_between_regions)) {
+      const auto called = [&] { return now().region() != seen; };
+      const auto spin = contended() ? spin_where_contended : spin_between_regions;
+      if (!spins || !spin_until(called, Clock::now(), spin, true)) {
         std::unique_lock<std::mutex> lock(mutex);
         sleeping.store(true);
         wake.wait(lock, called);
         sleeping.store(false);
       }
       if (stop) return;
-      const uint64_t now = region.load();
-      seen = number(now);
-      spins = index < team_of(now);  // a region without this thread is soon followed by another
-      if (!spins) continue;
-      run_body(index);
-      if (running.fetch_sub(1) == 1 && caller_sleeps.load()) {
-        std::lock_guard<std::mutex> lock(mutex);
-        finished.notify_all();
-      }
+      Roll at = now();
+      seen = at.region();
+      spins =
+          index < limit.load(std::memory_order_relaxed);  // a region without this thread is soon followed by another
+      if (spins && (!at.open() || join(seen, &at))) take_part(index, at);
     }
   }
 
-  Barrier barrier;
   std::unique_ptr<Member[]> members;  // by index
   std::unique_ptr<std::atomic<int>[]> cores;  // by index: where each thread ran when it last looked
+  std::atomic<int64_t> *contended_until;
   std::vector<std::thread> workers;
-  const std::function<void(int)> *body = nullptr;
-  int team = 1;  // of the running region
-  Clock::time_point begin;
-  std::atomic<uint64_t> region{0};
-  // Nanoseconds that threads of the region waited for others, and that they were without a core otherwise.
-  std::atomic<int64_t> waited{0}, without_core{0};
-  std::atomic<int> running{0};
-  std::atomic<bool> stop{false}, caller_sleeps{false};
+  const std::function<void(int, int)> *body = nullptr;
+  uint64_t last_phase = 0;  // the number of phases of the region
+  std::atomic<int> limit{0};  // threads that the region may have
+  std::atomic<uint64_t> roll{Roll().word()};
+  std::atomic<int64_t> turn{nanoseconds(first_turn).count()};
+  std::atomic<int> sleepers{0};  // that wait for a phase or a region to end
+  std::atomic<bool> stop{false};
   std::mutex mutex;
-  std::condition_variable wake, finished;
+  std::condition_variable wake, passed;
 };
 
-Pool::Pool(int threads) : threads_(threads), record_(threads), team_(threads) {
-  const int cores = usable_cores();
+Pool::Pool(int threads) : threads_(threads) {
+  const int cores = std::min(usable_cores(), Roll::most_threads);
   if (threads < 1 || threads > cores) {
     throw config_error("threads is " + std::to_string(threads) + "; this process may use " + std::to_string(cores) +
                        " cores: choose 1 to " + std::to_string(cores));
@@ -324,37 +402,47 @@ Pool::~Pool() {
 void Pool::start() {
   if (crew_ && process_ == getpid()) return;
   crew_.release();  // either empty or the parent's, whose threads this process does not have
-  crew_ = std::make_unique<Crew>(threads_);
+  crew_ = std::make_unique<Crew>(threads_, &contended_until_);
   process_ = getpid();
 }
 
-void Pool::run(int team, const std::function<void(int)> &body) {
+void Pool::run(int threads, int phases, Team team, const std::function<void(int, int)> &body) {
   std::lock_guard<std::mutex> lock(region_);
   const DenormalsAreZero denormals;
-  if (threads_ == 1) return body(0);
-  start();
-  end_behind();
-  crew_->start_region(body, team);
-  crew_->run_body(0);
-  crew_->finish_region();
-  if (team != record_.size()) return;
-  const auto end = Clock::now();
-  if (crew_->team < team) {
-    record_.shrink(end);
-    return team_.store(record_.size(), std::memory_order_relaxed);
+  if (threads_ > 1) {
+    start();
+    end_behind();
   }
-  record_.record(end, end - crew_->begin, nanoseconds(crew_->waited.load(std::memory_order_relaxed)),
-                 nanoseconds(crew_->without_core.load(std::memory_order_relaxed)));
-  team_.store(record_.size(), std::memory_order_relaxed);
+  if (threads == 1) {
+    for (int phase = 0; phase < phases; phase++) body(0, phase);
+    return;
+  }
+  crew_->begin(threads, 1, phases, team, body);
+  crew_->take_part(0, crew_->now());
+  crew_->end();
 }
+
+void Pool::on_each(const std::function<void(int)> &body) {
+  run(threads_, 1, Team::fixed, [&](int thread, int) { body(thread); });
+}
+
+void Pool::share(int threads, int phases, Team team, const std::function<void(int, int)> &body) {
+  if (phases >= static_cast<int>(Roll::over)) {
+    throw config_error("a region has " + std::to_string(phases) + " phases; fewer than " + std::to_string(Roll::over) +
+                       " are possible");
+  }
+  if (phases > 0) run(threads, phases, team, body);
+}
+
+bool Pool::contended() const { return is_ahead(contended_until_); }
 
 void Pool::run_behind(std::function<void(int)> body) {
   std::lock_guard<std::mutex> lock(region_);
   if (threads_ == 1) return;
   start();
   end_behind();
-  behind_ = std::move(body);
-  crew_->start_region(behind_, threads_);
+  behind_ = [work = std::move(body)](int thread, int) { work(thread); };
+  crew_->begin(threads_, 0, 1, Team::open, behind_);
 }
 
 void Pool::interrupt() {
@@ -365,17 +453,15 @@ void Pool::interrupt() {
 void Pool::end_behind() {
   if (!behind_) return;
   wanted_.store(true);
-  crew_->finish_region();
+  crew_->end();
   wanted_.store(false);
   behind_ = nullptr;
 }
 
-bool Pool::barrier(int thread) { return threads_ == 1 || crew_->meet(thread); }
-
 void Pool::for_each(int64_t items, int64_t chunk,
                     const std::function<void(int64_t begin, int64_t end, int thread)> &body) {
   std::atomic<int64_t> next{0};
-  run([&](int thread) {
+  share(threads_, 1, Team::open, [&](int thread, int) {
     for (int64_t begin; (begin = next.fetch_add(chunk)) < items;) {
       body(begin, begin + chunk < items ? begin + chunk : items, thread);
     }
@@ -385,7 +471,7 @@ void Pool::for_each(int64_t items, int64_t chunk,
 std::shared_ptr<Pool> shared_pool(int threads) {
   static std::mutex mutex;
   static std::vector<std::shared_ptr<Pool>> pools;  // they live as long as the process: an engine may come back
-  const int wanted = threads == 0 ? usable_cores() : threads;
+  const int wanted = threads == 0 ? std::min(usable_cores(), Roll::most_threads) : threads;
   std::lock_guard<std::mutex> lock(mutex);
   for (const auto &pool : pools) {
     if (pool->threads() == wanted) return pool;

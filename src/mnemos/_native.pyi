@@ -48,6 +48,9 @@ def available_memory() -> int:
 class Pool:
     @property
     def threads(self) -> int: ...
+    @property
+    def contended(self) -> bool:
+        """Whether other programs have kept taking cores away from its threads lately."""
 
 def shared_pool(threads: int) -> Pool:
     """The pool of that size, shared within the process; 0: usable_cores(). ConfigError if there are fewer cores."""
