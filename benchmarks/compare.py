@@ -34,7 +34,7 @@ METRICS = {
 }
 LABELS = {**METRICS, "cold": "process start to first token, s", "rss": "peak memory, MB"}
 SMALLER_IS_BETTER = ("cold", "rss")
-IN_PEERS_VENV = ("llama.cpp", "ctranslate2", "openvino", "onnxruntime", "transformers")
+IN_PEERS_VENV = ("llama.cpp", "xllamacpp", "ctranslate2", "openvino", "onnxruntime", "transformers")
 OURS = "mnemos"
 TIMEOUT_SECONDS = 900
 

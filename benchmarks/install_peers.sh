@@ -7,7 +7,7 @@ python3 -m venv "$dir"
 pip="$dir/bin/python -m pip install --quiet --disable-pip-version-check"
 $pip torch==2.13.0
 $pip numpy gguf safetensors tokenizers transformers accelerate onnx onnx-ir onnxscript
-for peer in ctranslate2 openvino-genai onnxruntime-genai; do
+for peer in ctranslate2 openvino-genai onnxruntime-genai xllamacpp; do
     $pip "$peer" || echo "$peer could not be installed; it will be missing from the comparison" >&2
 done
 # llama.cpp is built for this CPU, but without AMX, with which it crashes on the first batch of small models.

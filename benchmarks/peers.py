@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 THREADS = len(os.sched_getaffinity(0))
@@ -106,6 +107,36 @@ class LlamaCpp(Peer):
         batch.n_tokens = row
         if native.llama_decode(context, batch) != 0:
             raise RuntimeError("llama_decode failed")
+
+
+class LlamaCppWheel(StaticBatchPeer):
+    """llama.cpp as the wheel `xllamacpp` builds it, for every CPU: its kernels are chosen when it is loaded."""
+
+    def __init__(self, gguf: str, models: str) -> None:
+        import xllamacpp
+
+        self.library, self.gguf = xllamacpp, gguf
+        self.servers: dict[int, Any] = {}  # by slots: each has its share of the context
+
+    def server(self, slots: int) -> Any:
+        if slots not in self.servers:
+            parameters = self.library.CommonParams()
+            parameters.model.path, parameters.port = self.gguf, 0
+            parameters.n_parallel, parameters.n_ctx = slots, 2048 if slots == 1 else 256 * slots
+            parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = THREADS
+            self.servers = {slots: self.library.Server(parameters)}
+        return self.servers[slots]
+
+    def batch_seconds(self, prompt: list[int], new: int, size: int) -> float:
+        server = self.server(size)
+        request = {"prompt": prompt, "n_predict": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        start = time.perf_counter()
+        with ThreadPoolExecutor(size) as pool:
+            answers = list(pool.map(server.handle_completions, [request] * size))
+        seconds = time.perf_counter() - start
+        if any(answer.get("timings", {}).get("predicted_n") != new for answer in answers):
+            raise RuntimeError(f"llama.cpp answered {str(answers[0])[:200]}")
+        return seconds
 
 
 class OpenVino(Peer):
@@ -220,6 +251,7 @@ class Vllm(StaticBatchPeer):
 
 PEERS: dict[str, type[Peer]] = {
     "llama.cpp": LlamaCpp,
+    "xllamacpp": LlamaCppWheel,
     "ctranslate2": CTranslate2,
     "openvino": OpenVino,
     "onnxruntime": OnnxRuntime,
