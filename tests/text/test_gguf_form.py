@@ -271,6 +271,26 @@ def test_what_llama_cpp_would_encode_otherwise_is_known(
     assert found is None if because is None else found is not None and because in found
 
 
+def test_a_tokenizer_json_counts_where_llama_cpp_cannot_apply_the_model_beside_it(tmp_path: Path) -> None:
+    """As transformers writes it, which takes no normalization from a Llama's tokenizer.model."""
+    train(tmp_path, **IDENTITY)
+    metadata = metadata_with_settings(tmp_path / "tokenizer.model", read_settings(tmp_path))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json(metadata, "tokenizer")))
+    train(tmp_path)
+    found = tokenizer_metadata(tmp_path, 400)
+    assert other_tokens(found) is None
+    before, after = Tokenizer.from_file(tmp_path), written(found, tmp_path)
+    for text in [*TEXTS, "\u00b2 \ufb01 a  b"]:
+        assert after.encode(text, True) == before.encode(text, True), text
+
+
+def test_dropout_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, STEPS["gpt-2"])
+    edit(tmp_path, lambda file: file["model"].update(dropout=0.1))
+    with pytest.raises(UnsupportedError, match=r"its model's dropout is 0\.1; expected none"):
+        tokenizer_metadata(tmp_path, 900)
+
+
 def test_sentencepiece_without_a_beginning_token_gets_none(tmp_path: Path) -> None:
     train(tmp_path, bos_id=-1, eos_id=1, **IDENTITY)
     metadata = tokenizer_metadata(tmp_path, 400)

@@ -16,6 +16,7 @@ from mnemos.text.gguf import build_core
 from mnemos.text.gguf_probes import check_added, check_merges, check_surrounding, pre_tokenizer
 from mnemos.text.huggingface import Settings, read_chat_templates, read_settings
 from mnemos.text.huggingface import build_core as build_from_json
+from mnemos.text.llama_cpp import other_tokens
 from mnemos.text.sentencepiece import metadata_with_settings
 from mnemos.text.vocabulary import PREFIX, TokenType
 
@@ -27,10 +28,11 @@ def tokenizer_metadata(folder: Path, vocabulary_size: int) -> dict[str, Any]:
     """`tokenizer.*` of a GGUF file with the tokenizer in this folder; `vocabulary_size` tokens, the model's rows.
 
     From tokenizer.json if its tokens spell bytes, else from SentencePiece's tokenizer.model, else from a tokenizer.json
-    that was made of one. A folder without the files of a tokenizer gives a model that takes token ids only, with a
-    warning. UnsupportedError for another kind, or one that does what GGUF cannot say: words cut as none of the
-    pre-tokenizers that GGUF names does, text changed before, other tokens around a text than bos and eos, added tokens
-    that take the white space beside them (GGUF says that of Phi-3's only, by the model's name).
+    that was made of one, which also counts where llama.cpp would not apply the tokenizer.model beside it. A folder
+    without the files of a tokenizer gives a model that takes token ids only, with a warning. UnsupportedError for
+    another kind, or one that does what GGUF cannot say: words cut as none of the pre-tokenizers that GGUF names does,
+    text changed before, other tokens around a text than bos and eos, added tokens that take the white space beside them
+    (GGUF says that of Phi-3's only, by the model's name).
     """
     if not any((folder / name).is_file() for name in _FILES):
         warnings.warn(f"{folder}: has no tokenizer; the GGUF file takes token ids only", stacklevel=2)
@@ -42,7 +44,9 @@ def tokenizer_metadata(folder: Path, vocabulary_size: int) -> dict[str, Any]:
         metadata = _byte_level_metadata(file, source, settings, vocabulary_size)
     elif (folder / "tokenizer.model").is_file():
         metadata = _sentencepiece_metadata(folder / "tokenizer.model", settings, vocabulary_size)
-        if source is not None and _falls_back_to_bytes(source):
+        if source is not None and _falls_back_to_bytes(source) and other_tokens(metadata) is not None:
+            metadata = _byte_fallback_metadata(file, source, settings, vocabulary_size)  # what is read, and simpler
+        elif source is not None and _falls_back_to_bytes(source):
             made = build_core(metadata, str(file))
             metadata |= check_added(file, metadata, made, build_from_json(file, settings), strict=False)
         else:
@@ -126,7 +130,10 @@ def _byte_level_metadata(
 
 
 def _check_normalizers(file: Path, source: Mapping[str, Any]) -> None:
-    """UnsupportedError: the tokenizer changes a text before it cuts it, which those of GGUF that spell bytes do not."""
+    """UnsupportedError: the tokenizer changes a text before it cuts it, which those of GGUF that spell bytes do not, or
+    cuts it by chance."""
+    if source["model"].get("dropout"):
+        raise UnsupportedError(f"{file}: its model's dropout is {source['model']['dropout']}; expected none")
     kinds = [step.get("type") for step in _steps(source.get("normalizer"))]
     if other := next((kind for kind in kinds if kind != "NFC"), None):
         raise UnsupportedError(
