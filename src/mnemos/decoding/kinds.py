@@ -111,7 +111,7 @@ SEQUENCE = filled(several(TOKEN, 256, single=False))
 SEQUENCE_BIAS = Rule(
     _sequence_bias, "a mapping from token sequences to numbers from -1000 to 1000, or a list of such pairs", "mapping"
 )
-MEMORY = Rule(_memory, "a Memory, its fields, a text like 'window=512,recall=480,sinks=32', or False for none")
+MEMORY = Rule(_memory, "a Memory, its fields, a text like 'window=512,recall=480,sinks=32', or False for none", "text")
 PROMPT = Rule(_prompt, "a non-empty string or a list of token ids", "text")
 DOLA_LAYERS = Rule(_dola_layers, "low, high or a list of layer numbers", "text")
 DECAY = Rule(_decay, "a pair of a whole number of tokens and a factor from 0.001 to 1000", "pair")

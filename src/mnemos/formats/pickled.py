@@ -18,7 +18,13 @@ from mnemos.formats.tensor_types import TensorType
 _PLAIN_DATA = re.compile(
     r"(?!(builtins|os|posix|nt|sys|subprocess|shutil|torch|numpy)\b)[\w.]+\.\w*(Args|Config|Params)"
 )
-_TYPES = {"float32": TensorType.F32, "float16": TensorType.F16, "bfloat16": TensorType.BF16, "float64": TensorType.F64}
+_TYPES = {
+    "float32": TensorType.F32,
+    "float16": TensorType.F16,
+    "bfloat16": TensorType.BF16,
+    "float64": TensorType.F64,
+    "int8": TensorType.I8,  # codes of quantized banks
+}
 _STATE_NAMES = ("model", "state_dict", "model_state_dict")
 _ARGUMENT_NAMES = ("model_args", "args", "config", "hyperparameters")
 

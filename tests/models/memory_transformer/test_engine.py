@@ -115,7 +115,8 @@ def test_what_models_promise(load: Any) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_banks(make_module: Any, tmp_path: Path, bits: int, backend: str) -> None:
+@pytest.mark.parametrize("file", ["model.safetensors", "model.pt"])
+def test_quantized_banks(make_module: Any, tmp_path: Path, file: str, bits: int, backend: str) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
@@ -123,7 +124,8 @@ def test_quantized_banks(make_module: Any, tmp_path: Path, bits: int, backend: s
     module, ids = make_module(reference), torch.from_numpy(reference.ids).long()
     module.quantize_memory(bits)
     (tmp_path / "config.yaml").write_text(reference.text)
-    save_file({name: value.clone() for name, value in module.state_dict().items()}, tmp_path / "model.safetensors")
+    write = torch.save if file.endswith(".pt") else save_file
+    write({name: value.clone() for name, value in module.state_dict().items()}, tmp_path / file)
     with InferenceEngine.from_pretrained(tmp_path, backend=backend, dtype="float32") as engine:
         logits = np.stack([engine.logits(row) for row in reference.ids.tolist()])
     with torch.no_grad():
@@ -156,6 +158,13 @@ def test_a_pickled_checkpoint(make_module: Any, tmp_path: Path) -> None:
         ("09_chapters_shared_norm", "use_chapters: true", "use_chapters: false", "memory_banks.0.memory' is missing"),
         ("5_qwen2_lora_only", "lora_rank: 4", "lora_rank: 2", "the LoRA factors of"),
         ("5_qwen2_lora_only", "use_lora: true", "use_lora: false", "has no place in a model"),
+        ("5_qwen2_lora_only", "  - q_proj\n", "", "q_proj' has LoRA factors, and memory.lora_targets is"),
+        (
+            "5_qwen2_lora_only",
+            "  - q_proj\n",
+            "  - q_proj\n  - mlp\n",
+            "has no LoRA factors, and memory.lora_targets is",
+        ),
     ],
 )
 def test_configs_that_contradict_the_tensors(

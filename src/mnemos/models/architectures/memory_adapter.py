@@ -85,6 +85,7 @@ class MemoryAdapter:
 def merged(tensors: dict[str, Tensor], settings: MemorySettings, weights: Weights) -> dict[str, Tensor]:
     """The tensors with weight + alpha / rank * B A for those that have factors, which are left out."""
     plain = {name: tensor for name, tensor in tensors.items() if not name.endswith((".lora_A", ".lora_B"))}
+    _check_targets(tensors, settings, weights)
     for name, b in tensors.items():
         if not name.endswith(".lora_B"):
             continue
@@ -106,3 +107,19 @@ def merged(tensors: dict[str, Tensor], settings: MemorySettings, weights: Weight
         values = weight.dequantize() + scaling * (b.dequantize() @ a.dequantize())
         plain[f"{layer}.weight"] = Tensor.from_array(weight.name, values)
     return plain
+
+
+def _check_targets(tensors: dict[str, Tensor], settings: MemorySettings, weights: Weights) -> None:
+    """FormatError unless the layers that have factors are those that `lora_targets` names, or none: merged weights."""
+    if not any(name.endswith(".lora_B") for name in tensors):
+        return
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if kind not in ("weight", "lora_B") or len(tensor.shape) != 2 or layer.endswith("embed_tokens"):
+            continue
+        named, has = any(target in layer for target in settings.lora_targets), f"{layer}.lora_B" in tensors
+        if named != has:
+            raise FormatError(
+                f"{weights.path}: {layer!r} has {'LoRA factors' if has else 'no LoRA factors'}, and "
+                f"memory.lora_targets is {settings.lora_targets}; expected factors of the layers that it names"
+            )
