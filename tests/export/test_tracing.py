@@ -93,3 +93,14 @@ def test_a_table_that_grows_is_named_and_one_that_has_grown_is_exported(tmp_path
         ProgramExporter(module).export(tmp_path / "model.pt2", IDS)
     module(torch.zeros((1, 40), dtype=torch.int64))
     assert "sequence 17" in str(ProgramExporter(module).export(tmp_path / "model.pt2", IDS))
+
+
+class ReadsAGlobal(Base):
+    def inner(self, x: Tensor) -> Tensor:
+        return x * WIDTH
+
+
+def test_a_script_that_does_not_compile_is_named_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"python value of type 'int' .*\(test_tracing.py, line \d+\)"):
+        TorchScriptExporter(ReadsAGlobal()).export(tmp_path / "new" / "model.pt", IDS, method="script")
+    assert not list(tmp_path.iterdir())

@@ -6,10 +6,9 @@ import io
 import logging
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from mnemos.export.example import Example, answer_of, plain_attention
 from mnemos.export.messages import first_line
 from mnemos.export.report import ExportReport as ExportReport
 from mnemos.export.tracing import uncompiled, uncompiled_parts
-from mnemos.formats.whole_file import not_written
+from mnemos.formats.whole_file import beside, not_written
 
 TOLERANCE = 1e-5  # of the largest value expected
 _LOGGERS = ("torch", "torch.onnx", "torch.fx", "torch._dynamo", "torch.export", "torch.fx.experimental.symbolic_shapes",
@@ -108,13 +107,7 @@ class ModelExporter:
             raise ConfigError(f"{target} is a folder; expected the path of a file to write")
         if target.is_file() and self.is_folder:
             raise ConfigError(f"{target} is a file; expected the path of a folder to write")
-        new = [parent for parent in target.parents if not parent.exists()]
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        except OSError as error:
-            raise not_written(target, error) from error
-        try:
+        with beside(target) as folder:
             free = shutil.disk_usage(folder).free
             if free < needed:
                 raise CapacityError(
@@ -139,11 +132,6 @@ class ModelExporter:
                 if file.is_dir():
                     shutil.rmtree(target.parent / file.name, ignore_errors=True)
                 os.replace(file, target.parent / file.name)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # the first one that has something in it
-                for parent in new:
-                    parent.rmdir()
         self.report = ExportReport(
             self.format, target, size, needed, None if found is None else found.error,
             () if found is None else found.shapes, 0 if found is None else found.inputs, versions, speed, tuple(notes),

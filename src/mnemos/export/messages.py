@@ -25,7 +25,7 @@ def first_line(error: BaseException) -> str:
     stated = _STATUS.search(str(error))
     if stated:
         return f"{stated['node']} fails: {stated['problem'].strip()[:300]}"
-    if len(lines) > 1 and lines[0].endswith(":"):  # OpenVINO's places in its source, and then the problem
+    if lines and _PLACE.search(lines[0]):  # OpenVINO's places in its source, and then the problem
         return f"{type(error).__name__}: {next((each for each in lines if not _PLACE.search(each)), lines[-1])[:300]}"
     guard = _GUARD.search(text)
     if guard:

@@ -92,10 +92,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 def beside(path: Path) -> Iterator[Path]:
     """A folder beside `path` for what will take its place; it is gone when the block ends. Errors: `not_written`'s.
 
-    What Mnemos' errors say of a file or folder in it, they say of `path`.
+    What Mnemos' errors say of a file or folder in it, they say of `path`. Folders on the way there that were made for
+    it and stay empty are gone then, too.
     """
     from shutil import rmtree  # see `new_folder`
 
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -112,6 +114,9 @@ def beside(path: Path) -> Iterator[Path]:
         raise not_written(path, error) from error
     finally:
         rmtree(work, ignore_errors=True)
+        with suppress(OSError):  # the first one that has something in it
+            for parent in made:
+                parent.rmdir()
 
 
 @contextmanager
