@@ -28,9 +28,8 @@ using std::chrono::milliseconds;
 using std::chrono::nanoseconds;
 
 // The gap between two steps (sampling, scheduling) is below this, so that threads rarely sleep while text is generated,
-// but soon do when it is not. Where other programs want the core, a thread that has slept gets it back sooner than one
-// that has used up its time by spinning.
-constexpr auto spin_between_regions = microseconds(500), spin_where_contended = microseconds(20);
+// but soon do when it is not.
+constexpr auto spin_between_regions = microseconds(500);
 // Inside a region the others are late by microseconds, unless one has lost its core: then it may well continue on ours.
 constexpr auto spin_inside_region = microseconds(100);
 constexpr auto polite_after = microseconds(40);
@@ -354,8 +353,7 @@ struct Pool::Crew {
     bool spins = true;
     for (uint64_t seen = 0;;) {
       const auto called = [&] { return now().region() != seen; };
-      const auto spin = contended() ? spin_where_contended : spin_between_regions;
-      if (!spins || !spin_until(called, Clock::now(), spin, true)) {
+      if (!spins || !spin_until(called, Clock::now(), spin_between_regions, !contended())) {
         std::unique_lock<std::mutex> lock(mutex);
         sleeping.store(true);
         wake.wait(lock, called);
