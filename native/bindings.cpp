@@ -286,16 +286,17 @@ nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequ
 
 std::shared_ptr<LowRank> make_low_rank_factors(
     int64_t columns, int64_t rows, const std::vector<std::optional<std::pair<FloatRows, FloatRows>>> &pairs) {
-  auto factors = std::make_shared<LowRank>(LowRank{columns, rows, {}});
+  const ProductKernels &kernels = linear_kernels(current_isa(class_of(WeightType::f32, false)));
+  auto factors = std::make_shared<LowRank>(columns, rows, kernels);
   for (const auto &pair : pairs) {
     LowRank::Pair own;
     if (pair) {
       const auto &[a, b] = *pair;
       own.rank = static_cast<int64_t>(a.shape(0));
-      if (static_cast<int64_t>(b.shape(0)) != own.rank || static_cast<int64_t>(a.shape(1)) != columns ||
-          static_cast<int64_t>(b.shape(1)) != rows)
-        throw config_error("an adapter's factors must be (rank, " + std::to_string(columns) + ") and (rank, " +
-                           std::to_string(rows) + ")");
+      if (static_cast<int64_t>(b.shape(1)) != own.rank || static_cast<int64_t>(a.shape(1)) != columns ||
+          static_cast<int64_t>(b.shape(0)) != rows)
+        throw config_error("an adapter's factors must be (rank, " + std::to_string(columns) + ") and (" +
+                           std::to_string(rows) + ", rank)");
       own.a.assign(a.data(), a.data() + a.size());
       own.b.assign(b.data(), b.data() + b.size());
     }

@@ -49,7 +49,7 @@ struct Operator {
   std::shared_ptr<const Experts> experts;
   Pooling pooling{};
   std::shared_ptr<const MemoryAttention> memory;
-  std::shared_ptr<const LowRank> low_rank;
+  std::shared_ptr<LowRank> low_rank;
   int64_t top_k = 0;
   bool normalise = false;
 };

@@ -25,6 +25,11 @@ void Program::finish(std::vector<int> outputs) {
   if (finished_) throw config_error("the program is already finished");
   for (int value : outputs) checked_value(value);
   graph_.outputs = std::move(outputs);
+  std::vector<std::shared_ptr<LowRank>> adapted;
+  for (const Operator &op : graph_.operators) {
+    if (op.kind == OperatorKind::low_rank) adapted.push_back(op.low_rank);
+  }
+  pack_factors(adapted);
   schedule_ = make_schedule(graph_, pool_->threads());
   assign_slots();
   place_barriers();

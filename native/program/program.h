@@ -55,7 +55,7 @@ class Program {
   int memory(int q, int ids, int weights, MemoryAttention memory);  // ids and weights: -1 without chapters
   int experts(int x, int ids, int weights, Experts experts);
   // y + what each row's adapter makes of x. Nothing else may use y, whose memory the result takes.
-  int low_rank(int y, int x, std::shared_ptr<const LowRank> factors);
+  int low_rank(int y, int x, std::shared_ptr<LowRank> factors);
   int64_t width(int value) const;
   // Ends the recording.
   void finish(std::vector<int> outputs);

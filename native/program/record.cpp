@@ -103,7 +103,7 @@ int Program::norm(int x, Norm norm) {
   return add_operator(std::move(op), {value});
 }
 
-int Program::low_rank(int y, int x, std::shared_ptr<const LowRank> factors) {
+int Program::low_rank(int y, int x, std::shared_ptr<LowRank> factors) {
   const Value value = checked_value(y), input = checked_value(x);
   require(value.width == factors->rows && input.width == factors->columns && value.rows == input.rows,
           "adapters change a product of " + number(factors->columns) + " to " + number(factors->rows) +

@@ -211,10 +211,7 @@ class Scheduler {
       case OperatorKind::pool:
         return add(make_pool(o.pooling, buffer(o.inputs[0]), value(o.inputs[0]).width, buffer(o.outputs[0])));
       case OperatorKind::memory: return schedule_memory(o);
-      case OperatorKind::low_rank: {
-        const int y = buffer_[at(o.outputs[0])] = buffer(o.inputs[0]);
-        return add(make_low_rank(o.low_rank, buffer(o.inputs[1]), y, value(o.inputs[0]).rows));
-      }
+      case OperatorKind::low_rank: return schedule_low_rank(i);
     }
   }
 
@@ -315,6 +312,27 @@ class Scheduler {
       products.push_back(make_product(j));
     }
     add(make_products(std::move(products), input, form, value(x).rows));
+  }
+
+  // The adapters of all weights that read the same rows are applied together, after their products.
+  void schedule_low_rank(int i) {
+    const int x = op(i).inputs[1];
+    const Rows rows = value(x).rows;
+    std::vector<Adapted> adapted;
+    for (int j = i; j < static_cast<int>(graph_.operators.size()); j++) {
+      const Operator &o = op(j);
+      if (o.kind != OperatorKind::low_rank || o.inputs[1] != x || (j > i && done_[at(j)])) continue;
+      const int product = producer_[at(o.inputs[0])];
+      if (!done_[at(product)]) {
+        if (op(product).kind != OperatorKind::linear || op(product).inputs[0] != x) continue;
+        schedule(product);
+      }
+      done_[at(j)] = true;
+      const int y = buffer_[at(o.outputs[0])] = buffer(o.inputs[0]);
+      adapted.push_back({o.low_rank, y});
+    }
+    const int inner = float_buffer(rows, inner_floats(adapted, rows));
+    for (auto &task : make_low_rank(adapted, buffer(x), inner, rows)) add(std::move(task));
   }
 
   void schedule_attention(const Operator &o) {

@@ -86,8 +86,8 @@ struct Argmax {
 std::vector<std::unique_ptr<Task>> make_argmax(const Argmax &argmax, int margins, int found, int tokens);
 int64_t argmax_state_floats(int threads);
 
-// Cosines and sines by position, in blocks that are computed when a batch first has a position in them (between steps, by
-// one thread). Of a long text, those that no batch has used for a while are dropped.
+// Cosines and sines by position, in blocks that are computed when a batch first has a position in them (between steps,
+// by one thread). Of a long text, those that no batch has used for a while are dropped.
 class RopeTable {
  public:
   RopeTable(std::vector<float> frequencies, float magnitude);
@@ -98,7 +98,8 @@ class RopeTable {
     return blocks_[static_cast<size_t>(position / block)].get() + position % block * 2 * half();
   }
   const float *sines(int64_t position) const { return cosines(position) + half(); }
-  // Makes those of the multiples of `step` up to `last` and keeps them: `cosines` of position number * step, then sines.
+  // Makes those of the multiples of `step` up to `last` and keeps them: `cosines` of position number * step, then
+  // sines.
   void prepare_multiples(int64_t step, int64_t last);
   const float *multiple(int64_t number) const { return multiples_.data() + number * 2 * half(); }
   bool same_as(const std::vector<float> &frequencies, float magnitude) const {
@@ -166,8 +167,14 @@ std::unique_ptr<Task> make_join(std::shared_ptr<const MemoryAttention> memory, i
                                 int partials, int y);
 int64_t memory_partial_floats(const MemoryAttention &memory);
 
-// y += what each row's adapter makes of x.
-std::unique_ptr<Task> make_low_rank(std::shared_ptr<const LowRank> factors, int x, int y, Rows rows);
+// A weight's product y, to which each row's adapter adds something.
+struct Adapted {
+  std::shared_ptr<const LowRank> factors;
+  int y;
+};
+// y += what each row's adapter makes of x, for several weights that read x; `inner` has inner_floats per row.
+std::vector<std::unique_ptr<Task>> make_low_rank(const std::vector<Adapted> &adapted, int x, int inner, Rows rows);
+int64_t inner_floats(const std::vector<Adapted> &adapted, Rows rows);
 
 struct Experts {
   std::vector<MatrixPointer> gate, up, down;

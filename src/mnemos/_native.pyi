@@ -186,7 +186,7 @@ class Windows:
     def clear(self, slot: int) -> None: ...
 
 class LowRank:
-    """What adapters add to a weight (rows, columns): for each, a (rank, columns) and b (rank, rows), or None."""
+    """What adapters add to a weight (rows, columns): for each, a (rank, columns) and b (rows, rank), or None."""
 
     def __init__(self, columns: int, rows: int, pairs: Sequence[tuple[Floats, Floats] | None]) -> None: ...
 

@@ -266,5 +266,5 @@ def test_adapters_that_are_not_there_are_refused() -> None:
         ops.add_low_rank(y, x, factors, _adapted_batch(3, [0, 1]))
     with pytest.raises(ConfigError, match="adapters change a product of 70 to 45 columns; this one has 45 and 70"):
         ops.add_low_rank(x, y, factors, _adapted_batch(3, [0]))
-    with pytest.raises(ConfigError, match=r"factors must be \(rank, 70\) and \(rank, 45\)"):
+    with pytest.raises(ConfigError, match=r"factors must be \(rank, 70\) and \(45, rank\)"):
         ops.factors([(np.zeros((2, 70), np.float32), np.zeros((45, 3), np.float32))], (45, 70))

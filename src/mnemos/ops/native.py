@@ -112,7 +112,7 @@ class NativeOps:
 
     def factors(self, pairs: Sequence[tuple[Floats, Floats] | None], shape: tuple[int, int]) -> _native.LowRank:
         own = [
-            None if pair is None else (np.ascontiguousarray(pair[0]), np.ascontiguousarray(pair[1].T)) for pair in pairs
+            None if pair is None else (np.ascontiguousarray(pair[0]), np.ascontiguousarray(pair[1])) for pair in pairs
         ]
         return _native.LowRank(shape[1], shape[0], own)
 
