@@ -41,6 +41,7 @@ LONG_NATIVE_FILES = {
     "program/schedule.cpp": "one walk over the operators, which decides what is fused",
     "program/attention_task.cpp": "one operator: how its work is cut, done and put together",
     "program/memory_task.cpp": "one operator: keys filled in, spans read, their parts joined and pooled",
+    "system/pool.cpp": "one crew of threads: how they meet, wait, leave for others' sake and join again",
     "text/unicode_data.cpp": "tables that tools/unicode_tables.py writes",
     "vector/attention_impl.h": "one kernel, for each type of cache",
 }
