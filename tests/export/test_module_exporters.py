@@ -243,6 +243,21 @@ def test_a_full_disk_is_named_and_leaves_nothing(name: str, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+class Crossing(Tied):
+    """As decoders with an encoder: two texts, of lengths of their own."""
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
+        x, y = self.tokens(source), self.tokens(target)
+        logits: Tensor = self.head(y + (y @ x.mT).softmax(-1) @ x)
+        return logits
+
+
+def test_texts_of_different_lengths_vary_apart(tmp_path: Path) -> None:
+    given = (torch.ones((2, 5), dtype=torch.int64), torch.ones((2, 3), dtype=torch.int64))
+    report = ProgramExporter(Crossing()).export(tmp_path / "model.pt2", given)
+    assert {"batch 2, sequence 5, target_sequence 3", "batch 3, sequence 11, target_sequence 12"} <= set(report.shapes)
+
+
 def test_the_values_tried_cover_the_vocabulary_and_sizes_of_one() -> None:
     example = example_of(Tied(), IDS)
     tried = list(example.others())

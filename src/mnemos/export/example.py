@@ -176,12 +176,14 @@ def _tensors(module: nn.Module, dummy_input: Any) -> dict[str, Tensor]:
 
 def _default_axes(tensors: Mapping[str, Tensor]) -> Axes:
     axes: Axes = {}
+    lengths: dict[int, str] = {}
     of_tokens = [tensor.shape for tensor in tensors.values() if tensor.dim() == 2 and not tensor.is_floating_point()]
     for name, tensor in tensors.items():
         if tensor.dim():
             axes[name] = {0: "batch"}
         if tensor.shape in of_tokens:  # also floats, such as a mask, of which there is one for each token
-            axes[name][1] = "sequence"
+            label = f"{name}_sequence" if lengths else "sequence"  # another text has a length of its own
+            axes[name][1] = lengths.setdefault(tensor.shape[1], label)
     return axes
 
 
