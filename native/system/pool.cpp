@@ -302,7 +302,9 @@ struct Pool::Crew {
     if (at->open() && member(index).turn_over) return leave(index, at);
     const Roll here(roll.fetch_add(Roll::arrival));
     if (here.last()) {
-      pass(*at = here.next_phase(last_phase));
+      *at = here.next_phase(last_phase);
+      roll.store(at->word());  // nobody else changes it while all of the team have arrived
+      wake_sleepers();
       look(index);
       return !at->is_over();
     }
@@ -313,9 +315,7 @@ struct Pool::Crew {
     return at->region() == before.region() && !at->is_over();
   }
 
-  // The last of the team's threads has arrived: until now nobody else has changed the roll.
-  void pass(Roll next) {
-    roll.store(next.word());
+  void wake_sleepers() {
     if (sleepers.load() == 0) return;
     std::lock_guard<std::mutex> lock(mutex);
     passed.notify_all();
@@ -328,7 +328,7 @@ struct Pool::Crew {
       const bool last = Roll(seen).last();
       const Roll next = (last ? Roll(seen).next_phase(last_phase) : Roll(seen)).without_member();
       if (!roll.compare_exchange_weak(seen, next.word())) continue;
-      if (last) pass(next);
+      if (last) wake_sleepers();
       break;
     }
     give_way(index);
