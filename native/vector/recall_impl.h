@@ -82,22 +82,25 @@ inline __m512i four_of(const void *values) {
   return _mm512_set1_epi32(four);
 }
 
-// The keys of half a run in four groups of components from `group` on, their lowest values less `offset`.
-inline void keys_of_groups(const IndexLayout &layout, const uint8_t *run, int64_t half, int64_t group, int32_t offset,
-                           __m512i *keys) {
-  const uint8_t *own = run + half * layout.half();
-  const __m512i pairs = _mm512_loadu_si512(own + group * 16), less = _mm512_set1_epi8(static_cast<char>(offset));
+// The keys of both halves of a run in four groups of components from `group` on, their lowest values less Offset.
+template <int Offset>
+inline void keys_of_groups(const IndexLayout &layout, const uint8_t *run, int64_t group, __m512i (*keys)[4]) {
+  const __m512i pairs[2] = {_mm512_loadu_si512(run + group * 16), _mm512_loadu_si512(run + layout.half() + group * 16)};
   for (int g = 0; g < 4; g++) {
-    const __m512i low = _mm512_sub_epi8(four_of(run + layout.lows() + (group + g) * 4), less);
+    __m512i low = four_of(run + layout.lows() + (group + g) * 4);
+    if (Offset != 0) low = _mm512_sub_epi8(low, _mm512_set1_epi8(static_cast<char>(Offset)));
     const __m512i step = four_of(run + layout.steps() + (group + g) * 4), twice = _mm512_add_epi8(step, step);
-    uint64_t thirds;
-    std::memcpy(&thirds, own + layout.thirds() + (group + g) * 8, 8);
-    const auto bit = [&](int number) {
-      return _mm512_test_epi8_mask(pairs, _mm512_set1_epi8(static_cast<char>(1 << (2 * g + number))));
-    };
-    const __m512i odd = _mm512_mask_add_epi8(low, bit(0), low, step);
-    const __m512i even = _mm512_mask_add_epi8(odd, bit(1), odd, twice);
-    keys[g] = _mm512_mask_add_epi8(even, thirds, even, _mm512_add_epi8(twice, twice));
+    const __m512i four = _mm512_add_epi8(twice, twice);
+    for (int half = 0; half < 2; half++) {
+      uint64_t thirds;
+      std::memcpy(&thirds, run + half * layout.half() + layout.thirds() + (group + g) * 8, 8);
+      const auto bit = [&](int number) {
+        return _mm512_test_epi8_mask(pairs[half], _mm512_set1_epi8(static_cast<char>(1 << (2 * g + number))));
+      };
+      const __m512i odd = _mm512_mask_add_epi8(low, bit(0), low, step);
+      const __m512i even = _mm512_mask_add_epi8(odd, bit(1), odd, twice);
+      keys[half][g] = _mm512_mask_add_epi8(even, thirds, even, four);
+    }
   }
 }
 
@@ -110,36 +113,69 @@ inline __m128i largest_of_four(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// R rows at once, of the same 16 columns: their scores in a run whose keys are given, with index_offset added.
-template <int R>
-inline void score_rows(const IndexLayout &layout, const uint8_t *keys, float scale, const NamingQueries &queries,
-                       int64_t row, float *scores) {
+// Of R rows at once, of the same 16 columns: their scores in a run, whose keys, with index_offset added, keys_at(group)
+// gives for both halves and four groups.
+template <int R, typename Keys>
+inline void score_with(const IndexLayout &layout, float scale, const NamingQueries &queries, int64_t row, float *scores,
+                       const Keys &keys_at) {
   const int8_t *columns =
       queries.columns + row / query_columns * layout.groups * group_bytes + row % query_columns * 4;
-  __m512i sums[4], others[4];
-  for (int r = 0; r < 4; r++) sums[r] = others[r] = _mm512_setzero_si512();
-  for (int64_t g = 0; g < layout.groups; g++) {
-    const __m512i own = _mm512_load_si512(keys + g * group_bytes);
-    const __m512i other = _mm512_load_si512(keys + (layout.groups + g) * group_bytes);
-    for (int r = 0; r < R; r++) {
-      const __m512i query = four_of(columns + g * group_bytes + 4 * r);
-      sums[r] = _mm512_dpbusd_epi32(sums[r], own, query), others[r] = _mm512_dpbusd_epi32(others[r], other, query);
+  __m512i sums[2][4];
+  for (int r = 0; r < 4; r++) sums[0][r] = sums[1][r] = _mm512_setzero_si512();
+  for (int64_t group = 0; group < layout.groups; group += 4) {
+    __m512i keys[2][4];
+    keys_at(group, keys);
+    for (int g = 0; g < 4; g++) {
+      for (int r = 0; r < R; r++) {
+        const __m512i query = four_of(columns + (group + g) * group_bytes + 4 * r);
+        sums[0][r] = _mm512_dpbusd_epi32(sums[0][r], keys[0][g], query);
+        sums[1][r] = _mm512_dpbusd_epi32(sums[1][r], keys[1][g], query);
+      }
     }
   }
-  for (int r = 0; r < R; r++) sums[r] = _mm512_max_epi32(sums[r], others[r]);
+  for (int r = 0; r < 4; r++) sums[0][r] = _mm512_max_epi32(sums[0][r], sums[1][r]);
   const __m128i code_sums = _mm_loadu_si128(reinterpret_cast<const __m128i *>(queries.sums + row));
   const __m128i offsets = _mm_mullo_epi32(code_sums, _mm_set1_epi32(index_offset));
-  const __m128i most = _mm_sub_epi32(largest_of_four(sums[0], sums[1], sums[2], sums[3]), offsets);
+  const __m128i most = _mm_sub_epi32(largest_of_four(sums[0][0], sums[0][1], sums[0][2], sums[0][3]), offsets);
   _mm_storeu_ps(scores, _mm_mul_ps(_mm_cvtepi32_ps(most), _mm_set1_ps(scale)));
 }
 
-inline void expand_run(const IndexLayout &layout, const uint8_t *run, uint8_t *keys) {
-  for (int64_t half = 0; half < 2; half++, keys += layout.groups * group_bytes) {
-    for (int64_t g = 0; g < layout.groups; g += 4) {
-      __m512i four[4];
-      keys_of_groups(layout, run, half, g, 0, four);
-      for (int i = 0; i < 4; i++) _mm512_store_si512(keys + (g + i) * group_bytes, four[i]);
+template <int R>
+inline void score_rows(const IndexLayout &layout, const uint8_t *keys, float scale, const NamingQueries &queries,
+                       int64_t row, float *scores) {
+  score_with<R>(layout, scale, queries, row, scores, [&](int64_t group, __m512i (*both)[4]) {
+    for (int64_t half = 0; half < 2; half++) {
+      for (int64_t g = 0; g < 4; g++)
+        both[half][g] = _mm512_load_si512(keys + (half * layout.groups + group + g) * group_bytes);
     }
+  });
+}
+
+inline void expand_run(const IndexLayout &layout, const uint8_t *run, uint8_t *keys) {
+  for (int64_t group = 0; group < layout.groups; group += 4) {
+    __m512i both[2][4];
+    keys_of_groups<0>(layout, run, group, both);
+    for (int64_t half = 0; half < 2; half++) {
+      for (int64_t g = 0; g < 4; g++)
+        _mm512_store_si512(keys + (half * layout.groups + group + g) * group_bytes, both[half][g]);
+    }
+  }
+}
+
+// One token's queries, of which there are R: keys stay in registers.
+template <int R>
+inline void name_for_token(const IndexLayout &layout, const PageIndices &pages, const NamingQueries &queries) {
+  const int64_t last = queries.pages < pages.last ? queries.pages : pages.last;
+  for (int64_t page = pages.first; page < last; page++) {
+    const uint8_t *index = index_of(layout, pages, page);
+    float best[4], scores[4];
+    for (int64_t n = 0; n < layout.runs; n++) {
+      const uint8_t *run = index + n * layout.run_bytes;
+      score_with<R>(layout, scale_of(layout, run), queries, 0, n == 0 ? best : scores,
+                    [&](int64_t group, __m512i (*both)[4]) { keys_of_groups<0>(layout, run, group, both); });
+      for (int r = 0; n > 0 && r < R; r++) best[r] = scores[r] > best[r] ? scores[r] : best[r];
+    }
+    add_scores(queries, 0, R, best, page);
   }
 }
 #else
@@ -201,6 +237,14 @@ inline void expand_run(const IndexLayout &layout, const uint8_t *run, uint8_t *k
 #endif
 
 void name_pages(const IndexLayout &layout, const PageIndices &pages, const NamingQueries *sets, int64_t count) {
+#if defined(__AVX512VNNI__)
+  if (count == 1 && sets->rows <= 4) {
+    if (sets->rows == 4) return name_for_token<4>(layout, pages, *sets);
+    if (sets->rows == 3) return name_for_token<3>(layout, pages, *sets);
+    if (sets->rows == 2) return name_for_token<2>(layout, pages, *sets);
+    return name_for_token<1>(layout, pages, *sets);
+  }
+#endif
   const int64_t run_keys = 2 * layout.groups * group_bytes;
   for (int64_t page = pages.first; page < pages.last; page++) {
     const uint8_t *index = index_of(layout, pages, page);

@@ -12,27 +12,33 @@ namespace {
 
 constexpr int64_t tile_groups = 16;  // of four components, in a tile
 
-// The keys of half a run in signed bytes, each with its components after each other, in any order of the keys.
-inline void keys_in_rows(const IndexLayout &layout, const uint8_t *run, int64_t half, uint8_t *keys) {
-  const int64_t key_bytes = layout.groups * 4;
-  for (int64_t g = 0; g < layout.groups; g += 4) {
-    __m512i four[4];
-    keys_of_groups(layout, run, half, g, index_offset, four);
-    const __m512i ab[2] = {_mm512_unpacklo_epi32(four[0], four[1]), _mm512_unpackhi_epi32(four[0], four[1])};
-    const __m512i cd[2] = {_mm512_unpacklo_epi32(four[2], four[3]), _mm512_unpackhi_epi32(four[2], four[3])};
-    for (int i = 0; i < 2; i++) {
-      const __m512i whole[2] = {_mm512_unpacklo_epi64(ab[i], cd[i]), _mm512_unpackhi_epi64(ab[i], cd[i])};
-      for (int j = 0; j < 2; j++) {
-        uint8_t *into = keys + (8 * i + 4 * j) * key_bytes + g * 4;
-        const auto store_key = [&](int64_t key, __m128i x) {
-          _mm_storeu_si128(reinterpret_cast<__m128i *>(into + key * key_bytes), x);
-        };
-        store_key(0, _mm512_castsi512_si128(whole[j]));
-        store_key(1, _mm512_extracti32x4_epi32(whole[j], 1));
-        store_key(2, _mm512_extracti32x4_epi32(whole[j], 2));
-        store_key(3, _mm512_extracti32x4_epi32(whole[j], 3));
-      }
+// 16 keys' components in four groups, with each key's after each other, in any order of the keys.
+inline void keys_in_rows(const __m512i *groups, int64_t key_bytes, uint8_t *keys) {
+  const __m512i ab[2] = {_mm512_unpacklo_epi32(groups[0], groups[1]), _mm512_unpackhi_epi32(groups[0], groups[1])};
+  const __m512i cd[2] = {_mm512_unpacklo_epi32(groups[2], groups[3]), _mm512_unpackhi_epi32(groups[2], groups[3])};
+  for (int i = 0; i < 2; i++) {
+    const __m512i whole[2] = {_mm512_unpacklo_epi64(ab[i], cd[i]), _mm512_unpackhi_epi64(ab[i], cd[i])};
+    for (int j = 0; j < 2; j++) {
+      uint8_t *into = keys + (8 * i + 4 * j) * key_bytes;
+      const auto store_key = [&](int64_t key, __m128i x) {
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(into + key * key_bytes), x);
+      };
+      store_key(0, _mm512_castsi512_si128(whole[j]));
+      store_key(1, _mm512_extracti32x4_epi32(whole[j], 1));
+      store_key(2, _mm512_extracti32x4_epi32(whole[j], 2));
+      store_key(3, _mm512_extracti32x4_epi32(whole[j], 3));
     }
+  }
+}
+
+// The keys of a run's halves in signed bytes.
+inline void expand_in_rows(const IndexLayout &layout, const uint8_t *run, uint8_t *keys) {
+  const int64_t key_bytes = layout.groups * 4;
+  for (int64_t group = 0; group < layout.groups; group += 4) {
+    __m512i both[2][4];
+    keys_of_groups<index_offset>(layout, run, group, both);
+    keys_in_rows(both[0], key_bytes, keys + group * 4);
+    keys_in_rows(both[1], key_bytes, keys + index_half * key_bytes + group * 4);
   }
 }
 

@@ -40,11 +40,11 @@ void name_pages_in_tiles(const IndexLayout &layout, const PageIndices &pages, co
     const int64_t last = first + together < pages.last ? first + together : pages.last;
     for (int64_t page = first; page < last; page++) {
       const uint8_t *index = index_of(layout, pages, page);
-      for (int64_t half = 0; half < halves; half++) {
+      for (int64_t half = 0; half < halves; half += 2) {
         const uint8_t *run = index + half / 2 * layout.run_bytes;
         const int64_t n = (page - first) * halves + half;
-        keys_in_rows(layout, run, half % 2, pages.expanded + n * half_keys);
-        scales[n] = scale_of(layout, run);
+        expand_in_rows(layout, run, pages.expanded + n * half_keys);
+        scales[n] = scales[n + 1] = scale_of(layout, run);
       }
     }
     for (const NamingQueries *set = sets; set < sets + count; set++) {
