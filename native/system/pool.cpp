@@ -40,7 +40,7 @@ constexpr auto settling = milliseconds(1);
 // A thread that finds that it could not run for this long had to leave its core to another program.
 constexpr auto lost_core = microseconds(500);
 // How long cores count as contended, relative to the time that they were lost for, and at most.
-constexpr int memory_of_losses = 20;
+constexpr int memory_of_losses = 5;
 constexpr auto longest_memory = milliseconds(1000);
 // How long the system lets a thread run before another has its turn: it is not told, so threads learn it.
 constexpr auto first_turn = microseconds(3000), shortest_turn = microseconds(1000), longest_turn = microseconds(20000);
