@@ -221,14 +221,25 @@ def hugging_face(folder: str, runner: str, count: int = 64) -> dict[str, Any]:
 
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     prompt = prompt_of(32)
+    tokens: list[int] = []
     if runner == "engine":
         with make_engine(module) as engine:
-            seconds = best(lambda: engine.complete(prompt, max_new_tokens=count, ignore_eos=True))
+
+            def run() -> None:
+                tokens[:] = engine.complete(prompt, max_new_tokens=count, ignore_eos=True).token_ids
+
+            seconds = best(run)
     else:
+        # The end token counts like any other, as it does for the engine: generate() would suppress it otherwise.
+        module.generation_config.eos_token_id = None
         ids = torch.tensor([prompt])
-        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        seconds = best(lambda: module.generate(ids, attention_mask=torch.ones_like(ids), **options))
-    return {"tokens_per_second": count / seconds}
+        options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+
+        def run() -> None:
+            tokens[:] = module.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+        seconds = best(run)
+    return {"tokens_per_second": count / seconds, "tokens": tokens}
 
 
 def strategies(count: int = 64) -> dict[str, Any]:
@@ -290,11 +301,14 @@ def in_own_process(part: str, *options: str) -> dict[str, Any]:
 def compare_with_hugging_face(folder: str) -> dict[str, Any]:
     """Two rounds of each, in turns; the best of each counts."""
     speeds: dict[str, float] = {"engine": 0.0, "generate": 0.0}
+    tokens: dict[str, list[int]] = {}
     for _ in range(2):
         for runner in speeds:
             result = in_own_process("hugging_face", "--hugging-face", folder, "--runner", runner)
             speeds[runner] = max(speeds[runner], result["tokens_per_second"])
+            tokens[runner] = result["tokens"]
     return {
+        "same_tokens": tokens["engine"] == tokens["generate"],
         "engine_tokens_per_second": speeds["engine"],
         "generate_tokens_per_second": speeds["generate"],
         "ratio": speeds["engine"] / speeds["generate"],
