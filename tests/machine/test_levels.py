@@ -16,6 +16,7 @@ from mnemos.machine.levels import (
     OPERATORS,
     Choice,
     choice_path,
+    cpu_model,
     describe_levels,
     machine_fingerprint,
     measure_levels,
@@ -60,7 +61,60 @@ def test_the_first_process_measures_and_the_next_does_as_it_did(
 
 
 @several
-@pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": "another CPU", "levels": {}, "seconds": {}}'])
+def test_a_measurement_on_busy_cores_chooses_levels_that_later_processes_keep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = _kept(tmp_path, monkeypatch)
+    endless = [sys.executable, "-c", "while True: pass"]
+    programs = [subprocess.Popen(endless) for _ in range(2 * _native.usable_cores())]
+    try:
+        disturbed = used(tmp_path)
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+    choice = read_choice(kept)
+    assert choice is not None and choice.levels == disturbed
+    assert all(disturbed[operators] in choice.seconds[operators] for operators in OPERATORS)
+    written = kept.read_bytes()
+    assert used(tmp_path) == disturbed and kept.read_bytes() == written
+
+
+def _file(**changes: object) -> str:
+    """A choice of this machine for the best level alone, as it is written, with some fields replaced."""
+    choice = {
+        "fingerprint": machine_fingerprint(),
+        "levels": dict.fromkeys(OPERATORS, BEST),
+        "seconds": {operators: {BEST: 1e-5} for operators in OPERATORS},
+    }
+    return json.dumps({**choice, **changes})
+
+
+DAMAGED = {
+    "empty": "",
+    "cut short": _file()[:-9],
+    "a list": "[]",
+    "too deep": "[" * 100_000,
+    "another CPU's": _file(fingerprint="another CPU"),
+    "no levels": _file(levels={}),
+    "levels that are lists": _file(levels={operators: [BEST] for operators in OPERATORS}),
+    "a level that is not there": _file(levels=dict.fromkeys(OPERATORS, "sse9")),
+    "no seconds": _file(seconds={}),
+    "seconds that are text": _file(seconds={operators: {BEST: "soon"} for operators in OPERATORS}),
+}
+
+
+@pytest.mark.parametrize("content", [DAMAGED[name] for name in DAMAGED if name != "another CPU's"])
+def test_a_damaged_file_is_no_choice(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "levels.json"
+    path.write_text(_file())
+    assert read_choice(path) is not None
+    path.write_text(content)
+    assert read_choice(path) is None
+
+
+@several
+@pytest.mark.parametrize("content", [DAMAGED["another CPU's"], DAMAGED["levels that are lists"]])
 def test_a_file_of_another_machine_or_none_is_measured_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
@@ -136,7 +190,36 @@ def test_levels_are_named_once_where_they_are_the_same() -> None:
     assert describe_levels(mixed) == "avx512 for quantized, amx for floats, amx for attention"
 
 
-def test_a_choice_for_levels_that_are_not_there_is_no_choice(tmp_path: Path) -> None:
-    path = tmp_path / "levels.json"
-    write_choice(path, Choice("here", dict.fromkeys(OPERATORS, "sse9"), {}))
-    assert read_choice(path) is None
+def test_a_file_that_cannot_be_written_whole_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(OSError, match="space"):
+        write_choice(tmp_path / "levels.json", Choice("here", dict.fromkeys(OPERATORS, BEST), {}))
+    assert not list(tmp_path.iterdir())
+
+
+X86 = """processor\t: 0
+vendor_id\t: GenuineIntel
+cpu family\t: 6
+model\t\t: {model}
+model name\t: Intel(R) Xeon(R) Processor
+stepping\t: 1
+
+processor\t: 1
+model\t\t: 99
+"""
+ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: {model}\n"
+
+
+@pytest.mark.parametrize("text", [X86, ARM])
+def test_processors_of_the_same_name_are_told_apart(tmp_path: Path, text: str) -> None:
+    described = []
+    for model in ("143", "207"):
+        path = tmp_path / model
+        path.write_text(text.format(model=model))
+        described.append(cpu_model(str(path)))
+        assert model in described[-1].split(", ")
+    assert described[0] != described[1]
+    assert cpu_model() in machine_fingerprint()

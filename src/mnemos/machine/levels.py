@@ -27,6 +27,8 @@ OPERATORS = ("quantized", "floats", "attention")
 _CANDIDATES = 3  # levels: one that is so much lower than the best never wins
 _CLEARLY = 0.95  # of the likely best's seconds: below that another level is faster, rather than luckier
 _FORMAT = 1
+_MODEL = ("vendor_id", "cpu family", "model", "model name", "stepping")
+_ARM_MODEL = ("CPU implementer", "CPU variant", "CPU part", "CPU revision")
 
 Trial = Callable[[str, str], float]
 
@@ -94,7 +96,7 @@ def machine_fingerprint() -> str:
     """What a measurement holds for: this processor with these levels, and these kernels."""
     core = require_core()
     built = Path(str(core.__file__)).stat()
-    parts = (_FORMAT, cpu_name(), "+".join(core.available_isas()), built.st_size, built.st_mtime_ns)
+    parts = (_FORMAT, cpu_model(), "+".join(core.available_isas()), built.st_size, built.st_mtime_ns)
     return "; ".join(str(part) for part in parts)
 
 
@@ -104,15 +106,19 @@ def choice_path(fingerprint: str) -> Path:
 
 
 def read_choice(path: Path) -> Choice | None:
-    """None if there is no file, or none that this version understands."""
+    """None if there is no file, or none that this version understands in whole."""
     core = require_core()
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        choice = Choice(str(values["fingerprint"]), dict(values["levels"]), dict(values["seconds"]))
-    except (OSError, ValueError, TypeError, KeyError):
+        levels = {operators: str(values["levels"][operators]) for operators in OPERATORS}
+        seconds = {
+            operators: {str(level): float(time) for level, time in values["seconds"][operators].items()}
+            for operators in OPERATORS
+        }
+        choice = Choice(str(values["fingerprint"]), levels, seconds)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    known = set(choice.levels) == set(OPERATORS) and set(choice.levels.values()) <= set(core.available_isas())
-    return choice if known else None
+    return choice if set(levels.values()) <= set(core.available_isas()) else None
 
 
 def write_choice(path: Path, choice: Choice) -> None:
@@ -120,12 +126,13 @@ def write_choice(path: Path, choice: Choice) -> None:
     import tempfile  # not needed in most processes
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".levels", delete=False) as file:
-        json.dump(asdict(choice), file, indent=1)
+    handle, written = tempfile.mkstemp(dir=path.parent, prefix=".levels")
     try:
-        os.replace(file.name, path)
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(asdict(choice), file, indent=1)
+        os.replace(written, path)
     except OSError:
-        os.unlink(file.name)
+        os.unlink(written)
         raise
 
 
@@ -133,10 +140,30 @@ def write_choice(path: Path, choice: Choice) -> None:
 def cpu_name() -> str:
     """As the operating system gives it."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+        return _cpu_fields("/proc/cpuinfo").get("model name") or platform.machine()
     except OSError:
         return platform.processor() or platform.machine()
-    return platform.machine()
+
+
+def cpu_model(path: str = "/proc/cpuinfo") -> str:
+    """The processor, told apart from others of its name: virtual machines call several models by the same.
+
+    path: where Linux describes it; elsewhere the name is all.
+    """
+    try:
+        fields = _cpu_fields(path)
+    except OSError:
+        return cpu_name()
+    return ", ".join(fields[name] for name in (*_MODEL, *_ARM_MODEL) if name in fields) or platform.machine()
+
+
+def _cpu_fields(path: str) -> dict[str, str]:
+    """What Linux says of the first processor."""
+    fields: dict[str, str] = {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.strip():
+                break
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+    return fields
