@@ -109,12 +109,13 @@ def test_a_step_trains_the_student_and_leaves_the_teacher() -> None:
 
 def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     student = Small()
+    model = DistilledModel(student, Plain())
     with torch.no_grad():
         student.head.bias[3] = torch.nan
     before = copy.deepcopy(student.state_dict())
     optimizer = torch.optim.Adam(student.parameters(), 0.05)
     with pytest.raises(ModelError, match="the loss is nan"):
-        DistilledModel(student, Plain()).train_step(IDS, None, optimizer)
+        model.train_step(IDS, None, optimizer)
     assert all(
         torch.equal(
             before[name],
@@ -263,3 +264,24 @@ def test_bad_input_is_named(call: Any, message: str) -> None:
     with pytest.raises((ConfigError, ModelError)) as caught:
         call()
     assert message in str(caught.value)
+
+
+def test_what_a_student_cannot_learn_from_is_said() -> None:
+    broken = Small()
+    with torch.no_grad():
+        broken.head.weight[1, 2] = torch.nan
+    with pytest.raises(ModelError, match="teacher_model.head.weight has values that are NaN"):
+        DistilledModel(Small(), broken)
+    with pytest.raises(ModelError, match="student_model.embedding.weight has no values"):
+        DistilledModel(Small().to("meta"), Small())
+    model = DistilledModel(Small(), Small())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = copy.deepcopy(model.state_dict())
+    for labels in (IDS + VOCABULARY, IDS - VOCABULARY - 200):
+        with pytest.raises(ConfigError, match=f"labels hold .*; expected -100, or ids below {VOCABULARY}"):
+            model.train_step(IDS, labels, optimizer)
+    with pytest.raises(ConfigError, match="inputs are .*; expected a tensor, or a mapping"):
+        model.train_step(IDS.tolist(), IDS, optimizer)
+    with pytest.raises(ConfigError, match="optimizer is None; expected a torch.optim.Optimizer"):
+        model.train_step(IDS, IDS, None)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

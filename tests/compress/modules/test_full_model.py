@@ -96,6 +96,10 @@ def test_what_cannot_be_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         quantize_full_model(Small(), "int2")
     with pytest.raises(ConfigError, match="suffix must be .safetensors"):
         quantize_full_model(Small(), "bf16", tmp_path / "model.gguf")
+    with pytest.raises(ConfigError, match="output_path is 5; expected a path"):
+        quantize_full_model(Small(), "dynamic", 5)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="0.weight has no shape yet"):
+        quantize_full_model(nn.Sequential(nn.LazyLinear(8)), "fp16")
     with pytest.raises(FormatError, match="cannot be written"):
         quantize_full_model(Small(), "bf16", tmp_path / "no folder" / "model.pt")
     assert not list(tmp_path.iterdir())

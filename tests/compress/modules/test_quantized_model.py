@@ -15,9 +15,16 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from mnemos import InferenceEngine, ModelServer, QuantizedModel  # noqa: E402
+from mnemos import (  # noqa: E402
+    DistilledModel,
+    InferenceEngine,
+    ModelServer,
+    PrunedModel,
+    QuantizedModel,
+    quantize_full_model,
+)
 from mnemos.compress.modules import conversion  # noqa: E402
-from mnemos.errors import CapacityError, ConfigError, FormatError, ModelError  # noqa: E402
+from mnemos.errors import CapacityError, ConfigError, FormatError, ModelError, RequestError  # noqa: E402
 from mnemos.native import core  # noqa: E402
 from tests.models.foreign.foreign_modules import CONTEXT, VOCABULARY, PastArgument, Plain  # noqa: E402
 
@@ -277,14 +284,21 @@ def test_other_modes_and_places_are_refused() -> None:
     with pytest.raises(ConfigError, match="mode is True; quantized weights cannot be trained"):
         quantized.train()
     assert quantized.eval() is quantized
-    with pytest.raises(ConfigError, match="device is 'meta'"):
+    with pytest.raises(ConfigError, match="device is 'meta'; weights in the native core's blocks stay on the CPU"):
         quantized.to("meta")
+    assert not any(tensor.is_meta for tensor in quantized.state_dict().values())  # nothing has moved
+    with pytest.raises(RequestError, match="input is on meta; expected a tensor on the CPU"):
+        quantized(ids().to("meta"))
+    with pytest.raises(RequestError, match="input is on meta; expected a tensor on the CPU"):
+        quantized.up[0](torch.zeros(1, 128, device="meta"))
+    with pytest.raises(RequestError, match="input is torch.float32; expected row numbers"):
+        quantized(ids().float())
     with pytest.raises(ConfigError, match="quantized to 8 bits already"):
         QuantizedModel(quantized)
 
 
 def test_what_cannot_be_asked_for() -> None:
-    for bits in (3, 16, 8.0, "8", None, True):
+    for bits in (3, 16, 8.0, "8", None, True, torch.tensor([8, 4])):
         with pytest.raises(ConfigError, match="bits is .*; expected 8 or 4"):
             QuantizedModel(Stack(), bits=bits)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="method is 'best'"):
@@ -293,6 +307,36 @@ def test_what_cannot_be_asked_for() -> None:
         QuantizedModel("model")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="Sequential has nothing to quantize.*GELU, LayerNorm, Sequential"):
         QuantizedModel(nn.Sequential(nn.LayerNorm(8), nn.GELU()))
+    with pytest.raises(ModelError, match="Sequential has nothing to quantize"):
+        QuantizedModel(nn.Sequential(nn.LazyLinear(8)))
+    model = nn.Sequential(nn.Linear(32, 8), nn.Embedding(0, 8))
+    assert [row.reason for row in QuantizedModel(model).report() if row.name == "1.weight"] == ["it has no values"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_that_is_not_there_is_said() -> None:
+    small = Stack()
+    for model in (
+        QuantizedModel(small),
+        PrunedModel(small, criterion="weights"),
+        DistilledModel(small, Stack()),
+        quantize_full_model(small, "fp8"),
+    ):
+        with pytest.raises(ConfigError, match="the device cannot be used here: .*; expected 'cpu' or one that"):
+            model.to("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_module_on_a_gpu_is_refused_before_anything_moves() -> None:
+    with pytest.raises(ConfigError, match="table.weight is on cuda:0; .* give model.cpu()"):
+        QuantizedModel(Stack().cuda())
+    quantized = QuantizedModel(Stack())
+    with pytest.raises(ConfigError, match="device is 'cuda:0'; .*stay on the CPU"):
+        quantized.to("cuda")
+    assert quantized(ids()).shape == (4, 32, 300)
+    with pytest.raises(RequestError, match="input is on cuda:0"):
+        quantized(ids().cuda())
 
 
 def test_nan_weights_are_named() -> None:
@@ -343,6 +387,14 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
             QuantizedModel.load(path, Stack)
     with pytest.raises(FormatError, match="does not exist"):
         QuantizedModel.load(tmp_path / "none.st", Stack)
+
+
+def test_a_module_to_load_into_needs_values(tmp_path: Path) -> None:
+    QuantizedModel(Stack()).save(tmp_path / "model.st")
+    with pytest.raises(ConfigError, match="table.weight of the module to load into is on the device meta"):
+        QuantizedModel.load(tmp_path / "model.st", Stack().to("meta"))
+    with pytest.raises(ConfigError, match="model_class is 5; expected a class, or a module of it"):
+        QuantizedModel.load(tmp_path / "model.st", 5)  # type: ignore[arg-type]
 
 
 def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from mnemos.compress.modules.depth import spread_out  # noqa: E402
 from mnemos.compress.modules.layers import matrices  # noqa: E402
 from mnemos.compress.modules.pruned_model import PrunedModel  # noqa: E402
 from mnemos.compress.modules.structured import choose_and_fit  # noqa: E402
+from mnemos.compress.modules.student import student_of  # noqa: E402
 from mnemos.compress.modules.units import Units, find_units  # noqa: E402
 from mnemos.errors import ConfigError, ModelError  # noqa: E402
 from tests.compress.modules.test_pruned_model import batches, distance  # noqa: E402
@@ -304,3 +305,11 @@ def test_bad_input_is_named(model: nn.Module, options: dict[str, Any], message: 
     with pytest.raises((ConfigError, ModelError)) as caught:
         PrunedModel(model, 0.5, "structured", **options)
     assert message in str(caught.value)
+
+
+def test_batches_that_the_module_does_not_take_are_refused() -> None:
+    given = torch.full((4, 16), 10**6)
+    with pytest.raises(ConfigError, match="batch 0 cannot be run: IndexError: .*; expected what Model.forward takes"):
+        PrunedModel(Model(), 0.5, "structured", batches=given)
+    with pytest.raises(ConfigError, match="batch 0 cannot be run: IndexError: .*; expected what Model.forward takes"):
+        student_of(Model(), batches=given)

@@ -64,7 +64,12 @@ def ids_of(inputs: Any) -> Tensor:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """The module's own answer to a batch's inputs, which are moved to its device; without a cache where it has one."""
+    """The module's own answer to a batch's inputs, which are moved to its device; without a cache where it has one.
+
+    ConfigError: the inputs are neither a tensor nor a mapping.
+    """
+    if not isinstance(inputs, (Tensor, Mapping)):
+        raise ConfigError(f"inputs are {shown(inputs)}; expected a tensor, or a mapping of what forward takes")
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     if isinstance(inputs, Tensor):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.compress.modules.kept_zeros import is_held, mask_held, release_zeros
-from mnemos.compress.modules.layers import is_transposed, matrix_of
+from mnemos.compress.modules.layers import is_transposed, matrix_of, stay_on_cpu
 from mnemos.compress.modules.native_linear import NativeLinear, Products, pack_together
 from mnemos.errors import ConfigError
 from mnemos.formats.tensor_types import TensorType
@@ -18,6 +18,7 @@ from mnemos.native import core as _native
 
 ROWS, COLUMNS = 16, 32  # of the blocks that the native core can leave out
 _TYPES = {torch.float32: TensorType.F32, torch.bfloat16: TensorType.BF16}
+PLACE = "packed weights", "use the model before pack()"
 
 
 class BlockSparseLinear(NativeLinear):
@@ -86,9 +87,7 @@ class BlockSparseLinear(NativeLinear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockSparseLinear:
         """The weights stay on the CPU, and of their type."""
-        place = fn(torch.zeros(1)).device
-        if place.type != "cpu":
-            raise ConfigError(f"device is {str(place)!r}; packed weights stay on the CPU: use the model before pack()")
+        stay_on_cpu(fn, *PLACE)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockSparseLinear:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnemos.compress.modules.batches import IGNORED, evaluating, ids_of, logits_of, split_batch
-from mnemos.compress.modules.layers import check_module
+from mnemos.compress.modules.layers import check_finite_parameters, check_module, place_of
 from mnemos.errors import ConfigError, MnemosError, ModelError, shown
 from mnemos.rules import one_of, real, whole
 
@@ -35,7 +35,8 @@ class DistilledModel(nn.Module):
     divergence     "forward": KL(teacher, student), "reverse": KL(student, teacher), "js": half of each to their middle
     pad_token_id   labels of this token count for nothing, like those of -100 and what an attention_mask leaves out
 
-    Errors: ConfigError for values that are not allowed and for a teacher with another vocabulary.
+    Errors: ConfigError for values that are not allowed and for a teacher with another vocabulary; ModelError for
+    weights that are NaN or infinite.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class DistilledModel(nn.Module):
         self.alpha: float = ALPHA.apply("alpha", alpha)
         self.divergence: str = DIVERGENCE.apply("divergence", divergence)
         self.pad_token_id = None if pad_token_id is None else TOKEN.apply("pad_token_id", pad_token_id)
+        for field, model in (("student_model", student_model), ("teacher_model", teacher_model)):
+            check_finite_parameters(model, f"{field}.")
         if student_model is teacher_model:
             raise ConfigError("teacher_model is the student_model itself; give a copy, or student_of(model)")
         student, teacher = vocabulary_of(student_model), vocabulary_of(teacher_model)
@@ -69,6 +72,12 @@ class DistilledModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the student answers."""
         return self.student_model(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DistilledModel:
+        """Moves the student; the teacher stays where it is. ConfigError: PyTorch cannot use the device here."""
+        place_of(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def loss(self, inputs: Any, labels: Tensor | None = None) -> Tensor:
         """The loss of a batch, a scalar with a gradient for the student.
@@ -97,8 +106,10 @@ class DistilledModel(nn.Module):
     ) -> float:
         """One step of the optimizer on a batch; returns the loss before it. clip: the largest norm of the gradient.
 
-        ModelError: the loss is not finite; the student is left as it was.
+        ModelError: the loss is not finite; the student is left as it was. ConfigError: `optimizer` is none.
         """
+        if not (hasattr(optimizer, "zero_grad") and hasattr(optimizer, "step")):
+            raise ConfigError(f"optimizer is {shown(optimizer)}; expected a torch.optim.Optimizer")
         self.student_model.train()
         loss = self.loss(inputs, labels)
         value = float(loss.detach())
@@ -115,7 +126,7 @@ class DistilledModel(nn.Module):
 def targets_of(inputs: Any, labels: Tensor | None, logits: Tensor, pad_token_id: int | None = None) -> Tensor:
     """The label of each row of logits (batch, time, vocabulary), as (batch, time); IGNORED where none counts.
 
-    See `DistilledModel.loss`. ConfigError: the labels are not one for each position.
+    See `DistilledModel.loss`. ConfigError: the labels are not one for each position, or not among the logits.
     """
     ids = ids_of(inputs).to(logits.device)
     given = ids if labels is None else labels.to(logits.device)
@@ -137,6 +148,12 @@ def targets_of(inputs: Any, labels: Tensor | None, logits: Tensor, pad_token_id:
     if mask is not None and given.shape == ids.shape:
         unseen = unseen | (mask.to(logits.device) == 0)
     targets = given.masked_fill(unseen, IGNORED)
+    wrong = (targets != IGNORED) & ((targets < 0) | (targets >= logits.shape[-1]))
+    if bool(wrong.any()):
+        raise ConfigError(
+            f"labels hold {int(targets[wrong][0])}; expected {IGNORED}, or ids below {logits.shape[-1]}, the number of "
+            "logits"
+        )
     return F.pad(targets[:, 1:], (0, 1), value=IGNORED) if shifts else targets
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mnemos.compress.modules.layers import check_finite_parameters, check_module
 from mnemos.compress.modules.quantizable import Layer, find_layers
 from mnemos.compress.modules.quantized_model import QuantizedModel
-from mnemos.compress.modules.state_file import save_state
+from mnemos.compress.modules.state_file import check_name, save_state
 from mnemos.compress.modules.stored_weights import (
     BitsandbytesFloat8Weight,
     Float8Weight,
@@ -20,7 +20,7 @@ from mnemos.compress.modules.stored_weights import (
     StoredLinear,
     import_bitsandbytes,
 )
-from mnemos.errors import ModelError
+from mnemos.errors import ConfigError, ModelError, shown
 from mnemos.rules import one_of
 
 _FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -45,6 +45,11 @@ def quantize_full_model(
     """
     METHOD.apply("method", method)
     check_module(model)
+    if output_path is not None:
+        if not isinstance(output_path, (str, os.PathLike)):
+            raise ConfigError(f"output_path is {shown(output_path)}; expected a path, or None to write nothing")
+        if method != "dynamic":
+            check_name(output_path)
     if method == "dynamic":
         quantized = QuantizedModel(model)
         if output_path is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from mnemos.errors import ConfigError, ModelError
 
@@ -65,17 +66,40 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
 
 def check_finite(name: str, values: Tensor) -> None:
     """ModelError if a tensor has NaN or infinite values, with its name, or has no values at all."""
+    if isinstance(values, UninitializedParameter):
+        raise ModelError(f"{name} has no shape yet (it is lazy); expected a module that has been called once")
     if values.device.type == "meta":
         raise ModelError(f"{name} has no values (its device is meta); expected loaded weights")
     if not bool(torch.isfinite(values.detach()).all()):
         raise ModelError(f"{name} has values that are NaN or infinite; expected finite weights")
 
 
-def check_finite_parameters(model: nn.Module) -> None:
-    """ModelError if a parameter has NaN or infinite values, with its name, or has no values at all."""
+def check_finite_parameters(model: nn.Module, prefix: str = "") -> None:
+    """ModelError if a parameter has NaN or infinite values, with its name after `prefix`, or has no values at all."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            check_finite(name, parameter)
+            check_finite(prefix + name, parameter)
+
+
+def place_of(fn: Callable[[Tensor], Tensor]) -> torch.device:
+    """The device to which `fn`, as `nn.Module._apply` gets it from `to`, `cuda` and others, moves a tensor.
+
+    ConfigError: PyTorch cannot use that device here.
+    """
+    try:
+        return fn(torch.zeros(1)).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the device cannot be used here: {reason}; expected 'cpu' or one that PyTorch has"
+        ) from error
+
+
+def stay_on_cpu(fn: Callable[[Tensor], Tensor], what: str, instead: str) -> None:
+    """ConfigError if `fn`, see `place_of`, moves anything away from the CPU. instead: what to do for that."""
+    place = place_of(fn)
+    if place.type != "cpu":
+        raise ConfigError(f"device is {str(place)!r}; {what} stay on the CPU: {instead}")
 
 
 def check_module(model: object, field: str = "model") -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.compress.modules.state_file import DTYPES, entry_of, lost_types, real_form, restored_type
-from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError
+from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError, shown
 from mnemos.formats.mapping import excerpt
 from mnemos.formats.safetensors import read_notes
 from mnemos.formats.safetensors_writer import Entry
@@ -79,12 +80,14 @@ def make_module(
     if isinstance(model_class, nn.Module):
         if arguments:
             raise ConfigError(f"{', '.join(arguments)} given with a module; expected a class to call with them")
-        return model_class
+        return _with_values(model_class)
     if model_class is not None:
+        if not callable(model_class):
+            raise ConfigError(f"model_class is {shown(model_class)}; expected a class, or a module of it")
         made = model_class(**arguments)
         if not isinstance(made, nn.Module):
             raise ConfigError(f"model_class made a {type(made).__name__}; expected a torch.nn.Module")
-        return made
+        return _with_values(made)
     if stored.settings is None:
         raise ConfigError(
             f"model_class is None and {stored.path} holds a {stored.class_name}; expected the class, "
@@ -101,6 +104,14 @@ def make_module(
         raise FormatError(f"{stored.path}: transformers has no model {excerpt(stored.settings.get('class'))}")
     config_class: Any = found.config_class
     module: nn.Module = found(config_class.from_dict(stored.settings.get("config")))
+    return module
+
+
+def _with_values(module: nn.Module) -> nn.Module:
+    """The module. ConfigError: it has a tensor without values, which may be one that no file holds."""
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_meta:
+            raise ConfigError(f"{name} of the module to load into is on the device meta; expected it on 'cpu'")
     return module
 
 

@@ -54,7 +54,7 @@ def measure(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence
     try:
         with evaluating(model):
             for number, batch in enumerate(batches):
-                _run(model, batch, number)
+                run_batch(model, batch, number)
     finally:
         for hook in hooks:
             hook.remove()
@@ -72,7 +72,8 @@ def measure(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence
     return found
 
 
-def _run(model: nn.Module, batch: Any, number: int) -> None:
+def run_batch(model: nn.Module, batch: Any, number: int) -> None:
+    """Runs the module over one of the batches. ConfigError: it does not take it; its own error is the cause."""
     try:
         call(model, split_batch(batch)[0])
     except MnemosError:

@@ -82,6 +82,7 @@ class NativeLinear(nn.Module):
         shape, width = input.shape, self.in_features
         if shape[-1:] != (width,):
             raise RequestError(f"input has shape {tuple(shape)}; expected {width} values in its last axis")
+        check_on_cpu(input)
         if input.requires_grad and torch.is_grad_enabled():
             raise ConfigError("input requires gradients, which this layer does not have; train the module it is from")
         x = input if input.dtype is self.dtype else input.to(self.dtype)
@@ -102,6 +103,12 @@ class NativeLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_numbers": {}}
+
+
+def check_on_cpu(input: Tensor) -> None:
+    """RequestError unless the native core can read the tensor's memory."""
+    if not input.is_cpu:
+        raise RequestError(f"input is on {input.device}; expected a tensor on the CPU, where this layer's weights are")
 
 
 def pack_together(weights: Iterable[tuple[Any, Any]]) -> None:

@@ -11,10 +11,19 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import listed
-from mnemos.compress.modules.block_sparse import BlockSparseLinear, pack_layers
+from mnemos.compress.modules.block_sparse import PLACE, BlockSparseLinear, pack_layers
 from mnemos.compress.modules.depth import Stack, find_stack
 from mnemos.compress.modules.kept_zeros import hold_zeros, release_zeros
-from mnemos.compress.modules.layers import check_module, is_matrix, matrices, matrix_of, set_values, stages
+from mnemos.compress.modules.layers import (
+    check_module,
+    is_matrix,
+    matrices,
+    matrix_of,
+    place_of,
+    set_values,
+    stages,
+    stay_on_cpu,
+)
 from mnemos.compress.modules.masks import Pattern, fit_masked, magnitude_masks
 from mnemos.compress.modules.moments import measure
 from mnemos.compress.modules.native_linear import bind_all, call_native
@@ -31,12 +40,13 @@ from mnemos.compress.modules.shrink import shrink
 from mnemos.compress.modules.structured import Removed
 from mnemos.errors import ConfigError, ModelError
 from mnemos.native import require_core
-from mnemos.rules import one_of, real, several
+from mnemos.rules import one_of, real, several, text
 
 RATIO = real(0, 1, open_low=True, open_high=True)
 METHOD = one_of("magnitude", "structured")
 CRITERION = one_of("weights", "activations")
 SCOPE = one_of("global", "layer")
+SKIP = several(text(1000), 100_000)
 PARTS = several(one_of("neurons", "heads", "layers"), 3)
 
 
@@ -68,11 +78,11 @@ class PrunedModel(nn.Module):
         method: str = "magnitude",
         *,
         criterion: str | None = None,
-        parts: Sequence[str] = ("neurons",),
+        parts: str | Sequence[str] = ("neurons",),
         batches: Any = None,
         scope: str | None = None,
         pattern: str | None = None,
-        skip: Sequence[str] = (),
+        skip: str | Sequence[str] = (),
         inplace: bool = False,
     ) -> None:
         super().__init__()
@@ -87,8 +97,9 @@ class PrunedModel(nn.Module):
             if criterion == "activations" or (criterion is None and batches is not None):
                 raise ConfigError(f"scope is {scope!r} with criterion 'activations', which prunes each layer alike")
             criterion = "weights"
+        skipped = SKIP.apply("skip", skip)
         chosen = PARTS.apply("parts", parts)
-        if method == "structured" and (pattern is not None or scope is not None or skip):
+        if method == "structured" and (pattern is not None or scope is not None or skipped):
             raise ConfigError("method is 'structured', which takes no pattern, scope or skip; leave them out")
         given = None if batches is None else listed(batches)
         found = matrices(model)
@@ -103,7 +114,7 @@ class PrunedModel(nn.Module):
             self._layers = list(self._before)
             return
         self._differences = Differences({}, [])
-        self._layers = _chosen(found, zeros, skip)
+        self._layers = _chosen(found, zeros, skipped)
         self.model = model if inplace else copy.deepcopy(model)
         layers = {name: self.model.get_submodule(name) for name in self._layers}
         if given is None and criterion != "weights":
@@ -157,6 +168,15 @@ class PrunedModel(nn.Module):
             self.requires_grad_(False)
             super().train(False)
             bind_all(self)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PrunedModel:
+        """ConfigError for a device that PyTorch or packed weights cannot use, before anything moves."""
+        if self.is_packed:
+            stay_on_cpu(fn, *PLACE)
+        else:
+            place_of(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def train(self, mode: bool = True) -> PrunedModel:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -44,9 +45,9 @@ class Layer:
 
 def check_request(bits: Any, method: Any) -> None:
     """ConfigError unless the bits and the method are known."""
-    if bits not in BITS or not isinstance(bits, int):
+    if type(bits) is not int or bits not in BITS:
         raise ConfigError(f"bits is {bits!r}; expected 8 or 4")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(f"method is {method!r}; expected 'dynamic' or 'static'")
 
 
@@ -78,6 +79,8 @@ def find_layers(model: nn.Module, bits: int) -> list[Layer]:
 def reason_to_stay(module: nn.Module) -> str:
     """Why a module's own parameters stay in float."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
+        if not module.weight.numel():
+            return "it has no values"
         if type(module) is nn.Embedding:
             return "its rows are renormalised when they are read"
         return f"{type(module).__name__} is a subclass with a forward of its own"
@@ -91,13 +94,16 @@ def reason_to_stay(module: nn.Module) -> str:
 def _layer_of(name: str, module: Any) -> Layer | None:
     if "forward" in module.__dict__:  # patched: what it computes is not known
         return None
+    kind: Kind
     if type(module) is nn.Linear:
-        return Layer(name, module, "linear")
-    if type(module) is nn.Embedding and module.max_norm is None:
-        return Layer(name, module, "embedding")
-    if is_transposed(module):
-        return Layer(name, module, "conv1d")
-    return None
+        kind = "linear"
+    elif type(module) is nn.Embedding and module.max_norm is None:
+        kind = "embedding"
+    elif is_transposed(module):
+        kind = "conv1d"
+    else:
+        return None
+    return Layer(name, module, kind) if module.weight.numel() else None
 
 
 def _check_type(layer: Layer) -> None:
@@ -106,13 +112,13 @@ def _check_type(layer: Layer) -> None:
         raise ModelError(f"{name} is {weight.dtype}; expected a floating-point weight, not a quantized one")
 
 
-def check_place(layers: Sequence[Layer]) -> None:
-    """ConfigError unless all weights are on the CPU."""
-    for layer in layers:
-        if layer.parameter.device.type != "cpu":
+def check_place(model: nn.Module) -> None:
+    """ConfigError unless all parameters and buffers are on the CPU."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type != "cpu":
             raise ConfigError(
-                f"{layer.name}.weight is on {layer.parameter.device}; the native core's products run on a CPU: give "
-                "model.cpu(), or quantize with torchao on the GPU"
+                f"{name} is on {tensor.device}; the native core's products run on a CPU: give model.cpu(), or use "
+                "torchao itself on the GPU"
             )
 
 

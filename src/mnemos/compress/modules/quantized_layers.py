@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.compress.modules.block_weights import BLOCK, TYPES, BlockWeights
-from mnemos.compress.modules.native_linear import NativeLinear, Products, pack_together
-from mnemos.errors import ConfigError
+from mnemos.compress.modules.layers import stay_on_cpu
+from mnemos.compress.modules.native_linear import NativeLinear, Products, check_on_cpu, pack_together
+from mnemos.errors import RequestError
 from mnemos.native import core as _native
+
+PLACE = "weights in the native core's blocks", "use dequantize(), or the float module, on another device"
 
 
 class QuantizedWeight(nn.Module):
@@ -92,12 +95,7 @@ class QuantizedWeight(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedWeight:
         """Moving is refused; a change of dtype is for what is left in float."""
-        place = fn(torch.zeros(1)).device
-        if place.type != "cpu":
-            raise ConfigError(
-                f"device is {str(place)!r}; weights in the native core's blocks stay on the CPU: quantize the float "
-                "module again when it is on the GPU"
-            )
+        stay_on_cpu(fn, *PLACE)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,6 +166,9 @@ class QuantizedEmbedding(nn.Module):
         return self.quantized.values() if self.quantized.is_expanded else None
 
     def forward(self, input: Tensor) -> Tensor:
+        check_on_cpu(input)
+        if input.is_floating_point():
+            raise RequestError(f"input is {input.dtype}; expected row numbers, in int64 or another type of integers")
         ids = input.to(torch.int64).contiguous()
         y = torch.empty((*ids.shape, self.quantized.padded), dtype=torch.float32)
         _native.gather_rows(self.quantized.matrix, ids.data_ptr(), ids.numel(), y.data_ptr())

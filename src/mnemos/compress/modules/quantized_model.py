@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import listed
 from mnemos.compress.modules.conversion import convert, fill, restore, split_attention
-from mnemos.compress.modules.layers import check_module
+from mnemos.compress.modules.layers import check_module, stay_on_cpu
 from mnemos.compress.modules.module_file import make_module
 from mnemos.compress.modules.moments import measure
 from mnemos.compress.modules.native_linear import bind_all, call_native, pack_together
 from mnemos.compress.modules.quantizable import check_place, check_request, find_layers
 from mnemos.compress.modules.quantized_file import read_model, write_model
-from mnemos.compress.modules.quantized_layers import QuantizedWeight
+from mnemos.compress.modules.quantized_layers import PLACE, QuantizedWeight
 from mnemos.compress.modules.report import LayerReport, Report
 from mnemos.errors import ConfigError
 from mnemos.native import require_core
@@ -54,7 +54,7 @@ class QuantizedModel(nn.Module):
         self.is_calibrated = method == "dynamic"
         self.model = split_attention(model)
         layers = find_layers(self.model, bits)
-        check_place(layers)
+        check_place(self.model)
         if self.is_calibrated:
             self.model, self._reports = convert(self.model, layers)
         elif self.model is model:
@@ -103,6 +103,12 @@ class QuantizedModel(nn.Module):
         super().train(False)
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedModel:
+        """A change of dtype is for what is left in float. ConfigError for another device, before anything moves."""
+        stay_on_cpu(fn, *PLACE)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -139,7 +145,9 @@ class QuantizedModel(nn.Module):
         Errors: FormatError for a file that is none of these; ModelError for a module that does not fit.
         """
         stored = read_model(Path(path))
-        module = split_attention(make_module(stored, model_class, arguments))
+        module = make_module(stored, model_class, arguments)
+        check_place(module)
+        module = split_attention(module)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.bits, self.method, self.is_calibrated = stored.bits, stored.method, True

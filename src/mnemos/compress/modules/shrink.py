@@ -7,11 +7,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mnemos.compress.modules.batches import split_batch
+from mnemos.compress.modules.batches import evaluating, split_batch
 from mnemos.compress.modules.configs import resize_heads, resize_neurons
 from mnemos.compress.modules.depth import Stack, find_stack, least_needed, remove_layers, spread_out
 from mnemos.compress.modules.layers import matrices, matrix_of, stages
-from mnemos.compress.modules.moments import measure
+from mnemos.compress.modules.moments import measure, run_batch
 from mnemos.compress.modules.structured import (
     Numbers,
     Removed,
@@ -51,7 +51,7 @@ def shrink(
     wanted = [kind for kind, share in shares.items() if share]
     if not wanted:
         return done
-    example = few_tokens(batches[0])
+    example = few_tokens(model, batches[0])
     found = [one for one in find_units(model, matrices(model), example) if one.kind in wanted]
     removable: dict[str, tuple[Units, Numbers]] = {}
     for units in found:
@@ -106,12 +106,17 @@ def _update_config(model: nn.Module, done: list[Removed]) -> None:
         resize_heads(model, heads)
 
 
-def few_tokens(batch: Any) -> Any:
-    """The inputs of a batch, cut down to a few tokens of a few rows."""
+def few_tokens(model: nn.Module, batch: Any) -> Any:
+    """The inputs of a batch, cut down to a few tokens of a few rows. ConfigError: the module does not take them."""
     inputs, _ = split_batch(batch)
     if isinstance(inputs, Tensor):
-        return inputs[:TRACED_ROWS, :TRACED_TOKENS]
-    return {
-        name: value[:TRACED_ROWS, :TRACED_TOKENS] if isinstance(value, Tensor) and value.dim() == 2 else value
-        for name, value in inputs.items()
-    }
+        rows = inputs[:TRACED_ROWS]
+        few: Any = rows if inputs.is_floating_point() else rows[:, :TRACED_TOKENS]
+    else:
+        few = {
+            name: value[:TRACED_ROWS, :TRACED_TOKENS] if isinstance(value, Tensor) and value.dim() == 2 else value
+            for name, value in inputs.items()
+        }
+    with evaluating(model):
+        run_batch(model, few, 0)
+    return few

@@ -55,17 +55,22 @@ def restored_type(tensor: Tensor, kind: str) -> Tensor:
     return torch.view_as_complex(tensor.contiguous())
 
 
+def check_name(path: str | os.PathLike[str]) -> None:
+    """ConfigError for a file's name that `save_state` does not write to."""
+    if Path(path).suffix not in (".safetensors", ".pt", ".pth", ".bin"):
+        raise ConfigError(f"output_path is {os.fspath(path)!r}; its suffix must be .safetensors, .pt, .pth or .bin")
+
+
 def save_state(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Writes a state dict as safetensors, or as PyTorch's own format where the name ends in .pt, .pth or .bin.
 
-    ConfigError: it ends otherwise. FormatError, CapacityError: the file cannot be written; then nothing has
-    changed.
+    ConfigError: it ends otherwise, see `check_name`. FormatError, CapacityError: the file cannot be written; then
+    nothing has changed.
     """
+    check_name(path)
     target = Path(path)
     if target.suffix == ".safetensors":
         write_safetensors(target, {name: entry_of(value) for name, value in state.items()}, {"format": "pt"})
-    elif target.suffix in (".pt", ".pth", ".bin"):
+    else:
         size = sum(value.nbytes for value in state.values())
         write_whole(target, lambda file: _save(state, file), size)
-    else:
-        raise ConfigError(f"output_path is {os.fspath(path)!r}; its suffix must be .safetensors, .pt, .pth or .bin")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mnemos.compress.modules.layers import place_of
 from mnemos.errors import MissingDependencyError
 
 _LARGEST = 448.0  # of float8_e4m3fn
@@ -42,7 +43,7 @@ class Float8Weight(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Float8Weight:
         """Moves to devices, and keeps its types."""
-        place = fn(torch.zeros(1)).device
+        place = place_of(fn)
         self.values, self.exponents = self.values.to(place), self.exponents.to(place)
         return self
 

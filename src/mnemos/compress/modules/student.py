@@ -84,9 +84,8 @@ def _shrink_to(student: nn.Module, data: list[Any], size: float) -> None:
     """Removes neurons, and layers where these are not enough, until `size` of the parameters are left."""
     total = sum(p.numel() for p in student.parameters())
     layers = matrices(student)
-    neurons = sum(
-        size_of(units, layers) for units in find_units(student, layers, few_tokens(data[0])) if units.kind == "neurons"
-    )
+    found = find_units(student, layers, few_tokens(student, data[0]))
+    neurons = sum(size_of(units, layers) for units in found if units.kind == "neurons")
     gone = (1 - size) * total
     if neurons * MOST_NEURONS >= gone:
         shrink(student, data, neurons=gone / neurons)
