@@ -32,16 +32,24 @@ __attribute__((noinline)) void keep_best(const Named &named, int64_t row) {
   int32_t *pages = named.pages + row * named.stride;
   const int64_t found = named.found[row];
   for (int64_t i = found; i < named.stride; i++) scores[i] = -INFINITY;
-  for (int64_t i = 0; i < found; i++) {
-    const Vec own = splat(scores[i]);
-    int64_t better = 0;
-    for (int64_t j = 0; j < found; j += width) {
-      const Vec others = load(scores + j);
-      const unsigned earlier = j >= i ? 0 : i - j >= width ? lanes : (1u << (i - j)) - 1;
-      better += __builtin_popcount((bits(less(own, others)) & ~earlier) | (~bits(less(others, own)) & earlier));
+  // Equal scores are rare, and are only looked for where too many pages would stay.
+  const auto drop = [&](auto &&better_than) {
+    int64_t left = 0;
+    for (int64_t i = 0; i < found; i++) {
+      const Vec own = splat(scores[i]);
+      int64_t better = 0;
+      for (int64_t j = 0; j < found; j += width) better += __builtin_popcount(better_than(own, load(scores + j), i, j));
+      if (better >= named.count) pages[i] = -1;
+      left += better < named.count;
     }
-    if (better >= named.count) pages[i] = -1;
-  }
+    return left;
+  };
+  const auto larger = [](Vec own, Vec others, int64_t, int64_t) { return bits(less(own, others)); };
+  const auto larger_or_earlier = [](Vec own, Vec others, int64_t i, int64_t j) {
+    const unsigned earlier = j >= i ? 0 : i - j >= width ? lanes : (1u << (i - j)) - 1;
+    return (bits(less(own, others)) & ~earlier) | (~bits(less(others, own)) & earlier);
+  };
+  if (drop(larger) > named.count) drop(larger_or_earlier);
   int64_t kept = 0;
   float least = INFINITY;
   for (int64_t i = 0; i < found; i++) {
