@@ -15,7 +15,7 @@ from torch import Tensor, nn  # noqa: E402
 from mnemos.compress.modules.block_sparse import BlockSparseLinear  # noqa: E402
 from mnemos.compress.modules.pruned_model import PrunedModel  # noqa: E402
 from mnemos.compress.modules.quantized_model import QuantizedModel  # noqa: E402
-from mnemos.errors import ConfigError  # noqa: E402
+from mnemos.errors import ConfigError, RequestError  # noqa: E402
 from mnemos.native import core  # noqa: E402
 
 native = pytest.mark.skipif(core is None, reason="the native core is not built")
@@ -93,6 +93,9 @@ def test_a_packed_model_is_for_evaluation_on_a_cpu(model: Stack) -> None:
         packed.train()
     with pytest.raises(ConfigError, match="device is 'meta'"):
         packed.to("meta")
+    assert not any(tensor.is_meta for tensor in packed.state_dict().values())  # nothing has moved
+    with pytest.raises(RequestError, match="input is on meta; expected a tensor on the CPU"):
+        packed(inputs(2, 256).to("meta"))
     with pytest.raises(ConfigError, match="requires gradients"):
         packed(inputs(2, 256).requires_grad_())
 

@@ -298,3 +298,10 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_state(Plain().state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(FormatError, match="is no pruned module; expected a file that PrunedModel.save has written"):
         PrunedModel.load(tmp_path / "other.safetensors", model_class=Plain)
+
+
+def test_a_name_to_skip_need_not_be_in_a_list() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert list(PrunedModel(model, 0.5, criterion="weights", skip="0*").masks) == ["1"]
+    with pytest.raises(ConfigError, match="skip is 3; it must be a non-empty string"):
+        PrunedModel(model, 0.5, skip=3)  # type: ignore[arg-type]
