@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -64,6 +64,24 @@ def test_without_pytorch_files_are_written_and_the_rest_names_it(
     shown = capsys.readouterr()
     assert [line.split()[0] for line in shown.out.splitlines()] == ["format", "safetensors"]
     assert "onnx: exporting to onnx needs torch 2.6 or newer; run: pip install 'mnemos[export]'" in shown.err
+
+
+@pytest.mark.parametrize(("package", "oldest"), [("onnx", "1.17"), ("onnxscript", "0.3"), ("onnxruntime", "1.20")])
+def test_a_version_that_is_too_old_is_named_and_the_others_are_written(
+    package: str, oldest: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed)
+    monkeypatch.setattr(
+        "mnemos.export.requirements.version", lambda asked: "0.1.9" if asked == package else version(asked)
+    )
+    assert main(["export", str(folder), "--to", "onnx,gguf", "--out", str(tmp_path)]) == 1
+    assert (
+        f"onnx: exporting to ONNX needs {package} {oldest} or newer, and 0.1.9 is installed; "
+        "run: pip install 'mnemos[export]'" in capsys.readouterr().err
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
 
 
 def fails(*_: object) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mnemos.compress.modules.batches import evaluating
-from mnemos.errors import ConfigError, FormatError, MissingDependencyError, ModelError, shown
+from mnemos.errors import ConfigError, FormatError, ModelError, shown
 from mnemos.export.attention_axes import FourAxes
 from mnemos.export.comparison import RELATIVE, Compared, Run, compare
 from mnemos.export.example import SUM, Example, answer_of, example_of
@@ -23,10 +23,12 @@ from mnemos.export.forwards import parts_of
 from mnemos.export.messages import BY_TRACING, first_line
 from mnemos.export.onnx_weights import BITS, round_weights
 from mnemos.export.recurrent import is_recurrent, scanned
+from mnemos.export.requirements import imported
 from mnemos.export.rms_norm import spelled_out
 from mnemos.export.tracing import without_gradients
 
 DEFAULT_OPSET = 20
+_PACKAGES = {"onnx": "1.17", "onnxscript": "0.3", "onnxruntime": "1.20"}  # the oldest that work, as in pyproject.toml
 _OLDEST, _FIRST_OF_DYNAMO = 9, 18  # torch.export's programs use operators of opset 18
 _LAST_OF_TRACING = 20
 _OF_ACTIVATIONS = 0.05  # what 8 bits of the activations may change of the results, as a relative root mean square
@@ -226,14 +228,9 @@ def _running(session: Any, example: Example) -> Run:
 
 
 def _packages() -> tuple[Any, Any]:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            import_module(name)
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"exporting to ONNX needs {name}; run: pip install 'mnemos[export]'"
-            ) from error
-    return import_module("onnx"), import_module("onnxruntime")
+    """onnx and onnxruntime, at the versions of the extra `export`; MissingDependencyError names what does not fit."""
+    onnx, _, runtime = (imported(name, oldest, "export", "exporting to ONNX") for name, oldest in _PACKAGES.items())
+    return onnx, runtime
 
 
 def file_opset(path: str | os.PathLike[str]) -> int:
