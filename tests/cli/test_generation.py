@@ -27,6 +27,7 @@ def test_every_field_but_functions_is_an_option_in_its_group() -> None:
         "prefix_allowed_tokens_fn",
         "stopping_criteria",
         "adapter",  # of a command that loads one model, --adapter names the folder
+        "memory",  # and --memory is the engine's
     }
     text = parser().format_help()
     places = [text.index(f"\n{title}") for title in GROUPS.values()]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import setuptools  # noqa: F401  # torch's compiler imports it, and cannot once another test has imported distutils
 
 torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
