@@ -24,25 +24,10 @@ from mnemos.models.load import LoadedModel, load_model
 from tests.engine.toys import ToyModel
 from tests.models.checkpoints import CONFIGS, build, token_ids
 
+pytestmark = pytest.mark.usefixtures("no_home")
 CONTEXT, PAGE = 512, 32
 MEMORY = Memory(window=64, recall=64, sinks=32)
 WHOLE = 160  # positions that a row sees
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = CONFIGS["llama"]()
-    config.max_position_embeddings = CONTEXT
-    folder = tmp_path_factory.mktemp("llama")
-    build(config, folder)
-    return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_home(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MNEMOS_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 def load(folder: Path, **options: Any) -> LoadedModel:

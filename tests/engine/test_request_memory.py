@@ -17,8 +17,9 @@ from mnemos.engine.engine import InferenceEngine
 from mnemos.errors import ConfigError, MnemosError, RequestError, UnsupportedError
 from tests.engine.test_long_texts import CONTEXT, PROMPTS, load, results
 from tests.engine.toys import ToyModel
-from tests.models.checkpoints import CONFIGS, build, token_ids
+from tests.models.checkpoints import token_ids
 
+pytestmark = pytest.mark.usefixtures("no_home")
 SMALL = Memory(window=32, recall=32, sinks=0)
 LARGE = Memory(window=64, recall=64, sinks=32)
 WINDOW = Memory(window=96, recall=0, sinks=32)
@@ -28,22 +29,6 @@ NAMES: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3, "logprobs": 3},
     "lookup": {"speculative": "prompt_lookup"},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = CONFIGS["llama"]()
-    config.max_position_embeddings = CONTEXT
-    folder = tmp_path_factory.mktemp("llama")
-    build(config, folder)
-    return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_home(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MNEMOS_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 def complete(engine: InferenceEngine, request: tuple[list[int], Any, str], new: int = 40) -> list[Any]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import setuptools  # noqa: F401  # torch's compiler imports it, and cannot once another test has imported distutils
 
 torch = pytest.importorskip("torch")
+import setuptools  # noqa: E402, F401  # PyTorch's compiler does, and cannot once a test has imported distutils
 from torch import Tensor, nn  # noqa: E402
 
 from mnemos.export.onnx import ONNXExporter  # noqa: E402
