@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from mnemos.errors import ConfigError
 from mnemos.machine.home import home
 from mnemos.native import require_core
 
@@ -68,12 +69,16 @@ def settle_levels() -> Choice | None:
     if (named and "=" not in named) or len(core.available_isas()) == 1:
         return None
     fingerprint = machine_fingerprint()
-    path = choice_path(fingerprint)
-    choice = read_choice(path)
+    try:
+        path = choice_path(fingerprint)
+    except ConfigError:  # a user without a home folder
+        path = None
+    choice = None if path is None else read_choice(path)
     if choice is None or choice.fingerprint != fingerprint:
         choice = measure_levels(fingerprint, core.trial_seconds)
-        with suppress(OSError):
-            write_choice(path, choice)
+        if path is not None:
+            with suppress(OSError):
+                write_choice(path, choice)
     core.prefer_isas(",".join(f"{operators}={level}" for operators, level in choice.levels.items()))
     return choice
 

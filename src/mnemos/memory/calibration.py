@@ -19,6 +19,7 @@ from typing import cast
 import numpy as np
 
 from mnemos.contract import Batch, Floats, KVLayout, Model, ModelSpec, PagedModel, Recall, RecallingCache
+from mnemos.errors import ConfigError
 from mnemos.machine.home import home
 
 PERIOD = 1280  # tokens before they are repeated
@@ -102,7 +103,7 @@ def _stored(fingerprint: str) -> Floats | None:
         if values["fingerprint"] != fingerprint or values["format"] != _FORMAT:
             return None
         return np.array(values["shares"], dtype=np.float32)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ConfigError, OSError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -110,9 +111,9 @@ def _store(fingerprint: str, shares: Floats) -> None:
     """Whole or not at all; a folder that cannot be written only means that the next process measures again."""
     if not fingerprint:
         return
-    path = _path(fingerprint)
     values = {"fingerprint": fingerprint, "format": _FORMAT, "shares": [[float(x) for x in row] for row in shares]}
-    with suppress(OSError):
+    with suppress(OSError, ConfigError):
+        path = _path(fingerprint)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
             json.dump(values, file)
