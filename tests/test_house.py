@@ -111,6 +111,18 @@ def test_imports_go_down() -> None:
     assert not climbs
 
 
+def test_modules_imported_by_name_are_below_too() -> None:
+    """`import_module` of a text, which `imported_by` does not see, is no way up; but for the one that is listed."""
+    asked = {
+        (name, node.args[0].value)
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func)
+        if isinstance(node.args[0], ast.Constant) and str(node.args[0].value).partition(".")[0] == "mnemos"
+    }
+    assert asked == {("native", "mnemos._native"), ("engine.pretrained", "mnemos")}
+
+
 def test_no_imports_go_in_a_circle() -> None:
     def way_back(name: str) -> list[str]:
         """A shortest chain of imports from `name` back to itself."""

@@ -8,7 +8,7 @@ from dataclasses import Field
 from typing import TYPE_CHECKING, Any
 
 from mnemos.engine.options import LoadOptions, command_line, split
-from mnemos.errors import FormatError, UnsupportedError
+from mnemos.errors import FormatError
 
 if TYPE_CHECKING:
     from mnemos.engine.engine import InferenceEngine
@@ -72,28 +72,14 @@ def load_engine(arguments: argparse.Namespace, **running: Any) -> InferenceEngin
 def load(source: str, options: Mapping[str, Any]) -> InferenceEngine:
     """The engine for a model with these options of `from_pretrained`, with progress on standard error."""
     from mnemos.cli.terminal import ProgressBar
+    from mnemos.engine.pretrained import load_parts
 
     with ProgressBar(source) as progress:
         loading, running = split({**options, "progress": progress})
-        parts = _load_parts(source, loading)
+        parts = load_parts(source, loading)
     from mnemos.engine.engine import InferenceEngine  # imported late, while the weights are being read
 
     return InferenceEngine(**parts, **running)
-
-
-def _load_parts(source: str, loading: LoadOptions) -> dict[str, Any]:
-    """The engine's model and tokenizer, also of a package that holds a module which can be made without its class."""
-    from mnemos.engine.pretrained import load_parts
-
-    try:
-        return load_parts(source, loading)
-    except UnsupportedError:
-        from mnemos.export.packaging.loading import load_packed_module  # few models are one
-
-        parts = load_packed_module(source, loading)
-        if parts is None:
-            raise
-        return parts
 
 
 def tokenizer_of(engine: InferenceEngine, model: str) -> Tokenizer:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mnemos.engine.options import TRANSFORMERS, LoadOptions
@@ -84,6 +85,10 @@ def _load(checkpoint: Checkpoint, options: LoadOptions, *, is_draft: bool) -> tu
         if not is_draft:
             _refuse(options, ("kv_dtype", "threads", "memory"), _NOT_TRANSFORMERS)
             _refuse(options, ("adapters",), "for a model that runs through transformers; adapter merges one of them")
+            if _reader(checkpoint) is not None:
+                _refuse(options, ("dtype", "adapter"), _NOT_CHANGED)
+                if backend.partition(":")[2] not in ("", "cpu", "auto"):
+                    _refuse(options, ("backend", "device"), _NOT_CHANGED)
         return _load_foreign(checkpoint, options, backend.partition(":")[2] or options.device or "auto")
     if not is_draft:
         _refuse(options, ("use_kv_cache",), "for a built-in model, which always uses its cache; leave it out")
@@ -152,6 +157,7 @@ def read_tokenizer(tokenizer: Any) -> Any:
     return Tokenizer.from_file(os.fspath(tokenizer))
 
 
+_NOT_CHANGED = "for a quantized or pruned module, which runs on the CPU in the types that it was given; leave it out"
 _NOT_TRANSFORMERS = (
     "for a model that runs through transformers; leave it out: its cache is like its weights and is seen whole, its "
     "threads are those of torch.set_num_threads"
@@ -185,14 +191,13 @@ def _load_foreign(checkpoint: Checkpoint, options: LoadOptions, device: str) -> 
     from mnemos.models.load import architecture_names
     from mnemos.models.registry import find_architecture
     from mnemos.text.foreign import adapt_tokenizer
-    from mnemos.text.tokenizer import Tokenizer
 
     names = architecture_names(checkpoint)
     if checkpoint.kind != "huggingface" or not checkpoint.path.is_dir():
         find_architecture(names, checkpoint.path)  # raises if it is not built in
         raise UnsupportedError(f"{checkpoint.path}: only a Hugging Face folder runs through transformers")
     try:
-        from mnemos.models.foreign.pretrained import load_module, load_tokenizer
+        from mnemos.models.foreign.pretrained import load_module
         from mnemos.ops.torch import usable_device
     except ImportError as error:
         raise MissingDependencyError(
@@ -201,30 +206,68 @@ def _load_foreign(checkpoint: Checkpoint, options: LoadOptions, device: str) -> 
         ) from error
     from mnemos.models.load import adapt
 
-    folder = checkpoint.folder
-    tokenizer = read_tokenizer(options.tokenizer)
-    if tokenizer is None:
-        try:
-            tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        except FormatError:  # a kind of tokenizer that only transformers knows
-            tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
-    tokenizer = adapt_tokenizer(tokenizer)
-    checkpoint.close()  # transformers reads the files itself
-    module = load_module(
-        folder,
-        dtype=options.dtype,
-        device=str(usable_device(device)),
-        trust_remote_code=options.trust_remote_code,
-    )
+    folder, reader = checkpoint.folder, _reader(checkpoint)
+    tokenizer = adapt_tokenizer(_foreign_tokenizer(checkpoint, options, needed=reader is None))
+    checkpoint.close()  # what makes the module reads the files itself
+    if reader is not None:
+        module = _load_changed(folder, reader)
+    else:
+        module = load_module(
+            folder,
+            dtype=options.dtype,
+            device=str(usable_device(device)),
+            trust_remote_code=options.trust_remote_code,
+        )
     if options.adapter is not None:
         module = _with_adapter(module, options.adapter)
     model = adapt(
         module,
         use_kv_cache=options.use_kv_cache,
         context_length=options.context_length,
-        vocabulary_size=tokenizer.vocabulary_size,
+        vocabulary_size=None if tokenizer is None else tokenizer.vocabulary_size,
     )
+    if options.context_length is not None:
+        if options.context_length > model.spec.context_length:
+            raise ConfigError(f"context_length is {options.context_length}; the model's is {model.spec.context_length}")
+        model.spec = replace(model.spec, context_length=options.context_length)
     return model, tokenizer
+
+
+def _foreign_tokenizer(checkpoint: Checkpoint, options: LoadOptions, *, needed: bool) -> Any:
+    """The tokenizer of a model that runs through transformers; None: there is none, and none is needed."""
+    from mnemos.models.foreign.pretrained import load_tokenizer
+    from mnemos.text.tokenizer import Tokenizer
+
+    tokenizer = read_tokenizer(options.tokenizer)
+    if tokenizer is not None:
+        return tokenizer
+    with contextlib.suppress(FormatError):  # a kind of tokenizer that only transformers knows
+        return Tokenizer.from_checkpoint(checkpoint)
+    try:
+        return load_tokenizer(checkpoint.folder, trust_remote_code=options.trust_remote_code)
+    except FormatError:
+        if needed:
+            raise
+        return None
+
+
+def _reader(checkpoint: Checkpoint) -> str | None:
+    """The public class of Mnemos that has written a package's module, such as `QuantizedModel`, or None."""
+    from mnemos.formats.package import READERS
+    from mnemos.models.load import architecture_names
+
+    name = architecture_names(checkpoint)[0]
+    return name if name in READERS.values() else None
+
+
+def _load_changed(folder: Path, reader: str) -> Any:
+    """The module that a public class of Mnemos has written into a package.
+
+    What compresses modules is above the engine, which therefore asks the package itself for the class by its name.
+    """
+    from mnemos.formats.safetensors import SINGLE_NAME
+
+    return getattr(import_module("mnemos"), reader).load(folder / SINGLE_NAME)
 
 
 def _with_adapter(module: Any, adapter: str | os.PathLike[str]) -> Any:

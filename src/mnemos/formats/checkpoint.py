@@ -164,14 +164,23 @@ def _open_packed(package: Package) -> Checkpoint:
     folder = package.path
     if package.kind == "module":
         return _open_packed_module(package)
-    if package.kind in ("quantized", "pruned"):
-        raise UnsupportedError(f"{folder}: holds a module that was {package.kind}; {_load(package)}")
+    if package.changed_by:
+        return _open_changed_module(package, package.changed_by)
     if SINGLE_NAME in package.files or INDEX_NAME in package.files:
         return _open_huggingface(folder, folder, open_safetensors_folder(folder))
     models = sorted(name for name in package.files if name.endswith(".gguf") and "/" not in name)
     if not models:
         raise FormatError(f"{folder}: lists no weights; expected {SINGLE_NAME} or a .gguf file")
     return open_checkpoint(folder / models[0])
+
+
+def _open_changed_module(package: Package, reader: str) -> Checkpoint:
+    """A quantized or pruned module of transformers: its architecture is the class that reads it, which adapts like any
+    module; its tensors are as that class stores them."""
+    folder = package.path
+    if package.needs_class:
+        raise UnsupportedError(f"{folder}: holds a module that was {package.kind}; {_load(package)}")
+    return Checkpoint("huggingface", folder, {"architectures": [reader]}, open_safetensors(folder / SINGLE_NAME))
 
 
 def _open_packed_module(package: Package) -> Checkpoint:
@@ -195,8 +204,7 @@ def _open_packed_module(package: Package) -> Checkpoint:
 
 def _load(package: Package) -> str:
     name = str(package.metadata.get("model_class"))[:60]
-    own = f", model_class={name}" if package.needs_class else ""
-    return f"expected InferenceEngine(*ModelPackager.load_package({str(package.path)!r}{own})[:2])"
+    return f"expected InferenceEngine(*ModelPackager.load_package({str(package.path)!r}, model_class={name})[:2])"
 
 
 def _listing(names: list[str]) -> str:

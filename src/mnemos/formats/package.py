@@ -28,6 +28,8 @@ MAX_FILES, MAX_NAME, MAX_DEPTH = 10_000, 200, 8
 # What the weights are: files as other programs write them, or a module of the user's own.
 CHECKPOINTS = ("gguf", "huggingface", "memory", "adapter")
 MODULES = ("module", "quantized", "pruned")
+# The public class whose `load` makes a module again, by the kind of the package.
+READERS = {"quantized": "QuantizedModel", "pruned": "PrunedModel"}
 KINDS = CHECKPOINTS + MODULES
 _PIECE = 1 << 20
 _PART = re.compile(r"[\w(][\w.+@,=()~ -]*", re.ASCII)
@@ -65,6 +67,11 @@ class Package:
         """Whether it is a module that only its author's class makes: of transformers' own, its file says how."""
         theirs = str(self.metadata.get("model_module")).startswith("transformers.models.")
         return self.kind == "module" or (self.kind in MODULES and not theirs)
+
+    @property
+    def changed_by(self) -> str | None:
+        """The public class of Mnemos that makes the module again; None: it is no quantized or pruned module."""
+        return READERS.get(self.kind)
 
     @property
     def adapter(self) -> Path | None:

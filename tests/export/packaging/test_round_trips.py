@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mnemos import InferenceEngine, ModelPackager, PrunedModel, QuantizedModel, Tokenizer  # noqa: E402
+from mnemos import InferenceEngine, ModelPackager, ModelServer, PrunedModel, QuantizedModel, Tokenizer  # noqa: E402
 from mnemos.cli.main import main  # noqa: E402
 from mnemos.errors import ConfigError, FormatError, UnsupportedError  # noqa: E402
 from tests.export.packaging.conftest import IDS, OwnModel, logits  # noqa: E402
@@ -117,21 +117,40 @@ def test_a_quantized_module(own_model: OwnModel, tmp_path: Path) -> None:
 def test_a_changed_module_of_transformers(
     llama: Reference, words: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its file says how it is made, so that it needs no class; the commands run it."""
+    """Its file says how it is made, so that it needs no class: it runs, is inspected and is served like any model."""
     changed: Any = QuantizedModel(llama.module) if kind == "quantized" else PrunedModel(llama.module, 0.3)
     path = tmp_path / "package"
     ModelPackager(changed, words).package(path)
     stated = json.loads((path / "metadata.json").read_text())
     assert stated["kind"] == kind and stated["parameters"] == sum(p.numel() for p in llama.module.parameters())
-    with pytest.raises(UnsupportedError, match=rf"was {kind}; expected InferenceEngine\(\*ModelPackager.load_package"):
-        InferenceEngine.from_pretrained(path)
-    with InferenceEngine(*ModelPackager.load_package(path)[:2]) as engine:
-        expected = engine.generate("a b", max_new_tokens=4)
+    with InferenceEngine.from_pretrained(path, context_length=32) as engine:
+        assert engine.spec.context_length == 32 and type(engine.model.module).__name__ == f"{kind.title()}Model"
+        expected = engine.generate("w5 w8", max_new_tokens=4)
+        np.testing.assert_allclose(engine.logits(IDS), logits(changed).numpy(), atol=1e-4)
     assert "model_class" not in (path / "README.md").read_text()
-    assert main(["generate", str(path), "a b", "--max-new-tokens", "4"]) == 0
+    ModelPackager(changed, words).package(tmp_path / "package.tar")
+    server = ModelServer(str(tmp_path / "package.tar"))
+    with server.engine:
+        assert server.predict("w5 w8", max_length=6, temperature=0) == expected
+    assert main(["generate", str(path), "w5 w8", "--max-new-tokens", "4"]) == 0
     assert str(expected) in capsys.readouterr().out
-    assert main(["generate", str(path), "a b", "--dtype", "float32"]) == 2
-    assert f"dtype is 'float32' for {path}, which holds a module that was {kind}" in capsys.readouterr().err
+    assert main(["inspect", str(path)]) == 0
+    assert f"architecture {kind.title()}Model: not built in, runs through transformers" in capsys.readouterr().out
+    assert main(["bench", str(path), "--metrics", "sampling"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [{"dtype": "float32"}, {"device": "cuda"}, {"threads": 1}, {"adapter": "lora"}])
+def test_what_a_changed_module_has_no_use_for_is_refused(
+    llama: Reference, tmp_path: Path, option: dict[str, Any]
+) -> None:
+    """Without a tokenizer it takes token ids."""
+    path = tmp_path / "package"
+    ModelPackager(QuantizedModel(llama.module)).package(path)
+    with pytest.raises(ConfigError, match=rf"{next(iter(option))} is .* leave it out"):
+        InferenceEngine.from_pretrained(path, **option)
+    with InferenceEngine.from_pretrained(path) as engine:
+        assert engine.tokenizer is None and engine.generate(IDS, max_new_tokens=2)[:-2] == IDS
 
 
 def test_a_module_of_transformers(llama: Reference, words: Path, tmp_path: Path) -> None:

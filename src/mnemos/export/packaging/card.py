@@ -34,7 +34,9 @@ def write_card(folder: Path, facts: Mapping[str, Any], names: Iterable[str]) -> 
 
 
 def _use(facts: Mapping[str, Any], name: str) -> list[str]:
-    if facts["kind"] not in MODULES:
+    own = facts.get("own_tokenizer")
+    theirs = facts["kind"] != "module" and str(facts.get("model_module")).startswith("transformers.models.")
+    if facts["kind"] not in MODULES or (theirs and not own):
         return [
             '    mnemos generate PACKAGE "Once upon a time"',
             "",
@@ -43,13 +45,9 @@ def _use(facts: Mapping[str, Any], name: str) -> list[str]:
             "    from mnemos import InferenceEngine",
             "    engine = InferenceEngine.from_pretrained(PACKAGE)",
         ]
-    own = facts.get("own_tokenizer")
-    theirs = facts["kind"] != "module" and str(facts.get("model_module")).startswith("transformers.models.")
     arguments = "" if theirs else f", model_class={facts['model_class']}"
     arguments += f", tokenizer_class={own}" if own else ""
-    command = ['    mnemos generate PACKAGE "Once upon a time"', "", "or in Python:", ""] if theirs and not own else []
     return [
-        *command,
         "    from mnemos import InferenceEngine, ModelPackager",
         f"    model, tokenizer, config = ModelPackager.load_package(PACKAGE{arguments})",
         "    engine = InferenceEngine(model, tokenizer)",

@@ -6,18 +6,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from mnemos.engine.options import LoadOptions, ModelOptions
+from mnemos.engine.options import LoadOptions
 from mnemos.engine.pretrained import load_pretrained
-from mnemos.engine.pretrained import read_tokenizer as read_path
 from mnemos.errors import ConfigError, FormatError, MissingDependencyError
 from mnemos.export.packaging.tokenizers import read_tokenizer
 from mnemos.formats.checkpoint import CONFIG_NAME
-from mnemos.formats.package import MODULES, Package, is_package, read_package
+from mnemos.formats.package import Package, read_package
 from mnemos.formats.package_oci import is_oci_layout, unpack_oci
 from mnemos.formats.package_tar import is_package_tar, unpack_tar
 from mnemos.formats.safetensors import SINGLE_NAME
 from mnemos.formats.strict_json import read_json_object
-from mnemos.hub.sources import resolve
 from mnemos.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,28 +40,6 @@ def load(path: Path, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any, 
         if isinstance(loaded[1], Tokenizer):
             loaded[1].prepare()
         return loaded
-
-
-def load_packed_module(source: str, options: LoadOptions) -> dict[str, Any] | None:
-    """`InferenceEngine`'s model and tokenizer from a package with a quantized or pruned model of transformers.
-
-    None: the source is something else, or needs its author's class. ConfigError: an option that loads files only.
-    """
-    path = resolve(source)
-    package = read_package(path) if path.is_dir() and is_package(path) else None
-    if package is None or package.needs_class or package.kind not in MODULES:
-        return None
-    unset = LoadOptions()
-    for name in LoadOptions.names():
-        if name in ModelOptions.names() or name in ("tokenizer", "progress"):
-            continue
-        if getattr(options, name) != getattr(unset, name):
-            raise ConfigError(
-                f"{name} is {getattr(options, name)!r} for {path}, which holds a module that was {package.kind}; "
-                "leave it out"
-            )
-    model, tokenizer, _ = load(path, None, None)
-    return {"model": model, "tokenizer": tokenizer if options.tokenizer is None else read_path(options.tokenizer)}
 
 
 def _load(package: Package, model_class: Any, tokenizer_class: Any) -> tuple[Any, Any, dict[str, Any]]:
