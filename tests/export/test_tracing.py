@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from mnemos.errors import ModelError  # noqa: E402
 from mnemos.export.programs import ProgramExporter  # noqa: E402
 from mnemos.export.torchscript import TorchScriptExporter  # noqa: E402
-from tests.export.test_module_styles import IDS, WIDTH, Base, KeepsATable  # noqa: E402
+from tests.export.test_module_styles import IDS, WIDTH, Base, KeepsATable, MaskFromABuffer  # noqa: E402
 
 
 class Swish(torch.autograd.Function):
@@ -75,6 +75,35 @@ def test_compiled_parts_are_exported_uncompiled_and_stay_compiled(tmp_path: Path
     exporter.export(tmp_path / "model.pt", IDS)
     assert module.linear is linear and module.head._compiled_call_impl is call is not None
     exact(module, exporter.load_torchscript(tmp_path / "model.pt"))
+
+
+class AsksForLengths(Base):
+    def inner(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 1000:
+            raise ValueError("too long")
+        return x.tanh() if x.shape[0] < 1000 else x
+
+
+def test_what_tracing_took_for_constants_is_one_note(tmp_path: Path) -> None:
+    report = TorchScriptExporter(AsksForLengths()).export(tmp_path / "model.pt", IDS)
+    assert len(report.notes) == 1
+    line = AsksForLengths.inner.__code__.co_firstlineno + 1
+    assert report.notes[0].startswith(f"tracing took a value for a constant in test_tracing.py, line {line}, and in 1 ")
+
+
+def test_a_program_takes_texts_as_long_as_its_table(tmp_path: Path) -> None:
+    """torch.export alone would refuse this one length: all of the table is laid out otherwise than a part of it."""
+    module = MaskFromABuffer().eval()
+    exporter = ProgramExporter(module)
+    exporter.export(tmp_path / "model.pt2", IDS)
+    program = exporter.load_program(tmp_path / "model.pt2")
+    longest = len(module.mask)
+    with torch.no_grad():
+        for length in (longest - 1, longest):
+            ids = torch.randint(0, 40, (2, length))
+            torch.testing.assert_close(program(ids), module(ids))
+        with pytest.raises(AssertionError, match="Guard failed"):
+            program(torch.ones((1, longest + 1), dtype=torch.int64))
 
 
 def test_a_script_inside_is_kept_by_torchscript_and_named_by_others(tmp_path: Path) -> None:

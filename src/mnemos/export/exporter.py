@@ -165,8 +165,19 @@ class ModelExporter:
             raise ModelError(
                 f"{type(self.model).__name__} cannot be exported to {self.format}: {first_line(error)}"
             ) from error
-        frozen = {str(w.message).strip().split("\n")[0] for w in caught if "TracerWarning" in type(w.message).__name__}
-        return notes + [f"tracing took a value for a constant: {text}" for text in sorted(frozen)[:3]]
+        return notes + _frozen(caught)
+
+
+def _frozen(caught: list[warnings.WarningMessage]) -> list[str]:
+    """A note on values that tracing took for constants, of which the comparison finds those that are none."""
+    warned = (one for one in caught if "TracerWarning" in type(one.message).__name__)
+    places = list(dict.fromkeys(f"{Path(one.filename).name}, line {one.lineno}" for one in warned))
+    if not places:
+        return []
+    more = f", and in {len(places) - 1} other places" if len(places) > 1 else ""
+    return [
+        f"tracing took a value for a constant in {places[0]}{more}; the file was right at every size and value tried"
+    ]
 
 
 def _size(path: Path) -> int:

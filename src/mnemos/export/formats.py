@@ -215,7 +215,7 @@ def export_model(
         begun(name)
         try:
             if name.partition("-")[0] not in _WITHOUT_TORCH:
-                imported("torch", "2.6", "export", f"exporting to {name}")
+                imported("torch", "export", f"exporting to {name}")
             report = one.write(model, folder / one.path)
         except Exception as error:
             if failed is None:

@@ -28,7 +28,6 @@ from mnemos.export.rms_norm import spelled_out
 from mnemos.export.tracing import without_gradients
 
 DEFAULT_OPSET = 20
-_PACKAGES = {"onnx": "1.17", "onnxscript": "0.3", "onnxruntime": "1.20"}  # the oldest that work, as in pyproject.toml
 _OLDEST, _FIRST_OF_DYNAMO = 9, 18  # torch.export's programs use operators of opset 18
 _LAST_OF_TRACING = 20
 _OF_ACTIVATIONS = 0.05  # what 8 bits of the activations may change of the results, as a relative root mean square
@@ -229,7 +228,7 @@ def _running(session: Any, example: Example) -> Run:
 
 def _packages() -> tuple[Any, Any]:
     """onnx and onnxruntime, at the versions of the extra `export`; MissingDependencyError names what does not fit."""
-    onnx, _, runtime = (imported(name, oldest, "export", "exporting to ONNX") for name, oldest in _PACKAGES.items())
+    onnx, _, runtime = (imported(name, "export", "exporting to ONNX") for name in ("onnx", "onnxscript", "onnxruntime"))
     return onnx, runtime
 
 

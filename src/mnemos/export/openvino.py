@@ -25,7 +25,6 @@ from mnemos.export.requirements import imported
 from mnemos.export.torchscript import traced_module
 
 BEAMS = "beam_idx"
-_OLDEST = "2025.0"
 _UNCONVERTED = re.compile(r"onver.* for(?: operations)?: (.+)|-- (aten\S+) with a message")
 _FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
@@ -140,7 +139,7 @@ def load_openvino(path: str | os.PathLike[str]) -> Any:
 
 
 def _openvino() -> Any:
-    return imported("openvino", _OLDEST, "openvino", "exporting to OpenVINO")
+    return imported("openvino", "openvino", "exporting to OpenVINO")
 
 
 def _state(given: Mapping[str, str] | None, example: Example, outputs: Sequence[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mnemos.errors import FormatError
-from mnemos.export.comparison import Run
-from mnemos.export.example import Example, arrays_of, example_of
+from mnemos.export.comparison import LARGEST, Run
+from mnemos.export.example import Example, answer_of, arrays_of, example_of
 from mnemos.export.exporter import ExportReport, FlatOutputs, ModelExporter, outputs_of
 from mnemos.export.messages import first_line
 from mnemos.export.recurrent import scanned
@@ -58,6 +59,7 @@ class ProgramExporter(ModelExporter):
     def _write(self, made: Path, example: Example, outputs: int, compile: bool) -> list[str]:
         program = exported_program(self.model, example, outputs, scans=not compile)
         if not compile:
+            self._allow_whole_tables(program, example)
             with made.open("wb") as file, late_errors(file) as patient:
                 torch.export.save(program, patient)
             return []
@@ -66,6 +68,38 @@ class ProgramExporter(ModelExporter):
         if target != made:
             os.replace(target, made)
         return ["machine code for this kind of CPU"]
+
+    def _allow_whole_tables(self, program: torch.export.ExportedProgram, example: Example) -> None:
+        """Takes back the guards `size != N` beside `size <= N`, where the program is right at size N.
+
+        All of a table is laid out otherwise than a part of it, which torch.export takes for another way of the module.
+        """
+        guards: list[str] = getattr(program, "_guards_code", [])
+        for guard in list(guards):
+            found = _NOT_WHOLE.fullmatch(guard)
+            if found is None or guard.replace("!=", "<=") not in guards:
+                continue
+            name, axis, size = list(example.tensors)[int(found[1])], int(found[2]), int(found[3])
+            label = example.axes.get(name, {}).get(axis)
+            if label not in example.axis_names:  # a sum of two axes
+                continue
+            program._guards_code = [one for one in program._guards_code if one != guard]
+            if not self._same(program, example, dict.fromkeys(example.axis_names, 2) | {label: size}):
+                program._guards_code = [*program._guards_code, guard]
+
+    def _same(self, program: torch.export.ExportedProgram, example: Example, sizes: Mapping[str, int]) -> bool:
+        try:
+            tensors = example.values(sizes, "random", 0)
+            expected = [tensor.numpy() for _, tensor in answer_of(self.model, tensors)]
+            found = running(program.module())(tensors)
+        except Exception:  # of sizes that do not go together
+            return False
+        pairs = zip(found, expected, strict=False)
+        return all(h.shape == w.shape and LARGEST.of(h, w) <= self.tolerance for h, w in pairs)
+
+
+# A guard of torch.export: this axis of this input has another size.
+_NOT_WHOLE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\] != (\d+)")
 
 
 def exported_program(

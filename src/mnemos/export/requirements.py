@@ -10,14 +10,17 @@ from typing import Any
 from mnemos.errors import MissingDependencyError
 from mnemos.export.messages import first_line
 
+# The oldest versions that work, as the extras in pyproject.toml have them.
+OLDEST = {"torch": "2.6", "onnx": "1.17", "onnxscript": "0.3", "onnxruntime": "1.20", "openvino": "2025.0"}
 
-def imported(package: str, oldest: str, extra: str, purpose: str) -> Any:
-    """The module of a package that has at least this version.
+
+def imported(package: str, extra: str, purpose: str) -> Any:
+    """The module of a package of `OLDEST`, which has at least that version.
 
     MissingDependencyError names what is missing, or the version found and the one that works, and the command that
     installs it.
     """
-    command = f"run: pip install 'mnemos[{extra}]'"
+    oldest, command = OLDEST[package], f"run: pip install 'mnemos[{extra}]'"
     try:
         found = version(package)
     except PackageNotFoundError as error:

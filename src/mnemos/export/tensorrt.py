@@ -99,7 +99,7 @@ class TensorRTExporter(ONNXExporter):
 
 def _checked(path: Path) -> list[str]:
     """The inputs that a file takes. ModelError: ONNX's checker, or its inference of shapes, refuses it."""
-    onnx = imported("onnx", "1.17", "export", "exporting for TensorRT")
+    onnx = imported("onnx", "export", "exporting for TensorRT")
     try:
         onnx.checker.check_model(str(path), full_check=True)
         found = onnx.shape_inference.infer_shapes(onnx.load(str(path)), strict_mode=True, data_prop=True)
