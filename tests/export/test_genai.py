@@ -1,4 +1,4 @@
-"""Folders for onnxruntime-genai: it generates what the engine generates, and reads texts as the tokenizer does."""
+"""Folders for onnxruntime-genai: it generates what transformers generates, and reads texts as the tokenizer does."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 genai = pytest.importorskip("onnxruntime_genai")
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 
-from mnemos import GenerationConfig, InferenceEngine  # noqa: E402
+from mnemos import GenerationConfig, InferenceEngine, Tokenizer  # noqa: E402
 from mnemos.export.formats import export_model  # noqa: E402
 from tests.export.decoders import decoder, first_layers, genai_ids  # noqa: E402
 
 PROMPT = "Hello, is it 12 o'clock?"
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt2", "qwen3moe", "mixtral", "phi3")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "gemma3", "gpt2", "qwen3moe", "mixtral", "phi3")
+]
 
 
 @pytest.mark.parametrize("name", ["llama-tied", *SLOW])
-def test_it_generates_what_the_engine_generates(name: str, tmp_path: Path) -> None:
+def test_it_generates_what_transformers_generates(name: str, tmp_path: Path) -> None:
     reference = decoder(name, tmp_path / "model")
     report = export_model(reference.folder, ["onnx"], tmp_path)["onnx"]
     assert report.error <= 1e-5 and not report.notes
     folder = tmp_path / "onnx"
-    with InferenceEngine.from_pretrained(reference.folder, dtype="float32") as engine:
-        ids = engine.tokenizer.encode(PROMPT)
-        length = len(ids) + 24
-        expected = engine.generate(ids, config=GenerationConfig(strategy="greedy", max_length=length))
+    ids = Tokenizer.from_file(reference.folder).encode(PROMPT)
+    length = len(ids) + 24
+    expected = reference.module.generate(torch.tensor([ids]), do_sample=False, max_length=length)[0].tolist()
     assert genai_ids(folder, ids, length)[: len(expected)] == expected
     tokenizer = genai.Tokenizer(genai.Model(str(folder)))
     assert list(tokenizer.encode(PROMPT)) == ids

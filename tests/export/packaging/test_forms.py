@@ -225,6 +225,7 @@ def test_for_ollama(smollm2: Path, tmp_path: Path) -> None:
     assert lines[0] == "FROM ./model.gguf" and (tmp_path / "p" / "model.gguf").read_bytes() == smollm2.read_bytes()
     assert 'PARAMETER stop "<|im_end|>"' in lines and "PARAMETER num_ctx 8192" in lines
     assert lines[-1] == 'LICENSE """Apache-2.0"""'
+    assert any(line.startswith('TEMPLATE """{{ $last := "" }}{{ range .Messages }}') for line in lines)
     with InferenceEngine.from_pretrained(tmp_path / "p") as engine, InferenceEngine.from_pretrained(smollm2) as other:
         assert engine.generate("Once", max_new_tokens=8) == other.generate("Once", max_new_tokens=8)
 

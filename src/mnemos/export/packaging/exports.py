@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.export.formats import export_model, format_named
+from mnemos.export.packaging.ollama import go_template
 from mnemos.export.packaging.source import Begun, Facts
 from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
 
@@ -80,7 +81,7 @@ def _described(name: str, report: ExportReport, folder: Path) -> dict[str, Any]:
 def write_modelfile(folder: Path, facts: Facts, begun: Begun) -> None:
     """Writes Modelfile for `ollama create NAME -f Modelfile`, and for a model that is no GGUF file exports/model.gguf.
 
-    There is no TEMPLATE: Ollama knows those of common families by the one in the GGUF file.
+    Where the chat template cannot be said in Go's language, see `go_template`, a note says that Ollama needs one.
     UnsupportedError: a model that cannot be one.
     """
     from mnemos.models.load import describe_model
@@ -104,6 +105,14 @@ def write_modelfile(folder: Path, facts: Facts, begun: Begun) -> None:
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     lines = [f"FROM ./{found[0].relative_to(folder).as_posix()}"]
     lines.append(f"PARAMETER num_ctx {min(spec.context_length, _LONGEST_CONTEXT)}")
+    template = go_template(tokenizer)
+    if template is not None:
+        lines += [
+            "# Without it Ollama takes one of its own, if it knows the model's; some of those know tools.",
+            f'TEMPLATE """{template}"""',
+        ]
+    elif tokenizer.chat_template is not None:
+        facts.notes.append("the Modelfile has no TEMPLATE: the chat template does more than write around messages")
     for token in spec.eos_token_ids:
         text = tokenizer.token_bytes(token).decode("utf-8", errors="replace")
         if text.strip() and '"' not in text and "\n" not in text:
