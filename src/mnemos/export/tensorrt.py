@@ -71,7 +71,7 @@ class TensorRTExporter(ONNXExporter):
         return [*notes, f"no engine was built: run {script.name} where TensorRT and its GPU are"]
 
     def _script(self, made: Path, example: Example, taken: list[str]) -> str:
-        options = [f"--onnx={made.name}", f"--saveEngine={made.with_suffix('.plan').name}"]
+        options = [f"--onnx={made.name}", f"--saveEngine={made.with_suffix('.plan').name}", "--skipInference"]
         labels = {example.names[name]: name for name in example.tensors}
         varying = [name for name in taken if example.axes.get(labels[name])]
         for index, point in enumerate(_POINTS if varying else ()):
@@ -79,7 +79,8 @@ class TensorRTExporter(ONNXExporter):
             options.append(f"--{point}Shapes={','.join(shapes)}")
         command = " \\\n  ".join(shlex.quote(option) for option in options)
         return (
-            "#!/bin/sh\n# Builds TensorRT's engine for the GPU of this machine. More options of trtexec may follow.\n"
+            "#!/bin/sh\n# Builds TensorRT's engine for the GPU of this machine. More options of trtexec may follow,\n"
+            "# such as --fp16 up to TensorRT 10; from 11 on the types are those of the file.\n"
             f'cd "$(dirname "$0")" && exec trtexec \\\n  {command} \\\n  "$@"\n'
         )
 
