@@ -4,7 +4,9 @@
 
 PEERS is the folder from install_peers.sh, with the model in PEERS/models (convert_model.py). Each round measures
 every engine on a metric before it moves on to the next metric; the best of the rounds counts, for all engines alike.
---markdown puts the table into FILE between the lines `<!-- figures -->` and `<!-- /figures -->`.
+--markdown puts the table into FILE between the lines `<!-- figures -->` and `<!-- /figures -->`, or between lines of
+another --place: a table for each family of processors. With --gather FILE, figures are kept in FILE, and the table
+holds those of all runs with that file, so that each metric can be measured when nothing else runs.
 """
 
 from __future__ import annotations
@@ -51,6 +53,16 @@ class Figures:
         choose = min if metric in SMALLER_IS_BETTER else max
         own[metric] = choose(value, own.get(metric, value))
 
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"values": self.values, "missing": self.missing}), encoding="utf-8")
+
+    @classmethod
+    def gathered(cls, path: Path | None) -> Figures:
+        """Those of earlier runs with the same file; none if there were none. An engine that failed is tried again."""
+        if path is None or not path.exists():
+            return cls()
+        return cls(json.loads(path.read_text(encoding="utf-8"))["values"])
+
     @property
     def engines(self) -> list[str]:
         return [OURS, *(engine for engine in self.values if engine != OURS)]
@@ -92,14 +104,16 @@ def run(engine: str, command: list[str], metrics: str, figures: Figures) -> None
         figures.missing[engine] = last[0][:200]
 
 
-def measure(commands: dict[str, list[str]], rounds: int, metrics: list[str]) -> Figures:
-    """All rounds, or those finished before Ctrl-C."""
-    figures = Figures()
+def measure(commands: dict[str, list[str]], rounds: int, metrics: list[str], gather: Path | None = None) -> Figures:
+    """All rounds, or those finished before Ctrl-C, and what is in the file `gather`, which then holds them all."""
+    figures = Figures.gathered(gather)
     try:
         for number, metric, (engine, command) in product(range(1, rounds + 1), metrics, commands.items()):
             if engine not in figures.missing:
                 remark(f"round {number} of {rounds}: {metric}, {engine}")
                 run(engine, command, metric, figures)
+                if gather is not None:
+                    figures.save(gather)
     except KeyboardInterrupt:
         remark("interrupted: the table holds what was measured so far")
     return figures
@@ -149,19 +163,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--metrics", default=";".join(METRICS), help="separated by ; those measured in one go by ,")
     parser.add_argument("--engines", default="", help="only these peers, separated by commas")
+    parser.add_argument("--gather", type=Path, metavar="FILE", help="keep figures here, with earlier ones")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="put the table into this file")
+    parser.add_argument("--place", default="figures", metavar="NAME", help="between the lines of this name")
     arguments = parser.parse_args()
     groups = arguments.metrics.split(";")
-    names = [name for group in groups for name in group.split(",")]
     try:
         gguf = resolve(arguments.model)
     except MnemosError as error:
         parser.error(str(error))
-    figures = measure(engine_commands(arguments, gguf), arguments.rounds, groups)
+    figures = measure(engine_commands(arguments, gguf), arguments.rounds, groups, arguments.gather)
+    measured = {name: None for values in figures.values.values() for name in values}
+    names = [name for name in LABELS if name in measured] + [name for name in measured if name not in LABELS]
     text = table(figures, names, examine(gguf.stat().st_size), gguf.name)
     print(text)
     if arguments.markdown:
-        insert_table(arguments.markdown, "figures", text)
+        insert_table(arguments.markdown, arguments.place, text)
     for engine, values in figures.values.items():
         print(json.dumps({"engine": engine, **values}), file=sys.stderr)
 

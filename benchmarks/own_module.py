@@ -3,7 +3,8 @@
     python benchmarks/own_module.py [--hugging-face FOLDER] [--plot docs/kv-cache.png] [--only cache,loop,...]
 
 Prints a line of JSON for each figure and a Markdown table at the end. The module has 16 layers, 6 heads of 64 and a
-vocabulary of 32,000, in float32 with random weights. Every comparison runs in a separate process.
+vocabulary of 32,000, in float32 with random weights. Every comparison runs in a separate process. With --gather FILE,
+results are kept in FILE, and the table holds those of all runs with that file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -343,6 +345,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hugging-face", help="a Hugging Face folder to compare with generate() on")
     parser.add_argument("--plot", help="where to plot the cache's gain (needs matplotlib)")
+    parser.add_argument("--gather", type=Path, metavar="FILE", help="keep results here, with earlier ones")
     parser.add_argument("--only", help="parts, separated by commas: " + ", ".join(PARTS))
     parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--runner", choices=("engine", "generate"), help=argparse.SUPPRESS)
@@ -350,7 +353,8 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.hugging_face, arguments.runner)))
         return
-    results: dict[str, dict[str, Any]] = {}
+    gather: Path | None = arguments.gather
+    results: dict[str, dict[str, Any]] = json.loads(gather.read_text()) if gather and gather.exists() else {}
     for part in arguments.only.split(",") if arguments.only else PARTS:
         if part == "hugging_face":
             if arguments.hugging_face is None:
@@ -359,6 +363,8 @@ def main() -> None:
         else:
             results[part] = in_own_process(part)
         print(json.dumps({part: results[part]}), flush=True)
+        if gather:
+            gather.write_text(json.dumps(results))
     if arguments.plot and "cache" in results:
         plot(results["cache"], arguments.plot)
     print(table(results))

@@ -65,6 +65,15 @@ def test_the_best_peer_is_the_smallest_where_less_is_better(compare: ModuleType)
     assert "0.50 x fast" in compare.table(figures, ["cold"], MACHINE, "model.gguf")
 
 
+def test_figures_are_gathered_from_several_runs(compare: ModuleType, tmp_path: Path) -> None:
+    kept = tmp_path / "figures.json"
+    compare.measure({"mnemos": prints(("mnemos", "tg128", 200.0)), "broken": ["/no/such/python"]}, 1, ["tg128"], kept)
+    commands = {"mnemos": prints(("mnemos", "tg128", 190.0)), "broken": prints(("broken", "tg128", 50.0))}
+    figures = compare.measure(commands, 1, ["tg128"], kept)
+    assert figures.values == {"mnemos": {"tg128": 200.0}, "broken": {"tg128": 50.0}}
+    assert not figures.missing
+
+
 def test_a_metric_without_a_label_has_its_name(compare: ModuleType) -> None:
     figures = compare.Figures({"mnemos": {"pp64": 500.0}})
     assert "| `pp64` | **500** | - |" in compare.table(figures, ["pp64"], MACHINE, "model.gguf")
