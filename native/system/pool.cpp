@@ -135,6 +135,7 @@ struct Pool::Crew {
   // What one thread notes about itself.
   struct alignas(64) Member {
     std::atomic<bool> asleep{false};
+    std::atomic<int64_t> contended_until{0};  // of its core, nanoseconds of the steady clock
     bool short_turns = false;  // has asked the system for them
     bool turn_over = false;  // it should leave its core after the phase
     Clock::time_point moved;  // when it last left a core that it shared
@@ -238,15 +239,27 @@ struct Pool::Crew {
   }
 
   // Notes that the thread could not run for that long although there was something to do.
-  void note_loss(nanoseconds absent, Clock::time_point time) {
+  void note_loss(int index, nanoseconds absent, Clock::time_point time) {
     const int64_t at = nanoseconds(time.time_since_epoch()).count();
-    const int64_t before = std::max(at, contended_until->load(std::memory_order_relaxed));
-    const int64_t until =
-        std::min(before + memory_of_losses * absent.count(), at + nanoseconds(longest_memory).count());
-    contended_until->store(until, std::memory_order_relaxed);
+    for (std::atomic<int64_t> *end : {contended_until, &member(index).contended_until}) {
+      const int64_t before = std::max(at, end->load(std::memory_order_relaxed));
+      const int64_t until =
+          std::min(before + memory_of_losses * absent.count(), at + nanoseconds(longest_memory).count());
+      end->store(until, std::memory_order_relaxed);
+    }
   }
 
-  // For a thread that has worked since it last looked: notes whether it will soon have to leave its core.
+  // Whether a thread of the region has had its core to itself lately.
+  bool some_undisturbed() const {
+    for (int i = 0; i < limit.load(std::memory_order_relaxed); i++) {
+      if (!is_ahead(member(i).contended_until)) return true;
+    }
+    return false;
+  }
+
+  // For a thread that has worked since it last looked: notes whether it will soon have to leave its core, and should
+  // do so now because others could go on without it. Where all share their cores, it stays: the system switches all
+  // cores at the same ticks of its clock, so that their turns fall together, which leaving early would undo.
   void look(int index) {
     Member &self = member(index);
     const auto time = Clock::now();
@@ -255,13 +268,14 @@ struct Pool::Crew {
     } else {
       const nanoseconds had = self.seen - self.since, absent = mark(index, time);
       if (absent > lost_core) {
-        note_loss(absent, time);
+        note_loss(index, absent, time);
         const int64_t expected = turn.load(std::memory_order_relaxed);
         if (had.count() < expected) set_turn(std::max(expected * 9 / 10, had.count() * 7 / 8));
         self.since = time;
       }
     }
-    self.turn_over = time - self.since > nanoseconds(turn.load(std::memory_order_relaxed)) && contended();
+    self.turn_over =
+        time - self.since > nanoseconds(turn.load(std::memory_order_relaxed)) && contended() && some_undisturbed();
   }
 
   void set_turn(int64_t time) {
@@ -277,7 +291,7 @@ struct Pool::Crew {
     const nanoseconds absent = mark(index, time);
     member(index).since = time, member(index).turn_over = false;
     if (absent < lost_core) return;
-    note_loss(absent, time);
+    note_loss(index, absent, time);
     set_turn(turn.load(std::memory_order_relaxed) * 101 / 100);
   }
 
