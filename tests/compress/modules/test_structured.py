@@ -281,6 +281,21 @@ def test_a_smaller_transformers_model_is_loaded_without_its_class(tmp_path: Path
     assert again.model.lm_head.weight is again.model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.Hardswish, nn.GELU])
+@pytest.mark.parametrize("rows", [1, 32])
+def test_neurons_that_are_rarely_active_are_found(activation: type[nn.Module], rows: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Linear(16, 64), activation(), nn.Dropout(), nn.Linear(64, 64), activation(), nn.Linear(64, 8)
+    )
+    module[0].bias.data -= 0.5
+    x = torch.randn(64, 16)
+    pruned = PrunedModel(module.eval(), 0.5, "structured", batches=x.split(rows))
+    assert [(one.name, one.before, one.after) for one in pruned.removed] == [("3", 64, 32), ("5", 64, 32)]
+    assert pruned.model[0].weight.shape == (32, 16) and pruned.model[3].weight.shape == (32, 32)
+    assert distance(pruned, module, x) < 0.1 * distance(module, nn.Linear(16, 8), x)
+
+
 def test_what_a_config_cannot_express_is_said() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, n_positions=32)
@@ -296,6 +311,7 @@ def test_what_a_config_cannot_express_is_said() -> None:
         (Plain(), {"parts": "heads"}, "Plain has no heads that can be removed: forward cannot do with fewer"),
         (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)), {}, "Sequential has no neurons that can be removed"),
         (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), {}, "give batches"),
+        (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4)), {"batches": torch.ones(16, 4)}, "a norm's"),
         (Model(), {"parts": ("neurons", "nerves")}, "parts is ('neurons', 'nerves'); it must be one of neurons, heads"),
         (Model(), {"pattern": "2:4"}, "takes no pattern, scope or skip"),
         (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)), {"parts": "layers"}, "has no list of layers"),

@@ -66,7 +66,7 @@ def shrink(
             why = next((f": {one.reason}" for one in done if one.kind == kind), "")
             raise ModelError(
                 f"{type(model).__name__} has no {kind} that can be removed{why}; expected matrices that are called as "
-                "modules, one after the other"
+                "modules, one after the other, and no weights such as a norm's between them"
             )
     for names in stages(model, removable):
         moments = measure(model, {name: model.get_submodule(name) for name in names}, batches) if measured else {}
@@ -111,6 +111,8 @@ def few_tokens(model: nn.Module, batch: Any) -> Any:
     inputs, _ = split_batch(batch)
     if isinstance(inputs, Tensor):
         rows = inputs[:TRACED_ROWS]
+        if len(rows) == 1:  # a single row of features may be a single position: too little to see what depends on what
+            rows = rows.expand(TRACED_ROWS, *rows.shape[1:])
         few: Any = rows if inputs.is_floating_point() else rows[:, :TRACED_TOKENS]
     else:
         few = {

@@ -1,7 +1,7 @@
 """What can be removed from a module as a whole: hidden neurons, and attention heads with their keys and values.
 
 Nothing is known of a module but what it does. It runs once over a few tokens with every matrix cut out of the flow: a
-matrix's input is replaced by noise, its output by a leaf of the graph. The gradients between the outputs of matrices
+matrix's output is replaced by noise, a leaf of the graph. The gradients between the outputs of matrices
 and the inputs of the next ones then say which columns of a reader depend on which rows of its writers. Columns that
 depend on rows of their own are a unit: single columns are the neurons of a feed-forward layer, however its activation
 and gates are written; equal runs of columns are groups of heads, however queries, keys and values are laid out.
@@ -69,17 +69,15 @@ class _Flow:
 
         def cut_input(name: str) -> Callable[..., Any]:
             def hook(layer: nn.Module, given: tuple[Any, ...]) -> Any:
-                value = given[0]
                 repeated.update({name} & seen.keys())
-                seen[name] = value
-                noise = torch.randn(value.shape, generator=generator).to(value)
-                return (noise * value.detach().square().mean().sqrt(), *given[1:])
+                seen[name] = given[0]
+                return (given[0].detach(), *given[1:])
 
             return hook
 
         def cut_output(name: str) -> Callable[..., Any]:
             def hook(layer: nn.Module, given: Any, value: Tensor) -> Tensor:
-                written[name] = value.detach().requires_grad_()
+                written[name] = _noise(value.detach(), generator).requires_grad_()
                 return written[name].clone()  # which may be written to in place
 
             return hook
@@ -121,6 +119,18 @@ class _Flow:
             else (gradient != 0).flatten(0, -2).any(0)
             for name, gradient in zip(writers, gradients, strict=True)
         ]
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random values as large as these (..., columns), of either sign at every second position of a column.
+
+    ReLU and its like pass nothing on from values below zero: without a value above it, nothing could be seen to depend
+    on the column.
+    """
+    noise = torch.randn(like.shape, generator=generator).flatten(0, -2)
+    pairs = len(noise) // 2
+    noise[pairs : 2 * pairs] = -noise[:pairs]
+    return noise.view(like.shape).to(like) * like.square().mean().sqrt().clamp_min(1e-3)
 
 
 def _gradients(value: Tensor, columns: Tensor | None, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
