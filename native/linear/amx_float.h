@@ -79,10 +79,9 @@ inline __attribute__((always_inline)) void add_bfloats(const uint8_t *const *wei
 }
 
 // T tiles of rows, the first of which is number `tile`, by tile products begin to end, of which `whole` are stored as
-// such. The call's last tile of rows
-// overlaps the one before rather than having fewer rows, which would need other shapes; its duplicate rows are not
-// stored.
-template <int T, int P, class Places>
+// such. The call's last tile of rows overlaps the one before rather than having fewer rows, which would need other
+// shapes; its duplicate rows are not stored. Listed: the panels skip blocks.
+template <int T, int P, bool Listed>
 void multiply_bfloat_tiles(const BfloatPanels<P> &panels, const Input &input, int64_t tile, int64_t begin, int64_t end,
                            int64_t whole, Places places, const Results &results) {
   const bool first = begin == 0;
@@ -107,7 +106,7 @@ void multiply_bfloat_tiles(const BfloatPanels<P> &panels, const Input &input, in
     if (tile == 0)  // the others find the weights in the cache
       for (int p = 0; p < P; p++)
         for (int line = 0; line < bfloat_bytes; line += 64) __builtin_prefetch(weights[p] + prefetch_bytes + line);
-    add_bfloats<T, P>(weights, x, places[step] * bfloat_columns, row_bytes);
+    add_bfloats<T, P>(weights, x, (Listed ? places[step] : step) * bfloat_columns, row_bytes);
     for (int p = 0; p < P; p++) weights[p] += bfloat_bytes;
   }
   if (end > whole) {
@@ -127,9 +126,10 @@ void multiply_bfloat_tiles(const BfloatPanels<P> &panels, const Input &input, in
   });
 }
 
-template <int P, class Places>
+template <int P>
 void multiply_bfloat_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
-                            Places places, const Results &results, BfloatShapes &shapes) {
+                            const Results &results, BfloatShapes &shapes) {
+  const Places places{matrix.places(panel), 0};
   BfloatPanels<P> panels;
   panels.panel = panel, panels.outputs = smaller(matrix.rows - (panel + P - 1) * panel_rows, panel_rows);
   panels.row_begin = row_begin, panels.row_end = row_end, panels.tile_rows = smaller(row_end - row_begin, bfloat_rows);
@@ -141,17 +141,16 @@ void multiply_bfloat_panels(const Matrix &matrix, const Input &input, int64_t ro
     memset(panels.last[p], 0, sizeof panels.last[p]);
     memcpy(panels.last[p], panels.weights[p] + whole * bfloat_bytes, size_t((rest + 1) / 2 * 64));
   }
+  const auto two = matrix.skips_blocks() ? multiply_bfloat_tiles<2, P, true> : multiply_bfloat_tiles<2, P, false>;
+  const auto one = matrix.skips_blocks() ? multiply_bfloat_tiles<1, P, true> : multiply_bfloat_tiles<1, P, false>;
   const int64_t tiles = (row_end - row_begin + bfloat_rows - 1) / bfloat_rows, steps = whole + (rest > 0);
   // Chunks of even sizes; but weights that are used once need not stay in the cache.
   const int64_t chunks = tiles > 2 ? (steps + bfloat_chunk - 1) / bfloat_chunk : 1;
   const int64_t chunk = (steps + chunks - 1) / chunks;
   for (int64_t begin = 0; begin < steps; begin += chunk) {
     const int64_t end = smaller(begin + chunk, steps);
-    for (int64_t tile = 0; tile < tiles; tile += 2) {
-      const auto multiply =
-          tile + 1 < tiles ? multiply_bfloat_tiles<2, P, Places> : multiply_bfloat_tiles<1, P, Places>;
-      multiply(panels, input, tile, begin, end, whole, places, results);
-    }
+    for (int64_t tile = 0; tile < tiles; tile += 2)
+      (tile + 1 < tiles ? two : one)(panels, input, tile, begin, end, whole, places, results);
   }
 }
 
@@ -160,13 +159,8 @@ inline void multiply_bfloats(const Matrix &matrix, const Input &input, int64_t r
                              int64_t panel_begin, int64_t panel_end, const Results &results) {
   if (row_begin == row_end) return;  // there are no tiles without rows
   BfloatShapes shapes(smaller(row_end - row_begin, bfloat_rows));
-  if (!matrix.skips_blocks())
-    return for_panels<2>(panel_begin, panel_end, [&](auto panels, int64_t panel) {
-      multiply_bfloat_panels<panels>(matrix, input, row_begin, row_end, panel, AllPlaces{}, results, shapes);
-    });
-  for_kept_panels(matrix, panel_begin, panel_end, [&](auto panels, int64_t panel) {
-    const SomePlaces places{matrix.places(panel)};
-    multiply_bfloat_panels<panels>(matrix, input, row_begin, row_end, panel, places, results, shapes);
+  for_like_panels<2>(matrix, panel_begin, panel_end, [&](auto panels, int64_t panel) {
+    multiply_bfloat_panels<panels>(matrix, input, row_begin, row_end, panel, results, shapes);
   });
 }
 

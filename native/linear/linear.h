@@ -65,8 +65,8 @@ struct KeptBlocks {
 
 // Whether a matrix can do without some of its blocks: float32, bfloat16, Q8_0, Q4_1 and Q5_1, in whole blocks.
 bool can_skip_blocks(WeightType type, int64_t columns);
-// The blocks of a matrix in the file's form with weights other than zero. Every panel has at least one. In Q4_1 and Q5_1
-// blocks of an even place and the next one are kept together, as kernels add their minima together.
+// The blocks of a matrix in the file's form with weights other than zero. Every panel has at least one. In Q4_1 and
+// Q5_1 blocks of an even place and the next one are kept together, as kernels add their minima together.
 KeptBlocks find_kept_blocks(WeightType type, int64_t rows, int64_t columns, const uint8_t *raw);
 
 class Matrix {
@@ -96,11 +96,13 @@ class Matrix {
   uint8_t *panel(int64_t index) { return data_ + offset(index); }
 
   bool skips_blocks() const { return !kept_.places.empty(); }
-  // The blocks of 32 columns that a panel stores, and, if some are skipped, their places.
+  // The blocks of 32 columns that a panel stores, and their places; null if none are skipped.
   int64_t stored_blocks(int64_t index) const {
     return skips_blocks() ? kept_.first[size_t(index) + 1] - kept_.first[size_t(index)] : columns / 32;
   }
-  const int32_t *places(int64_t index) const { return kept_.places.data() + kept_.first[size_t(index)]; }
+  const int32_t *places(int64_t index) const {
+    return skips_blocks() ? kept_.places.data() + kept_.first[size_t(index)] : nullptr;
+  }
 
  private:
   friend void place(const std::vector<Matrix *> &matrices);

@@ -10,7 +10,6 @@
 #include "linear/amx_float.h"
 #include "linear/amx_tiles.h"
 #include "linear/avx512.h"
-#include "linear/product_kept.h"
 
 namespace mnemos {
 namespace {
@@ -29,8 +28,8 @@ namespace {
 // of the block before between the products, a few rows after each, but slower otherwise.
 constexpr int amx_rows = 12;
 
-// The same by one panel, of a matrix that skips blocks.
-constexpr int kept_rows = 16;
+// The same by one panel: as many as the tile unit takes.
+constexpr int most_amx_rows = 16;
 
 // AVX-512 multiplies up to this many rows.
 constexpr int few_rows = 8;
@@ -111,7 +110,7 @@ inline MNEMOS_INLINE void store_sums(Dots<L, Parts, P, R> &dots, std::integral_c
 
 // The products of block b, which begin while the last ones of the block before are stored. Turn 0 and 1 use other
 // tiles. Calls after(integral_constant product) after each.
-template <const Layout &L, int Parts, int P, int R, int Turn, class Places, class After>
+template <const Layout &L, int Parts, int P, int R, int Turn, class After>
 inline MNEMOS_INLINE void multiply_block(const Expanded &weights, const QuantBlock<Parts> *x, Places places,
                                          int64_t row_bytes, int64_t b, Dots<L, Parts, P, R> *before,
                                          Dots<L, Parts, P, R> &dots, const After &after) {
@@ -149,7 +148,7 @@ inline MNEMOS_INLINE void store_last(Dots<L, Parts, P, R> &dots) {
 }
 
 // Adds rows Begin to End - 1 of block b of the chunk to the totals of Panels panels from the First.
-template <int First, int Panels, int Begin, int End, const Layout &L, int Parts, int P, int R, class Places>
+template <int First, int Panels, int Begin, int End, const Layout &L, int Parts, int P, int R>
 inline MNEMOS_INLINE void finish_rows(const Expanded &weights, const QuantBlock<Parts> *x, Places places,
                                       int64_t row_blocks, int64_t b, const Dots<L, Parts, P, R> &dots,
                                       __m512 (&totals)[R][P]) {
@@ -176,15 +175,15 @@ inline MNEMOS_INLINE void finish_rows(const Expanded &weights, const QuantBlock<
   });
 }
 
-// P panels by R rows over the blocks of one chunk, whose places count from `first_block`.
-template <const Layout &L, int Parts, int P, int R, class Places>
-void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
-              Places places, const Output &out, Prefetch &prefetch) {
+// P panels by R rows over the blocks of one chunk.
+template <const Layout &L, int Parts, int P, int R>
+MNEMOS_KERNEL void amx_tile(const Expanded &weights, const Input &input, int64_t row, Places places, int64_t blocks,
+                            const Output &out, Prefetch &prefetch) {
   __m512 totals[R][P];
   unroll<R>([&](auto r) MNEMOS_INLINE {
     unroll<P>([&](auto p) MNEMOS_INLINE { totals[r][p] = Avx512::load(out.starts[p] + r * out.start_stride[p]); });
   });
-  const QuantBlock<Parts> *x = blocks_of<Parts>(input, row) + first_block;
+  const QuantBlock<Parts> *x = blocks_of<Parts>(input, row);
   const int64_t row_blocks = input.padded / 32, row_bytes = row_blocks * int64_t(sizeof *x);
   Dots<L, Parts, P, R> dots[2];
   const auto step = [&](auto turn, int64_t b) MNEMOS_INLINE {
@@ -217,58 +216,42 @@ void amx_tile(const Expanded &weights, const Input &input, int64_t row, int64_t 
   });
 }
 
-template <const Layout &L, int Parts>
+// P panels, of which `panels` exist, that store the same blocks.
+template <const Layout &L, int Parts, int P>
 void multiply_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                      int64_t panels, const Results &results, Shapes &shapes) {
-  constexpr int P = most_panels;
-  for_chunks<Avx512, L, Parts, P, few_rows + 1, amx_rows, SignedVectors<L>>(
+  for_chunks<Avx512, L, Parts, P, few_rows + 1, P == 1 ? most_amx_rows : amx_rows, SignedVectors<L>>(
       matrix, input, row_begin, row_end, panel, panels, results,
-      [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
+      [&](auto r, const Expanded &weights, int64_t row, Places places, int64_t count, const Output &out,
           Prefetch &prefetch) {
         shapes.set_rows(r);
-        amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, first, count, AllPlaces{}, out, prefetch);
-      });
-}
-
-// P panels of a matrix that skips blocks, the same ones in each.
-template <const Layout &L, int Parts, int P>
-void multiply_kept_panels(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
-                          const Results &results, Shapes &shapes) {
-  for_chunks<Avx512, L, Parts, P, few_rows + 1, P == 1 ? kept_rows : amx_rows, SignedVectors<L>>(
-      matrix, input, row_begin, row_end, panel, P, results,
-      [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
-          Prefetch &prefetch) {
-        shapes.set_rows(r);
-        const SomePlaces places{matrix.places(panel) + first};
-        amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, 0, count, places, out, prefetch);
+        amx_tile<same_scales<L>(), Parts, P, r>(weights, input, row, places, count, out, prefetch);
       });
 }
 
 void multiply_amx(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                   int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
+  const Results results{y, y_stride, starts, start_stride};
   if (matrix.layout.type == WeightType::bf16)
-    return multiply_bfloats(matrix, input, row_begin, row_end, panel_begin, panel_end,
-                            {y, y_stride, starts, start_stride});
+    return multiply_bfloats(matrix, input, row_begin, row_end, panel_begin, panel_end, results);
   if (!matrix.layout.quantized() || row_end - row_begin <= few_rows)
     return avx512_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
                                    start_stride);
   Shapes shapes(matrix.layout.halves() ? 16 : 32);
+  const bool fine = input.form == Form::int15;
   if (matrix.skips_blocks())
     return with_kept_layout(matrix.layout.type, [&](auto q) {
       constexpr const Layout &layout = decltype(q)::layout;
-      for_kept_panels(matrix, panel_begin, panel_end, [&](auto panels, int64_t panel) {
-        const auto multiply = input.form == Form::int15 ? multiply_kept_panels<layout, 2, panels>
-                                                        : multiply_kept_panels<layout, 1, panels>;
-        multiply(matrix, input, row_begin, row_end, panel, {y, y_stride, starts, start_stride}, shapes);
+      for_like_panels<most_panels>(matrix, panel_begin, panel_end, [&](auto panels, int64_t panel) {
+        const auto multiply = fine ? multiply_panels<layout, 2, panels> : multiply_panels<layout, 1, panels>;
+        multiply(matrix, input, row_begin, row_end, panel, panels, results, shapes);
       });
     });
   with_layout(matrix.layout.type, [&](auto q) {
     constexpr const Layout &layout = decltype(q)::layout;
-    const auto multiply = input.form == Form::int15 ? multiply_panels<layout, 2> : multiply_panels<layout, 1>;
-    for (int64_t panel = panel_begin; panel < panel_end; panel += most_panels) {
-      const int64_t panels = smaller(most_panels, panel_end - panel);
-      multiply(matrix, input, row_begin, row_end, panel, panels, {y, y_stride, starts, start_stride}, shapes);
-    }
+    const auto multiply = fine ? multiply_panels<layout, 2, most_panels> : multiply_panels<layout, 1, most_panels>;
+    for (int64_t panel = panel_begin; panel < panel_end; panel += most_panels)
+      multiply(matrix, input, row_begin, row_end, panel, smaller(most_panels, panel_end - panel), results, shapes);
   });
 }
 
@@ -290,9 +273,17 @@ int64_t multiply_in_tiles(Form form, int64_t rounds) {
   return rounds * sum_tiles * rows * panel_rows * (form == Form::bf16 ? bytes / 2 : bytes);
 }
 
+// What the tile unit has no part in.
+void prepare_amx(const Input &input, const float *x, int64_t x_stride, int64_t row_begin, int64_t row_end,
+                 int64_t column_begin, int64_t column_end) {
+  avx512_kernels.prepare(input, x, x_stride, row_begin, row_end, column_begin, column_end);
+}
+void lengths_amx(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, float *lengths) {
+  avx512_kernels.weight_lengths(matrix, panel_begin, panel_end, lengths);
+}
+
 }  // namespace
 
-const ProductKernels amx_kernels{"amx",        Form::bf16,          prepare_all<Avx512>,
-                                 multiply_amx, lengths_all<Avx512>, multiply_in_tiles};
+const ProductKernels amx_kernels{"amx", Form::bf16, prepare_amx, multiply_amx, lengths_amx, multiply_in_tiles};
 
 }  // namespace mnemos

@@ -64,8 +64,8 @@ inline __attribute__((always_inline)) Neon::Ints row_of(const PairSums &sums) {
 
 // One panel by R rows over the blocks of one chunk.
 template <const Layout &L, int Parts, int R>
-void pair_tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks,
-               const Output &out, Prefetch &prefetch) {
+MNEMOS_KERNEL void pair_tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block,
+                             int64_t blocks, const Output &out, Prefetch &prefetch) {
   constexpr int halves = L.halves() ? 2 : 1, pairs = (R + 1) / 2;
   const QuantBlock<Parts> *x = blocks_of<Parts>(input, row) + first_block;
   const int64_t row_blocks = input.padded / 32;
@@ -102,9 +102,9 @@ void multiply_panel(const Matrix &matrix, const Input &input, int64_t row_begin,
                     const Results &results) {
   for_chunks<Neon, L, Parts, 1, few_rows + 1, tile_rows, RowPairs<L>>(
       matrix, input, row_begin, row_end, panel, 1, results,
-      [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
+      [&](auto r, const Expanded &weights, int64_t row, Places places, int64_t count, const Output &out,
           Prefetch &prefetch) {
-        pair_tile<same_scales<L>(), Parts, r>(weights, input, row, first, count, out, prefetch);
+        pair_tile<same_scales<L>(), Parts, r>(weights, input, row, places.first, count, out, prefetch);
       });
 }
 

@@ -8,7 +8,6 @@
 
 #include "linear/peak.h"
 #include "linear/product_float.h"
-#include "linear/product_kept.h"
 #include "linear/product_quantized.h"
 
 namespace mnemos {
@@ -20,11 +19,9 @@ constexpr float infinity = std::numeric_limits<float>::infinity(),
 template <class S>
 void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
                   int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
-  if (matrix.skips_blocks())
-    return multiply_kept<S>(matrix, input, row_begin, row_end, panel_begin, panel_end,
-                            {y, y_stride, starts, start_stride});
-  auto floats = [&](auto multiply) {
-    multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts, start_stride);
+  const Results results{y, y_stride, starts, start_stride};
+  const auto floats = [&](auto multiply) {
+    multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, results);
   };
   switch (matrix.layout.type) {
     case WeightType::f32: return floats(multiply_floats<S, WeightType::f32>);
@@ -32,14 +29,22 @@ void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, i
     case WeightType::bf16: return floats(multiply_floats<S, WeightType::bf16>);
     default: break;
   }
+  const bool fine = input.form == Form::int15;
+  if (matrix.skips_blocks())
+    return with_kept_layout(matrix.layout.type, [&](auto q) {
+      constexpr const Layout &layout = decltype(q)::layout;
+      for_like_panels<S::tile_panels>(matrix, panel_begin, panel_end, [&](auto panels, int64_t panel) {
+        const auto multiply =
+            fine ? multiply_quantized<S, layout, 2, panels> : multiply_quantized<S, layout, 1, panels>;
+        multiply(matrix, input, row_begin, row_end, panel, panels, results);
+      });
+    });
   with_layout(matrix.layout.type, [&](auto q) {
     constexpr const Layout &layout = decltype(q)::layout;
-    const auto multiply =
-        input.form == Form::int15 ? multiply_quantized<S, layout, 2> : multiply_quantized<S, layout, 1>;
-    for (int64_t panel = panel_begin; panel < panel_end; panel += S::tile_panels) {
-      const int64_t panels = smaller(S::tile_panels, panel_end - panel);
-      multiply(matrix, input, row_begin, row_end, panel, panels, {y, y_stride, starts, start_stride});
-    }
+    constexpr int P = S::tile_panels;
+    const auto multiply = fine ? multiply_quantized<S, layout, 2, P> : multiply_quantized<S, layout, 1, P>;
+    for (int64_t panel = panel_begin; panel < panel_end; panel += P)
+      multiply(matrix, input, row_begin, row_end, panel, smaller(P, panel_end - panel), results);
   });
 }
 

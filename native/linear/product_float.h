@@ -56,19 +56,27 @@ inline MNEMOS_INLINE void add_columns(const uint8_t *const *panels, int64_t at, 
   }
 }
 
-// The float forms: columns first to first + columns of P panels by R rows, added to the output.
+// The most rows of a tile: of one panel there are more, so that as many sums are independent of each other.
+template <class S, int P>
+constexpr int most_float_rows = 2 / P *S::float_rows;
+
+// The float forms: these blocks of 32 columns (the row's last one may have fewer) of P panels by R rows, added to the
+// output.
 template <class S, WeightType W, int P, int R>
-void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, int64_t first, int64_t columns,
-                const Output &out) {
+MNEMOS_KERNEL void float_tile(const uint8_t *const *panels, Places places, int64_t blocks, const Input &input,
+                              int64_t row, const Output &out) {
+  constexpr int column_bytes = W == WeightType::f32 ? 64 : 32;
   typename S::Floats sums[R][P];
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) sums[r][p] = S::zero();
-  constexpr int column_bytes = W == WeightType::f32 ? 64 : 32;
-  int64_t c = first;
-  for (; c + 1 < first + columns; c += 2)
-    add_columns<S, W, P, R, 2>(panels, c * column_bytes, input, row, c, sums);
+  int64_t at = 0, c = 0, end = 0;
+  for (int64_t b = 0, run; b < blocks; b += run) {
+    run = places.run(b, blocks);
+    c = places[b] * 32, end = smaller(c + run * 32, input.columns);
+    for (; c + 1 < end; c += 2, at += 2 * column_bytes) add_columns<S, W, P, R, 2>(panels, at, input, row, c, sums);
+  }
   // The bfloat16 layout and input end with a zero.
-  if (c < first + columns) add_columns<S, W, P, R, 1>(panels, c * column_bytes, input, row, c, sums);
+  if (c < end) add_columns<S, W, P, R, 1>(panels, at, input, row, c, sums);
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) {
       float *y = out.rows[p] + r * out.stride[p];
@@ -76,30 +84,38 @@ void float_tile(const uint8_t *const *panels, const Input &input, int64_t row, i
     }
 }
 
+// P panels that store the same blocks.
 template <class S, WeightType W, int P>
 void multiply_float(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                     const Results &results) {
-  const uint8_t *panels[P];
-  for (int p = 0; p < P; p++) panels[p] = matrix.panel(panel + p);
-  for (int64_t first = 0; first < matrix.columns; first += float_chunk) {
-    const int64_t count = smaller(float_chunk, matrix.columns - first);
-    for_tiles<P, 1, S::float_rows>(
-        matrix, panel, P, row_begin, row_end, results, first > 0,
-        [&](auto r, int64_t row, const Output &out) { float_tile<S, W, P, r>(panels, input, row, first, count, out); });
+  constexpr int64_t block_bytes = W == WeightType::f32 ? 2048 : 1024, chunk = float_chunk / 32;
+  Places places{matrix.places(panel), 0};
+  const int64_t blocks = matrix.skips_blocks() ? matrix.stored_blocks(panel) : (matrix.columns + 31) / 32;
+  while (places.first < blocks) {
+    const int64_t first = places.first, limit = (places[0] / chunk + 1) * chunk;
+    int64_t count = 1;
+    while (first + count < blocks && places[count] < limit) count++;
+    const uint8_t *panels[P];
+    for (int p = 0; p < P; p++) panels[p] = matrix.panel(panel + p) + first * block_bytes;
+    for_tiles<P, 1, most_float_rows<S, P>>(matrix, panel, P, row_begin, row_end, results, first > 0,
+                                           [&](auto r, int64_t row, const Output &out) {
+                                             float_tile<S, W, P, r>(panels, places, count, input, row, out);
+                                           });
+    places.first += count;
   }
 }
 
 template <class S, WeightType W>
 void multiply_floats(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel_begin,
-                     int64_t panel_end, float *y, int64_t y_stride, const float *starts, int64_t start_stride) {
+                     int64_t panel_end, const Results &results) {
   const auto multiply = [&](auto panels, int64_t panel) {
-    multiply_float<S, W, panels>(matrix, input, row_begin, row_end, panel, {y, y_stride, starts, start_stride});
+    multiply_float<S, W, panels>(matrix, input, row_begin, row_end, panel, results);
   };
   // Few rows: memory is read faster from one place at a time than from two alternately.
   if (W == WeightType::f32 && row_end - row_begin <= 2)
     for_panels<1>(panel_begin, panel_end, multiply);
   else
-    for_panels<2>(panel_begin, panel_end, multiply);
+    for_like_panels<2>(matrix, panel_begin, panel_end, multiply);
 }
 
 }  // namespace

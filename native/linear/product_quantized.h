@@ -260,28 +260,29 @@ struct Prefetch {
   }
 };
 
-// P panels by R rows over the blocks of one chunk, whose places count from `first_block`. With `ByExponents`, scales are multiplied by integer additions, to
+// P panels by R rows over the blocks of one chunk. With `ByExponents`, scales are multiplied by integer additions, to
 // the same bits; this returns false, and nothing is stored, if an activation is not finite, for which that doesn't
 // hold.
-template <class S, const Layout &L, int Parts, int P, int R, bool ByExponents, class Places>
-bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t first_block, int64_t blocks, Places places,
-          const Output &out, Prefetch &prefetch) {
+template <class S, const Layout &L, int Parts, int P, int R, bool ByExponents>
+MNEMOS_KERNEL bool tile(const Expanded &weights, const Input &input, int64_t row, Places places, int64_t blocks,
+                        const Output &out, Prefetch &prefetch) {
   constexpr int halves = L.halves() ? 2 : 1, n = step<S, L>;
   typename S::Floats totals[R][P];
   unroll<R>([&](auto r) MNEMOS_INLINE {
     unroll<P>([&](auto p) MNEMOS_INLINE { totals[r][p] = S::load(out.starts[p] + r * out.start_stride[p]); });
   });
   const QuantBlock<Parts> *rows[R];
-  for (int r = 0; r < R; r++) rows[r] = blocks_of<Parts>(input, row + r) + first_block;
+  for (int r = 0; r < R; r++) rows[r] = blocks_of<Parts>(input, row + r);
   uint32_t signs = 0;
   for (int64_t b = 0; b < blocks; b++) {
+    const int64_t place = places[b];
     prefetch.advance(P);
     // A few rows at a time: while the sums of some are scaled, the next ones' dot products begin.
     constexpr int most = smaller(R, S::rows_together);
     unroll<(R + most - 1) / most>([&](auto group) MNEMOS_INLINE {
       constexpr int begin = group * most, count = smaller(most, R - begin);
       const QuantBlock<Parts> *x[count];
-      for (int r = 0; r < count; r++) x[r] = rows[begin + r] + places[b];
+      for (int r = 0; r < count; r++) x[r] = rows[begin + r] + place;
       typename S::Ints dots[2][count][P], high[2][count][P];
       unroll<Parts>([&](auto part) MNEMOS_INLINE {
         constexpr bool last = part == Parts - 1;
@@ -337,11 +338,9 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
       if (b % 2 != 0 || b + 1 == blocks) {
         unroll<P>([&](auto p) MNEMOS_INLINE {
           const auto minima = Minima<S, Parts>::load(weights.scales[p] + minima_at(b));
-          unroll<R>([&](auto r)
-                        MNEMOS_INLINE {
-                          const auto *x = rows[r] + places[b / 2 * 2];
-                          totals[r][p] = minima.add_to(totals[r][p], x, b % 2 != 0);
-                        });
+          unroll<R>([&](auto r) MNEMOS_INLINE {
+            totals[r][p] = minima.add_to(totals[r][p], rows[r] + place - b % 2, b % 2 != 0);
+          });
         });
       }
     }
@@ -353,11 +352,12 @@ bool tile(const Expanded &weights, const Input &input, int64_t row, int64_t firs
   return true;
 }
 
-// One panel by R rows over all of its blocks, straight from the packed form: for few rows, where reading the weights is the
-// work. Sums of a block's parts are kept apart, and for few rows those of its halves, so that the dot products need not
-// wait for each other.
-template <class S, const Layout &L, int Parts, int R, class Places>
-void stream(const uint8_t *panel, int64_t blocks, Places places, const Input &input, int64_t row, const Output &out) {
+// One panel by R rows over all of its blocks, straight from the packed form: for few rows, where reading the weights is
+// the work. Sums of a block's parts are kept apart, and for few rows those of its halves, so that the dot products need
+// not wait for each other.
+template <class S, const Layout &L, int Parts, int R>
+MNEMOS_KERNEL void stream(const uint8_t *panel, Places places, int64_t blocks, const Input &input, int64_t row,
+                          const Output &out) {
   constexpr int sums = L.halves() || (Parts == 1 && R <= S::split_rows) ? 2 : 1;
   typename S::Floats totals[R];
   for (int r = 0; r < R; r++) totals[r] = S::load(out.starts[0] + r * out.start_stride[0]);
@@ -414,7 +414,7 @@ void stream(const uint8_t *panel, int64_t blocks, Places places, const Input &in
         const bool odd = at % 2 != 0;
         if (odd || at + 1 == blocks) {
           const auto minima = Minima<S, Parts>::of(odd ? even : scales[1], odd ? scales[1] : S::zero());
-          for (int r = 0; r < R; r++) totals[r] = minima.add_to(totals[r], rows[r] + places[at / 2 * 2], odd);
+          for (int r = 0; r < R; r++) totals[r] = minima.add_to(totals[r], rows[r] + place - odd, odd);
         }
         even = scales[1];
       }
@@ -443,10 +443,9 @@ constexpr const Layout &same_scales() {
     return L.minimum() ? layouts::q4_1 : layouts::q8_0;
 }
 
-// Expands P panels chunk by chunk, of even sizes, and calls body(integral_constant R, weights, row, first block,
-// blocks, output, prefetch) for tiles that cover the rows, of which there are at least `Fewest`, with at most `Most`
-// each. Of the P panels only `panels` exist: the last one is multiplied again for each of the others. All store the same
-// number of blocks.
+// Expands P panels chunk by chunk, of even sizes, and calls body(integral_constant R, weights, row, places, blocks,
+// output, prefetch) for tiles that cover the rows, of which there are at least `Fewest`, with at most `Most` each. Of
+// the P panels only `panels` exist: the last one is multiplied again for each of the others. All store the same blocks.
 template <class S, const Layout &L, int Parts, int P, int Fewest, int Most, class Arrangement, class Body>
 void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                 int64_t panels, const Results &results, Body &&body) {
@@ -455,8 +454,8 @@ void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int
   constexpr int64_t unit = L.group > 1 ? L.group : 2;  // blocks come in pairs
   const int64_t chunk = ((blocks + chunks - 1) / chunks + unit - 1) / unit * unit;
   const int64_t tiles = (row_end - row_begin + Most - 1) / Most;
-  for (int64_t first = 0; first < blocks; first += chunk) {
-    const int64_t count = smaller(chunk, blocks - first), end = first + count;
+  for (Places places{matrix.places(panel), 0}; places.first < blocks; places.first += chunk) {
+    const int64_t first = places.first, count = smaller(chunk, blocks - first), end = first + count;
     Prefetch prefetch{{}, chunk / L.group * L.record_bytes(), 0, 0, input.ahead};
     prefetch.step = (prefetch.bytes / (tiles * count) + 63) / 64 * 64;
     weights.ordinary = true;
@@ -469,34 +468,36 @@ void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int
     for_tiles<P, Fewest, Most>(matrix, panel, panels, row_begin, row_end, results, first > 0,
                                [&](auto r, int64_t row, const Output &out) {
                                  if (input.ahead != nullptr) input.ahead->refill();
-                                 body(r, weights, row, first, count, out, prefetch);
+                                 body(r, weights, row, places, count, out, prefetch);
                                });
   }
 }
 
-template <class S, const Layout &L, int Parts>
+// P panels, of which `panels` exist, that store the same blocks.
+template <class S, const Layout &L, int Parts, int P>
 void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                         int64_t panels, const Results &results) {
   if (row_end - row_begin <= S::stream_rows) {
-    for (int64_t p = 0; p < panels; p++)
+    const Places places{matrix.places(panel), 0};
+    for (int64_t p = panel; p < panel + panels; p++)
       for_tiles<1, 1, Parts == 1 ? S::stream_rows : S::fine_rows>(
-          matrix, panel + p, 1, row_begin, row_end, results, false, [&](auto r, int64_t row, const Output &out) {
-            stream<S, L, Parts, r>(matrix.panel(panel + p), matrix.columns / 32, AllPlaces{}, input, row, out);
+          matrix, p, 1, row_begin, row_end, results, false, [&](auto r, int64_t row, const Output &out) {
+            stream<S, L, Parts, r>(matrix.panel(p), places, matrix.stored_blocks(p), input, row, out);
           });
     return;
   }
-  constexpr int P = S::tile_panels;
-  for_chunks<S, L, Parts, P, S::stream_rows + 1, S::tile_rows, InVectors<S>>(
+  // Of a single panel there are more rows, so that as many sums are independent of each other.
+  constexpr int most = P == S::tile_panels ? S::tile_rows : smaller(S::tile_panels * S::tile_rows, 8);
+  for_chunks<S, L, Parts, P, S::stream_rows + 1, most, InVectors<S>>(
       matrix, input, row_begin, row_end, panel, panels, results,
-      [&](auto r, const Expanded &weights, int64_t row, int64_t first, int64_t count, const Output &out,
+      [&](auto r, const Expanded &weights, int64_t row, Places places, int64_t count, const Output &out,
           Prefetch &prefetch) {
         constexpr const Layout &layout = same_arithmetic<L>();
         if constexpr (S::adds_exponents && !L.halves()) {
-          if (weights.ordinary &&
-              tile<S, layout, Parts, P, r, true>(weights, input, row, first, count, AllPlaces{}, out, prefetch))
+          if (weights.ordinary && tile<S, layout, Parts, P, r, true>(weights, input, row, places, count, out, prefetch))
             return;
         }
-        tile<S, layout, Parts, P, r, false>(weights, input, row, first, count, AllPlaces{}, out, prefetch);
+        tile<S, layout, Parts, P, r, false>(weights, input, row, places, count, out, prefetch);
       });
 }
 
@@ -505,6 +506,7 @@ struct Quantized {
   static constexpr const Layout &layout = L;
 };
 
+// Calls body(Quantized<layout>) for a quantized type.
 template <class Body>
 void with_layout(WeightType type, Body &&body) {
   switch (type) {
@@ -522,6 +524,14 @@ void with_layout(WeightType type, Body &&body) {
     case WeightType::iq4_xs: return body(Quantized<layouts::iq4_xs>{});
     default: return;  // float layouts
   }
+}
+
+// Calls body(Quantized<layout>) for the quantized types that can skip blocks.
+template <class Body>
+void with_kept_layout(WeightType type, Body &&body) {
+  if (type == WeightType::q4_1) return body(Quantized<layouts::q4_1>{});
+  if (type == WeightType::q5_1) return body(Quantized<layouts::q5_1>{});
+  if (type == WeightType::q8_0) return body(Quantized<layouts::q8_0>{});
 }
 
 }  // namespace

@@ -41,13 +41,24 @@ constexpr int most_panels = 2;  // of a tile
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The places among a row's blocks of 32 columns of those that a panel stores: all of them, or these.
-struct AllPlaces {
-  int64_t operator[](int64_t stored) const { return stored; }
-};
-struct SomePlaces {
-  const int32_t *places;
-  int64_t operator[](int64_t stored) const { return places[stored]; }
+// The functions that a matrix's product spends its time in: compiled once for all their callers. Inlined, they make
+// functions of which each takes the compiler many seconds.
+#define MNEMOS_KERNEL __attribute__((noinline))
+
+// The places of a panel's blocks of 32 columns among a row's, counted from block `first`: all of them, or those listed.
+struct Places {
+  const int32_t *list;  // or null
+  int64_t first;
+
+  int64_t operator[](int64_t stored) const { return list == nullptr ? first + stored : list[first + stored]; }
+  // How many blocks before number `end` are side by side, from number `stored` on.
+  int64_t run(int64_t stored, int64_t end) const {
+    if (list == nullptr) return end - stored;
+    const int32_t *from = list + first + stored;
+    int64_t count = 1;
+    while (count < end - stored && from[count] == from[0] + count) count++;
+    return count;
+  }
 };
 
 // Where a kernel's results go: rows `stride` floats apart, one run of 16 floats a panel; and what they start from.
@@ -145,17 +156,18 @@ void for_panels(int64_t panel_begin, int64_t panel_end, Body &&body) {
   for (; panel < panel_end; panel++) body(std::integral_constant<int, 1>{}, panel);
 }
 
-// Calls body(integral_constant panels, panel) for the panels of a matrix that skips blocks: for two at once where they
-// store the same ones, so that they share what they read of the activations.
-template <class Body>
-void for_kept_panels(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, Body &&body) {
+// The same for groups that store the same blocks of their columns, and so share what they read of the activations.
+template <int Most, class Body>
+void for_like_panels(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, Body &&body) {
+  static_assert(Most <= 2);
+  if (Most == 1 || !matrix.skips_blocks()) return for_panels<Most>(panel_begin, panel_end, body);
   for (int64_t panel = panel_begin; panel < panel_end;) {
     const int64_t blocks = matrix.stored_blocks(panel);
     const int32_t *places = matrix.places(panel);
     const bool twins = panel + 1 < panel_end && matrix.stored_blocks(panel + 1) == blocks &&
                        std::equal(places, places + blocks, matrix.places(panel + 1));
     if (twins)
-      body(std::integral_constant<int, 2>{}, panel);
+      body(std::integral_constant<int, Most>{}, panel);
     else
       body(std::integral_constant<int, 1>{}, panel);
     panel += twins ? 2 : 1;
