@@ -243,7 +243,8 @@ std::unique_ptr<const Recall> make_recall(const RecallFields &fields) {
 
 nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages,
                      Ints page_positions, Ints page_starts, Ints logit_rows, nb::list inputs, bool argmax,
-                     std::optional<Ints> states, int threads, std::optional<Ints> adapters, std::optional<Ints> sights) {
+                     std::optional<Ints> states, int threads, std::optional<Ints> adapters,
+                     std::optional<Ints> sights) {
   BatchView batch;
   batch.argmax = argmax;
   batch.threads = threads;
@@ -285,18 +286,20 @@ nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequ
 }
 
 std::shared_ptr<LowRank> make_low_rank_factors(
-    int64_t columns, int64_t rows, const std::vector<std::optional<std::pair<FloatRows, FloatRows>>> &pairs) {
-  const ProductKernels &kernels = linear_kernels(current_isa(class_of(WeightType::f32, false)));
-  auto factors = std::make_shared<LowRank>(columns, rows, kernels);
+    int64_t columns, int64_t rows, int32_t type,
+    const std::vector<std::optional<std::tuple<Bytes, Bytes, int64_t, float>>> &pairs) {
+  const auto kind = static_cast<WeightType>(type);
+  const ProductKernels &kernels = linear_kernels(current_isa(class_of(kind, false)));
+  auto factors = std::make_shared<LowRank>(columns, rows, kind, kernels);
   for (const auto &pair : pairs) {
     LowRank::Pair own;
     if (pair) {
-      const auto &[a, b] = *pair;
-      own.rank = static_cast<int64_t>(a.shape(0));
-      if (static_cast<int64_t>(b.shape(1)) != own.rank || static_cast<int64_t>(a.shape(1)) != columns ||
-          static_cast<int64_t>(b.shape(0)) != rows)
+      const auto &[a, b, rank, scale] = *pair;
+      if (static_cast<int64_t>(a.size()) != rank * row_bytes(kind, columns) ||
+          static_cast<int64_t>(b.size()) != rows * row_bytes(kind, rank))
         throw config_error("an adapter's factors must be (rank, " + std::to_string(columns) + ") and (" +
                            std::to_string(rows) + ", rank)");
+      own.rank = rank, own.scale = scale;
       own.a.assign(a.data(), a.data() + a.size());
       own.b.assign(b.data(), b.data() + b.size());
     }
@@ -539,7 +542,7 @@ int64_t encode_matrix(FloatRows values, int32_t type, std::optional<Floats> impo
 }
 
 void bind_program(nb::module_ &m) {
-  nb::class_<LowRank>(m, "LowRank").def(nb::new_(&make_low_rank_factors), "columns"_a, "rows"_a, "pairs"_a);
+  nb::class_<LowRank>(m, "LowRank").def(nb::new_(&make_low_rank_factors), "columns"_a, "rows"_a, "type"_a, "pairs"_a);
   using ProgramClass = nb::class_<Program>;
   ProgramClass(m, "Program")
       .def(nb::init<std::shared_ptr<Pool>, std::vector<std::shared_ptr<Cache>>>(), "pool"_a, "caches"_a)
@@ -674,8 +677,8 @@ void bind_program(nb::module_ &m) {
       .def("width", &Program::width, "value"_a)
       .def("finish", &Program::finish, "outputs"_a)
       .def("run", &run_program, "token_ids"_a, "positions"_a, "sequence_starts"_a, "pages"_a, "page_positions"_a,
-           "page_starts"_a, "logit_rows"_a, "inputs"_a, "argmax"_a = false, "states"_a = nb::none(),
-           "threads"_a = 0, "adapters"_a = nb::none(), "sights"_a = nb::none())
+           "page_starts"_a, "logit_rows"_a, "inputs"_a, "argmax"_a = false, "states"_a = nb::none(), "threads"_a = 0,
+           "adapters"_a = nb::none(), "sights"_a = nb::none())
       .def_prop_ro("finds_argmax", &Program::finds_argmax)
       .def("poison", &Program::poison, "on"_a)
       .def("workspace_bytes", &Program::workspace_bytes, "tokens"_a, "chosen"_a)
@@ -704,9 +707,7 @@ NB_MODULE(_native, m) {
   m.def("usable_cores", &usable_cores);
   m.def("available_memory", &available_memory);
 
-  nb::class_<Pool>(m, "Pool")
-      .def_prop_ro("threads", &Pool::threads)
-      .def_prop_ro("contended", &Pool::contended);
+  nb::class_<Pool>(m, "Pool").def_prop_ro("threads", &Pool::threads).def_prop_ro("contended", &Pool::contended);
   m.def("shared_pool", &shared_pool, "threads"_a);
   m.def("read_bandwidth", &read_bandwidth, "pool"_a, "bytes"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply_rate", &measure_multiply_rate, "pool"_a, "isa"_a, "form"_a, "repeats"_a,
@@ -768,7 +769,9 @@ NB_MODULE(_native, m) {
           "page"_a, "content"_a)
       .def_prop_ro("spilled", [](const Cache &cache) { return cache.spill() != nullptr ? cache.spill()->count() : 0; })
       .def("spill_to", &Cache::spill_to, "file"_a)
-      .def("begin_recall", [](Cache &cache, const RecallFields &recall) { cache.begin_recall(make_recall(recall)); }, "recall"_a)
+      .def(
+          "begin_recall", [](Cache &cache, const RecallFields &recall) { cache.begin_recall(make_recall(recall)); },
+          "recall"_a)
       .def("recalled", [](const Cache &cache) { return owned_array(cache.recalled()); });
 
   bind_program(m);

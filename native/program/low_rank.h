@@ -10,20 +10,23 @@
 
 namespace mnemos {
 
-// What each adapter adds to one weight (rows, columns): b (a x). An adapter of rank 0 adds nothing.
+// What each adapter adds to one weight (rows, columns): scale * b (a x). An adapter of rank 0 adds nothing.
 struct LowRank {
   struct Pair {
     int64_t rank = 0;
-    std::vector<float> a, b;  // (rank, columns) and (rows, rank), until they are packed
+    float scale = 1;
+    std::vector<uint8_t> a, b;  // (rank, columns) and (rows, rank) of the type, until they are packed
     std::vector<std::unique_ptr<Matrix>> down;  // a, in pieces of its columns
     std::unique_ptr<Matrix> up;  // b
   };
-  LowRank(int64_t columns, int64_t rows, const ProductKernels &kernels)
-      : columns(columns), rows(rows), kernels(kernels) {}
+  // type: of the factors, f32 or f16
+  LowRank(int64_t columns, int64_t rows, WeightType type, const ProductKernels &kernels)
+      : columns(columns), rows(rows), type(type), kernels(kernels) {}
   LowRank(const LowRank &) = delete;
   LowRank &operator=(const LowRank &) = delete;
 
   const int64_t columns, rows;
+  const WeightType type;
   const ProductKernels &kernels;
   std::vector<Pair> pairs;  // by adapter
 

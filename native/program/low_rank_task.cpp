@@ -106,7 +106,7 @@ class DownTask : public Task {
   int64_t pieces_ = 0;
 };
 
-// y += b inner.
+// y += scale * b inner.
 class UpTask : public Task {
  public:
   UpTask(std::shared_ptr<Group> group, int inner) : group_(std::move(group)), inner_(inner) {
@@ -138,6 +138,7 @@ class UpTask : public Task {
       float *sum = sums + row * rank;
       memcpy(sum, inner, static_cast<size_t>(rank) * sizeof(float));
       for (int64_t piece = 1; piece < weight.pieces(); piece++) step.kernels->add(sum, inner + piece * rank, sum, rank);
+      for (int64_t i = 0; i < rank; i++) sum[i] *= pair.scale;
     }
     Input input = bind_input(weight.kernels, Form::f32, rows, rank, sums);
     input.padded = rank;
@@ -172,12 +173,17 @@ void pack_factors(const std::vector<std::shared_ptr<LowRank>> &weights) {
   std::vector<Matrix *> matrices;
   std::vector<LowRank::Pair *> pairs;
   const auto make = [&](const LowRank &weight, int64_t rows, int64_t columns) {
-    auto matrix = std::make_unique<Matrix>(WeightType::f32, rows, columns, false, weight.kernels);
+    auto matrix = std::make_unique<Matrix>(weight.type, rows, columns, false, weight.kernels);
     matrices.push_back(matrix.get());
     return matrix;
   };
-  for (const auto &weight : weights) {
-    for (LowRank::Pair &pair : weight->pairs) {
+  size_t adapters = 0;
+  for (const auto &weight : weights) adapters = std::max(adapters, weight->pairs.size());
+  // An adapter's factors are side by side, in the order of the weights: what is read ahead is what comes next.
+  for (size_t adapter = 0; adapter < adapters; adapter++) {
+    for (const auto &weight : weights) {
+      if (adapter >= weight->pairs.size()) continue;
+      LowRank::Pair &pair = weight->pairs[adapter];
       if (pair.rank == 0 || pair.up) continue;
       for (int64_t begin = 0; begin < weight->columns; begin += weight->piece_columns())
         pair.down.push_back(make(*weight, pair.rank, std::min(weight->piece_columns(), weight->columns - begin)));
@@ -187,21 +193,18 @@ void pack_factors(const std::vector<std::shared_ptr<LowRank>> &weights) {
   }
   if (matrices.empty()) return;
   place(matrices);
-  const auto pack = [](Matrix &matrix, const std::vector<float> &values) {
-    pack_panels(matrix, reinterpret_cast<const uint8_t *>(values.data()), 0, matrix.panels());
-  };
-  std::vector<float> piece;
+  std::vector<uint8_t> piece;
   for (LowRank::Pair *pair : pairs) {
-    const float *from = pair->a.data();
-    const int64_t columns = static_cast<int64_t>(pair->a.size()) / pair->rank;
+    const uint8_t *from = pair->a.data();
+    const int64_t row = static_cast<int64_t>(pair->a.size()) / pair->rank;
     for (const auto &down : pair->down) {
-      piece.resize(static_cast<size_t>(pair->rank * down->columns));
-      for (int64_t r = 0; r < pair->rank; r++)
-        std::copy_n(from + r * columns, down->columns, piece.data() + r * down->columns);
-      pack(*down, piece);
-      from += down->columns;
+      const int64_t bytes = row_bytes(down->type, down->columns);
+      piece.resize(static_cast<size_t>(pair->rank * bytes));
+      for (int64_t r = 0; r < pair->rank; r++) std::copy_n(from + r * row, bytes, piece.data() + r * bytes);
+      pack_panels(*down, piece.data(), 0, down->panels());
+      from += bytes;
     }
-    pack(*pair->up, pair->b);
+    pack_panels(*pair->up, pair->b.data(), 0, pair->up->panels());
     pair->a = pair->b = {};
   }
 }

@@ -186,9 +186,12 @@ class Windows:
     def clear(self, slot: int) -> None: ...
 
 class LowRank:
-    """What adapters add to a weight (rows, columns): for each, a (rank, columns) and b (rows, rank), or None."""
+    """What adapters add to a weight (rows, columns): for each, the bytes of a (rank, columns) and b (rows, rank) in
+    float32 or float16 (type, as in GGUF), their rank and what b (a x) is multiplied by; or None."""
 
-    def __init__(self, columns: int, rows: int, pairs: Sequence[tuple[Floats, Floats] | None]) -> None: ...
+    def __init__(
+        self, columns: int, rows: int, type: int, pairs: Sequence[tuple[Bytes, Bytes, int, float] | None]
+    ) -> None: ...
 
 class Program:
     """A forward pass that is recorded and then run. Values are numbers, in the order of recording."""

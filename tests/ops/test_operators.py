@@ -259,6 +259,18 @@ def test_each_row_gets_what_its_own_adapter_adds(isa: str) -> None:
         np.testing.assert_array_equal(result[plain], y[plain])
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-7, 1e7])
+def test_adapters_of_any_size_are_stored_in_float16(size: float, isa: str) -> None:
+    g = np.random.default_rng(5)
+    pair = floats(g, 8, 300) * np.float32(size), floats(g, 45, 8) / np.float32(size)
+    ops = NativeOps()
+    y, x = floats(g, 7, 45), floats(g, 7, 300)
+    batch = _adapted_batch(7, [0])
+    expected = REFERENCE.add_low_rank(y, x, [pair], batch)
+    result = ops.add_low_rank(y, x, ops.factors([pair], (45, 300)), batch)
+    assert np.linalg.norm(result - expected) < 5e-4 * np.linalg.norm(expected - y)
+
+
 def test_adapters_that_are_not_there_are_refused() -> None:
     ops, x, y = NativeOps(), np.zeros((3, 70), np.float32), np.zeros((3, 45), np.float32)
     factors = ops.factors([(np.zeros((2, 70), np.float32), np.zeros((45, 2), np.float32))], (45, 70))

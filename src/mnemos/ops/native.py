@@ -111,10 +111,15 @@ class NativeOps:
                 self._unpacked = []
 
     def factors(self, pairs: Sequence[tuple[Floats, Floats] | None], shape: tuple[int, int]) -> _native.LowRank:
-        own = [
-            None if pair is None else (np.ascontiguousarray(pair[0]), np.ascontiguousarray(pair[1])) for pair in pairs
-        ]
-        return _native.LowRank(shape[1], shape[0], own)
+        """Kept in float16 unless weights are expanded, with a power of two that uses its range."""
+        kind = TensorType.F32 if self.as_float32 else TensorType.F16
+
+        def stored(a: Floats, b: Floats) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], int, float]:
+            (down, one), (up, other) = (_as_stored(values, self.as_float32) for values in (a, b))
+            return down, up, len(a), one * other
+
+        own = [None if pair is None else stored(*pair) for pair in pairs]
+        return _native.LowRank(shape[1], shape[0], int(kind), own)
 
     def vector(self, tensor: Tensor) -> Floats:
         return np.ascontiguousarray(tensor.dequantize().reshape(-1), dtype=np.float32)
@@ -358,6 +363,14 @@ def _batch_of(
 
     index = _NO_INTS if logit_rows is None else flat(logit_rows)
     return Batch(flat(token_ids), flat(positions), _STARTS, _NO_INTS, _NO_INTS, _STARTS, index)
+
+
+def _as_stored(values: Floats, as_float32: bool) -> tuple[npt.NDArray[np.uint8], float]:
+    """(a factor's bytes in float32 or float16, what their products are multiplied by)."""
+    if as_float32:
+        return np.ascontiguousarray(values, dtype=np.float32).reshape(-1).view(np.uint8), 1.0
+    power = 15 - int(np.frexp(np.abs(values).max(initial=0))[1])
+    return np.ldexp(values, power).astype(np.float16).reshape(-1).view(np.uint8), 2.0**-power
 
 
 def _is_mapped(array: npt.NDArray[np.uint8]) -> bool:
