@@ -1,6 +1,7 @@
 """Modules in 8 and 4 bits, and without 30% of their blocks, beside float32 and PyTorch's own int8.
 
     python benchmarks/quantized_module.py [--width 768] [--layers 8] [--vocabulary 8192] [--threads N] [--repeats 20]
+        [--heights 16 32]
 
 A transformer with random weights runs over 1 and 128 tokens. Each figure is the least time of all repeats, which take
 turns, over that of float32 in PyTorch: so other programs on the machine disturb all alike. The error is that of the
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--heights", type=int, nargs="*", default=[16, 32], help="rows of the blocks that are gone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
@@ -65,20 +67,22 @@ def main() -> None:
     def without(pattern: str, form: nn.Module = model) -> PrunedModel:
         return PrunedModel(form, 0.3, criterion="weights", scope="layer", pattern=pattern)
 
-    halves = copy.deepcopy(model).bfloat16()
-    fewer, fewer_pairs = without("16x32").model, without("16x64").model
-    exact, exact_fewer, exact_pairs = model(ids), fewer(ids), fewer_pairs(ids)
+    halves, exact = copy.deepcopy(model).bfloat16(), model(ids)
     forms: dict[str, tuple[nn.Module, Tensor]] = {
         "float32": (model, exact),
-        "float32, 30% of the blocks gone": (without("16x32").pack(), exact_fewer),
         "bfloat16": (halves, exact),
-        "bfloat16, 30% of the blocks gone": (without("16x32", halves).pack(), exact_fewer),
         "int8, torch.ao": (torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8), exact),
         "int8": (QuantizedModel(model, 8), exact),
-        "int8, 30% of the blocks gone": (QuantizedModel(fewer, 8), exact_fewer),
         "int4": (QuantizedModel(model, 4), exact),
-        "int4, 30% of the blocks gone": (QuantizedModel(fewer_pairs, 4), exact_pairs),
     }
+    for height in options.heights:
+        fewer, fewer_pairs = without(f"{height}x32").model, without(f"{height}x64").model
+        exact_fewer = fewer(ids)
+        gone = f"30% of the blocks of {height} rows gone"
+        forms[f"float32, {gone}"] = without(f"{height}x32").pack(), exact_fewer
+        forms[f"bfloat16, {gone}"] = without(f"{height}x32", halves).pack(), exact_fewer
+        forms[f"int8, {gone}"] = QuantizedModel(fewer, 8), exact_fewer
+        forms[f"int4, {gone}"] = QuantizedModel(fewer_pairs, 4), fewer_pairs(ids)
     seconds = {
         length: times(
             {name: (lambda form=form, length=length: form(ids[:, :length])) for name, (form, _) in forms.items()},
