@@ -34,6 +34,7 @@ TEXTS = [
 ]
 KINDS: dict[str, Callable[[Path], object]] = {
     **{name: lambda folder, name=name: make(folder, STEPS[name]) for name in STEPS},  # type: ignore[misc]
+    "bytes alone": lambda folder: make(folder, STEPS["gpt-2"], size=0),
     "sentencepiece": lambda folder: train(folder, **IDENTITY),
     "sentencepiece with symbols": lambda folder: train(
         folder, user_defined_symbols=["[user]"], control_symbols=["<|end|>"], pad_id=3, **IDENTITY

@@ -49,13 +49,13 @@ STEPS: dict[str, list[Any]] = {
 }
 
 
-def make(folder: Path, steps: list[Any], **config: Any) -> None:
+def make(folder: Path, steps: list[Any], size: int = 700, **config: Any) -> None:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     sample = [Path(__file__).read_text(encoding="utf-8"), "1234 12345 hello world it's", *TEXTS] * 3
     trainer = trainers.BpeTrainer(
-        vocab_size=700,
+        vocab_size=size,
         special_tokens=["<|start|>", "<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -102,6 +102,14 @@ def test_byte_level_tokenizers_keep_their_ids(name: str, tmp_path: Path) -> None
 def test_the_beginning_token_is_kept_where_it_is_added(tmp_path: Path) -> None:
     make(tmp_path, STEPS["gpt-2"], add_bos_token=True)
     assert tokenizer_metadata(tmp_path, 900)["tokenizer.ggml.add_bos_token"] is True
+
+
+def test_a_tokenizer_of_bytes_alone_has_no_merges(tmp_path: Path) -> None:
+    make(tmp_path, STEPS["gpt-2"], size=0)
+    before = Tokenizer.from_file(tmp_path)
+    after = written(tokenizer_metadata(tmp_path, before.vocabulary_size), tmp_path)
+    for text in TEXTS:
+        assert after.encode(text, False, True) == before.encode(text, False, True), text
 
 
 def train(folder: Path, **options: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mnemos.errors import FormatError, UnsupportedError
+from mnemos.formats.string_array import StringArray
 from mnemos.text.core import END_NAMES, TokenizerCore, byte_characters, parse_byte_token
 from mnemos.text.gguf import build_core
 from mnemos.text.gguf_probes import check_added, check_merges, check_surrounding, pre_tokenizer
@@ -114,11 +115,13 @@ def _byte_level_metadata(
             f"{file}: has {', '.join(map(repr, plain))} as ordinary text, for which llama.cpp takes special tokens",
             stacklevel=3,
         )
+    merges = [m if isinstance(m, str) else " ".join(m) for m in source["model"]["merges"]]
     metadata: dict[str, Any] = {
         PREFIX + "model": "gpt2",
         PREFIX + "tokens": list(core.texts),
         PREFIX + "token_type": np.asarray([_kind(i, core, ordinary) for i in range(len(core.texts))], np.int32),
-        PREFIX + "merges": [m if isinstance(m, str) else " ".join(m) for m in source["model"]["merges"]],
+        # a tokenizer of bytes alone has none; GGUF wants the type of an array that is empty
+        PREFIX + "merges": merges or StringArray(str(file), np.empty(0, np.uint8), np.zeros(1, np.int64)),
     }
     _pad(file, metadata, vocabulary_size)
     metadata |= _roles(core)

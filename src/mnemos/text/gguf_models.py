@@ -55,7 +55,7 @@ class MergedModel(NamedTuple):
         try:
             if isinstance(merges, StringArray):
                 return core.bpe_of_strings(pieces, merges.data, len(merges), options)
-            return core.bpe(pieces, read_strings(self.vocabulary.metadata, "merges", label), options)
+            return core.bpe(pieces, read_strings(self.vocabulary.metadata, "merges", label, least=0), options)
         except FormatError as error:
             if str(error).startswith(label):
                 raise
@@ -64,7 +64,7 @@ class MergedModel(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         label = self.vocabulary.label
-        merges = split_merges(read_strings(self.vocabulary.metadata, "merges", label), label)
+        merges = split_merges(read_strings(self.vocabulary.metadata, "merges", label, least=0), label)
         return _bpe_json(self.vocabulary, merges, byte_fallback=self.byte_fallback, ignore_merges=self.ignore_merges)
 
     def of_library(self) -> Any:

@@ -153,15 +153,16 @@ def _read_all(metadata: Mapping[str, Any], label: str) -> tuple[Sequence[str], M
     return texts, ids
 
 
-def read_strings(metadata: Mapping[str, Any], name: str, label: str) -> list[str]:
-    """The array of strings under `tokenizer.ggml.<name>`, which must not be empty."""
+def read_strings(metadata: Mapping[str, Any], name: str, label: str, least: int = 1) -> list[str]:
+    """The array of at least `least` strings under `tokenizer.ggml.<name>`."""
     value = metadata.get(PREFIX + name)
     if value is None:
         raise FormatError(f"{label}: {PREFIX}{name} is missing; without it there is no tokenizer")
     decode = getattr(value, "strings", None)
     strings: Any = decode() if decode is not None else value
-    if not isinstance(strings, list) or not strings or not isinstance(strings[0], str):
-        raise FormatError(f"{label}: {PREFIX}{name} is {str(value)[:80]}; it must be an array of at least one string")
+    if not isinstance(strings, list) or len(strings) < least or (strings and not isinstance(strings[0], str)):
+        expected = "an array of at least one string" if least else "an array of strings"
+        raise FormatError(f"{label}: {PREFIX}{name} is {str(value)[:80]}; it must be {expected}")
     return strings
 
 
