@@ -2,9 +2,9 @@
 
     python benchmarks/tiered_memory.py smollm2-135m --lengths 4096,131072 --memory window=512,recall=480,sinks=32
 
-A short text is read; longer ones are made of copies of its pages, written as if they had been read, so that a large
-length takes seconds. Speed and memory depend on how many pages there are, not on what they hold. Each length runs in a
-process of its own. Resident bytes are the operating system's, after pages have left memory, and include the index.
+A short text is read; longer ones are made of mixtures of its pages, no two the same, written as if they had been read,
+so that a large length takes seconds. Each length runs in a process of its own. Resident bytes are the operating
+system's, after pages have left memory, and include the index.
 """
 
 from __future__ import annotations
@@ -49,6 +49,23 @@ def run(model: LoadedModel, tokens: np.ndarray, start: int, chunk: int) -> float
     return len(tokens) / (time.perf_counter() - began)
 
 
+class Mixer:
+    """Makes contents of pages out of those of pages that were read."""
+
+    def __init__(self, contents: list[np.ndarray]) -> None:
+        self._words = [content.view(np.uint32) for content in contents]
+        self._chance = np.random.default_rng(2)
+        self._shares = self._chance.random(2 * len(self._words[0]))
+
+    def content(self) -> np.ndarray:
+        """One page's numbers, up to half of them replaced by another one's."""
+        one, other = self._chance.choice(len(self._words), 2, replace=False)
+        count = len(self._words[0])
+        at = self._chance.integers(count)
+        replaced = self._shares[at : at + count] < self._chance.uniform(0, 0.5)
+        return np.where(replaced, self._words[other], self._words[one]).view(np.uint8)
+
+
 def resident() -> int:
     """Bytes that the process has in memory."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -67,10 +84,10 @@ def measure(name: str, length: int, memory: Memory | None) -> str:
     run(model, tokens[:read], 0, CHUNK)
     cache = model.cache
     for group in range(len(model.spec.layout.groups)):
-        contents = [cache.read(page, group) for page in range(16)]
+        mixer = Mixer([cache.read(page, group) for page in range(1, 17)])
         for page in range(read // PAGE, begin // PAGE):
-            cache.write(page, contents[page % 16], group)
-    del contents
+            cache.write(page, mixer.content(), group)
+        del mixer
     reading = run(model, tokens[-READ:], begin, CHUNK)
     decoding = run(model, tokens[:DECODED], begin + READ, 1)
     where = "all in memory" if memory is None else str(memory)

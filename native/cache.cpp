@@ -170,6 +170,7 @@ void Cache::map_index() {
   if (indices_ == 0) return;
   try {
     indexed_ = map_memory(static_cast<size_t>(index_bytes()), "the index of keys");
+    prefer_large_pages(indexed_, static_cast<size_t>(index_bytes()));
   } catch (...) {
     indices_ = 0;
     throw;
@@ -197,14 +198,14 @@ void Cache::number_indices(const Recall &recall) {
 
 uint8_t *Cache::index(int64_t layer, int64_t head) const {
   const int64_t number = recall_ ? index_of_[static_cast<size_t>(layer * kv_heads + head)] : -1;
-  return number < 0 ? nullptr : indexed_ + number * pages * index_layout_.bytes;
+  return number < 0 ? nullptr : indexed_ + number * index_chunk * index_layout_.bytes;
 }
 
 void Cache::index_page(int64_t layer, int64_t head, int64_t page) {
   uint8_t *index = this->index(layer, head);
   if (index == nullptr) return;
   const uint8_t *data = cells(layer, head) + page * page_bytes_;
-  index += page * index_layout_.bytes;
+  index += index_at(index_layout_, index_chunk_bytes(), page);
   for (int64_t run = 0; run < index_layout_.runs; run++) {
     index_keys(cell_, data, run * index_run, recall_->components, index_layout_, index + run * index_layout_.run_bytes);
   }
@@ -254,8 +255,9 @@ void Cache::copy(int64_t source, int64_t target) {
   std::memcpy(to, from, static_cast<size_t>(page_bytes_));
   const int64_t bytes = index_layout_.bytes;
   for (int64_t i = 0; i < indices_; i++) {
-    uint8_t *index = indexed_ + i * pages * bytes;
-    std::memcpy(index + target * bytes, index + source * bytes, static_cast<size_t>(bytes));
+    uint8_t *index = indexed_ + i * index_chunk * bytes;
+    std::memcpy(index + index_at(index_layout_, index_chunk_bytes(), target),
+                index + index_at(index_layout_, index_chunk_bytes(), source), static_cast<size_t>(bytes));
   }
 }
 

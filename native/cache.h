@@ -64,8 +64,9 @@ class Cache {
   void begin_recall(std::unique_ptr<const Recall> recall);
   const Recall *recall() const { return recall_.get(); }
   const IndexLayout &index_layout() const { return index_layout_; }
-  // The index of page 0 for a head; that of page p is p * index_layout().bytes further on. Null if it does not recall.
+  // The index of page 0 for a head; index_at says where that of another page is. Null if it does not recall.
   uint8_t *index(int64_t layer, int64_t head) const;
+  int64_t index_chunk_bytes() const { return indices_ * index_chunk * index_layout_.bytes; }
   // Makes the index of a page whose keys are all stored.
   void index_page(int64_t layer, int64_t head, int64_t page);
   // Adds what rows gave to the pages that they recalled, in units of 1 / recalled_unit, and the number of rows.
@@ -89,7 +90,7 @@ class Cache {
 
   void number_indices(const Recall &recall);
   void map_index();
-  int64_t index_bytes() const { return indices_ * pages * index_layout_.bytes; }
+  int64_t index_bytes() const { return (pages + index_chunk - 1) / index_chunk * index_chunk_bytes(); }
 };
 
 constexpr double recalled_unit = 1 << 20;

@@ -468,16 +468,16 @@ static void limit_to_page(const Attention &attention, const Sight &sight, int64_
 TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention &attention, int threads) {
   TileSet set;
   set.one_token_each = one_token_each(batch);
-  if (attention.recall() != nullptr && batch.tokens > 0) {
-    const int32_t farthest = *std::max_element(batch.positions, batch.positions + batch.tokens);
-    set.parts = std::clamp<int64_t>(farthest / attention.cache->cell().slots / least_part, 1, threads);
-  }
   const int64_t size = tile_tokens(attention);
   int64_t whole_tiles = 0;
   for (int64_t s = 0; s < batch.sequences; s++) {
     whole_tiles += (batch.sequence_starts[s + 1] - batch.sequence_starts[s] + size - 1) / size;
   }
   const bool few = threads > 1 && whole_tiles * attention.kv_heads < 4 * threads;
+  if (attention.recall() != nullptr && whole_tiles > 0 && whole_tiles < 2 * threads) {
+    const int32_t farthest = *std::max_element(batch.positions, batch.positions + batch.tokens);
+    set.parts = std::clamp<int64_t>(farthest / attention.cache->cell().slots / least_part, 1, threads);
+  }
   for (int64_t s = 0; s < batch.sequences; s++) {
     set.starts.push_back(set.tiles.size());
     const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
@@ -501,7 +501,7 @@ TileSet make_tiles(const BatchView &batch, const Tables &tables, const Attention
         if (sight.recalled > 0) {
           const int64_t rows = (tile.token_end - t) * group_of(attention);
           tile.recalled = sight.recalled, tile.named = set.named;
-          set.named += attention.kv_heads * set.parts * NamedPages::floats(rows, sight.recalled);
+          set.named += attention.kv_heads * set.parts * named_floats(rows, sight.recalled);
         }
         set.tiles.push_back(tile);
         continue;

@@ -10,8 +10,9 @@
 namespace mnemos {
 namespace {
 
-// Has the queries of long texts name the pages that suit them best. Threads share the pages of a head, in parts: there
-// may be fewer heads that recall than threads. All tokens of a text share the work of expanding an index.
+// Has the queries of long texts name the pages that suit them best. Threads share the work of a head, as there may be
+// fewer heads that recall than threads: the pages, in parts, where there are few tiles, and otherwise a text's tiles. All
+// tokens of a share have the work of expanding an index in common.
 class NamingTask : public Task {
  public:
   NamingTask(const Attention &attention, int q, int stored, int partials) : a_(attention), q_(q), partials_(partials) {
@@ -20,7 +21,7 @@ class NamingTask : public Task {
   }
   bool active(const Step &step) const override { return step.tile_sets[a_.tile_set].named > 0; }
   int64_t items(const Step &step) const override {
-    return active(step) ? step.batch.sequences * a_.kv_heads * step.tile_sets[a_.tile_set].parts : 0;
+    return active(step) ? step.batch.sequences * a_.kv_heads * step.threads : 0;
   }
   int64_t scratch_bytes(const BatchView &batch, int) const override {
     if (a_.recall() == nullptr) return 0;
@@ -36,8 +37,11 @@ class NamingTask : public Task {
 
   void run(const Step &step, int64_t item, int thread) const override {
     const TileSet &set = step.tile_sets[a_.tile_set];
-    const int64_t part = item % set.parts, head = item / set.parts % a_.kv_heads;
-    const auto sequence = static_cast<size_t>(item / set.parts / a_.kv_heads);
+    const int64_t head = item % a_.kv_heads, share = item / a_.kv_heads / step.batch.sequences;
+    const auto sequence = static_cast<size_t>(item / a_.kv_heads % step.batch.sequences);
+    const bool by_pages = set.parts > 1;
+    const int64_t part = by_pages ? share : 0;
+    if (part >= set.parts) return;
     const uint8_t *indices = a_.cache->index(a_.layer, head);
     if (indices == nullptr) return;
     auto *scratch = aligned(step.thread_scratch<uint8_t>(thread));
@@ -46,17 +50,22 @@ class NamingTask : public Task {
     auto *columns = aligned(reinterpret_cast<uint8_t *>(query + a_.cache->cell().value_stride));
     thread_local std::vector<NamingQueries> sets;
     sets.clear();
-    for (size_t i = set.starts[sequence]; i < set.starts[sequence + 1]; i++) {
-      const QueryTile &tile = set.tiles[i];
+    const auto first = static_cast<int64_t>(set.starts[sequence]);
+    const int64_t tiles = static_cast<int64_t>(set.starts[sequence + 1]) - first;
+    // Single tiles of different texts go to different threads.
+    const auto bound = [&](int64_t n) { return (tiles * n + static_cast<int64_t>(sequence) % step.threads) / step.threads; };
+    for (int64_t i = by_pages ? 0 : bound(share); i < (by_pages ? tiles : bound(share + 1)); i++) {
+      const QueryTile &tile = set.tiles[static_cast<size_t>(first + i)];
       if (tile.recalled == 0) continue;
-      const NamedPages named = named_pages(step, a_, step.data(partials_, thread), tile, head, part);
+      const Named named = named_pages(step, a_, step.data(partials_, thread), tile, head, part);
       sets.push_back(prepare(step, tile, head, named, query, columns, thread));
-      columns += NamedPages::padded(sets.back().rows) * (layout().groups * 4 + 4);
+      columns += padded_rows(sets.back().rows) * (layout().groups * 4 + 4);
     }
     if (sets.empty()) return;
     const int64_t pages = sets.back().pages;
     const int32_t *table = step.batch.pages + step.tables[a_.group].new_pages[sequence];
-    const PageIndices own{indices, table, pages * part / set.parts, pages * (part + 1) / set.parts, expanded};
+    const PageIndices own{indices, a_.cache->index_chunk_bytes(), table,
+                          pages * part / set.parts, pages * (part + 1) / set.parts, expanded};
     step.kernels->name_pages(layout(), own, sets.data(), static_cast<int64_t>(sets.size()));
   }
 
@@ -69,17 +78,17 @@ class NamingTask : public Task {
   }
 
   // A tile's queries in 8 bits, with nothing named yet.
-  NamingQueries prepare(const Step &step, const QueryTile &tile, int64_t head, const NamedPages &named, float *query,
+  NamingQueries prepare(const Step &step, const QueryTile &tile, int64_t head, const Named &named, float *query,
                         uint8_t *columns, int thread) const {
     const int64_t group = group_of(a_), rows = (tile.token_end - tile.token_begin) * group;
-    const int64_t padded = NamedPages::padded(rows), width = a_.heads * a_.head_dim;
+    const int64_t padded = padded_rows(rows), width = a_.heads * a_.head_dim;
     auto *codes = reinterpret_cast<int8_t *>(columns);
     auto *sums = reinterpret_cast<int32_t *>(columns + padded * layout().groups * 4);
     std::memset(columns, 0, static_cast<size_t>(padded * (layout().groups * 4 + 4)));
     std::fill_n(named.most, padded, -INFINITY);
     std::fill_n(named.least, padded, INFINITY);
     std::fill_n(named.least, rows, -INFINITY);
-    std::fill_n(named.found, padded, 0);
+    std::fill_n(named.scores, rows * named.stride, -INFINITY);
     const float *x = step.data(q_, thread) + head * group * a_.head_dim;
     for (int64_t r = 0; r < rows; r++) {
       const int64_t t = tile.token_begin + r / group;

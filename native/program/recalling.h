@@ -33,98 +33,54 @@ inline int64_t most_recalled(const Attention &a, const BatchView &batch) {
   return most;
 }
 
-// The pages that a tile's queries name in one head, in one part of all pages. Rows are padded to whole tiles.
-struct NamedPages : Named {
-  static int64_t padded(int64_t rows) { return (rows + query_columns - 1) / query_columns * query_columns; }
-  static int64_t floats(int64_t rows, int64_t count) { return padded(rows) * (4 + 2 * named_room(count)); }
+// Rows of queries are padded to whole tiles.
+inline int64_t padded_rows(int64_t rows) { return (rows + query_columns - 1) / query_columns * query_columns; }
+inline int64_t named_floats(int64_t rows, int64_t count) { return padded_rows(rows) * (3 + 2 * named_room(count)); }
 
-  NamedPages(float *data, int64_t rows, int64_t count) {
-    const int64_t room = padded(rows);
-    this->count = count, stride = named_room(count);
-    factors = data, most = factors + room, least = most + room;
-    found = reinterpret_cast<int32_t *>(least + room);
-    scores = least + 2 * room;
-    pages = reinterpret_cast<int32_t *>(scores + room * stride);
-  }
-
-  float *factors;  // (rows,) by which scores are to be multiplied
-};
-
-// Where they are among a step's partial results.
-inline NamedPages named_pages(const Step &step, const Attention &a, float *partials, const QueryTile &tile,
-                              int64_t head, int64_t part) {
+// The pages that a tile's queries name in one head, in one part of all pages, among a step's partial results.
+inline Named named_pages(const Step &step, const Attention &a, float *partials, const QueryTile &tile, int64_t head,
+                         int64_t part) {
   const TileSet &set = step.tile_sets[a.tile_set];
   const int64_t rows = (tile.token_end - tile.token_begin) * group_of(a), count = tile.recalled;
-  const int64_t number = head * set.parts + part;
-  return {partials + named_begin(set, a) + tile.named + number * NamedPages::floats(rows, count), rows, count};
+  const int64_t number = head * set.parts + part, padded = padded_rows(rows), room = named_room(count);
+  float *data = partials + named_begin(set, a) + tile.named + number * named_floats(rows, count);
+  float *scores = data + 3 * padded;
+  return {count, room, data, data + padded, data + 2 * padded, scores,
+          reinterpret_cast<int32_t *>(scores + padded * room)};
 }
 
 // Chooses the pages that a token recalls in one head, from those that its queries name. Works in scratch.
 class Choosing {
  public:
   static int64_t bytes(const Attention &a, const BatchView &batch) {
-    return a.recall() == nullptr ? 0 : most_recalled(a, batch) * 4;
+    if (a.recall() == nullptr) return 0;
+    const int64_t most = most_recalled(a, batch);
+    return (choosing_floats(most) + most) * static_cast<int64_t>(sizeof(float));
   }
 
   Choosing(const Step &step, const Attention &a, float *partials, const QueryTile &tile, int64_t head, void *scratch)
-      : step_(step), a_(a), partials_(partials), tile_(tile), head_(head),
-        chosen_(static_cast<int32_t *>(scratch)) {}
+      : kernels_(*step.kernels), group_(group_of(a)), scratch_(static_cast<float *>(scratch)),
+        chosen_(reinterpret_cast<int32_t *>(scratch_ + choosing_floats(tile.recalled))),
+        end_(chosen_ + tile.recalled) {
+    parts_.clear();
+    for (int64_t part = 0; part < step.tile_sets[a.tile_set].parts; part++)
+      parts_.push_back(named_pages(step, a, partials, tile, head, part));
+  }
 
-  void *end() const { return chosen_ + tile_.recalled; }  // of the scratch in use
+  void *end() const { return end_; }  // of the scratch in use
 
   // The pages, ascending, of the token whose queries begin at a row.
   const int32_t *choose(int64_t row) const {
-    const int64_t count = tile_.recalled, parts = step_.tile_sets[a_.tile_set].parts;
-    thread_local std::vector<Page> named;
-    named.clear();
-    for (int64_t r = row; r < row + group_of(a_); r++) {
-      const size_t begin = named.size();
-      float most = -INFINITY, factor = 0;
-      for (int64_t part = 0; part < parts; part++) {
-        const NamedPages own = named_pages(step_, a_, partials_, tile_, head_, part);
-        factor = own.factors[r];
-        most = std::max(most, own.most[r]);
-        for (int64_t i = 0; i < own.found[r]; i++)
-          named.push_back({own.scores[r * own.stride + i], own.pages[r * own.stride + i]});
-      }
-      keep(named, begin, count);
-      most *= factor;
-      for (size_t i = begin; i < named.size(); i++) named[i].score = named[i].score * factor - most;
-    }
-    // The best of those that name a page.
-    std::sort(named.begin(), named.end(), [](const Page &a, const Page &b) {
-      return a.page < b.page || (a.page == b.page && a.score > b.score);
-    });
-    named.erase(std::unique(named.begin(), named.end(), [](const Page &a, const Page &b) { return a.page == b.page; }),
-                named.end());
-    keep(named, 0, count);
-    for (int64_t i = 0; i < count; i++) chosen_[i] = named[static_cast<size_t>(i)].page;
-    std::sort(chosen_, chosen_ + count);
+    kernels_.choose_pages(parts_.data(), static_cast<int64_t>(parts_.size()), row, group_, scratch_, chosen_);
     return chosen_;
   }
 
  private:
-  struct Page {
-    float score;
-    int32_t page;
-  };
-
-  // Drops all but the best `count` from `begin` on.
-  static void keep(std::vector<Page> &pages, size_t begin, int64_t count) {
-    const auto first = pages.begin() + static_cast<std::ptrdiff_t>(begin);
-    if (pages.end() - first <= count) return;
-    std::nth_element(first, first + count - 1, pages.end(), [](const Page &a, const Page &b) {
-      return a.score > b.score || (a.score == b.score && a.page < b.page);
-    });
-    pages.resize(begin + static_cast<size_t>(count));
-  }
-
-  const Step &step_;
-  const Attention &a_;
-  float *const partials_;
-  const QueryTile &tile_;
-  const int64_t head_;
-  int32_t *const chosen_;
+  const VectorKernels &kernels_;
+  const int64_t group_;
+  float *const scratch_;
+  int32_t *const chosen_, *const end_;
+  static thread_local inline std::vector<Named> parts_;  // of the tile that the thread is at
 };
 
 // The cells of one head that the tokens of a tile recall, in scratch, where some of their pages are in a file.

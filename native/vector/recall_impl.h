@@ -14,58 +14,51 @@ inline float scale_of(const IndexLayout &layout, const uint8_t *run) {
   return scale;
 }
 
-// The index of a text's page, while those of the next pages, which may be anywhere, are fetched.
+// The index of a text's page, while that of a later page is fetched.
 inline const uint8_t *index_of(const IndexLayout &layout, const PageIndices &pages, int64_t page) {
-  constexpr int64_t ahead = 32, line = 64;  // and not into the first level: more lines can be on their way
+  constexpr int64_t ahead = 8, line = 64;
   if (page + ahead < pages.last) {
-    const uint8_t *next = pages.cells + pages.table[page + ahead] * layout.bytes;
-    for (int64_t i = 0; i < layout.bytes; i += line) __builtin_prefetch(next + i, 0, 2);
+    const uint8_t *next = pages.cells + index_at(layout, pages.chunk_bytes, pages.table[page + ahead]);
+    for (int64_t i = 0; i < layout.bytes; i += line) __builtin_prefetch(next + i);
   }
-  return pages.cells + pages.table[page] * layout.bytes;
+  return pages.cells + index_at(layout, pages.chunk_bytes, pages.table[page]);
 }
 
-// Drops all but the `count` best pages that a query has named, the first of equal ones being better: those than which
-// fewer are better. The others keep their order. Rare, and not to be in the way of what calls it.
-__attribute__((noinline)) void keep_best(const Named &named, int64_t row) {
-  constexpr unsigned lanes = (1u << width) - 1;
+// Moves n numbers, of which as many vectors as they begin are touched, one place further on.
+template <typename T>
+inline void move_on(T *x, int64_t n) {
+  static_assert(sizeof(T) == sizeof(float));
+  for (int64_t i = (n - 1) / width * width; i >= 0; i -= width) {
+    T few[width];
+    std::memcpy(few, x + i, sizeof few);
+    std::memcpy(x + i + 1, few, sizeof few);
+  }
+}
+
+// Adds a page to those that a query has named, all of which are before it, if its score is above the query's `least`.
+inline void name_page(const Named &named, int64_t row, float score, int64_t page) {
   float *scores = named.scores + row * named.stride;
   int32_t *pages = named.pages + row * named.stride;
-  const int64_t found = named.found[row];
-  for (int64_t i = found; i < named.stride; i++) scores[i] = -INFINITY;
-  // Equal scores are rare, and are only looked for where too many pages would stay.
-  const auto drop = [&](auto &&better_than) {
-    int64_t left = 0;
-    for (int64_t i = 0; i < found; i++) {
-      const Vec own = splat(scores[i]);
-      int64_t better = 0;
-      for (int64_t j = 0; j < found; j += width) better += __builtin_popcount(better_than(own, load(scores + j), i, j));
-      if (better >= named.count) pages[i] = -1;
-      left += better < named.count;
-    }
-    return left;
-  };
-  const auto larger = [](Vec own, Vec others, int64_t, int64_t) { return bits(less(own, others)); };
-  const auto larger_or_earlier = [](Vec own, Vec others, int64_t i, int64_t j) {
-    const unsigned earlier = j >= i ? 0 : i - j >= width ? lanes : (1u << (i - j)) - 1;
-    return (bits(less(own, others)) & ~earlier) | (~bits(less(others, own)) & earlier);
-  };
-  if (drop(larger) > named.count) drop(larger_or_earlier);
-  int64_t kept = 0;
-  float least = INFINITY;
-  for (int64_t i = 0; i < found; i++) {
-    if (pages[i] < 0) continue;
-    least = scores[i] < least ? scores[i] : least;
-    scores[kept] = scores[i], pages[kept++] = pages[i];
+  const int64_t count = named.count;
+  const Vec own = splat(score);
+#if defined(__AVX512F__)
+  if (count <= width) {
+    const Vec all = load(scores);
+    const Mask before = _knot_mask16(less(all, own)), at = static_cast<Mask>(before + 1);
+    const auto add = [&](__m512i x, __m512i one) {
+      return _mm512_mask_mov_epi32(_mm512_mask_mov_epi32(_mm512_alignr_epi32(x, x, width - 1), before, x), at, one);
+    };
+    store(scores, _mm512_castsi512_ps(add(_mm512_castps_si512(all), _mm512_castps_si512(own))));
+    _mm512_storeu_si512(pages, add(_mm512_loadu_si512(pages), _mm512_set1_epi32(static_cast<int>(page))));
+    named.least[row] = scores[count - 1];
+    return;
   }
-  named.found[row] = static_cast<int32_t>(kept);
-  named.least[row] = least;
-}
-
-inline void name_page(const Named &named, int64_t row, float score, int64_t page) {
-  int32_t &found = named.found[row];
-  const int64_t at = row * named.stride + found;
-  named.scores[at] = score, named.pages[at] = static_cast<int32_t>(page);
-  if (++found == 2 * named.count) keep_best(named, row);
+#endif
+  int64_t at = 0;
+  for (int64_t i = 0; i < count; i += width) at += width - __builtin_popcount(bits(less(load(scores + i), own)));
+  if (at + 1 < count) move_on(scores + at, count - 1 - at), move_on(pages + at, count - 1 - at);
+  scores[at] = score, pages[at] = static_cast<int32_t>(page);
+  named.least[row] = scores[count - 1];
 }
 
 inline bool can_name(const NamingQueries &queries, int64_t page) { return page >= queries.begin && page < queries.end; }
@@ -278,6 +271,60 @@ void name_pages(const IndexLayout &layout, const PageIndices &pages, const Namin
         add_scores(*set, row, rows, best, page);
       }
     }
+  }
+}
+
+// Pages that queries of a token name, each with its score relative to that of the query's best page.
+struct Union {
+  int64_t wanted, found;
+  float *scores;  // descending; of equal ones, the lower page comes first
+  int32_t *pages;
+
+  bool comes_before(float score, int32_t page, int64_t other) const {
+    return score > scores[other] || (score == scores[other] && page < pages[other]);
+  }
+  void add(float score, int32_t page) {
+    int64_t at = 0;
+    while (at < found && pages[at] != page) at++;
+    if (at < found ? !(score > scores[at]) : found == wanted && !comes_before(score, page, found - 1)) return;
+    if (at == found) at = found < wanted ? found++ : found - 1;
+    for (; at > 0 && comes_before(score, page, at - 1); at--) scores[at] = scores[at - 1], pages[at] = pages[at - 1];
+    scores[at] = score, pages[at] = page;
+  }
+};
+
+void choose_pages(const Named *parts, int64_t count, int64_t row, int64_t group, float *scratch, int32_t *chosen) {
+  const int64_t wanted = parts->count, room = named_room(wanted);
+  Union all{wanted, 0, scratch + 2 * room, reinterpret_cast<int32_t *>(scratch + 2 * room + wanted)};
+  for (int64_t r = row; r < row + group; r++) {
+    // What a query names in all parts; pages of later ones are higher.
+    float most = parts->most[r], least = parts->least[r];
+    const Named own{wanted, room, nullptr, nullptr, &least, scratch, reinterpret_cast<int32_t *>(scratch + room)};
+    const float *scores = parts->scores + r * room;
+    const int32_t *pages = parts->pages + r * room;
+    if (count > 1) {
+      std::memcpy(own.scores, scores, static_cast<size_t>(room) * sizeof(float));
+      std::memcpy(own.pages, pages, static_cast<size_t>(room) * sizeof(int32_t));
+      scores = own.scores, pages = own.pages;
+    }
+    for (const Named *part = parts + 1; part < parts + count; part++) {
+      most = part->most[r] > most ? part->most[r] : most;
+      const float *further = part->scores + r * room;
+      for (int64_t i = 0; i < wanted && further[i] > least; i++)
+        name_page(own, 0, further[i], part->pages[r * room + i]);
+    }
+    const float factor = parts->factors[r];
+    most *= factor;
+    for (int64_t i = 0; i < wanted && scores[i] > -INFINITY; i++) {
+      const float score = scores[i] * factor - most;
+      if (all.found == wanted && score < all.scores[wanted - 1]) break;
+      all.add(score, pages[i]);
+    }
+  }
+  for (int64_t i = 0; i < all.found; i++) {
+    int64_t before = 0;
+    for (int64_t j = 0; j < all.found; j++) before += all.pages[j] < all.pages[i];
+    chosen[before] = all.pages[i];
   }
 }
 

@@ -42,29 +42,35 @@ inline void expand_in_rows(const IndexLayout &layout, const uint8_t *run, uint8_
   }
 }
 
-// Halves of runs whose keys are in rows, one after the other from a page's first on, and 16 queries.
-struct TileOfQueries {
+// Halves of runs whose keys are in rows, one after the other from a page's first on, and queries of one or two tiles.
+struct TilesOfQueries {
   const IndexLayout &layout;
   const NamingQueries &queries;
   const uint8_t *keys;
   const float *scales;  // of the halves
   int64_t row, page, halves;  // the first query and the first page, and how many halves there are
 
-  const uint8_t *columns() const {
-    return reinterpret_cast<const uint8_t *>(queries.columns) + row * layout.groups * 4;
+  const uint8_t *columns(int64_t tile) const {
+    return reinterpret_cast<const uint8_t *>(queries.columns) + (row + tile * query_columns) * layout.groups * 4;
   }
 };
 
-// Products of the keys of half `n` in a tile of sums. Tile 7, with one block of groups, has the queries.
-template <int Sums, int Keys>
-inline void multiply_half(const TileOfQueries &tile, int64_t n) {
-  const int64_t key_bytes = tile.layout.groups * 4;
-  const uint8_t *keys = tile.keys + n * index_half * key_bytes;
+// Products of the keys of half `n` in tiles of sums from tile Sums on. Tiles 7 and 6, with one block of groups, have the
+// queries.
+template <int Tiles, int Sums, int Keys>
+inline void multiply_half(const TilesOfQueries &own, int64_t n) {
+  const int64_t key_bytes = own.layout.groups * 4;
+  const uint8_t *keys = own.keys + n * index_half * key_bytes;
   AmxTiles::zero<Sums>();
-  for (int64_t g = 0; g < tile.layout.groups; g += tile_groups) {
+  if constexpr (Tiles == 2) AmxTiles::zero<Sums + 1>();
+  for (int64_t g = 0; g < own.layout.groups; g += tile_groups) {
     AmxTiles::load<Keys>(keys + g * 4, key_bytes);
-    if (tile.layout.groups > tile_groups) AmxTiles::load<7>(tile.columns() + g * group_bytes, group_bytes);
+    if (own.layout.groups > tile_groups) AmxTiles::load<7>(own.columns(0) + g * group_bytes, group_bytes);
     AmxTiles::dot<Sums, Keys, 7>();
+    if constexpr (Tiles == 2) {
+      if (own.layout.groups > tile_groups) AmxTiles::load<6>(own.columns(1) + g * group_bytes, group_bytes);
+      AmxTiles::dot<Sums + 1, Keys, 6>();
+    }
   }
 }
 
@@ -82,42 +88,55 @@ struct Number {
   static constexpr int value = N;
 };
 
-// Products go through four tiles of sums: while one is made, an earlier one is stored and a still earlier one reduced,
-// as each of these takes a while to arrive.
-inline void name_in_tile(const TileOfQueries &tile) {
-  constexpr int64_t late = 4;
-  alignas(64) int32_t sums[late][index_half * query_columns];
-  if (tile.layout.groups <= tile_groups) AmxTiles::load<7>(tile.columns(), group_bytes);
-  const Named &named = tile.queries.named;
-  Vec most = load(named.most + tile.row), best = most;
-  int64_t half = 0, page = tile.page;  // of the products that come next
-  const auto reduce = [&](int64_t n, const int32_t *products) {
-    const Vec score = mul(_mm512_cvtepi32_ps(largest_of_rows(products)), splat(tile.scales[n]));
-    best = half == 0 ? score : max(score, best);
-    if (++half < 2 * tile.layout.runs) return;
+// Products go through four tiles of sums: while some are made, earlier ones are stored and still earlier ones reduced,
+// as each of these takes a while to arrive. Keys are loaded once for two tiles of queries.
+template <int Tiles>
+inline void name_in_tiles(const TilesOfQueries &own) {
+  constexpr int late = 4 / Tiles;
+  alignas(64) int32_t sums[4][index_half * query_columns];
+  if (own.layout.groups <= tile_groups) {
+    AmxTiles::load<7>(own.columns(0), group_bytes);
+    if constexpr (Tiles == 2) AmxTiles::load<6>(own.columns(1), group_bytes);
+  }
+  const Named &named = own.queries.named;
+  Vec most[Tiles], best[Tiles];
+  for (int t = 0; t < Tiles; t++) most[t] = load(named.most + own.row + t * query_columns);
+  int64_t half = 0, page = own.page;  // of the products that come next
+  const auto reduce = [&](int64_t n, const int32_t (*products)[index_half * query_columns]) {
+    for (int t = 0; t < Tiles; t++) {
+      const Vec score = mul(_mm512_cvtepi32_ps(largest_of_rows(products[t])), splat(own.scales[n]));
+      best[t] = half == 0 ? score : max(score, best[t]);
+    }
+    if (++half < 2 * own.layout.runs) return;
     half = 0;
-    most = max(best, most);
-    const int64_t own = page++;
-    if (!can_name(tile.queries, own)) return;
-    unsigned better = bits(less(load(named.least + tile.row), best));
-    if (better == 0) return;
-    float scores[query_columns];
-    store(scores, best);
-    for (; better; better &= better - 1) {
-      const int r = __builtin_ctz(better);
-      name_page(named, tile.row + r, scores[r], own);
+    const int64_t scored = page++;
+    for (int t = 0; t < Tiles; t++) {
+      const int64_t row = own.row + t * query_columns;
+      most[t] = max(best[t], most[t]);
+      unsigned better = bits(less(load(named.least + row), best[t]));
+      if (better == 0 || !can_name(own.queries, scored)) continue;
+      float scores[query_columns];
+      store(scores, best[t]);
+      for (; better; better &= better - 1) {
+        const int r = __builtin_ctz(better);
+        name_page(named, row + r, scores[r], scored);
+      }
     }
   };
   const auto turn = [&](int64_t n, auto number) {
-    constexpr int own = decltype(number)::value, stored = (own + 2) % 4;
-    if (n < tile.halves) multiply_half<2 + own, own % 2>(tile, n);
-    if (n >= 2 && n - 2 < tile.halves) AmxTiles::store<2 + stored>(sums[stored], 64);
-    if (n >= late && n - late < tile.halves) reduce(n - late, sums[own]);
+    constexpr int own_sums = decltype(number)::value * Tiles, stored = (own_sums + 2) % 4;
+    if (n < own.halves) multiply_half<Tiles, 2 + own_sums, decltype(number)::value % 2>(own, n);
+    if (n >= late / 2 && n - late / 2 < own.halves) {
+      AmxTiles::store<2 + stored>(sums[stored], 64);
+      if constexpr (Tiles == 2) AmxTiles::store<3 + stored>(sums[stored + 1], 64);
+    }
+    if (n >= late && n - late < own.halves) reduce(n - late, sums + own_sums);
   };
-  for (int64_t n = 0; n < tile.halves + late; n += 4) {
-    turn(n, Number<0>{}), turn(n + 1, Number<1>{}), turn(n + 2, Number<2>{}), turn(n + 3, Number<3>{});
+  for (int64_t n = 0; n < own.halves + late; n += late) {
+    turn(n, Number<0>{}), turn(n + 1, Number<1>{});
+    if constexpr (Tiles == 1) turn(n + 2, Number<2>{}), turn(n + 3, Number<3>{});
   }
-  store(named.most + tile.row, most);
+  for (int t = 0; t < Tiles; t++) store(named.most + own.row + t * query_columns, most[t]);
 }
 
 }  // namespace

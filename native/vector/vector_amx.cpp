@@ -28,7 +28,7 @@ void name_pages_in_tiles(const IndexLayout &layout, const PageIndices &pages, co
   for (int tile = 0; tile < 8; tile++) shapes.rows[tile] = 16, shapes.row_bytes[tile] = 64;
   const auto groups = static_cast<uint8_t>(layout.groups < tile_groups ? layout.groups : tile_groups);
   shapes.row_bytes[0] = shapes.row_bytes[1] = static_cast<uint16_t>(groups * 4);
-  shapes.rows[7] = groups;
+  shapes.rows[6] = shapes.rows[7] = groups;
   ConfiguredTiles tiles;
   tiles.configure(shapes);
   // Pages whose keys are in rows at a time, for all queries.
@@ -49,8 +49,12 @@ void name_pages_in_tiles(const IndexLayout &layout, const PageIndices &pages, co
     }
     for (const NamingQueries *set = sets; set < sets + count; set++) {
       const int64_t end = set->pages < last ? set->pages : last;
-      for (int64_t row = 0; first < end && row < set->rows; row += query_columns)
-        name_in_tile({layout, *set, pages.expanded, scales, row, first, (end - first) * halves});
+      for (int64_t row = 0; first < end && row < set->rows;) {
+        const TilesOfQueries own{layout, *set, pages.expanded, scales, row, first, (end - first) * halves};
+        const bool two = row + query_columns < set->rows;
+        two ? name_in_tiles<2>(own) : name_in_tiles<1>(own);
+        row += (two ? 2 : 1) * query_columns;
+      }
     }
   }
 }

@@ -89,9 +89,17 @@ constexpr IndexLayout index_layout(int64_t slots, int64_t components) {
   return {groups, slots / index_run, run_bytes, slots / index_run * run_bytes};
 }
 
+// Indices of a cache's pages are together for each 64 of them, one head's after the other: so they are read in runs, and
+// those of few pages are near each other, in few large pages of the system.
+constexpr int64_t index_chunk = 64;
+constexpr int64_t index_at(const IndexLayout &layout, int64_t chunk_bytes, int64_t page) {
+  return page / index_chunk * chunk_bytes + page % index_chunk * layout.bytes;
+}
+
 // Indices of one head: those of pages `first` to `last` of a text.
 struct PageIndices {
   const uint8_t *cells;  // of page 0 of the cache
+  int64_t chunk_bytes;
   const int32_t *table;  // of the text, from its page 0
   int64_t first, last;
   uint8_t *expanded;  // scratch of expanded_bytes, aligned
@@ -101,19 +109,19 @@ constexpr int64_t expanded_bytes(const IndexLayout &layout) {
   return block < (1 << 15) ? block : page > (1 << 15) ? page : 1 << 15;
 }
 
-// The pages that queries name: those that suit each of them best. There is room for twice as many as are wanted, so
-// that the worse half is only sorted out now and then.
+// The pages that queries name: those that suit each of them best, the best first and the lower of equal ones.
 struct Named {
   int64_t count;  // wanted
   int64_t stride;  // from one row's pages to the next one's
+  float *factors;  // (rows,) by which scores are to be multiplied
   float *most;  // (rows,) the largest score of any page
   float *least;  // (rows,) only larger scores are added
-  int32_t *found;  // (rows,)
-  float *scores;  // (rows, stride)
+  float *scores;  // (rows, stride), minus infinity where fewer are named
   int32_t *pages;  // (rows, stride)
 };
-// Room for the pages of a row, which are read in whole vectors.
-constexpr int64_t named_room(int64_t count) { return (2 * count + 15) / 16 * 16; }
+// Room for the pages of a row, which are read and moved in whole vectors.
+constexpr int64_t named_room(int64_t count) { return (count + 30) / 16 * 16; }
+constexpr int64_t choosing_floats(int64_t count) { return 2 * (named_room(count) + count); }
 constexpr int64_t query_columns = 16;
 
 // The queries, in 8 bits, of tokens in the same page of a text, in one head. Each 16 of them are columns: for each group
@@ -158,6 +166,9 @@ struct VectorKernels {
   // Has queries name pages: the score of one is the largest product of the query with any key of its index. All numbers
   // are exact. At most max_tile_rows queries in each of the `count` sets.
   void (*name_pages)(const IndexLayout &layout, const PageIndices &pages, const NamingQueries *sets, int64_t count);
+  // Writes the pages that a token recalls, ascending, whose `group` queries from `row` on have named theirs in `count`
+  // parts of the text. Works in choosing_floats.
+  void (*choose_pages)(const Named *parts, int64_t count, int64_t row, int64_t group, float *scratch, int32_t *chosen);
 
   // For sampling and log probabilities.
   // Infinite where any x is not a number.

@@ -266,7 +266,7 @@ namespace {
 constexpr VectorKernels table = {
     rms_norm,   layer_norm,   activation,    gated_activation, add_arrays,   scale,          accumulate, dot,
     softcap,    rope,         softmax,       store_key,        store_value,  attend,         merge,      attend_plain,
-    name_pages, largest_valid, sum_exp,      exponentials,     select_at_least};
+    name_pages, choose_pages, largest_valid, sum_exp,          exponentials, select_at_least};
 
 }  // namespace
 }  // namespace mnemos

@@ -225,10 +225,14 @@ def test_an_index_has_eight_values_of_a_component_in_32_keys() -> None:
             assert np.abs(run[:, component] / scale[0] - indexed[:, component]).max() <= step / 2 + 2.5
 
 
-def test_threads_that_share_the_pages_of_a_long_text_find_what_the_reference_does(isa: str) -> None:
-    case, length, last = AttentionCase(2, 1, 16, 32), 4224, 40
-    recall, generator = recall_of(case, (0,)), np.random.default_rng(6)
+@pytest.mark.parametrize("last", [1, 40, 200])
+@pytest.mark.parametrize("recalled", [3, 20])
+def test_threads_that_share_a_long_text_find_what_the_reference_does(recalled: int, last: int, isa: str) -> None:
+    """They share the pages for few rows, the rows of many. Every fifth page has the same keys, so that scores tie."""
+    case, length = AttentionCase(2, 1, 16, 32), 4224
+    recall, generator = replace(recall_of(case, (0,)), recall=32 * recalled), np.random.default_rng(6)
     q, k, v = (2 * floats(generator, length, n) for n in (32, 16, 16))
+    k.reshape(-1, 32, 16)[::5] = k[:32]
     count, rows = length // 32, range(length - last, length)
     table = Table(generator.permutation(count), 32 * np.arange(count))
     caches = [ops.cache(KVLayout(2, 1, 16, 32, "float32", recall=recall), count) for ops in (NativeOps(), NumpyOps())]
