@@ -21,7 +21,8 @@ class Memory:
     window: the working memory, its latest positions. sinks: the text's first positions, always seen. recall: how many
     positions of the pages between it sees besides, chosen for each row, layer and key/value head by its query.
     heads: the share of the key/value heads that recall: those whose attention reaches far, measured once for each
-    model. The others have a window that is longer by `recall`. None: half of them, or of a request those of the engine.
+    model. The others have a window that is longer by `recall`. None: half of them, or all in a model of which other
+    layers have windows of their own; of a request those of the engine.
 
     folder: where an engine stores pages that no row sees unless it recalls them, in a file that ends with the process;
     "auto": the system's folder for large temporary files; None: they stay in memory. Their index stays there anyway.

@@ -47,6 +47,12 @@ def far_heads(model: Model, share: float) -> Heads:
     return tuple(tuple(head for head in heads if (layer, head) in chosen) for layer, heads in enumerate(all_heads))
 
 
+def usual_share(layout: KVLayout) -> float:
+    """The share of heads that recall unless a memory says otherwise: half of them, but all in a model of which other
+    layers have windows of their own: its few whole layers are those that it sees far with, and each is needed."""
+    return 1.0 if any(layout.windows) else 0.5
+
+
 def far_count(layout: KVLayout, share: float) -> int:
     """How many heads that share is."""
     whole = sum(not window for window in layout.windows) if layout.windows else layout.layers

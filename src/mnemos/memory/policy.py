@@ -11,10 +11,8 @@ from typing import Literal, cast
 from mnemos.contract import WHOLE_TEXT, Model, ModelSpec, PagedModel, Recall, RecallingCache, SpillingModel
 from mnemos.decoding.memory import Memory
 from mnemos.errors import ConfigError, UnsupportedError
-from mnemos.memory.calibration import far_count, far_heads, indexed_components
+from mnemos.memory.calibration import far_count, far_heads, indexed_components, usual_share
 from mnemos.memory.prefix import PrefixTree
-
-HALF = 0.5  # of the heads recall unless a memory says otherwise
 
 
 def remember(model: Model, memory: Memory, context_length: int | None = None) -> None:
@@ -33,7 +31,7 @@ def remember(model: Model, memory: Memory, context_length: int | None = None) ->
         if context_length > spec.context_length > page:
             distance = spec.context_length // 2 // page * page
         spec = replace(spec, context_length=context_length)
-    heads = far_heads(model, memory.heads or HALF) if memory.recall else ((),) * spec.layout.layers
+    heads = far_heads(model, memory.heads or usual_share(spec.layout)) if memory.recall else ((),) * spec.layout.layers
     recall = Recall(memory.window, memory.recall, memory.sinks, heads, indexed_components(spec), distance)
     model.spec = replace(spec, layout=replace(spec.layout, recall=recall))
     if isinstance(model, SpillingModel):
@@ -49,7 +47,9 @@ def begin_recall(model: Model, tree: PrefixTree | None) -> None:
     cache = cast(RecallingCache, cast(PagedModel, model).cache)
     if cache.layout.recall is not None:
         return
-    cache.begin_recall(Recall(WHOLE_TEXT, 0, 0, far_heads(model, HALF), indexed_components(model.spec)))
+    cache.begin_recall(
+        Recall(WHOLE_TEXT, 0, 0, far_heads(model, usual_share(model.spec.layout)), indexed_components(model.spec))
+    )
     for node in tree.nodes() if tree is not None else ():
         page = node.pages[0]  # of the layers without a window, whose group is the first
         if page is not None:
@@ -90,7 +90,7 @@ def _check_request(spec: ModelSpec, memory: Memory) -> None:
         )
     if memory.recall == 0:
         return
-    indexed = far_count(spec.layout, HALF) if recall is None else sum(map(len, recall.heads))
+    indexed = far_count(spec.layout, usual_share(spec.layout)) if recall is None else sum(map(len, recall.heads))
     if indexed == 0:
         raise ConfigError(
             f"memory: recall is {memory.recall} in a request, and the engine's own memory recalls nothing, so that it "
