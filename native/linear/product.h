@@ -33,16 +33,16 @@ void multiply_all(const Matrix &matrix, const Input &input, int64_t row_begin, i
   if (matrix.skips_blocks())
     return with_kept_layout(matrix.layout.type, [&](auto q) {
       constexpr const Layout &layout = decltype(q)::layout;
-      for_like_panels<S::tile_panels>(matrix, panel_begin, panel_end, [&](auto panels, int64_t panel) {
-        const auto multiply =
-            fine ? multiply_quantized<S, layout, 2, panels> : multiply_quantized<S, layout, 1, panels>;
-        multiply(matrix, input, row_begin, row_end, panel, panels, results);
-      });
+      const auto multiply =
+          fine ? multiply_quantized<S, layout, 2, 1, true> : multiply_quantized<S, layout, 1, 1, true>;
+      for (int64_t panel = panel_begin; panel < panel_end; panel++)
+        multiply(matrix, input, row_begin, row_end, panel, 1, results);
     });
   with_layout(matrix.layout.type, [&](auto q) {
     constexpr const Layout &layout = decltype(q)::layout;
     constexpr int P = S::tile_panels;
-    const auto multiply = fine ? multiply_quantized<S, layout, 2, P> : multiply_quantized<S, layout, 1, P>;
+    const auto multiply =
+        fine ? multiply_quantized<S, layout, 2, P, false> : multiply_quantized<S, layout, 1, P, false>;
     for (int64_t panel = panel_begin; panel < panel_end; panel += P)
       multiply(matrix, input, row_begin, row_end, panel, smaller(P, panel_end - panel), results);
   });

@@ -260,10 +260,10 @@ struct Prefetch {
   }
 };
 
-// P panels by R rows over the blocks of one chunk. With `ByExponents`, scales are multiplied by integer additions, to
-// the same bits; this returns false, and nothing is stored, if an activation is not finite, for which that doesn't
-// hold.
-template <class S, const Layout &L, int Parts, int P, int R, bool ByExponents>
+// P panels by R rows over the blocks of one chunk; Listed: the panels skip blocks. With `ByExponents`, scales are
+// multiplied by integer additions, to the same bits; this returns false, and nothing is stored, if an activation is not
+// finite, for which that doesn't hold.
+template <class S, const Layout &L, int Parts, int P, int R, bool Listed, bool ByExponents>
 MNEMOS_KERNEL bool tile(const Expanded &weights, const Input &input, int64_t row, Places places, int64_t blocks,
                         const Output &out, Prefetch &prefetch) {
   constexpr int halves = L.halves() ? 2 : 1, n = step<S, L>;
@@ -272,10 +272,10 @@ MNEMOS_KERNEL bool tile(const Expanded &weights, const Input &input, int64_t row
     unroll<P>([&](auto p) MNEMOS_INLINE { totals[r][p] = S::load(out.starts[p] + r * out.start_stride[p]); });
   });
   const QuantBlock<Parts> *rows[R];
-  for (int r = 0; r < R; r++) rows[r] = blocks_of<Parts>(input, row + r);
+  for (int r = 0; r < R; r++) rows[r] = blocks_of<Parts>(input, row + r) + (Listed ? 0 : places.first);
   uint32_t signs = 0;
   for (int64_t b = 0; b < blocks; b++) {
-    const int64_t place = places[b];
+    const int64_t place = Listed ? places[b] : b;
     prefetch.advance(P);
     // A few rows at a time: while the sums of some are scaled, the next ones' dot products begin.
     constexpr int most = smaller(R, S::rows_together);
@@ -355,7 +355,7 @@ MNEMOS_KERNEL bool tile(const Expanded &weights, const Input &input, int64_t row
 // One panel by R rows over all of its blocks, straight from the packed form: for few rows, where reading the weights is
 // the work. Sums of a block's parts are kept apart, and for few rows those of its halves, so that the dot products need
 // not wait for each other.
-template <class S, const Layout &L, int Parts, int R>
+template <class S, const Layout &L, int Parts, int R, bool Listed>
 MNEMOS_KERNEL void stream(const uint8_t *panel, Places places, int64_t blocks, const Input &input, int64_t row,
                           const Output &out) {
   constexpr int sums = L.halves() || (Parts == 1 && R <= S::split_rows) ? 2 : 1;
@@ -367,7 +367,7 @@ MNEMOS_KERNEL void stream(const uint8_t *panel, Places places, int64_t blocks, c
   int64_t at = 0;
   for (int64_t done = 0; done < blocks; done += L.group, panel += L.record_bytes()) {
     for (int block = 0; block < L.group; block++, at++) {
-      const int64_t place = places[at];
+      const int64_t place = Listed ? places[at] : at;
       const uint8_t *source = panel + block * L.code_bytes();
       constexpr int share = L.record_bytes() / L.group;  // a few lines with each block: many at once would have to wait
       for (int ahead = 0; ahead < share; ahead += 64)
@@ -473,8 +473,9 @@ void for_chunks(const Matrix &matrix, const Input &input, int64_t row_begin, int
   }
 }
 
-// P panels, of which `panels` exist, that store the same blocks.
-template <class S, const Layout &L, int Parts, int P>
+// P panels, of which `panels` exist. Listed: they skip blocks, the same ones; a function of its own, as looking up
+// where a block belongs takes time that single rows notice.
+template <class S, const Layout &L, int Parts, int P, bool Listed>
 void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end, int64_t panel,
                         int64_t panels, const Results &results) {
   if (row_end - row_begin <= S::stream_rows) {
@@ -482,7 +483,7 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
     for (int64_t p = panel; p < panel + panels; p++)
       for_tiles<1, 1, Parts == 1 ? S::stream_rows : S::fine_rows>(
           matrix, p, 1, row_begin, row_end, results, false, [&](auto r, int64_t row, const Output &out) {
-            stream<S, L, Parts, r>(matrix.panel(p), places, matrix.stored_blocks(p), input, row, out);
+            stream<S, L, Parts, r, Listed>(matrix.panel(p), places, matrix.stored_blocks(p), input, row, out);
           });
     return;
   }
@@ -494,10 +495,11 @@ void multiply_quantized(const Matrix &matrix, const Input &input, int64_t row_be
           Prefetch &prefetch) {
         constexpr const Layout &layout = same_arithmetic<L>();
         if constexpr (S::adds_exponents && !L.halves()) {
-          if (weights.ordinary && tile<S, layout, Parts, P, r, true>(weights, input, row, places, count, out, prefetch))
+          if (weights.ordinary &&
+              tile<S, layout, Parts, P, r, Listed, true>(weights, input, row, places, count, out, prefetch))
             return;
         }
-        tile<S, layout, Parts, P, r, false>(weights, input, row, places, count, out, prefetch);
+        tile<S, layout, Parts, P, r, Listed, false>(weights, input, row, places, count, out, prefetch);
       });
 }
 
