@@ -67,6 +67,14 @@ def test_a_precision_has_its_error_and_its_file(
 
 
 @torch.no_grad()
+def test_float8_goes_with_the_type_of_the_rest() -> None:
+    model = Small()
+    made = quantize_full_model(model, "fp8").to(torch.bfloat16)
+    assert made(IDS).dtype is torch.bfloat16 and change(made(IDS), model(IDS)) < 0.07
+    assert made.inner.stored.values.dtype is torch.float8_e4m3fn
+
+
+@torch.no_grad()
 def test_float8_keeps_small_and_large_rows() -> None:
     layer = nn.Linear(32, 3, bias=False)
     layer.weight.copy_(torch.tensor([1e-6, 1.0, 1e6])[:, None] * torch.linspace(0.5, 1, 32))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mnemos.errors import ConfigError, shown
 from mnemos.models.foreign.answer import AnswerReader
 from mnemos.models.foreign.plain_call import plain_call
+from mnemos.models.foreign.signature import device_of
 
 IGNORED = -100  # a label that counts for nothing, as in PyTorch and transformers
 
@@ -70,8 +71,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """
     if not isinstance(inputs, (Tensor, Mapping)):
         raise ConfigError(f"inputs are {shown(inputs)}; expected a tensor, or a mapping of what forward takes")
-    first = next(model.parameters(), None)
-    device = torch.device("cpu") if first is None else first.device
+    device = device_of(model)
     if isinstance(inputs, Tensor):
         return plain_call(model, inputs.to(device))
     return plain_call(

@@ -206,7 +206,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     nibbles = (whole[..., :16] & 15) | (whole[..., 16:] & 15) << 4
     if bits == 4:
         return nibbles
-    places = 1 << torch.arange(8, dtype=torch.uint8)
+    places = 1 << torch.arange(8, dtype=torch.uint8, device=whole.device)
     high = ((whole >> 4).view(*whole.shape[:2], 4, 8) * places).sum(3, dtype=torch.uint8)
     return torch.cat((high, nibbles), dim=2)
 
@@ -218,7 +218,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     nibbles = packed[..., -16:]
     codes = torch.cat((nibbles & 15, nibbles >> 4), dim=2)
     if bits == 5:
-        high = packed[..., :4, None] >> torch.arange(8, dtype=torch.uint8) & 1
+        high = packed[..., :4, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
         codes = codes | high.flatten(2) << 4
     return codes.float()
 

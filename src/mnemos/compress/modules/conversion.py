@@ -18,7 +18,7 @@ from mnemos.compress.modules.layers import is_transposed
 from mnemos.compress.modules.native_linear import Products
 from mnemos.compress.modules.quantizable import Layer, named_leftovers, outside_of_range, reason_to_stay
 from mnemos.compress.modules.quantized_file import StoredLayer, StoredModel
-from mnemos.compress.modules.quantized_layers import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from mnemos.compress.modules.quantized_layers import CPU, QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from mnemos.compress.modules.report import LayerReport
 from mnemos.errors import ModelError
 from mnemos.machine.memory import machine_memory
@@ -46,10 +46,12 @@ def convert(
     layers: Sequence[Layer],
     moments: Measure | None = None,
     progress: Callable[[str], None] | None = None,
+    place: torch.device = CPU,
 ) -> tuple[nn.Module, list[LayerReport]]:
     """A copy of the model with these layers quantized, and what became of each; with `moments` by what they read.
 
     moments: gives the second moments of some layers' inputs, (columns, columns) each, for those that are reached.
+    place: where the model is and its copy computes; the rounding is the CPU's.
     """
     products = Products()
     owners = {id(layer.parameter): layer for layer in reversed(layers) if not outside_of_range(layer.parameter)}
@@ -63,19 +65,19 @@ def convert(
     def quantized(key: int) -> tuple[QuantizedWeight, float]:
         torch.set_num_threads(1)
         layer = owners[key]
-        read = [known[one.name] for one in shared[key] if one.name in known]
-        matrix = layer.matrix
+        read = [known[one.name].cpu() for one in shared[key] if one.name in known]
+        matrix = layer.matrix.cpu()
         done = quantize_for(matrix, torch.stack(read).mean(0), layer.bits) if read else quantize(matrix, layer.bits)
         change = float((done.values() - matrix).norm() / matrix.float().norm().clamp(min=1e-30))
         if progress is not None:
             progress(layer.name)
-        return QuantizedWeight(done.compact()), change
+        return QuantizedWeight(done.compact(), place), change
 
     threads = torch.get_num_threads()
     made: dict[int, tuple[QuantizedWeight, float]] = {}
     try:
         with ThreadPoolExecutor(_native.usable_cores()) as pool:
-            for keys in _together({key: shared[key] for key in owners}):
+            for keys in _together({key: shared[key] for key in owners}, place):
                 if moments is not None:
                     torch.set_num_threads(threads)
                     known = moments([one.name for key in keys for one in shared[key] if one.kind != "embedding"])
@@ -85,13 +87,15 @@ def convert(
         torch.set_num_threads(threads)  # MKL has one number for all threads
     memo: dict[int, Any] = {}
     reports = []
+    whole = all(layer.bits == 8 for layer in layers)
     for layer in layers:
         key = id(layer.parameter)
         if key not in made:
             reports.append(_kept(layer.name, layer.module, layer.parameter, outside_of_range(layer.parameter)))
             continue
         weight, change = made[key]
-        memo[id(layer.module)] = _replacement(layer.module, layer.kind, weight, layer.precise, products)
+        rounds = moments is None and whole and not layer.precise
+        memo[id(layer.module)] = _replacement(layer.module, layer.kind, weight, layer.precise, rounds, products)
         first = shared[key][0]
         reason = "" if first is layer else f"shares the weight of {first.name}"
         if (not reason and layer.bits == 5) or layer.bits != min(one.bits for one in layers):
@@ -118,9 +122,10 @@ def convert(
     return replaced, reports
 
 
-def _together(layers: Mapping[int, Sequence[Layer]]) -> Iterator[list[int]]:
-    """The keys in groups whose moments fit into MEMORY_SHARE of the memory, at least one each."""
-    room, group, used = machine_memory() // MEMORY_SHARE, list[int](), 0
+def _together(layers: Mapping[int, Sequence[Layer]], place: torch.device) -> Iterator[list[int]]:
+    """The keys in groups whose moments fit into MEMORY_SHARE of the memory of `place`, at least one each."""
+    memory = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else machine_memory()
+    room, group, used = memory // MEMORY_SHARE, list[int](), 0
     for key, sharing in layers.items():
         size = sum(4 * layer.matrix.shape[1] ** 2 for layer in sharing if layer.kind != "embedding")
         if group and used + size > room:
@@ -132,8 +137,11 @@ def _together(layers: Mapping[int, Sequence[Layer]]) -> Iterator[list[int]]:
         yield group
 
 
-def fill(model: nn.Module, stored: StoredModel) -> nn.Module:
-    """A copy of the model with the weights of a file. ModelError: it does not have the layers that the file names."""
+def fill(model: nn.Module, stored: StoredModel, place: torch.device) -> nn.Module:
+    """A copy of the model, which is at `place`, with the weights of a file.
+
+    ModelError: it does not have the layers that the file names.
+    """
     products, memo = Products(), {}
     weights: dict[str, QuantizedWeight] = {}
     for layer in stored.layers:
@@ -142,7 +150,7 @@ def fill(model: nn.Module, stored: StoredModel) -> nn.Module:
         except AttributeError:
             raise ModelError(f"{type(model).__name__} has no layer {layer.name}, which {stored.path} stores") from None
         if layer.owner not in weights:
-            weights[layer.owner] = QuantizedWeight(stored.weights(layer))
+            weights[layer.owner] = QuantizedWeight(stored.weights(layer), place)
         memo[id(module)] = _checked(module, layer, weights[layer.owner], products, stored)
     replaced: nn.Module = copy.deepcopy(model, memo)
     needed = {name for name in replaced.state_dict() if ".quantized." not in f".{name}"}
@@ -169,7 +177,7 @@ def restore(model: nn.Module) -> nn.Module:
             continue
         weight = module.quantized
         if id(weight) not in parameters:
-            parameters[id(weight)] = nn.Parameter(weight.weights.values())
+            parameters[id(weight)] = nn.Parameter(weight.weights.values().to(weight.place))
         plain: nn.Module
         if isinstance(module, QuantizedLinear):
             plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
@@ -186,13 +194,13 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _replacement(
-    module: Any, kind: str, weight: QuantizedWeight, precise: bool, products: Products
+    module: Any, kind: str, weight: QuantizedWeight, precise: bool, rounds: bool, products: Products
 ) -> QuantizedLinear | QuantizedEmbedding:
     new: QuantizedLinear | QuantizedEmbedding
     if kind == "embedding":
         new = QuantizedEmbedding(weight, module.padding_idx, module.weight.dtype)
     else:
-        new = QuantizedLinear(weight, module.bias, precise=precise, products=products)
+        new = QuantizedLinear(weight, module.bias, precise=precise, rounds_on_gpu=rounds, products=products)
     if not is_held(module):  # zeros need no holding where nothing is trained
         for hooks in ("_forward_hooks", "_forward_pre_hooks"):
             setattr(new, hooks, copy.copy(getattr(module, hooks)))
@@ -207,7 +215,8 @@ def _checked(
     if not isinstance(own, Tensor) or tuple(own.shape) != (shape[::-1] if is_transposed(module) else shape):
         size = "none" if not isinstance(own, Tensor) else tuple(own.shape)
         raise ModelError(f"{layer.name}.weight has shape {size}; {stored.path} stores a matrix {shape}")
-    return _replacement(module, layer.kind, weight, layer.precise, products)
+    rounds = stored.method == "dynamic" and stored.bits == 8 and not layer.precise
+    return _replacement(module, layer.kind, weight, layer.precise, rounds, products)
 
 
 def _kept(name: str, owner: nn.Module, parameter: Tensor, reason: str) -> LayerReport:

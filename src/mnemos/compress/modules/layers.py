@@ -81,13 +81,13 @@ def check_finite_parameters(model: nn.Module, prefix: str = "") -> None:
             check_finite(prefix + name, parameter)
 
 
-def place_of(fn: Callable[[Tensor], Tensor]) -> torch.device:
-    """The device to which `fn`, as `nn.Module._apply` gets it from `to`, `cuda` and others, moves a tensor.
+def place_of(fn: Callable[[Tensor], Tensor], place: torch.device | str = "cpu") -> torch.device:
+    """The device to which `fn`, as `nn.Module._apply` gets it from `to`, `cuda` and others, moves a tensor at `place`.
 
     ConfigError: PyTorch cannot use that device here.
     """
     try:
-        return fn(torch.zeros(1)).device
+        return fn(torch.zeros(1, device=place)).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -33,6 +33,10 @@ class Products:
             self._steps[threads] = _native.ForeignStep(pool)
         return self._steps[threads]
 
+    def forget(self) -> None:
+        """Lets go of all weights."""
+        self._steps.clear()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Products:
         return Products()
 
@@ -78,10 +82,14 @@ class NativeLinear(nn.Module):
             self._numbers[threads] = step.multiply, step.add(self.matrix, bias, self.precise)
         return self._numbers[threads]
 
+    def unbind(self) -> None:
+        """Lets go of the native products, also of the layers that share `products`, all of which must do this."""
+        self._numbers = {}
+        self.products.forget()
+
     def forward(self, input: Tensor) -> Tensor:
         shape, width = input.shape, self.in_features
-        if shape[-1:] != (width,):
-            raise RequestError(f"input has shape {tuple(shape)}; expected {width} values in its last axis")
+        check_width(input, width)
         check_on_cpu(input)
         if input.requires_grad and torch.is_grad_enabled():
             raise ConfigError("input requires gradients, which this layer does not have; train the module it is from")
@@ -109,6 +117,12 @@ def check_on_cpu(input: Tensor) -> None:
     """RequestError unless the native core can read the tensor's memory."""
     if not input.is_cpu:
         raise RequestError(f"input is on {input.device}; expected a tensor on the CPU, where this layer's weights are")
+
+
+def check_width(input: Tensor, width: int) -> None:
+    """RequestError unless the last axis has so many values."""
+    if input.shape[-1:] != (width,):
+        raise RequestError(f"input has shape {tuple(input.shape)}; expected {width} values in its last axis")
 
 
 def pack_together(weights: Iterable[tuple[Any, Any]]) -> None:

@@ -28,7 +28,7 @@ def own_text(model: nn.Module, seed: int = 0) -> Tensor | None:
             logits = logits_of(model, torch.zeros(1, 1, dtype=torch.int64))
             # Positions have tables too, and logits may be padded: the table of tokens is the nearest in size.
             tokens = min(min(sizes, key=lambda size: abs(size - logits.shape[-1])), logits.shape[-1])
-            ids = torch.randint(0, tokens, (ROWS, length), generator=generator)
+            ids = torch.randint(0, tokens, (ROWS, length), generator=generator, device="cpu")
             for _ in range(ROUNDS):
                 logits = logits_of(model, ids)
                 if logits.shape[:2] != ids.shape:

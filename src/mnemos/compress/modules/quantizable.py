@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from mnemos.compress.modules.block_weights import BLOCK
@@ -112,14 +113,17 @@ def _check_type(layer: Layer) -> None:
         raise ModelError(f"{name} is {weight.dtype}; expected a floating-point weight, not a quantized one")
 
 
-def check_place(model: nn.Module) -> None:
-    """ConfigError unless all parameters and buffers are on the CPU."""
+def one_place(model: nn.Module) -> torch.device:
+    """The device of all parameters and buffers. ConfigError: they are on several, or on one for which there are no
+    products."""
+    first, place = "", torch.device("cpu")
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if tensor.device.type != "cpu":
-            raise ConfigError(
-                f"{name} is on {tensor.device}; the native core's products run on a CPU: give model.cpu(), or use "
-                "torchao itself on the GPU"
-            )
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"{name} is on {tensor.device}; a quantized module runs on 'cpu' or 'cuda'")
+        if first and tensor.device != place:
+            raise ConfigError(f"{name} is on {tensor.device} and {first} on {place}; expected all of it on one device")
+        first, place = name, tensor.device
+    return place
 
 
 def outside_of_range(weight: Tensor) -> str:

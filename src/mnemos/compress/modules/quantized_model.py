@@ -1,4 +1,4 @@
-"""A module of one's own with its weights in 8 or 4 bits, on the native core's products."""
+"""A module of one's own with its weights in 8 or 4 bits, on the native core's products or torchao's."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mnemos.compress.modules.batches import listed
 from mnemos.compress.modules.conversion import convert, fill, restore, split_attention
-from mnemos.compress.modules.layers import check_module, stay_on_cpu
+from mnemos.compress.modules.gpu_weights import check_gpu
+from mnemos.compress.modules.layers import check_module
 from mnemos.compress.modules.module_file import make_module
 from mnemos.compress.modules.moments import measure
 from mnemos.compress.modules.native_linear import bind_all, call_native, pack_together
-from mnemos.compress.modules.quantizable import check_place, check_request, find_layers
+from mnemos.compress.modules.quantizable import check_request, find_layers, one_place
 from mnemos.compress.modules.quantized_file import read_model, write_model
-from mnemos.compress.modules.quantized_layers import PLACE, QuantizedWeight
+from mnemos.compress.modules.quantized_layers import QuantizedEmbedding, QuantizedLinear, QuantizedWeight, moved_to
 from mnemos.compress.modules.report import LayerReport, Report
 from mnemos.errors import ConfigError
 from mnemos.native import require_core
@@ -31,13 +33,19 @@ class QuantizedModel(nn.Module):
     that its layer has seen. In both, activations are rounded when a layer is called, in blocks of 32 with a scale each,
     so a row's result does not depend on the others.
 
-    The model is in evaluation mode and has no gradients; it runs on the CPU. What stays in float is in `report()`.
-    Errors: ConfigError for a request that cannot be; ModelError for a module with nothing to quantize, or with NaN.
+    It runs where `model` is, and `to` moves it: on the CPU by the native core, on a CUDA device through torchao, from
+    the same blocks. There, 8-bit weights have one scale a row, and activations are rounded by "dynamic" only, a row
+    with one scale each; with 4 bits they are not.
+
+    The model is in evaluation mode and has no gradients. What stays in float is in `report()`. Errors: ConfigError for
+    a request that cannot be; ModelError for a module with nothing to quantize, or with NaN; MissingDependencyError
+    without torchao on a GPU.
     """
 
     bits: int
     method: str
     is_calibrated: bool
+    device: torch.device
     model: nn.Module
 
     def __init__(self, model: nn.Module, bits: int = 8, method: str = "dynamic") -> None:
@@ -54,9 +62,11 @@ class QuantizedModel(nn.Module):
         self.is_calibrated = method == "dynamic"
         self.model = split_attention(model)
         layers = find_layers(self.model, bits)
-        check_place(self.model)
+        self.device = one_place(self.model)
+        if self.device.type == "cuda":
+            check_gpu(self.device, bits)
         if self.is_calibrated:
-            self.model, self._reports = convert(self.model, layers)
+            self.model, self._reports = convert(self.model, layers, place=self.device)
         elif self.model is model:
             self.model = copy.deepcopy(model)
         self._finish()
@@ -77,7 +87,7 @@ class QuantizedModel(nn.Module):
             measured = measure(self.model, {name: read[name] for name in names}, inputs)
             return {name: found.second for name, found in measured.items()}
 
-        self.model, self._reports = convert(self.model, layers, moments, progress)
+        self.model, self._reports = convert(self.model, layers, moments, progress, self.device)
         self.is_calibrated = True
         self._finish()
         return self
@@ -85,14 +95,23 @@ class QuantizedModel(nn.Module):
     def _finish(self) -> None:
         self.requires_grad_(False)
         super().train(False)
-        weights = (module for module in self.modules() if isinstance(module, QuantizedWeight))
-        pack_together(weight.allocate() for weight in weights if not weight.is_allocated)
-        bind_all(self)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Makes ahead of the first call what the device multiplies by."""
+        if self.device.type == "cpu":
+            weights = (module for module in self.modules() if isinstance(module, QuantizedWeight))
+            pack_together(weight.allocate() for weight in weights if not weight.is_allocated)
+            bind_all(self)
+            return
+        for module in self.modules():
+            if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+                module.settle()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_calibrated:
             raise ConfigError("method is 'static' and the model is not calibrated; expected calibrate(batches) first")
-        return call_native(self.model, args, kwargs)
+        return call_native(self.model, args, kwargs) if self.device.type == "cpu" else self.model(*args, **kwargs)
 
     def train(self, mode: bool = True) -> QuantizedModel:
         """Only `train(False)`, which changes nothing, is possible."""
@@ -104,9 +123,13 @@ class QuantizedModel(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedModel:
-        """A change of dtype is for what is left in float. ConfigError for another device, before anything moves."""
-        stay_on_cpu(fn, *PLACE)
+        """Moves it; a change of dtype is for what is left in float. Errors, before anything moves: ConfigError for a
+        device that it cannot be on, MissingDependencyError without torchao."""
+        place = moved_to(fn, self.device, self.bits)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if place != self.device:
+            self.device = place
+            self._settle()
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -146,11 +169,14 @@ class QuantizedModel(nn.Module):
         """
         stored = read_model(Path(path))
         module = make_module(stored, model_class, arguments)
-        check_place(module)
+        place = one_place(module)
+        if place.type == "cuda":
+            check_gpu(place, stored.bits)
         module = split_attention(module)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.bits, self.method, self.is_calibrated = stored.bits, stored.method, True
-        self.model, self._reports = fill(module, stored), stored.reports
+        self.device = place
+        self.model, self._reports = fill(module, stored, place), stored.reports
         self._finish()
         return self

@@ -15,7 +15,16 @@ _LARGEST = 448.0  # of float8_e4m3fn
 _BNB_BLOCK = 256
 
 
-class Float8Weight(nn.Module):
+class _Stored(nn.Module):
+    """Buffers that keep their types, whatever the rest of the module is turned into; they move to devices."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Stored:
+        for name, buffer in self.named_buffers():
+            setattr(self, name, buffer.to(place_of(fn, buffer.device)))
+        return self
+
+
+class Float8Weight(_Stored):
     """A matrix in float8 (4 bits of exponent, 3 of mantissa), each row with a power of two that its values share.
 
     values (rows, columns) float8_e4m3fn; exponents (rows,) int8. So they expand to float32 and bfloat16 exactly.
@@ -41,14 +50,8 @@ class Float8Weight(nn.Module):
         found = self.values.view(torch.uint8)[index].view(torch.float8_e4m3fn)
         return (found.float() * torch.exp2(self.exponents[index].float())[..., None]).to(dtype)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Float8Weight:
-        """Moves to devices, and keeps its types."""
-        place = place_of(fn)
-        self.values, self.exponents = self.values.to(place), self.exponents.to(place)
-        return self
 
-
-class BitsandbytesFloat8Weight(nn.Module):
+class BitsandbytesFloat8Weight(_Stored):
     """A matrix in bitsandbytes' 8-bit floating-point code, in blocks of 256 values with a float32 scale each."""
 
     codes: Tensor
@@ -99,6 +102,11 @@ class StoredEmbedding(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.stored.rows(input, self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StoredEmbedding:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # says why where it cannot be moved
+        self.dtype = fn(torch.zeros(1, dtype=self.dtype)).dtype
+        return self
 
 
 def import_bitsandbytes() -> Any:

@@ -138,7 +138,7 @@ def _gradients(value: Tensor, columns: Tensor | None, leaves: list[Tensor]) -> t
     if not value.requires_grad:
         return (None,) * len(leaves)
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(value.shape, generator=generator).to(value)
+    weights = torch.randn(value.shape, generator=generator, device="cpu").to(value)
     if columns is not None:
         weights = weights * columns
     return torch.autograd.grad(value, leaves, weights, retain_graph=True, allow_unused=True)
