@@ -158,7 +158,8 @@ def test_a_row_of_the_reference_sees_what_the_pages_of_its_table_hold(case: Atte
 
 def test_torch_sees_what_the_pages_of_its_table_hold() -> None:
     torch = pytest.importorskip("torch")
-    from mnemos.ops.torch import TorchBatch, TorchOps
+    from mnemos.ops.torch import TorchOps
+    from mnemos.ops.torch_batch import TorchBatch
 
     ops = TorchOps("cpu", "float32")
 
@@ -167,7 +168,7 @@ def test_torch_sees_what_the_pages_of_its_table_hold() -> None:
             return ops.cache(layout, pages)
 
         def attention(self, q: Any, k: Any, v: Any, cache: Any, layer: int, batch: Any, params: Any) -> np.ndarray:
-            on_device = TorchBatch(batch, cache.layout, ops.device)
+            on_device = TorchBatch.of(batch, cache.layout, ops.device)
             return ops.attention(*map(torch.from_numpy, (q, k, v)), cache, layer, on_device, params).numpy()
 
     for case in CASES:

@@ -18,7 +18,8 @@ from mnemos.contract import KVLayout  # noqa: E402
 from mnemos.errors import ConfigError, UnsupportedError  # noqa: E402
 from mnemos.ops.backends import get_ops  # noqa: E402
 from mnemos.ops.numpy import NumpyOps, round_to  # noqa: E402
-from mnemos.ops.torch import TorchBatch, TorchOps  # noqa: E402
+from mnemos.ops.torch import TorchOps  # noqa: E402
+from mnemos.ops.torch_batch import TorchBatch  # noqa: E402
 
 REFERENCE = NumpyOps()
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -97,7 +98,7 @@ def test_attention_equals_the_reference(case: AttentionCase, dtype: str, device:
         q = floats(source, rows, case.heads * case.head_dim)
         k, v = (floats(source, rows, case.kv_heads * case.head_dim) for _ in range(2))
         put = OnArrays(ops).put
-        on_device = TorchBatch(batch, layout, ops.device)
+        on_device = TorchBatch.of(batch, layout, ops.device)
         result = ops.attention(put(q), put(k), put(v), caches[0], 1, on_device, case.params).cpu().numpy()
         expected = REFERENCE.attention(q, k, v, caches[1], 1, batch, case.params)
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)

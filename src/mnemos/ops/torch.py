@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,9 +16,12 @@ from mnemos.errors import ConfigError, UnsupportedError
 from mnemos.formats.tensor import Tensor as StoredTensor
 from mnemos.formats.tensor_types import TensorType
 from mnemos.ops.protocol import AttentionParams, BankSource, Forward, MemoryParams, PoolParams, RopeParams, Rows
+from mnemos.ops.torch_batch import Together, TorchBatch
+from mnemos.ops.torch_graphs import DecodeGraphs
 from mnemos.ops.torch_memory import TorchWindows, attend_memory, pooled_rows
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RECORDS = ("cuda",)  # devices whose steps are recorded
 _STORED = {TensorType.F32: torch.float32, TensorType.F16: torch.float16, TensorType.BF16: torch.bfloat16}
 
 
@@ -45,7 +46,10 @@ def usable_device(name: str) -> torch.device:
 
 
 class TorchCache:
-    """Pages of keys and values on the device, by group (layers, 2, pages, page_size, kv_heads, head_dim)."""
+    """Pages of keys and values on the device, by group (layers, 2, pages + 1, page_size, kv_heads, head_dim).
+
+    No table names the last page; see `torch_graphs`.
+    """
 
     def __init__(self, layout: KVLayout, pages: int | Sequence[int], device: torch.device) -> None:
         if layout.dtype not in TORCH_DTYPES:
@@ -58,7 +62,7 @@ class TorchCache:
         self.pages = layout.counts(pages)
         page = (layout.page_size, layout.kv_heads, layout.head_dim)
         self.values = [
-            torch.zeros((len(group.layers), 2, count, *page), dtype=TORCH_DTYPES[layout.dtype], device=device)
+            torch.zeros((len(group.layers), 2, count + 1, *page), dtype=TORCH_DTYPES[layout.dtype], device=device)
             for group, count in zip(layout.groups, self.pages, strict=True)
         ]
 
@@ -72,71 +76,6 @@ class TorchCache:
     def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None:
         target = self.values[group][:, :, page]
         target.copy_(torch.from_numpy(np.array(content)).view(target.dtype).reshape(target.shape))
-
-
-@dataclass(frozen=True)
-class Together:
-    """Sequences with equally many new tokens, whose attention is one call.
-
-    rows (S, new): their rows in the batch, at `positions` (S, new); slots (S, longest): the cache slots of their pages'
-    content, flat over pages, at the positions `held` (S, longest); longest: the most positions of one sequence. Shorter
-    ones are padded with slots that no row sees.
-    """
-
-    rows: Tensor
-    positions: Tensor
-    slots: Tensor
-    held: Tensor
-
-
-class TorchTables:
-    """A batch's page tables in one layer group as indices into the cache, computed once for all its layers.
-
-    new_slots (T,): where the new keys and values are stored; parts: attention's calls.
-    """
-
-    def __init__(self, batch: Batch, layout: KVLayout, group: int, device: torch.device) -> None:
-        def put(array: npt.NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array.astype(np.int64)).to(device)
-
-        page_size = layout.page_size
-        bounds = list(pairwise(batch.sequence_starts.tolist()))
-        new_slots = np.empty(len(batch.token_ids), dtype=np.int64)
-        together: dict[int, list[int]] = {}
-        tables: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []  # slots and positions of each sequence
-        for s, (first, last) in enumerate(bounds):
-            table = batch.table(s, group, len(layout.groups))
-            pages, firsts = batch.pages[table].astype(np.int64), batch.page_positions[table].astype(np.int64)
-            where = batch.positions[first:last]
-            page = pages[np.searchsorted(firsts, where, side="right") - 1]
-            new_slots[first:last] = page * page_size + where % page_size
-            slots, held = ((start[:, None] + np.arange(page_size)).reshape(-1) for start in (pages * page_size, firsts))
-            count = int(np.searchsorted(held, batch.positions[last - 1], side="right"))
-            tables.append((slots[:count], held[:count]))
-            together.setdefault(last - first, []).append(s)
-        self.new_slots = put(new_slots)
-        self.parts: list[Together] = []
-        for members in together.values():
-            longest = max(len(tables[s][0]) for s in members)
-            slots = np.zeros((len(members), longest), dtype=np.int64)
-            held = np.full((len(members), longest), np.iinfo(np.int32).max, dtype=np.int64)
-            for i, s in enumerate(members):
-                length = len(tables[s][0])
-                slots[i, :length], held[i, :length] = tables[s]
-            rows = np.stack([np.arange(*bounds[s]) for s in members])
-            self.parts.append(Together(put(rows), put(batch.positions[rows]), put(slots), put(held)))
-
-
-class TorchBatch:
-    """A `Batch` on the device, with its page tables in each layer group."""
-
-    def __init__(self, batch: Batch, layout: KVLayout, device: torch.device) -> None:
-        self.token_ids, self.positions, self.logit_rows = (
-            torch.from_numpy(array.astype(np.int64)).to(device)
-            for array in (batch.token_ids, batch.positions, batch.logit_rows)
-        )
-        self.host = batch
-        self.tables = [TorchTables(batch, layout, group, device) for group in range(len(layout.groups))]
 
 
 class TorchOps:
@@ -153,6 +92,9 @@ class TorchOps:
             raise ConfigError(f"dtype is {dtype!r}; expected auto or one of {', '.join(TORCH_DTYPES)}")
         self.dtype = TORCH_DTYPES[dtype]
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else None
+        self._frequencies: dict[int, tuple[RopeParams, Tensor]] = {}  # on the device
+        self._angles: list[tuple[Tensor, RopeParams, Tensor, Tensor]] | None = None  # of the step that is computed
+        self._repeats = True  # whether a step's kernels depend on its shape alone
 
     def limit_threads(self, threads: int) -> None:
         """PyTorch has at most this many threads from now on, for what the calling thread computes."""
@@ -193,9 +135,23 @@ class TorchOps:
         return TorchWindows(layers, width, length, self.device, self.dtype)
 
     def compile(self, forward: Forward, cache: TorchCache) -> Callable[[Batch], Output]:
+        def run(batch: TorchBatch) -> Sequence[Tensor]:
+            self._angles = []
+            try:
+                return forward(self, batch, cache)
+            finally:
+                self._angles = None
+
+        recorded = self.device.type in RECORDS
+        graphs = DecodeGraphs(run, cache.layout, cache.pages, self.device) if recorded else None
+
         def step(batch: Batch) -> Output:
             with torch.inference_mode():
-                outputs = forward(self, TorchBatch(batch, cache.layout, self.device), cache)
+                outputs: Sequence[Tensor] | None = None
+                if graphs is not None and self._repeats:
+                    outputs = graphs.step(batch)
+                if outputs is None:
+                    outputs = run(TorchBatch.of(batch, cache.layout, self.device))
             hidden, logits, *early = (output.float().cpu().numpy() for output in outputs)
             return Output(logits=logits, hidden=hidden, early=np.stack(early) if early else None)
 
@@ -217,6 +173,7 @@ class TorchOps:
         ]
 
     def add_low_rank(self, y: Tensor, x: Tensor, factors: list[Any], batch: TorchBatch) -> Tensor:
+        self._repeats = False
         adapters = batch.host.row_adapters(len(x))
         for adapter in {int(one) for one in adapters if one >= 0 and factors[one] is not None}:
             a, b = factors[adapter]
@@ -226,21 +183,35 @@ class TorchOps:
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         groups = x.float().view(*x.shape[:-1], x.shape[-1] // len(weight), len(weight))  # there may be no rows
-        normal = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + epsilon)
-        return (normal * weight).to(x.dtype).view(x.shape)
+        return F.rms_norm(groups, weight.shape, weight, epsilon).to(x.dtype).view(x.shape)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
         return F.layer_norm(x.float(), weight.shape, weight, bias, epsilon).to(x.dtype)
 
     def rope(self, x: Tensor, positions: Tensor, params: RopeParams) -> Tensor:
-        half = params.rotary_dim // 2
-        frequencies = torch.from_numpy(params.frequencies).to(x.device)
+        cos, sin = self._rotation(positions, params)
+        heads = x.view(*x.shape[:-1], -1, params.head_dim).float()
+        turned, rest = heads[..., : params.rotary_dim], heads[..., params.rotary_dim :]
+        first, second = turned.chunk(2, dim=-1)
+        rotated = torch.addcmul(turned * cos, torch.cat((second, first), dim=-1), sin)
+        whole = torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+        return whole.to(x.dtype).view(x.shape)
+
+    def _rotation(self, positions: Tensor, params: RopeParams) -> tuple[Tensor, Tensor]:
+        """Cosines, and sines with the first half's negated, (rows, 1, rotary_dim); once for all layers of a step."""
+        for known, by, cos, sin in self._angles or ():
+            if known is positions and by is params:
+                return cos, sin
+        _, frequencies = self._frequencies.get(id(params), (None, None))
+        held = self._frequencies.get(id(params))
+        frequencies = torch.from_numpy(params.frequencies).to(positions.device) if held is None else held[1]
         angles = positions.to(torch.float32)[:, None, None] * frequencies
         cos, sin = angles.cos() * params.magnitude, angles.sin() * params.magnitude
-        heads = x.view(*x.shape[:-1], -1, params.head_dim).float()
-        first, second, rest = (heads[..., a:b] for a, b in ((0, half), (half, 2 * half), (2 * half, None)))
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
-        return rotated.to(x.dtype).view(x.shape)
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        if self._angles is not None:
+            self._frequencies[id(params)] = params, frequencies
+            self._angles.append((positions, params, cos, sin))
+        return cos, sin
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache, layer: int, batch: TorchBatch, params: AttentionParams
@@ -252,10 +223,13 @@ class TorchOps:
         values[tables.new_slots] = v.view(len(v), params.kv_heads, params.head_dim).to(values.dtype)
         out = torch.empty_like(q)
         for part in tables.parts:
-            queries = q[part.rows].view(*part.rows.shape, params.heads, params.head_dim).transpose(1, 2)
+            own = q if part.whole else q[part.rows]
+            queries = own.view(*part.rows.shape, params.heads, params.head_dim).transpose(1, 2)
             past_keys, past_values = (side[part.slots].transpose(1, 2).to(q.dtype) for side in (keys, values))
-            attended = _attend(queries, past_keys, past_values, part.positions, part.held, params)
-            out[part.rows.flatten()] = attended.transpose(1, 2).reshape(-1, q.shape[1])
+            attended = _attend(queries, past_keys, past_values, part, params).transpose(1, 2).reshape(-1, q.shape[1])
+            if part.whole:
+                return attended
+            out[part.rows.flatten()] = attended
         return out
 
     def activation(self, x: Tensor, kind: str) -> Tensor:
@@ -293,11 +267,13 @@ class TorchOps:
     def pool_rows(
         self, x: Tensor, batch: TorchBatch, windows: TorchWindows | None, layer: int, params: PoolParams
     ) -> Tensor:
+        self._repeats = False
         return pooled_rows(x, batch.host, windows, layer, params)
 
     def memory_attention(
         self, q: Tensor, bank: tuple[Tensor, Tensor], ids: Tensor | None, weights: Tensor | None, params: MemoryParams
     ) -> Tensor:
+        self._repeats = False
         return attend_memory(q, bank, ids, weights, params)
 
     def experts(
@@ -310,6 +286,7 @@ class TorchOps:
         down: Sequence[Tensor],
         kind: str,
     ) -> Tensor:
+        self._repeats = False
         shares = torch.zeros(*ids.shape, down[0].shape[0], dtype=x.dtype, device=x.device)
         for expert in torch.unique(ids).tolist():
             row, place = torch.nonzero(ids == expert, as_tuple=True)
@@ -318,12 +295,9 @@ class TorchOps:
         return (shares * weights[:, :, None].to(x.dtype)).sum(dim=1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, held: Tensor, params: AttentionParams) -> Tensor:
-    """q (S, heads, new, head_dim) at `positions` (S, new); k and v (S, kv_heads, longest, head_dim) at `held`."""
-    distance = positions[:, None, :, None] - held[:, None, None, :]
-    visible = distance >= 0
-    if params.window:
-        visible = visible & (distance < params.window)
+def _attend(q: Tensor, k: Tensor, v: Tensor, part: Together, params: AttentionParams) -> Tensor:
+    """q (S, heads, new, head_dim) of the part's rows; k and v (S, kv_heads, longest, head_dim) of its slots."""
+    visible = part.visible(params.window or 0)
     grouped = params.heads != params.kv_heads
     if not params.softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=params.scale, enable_gqa=grouped)
