@@ -11,6 +11,7 @@ import pytest
 
 from mnemos.formats.checkpoint import open_checkpoint
 from mnemos.models.load import LoadedModel, load_model
+from tests.gpu import CUDA_BACKEND
 from tests.models.checkpoints import CONFIGS, Reference, build
 
 PAGES = 24
@@ -22,6 +23,7 @@ HAS_NATIVE = importlib.util.find_spec("mnemos._native") is not None
     params=[
         "numpy",
         pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason="the native module is not built")),
+        CUDA_BACKEND,
     ],
 )
 def backend(request: pytest.FixtureRequest) -> str:

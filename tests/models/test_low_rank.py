@@ -19,6 +19,7 @@ from mnemos.formats.adapters import Adapter, Pair, read_adapter  # noqa: E402
 from mnemos.formats.checkpoint import open_checkpoint  # noqa: E402
 from mnemos.models.load import load_model  # noqa: E402
 from tests.compress.test_merge import ATTENTION, adapted, base_model, expected, ids_only  # noqa: E402
+from tests.gpu import CUDA_BACKEND  # noqa: E402
 from tests.models.checkpoints import token_ids  # noqa: E402
 from tests.models.gguf_files import write_gguf  # noqa: E402
 from tests.models.stepping import ints  # noqa: E402
@@ -60,7 +61,7 @@ def batch_of(adapters: list[int], rows: list[int]) -> Batch:
     return Batch(*map(ints, arrays), adapters=ints(adapters))
 
 
-@pytest.mark.parametrize("backend", ["native", "numpy", "torch:cpu"])
+@pytest.mark.parametrize("backend", ["native", "numpy", "torch:cpu", CUDA_BACKEND])
 @pytest.mark.parametrize("source", ["base", "base.gguf"])
 def test_a_batch_of_several_adapters_is_that_of_peft(source: str, backend: str, made: Path) -> None:
     model = load(made, source, backend)

@@ -97,13 +97,13 @@ class Example:
         if name in POSITION_NAMES:
             return torch.arange(shape[-1], dtype=like.dtype).expand(tuple(shape)).contiguous()
         if like.is_floating_point():
-            drawn = torch.randn(tuple(shape), generator=generator)
+            drawn = torch.randn(tuple(shape), generator=generator, device="cpu")
             signed = {"smallest": -drawn.abs(), "largest": drawn.abs()}.get(kind, drawn)
             return signed.to(like.dtype)
         bound = self.bounds[name]
         if kind in ("smallest", "largest"):
             return torch.full(tuple(shape), 0 if kind == "smallest" else bound - 1, dtype=like.dtype)
-        return torch.randint(0, bound, tuple(shape), generator=generator).to(like.dtype)
+        return torch.randint(0, bound, tuple(shape), generator=generator, device="cpu").to(like.dtype)
 
     def _sizes_of(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import os
@@ -28,6 +29,7 @@ from mnemos.export.messages import first_line
 from mnemos.export.report import ExportReport as ExportReport
 from mnemos.export.tracing import uncompiled, uncompiled_parts
 from mnemos.formats.whole_file import beside, not_written
+from mnemos.models.foreign.signature import device_of
 
 TOLERANCE = 1e-5  # of the largest value expected
 _LOGGERS = ("torch", "torch.onnx", "torch.fx", "torch._dynamo", "torch.export", "torch.fx.experimental.symbolic_shapes",
@@ -63,7 +65,8 @@ class ModelExporter:
     """Base of the exporters. report: of the last export, or None.
 
     The module is not changed: it is exported in evaluation mode, and every part has its own mode again afterwards. A
-    `QuantizedModel` is exported as the ordinary module with its rounded weights.
+    `QuantizedModel` is exported as the ordinary module with its rounded weights, and a module on a GPU as it is on the
+    CPU, since a file is for other machines.
     """
 
     format = ""
@@ -77,6 +80,8 @@ class ModelExporter:
         model = uncompiled(model)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+        if device_of(model).type not in ("cpu", "meta"):
+            model = copy.deepcopy(model).cpu()
         self.model = model
         if not 0 <= tolerance < 1:
             raise ConfigError(f"tolerance is {shown(tolerance)}; expected a number from 0 to 1, such as 1e-5")

@@ -85,7 +85,7 @@ class WithCache(nn.Module):
         if not before:
             return tensors
         generator = torch.Generator().manual_seed(before)
-        ids = torch.randint(0, self.form.spec.vocabulary_size, (batch, before), generator=generator)
+        ids = torch.randint(0, self.form.spec.vocabulary_size, (batch, before), generator=generator, device="cpu")
         with torch.no_grad():
             _, past = self.form.continued(ids, None, ())
         names = [name for name in tensors if name not in ("input_ids", "attention_mask")]

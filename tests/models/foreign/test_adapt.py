@@ -12,8 +12,11 @@ torch = pytest.importorskip("torch")
 from mnemos.errors import ConfigError, ModelError  # noqa: E402
 from mnemos.models.foreign.adapt import adapt  # noqa: E402
 from mnemos.models.foreign.model import ForeignModel  # noqa: E402
+from mnemos.models.foreign.stored_tensors import move_plain  # noqa: E402
 from tests.models.foreign import foreign_modules as modules  # noqa: E402
 from tests.models.foreign.batches import Part, batch_of  # noqa: E402
+from tests.models.foreign.inner_modules import GPTFast  # noqa: E402
+from tests.models.foreign.test_conventions import CharacterRNN  # noqa: E402
 
 CACHED = [modules.PastArgument, modules.Masked, modules.TakesKVCache, modules.WithCachedAttention]
 
@@ -217,11 +220,30 @@ def test_vocabulary_and_device_that_do_not_fit() -> None:
         adapt("model.pt")  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA's")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_device_moves_the_module() -> None:
-    module = modules.PastArgument()
+    module = tiny_llama()
     assert adapt(module, device="cuda").spec.vocabulary_size == modules.VOCABULARY
     assert all(parameter.is_cuda for parameter in module.parameters())
+
+
+def test_tensors_that_a_module_holds_itself_are_moved_with_it() -> None:
+    module = modules.PastArgument()
+    module.angles, module.tables = torch.ones(3), {"both": [torch.ones(2), None]}
+    module.register_buffer("kept", torch.ones(2))
+    move_plain(module, torch.device("meta"))
+    assert module.angles.is_meta and module.tables["both"][0].is_meta
+    assert not module.kept.is_meta and not module.head.weight.is_meta  # which `to` moves
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [GPTFast, CharacterRNN])
+def test_caches_and_states_that_a_module_makes_are_made_where_it_is(make: type[torch.nn.Module]) -> None:
+    module = make()
+    with torch.device("meta"):  # where PyTorch makes tensors of which nothing else is said
+        model = adapt(module)
+    assert model.calls.abilities.cache is not None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the module is moved")

@@ -13,6 +13,7 @@ pytest.importorskip("safetensors")
 
 from mnemos import InferenceEngine
 from mnemos.errors import ConfigError, FormatError
+from tests.gpu import CUDA_BACKEND
 from tests.models.memory_transformer.folders import write_folder
 from tests.models.memory_transformer.references import (
     ADAPTERS,
@@ -24,7 +25,7 @@ from tests.models.memory_transformer.references import (
 )
 
 EVERY = [*CASES, *((name, strategy) for name in ADAPTERS for strategy in strategies_of(name))]
-BACKENDS = ("native", "numpy", "torch:cpu")
+BACKENDS = ("native", "numpy", "torch:cpu", CUDA_BACKEND)
 
 
 @pytest.fixture

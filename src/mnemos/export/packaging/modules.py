@@ -27,7 +27,7 @@ from mnemos.formats.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME
 from mnemos.formats.first_logits import distance, prompt_for, record
 from mnemos.formats.safetensors import SINGLE_NAME
 from mnemos.models.foreign.pretrained import quietly
-from mnemos.models.foreign.signature import unwrap
+from mnemos.models.foreign.signature import device_of, unwrap
 from mnemos.models.memory_transformer.adapter import MemoryAdapter
 from mnemos.models.memory_transformer.transformer import MemoryTransformer
 
@@ -139,7 +139,7 @@ def distance_of(module: nn.Module, expected: FirstLogits) -> float:
 
 def _last_row(module: nn.Module, prompt: tuple[int, ...]) -> Tensor | None:
     """float32 (vocabulary,): the logits after a prompt. The first result with a row for each token counts."""
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     ids = torch.tensor([prompt], device=device)
     try:
         with evaluating(module), torch.no_grad():
@@ -178,7 +178,6 @@ def _facts(module: nn.Module, kind: str, licence: str | None) -> Facts:
     kinds: Counter[str] = Counter()
     for parameter in module.parameters():
         kinds[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    first = next(module.parameters(), None)
     dtype = f"int{module.bits}" if isinstance(module, QuantizedModel) else kinds.most_common(1)[0][0] if kinds else ""
     return Facts(
         kind=kind,
@@ -188,7 +187,7 @@ def _facts(module: nn.Module, kind: str, licence: str | None) -> Facts:
         if isinstance(module, QuantizedModel)
         else sum(parameter.numel() for parameter in module.parameters()),
         name=type(inner).__name__,
-        device="cpu" if first is None else str(first.device),
+        device=str(device_of(module)),
         licence=licence,
         details={"model_module": type(inner).__module__},
     )

@@ -15,7 +15,8 @@ from mnemos.models.foreign.encoder_decoder import EncoderDecoderModel, adapt_enc
 from mnemos.models.foreign.model import ForeignModel
 from mnemos.models.foreign.probe import Probe
 from mnemos.models.foreign.settings import find_context, special_tokens
-from mnemos.models.foreign.signature import describe
+from mnemos.models.foreign.signature import describe, device_of
+from mnemos.models.foreign.stored_tensors import move_plain
 from mnemos.ops.torch import usable_device
 
 if TYPE_CHECKING:
@@ -128,14 +129,15 @@ def _check_vocabulary(module: nn.Module, tokens: int, logits: int) -> None:
 def _move(module: nn.Module, name: str) -> None:
     """Moves a module to a device. ConfigError where it cannot be there."""
     device = usable_device(name)
-    first = next(module.parameters(), None)
-    if first is None or first.device == device or (device.index is None and first.device.type == device.type):
+    now = device_of(module)
+    if now == device or (device.index is None and now.type == device.type):
         return
     try:
         module.to(device)
+        move_plain(module, device)
     except (RuntimeError, ValueError, NotImplementedError) as error:  # no memory, or weights that are bound to a place
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"device is {name!r} and {type(module).__name__} is on {first.device}, from where it cannot be moved: "
+            f"device is {name!r} and {type(module).__name__} is on {now}, from where it cannot be moved: "
             f"{reason}; load it there, or leave device out"
         ) from error

@@ -17,7 +17,7 @@ from mnemos.models.foreign.cache_styles import AttentionStyle, CacheStyle, Given
 from mnemos.models.foreign.inner_cache import Held, InnerState, InnerStyle
 from mnemos.models.foreign.native_steps import NativeOperators
 from mnemos.models.foreign.packed_layers import PackedLayers
-from mnemos.models.foreign.signature import describe, read_signature, unwrap
+from mnemos.models.foreign.signature import describe, device_of, read_signature, unwrap
 from mnemos.models.foreign.stored_tensors import StoredTensors
 
 # A module is changed while an engine calls it, so it is lent to one engine at a time.
@@ -48,7 +48,7 @@ class Caller:
     @property
     def device(self) -> torch.device:
         """Where the module is now; it may have been moved."""
-        return torch.device("cpu") if self._first is None else self._first.device
+        return device_of(self.module) if self._first is None else self._first.device
 
     @property
     def native(self) -> NativeOperators | None:
@@ -101,7 +101,8 @@ class Caller:
         if known.one_sequence:
             past = mapped(past, lambda tensor: tensor.squeeze(0))
         if names.past and past is None and names.past in names.required and known.initial is not None:
-            past = known.initial(len(ids))
+            with ids.device:
+                past = known.initial(len(ids))
         if names.past and (past is not None or names.past in names.required):
             arguments[names.past] = past
         if names.use_cache:

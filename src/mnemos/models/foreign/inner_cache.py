@@ -227,7 +227,7 @@ def set_up(module: nn.Module, context: int) -> tuple[Swaps, list[Any]] | None:
     values: list[Any] = []
     olds: list[Any] = []
     try:
-        with torch.no_grad():
+        with torch.no_grad(), weight.device:
             method(**arguments)
     finally:
         vars(module).update((name, size) for name, size in sizes.items() if vars(module)[name] == -1)

@@ -48,7 +48,7 @@ class Probe:
         sizes = [m.num_embeddings for m in caller.module.modules() if isinstance(m, nn.Embedding)]
         self.size = min(sizes, default=2)
         generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(0, self.size, (2, PROBE_LENGTH), generator=generator).to(caller.device)
+        self.ids = torch.randint(0, self.size, (2, PROBE_LENGTH), generator=generator, device="cpu").to(caller.device)
 
     def run(self, use_kv_cache: bool, context: int) -> Abilities:
         """Tries the module. context: the positions that it says it has.

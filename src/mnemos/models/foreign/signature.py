@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from mnemos.errors import ModelError
@@ -82,6 +83,17 @@ def unwrap(module: nn.Module) -> nn.Module:
             break
         module = children[0]
     return module
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are; of one without any, where it says that it is, or where its buffers are."""
+    first: torch.Tensor | None = next(module.parameters(), None)
+    if first is None:
+        said = getattr(module, "device", None)
+        if isinstance(said, torch.device):
+            return said
+        first = next(module.buffers(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

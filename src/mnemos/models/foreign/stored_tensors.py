@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _DEPTH = 3  # of dicts, lists and tuples within each other
@@ -41,6 +42,16 @@ class StoredTensors:
                 if now.is_inference():
                     owner[key] = now = now.clone()
                 self._places[index] = owner, key, now
+
+
+def move_plain(module: nn.Module, device: torch.device) -> None:
+    """Moves the tensors that a module holds as plain attributes, which `module.to` leaves where they are."""
+    for member in module.modules():
+        attributes = vars(member)
+        for name in [name for name in attributes if name not in (*_OWN, "_buffers")]:
+            for owner, key, tensor in list(_within(attributes, name, attributes[name], _DEPTH)):
+                if owner is not None and tensor.device != device:
+                    owner[key] = tensor.to(device)
 
 
 def _get(owner: Any, key: Any) -> Any:
