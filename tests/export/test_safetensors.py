@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +114,20 @@ def test_an_unknown_architecture_is_named_and_no_temporary_folder(tmp_path: Path
     with pytest.raises(UnsupportedError, match=f"^{expected}"):
         export_to_safetensors(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("export", "name"), [(export_to_safetensors, "folder"), (export_to_gguf, "model.gguf")])
+def test_an_interruption_before_the_comparison_ends_leaves_nothing(
+    export: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    folder_of("llama", tmp_path / "model")
+    monkeypatch.setattr(f"{export.__module__}.compare_logits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path / "model", tmp_path / "out" / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
