@@ -44,5 +44,12 @@ def find_architecture(names: Sequence[str], path: object) -> type[Any]:
             module, _, cls = _KNOWN[name].partition(":")
             found: type[Any] = getattr(import_module(f"mnemos.models.architectures.{module}"), cls)
             return found
+    from mnemos.formats.package import READERS  # only for the error
+
+    if names[0] in READERS.values():
+        raise UnsupportedError(
+            f"{path}: holds a module that mnemos.{names[0]} has made and InferenceEngine runs; expected a model "
+            "that it can be made of"
+        )
     asked = " / ".join(repr(name) for name in names)
     raise UnsupportedError(f"{path}: architecture {asked} is not supported; supported are {', '.join(sorted(_KNOWN))}")

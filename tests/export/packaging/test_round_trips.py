@@ -138,6 +138,8 @@ def test_a_changed_module_of_transformers(
     assert f"architecture {kind.title()}Model: not built in, runs through transformers" in capsys.readouterr().out
     assert main(["bench", str(path), "--metrics", "sampling"]) == 0
     assert "tokens/s" in capsys.readouterr().out
+    assert main(["export", str(path), "--to", "gguf", "--out", str(tmp_path / "out")]) == 1
+    assert f"holds a module that mnemos.{kind.title()}Model has made" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [{"dtype": "float32"}, {"device": "cuda"}, {"threads": 1}, {"adapter": "lora"}])
