@@ -23,14 +23,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mnemos.bench.results import insert_table
 from mnemos.compress.budget import candidates, choose, measure_options
 from mnemos.compress.calibration import Calibration
-from mnemos.compress.evaluate import CHUNK, compare, cut
+from mnemos.compress.evaluate import CHUNK, Remembered, compare, cut
 from mnemos.compress.quantize import Importance, gguf_checkpoint, open_model, quantize_file, unchanged_bytes
 from mnemos.engine.engine import InferenceEngine
 from mnemos.formats.gguf_writer import writing_gguf
@@ -41,21 +40,6 @@ from mnemos.hub.sources import resolve
 TYPES = ("q5_k_m", "q4_k_m", "q3_k_m", "q4_0", "q2_k", "iq4_nl")
 SIZED = "q4_k_m"  # whose file --size is given the size of
 LEVELS, BLOCK = 15, 32  # of the grid that --spread undoes: 16 values in each block of 32
-
-
-class Remembered:
-    """An engine whose logits of a chunk are computed once."""
-
-    def __init__(self, engine: InferenceEngine) -> None:
-        self.engine = engine
-        self.spec, self.tokenizer = engine.spec, engine.tokenizer
-        self._known: dict[tuple[int, ...], Any] = {}
-
-    def logits(self, token_ids: Sequence[int]) -> Any:
-        key = tuple(token_ids)
-        if key not in self._known:
-            self._known[key] = np.array(self.engine.logits(token_ids))
-        return self._known[key]
 
 
 @dataclass(frozen=True)
@@ -85,7 +69,7 @@ def spread(source: Path, out: Path) -> None:
 def measure(path: Path, exact: Remembered, chunks: list[list[int]]) -> Measured:
     """The file against the master, with float32 activations."""
     with InferenceEngine.from_pretrained(path, dtype="float32", prefix_cache=False) as engine:
-        found = compare(engine, exact, chunks)  # type: ignore[arg-type]  # it needs no more of the other
+        found = compare(engine, exact, chunks)
     size = sum(len(tensor.data) for tensor in gguf_checkpoint(path).tensors.values())
     return Measured(size, found.divergence, found.percentile(99), found.agreement)
 

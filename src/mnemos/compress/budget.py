@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mnemos.compress.calibration import Calibration
-from mnemos.compress.evaluate import compare
+from mnemos.compress.evaluate import Remembered, compare
 from mnemos.compress.mixes import is_quantizable
 from mnemos.compress.packing import FORMATS
 from mnemos.compress.search import Costs, find_codes, is_searchable
@@ -193,13 +193,14 @@ def _sensitivities(
     kinds = list(dict.fromkeys(map(_kind, rounded)))
     chunks = [calibration.token_ids[: min(TOKENS, calibration.chunk)]]
     found = {}
-    with _engine(checkpoint) as exact:
+    with _engine(checkpoint) as engine:
+        exact = Remembered(engine)
         for done, kind in enumerate(kinds):
             if progress is not None:
                 progress("measuring divergences", done, len(kinds))
             own = {name: tensor for name, tensor in rounded.items() if _kind(name) == kind}
-            with _engine(replace(checkpoint, tensors={**checkpoint.tensors, **own})) as engine:
-                divergence = compare(engine, exact, chunks).divergence
+            with _engine(replace(checkpoint, tensors={**checkpoint.tensors, **own})) as coarse:
+                divergence = compare(coarse, exact, chunks).divergence
             total = sum(errors[name] for name in own)
             found[kind] = divergence / total if total else 0.0
     return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mnemos.contract import Floats
+from mnemos.contract import Floats, ModelSpec
 from mnemos.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -63,6 +63,35 @@ class Comparison:
         return float(self.agreements.mean())
 
 
+class Predictor(Protocol):
+    """What `compare` needs of an engine."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    def logits(self, token_ids: Sequence[int], /) -> Floats: ...
+
+
+class Remembered:
+    """An engine that computes the logits of each text once, to compare several models with it.
+
+    Holds 4 * tokens * vocabulary bytes for all texts that it was asked for.
+    """
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self.spec, self.tokenizer = engine.spec, engine.tokenizer
+        self._engine = engine
+        self._known: dict[tuple[int, ...], Floats] = {}
+
+    def logits(self, token_ids: Sequence[int], /) -> Floats:
+        """The engine's, float32 (tokens, vocabulary)."""
+        key = tuple(token_ids)
+        if key not in self._known:
+            self._known[key] = self._engine.logits(token_ids)
+        return self._known[key]
+
+
 @dataclass(frozen=True)
 class Speed:
     """Tokens per second of reading a prompt and of writing."""
@@ -83,7 +112,7 @@ def cut(token_ids: Sequence[int], size: int) -> list[list[int]]:
 
 
 def compare(
-    model: InferenceEngine, against: InferenceEngine, chunks: Sequence[list[int]], progress: Progress | None = None
+    model: Predictor, against: Predictor, chunks: Sequence[list[int]], progress: Progress | None = None
 ) -> Comparison:
     """`model` against `against` on chunks of token ids, each evaluated on its own.
 
@@ -127,7 +156,7 @@ def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     return x
 
 
-def _check_vocabularies(model: InferenceEngine, against: InferenceEngine) -> None:
+def _check_vocabularies(model: Predictor, against: Predictor) -> None:
     sizes = [engine.spec.vocabulary_size for engine in (model, against)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
