@@ -228,12 +228,24 @@ def test_on_the_command_line(source, tmp_path, capsys):
         (["--type", "q4_0", "--size", "70MB"], "give one of them"),
         (["--size", "70MB", "--out", "x"], "--size and --loss measure what each type costs; give --calibrate TEXT"),
         (["--size", "7 apples", "--calibrate", "a", "--out", "x"], "--size is '7 apples'; expected a number of bytes"),
+        (["--loss", "nan", "--calibrate", "a", "--out", "x"], "--loss is nan; expected a number of nats above 0"),
+        (["--loss", "-1", "--calibrate", "a", "--out", "x"], "--loss is -1.0; expected a number of nats above 0"),
         (["--type", "q4_0", "--dry-run", "--search"], "--search needs to know what the weights are multiplied with"),
     ],
 )
 def test_wrong_options_are_named(source, arguments, problem, capsys):
     assert main(["quantize", str(source), *arguments]) == 2
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wanted", [["--type", "q4_k_m"], ["--size", "70MB"], ["--loss", "0.1"]], ids=" ".join)
+def test_what_is_refused_by_its_types_is_refused_before_anything_is_measured(source, wanted, tmp_path, capsys):
+    again = tmp_path / "again.gguf"
+    quantize_file(source, again, "q8_0")
+    text = tmp_path / "text.txt"  # is missing, which would be said first
+    arguments = [*wanted, "--calibrate", str(text), "--out", str(tmp_path / "small.gguf")]
+    assert main(["quantize", str(again), *arguments]) == 2
+    assert "is Q8_0 already" in capsys.readouterr().err
 
 
 def test_what_exists_is_not_written_over_and_a_missing_folder_is_named(source, capsys):

@@ -81,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     from mnemos.hub.sources import resolve
 
     size = None if arguments.size is None else _bytes(arguments.size)
+    if arguments.loss is not None and not 0 < arguments.loss < float("inf"):
+        raise ConfigError(f"--loss is {arguments.loss}; expected a number of nats above 0, such as 0.02")
     if sum(value is not None for value in (arguments.type, arguments.size, arguments.loss)) != 1:
         raise ConfigError("--type, --size and --loss each say what the tensors become; give one of them")
     if arguments.type is None:
@@ -106,6 +108,16 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.out.endswith(".gguf"):
         return _convert(source, arguments)
     check_new(Path(arguments.out), is_file=True)
+    from mnemos.compress.quantize import check_plan, open_model
+
+    check_plan(
+        open_model(source),
+        arguments.type or MIX,
+        calibrated=arguments.calibrate is not None or arguments.imatrix is not None,
+        overrides=overrides,
+        strict=arguments.strict and arguments.type is not None,
+        allow_requantize=arguments.allow_requantize,
+    )
     calibration = _calibration(source, arguments)
     if calibration is not None and size is not None:
         _check_size(calibration.checkpoint, size, arguments.size)

@@ -133,17 +133,38 @@ def quantize_model(
         rows = [Row(name, tensor.shape, tensor.type, tensor.type) for name, tensor in model.tensors.items()]
         return _write_rows(model, _with_file_type(model, rows), rows, out, "as stored", None, None, strict, progress)
     name, mix = mix_named(type)
-    rows = plan(model.tensors, model.metadata, mix, calibrated=importance is not None, overrides=overrides)
+    rows = check_plan(
+        model,
+        type,
+        calibrated=importance is not None,
+        overrides=overrides,
+        strict=strict and types is None,
+        allow_requantize=allow_requantize,
+    )
     if types is not None:
         rows = [
             replace(row, type=types[row.name], reason="") if row.name in types and row.reason != "by override" else row
             for row in rows
         ]
-    _check(rows, strict, allow_requantize)
     if importance is not None:
         _check_importance(model.tensors, importance)
     metadata = _metadata(model.written, mix.number, name, importance, overrides)
     return _write_rows(model, metadata, rows, out, name, importance, search, strict, progress)
+
+
+def check_plan(
+    model: Model,
+    type: str,
+    *,
+    calibrated: bool,
+    overrides: Sequence[Override] = (),
+    strict: bool = False,
+    allow_requantize: bool = False,
+) -> list[Row]:
+    """The plan of `quantize_model`, with the errors that need nothing to be measured."""
+    rows = plan(model.tensors, model.metadata, mix_named(type)[1], calibrated=calibrated, overrides=overrides)
+    _check(rows, strict, allow_requantize)
+    return rows
 
 
 def _with_file_type(model: Model, rows: Sequence[Row]) -> Mapping[str, Any]:
