@@ -96,6 +96,16 @@ def test_an_onnx_file_has_the_opset_asked_for_one_copy_of_tied_weights_and_named
     assert exporter.verify(tmp_path / "model.onnx", IDS) <= 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_a_module_on_a_gpu_is_exported_as_it_is_on_the_cpu(tmp_path: Path, place: str) -> None:
+    module = Tied().cuda()
+    for make in (onnx, TorchScriptExporter, ProgramExporter):
+        assert make(module).export(tmp_path / "model", IDS.to(place)).error <= 1e-5
+    assert module.head.weight.is_cuda
+
+
 def test_verifying_runs_the_module_once_on_each_input(module: Tied, tmp_path: Path) -> None:
     exporter = onnx(module)
     exporter.export(tmp_path / "model.onnx", IDS)
