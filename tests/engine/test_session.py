@@ -188,7 +188,9 @@ def test_forgetting_deletes(engine: InferenceEngine, tmp_path: Path) -> None:
 def test_files_are_the_users_own(engine: InferenceEngine, tmp_path: Path) -> None:
     session = engine.session("notes", tenant="one")
     session.generate(FIRST, max_new_tokens=4)
-    assert engine.session("notes", tenant="two").tokens == [] and not engine.sessions()
+    empty = engine.session("notes", tenant="two")
+    assert empty.tokens == [] and not engine.sessions(tenant="two") and not engine.sessions()
+    empty.close()
     assert len(engine.sessions(tenant="one")) == 1 and engine.sessions(tenant="two") == []
     (folder,) = [path for path in tmp_path.iterdir() if list(path.iterdir())]
     (file,) = folder.iterdir()

@@ -40,7 +40,10 @@ def session_files(folder: Path) -> dict[str, Path]:
 
 
 def list_sessions(folder: Path) -> list[Summary | FormatError]:
-    """The sessions in a folder, the most recently used first; for a file that cannot be read, its error, at the end."""
+    """The sessions in a folder, the most recently used first; for a file that cannot be read, its error, at the end.
+
+    One in which nothing has been said yet is not among them: it is deleted when it is closed.
+    """
     found: list[Summary] = []
     broken: list[FormatError] = []
     for path in session_files(folder).values():
@@ -48,7 +51,7 @@ def list_sessions(folder: Path) -> list[Summary | FormatError]:
             found.append(summary_of(path))
         except FormatError as error:
             broken.append(error)
-    return [*sorted(found, key=lambda one: -one.modified), *broken]
+    return [*sorted((one for one in found if one.turns), key=lambda one: -one.modified), *broken]
 
 
 def bytes_of(folder: Path) -> int:
