@@ -10,19 +10,16 @@ from pathlib import Path
 import pytest
 
 from mnemos.cli.main import COMMANDS, MODULES, main
+from tests.cli.documents import ROOT, run_python
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
 def test_the_python_in_a_document_runs(name: str, smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
     values: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, name, "exec"), values)
+    run_python(name, values)
     values["engine"].close()  # type: ignore[attr-defined]
     assert "Paris" in capsys.readouterr().out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
 from mnemos import InferenceEngine, MemoryAdapter, export_to_gguf, load_config  # noqa: E402
 from mnemos.cli.main import main  # noqa: E402
+from tests.cli.documents import run_python  # noqa: E402
 from tests.compress.test_merge import adapted  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 model: {base_model_name: BASE, hidden_dim: 64, num_heads: 4, num_layers: 2, vocab_size: 258}
 memory: {num_memory_tokens: 64, use_lora: LORA, use_both_memory_and_lora: LORA, lora_rank: 2}
@@ -123,15 +122,8 @@ def another(folder: Path) -> MemoryAdapter:
 
 
 def run(name: str, values: dict[str, Any], replaced: dict[str, str], chosen: slice = slice(None)) -> dict[str, Any]:
-    """Runs the blocks of a document one after another, with what is too large to have replaced by something small."""
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for old, new in replaced.items():
-        assert old in text, old
-        text = text.replace(old, new)
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[chosen]
-    assert blocks
-    for block in blocks:
-        exec(compile(block, name, "exec"), values)
+    """The values after the blocks of a document in docs/."""
+    run_python(f"docs/{name}", values, replaced, chosen)
     return values
 
 

@@ -8,7 +8,9 @@ Q8_0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +51,16 @@ class BlockWeights:
     @property
     def bytes(self) -> int:
         """Memory of the tensors, which is what a file takes."""
-        parts = (self.codes, self.scales, self.row_scales, self.minima, self.row_minima)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for part in self._parts if part is not None)
+
+    @property
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.codes, self.scales, self.row_scales, self.minima, self.row_minima
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> BlockWeights:
+        """The same with each of its tensors changed."""
+        changed: list[Any] = [None if part is None else change(part) for part in self._parts]
+        return BlockWeights(self.bits, self.columns, *changed)
 
     def has_values(self) -> Tensor:
         """(rows, blocks) bool: whether a block's scale or minimum is other than zero."""

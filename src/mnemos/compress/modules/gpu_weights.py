@@ -8,6 +8,7 @@ inputs. Its groups are as long as a block, and scale * (code - 8) + zero is the 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -110,14 +111,10 @@ def _int4(weights: BlockWeights, place: torch.device) -> Tensor:
 
 def on_device(weights: BlockWeights, place: torch.device) -> BlockWeights:
     """A table's blocks on a device, all of them, so that rows can be picked by their numbers."""
-    parts = (weights.whole_codes(), weights.scales, weights.row_scales, weights.minima, weights.row_minima)
-    moved: list[Any] = [None if part is None else part.to(place) for part in parts]
-    return BlockWeights(weights.bits, weights.columns, *moved)
+    return replace(weights, codes=weights.whole_codes()).mapped(lambda part: part.to(place))
 
 
 def pick_rows(table: BlockWeights, ids: Tensor) -> Tensor:
     """Rows (..., columns) float32 of a table of `on_device` by their numbers (...)."""
     flat = ids.reshape(-1)
-    parts = (table.codes, table.scales, table.row_scales, table.minima, table.row_minima)
-    picked: list[Any] = [None if part is None else part[flat] for part in parts]
-    return BlockWeights(table.bits, table.columns, *picked).values().view(*ids.shape, table.columns)
+    return table.mapped(lambda part: part[flat]).values().view(*ids.shape, table.columns)

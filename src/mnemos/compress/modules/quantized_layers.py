@@ -128,11 +128,7 @@ class QuantizedWeight(nn.Module):
         return {**self.__dict__, "_matrix": None, "_values": None, "_placed": {}, "_table": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
-        weights = self.weights
-        parts = (weights.codes, weights.scales, weights.row_scales, weights.minima, weights.row_minima)
-        copies = (None if part is None else part.clone() for part in parts)
-        held = BlockWeights(self.bits, self.columns, *copies)  # type: ignore[arg-type]
-        memo[id(self)] = copy = QuantizedWeight(held, self.place)
+        memo[id(self)] = copy = QuantizedWeight(self.weights.mapped(Tensor.clone), self.place)
         return copy
 
 
