@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 
@@ -17,7 +16,7 @@ from mnemos.engine.handle import RequestHandle, run_all
 from mnemos.engine.launching import Launcher
 from mnemos.engine.options import GIGABYTES, EngineOptions, split
 from mnemos.engine.padding import filling_id, padding_id
-from mnemos.engine.prepare import default_length, make_draft_model, room_for_pages, take_model, with_ends
+from mnemos.engine.prepare import default_length, make_draft_model, room_for_pages, take_model, with_context, with_ends
 from mnemos.engine.pretrained import load_parts
 from mnemos.engine.prompts import Prompts, listed, read_prompts
 from mnemos.errors import ConfigError, RequestError
@@ -90,14 +89,10 @@ class InferenceEngine:
 
         self.tokenizer: Tokenizer | None = adapt_tokenizer(tokenizer)
         self.model = take_model(model, self.tokenizer, chosen)
-        spec = with_ends(self.model.spec, self.tokenizer)
-        length = chosen.context_length or spec.context_length
-        if length > spec.context_length:
-            raise ConfigError(f"context_length is {length}; the model's is {spec.context_length}")
-        self.spec = replace(spec, context_length=length)
+        self.spec = with_context(with_ends(self.model.spec, self.tokenizer), chosen.context_length)
         self.generation_config = chosen.generation_config
         self.max_sequences = chosen.max_sequences
-        limits = Limits(length, chosen.max_batch_tokens, chosen.max_sequences)
+        limits = Limits(self.spec.context_length, chosen.max_batch_tokens, chosen.max_sequences)
         room = None
         if chosen.max_memory_gb is not None:
             room = room_for_pages(chosen.max_memory_gb, self.model, limits)

@@ -41,6 +41,14 @@ def take_model(model: Any, tokenizer: Tokenizer | None, options: ModelOptions) -
     return model  # type: ignore[no-any-return]
 
 
+def with_context(spec: ModelSpec, length: int | None) -> ModelSpec:
+    """The spec for texts of at most `length` tokens, None for the model's own. ConfigError: the model takes fewer."""
+    length = length or spec.context_length
+    if length > spec.context_length:
+        raise ConfigError(f"context_length is {length}; the model's is {spec.context_length}")
+    return replace(spec, context_length=length)
+
+
 def with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
     """The spec, with the tokenizer's end-of-text tokens if the model names none."""
     if spec.eos_token_ids:

@@ -204,6 +204,7 @@ def _load_foreign(checkpoint: Checkpoint, options: LoadOptions, device: str) -> 
             f"{checkpoint.path}: architecture {' / '.join(map(repr, names))} is not built in; to run it through "
             f"transformers, install that and PyTorch: pip install 'mnemos[torch]' ({error})"
         ) from error
+    from mnemos.engine.prepare import with_context
     from mnemos.models.load import adapt
 
     folder, reader = checkpoint.folder, _reader(checkpoint)
@@ -226,10 +227,7 @@ def _load_foreign(checkpoint: Checkpoint, options: LoadOptions, device: str) -> 
         context_length=options.context_length,
         vocabulary_size=None if tokenizer is None else tokenizer.vocabulary_size,
     )
-    if options.context_length is not None:
-        if options.context_length > model.spec.context_length:
-            raise ConfigError(f"context_length is {options.context_length}; the model's is {model.spec.context_length}")
-        model.spec = replace(model.spec, context_length=options.context_length)
+    model.spec = with_context(model.spec, options.context_length)
     return model, tokenizer
 
 
