@@ -764,6 +764,7 @@ NB_MODULE(_native, m) {
               throw config_error("a page's content has " + std::to_string(content.size()) +
                                  " bytes; this cache's pages have " + std::to_string(cache.page_bytes()));
             }
+            nb::gil_scoped_release release_gil;
             cache.write(page, content.data());
           },
           "page"_a, "content"_a)

@@ -4,12 +4,18 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <shared_mutex>
 
 #include "system/error.h"
 #include "system/mapping.h"
 
 namespace mnemos {
 namespace {
+
+// Held while a page is written, by any number of threads, and by one that has a cache recall from then on: so a page is
+// written either before, and is known to lack an index, or with one. One for all caches, as the latter is rare.
+std::shared_mutex writing;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -160,6 +166,7 @@ Cache::~Cache() {
 }
 
 void Cache::begin_recall(std::unique_ptr<const Recall> recall) {
+  const std::unique_lock alone(writing);
   if (recall_) throw config_error("the cache recalls already");
   number_indices(*recall);
   map_index();
@@ -262,6 +269,7 @@ void Cache::copy(int64_t source, int64_t target) {
 }
 
 void Cache::write(int64_t index, const uint8_t *content) {
+  const std::shared_lock shared(writing);
   std::memcpy(page(index), content, static_cast<size_t>(page_bytes_));
   for (int64_t layer = 0; indices_ > 0 && layer < layers; layer++) {
     for (int64_t head = 0; head < kv_heads; head++) index_page(layer, head, index);

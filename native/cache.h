@@ -49,7 +49,7 @@ class Cache {
   void copy(int64_t source, int64_t target);
   // Gives a page's memory back to the system; its content is lost.
   void release(int64_t index);
-  // Replaces a page's content, of page_bytes.
+  // Replaces a page's content, of page_bytes. Any thread may, while nobody else uses the page.
   void write(int64_t index, const uint8_t *content);
 
   // Moves pages to this file from now on, which it takes over, where no row sees them unless it recalls them.

@@ -235,6 +235,14 @@ class ReleasingCache(Protocol):
         """Gives back the memory of pages that nobody uses; their content is lost."""
 
 
+@runtime_checkable
+class FillingCache(Protocol):
+    """A cache whose pages any thread may write, not only that in which the model runs."""
+
+    def fill(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None:
+        """`Cache.write`, at any time, for a page that nobody else uses."""
+
+
 class RecallingCache(Cache, Protocol):
     """The cache of a model that `recalls`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from mnemos.errors import CapacityError, FormatError
 from mnemos.memory import session_file
 from mnemos.memory.session_file import SessionFile, summary_of
 from mnemos.memory.session_folder import forget_session, list_sessions, session_folder, session_path
-from mnemos.memory.session_records import MAGIC, VERSION, Binding, StoredPage, Turn
+from mnemos.memory.session_records import (
+    MAGIC,
+    PAGES,
+    VERSION,
+    Binding,
+    StoredPage,
+    Turn,
+    start_record,
+    turn_record,
+)
 
 BINDING = Binding("toy", "print", {"dtype": "float16"}, [10, 6], 4)
 TURNS = [
@@ -28,6 +38,12 @@ def content(group: int, number: int, turn: int) -> bytes:
 
 def pages_of(turn: int) -> list[StoredPage]:
     return [StoredPage(group, number, content(group, number, turn)) for group, number in TURNS[turn][1]]
+
+
+def page_of(file: SessionFile, key: tuple[int, int]) -> bytes | None:
+    """A page's content, in bytes of its own."""
+    page = file.page(key, memoryview(bytearray(max(file.binding.page_bytes))))
+    return None if page is None else bytes(page)
 
 
 def opened(folder: Path, name: str = "notes", binding: Binding = BINDING) -> SessionFile:
@@ -49,10 +65,10 @@ def test_what_was_ended_is_found_again(saved: Path) -> None:
     assert file.tokens == [0, 1, 2, 3, 4, 5, 6, 7, 8, 20, 30, 31, 32, 33, 34, 35]
     assert file.messages == [{"role": "user", "content": "hé"}]
     assert file.keys == {(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (0, 3)}
-    assert file.page((1, 1)) == content(1, 1, 0) and file.page((0, 2)) == content(0, 2, 2)
-    assert file.page((1, 3)) is None
+    assert page_of(file, (1, 1)) == content(1, 1, 0) and page_of(file, (0, 2)) == content(0, 2, 2)
+    assert page_of(file, (1, 3)) is None
     file.rewind(2)
-    assert file.page((0, 2)) == content(0, 2, 1) and file.size == saved.stat().st_size
+    assert page_of(file, (0, 2)) == content(0, 2, 1) and file.size == saved.stat().st_size
 
 
 def test_a_page_that_its_text_has_left_is_gone(saved: Path) -> None:
@@ -100,10 +116,44 @@ def test_every_damaged_byte_is_noticed(saved: Path, monkeypatch: pytest.MonkeyPa
         assert file.turns == [turn for turn, _ in TURNS][: len(file.turns)] and len(file.turns) >= 2
         written = {key: turn for turn in range(len(file.turns)) for key in TURNS[turn][1]}
         for key in file.keys:
-            page = file.page(key)
+            page = page_of(file, key)
             assert page is None or page == content(*key, written[key])
         file.close()
     assert refused > len(whole) // 9
+
+
+def test_damage_to_a_table_of_pages_costs_those_pages(saved: Path) -> None:
+    whole = saved.read_bytes()
+    at = whole.index(PAGES) + 16 + 5
+    saved.write_bytes(whole[:at] + b"?" + whole[at + 1 :])
+    file = opened(saved.parent)
+    assert file.turns == [turn for turn, _ in TURNS] and file.keys == {(0, 2), (1, 2), (0, 3)}
+
+
+def test_files_of_the_first_version_are_read_and_continued(tmp_path: Path) -> None:
+    """They have a record for each page."""
+
+    def record(mark: bytes, first: int, second: int, body: bytes) -> bytes:
+        head = struct.pack("<4sIII", mark, first, second, 0)
+        return head[:12] + struct.pack("<I", zlib.crc32(body, zlib.crc32(head))) + body
+
+    start = start_record("notes", BINDING)
+    start = start[:8] + struct.pack("<I", 1) + start[12:-4]
+    parts = [start, struct.pack("<I", zlib.crc32(start))]
+    for turn in range(2):
+        parts += [record(b"PAGE", page.group, page.number, page.content) for page in pages_of(turn)]
+        parts.append(turn_record(TURNS[turn][0], turn))
+    path = session_path(tmp_path, "notes")
+    path.write_bytes(b"".join(parts))
+    for turns in (2, 3):
+        file = opened(tmp_path)
+        assert file.turns == [turn for turn, _ in TURNS[:turns]]
+        written = {key: turn for turn in range(turns) for key in TURNS[turn][1]}
+        assert {key: page_of(file, key) for key in file.keys} == {key: content(*key, written[key]) for key in file.keys}
+        if turns == 2:
+            assert len(file.keys) == 6
+            file.append(TURNS[2][0], pages_of(2))
+        file.close()
 
 
 def test_foreign_and_future_files_are_refused_and_stay(tmp_path: Path) -> None:
@@ -111,7 +161,10 @@ def test_foreign_and_future_files_are_refused_and_stay(tmp_path: Path) -> None:
     for text, match in [
         (b"GGUF and more of it", "not a session: it begins with b'GGUF"),
         (b"no", "not a session"),
-        (struct.pack("<8sII", MAGIC, VERSION + 1, 10) + b"x" * 40, f"of version {VERSION + 1}; this program reads"),
+        (
+            struct.pack("<8sII", MAGIC, VERSION + 1, 10) + b"x" * 40,
+            f"{VERSION + 1}; this program reads versions 1 to",
+        ),
         (struct.pack("<8sII", MAGIC, VERSION, 1 << 30) + b"x" * 40, "the header has"),
     ]:
         path.write_bytes(text)
@@ -158,17 +211,17 @@ def test_pages_that_were_replaced_leave_the_file(saved: Path, monkeypatch: pytes
         file.append(Turn(4, [token] * 6), [StoredPage(0, 1, bytes([token]) * 10), StoredPage(1, 1, bytes([token]) * 6)])
     assert (
         saved.read_bytes().count(b"PAGE") < 12
-        and file.page((0, 1)) == bytes([4]) * 10
-        and file.page((0, 0)) == content(0, 0, 0)
+        and page_of(file, (0, 1)) == bytes([4]) * 10
+        and page_of(file, (0, 0)) == content(0, 0, 0)
     )
     with pytest.raises(CapacityError):  # the new file is locked too
         opened(saved.parent)
     file.close()
     file = opened(saved.parent)
     assert len(file.turns) == 8 and file.tokens == [0, 1, 2, 3, *[4] * 6]
-    assert file.page((0, 1)) == bytes([4]) * 10 and file.page((1, 0)) == content(1, 0, 0)
+    assert page_of(file, (0, 1)) == bytes([4]) * 10 and page_of(file, (1, 0)) == content(1, 0, 0)
     file.rewind(3)
-    assert file.turns == [turn for turn, _ in TURNS] and file.page((0, 0)) == content(0, 0, 0)
+    assert file.turns == [turn for turn, _ in TURNS] and page_of(file, (0, 0)) == content(0, 0, 0)
     assert list(saved.parent.iterdir()) == [saved]
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mnemos.contract import Cache
+import numpy as np
+import numpy.typing as npt
+
+from mnemos.contract import Cache, FillingCache
 from mnemos.decoding.config import GenerationConfig
 from mnemos.errors import MnemosError
 from mnemos.memory.prefix import PrefixTree
 from mnemos.memory.session_file import SessionFile
-from mnemos.memory.session_pages import MOST, collect, missing, restore, usable
+from mnemos.memory.session_pages import adopt, claim, collect, fill, missing, usable
 from mnemos.memory.session_records import StoredPage
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class SessionPages:
-    """Moves a session's pages: what touches the cache runs in the engine's thread, a few megabytes between two steps.
+    """Moves a session's pages: what others may be using is touched in the engine's thread, between two steps.
 
     tree, cache: None if the engine caches no prefixes; then a session has no pages.
     """
@@ -42,18 +45,19 @@ class SessionPages:
         tokens = prompt_ids[: end * tree.page_size]
         call = self._thread.call
         keys = call(partial(missing, tree, salt, tokens, end)) if end else []
-        while keys:
-            pages: list[StoredPage] = []
-            size = 0
-            while keys and size < MOST:
-                content = file.page(keys[0])
-                if content is None:  # damaged: the rest is computed again
-                    keys = []
-                    break
-                pages.append(StoredPage(*keys.pop(0), content))
-                size += len(content)
-            if not call(partial(restore, tree, cache, salt, tokens, pages)):
-                return
+        if not keys:
+            return
+        claimed, filled = call(partial(claim, tree, cache, salt, tokens, keys)), 0
+        try:
+            filled = fill(claimed, file, self._write(cache))
+        finally:
+            call(partial(adopt, tree, cache, salt, tokens, claimed, filled))
+
+    def _write(self, cache: Cache) -> Callable[[int, npt.NDArray[np.uint8], int], None]:
+        """Writes one of the cache's pages from any thread."""
+        if isinstance(cache, FillingCache):
+            return cache.fill
+        return lambda page, content, group: self._thread.call(partial(cache.write, page, content, group))
 
     def new(self, tokens: Sequence[int], keep: int, salt: str | None) -> Iterator[StoredPage]:
         """The pages of a text that the cache has and the file has not."""

@@ -34,15 +34,15 @@ from mnemos.memory.session_records import (
     check_tail,
     delete,
     live_pages,
-    page_record,
+    read_at,
     read_page,
-    read_record,
     read_start,
     read_turns,
     start_record,
     sync_folder,
     turn_record,
     write_all,
+    write_pages,
 )
 
 PART = ".part"  # the suffix of unfinished files
@@ -86,15 +86,19 @@ class SessionFile:
 
     # Reading.
 
-    def page(self, key: PageKey) -> bytes | None:
-        """A page's content; None if it is not stored, or not any longer as it was written."""
-        at = self._pages.get(key)
-        if at is None:
+    def page(self, key: PageKey, buffer: memoryview) -> memoryview | None:
+        """A page's content; None if it is not stored, or not any longer as it was written.
+
+        buffer: for a page of any group; the content is a part of it. Several threads may read different pages.
+        """
+        place = self._pages.get(key)
+        if place is None:
             return None
-        content = read_page(self._descriptor, key, self.binding.page_bytes[key[0]], at)
-        if content is None:
-            del self._pages[key]
-        return content
+        content = buffer[: self.binding.page_bytes[key[0]]]
+        if read_page(self._descriptor, key, place, content):
+            return content
+        del self._pages[key]
+        return None
 
     @property
     def closed(self) -> bool:
@@ -269,10 +273,7 @@ class SessionFile:
         self.messages, self.tokens = after(turn, self.messages, self.tokens)
 
     def _write(self, turn: Turn, pages: Iterable[StoredPage]) -> None:
-        at, places = self.size, {}
-        for page in pages:
-            places[page.group, page.number] = at
-            at = write_all(self._descriptor, page_record(page), at)
+        at, places = write_pages(self._descriptor, pages, self.size)
         at = write_all(self._descriptor, turn_record(turn, len(self._ended)), at)
         os.fsync(self._descriptor)
         self._ended.append(Ended(turn, places, at))
@@ -312,12 +313,7 @@ class SessionFile:
             live, kept = live_pages(turns, self.binding.page_size), []
             at = write_all(descriptor, start_record(name, self.binding), 0)
             for number, ended in enumerate(turns):
-                places = {}
-                for key, place in ended.pages.items():
-                    if live.get(key) == place:
-                        record = read_record(self._descriptor, self.binding.page_bytes[key[0]], place)
-                        places[key] = at
-                        at = write_all(descriptor, record, at)
+                at, places = write_pages(descriptor, self._stored(ended, live), at)
                 at = write_all(descriptor, turn_record(ended.turn, number), at)
                 kept.append(Ended(ended.turn, places, at))
             os.fsync(descriptor)
@@ -326,6 +322,13 @@ class SessionFile:
             os.unlink(temporary)
             raise
         return temporary, descriptor, kept
+
+    def _stored(self, ended: Ended, live: Pages) -> Iterator[StoredPage]:
+        """The pages of a turn that are live, as they are stored."""
+        for key, place in ended.pages.items():
+            size = self.binding.page_bytes[key[0]]
+            if live.get(key) == place and len(content := read_at(self._descriptor, size, place.at)) == size:
+                yield StoredPage(*key, content, place.checksum)
 
     def _drop_leftovers(self) -> None:
         """Deletes what a process that was killed while it wrote the file anew has left."""

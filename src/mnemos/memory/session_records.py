@@ -1,10 +1,14 @@
 """The records of a session's file, and how they are read and written.
 
     START   MAGIC, version, length of the header (little-endian uint32 each), the header as JSON, CRC-32 of all that
-    PAGE    mark, layer group, page number, CRC-32, then the page's bytes: as many as the header says for its group
+    PAGES   mark, number of pages, their bytes together, CRC-32; of each page its layer group, number and CRC-32;
+            CRC-32 of these; then the pages, each of as many bytes as the header says for its group
     TURN    mark, length, the turn's number, CRC-32, then the turn as JSON
 
-A turn's pages come before its record, and it counts once that is complete. Pages are checked when they are used.
+A turn's pages come before its record, and it counts once that is complete. Pages are checked when they are used. Files
+of version 1 have, instead of PAGES or before them, a record for each page:
+
+    PAGE    mark, layer group, page number, CRC-32, then the page
 """
 
 from __future__ import annotations
@@ -12,29 +16,44 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mnemos.contract import Cache, ModelSpec
 from mnemos.errors import FormatError
 from mnemos.memory.prefix_file import layout_fields, page_bytes_of
 
 MAGIC = b"MNEMOSSE"
-VERSION = 1
-PAGE, TURN = b"PAGE", b"TURN"
+VERSION = 2
+PAGE, PAGES, TURN = b"PAGE", b"PAGS", b"TURN"
 BINARY = getattr(os, "OBINARY", 0)  # for Windows
 _START = struct.Struct("<8sII")
 _RECORD = struct.Struct("<4sIII")
+_ENTRY = struct.Struct("<III")  # of a page in PAGES
 _CHECKSUM = struct.Struct("<I")
 _LONGEST_HEADER = 1 << 20
+_MOST_PAGES = 1 << 16  # in one record
+_PART = 8 << 20  # bytes of pages in one record, or a little more
+_MOST = 1 << 30  # bytes that are read at once
+_SEEKING = threading.Lock()  # for a place in a file, which its readers share
 
 PageKey = tuple[int, int]  # layer group and number in the text
-Pages = dict[PageKey, int]  # where in the file they are
+
+
+class Place(NamedTuple):
+    """Where in a file a page is, and its checksum."""
+
+    at: int
+    checksum: int
+
+
+Pages = dict[PageKey, Place]
 
 
 @dataclass(frozen=True)
@@ -79,11 +98,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class StoredPage:
-    """A page's content, and its place in the text."""
+    """A page's content, and its place in the text. checksum: that which was stored with it, None for a new page."""
 
     group: int
     number: int
     content: bytes
+    checksum: int | None = None
 
 
 @dataclass
@@ -138,8 +158,8 @@ def read_start(path: Path, descriptor: int) -> tuple[int, dict[str, Any]] | None
     if len(start) < _START.size:
         return None
     _, version, length = _START.unpack(start)
-    if version != VERSION:
-        raise FormatError(f"{path}: a session of version {version}; this program reads version {VERSION}")
+    if not 1 <= version <= VERSION:
+        raise FormatError(f"{path}: a session of version {version}; this program reads versions 1 to {VERSION}")
     if length > _LONGEST_HEADER:
         raise FormatError(f"{path}: the header has {length} bytes; it can have {_LONGEST_HEADER}: damaged")
     end = _START.size + length
@@ -172,8 +192,14 @@ def read_turns(path: Path, descriptor: int, at: int, page_bytes: list[int]) -> I
         head = read_at(descriptor, _RECORD.size, at)
         mark, first, second, checksum = _RECORD.unpack(head) if len(head) == _RECORD.size else (b"", 0, 0, 0)
         if mark == PAGE and first < len(page_bytes):
-            pages[first, second] = at
+            pages[first, second] = Place(at + _RECORD.size, checksum)
             at += _RECORD.size + page_bytes[first]
+            continue
+        if mark == PAGES and first <= _MOST_PAGES and checksum == _sum(PAGES, first, second, b""):
+            table = read_at(descriptor, first * _ENTRY.size + _CHECKSUM.size, at + _RECORD.size)
+            at += _RECORD.size + first * _ENTRY.size + _CHECKSUM.size
+            pages |= _places(table, at, page_bytes)
+            at += second
             continue
         body = read_at(descriptor, first, at + _RECORD.size) if mark == TURN else b""
         turn = _turn(body, length) if second == number and _fits(mark, first, second, checksum, body) else None
@@ -185,6 +211,20 @@ def read_turns(path: Path, descriptor: int, at: int, page_bytes: list[int]) -> I
         pages, number, begin = {}, number + 1, at
     if at < size or pages:
         check_tail(path, descriptor, begin, size)
+
+
+def _places(table: bytes, at: int, page_bytes: Sequence[int]) -> Pages:
+    """The places of the pages of a table, the first of which begins at `at`; none if it is not as it was written."""
+    entries, checksum = table[: -_CHECKSUM.size], table[-_CHECKSUM.size :]
+    if len(table) < _CHECKSUM.size or _CHECKSUM.pack(zlib.crc32(entries)) != checksum:
+        return {}
+    found: Pages = {}
+    for group, number, page_sum in _ENTRY.iter_unpack(entries):
+        if group >= len(page_bytes):
+            return {}
+        found[group, number] = Place(at, page_sum)
+        at += page_bytes[group]
+    return found
 
 
 def _fits(mark: bytes, length: int, number: int, checksum: int, body: bytes | memoryview) -> bool:
@@ -223,11 +263,6 @@ def check_tail(path: Path, descriptor: int, begin: int, size: int) -> None:
         at = rest.find(TURN, at + 1)
 
 
-def page_record(page: StoredPage) -> bytes:
-    """A page as it is stored."""
-    return _RECORD.pack(PAGE, page.group, page.number, _sum(PAGE, page.group, page.number, page.content)) + page.content
-
-
 def turn_record(turn: Turn, number: int) -> bytes:
     """A turn as it is stored; `number` counts from 0."""
     content = {"keep": turn.keep, "tokens": turn.tokens, "messages": turn.messages, "removed": list(turn.removed)}
@@ -239,32 +274,37 @@ def _sum(mark: bytes, first: int, second: int, body: bytes | memoryview) -> int:
     return zlib.crc32(body, zlib.crc32(_RECORD.pack(mark, first, second, 0)))
 
 
-def read_page(descriptor: int, key: PageKey, size: int, at: int) -> bytes | None:
-    """The content of a page of `size` bytes; None if it is not as it was written."""
+def read_page(descriptor: int, key: PageKey, place: Place, into: memoryview) -> bool:
+    """Reads a page, as large as `into`; False if it is not as it was written."""
     try:
-        record = read_record(descriptor, size, at)
+        count = _read_into(descriptor, into, place.at)
     except OSError:
-        return None
-    if len(record) < _RECORD.size + size:
-        return None
-    body = memoryview(record)[_RECORD.size :]
-    whole = _RECORD.unpack_from(record) == (PAGE, *key, _sum(PAGE, *key, body))
-    return bytes(body) if whole else None
-
-
-def read_record(descriptor: int, size: int, at: int) -> bytes:
-    """The record of a page of `size` bytes, as it is stored."""
-    return read_at(descriptor, _RECORD.size + size, at)
+        return False
+    return count == len(into) and place.checksum == _sum(PAGE, *key, into)
 
 
 def read_at(descriptor: int, size: int, at: int) -> bytes:
     """Up to `size` bytes; fewer at the file's end."""
-    os.lseek(descriptor, at, os.SEEK_SET)
-    parts = []
-    while size > 0 and (part := os.read(descriptor, min(size, 1 << 30))):
-        parts.append(part)
-        size -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    content = bytearray(size)
+    return bytes(memoryview(content)[: _read_into(descriptor, memoryview(content), at)])
+
+
+def _read_into(descriptor: int, into: memoryview, at: int) -> int:
+    """Reads as many bytes as `into` has; returns how many there were. Several threads may at once."""
+    done = 0
+    while done < len(into):
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [into[done : done + _MOST]], at + done)
+        else:  # Windows
+            with _SEEKING:
+                os.lseek(descriptor, at + done, os.SEEK_SET)
+                part = os.read(descriptor, min(len(into) - done, _MOST))
+            count = len(part)
+            into[done : done + count] = part
+        if not count:
+            break
+        done += count
+    return done
 
 
 def write_all(descriptor: int, content: bytes, at: int) -> int:
@@ -276,7 +316,42 @@ def write_all(descriptor: int, content: bytes, at: int) -> int:
     return at + len(content)
 
 
-def live_pages(turns: Iterable[Ended], page_size: int, before: Mapping[PageKey, int] = MappingProxyType({})) -> Pages:
+def write_pages(descriptor: int, pages: Iterable[StoredPage], at: int) -> tuple[int, Pages]:
+    """Writes pages to a file from `at` on; returns where they end, and their places."""
+    places: Pages = {}
+    part: list[StoredPage] = []
+    size = 0
+    for page in pages:
+        part.append(page)
+        size += len(page.content)
+        if size >= _PART or len(part) == _MOST_PAGES:
+            at, part, size = _write_part(descriptor, part, at, places), [], 0
+    return _write_part(descriptor, part, at, places) if part else at, places
+
+
+def _write_part(descriptor: int, pages: Sequence[StoredPage], at: int, places: Pages) -> int:
+    """Writes one record of pages, whose places it adds; returns where it ends."""
+    record, checksums = _pages_record(pages)
+    at = write_all(descriptor, record, at)
+    for page, checksum in zip(pages, checksums, strict=True):
+        places[page.group, page.number] = Place(at, checksum)
+        at = write_all(descriptor, page.content, at)
+    return at
+
+
+def _pages_record(pages: Sequence[StoredPage]) -> tuple[bytes, list[int]]:
+    """What is stored before the contents of these pages, and their checksums."""
+    checksums = [
+        _sum(PAGE, page.group, page.number, page.content) if page.checksum is None else page.checksum for page in pages
+    ]
+    entries = zip(pages, checksums, strict=True)
+    table = b"".join(_ENTRY.pack(page.group, page.number, checksum) for page, checksum in entries)
+    size = sum(len(page.content) for page in pages)
+    head = _RECORD.pack(PAGES, len(pages), size, _sum(PAGES, len(pages), size, b""))
+    return head + table + _CHECKSUM.pack(zlib.crc32(table)), checksums
+
+
+def live_pages(turns: Iterable[Ended], page_size: int, before: Mapping[PageKey, Place] = MappingProxyType({})) -> Pages:
     """The places of the pages that the text has after these turns; `before`: of those that it had before them."""
     pages = dict(before)
     for ended in turns:

@@ -80,6 +80,8 @@ class NativeCache:
     def write(self, page: int, content: npt.NDArray[np.uint8], group: int = 0) -> None:
         self.cores[group].write(page, content)
 
+    fill = write  # see `FillingCache`
+
     def release(self, pages: Sequence[int], group: int = 0) -> None:
         for page in pages:
             self.cores[group].release(page)

@@ -59,6 +59,8 @@ class NumpyCache:
         target = self.values[group][:, :, page]
         target[:] = content.view(np.float32).reshape(target.shape)
 
+    fill = write  # see `FillingCache`
+
 
 class NumpyWindows:
     """Rows at the latest positions: for each slot (layers, length, width), position p at p % length."""
