@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from threading import current_thread
 
 import numpy as np
 import pytest
@@ -36,7 +36,6 @@ class ToyCache:
         self.layout = LAYOUT
         self.pages = (pages,)
         self.contents: dict[int, bytes] = {}
-        self.threads: set[str] = set()
 
     def copy(self, sources: object, targets: object, group: int = 0) -> None:
         raise AssertionError("nothing is copied")
@@ -45,7 +44,6 @@ class ToyCache:
         return np.frombuffer(self.contents[page], np.uint8)
 
     def write(self, page: int, content: Content, group: int = 0) -> None:
-        self.threads.add(current_thread().name)
         self.contents[page] = content.tobytes()
 
 
@@ -73,9 +71,7 @@ def check_cached(tree: PrefixTree, pool: PagePool, cache: ToyCache, length: int)
     assert (pool.used, pool.reclaimable) == (length, length)
 
 
-def test_threads_share_the_work(file: SessionFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_pages, "_THREADS", 4)
-    monkeypatch.setattr(session_pages, "_PIECE", 12)
+def test_pages_are_brought_into_the_cache(file: SessionFile) -> None:
     tree, pool, cache = made(LENGTH)
     claimed = claimed_in(tree, cache)
     assert (len(claimed.pages), pool.used, len(tree)) == (LENGTH, LENGTH, 0)  # nobody finds them yet
@@ -83,6 +79,20 @@ def test_threads_share_the_work(file: SessionFile, monkeypatch: pytest.MonkeyPat
     adopt(tree, cache, None, TEXT, claimed, LENGTH)
     check_cached(tree, pool, cache, LENGTH)
     assert collect(tree, cache, None, TEXT, file.keys) == []
+
+
+def test_threads_share_the_work(file: SessionFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_pages, "_THREADS", 4)
+    monkeypatch.setattr(session_pages, "_PIECE", 6)
+    cache, count = ToyCache(2000), 2000
+    claimed = Claim([(0, number % LENGTH) for number in range(count)], list(range(count)), [], None)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that they get in each other's way
+    try:
+        assert fill(claimed, file, cache.write) == count
+    finally:
+        sys.setswitchinterval(interval)
+    assert cache.contents == {number: stored(number % LENGTH) for number in range(count)}
 
 
 def test_a_cache_with_less_room_takes_the_first_ones(file: SessionFile) -> None:

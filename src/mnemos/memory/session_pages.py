@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -112,22 +112,25 @@ def fill(claimed: Claim, file: SessionFile, write: Callable[[int, Content, int],
     write: that of the cache, for any thread. Several threads share the work, since most of it is waiting: for the disk,
     and for the system to hand out memory that is touched for the first time.
     """
-    pieces = iter(_pieces([file.binding.page_bytes[group] for group, _ in claimed.keys]))
-    whole = len(claimed.keys)
+    pieces = deque(_pieces([file.binding.page_bytes[group] for group, _ in claimed.keys]))
+    damaged: list[int] = []  # lists and deques, since each change of one is whole before another thread sees it
     failures: list[BaseException] = []
 
+    def next_piece() -> range:
+        try:
+            return range(0) if failures else pieces.popleft()
+        except IndexError:
+            return range(0)
+
     def work() -> None:
-        nonlocal whole
         buffer = memoryview(bytearray(max(file.binding.page_bytes)))
         try:
-            for piece in pieces:
+            while piece := next_piece():
                 for index in piece:
-                    if failures or index >= whole:
-                        return
                     key = claimed.keys[index]
                     content = file.page(key, buffer)
                     if content is None:
-                        whole = min(whole, index)
+                        damaged.append(index)
                         return
                     write(claimed.pages[index], np.frombuffer(content, np.uint8), key[0])
         except BaseException as error:
@@ -148,7 +151,7 @@ def fill(claimed: Claim, file: SessionFile, write: Callable[[int, Content, int],
                 failures.append(error)
     if failures:
         raise failures[0]
-    return whole
+    return min(damaged, default=len(claimed.keys))
 
 
 def adopt(tree: PrefixTree, cache: Cache, salt: str | None, tokens: Sequence[int], claimed: Claim, filled: int) -> None:
