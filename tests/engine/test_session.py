@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mnemos.engine.engine import InferenceEngine
@@ -214,6 +215,9 @@ def test_a_session_belongs_to_one_model(tmp_path: Path) -> None:
             pytest.raises(FormatError, match=r"'notes' was made by the model 'toy' \('0'"),
         ):
             engine.session("notes")
+    small = ToyModel(fingerprint="0", page_size=8)
+    with InferenceEngine(small, session_dir=tmp_path) as engine, pytest.raises(FormatError, match="page_size is 8, there"):
+        engine.session("notes")
     with InferenceEngine(ReaderToy(), session_dir=tmp_path) as engine, pytest.raises(UnsupportedError, match="encoder"):
         engine.session("notes")
     with engine_at(tmp_path) as engine:
@@ -231,6 +235,30 @@ def test_a_model_without_shared_prefixes_reads_its_session_again(tmp_path: Path,
             engine.session("notes").generate([5], max_new_tokens=4)
             == engine.generate([*said, 5], max_new_tokens=4)[-4:]
         )
+
+
+@pytest.mark.parametrize("wrong", ["x", 1.5, True, -1])
+def test_numbers_of_turns_are_whole(engine: InferenceEngine, wrong: Any) -> None:
+    session = engine.session("notes")
+    session.append(FIRST)
+    for change in (
+        lambda: session.rewind(wrong),
+        lambda: session.rewind(tokens=wrong),
+        lambda: session.fork("other", turns=wrong),
+        lambda: session.drop(wrong),
+    ):
+        with pytest.raises(ConfigError, match="must be a whole number"):
+            change()
+    assert session.tokens == FIRST
+    session.rewind(tokens=np.int64(2))
+    assert session.tokens == FIRST[:2]
+
+
+def test_nothing_is_left_of_a_forgotten_session(engine: InferenceEngine) -> None:
+    session = engine.session("notes")
+    session.append(FIRST)
+    session.forget()
+    assert (session.tokens, session.messages, session.turns) == ([], [], 0)
 
 
 def test_two_processes_cannot_have_one_session(engine: InferenceEngine, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_a_session_of_another_name_or_model_is_refused_and_stays(saved: Path) ->
         Binding("toy", "print", {"dtype": "int8"}, [10, 6], 4),
         Binding("toy", "print", BINDING.layout, [10, 7], 4),
     ):
-        with pytest.raises(FormatError, match=r"made by the model 'toy' \('print', cache float16\)"):
+        with pytest.raises(FormatError, match=r"made by the model 'toy' \('print'\); this one is"):
             opened(saved.parent, binding=binding)
     saved.rename(saved.with_name("Notes.session"))
     with pytest.raises(FormatError, match="that of the session 'notes', not 'Notes'"):

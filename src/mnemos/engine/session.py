@@ -19,7 +19,7 @@ from mnemos.errors import CapacityError, RequestError, shown
 from mnemos.memory.session_file import SessionFile
 from mnemos.memory.session_folder import session_path
 from mnemos.memory.session_records import Turn as TurnRecord
-from mnemos.rules import COUNT
+from mnemos.rules import COUNT, whole
 from mnemos.text.conversation import check_messages
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     Config = AnyConfig | None
 
 Message = dict[str, Any]
+_LENGTH = whole(0)
 
 
 @dataclass(frozen=True)
@@ -237,10 +238,11 @@ class Session:
         file = self._file
         self._begin()
         try:
+            messages = COUNT.apply("messages", messages)
             start = int(bool(file.messages) and file.messages[0]["role"] == "system")
-            if not 1 <= messages <= len(file.messages) - start:
+            if messages > len(file.messages) - start:
                 raise RequestError(
-                    f"messages is {shown(messages)}; the session {self.name!r} has {len(file.messages) - start}, "
+                    f"messages is {messages}; the session {self.name!r} has {len(file.messages) - start}, "
                     "without a system message"
                 )
             left = [*file.messages[:start], *file.messages[start + messages :]]
@@ -258,14 +260,15 @@ class Session:
         self._begin()
         try:
             if tokens is None:
-                COUNT.apply("turns", turns)
+                turns = COUNT.apply("turns", turns)
                 if turns > len(file.turns):
                     raise RequestError(f"turns is {turns}; the session {self.name!r} has {len(file.turns)}")
                 kept, rest = len(file.turns) - turns, []
             else:
-                if file.messages or not 0 <= tokens <= len(file.tokens):
+                tokens = _LENGTH.apply("tokens", tokens)
+                if file.messages or tokens > len(file.tokens):
                     raise RequestError(
-                        f"tokens is {shown(tokens)}; the session {self.name!r} is "
+                        f"tokens is {tokens}; the session {self.name!r} is "
                         + ("a conversation, which is rewound by turns" if file.messages else f"{len(file.tokens)} long")
                     )
                 kept = file.turns_within(tokens)
@@ -283,9 +286,9 @@ class Session:
         file = self._file
         self._begin()
         try:
-            count = len(file.turns) if turns is None else turns
-            if not 1 <= count <= len(file.turns):
-                raise RequestError(f"turns is {shown(count)}; the session {self.name!r} has {len(file.turns)} to fork")
+            count = max(len(file.turns), 1) if turns is None else COUNT.apply("turns", turns)
+            if count > len(file.turns):
+                raise RequestError(f"turns is {count}; the session {self.name!r} has {len(file.turns)} to fork")
             file.copy(session_path(file.path.parent, name), name, count)
         finally:
             self._busy.release()

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mnemos.contract import Cache, ModelSpec
-from mnemos.errors import FormatError, UnsupportedError
+from mnemos.errors import FormatError, UnsupportedError, shown
 from mnemos.formats.whole_file import not_written
 from mnemos.memory.prefix import Node, PrefixTree
 
@@ -112,6 +112,26 @@ def layout_fields(spec: ModelSpec) -> dict[str, Any]:
     return layout
 
 
+def difference_of(header: dict[str, Any], fingerprint: str, layout: dict[str, Any]) -> str:
+    """What of a model and its cache is not as in a file's header, for an error message."""
+    found = []
+    if header["fingerprint"] != fingerprint:
+        found.append(f"the model is {fingerprint[:12]!r} (other weights, or another dtype, backend or context_length)")
+    for name, value in layout.items():
+        before = header["layout"].get(name)
+        if before != value:
+            name = {"dtype": "kv_dtype", "recall": "memory"}.get(name, name)
+            found.append(f"{name} is {_setting(value)}, there {_setting(before)}")
+    return " and ".join(found)
+
+
+def _setting(value: Any) -> str:
+    """A field of a layout; of a memory what was asked for."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={value.get(name)}" for name in ("window", "recall", "sinks"))
+    return shown(value)
+
+
 def page_bytes_of(cache: Cache) -> list[int]:
     """Of each layer group."""
     return [int(cache.read(0, group).nbytes) for group in range(len(cache.layout.groups))]
@@ -148,10 +168,8 @@ def _check(
     file.seek(_START.size)
     header = _read_header(path, file.read(header_bytes))
     if header["fingerprint"] != spec.fingerprint or header["layout"] != layout_fields(spec):
-        raise FormatError(
-            f"{path}: made for the model {header['fingerprint']!r} with {header['layout']}; "
-            f"this one is {spec.fingerprint!r} with {layout_fields(spec)}"
-        )
+        difference = difference_of(header, spec.fingerprint, layout_fields(spec))
+        raise FormatError(f"{path}: made for the model {header['fingerprint'][:12]!r}; here {difference}")
     if header["page_bytes"] != page_bytes_of(cache):
         raise FormatError(f"{path}: pages of {header['page_bytes']} bytes; this backend's have {page_bytes_of(cache)}")
     page_bytes: list[int] = header["page_bytes"]

@@ -21,6 +21,7 @@ from typing import Any
 from mnemos.errors import CapacityError, FormatError
 from mnemos.formats.whole_file import kind_of
 from mnemos.machine.locks import lock
+from mnemos.memory.prefix_file import difference_of
 from mnemos.memory.session_records import (
     BINARY,
     Binding,
@@ -185,6 +186,7 @@ class SessionFile:
     def remove(self) -> None:
         """Deletes the file."""
         descriptor, self._descriptor = self._descriptor, -1
+        self._ended, self._pages, self.turns, self.tokens, self.messages = [], {}, [], [], []
         try:
             delete(self.path, descriptor)
             self._drop_leftovers()
@@ -256,8 +258,9 @@ class SessionFile:
         if not same or (wanted.page_bytes and header["page_bytes"] not in (wanted.page_bytes, [])):
             raise FormatError(
                 f"{self.path}: the session {self.name!r} was made by the model {header['model']!r} "
-                f"({header['fingerprint']!r}, cache {header['layout'].get('dtype')}); this one is {wanted.model!r} "
-                f"({wanted.fingerprint!r}, cache {wanted.layout.get('dtype')}): use that one, or another name"
+                f"({header['fingerprint'][:12]!r}); this one is {wanted.model!r}, and "
+                f"{difference_of(header, wanted.fingerprint, wanted.layout) or 'its pages have other sizes'}: "
+                "load that one with the same settings, or use another name"
             )
         self.binding = replace(wanted, page_bytes=header["page_bytes"])
 

@@ -28,8 +28,8 @@ def session_path(folder: Path, name: str) -> Path:
     """A session's file. ConfigError for a name that no session can have."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
-            f"session is {shown(name)}; it must be 1 to 100 letters, digits, '.', '_' and '-', the first of them a "
-            "letter or digit"
+            f"session is {shown(name)}; it must be 1 to 100 of a-z, A-Z, 0-9, '.', '_' and '-', the first of them "
+            "a letter or digit"
         )
     return folder / (name + SUFFIX)
 

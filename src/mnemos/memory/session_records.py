@@ -32,7 +32,7 @@ from mnemos.memory.prefix_file import layout_fields, page_bytes_of
 MAGIC = b"MNEMOSSE"
 VERSION = 2
 PAGE, PAGES, TURN = b"PAGE", b"PAGS", b"TURN"
-BINARY = getattr(os, "OBINARY", 0)  # for Windows
+BINARY = getattr(os, "O_BINARY", 0)  # for Windows
 _START = struct.Struct("<8sII")
 _RECORD = struct.Struct("<4sIII")
 _ENTRY = struct.Struct("<III")  # of a page in PAGES

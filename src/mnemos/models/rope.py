@@ -199,7 +199,8 @@ def _rotary_dim(fields: Fields, table: Fields, head_dim: int, fraction: float) -
 def _trained_length(fields: Fields, table: Fields, positions: int) -> int:
     """original_max_position_embeddings, at the top level (Phi-3) or with the scaling."""
     name = "original_max_position_embeddings"
-    return (fields if fields.get(name) is not None else table).size(name, positions, least=2)
+    owner = fields if fields.get(name) is not None else table
+    return fields.size("max_position_embeddings", least=2) if owner.get(name) is None else owner.size(name, least=2)
 
 
 def _factor(table: Fields, kind: str, default: float) -> float:
