@@ -103,6 +103,7 @@ def test_wrong_values_are_named(engine: InferenceEngine, tmp_path: Path) -> None
         (lambda: engine.memory.add("a", ""), "name is ''"),
         (lambda: engine.memory.forget("nothing"), "there is no text of this name"),
         (lambda: engine.memory.recall("a", 0), "k is 0"),
+        (lambda: engine.memory.recall(5), "text is 5; it must be a text"),  # type: ignore[arg-type]
         (lambda: engine.memory.recall("a", kinds=["page"]), "kinds is"),  # type: ignore[list-item]
     ]:
         with pytest.raises((RequestError, ConfigError), match=match):

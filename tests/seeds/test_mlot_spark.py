@@ -20,7 +20,7 @@ from mnemos import (
     OptimizedInferenceEngine,
     ResponseStreamer,
 )
-from mnemos.errors import ConfigError, UnsupportedError
+from mnemos.errors import ConfigError, RequestError, UnsupportedError
 from mnemos.machine.sensors import Conditions, Heat
 from tests.machine.test_performance import FakeSensors
 
@@ -180,6 +180,11 @@ def test_hardware_settings(checkpoint: Path, numbers: Any) -> None:
         OptimizedInferenceEngine(checkpoint, hardware_config={**hardware_config, "use_neural_engine": True})
     with pytest.raises(ConfigError, match="max_memory is not a setting of the hardware; did you mean max_memory_gb"):
         HardwareOptimizer(hardware_config={"max_memory": 6})
+    for wrong in (5, "balanced"):
+        with pytest.raises(ConfigError, match="hardware_config is .*; it must be a mapping of use_neural_engine, "):
+            OptimizedInferenceEngine(checkpoint, hardware_config=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="config is .*; it must be a mapping, as"):
+            OptimizedInferenceEngine(checkpoint, config=wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_memory_gb is 0; it must be a number above 0"):
         HardwareOptimizer(hardware_config={"max_memory_gb": 0})
 
@@ -192,6 +197,8 @@ def test_the_memory_cache_as_its_document_writes_it(checkpoint: Path, numbers: A
     with OptimizedInferenceEngine(checkpoint, cache_size=1000) as engine:
         cache = engine.memory_cache
         text = " ".join(map(str, range(38)))  # more than a page
+        with pytest.raises(RequestError, match="the prompts are one text"):
+            cache.preload(text)
         assert numbers(engine.generate_response(text)) == [38, 39]
         found = cache.get_cached_patterns(cache.context_hash(text))
         assert found.cached_tokens == cache.page_size

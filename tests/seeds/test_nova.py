@@ -320,6 +320,8 @@ def test_a_quantized_model_is_served(counter: torch.nn.Module, engine: Inference
     settings = {"max_length": 8, "temperature": 0.1}
     assert server.predict("2 4 6", **settings).split()[-4:] == ["8", "10", "12", "14"]
     assert server.batch_predict(["2 4 6", "3 6 9"], **settings)[1].split()[-4:] == ["12", "15", "18", "21"]
+    with pytest.raises(RequestError, match="the prompts are one text, '2 4 6'; give a list of texts"):
+        server.batch_predict("2 4 6")
 
 
 def test_a_pruned_model_continues_batches(counter: torch.nn.Module, engine: InferenceEngine) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mnemos.engine.options import EngineOptions
-from mnemos.errors import ConfigError, UnsupportedError
+from mnemos.errors import ConfigError, UnsupportedError, shown
 from mnemos.machine.hardware import Hardware, detect
 from mnemos.machine.performance import Allowance, allowance_for
 from mnemos.machine.sensors import Conditions, Sensors, machine_sensors
@@ -79,6 +79,8 @@ def hardware_options(config: Mapping[str, Any], hardware: Hardware | None = None
     ConfigError for an unknown key or a value that is not allowed; UnsupportedError for the Neural Engine, which does
     not run these models, and which most machines don't have.
     """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"hardware_config is {shown(config)}; it must be a mapping of {', '.join(_KEYS)}")
     options = dict(config)
     for name in options:
         if name not in _KEYS:

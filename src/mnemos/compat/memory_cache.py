@@ -19,6 +19,7 @@ from mnemos.compat.caches import (
     context_hash,
 )
 from mnemos.compat.idle_refresh import IdleRefresh
+from mnemos.engine.prompts import listed
 from mnemos.errors import ConfigError
 from mnemos.machine.memory import free_memory
 from mnemos.rules import LARGEST_INT
@@ -208,7 +209,7 @@ class MemoryCache:
                 with self._lock:
                     self.episodic_cache[key] = pattern
             return len(texts)
-        wanted = [_token_ids(self._checked, text) for text in texts]
+        wanted = [_token_ids(self._checked, text) for text in listed(texts)]
         for ids in wanted:
             self._read(ids)
             with self._lock:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mnemos.engine.engine import InferenceEngine
+from mnemos.engine.prompts import listed
 
 if TYPE_CHECKING:
     from mnemos.engine.completion import Completion
@@ -22,7 +24,7 @@ class ModelServer:
     def __init__(self, model: Any, tokenizer: Any = None, device: str = "cpu", **options: Any) -> None:
         if isinstance(model, InferenceEngine):
             self.engine = model
-        elif isinstance(model, str):
+        elif isinstance(model, (str, os.PathLike)):
             if tokenizer is not None:
                 options["tokenizer"] = tokenizer
             self.engine = InferenceEngine.from_pretrained(model, device=device, **options)
@@ -42,7 +44,7 @@ class ModelServer:
     ) -> list[str]:
         """`predict` for several texts at once."""
         fields |= {"max_length": max_length, "temperature": temperature}
-        return [completion.text for completion in self.engine.complete(list(texts), **fields)]
+        return [completion.text for completion in self.engine.complete(listed(texts), **fields)]
 
 
 class InferenceAPI:

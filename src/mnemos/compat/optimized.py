@@ -13,6 +13,7 @@ from mnemos.engine.completion import StreamedToken
 from mnemos.engine.engine import LENGTHS, InferenceEngine
 from mnemos.engine.options import split
 from mnemos.engine.pretrained import load_parts
+from mnemos.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,11 +46,13 @@ class OptimizedInferenceEngine(InferenceEngine):
         hardware_config: Mapping[str, Any] | None = None,
         **options: Unpack[LoadKeywords],
     ) -> None:
-        self._hardware = dict(hardware_config or {})
-        if hardware_config:
+        if hardware_config is not None:
             from mnemos.compat.hardware_optimizer import hardware_options
 
             options = {**hardware_options(hardware_config), **options}  # type: ignore[typeddict-item]
+        self._hardware = dict(hardware_config or {})
+        if not isinstance(config, Mapping | None):
+            raise ConfigError(f"config is {shown(config)}; it must be a mapping, as {{'max_length': 512}}")
         settings = dict(config or {})
         cache_size = settings.pop("cache_size", cache_size)
         if "batch_size" in settings:

@@ -106,6 +106,8 @@ class SemanticMemory:
         into the cache, the best first, so that they continue at once.
         """
         COUNT.apply("k", k)
+        if not isinstance(text, str):
+            raise RequestError(f"text is {shown(text)}; it must be a text")
         wanted = set(kinds)
         if not wanted <= set(KINDS):
             raise ConfigError(f"kinds is {shown(kinds)}; it must have text, session or both")

@@ -382,6 +382,8 @@ def test_a_module_to_load_into_needs_values(tmp_path: Path) -> None:
         QuantizedModel.load(tmp_path / "model.st", Stack().to("meta"))
     with pytest.raises(ConfigError, match="model_class is 5; expected a class, or a module of it"):
         QuantizedModel.load(tmp_path / "model.st", 5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"Linear\(in_features.* cannot be called with depth: .*expected them beside"):
+        QuantizedModel.load(tmp_path / "model.st", torch.nn.Linear, depth=2)
 
 
 def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,17 @@ def test_what_a_class_may_be_called_with(own_model: OwnModel, tmp_path: Path) ->
 
 
 def test_what_does_not_fit_is_named(package: Path) -> None:
+    class OtherSettings:
+        def __init__(self, width: int) -> None:
+            self.width = width
+
+    class FromOther(OwnModel):
+        def __init__(self, settings: OtherSettings) -> None:
+            super().__init__(VOCABULARY, settings.width)
+
+    FromOther.__init__.__annotations__["settings"] = OtherSettings
+    with pytest.raises(ConfigError, match="cannot be called with it: OtherSettings: missing a required argument"):
+        ModelPackager.load_package(package, model_class=FromOther)
     with pytest.raises(ConfigError, match="model_class is None .* holds a OwnModel, a class of your own"):
         ModelPackager.load_package(package)
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from itertools import chain
@@ -84,7 +85,7 @@ def make_module(
     if model_class is not None:
         if not callable(model_class):
             raise ConfigError(f"model_class is {shown(model_class)}; expected a class, or a module of it")
-        made = model_class(**arguments)
+        made = _called(model_class, arguments)
         if not isinstance(made, nn.Module):
             raise ConfigError(f"model_class made a {type(made).__name__}; expected a torch.nn.Module")
         return _with_values(made)
@@ -105,6 +106,20 @@ def make_module(
     config_class: Any = found.config_class
     module: nn.Module = found(config_class.from_dict(stored.settings.get("config")))
     return module
+
+
+def _called(model_class: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    signature = inspect.signature(model_class)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        name = getattr(model_class, "__name__", "model_class")
+        given = ", ".join(arguments) or "no arguments"
+        raise ConfigError(
+            f"{name}{signature} cannot be called with {given}: {error}; expected them beside the path, as in "
+            f"load(path, model_class={name}, width=64), or a module as model_class"
+        ) from error
+    return model_class(**arguments)
 
 
 def _with_values(module: nn.Module) -> nn.Module:

@@ -50,8 +50,14 @@ def _called(model_class: Any, config: dict[str, Any]) -> Any:
     needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind not in _VARIADIC]
     if len(needed) == 1 and needed[0].kind is not needed[0].KEYWORD_ONLY and needed[0].name not in config:
         kind = _annotation(model_class, needed[0])
-        own = isinstance(kind, type) and kind.__module__ not in ("builtins", "typing", "collections.abc")
-        return model_class(kind(**config) if own else Settings(config))
+        if not isinstance(kind, type) or kind.__module__ in ("builtins", "typing", "collections.abc"):
+            return model_class(Settings(config))
+        try:
+            inspect.signature(kind).bind(**config)
+        except TypeError as error:
+            reason = TypeError(f"{kind.__name__}: {error}")
+        else:
+            return model_class(kind(**config))
     name = getattr(model_class, "__name__", "model_class")
     raise ConfigError(
         f"config is {sorted(config)} and {name}{signature} cannot be called with it: {reason}; expected a config that "
