@@ -216,7 +216,10 @@ def test_a_session_belongs_to_one_model(tmp_path: Path) -> None:
         ):
             engine.session("notes")
     small = ToyModel(fingerprint="0", page_size=8)
-    with InferenceEngine(small, session_dir=tmp_path) as engine, pytest.raises(FormatError, match="page_size is 8, there"):
+    with (
+        InferenceEngine(small, session_dir=tmp_path) as engine,
+        pytest.raises(FormatError, match="page_size is 8, there"),
+    ):
         engine.session("notes")
     with InferenceEngine(ReaderToy(), session_dir=tmp_path) as engine, pytest.raises(UnsupportedError, match="encoder"):
         engine.session("notes")

@@ -36,7 +36,7 @@ class Machine:
     def __str__(self) -> str:
         rates = ", ".join(f"{2 * rate / 1e9:.0f} in {form}" for form, rate in self.limits.rates.items())
         return (
-            f"{self.cpu}, {self.cores} cores, {self.isa}\n"
+            f"{self.cpu}, {self.cores} core{'' if self.cores == 1 else 's'}, {self.isa}\n"
             f"reads {self.limits.bandwidth / 1e9:.1f} GB/s, multiplies and adds at {rates} (GFLOP/s)"
         )
 

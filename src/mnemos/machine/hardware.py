@@ -58,7 +58,7 @@ class Hardware:
     def __str__(self) -> str:
         kinds = f"{self.performance_cores} performance and {self.efficiency_cores} efficiency cores"
         if not self.efficiency_cores:
-            kinds = f"{self.logical_cores} cores"
+            kinds = f"{self.logical_cores} core{'' if self.logical_cores == 1 else 's'}"
         caches = ", ".join(f"{name} {size >> 10} KiB" for name, size in self.caches.items()) or "unknown"
         limits = [] if self.cgroup.cores is None else [f"{self.cgroup.cores:g} cores"]
         limits += [] if self.cgroup.memory is None else [f"{self.cgroup.memory / 2**30:.1f} GiB"]
