@@ -481,7 +481,7 @@ void bind_relay(nb::module_ &m) {
   m.def(
       "rms_norm",
       [](uintptr_t x, uintptr_t weight, float epsilon, uintptr_t y, int64_t rows, int64_t width) {
-        vector_kernels(current_isa(OperatorClass::attention))
+        vector_kernels(brief_isa(OperatorClass::attention))
             .rms_norm(at_address(x), at_address(weight), epsilon, at_address(y), rows, width);
       },
       "x"_a, "weight"_a, "epsilon"_a, "y"_a, "rows"_a, "width"_a);

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "linear/layout.h"
+#include "linear/product_kernels.h"
 #include "system/cpu.h"
 #include "system/error.h"
 
@@ -22,13 +23,22 @@ constexpr int64_t least_shared_values = 16 << 10;
 // With fewer rows, a piece of a product spends too much of its time on unpacking weights.
 constexpr int64_t least_rows = 48;
 
+// With more, arithmetic takes longer than reading, and wide registers pay.
+constexpr int64_t most_brief_rows = 2;
+
 int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// The kernels of brief operators; null if they are those of all others. In float32 both give the same bits.
+const ProductKernels *brief_kernels(OperatorClass which) {
+  const Isa level = brief_isa(which);
+  return level == current_isa(which) ? nullptr : find_kernels(isa_name(level));
+}
 
 }  // namespace
 
 ForeignStep::ForeignStep(std::shared_ptr<Pool> pool)
-    : pool_(std::move(pool)), kernels_(vector_kernels(current_isa(OperatorClass::attention))),
-      scores_(static_cast<size_t>(pool_->threads())) {}
+    : pool_(std::move(pool)), kernels_(vector_kernels(brief_isa(OperatorClass::attention))),
+      brief_kernels_(brief_kernels(OperatorClass::floats)), scores_(static_cast<size_t>(pool_->threads())) {}
 
 ForeignStep::~ForeignStep() { pool_->interrupt(); }
 
@@ -41,7 +51,7 @@ ForeignStep::Link ForeignStep::checked(MatrixPointer matrix, VectorPointer bias,
     throw config_error("a bias has " + std::to_string(bias->size()) + " values; its matrix has " +
                        std::to_string(matrix->rows) + " rows");
   }
-  return {std::move(matrix), std::move(bias), precise, -1, std::vector<int64_t>(static_cast<size_t>(pool_->threads()))};
+  return {std::move(matrix), std::move(bias), precise, {}, -1, std::vector<int64_t>(static_cast<size_t>(pool_->threads()))};
 }
 
 ForeignStep::Link &ForeignStep::link(int number) {
@@ -123,12 +133,14 @@ void ForeignStep::multiply(int number, const void *x, int64_t rows, void *y) {
   rounded.padded = matrix.rows;
   // Sums that are rounded to bfloat16 afterwards are close together meanwhile: in rows as long as y's they would each
   // be in a page of their own.
+  const bool briefly = brief_kernels_ != nullptr && rows <= most_brief_rows && matrix.layout.type == WeightType::f32;
+  const ProductKernels &kernels = briefly ? *brief_kernels_ : matrix.kernels;
   const auto multiply_part = [&](int64_t row_begin, int64_t row_end, int64_t begin, int64_t end, float *sums) {
     if (!bfloats)
-      return mnemos::multiply(matrix, input, row_begin, row_end, begin, end, static_cast<float *>(y), matrix.rows, bias,
+      return kernels.multiply(matrix, input, row_begin, row_end, begin, end, static_cast<float *>(y), matrix.rows, bias,
                               0);
     const int64_t first = begin * panel_rows, stride = (end - begin) * panel_rows;
-    mnemos::multiply(matrix, input, row_begin, row_end, begin, end, sums - first, stride, bias, 0);
+    kernels.multiply(matrix, input, row_begin, row_end, begin, end, sums - first, stride, bias, 0);
     prepare_columns(rounded, sums - first, stride, row_begin, row_end, first, std::min(first + stride, matrix.rows));
   };
   const int64_t panels = matrix.panels();
@@ -141,8 +153,12 @@ void ForeignStep::multiply(int number, const void *x, int64_t rows, void *y) {
   if (!shared) return multiply_part(0, rows, 0, panels, sums);
   pool_->interrupt();
   std::fill(own.fetched.begin(), own.fetched.end(), 0);
-  if (last_ >= 0) link(last_).next = number;
-  last_ = number;
+  if (last_ >= 0) {
+    Link &before = link(last_);
+    before.next = number;
+    if (!attended_) before.attention = PlainAttention{};
+  }
+  last_ = number, attended_ = false;
   const int64_t columns = parts_of(panels, size);  // of items; rows are divided if there are too few
   const int64_t parts = std::clamp<int64_t>(rows / least_rows, 1, parts_of(8 * pool_->threads(), columns));
   share(columns * parts, [&](int64_t item, int thread) {
@@ -175,6 +191,7 @@ void ForeignStep::attend(const PlainAttention &a) {
     return;
   }
   share(items, attend_head);
+  if (last_ >= 0) link(last_).attention = a, attended_ = true;
   fetch_ahead();
 }
 
@@ -199,11 +216,34 @@ void ForeignStep::fetch_ahead() {
   if (last_ < 0) return;
   pool_->run_behind([this](int thread) {
     int64_t left = near_cache_bytes();
+    if (!attended_ && !fetch(links_[static_cast<size_t>(last_)].attention, thread, &left)) return;
     const auto next_of = [this](int number) { return links_[static_cast<size_t>(number)].next; };
     for (int n = next_of(last_); n >= 0 && n != last_ && left > 0; n = next_of(n)) {
       if (!fetch(links_[static_cast<size_t>(n)], thread, &left)) return;
     }
   });
+}
+
+// Reads the keys and values of the heads that the thread will have, until `left` is used up, where those of the last
+// pass are. False if the thread is needed for something else. Mere prefetches: that memory may be gone, and
+// prefetching it does nothing then.
+bool ForeignStep::fetch(const PlainAttention &a, int thread, int64_t *left) const {
+  const int64_t items = a.batch * a.heads, threads = pool_->threads(), bytes = a.count * a.head_dim * 4;
+  const float *before = nullptr;
+  for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads && *left > 0; item++) {
+    const int64_t b = item / a.heads, kv = item % a.heads / (a.heads / a.kv_heads);
+    const float *keys = a.keys.head(b, kv);
+    if (keys == before) continue;
+    for (const float *part : {keys, a.values.head(b, kv)}) {
+      for (int64_t at = 0; at < bytes; at += 64) {
+        if (at % piece_bytes == 0 && pool_->wanted()) return false;
+        __builtin_prefetch(reinterpret_cast<const uint8_t *>(part) + at);
+      }
+      *left -= bytes;
+    }
+    before = keys;
+  }
+  return true;
 }
 
 // Reads weights that the thread will need, until `left` is used up. False if the thread is needed for something else.

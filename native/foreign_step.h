@@ -26,8 +26,8 @@ struct PlainAttention {
   };
   int64_t batch, heads, kv_heads, count, head_dim;
   Heads queries, keys, values;
-  float scale;
-  float *y;  // (batch, heads, head_dim), contiguous
+  float scale = 1;
+  float *y = nullptr;  // (batch, heads, head_dim), contiguous
 };
 
 class ForeignStep {
@@ -53,6 +53,7 @@ class ForeignStep {
     MatrixPointer matrix;
     VectorPointer bias;
     bool precise = false;
+    PlainAttention attention{};  // that followed it the last time, large enough to be shared; or of nothing
     int next = -1;  // the product that followed it the last time
     std::vector<int64_t> fetched;  // per thread: bytes of its part that it has read ahead since the last product
   };
@@ -64,13 +65,16 @@ class ForeignStep {
   Input quantized_input(const Link &link, const float *x, int64_t rows);
   void share(int64_t items, const std::function<void(int64_t item, int thread)> &body);
   void fetch_ahead();
+  bool fetch(const PlainAttention &a, int thread, int64_t *left) const;
   bool fetch(Link &link, int thread, int64_t *left) const;
 
   const std::shared_ptr<Pool> pool_;
   const VectorKernels &kernels_;
+  const ProductKernels *const brief_kernels_;  // of few rows in float32; null: the matrices' own
   std::vector<Link> links_;
   int64_t bytes_ = 0;  // of all weights
   int last_ = -1;
+  bool attended_ = false;  // since the last product
   std::vector<uint8_t> padded_;  // an input, as its product takes it
   std::vector<float> sums_;  // of products whose results are rounded to bfloat16
   std::vector<std::vector<float>> scores_;  // per thread

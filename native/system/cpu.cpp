@@ -135,6 +135,17 @@ void store(std::atomic<int> (&into)[operator_classes], const Levels &levels) {
   for (size_t c = 0; c < levels.size(); c++) into[c].store(levels[c]);
 }
 
+// The level that select_isa or MNEMOS_ISA names, or unset.
+int specified_isa(OperatorClass which) {
+  static const Levels environment = [] {
+    const char *text = std::getenv("MNEMOS_ISA");
+    return parse_levels(text == nullptr ? "" : text, "MNEMOS_ISA");
+  }();
+  const auto c = static_cast<size_t>(which);
+  const int level = selected[c].load(std::memory_order_relaxed);
+  return level != unset ? level : environment[c];
+}
+
 bool is_intel() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel");
@@ -161,16 +172,15 @@ Isa find_level(const std::string &name, const char *what) {
 }
 
 Isa current_isa(OperatorClass which) {
-  static const Levels environment = [] {
-    const char *text = std::getenv("MNEMOS_ISA");
-    return parse_levels(text == nullptr ? "" : text, "MNEMOS_ISA");
-  }();
-  const auto c = static_cast<size_t>(which);
-  for (const int level :
-       {selected[c].load(std::memory_order_relaxed), environment[c], preferred[c].load(std::memory_order_relaxed)}) {
+  for (const int level : {specified_isa(which), preferred[static_cast<size_t>(which)].load(std::memory_order_relaxed)}) {
     if (level != unset) return static_cast<Isa>(level);
   }
   return likely_isa(which);
+}
+
+Isa brief_isa(OperatorClass which) {
+  const Isa level = current_isa(which);
+  return is_intel() && specified_isa(which) == unset && level >= Isa::avx512 ? Isa::avx2 : level;
 }
 
 void select_isa(const std::string &levels) { store(selected, parse_levels(levels, "the instruction set")); }

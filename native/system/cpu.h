@@ -43,6 +43,11 @@ void prefer_isas(const std::string &levels);
 // The processor's likely best level for an operator, from what is known about its maker's units.
 Isa likely_isa(OperatorClass which);
 
+// The level for operators of microseconds between which a caller's own code runs on the same core: the level in use, but
+// on Intel's processors AVX2 at most if nobody specified one. 512-bit arithmetic slows a core's clock there for what
+// follows, by 7% on a Xeon with AMX.
+Isa brief_isa(OperatorClass which);
+
 // Whether reads that bypass the caches (non-temporal prefetches) are as fast as others. On Intel's processors they are
 // not: the second-level cache's prefetcher, which keeps most requests under way, does not take part in them, and
 // weights come at half the speed or less.
