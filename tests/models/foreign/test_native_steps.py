@@ -26,6 +26,12 @@ def native() -> NativeOperators:
     return NativeOperators(THREADS)
 
 
+def linear_of(
+    native: NativeOperators, weight: torch.Tensor, bias: torch.Tensor | None, number: int | None
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+    return native.linear(weight, bias, number, partial(F.linear, weight=weight, bias=bias))
+
+
 def no_worse_than_pytorch(got: torch.Tensor, operator: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> bool:
     """Whether `got` is as close to the operator's float64 result as PyTorch's float32 one, which differs by processor.
 
@@ -40,7 +46,7 @@ def test_products_are_right_in_any_order(native: NativeOperators) -> None:
     torch.manual_seed(0)
     sizes = [(300, 1000), (70, 33), (1000, 129), (2048, 64), (64, 64)]  # some shared among threads, some too small
     layers = [torch.nn.Linear(columns, rows, bias=index % 2 == 0) for index, (columns, rows) in enumerate(sizes)]
-    products = [native.linear(layer.weight, layer.bias, None)[0] for layer in layers]
+    products = [linear_of(native, layer.weight, layer.bias, None)[0] for layer in layers]
     native.finish()
     orders = [[0, 1, 2, 3, 4]] * 3 + [[4, 3, 2, 1, 0], [0, 0, 0], [2, 0, 3, 0, 2]]
     with torch.inference_mode():
@@ -54,8 +60,8 @@ def test_products_are_right_in_any_order(native: NativeOperators) -> None:
 def test_bfloat16_products_are_sums_rounded_once(native: NativeOperators, rows: int, columns: int) -> None:
     torch.manual_seed(0)
     weight, bias, x = (torch.randn(*shape).bfloat16() for shape in ((rows, columns), (rows,), (5, columns)))
-    product, _ = native.linear(weight, bias, None)
-    plain, _ = native.linear(weight, None, None)
+    product, _ = linear_of(native, weight, bias, None)
+    plain, _ = linear_of(native, weight, None, None)
     native.finish()
     for got, exact in (
         (product(x), F.linear(x.double(), weight.double(), bias.double())),
@@ -70,28 +76,47 @@ def test_bfloat16_products_are_sums_rounded_once(native: NativeOperators, rows: 
 def test_more_weights_than_caches_hold_are_multiplied_to_the_same_bits(native: NativeOperators) -> None:
     torch.manual_seed(0)
     weight, bias, x = torch.randn(1000, 520), torch.randn(1000), torch.randn(3, 520)
-    small, _ = native.linear(weight, bias, None)
+    small, _ = linear_of(native, weight, bias, None)
     native.finish()
     sizes = [(4, 4, 64), (4, 2, 64), (3, 3, 40), (2, 2, 128)]
     attended = [(torch.randn(1, a, 1, n), *(torch.randn(1, b, 90, n) for _ in range(2)), a != b) for a, b, n in sizes]
     alone = small(x)
     before = [native.attend(q, k, v, enable_gqa=grouped) for q, k, v, grouped in attended]
     assert torch.allclose(alone, F.linear(x, weight, bias), atol=1e-3)
-    large, place = native.linear(torch.zeros(4500, 2000), None, None)  # 36 MB
+    large, place = linear_of(native, torch.zeros(4500, 2000), None, None)  # 36 MB
     native.finish()
     assert not large(torch.ones(1, 2000)).any()
     assert torch.equal(small(x), alone) and torch.equal(small(x[1:2]), alone[1:2])
     for (q, k, v, grouped), wanted in zip(attended, before, strict=True):
         assert wanted is not None and torch.equal(native.attend(q, k, v, enable_gqa=grouped), wanted)
-    native.linear(torch.ones(4500, 1), None, place)
+    linear_of(native, torch.ones(4500, 1), None, place)
     native.finish()
     assert torch.equal(small(x), alone)
+
+
+def test_one_row_and_many_have_the_same_bits_at_every_level(native: NativeOperators) -> None:
+    """Rows of one or two may be computed by other kernels than more, which must not show."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(300, 515), torch.randn(300), torch.randn(MOST_ROWS, 515)
+    weight[:64, :256] = 0  # blocks that are left out
+    core = native_steps._native
+    for level in ("", *core.available_isas()):
+        core.select_isa(level)
+        try:
+            own = NativeOperators(THREADS)
+            product, _ = linear_of(own, weight, bias, None)
+            own.finish()
+        finally:
+            core.select_isa("")
+        together = product(x)
+        for rows in (1, 2, 3):
+            assert torch.equal(product(x[:rows]), together[:rows]), (level, rows)
 
 
 def test_results_do_not_take_pytorchs_default_type_or_device(native: NativeOperators) -> None:
     weight, x = torch.randn(60, 40), torch.randn(2, 40)
     q, k, v = (torch.randn(1, 2, 1, 32) for _ in range(3))
-    product, _ = native.linear(weight, None, None)
+    product, _ = linear_of(native, weight, None, None)
     native.finish()
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
@@ -107,10 +132,10 @@ def test_results_do_not_take_pytorchs_default_type_or_device(native: NativeOpera
 def test_a_product_takes_anothers_place(native: NativeOperators) -> None:
     old, new = torch.randn(200, 200), torch.randn(200, 200)
     x = torch.randn(2, 200)
-    first, number = native.linear(old, None, None)
+    first, number = linear_of(native, old, None, None)
     native.finish()
     assert torch.allclose(first(x), x @ old.T, atol=1e-4)
-    second, again = native.linear(new, None, number)
+    second, again = linear_of(native, new, None, number)
     native.finish()
     assert again == number
     assert torch.allclose(second(x), x @ new.T, atol=1e-4)
@@ -189,10 +214,12 @@ def test_norms_that_compute_something_else_are_left_alone() -> None:
 def test_a_position_is_written_where_it_belongs() -> None:
     memory = torch.zeros(2, 3, 7, 5)
     new = torch.randn(2, 1, 3, 5).transpose(1, 2)
-    assert copy_position(new, memory, 4)
+    place = (memory[0, 0, 4].data_ptr(), 3 * 7 * 5, 7 * 5)
+    assert copy_position(new, place)
     assert torch.equal(memory[:, :, 4:5], new) and not memory[:, :, :4].any() and not memory[:, :, 5:].any()
-    assert not copy_position(torch.randn(2, 3, 2, 5), memory, 0)
-    assert not copy_position(torch.randn(2, 3, 1, 10)[..., ::2], memory, 0)
+    assert not copy_position(torch.randn(2, 3, 2, 5), place)
+    assert not copy_position(torch.randn(2, 3, 1, 10)[..., ::2], place)
+    assert not copy_position(new.double(), place)
 
 
 def test_attention_over_growing_tensors_is_the_native_cores(

@@ -33,9 +33,19 @@ class Buffer:
         self.axis = axis
         self.native = native if start.dtype is torch.float32 else None
         self.filled = start.shape[axis]
-        self.memory, self.room = memory, memory.shape[axis]
+        self._take(memory)
         memory.narrow(axis, 0, self.filled).copy_(start)
         self.single = memory.narrow(axis, 0, 1).shape  # of one position
+
+    def _take(self, memory: Tensor) -> None:
+        self.memory, self.room = memory, memory.shape[self.axis]
+        # (address of the first position, bytes to the next, floats to the next batch, to the next head), where the
+        # native core can write positions.
+        self._place: tuple[int, int, int, int] | None = None
+        if self.native is not None and self.axis == 2 and memory.dim() == 4 and memory.is_cpu:
+            batch, head, position, value = memory.stride()
+            if value == 1:
+                self._place = (memory.data_ptr(), memory.element_size() * position, batch, head)
 
     def takes(self, new: Tensor) -> bool:
         """Whether `new` can be written after what is there."""
@@ -52,8 +62,9 @@ class Buffer:
         if end > self.room:
             longer = self.memory.new_empty(_roomy(self.view(), axis, count))
             longer.narrow(axis, 0, filled).copy_(self.view())
-            self.memory, self.room = longer, longer.shape[axis]
-        if self.native is None or axis != 2 or not copy_position(new, self.memory, filled):
+            self._take(longer)
+        place = self._place
+        if place is None or not copy_position(new, (place[0] + filled * place[1], place[2], place[3])):
             self.memory.narrow(axis, filled, count).copy_(new)
         self.filled = end
         return self.view() if self.native is None else GrowingTensor.of(self)

@@ -34,11 +34,11 @@ class NativeOperators:
     def available() -> bool:
         return _native is not None
 
-    def linear(self, weight: Tensor, bias: Tensor | None, number: int | None) -> tuple[Multiply, int]:
+    def linear(self, weight: Tensor, bias: Tensor | None, number: int | None, many: Multiply) -> tuple[Multiply, int]:
         """x W^T + bias for x (..., columns), and its number; given one, it takes that product's place.
 
-        All are float32 or all bfloat16, whose results are rounded once, from sums in float32. It cannot be used before
-        `finish`.
+        All are float32 or all bfloat16, whose results are rounded once, from sums in float32. `many` computes for more
+        than MOST_ROWS rows. It cannot be used before `finish`.
         """
         rows, columns = weight.shape
         stored = weight.detach().contiguous().view(torch.uint8).numpy().reshape(-1)
@@ -52,22 +52,28 @@ class NativeOperators:
             number = self._step.add(matrix, offset)
         else:
             self._step.replace(number, matrix, offset)
-        own, multiply, empty_like = number, self._step.multiply, torch.empty_like
-        # The shape of the last input, and what a result for it looks like: empty_like is faster than empty.
-        last: tuple[torch.Size | None, Tensor] = (None, torch.empty(0))
+        own, multiply, empty_like, dtype = number, self._step.multiply, torch.empty_like, weight.dtype
+        # The shape of the last input of few rows, how many, and what a result for it looks like: empty_like is faster
+        # than empty, and what happens for each layer of each token is worth little time.
+        known: torch.Size | None = None
+        count, like = 0, torch.empty(0)
 
         def multiply_rows(input: Tensor) -> Tensor:
-            nonlocal last
+            nonlocal known, count, like
+            if input.dtype is not dtype or not input.is_cpu:
+                return F.linear(input, weight, bias)  # which knows what it can make of that, or what to say
             shape = input.shape
-            x = input if input.is_contiguous() else input.contiguous()
-            known, like = last
             if shape != known:
                 if shape[-1:] != (columns,):
-                    return F.linear(input, weight, bias)  # which says what is wrong
-                like = x.new_empty((*shape[:-1], rows))  # whatever PyTorch's default type and device are
-                last = (shape, like)
+                    return F.linear(input, weight, bias)
+                fitting = input.numel() // columns
+                if not 0 < fitting <= MOST_ROWS:
+                    return many(input)
+                like = input.new_empty((*shape[:-1], rows))  # whatever PyTorch's default type and device are
+                known, count = shape, fitting
+            x = input if input.is_contiguous() else input.contiguous()
             y = empty_like(like)
-            multiply(own, x.data_ptr(), x.numel() // columns, y.data_ptr())
+            multiply(own, x.data_ptr(), count, y.data_ptr())
             return y
 
         return multiply_rows, number
@@ -121,47 +127,45 @@ class NativeOperators:
         return y
 
 
-def copy_position(new: Tensor, memory: Tensor, at: int) -> bool:
-    """Writes one position, (batch, heads, 1, width), into memory (batch, heads, time, width); False: not of that kind.
+def copy_position(new: Tensor, target: tuple[int, int, int]) -> bool:
+    """Writes one position, (batch, heads, 1, width), to where it belongs; False: it is not of that kind.
 
-    Both are float32 on a CPU.
+    target: the address of the first head's position, and the steps, in floats, between batches and between heads; the
+    values of a head are side by side. All is float32 on a CPU.
     """
     shape = new.shape
     if len(shape) != 4 or shape[2] != 1 or new.dtype is not torch.float32 or not new.is_cpu:
         return False
-    source, target = new.stride(), memory.stride()
-    if source[3] != 1 or target[3] != 1:
+    source = new.stride()
+    if source[3] != 1:
         return False
-    batch, heads, _, width = shape
-    place = memory.data_ptr() + 4 * at * target[2]
-    _native.copy_heads(batch, heads, width, (new.data_ptr(), source[0], source[1]), (place, target[0], target[1]))
+    _native.copy_heads(shape[0], shape[1], shape[3], (new.data_ptr(), source[0], source[1]), target)
     return True
 
 
 def rms_norm(layer: nn.RMSNorm) -> Multiply:
     """The forward of an nn.RMSNorm over the last axis."""
     parameters, shape = layer._parameters, layer.normalized_shape
-    width = shape[-1]
+    width, own = max(1, shape[-1]), layer.__dict__
     norm, float32, smallest = _native.rms_norm, torch.float32, torch.finfo(torch.float32).eps
+    empty_like = torch.empty_like
 
     def forward(x: Tensor) -> Tensor:
-        weight, epsilon, size = parameters["weight"], layer.eps, x.numel()
-        fits = (
-            type(x) is Tensor
-            and weight is not None
-            and x.dtype is weight.dtype is float32
-            and x.is_cpu
-            and weight.is_cpu
-            and x.is_contiguous()
-            and weight.is_contiguous()
-            and x.shape[-1:] == shape
-            and 0 < size <= MOST_ROWS * width
-        )
-        if not fits:
+        weight, epsilon = parameters["weight"], own["eps"]
+        rows = x.numel() // width
+        if (
+            type(x) is not Tensor
+            or weight is None
+            or x.dtype is not float32
+            or weight.dtype is not float32
+            or not (x.is_cpu and weight.is_cpu and x.is_contiguous() and weight.is_contiguous())
+            or x.shape[-1:] != shape
+            or not 0 < rows <= MOST_ROWS
+        ):
             return F.rms_norm(x, shape, weight, epsilon)
-        y = torch.empty_like(x)
+        y = empty_like(x)
         e = smallest if epsilon is None else epsilon
-        norm(x.data_ptr(), weight.data_ptr(), e, y.data_ptr(), size // width, width)  # type: ignore[union-attr]
+        norm(x.data_ptr(), weight.data_ptr(), e, y.data_ptr(), rows, width)
         return y
 
     return forward

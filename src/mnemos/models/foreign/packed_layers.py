@@ -151,17 +151,16 @@ def _pack(layer: nn.Linear, native: NativeOperators | None, number: int | None) 
     many = _pack_many(weight, bias)
     if many is None:
         return None
-    multiply: Multiply | None = None
-    if native is not None and (bias is None or bias.dtype is weight.dtype):
-        multiply, number = native.linear(weight, bias, number)
-    most, dtype = MOST_ROWS * weight.shape[1], weight.dtype
+    dtype = weight.dtype
 
-    def forward(input: Tensor) -> Tensor:
+    def multiply(input: Tensor) -> Tensor:
         if input.dtype is not dtype or not input.is_cpu:  # PyTorch knows what it can make of that, or what to say
             return F.linear(input, weight, bias)
-        if multiply is not None and 0 < input.numel() <= most:
-            return multiply(input)
         return many(input)
+
+    forward: Multiply = multiply
+    if native is not None and (bias is None or bias.dtype is dtype):
+        forward, number = native.linear(weight, bias, number, many)
 
     states = (weight._version, weight.data_ptr(), *((0, 0) if bias is None else (bias._version, bias.data_ptr())))
     sample = _sample(weight, bias)
