@@ -155,6 +155,34 @@ def test_pages_leave_memory_and_come_back(folder: Path, alone: dict[str, list[li
         assert results(again) == results(expected) and engine.model.cache.spilled == 0
 
 
+def test_sessions_are_reopened_beside_other_requests(
+    folder: Path, alone: dict[str, list[list[Any]]], tmp_path: Path
+) -> None:
+    """Their pages come in by other threads, with their index, and leave memory again, while the model runs."""
+
+    def engine_at(session_dir: Path) -> InferenceEngine:
+        return InferenceEngine(load(folder), memory=replace(MEMORY, folder=tmp_path), session_dir=session_dir)
+
+    def complete(engine: InferenceEngine, prompt: list[int]) -> list[Any]:
+        return results(engine.complete(prompt, max_new_tokens=40, ignore_eos=True, **SETTINGS["greedy"]))
+
+    def go_on(engine: InferenceEngine, number: int) -> list[Any]:
+        session = engine.session(str(number))
+        completion = session.submit(PROMPTS[number][-20:], max_new_tokens=40, ignore_eos=True, logprobs=3).result()
+        assert completion.usage.cached_tokens >= len(PROMPTS[number]) - 20 - PAGE
+        return results(completion)
+
+    numbers = [number for number, prompt in enumerate(PROMPTS) if len(prompt) > WHOLE]
+    with engine_at(tmp_path) as engine:
+        for number in numbers:
+            engine.session(str(number)).append(PROMPTS[number][:-20])
+    with engine_at(tmp_path) as engine, ThreadPoolExecutor(2 * len(numbers)) as threads:
+        beside = threads.map(partial(complete, engine), PROMPTS)
+        continued = threads.map(partial(go_on, engine), numbers)
+        assert list(continued) == [alone["greedy"][number] for number in numbers]
+        assert list(beside) == alone["greedy"] and engine.model.cache.spilled > 0
+
+
 def test_a_folder_without_room_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     memory = replace(MEMORY, folder=tmp_path)
