@@ -12,7 +12,7 @@ import pytest
 
 from mnemos.cli import main as main_module
 from mnemos.cli.main import COMMANDS, main
-from mnemos.errors import ConfigError, FormatError
+from mnemos.errors import ConfigError, FormatError, MissingDependencyError
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +139,18 @@ def test_errors_are_one_line(
     assert main(["models"]) == code
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", line + "\n")
+
+
+@pytest.mark.parametrize("words", [["serve", "smollm2-135m"], ["serve", "--help"]])
+def test_a_missing_package_is_one_line(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mnemos.cli.serve.find_spec", lambda name: None)
+    assert main(words) == 1
+    line = "mnemos: error: fastapi is not installed; the server needs it: pip install 'mnemos[serve]'\n"
+    assert capsys.readouterr().err == line
+    with pytest.raises(MissingDependencyError):
+        main([*words, "--debug"])
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,9 +96,10 @@ def _run(words: list[str]) -> int:
     gc.set_threshold(100_000, 10, 10)  # most objects are created early and stay; scanning them takes a tenth of it
     if "numpy" not in words:  # the NumPy backend; others have their own threads, and NumPy's would slow down the start
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    arguments = _parser(words).parse_args(words)
-    _prepare_streams()
+    arguments = None
     try:
+        arguments = _parser(words).parse_args(words)  # a command whose packages are missing says so here
+        _prepare_streams()
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code: int = arguments.run(arguments)
@@ -111,7 +112,7 @@ def _run(words: list[str]) -> int:
         print("mnemos: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if arguments.debug:
+        if "--debug" in words if arguments is None else arguments.debug:
             raise
         from mnemos.cli.terminal import one_line  # here, as most commands end without an error
 
