@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mnemos.compress.calibration import FEWEST_TOKENS, importance, moments
-from mnemos.errors import ConfigError, FormatError
+from mnemos.errors import ConfigError, FormatError, UnsupportedError
 from mnemos.formats.checkpoint import open_checkpoint
 from tests.models.checkpoints import Reference, token_ids
 from tests.models.gguf_files import write_gguf
@@ -162,6 +162,11 @@ def test_an_expert_without_tokens_prefers_no_column(reference: Callable[[str], R
 def test_a_short_text_is_refused(reference: Callable[[str], Reference]) -> None:
     with pytest.raises(ConfigError, match="has 255 tokens; at least 256 are needed"):
         moments(open_checkpoint(reference("llama").folder), TEXT[:255])
+
+
+def test_a_backend_that_cannot_calibrate_is_refused(reference: Callable[[str], Reference]) -> None:
+    with pytest.raises(UnsupportedError, match="backend is 'torch:cpu', which cannot calibrate; expected 'native'"):
+        moments(open_checkpoint(reference("llama").folder), TEXT, backend="torch:cpu")
 
 
 def test_a_weight_that_is_not_a_number_is_refused(reference: Callable[[str], Reference], tmp_path: Path) -> None:

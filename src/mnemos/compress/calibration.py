@@ -16,7 +16,7 @@ import numpy as np
 
 from mnemos.compress.recording import RecordingOps, Sums
 from mnemos.contract import Batch, Floats, KVLayout
-from mnemos.errors import ConfigError, FormatError
+from mnemos.errors import ConfigError, FormatError, UnsupportedError
 from mnemos.formats.checkpoint import Checkpoint, open_checkpoint
 from mnemos.hub.sources import resolve
 from mnemos.models.load import LoadedModel, load_model_on
@@ -156,6 +156,8 @@ def _tokens(checkpoint: Checkpoint, text: str | Sequence[int]) -> list[int]:
 
 
 def _load(checkpoint: Checkpoint, backend: str) -> tuple[LoadedModel, RecordingOps]:
+    if backend.partition(":")[0] == "torch":
+        raise UnsupportedError(f"backend is {backend!r}, which cannot calibrate; expected 'native' or 'numpy'")
     made: list[RecordingOps] = []
 
     def make() -> Ops:
