@@ -91,6 +91,8 @@ class Caller:
     ) -> Answer:
         """Runs ids (batch, time). mask (batch, past + time) bool; positions (batch, time); both only where taken.
 
+        A mask that is added to attention's scores, (batch, 1, time, past + time), is handed on as it is.
+
         inner: a state of the module itself that is lent to it, and replaced by the one after the call.
         """
         names = self.signature
@@ -114,7 +116,9 @@ class Caller:
             before = 0 if (past is None and inner is None) or positions is None else int(positions[0, 0])
             mask = torch.ones(len(ids), before + ids.shape[1], device=ids.device)
         if names.mask and mask is not None:
-            arguments[names.mask] = (mask[0] if known.one_sequence else mask).to(torch.int64)
+            if mask.dim() == 2:
+                mask = (mask[0] if known.one_sequence else mask).to(torch.int64)
+            arguments[names.mask] = mask
         if names.positions and positions is not None:
             arguments[names.positions] = positions[0] if known.row_positions or known.one_sequence else positions
         if names.offset and positions is not None:

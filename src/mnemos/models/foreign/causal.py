@@ -16,6 +16,7 @@ from mnemos.models.foreign.growing_cache import GrowingTensor, make_room
 from mnemos.models.foreign.inner_cache import InnerStyle
 from mnemos.models.foreign.jobs import Bools, Calls, Job, JobOutput, pad, split
 from mnemos.models.foreign.probe import Abilities
+from mnemos.models.foreign.recorded_steps import recorded_steps
 from mnemos.models.foreign.slots import Group
 
 
@@ -61,6 +62,7 @@ class CachedCalls:
         self._times = [axes.time for axes in self.able.axes if axes.time is not None]
         self._inner = self.able.style if isinstance(self.able.style, InnerStyle) else None
         self._repeated = RepeatedCalls(caller, abilities)
+        self._recorded = recorded_steps(caller, self.able)
         self._miscounts = False
 
     def partition(self, jobs: list[Job]) -> list[list[Job]]:
@@ -95,6 +97,8 @@ class CachedCalls:
         silent = self.abilities.last_only and any(job.wants_earlier(wanted) for job in jobs)
         if silent or (jobs[0].start and len(jobs[0].new) > 1 and not self.able.chunks):
             return _token_by_token(self, jobs, wanted)
+        if self._recorded is not None and not self._forgets and self._recorded.takes(jobs):
+            return self._recorded.run(jobs, lambda jobs: self._continue(jobs, wanted))
         return self._continue(jobs, wanted)
 
     def _continue(self, jobs: list[Job], wanted: Bools) -> list[JobOutput]:
@@ -121,6 +125,7 @@ class CachedCalls:
         group = Group(past, [job.slot for job in jobs], self._snapshot, length, real, leaves, buffers)
         for job in jobs:
             job.slot.tokens += job.new
+            job.slot.steady += len(job.new) == 1
             job.slot.group, job.slot.snapshot = group, None
         if not self._forgets and self._has_dropped(group):
             self._forgets = True

@@ -14,6 +14,7 @@ from mnemos.errors import ModelError
 from mnemos.models.foreign.call import Caller
 from mnemos.models.foreign.signature import describe
 from mnemos.models.foreign.slots import Slot
+from mnemos.ops.torch import on_host
 
 Bools = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.float32]
@@ -24,7 +25,7 @@ class Job:
     """The tokens of one sequence that are run in this step, from position `start`.
 
     The last `rows` of them are the batch's, from its row `first_row` on; any before were run once and are again, as
-    their cache is gone.
+    their cache is gone. greedy: of its one row only the most probable token is wanted.
     """
 
     slot: Slot
@@ -32,6 +33,7 @@ class Job:
     new: list[int]
     first_row: int
     rows: int
+    greedy: bool = False
 
     def wants_earlier(self, wanted: Bools) -> bool:
         """Whether `wanted` (T,), of the batch's rows, holds any of this sequence but its last."""
@@ -46,11 +48,15 @@ class Job:
 
 @dataclass
 class JobOutput:
-    """logits (rows, vocabulary) of the job's last positions, all or fewer; hidden (rows, hidden size) of the same."""
+    """logits (rows, vocabulary) of the job's last positions, all or fewer; hidden (rows, hidden size) of the same.
+
+    token: for a greedy job, which then may have logits (1, 0).
+    """
 
     job: Job
     logits: Rows
     hidden: Rows | None
+    token: int | None = None
 
 
 class Calls(Protocol):
@@ -85,16 +91,15 @@ def split(jobs: list[Job], logits: Tensor, lengths: list[int], caller: Caller, v
             f"{describe(caller.module)} returned logits of shape {tuple(logits.shape)}; expected ({len(jobs)}, "
             f"{max(lengths)}, {vocabulary})"
         )
-    hidden = caller.hidden
     answered = logits.shape[1]
+    ends = [min(length, answered) for length in lengths]
+    first = min(max(0, end - job.rows) for job, end in zip(jobs, ends, strict=True))
+    wanted = [logits[:, first:]]
+    if caller.hidden is not None:
+        wanted.append(caller.hidden[:, max(0, caller.hidden.shape[1] - answered) :][:, first:])
+    every, *read = on_host(*(tensor.detach().float() for tensor in wanted))
     outputs = []
-    for row, (job, length) in enumerate(zip(jobs, lengths, strict=True)):
-        end = min(length, answered)
-        rows = slice(max(0, end - job.rows), end)
-        read = None if hidden is None else _array(hidden[row, max(0, hidden.shape[1] - answered) :][rows])
-        outputs.append(JobOutput(job, _array(logits[row, rows]), read))
+    for row, (job, end) in enumerate(zip(jobs, ends, strict=True)):
+        rows = slice(max(0, end - job.rows) - first, end - first)
+        outputs.append(JobOutput(job, every[row, rows], read[0][row, rows] if read else None))
     return outputs
-
-
-def _array(tensor: Tensor) -> Rows:
-    return np.asarray(tensor.detach().float().cpu().numpy())

@@ -11,7 +11,7 @@ from torch import nn
 from mnemos.contract import Batch, ModelSpec, Output
 from mnemos.errors import ConfigError, ModelError, UnsupportedError
 from mnemos.models.foreign.call import Caller
-from mnemos.models.foreign.jobs import Bools, Calls, Job, JobOutput
+from mnemos.models.foreign.jobs import Bools, Calls, Job, JobOutput, Rows
 from mnemos.models.foreign.signature import describe
 from mnemos.models.foreign.slots import Slots
 
@@ -49,23 +49,35 @@ class ForeignModel:
     def forward(self, batch: Batch) -> Output:
         """Runs the batch in as few calls as the module allows. ModelError: whatever the module raises."""
         jobs = self._jobs(batch)
+        outputs: list[JobOutput] = []
         if any(job.start == 0 for job in jobs):
             self._caller.check_weights()
         wanted = np.zeros(len(batch.token_ids), dtype=bool)
         wanted[batch.logit_rows] = True
-        target = np.full(len(batch.token_ids), -1, dtype=np.int64)
-        target[batch.logit_rows] = np.arange(len(batch.logit_rows))
-        logits = np.empty((len(batch.logit_rows), self.spec.vocabulary_size), dtype=np.float32)
-        hidden = np.zeros((len(batch.logit_rows), self.spec.hidden_size), dtype=np.float32)
         for together in self.calls.partition(jobs):
-            for output in self._run(together, wanted):
-                first, count = output.job.first_row, output.job.rows
-                for offset in np.flatnonzero(wanted[first : first + count]):
-                    row = self._row(output, offset - count)
-                    logits[target[first + offset]] = output.logits[row]
-                    if output.hidden is not None:
-                        hidden[target[first + offset]] = output.hidden[row]
-        return Output(logits, hidden)
+            outputs += self._run(together, wanted)
+        return self._output(batch, outputs, wanted)
+
+    def _output(self, batch: Batch, outputs: list[JobOutput], wanted: Bools) -> Output:
+        """The rows of all sequences together; of a greedy step their tokens, where all were found with their rows."""
+        rows = len(batch.logit_rows)
+        target = np.full(len(batch.token_ids), -1, dtype=np.int64)
+        target[batch.logit_rows] = np.arange(rows)
+        tokens = np.full(rows, -1, dtype=np.int32)
+        found = bool(outputs) and all(output.token is not None for output in outputs)
+        logits = np.empty((rows, 0 if found else self.spec.vocabulary_size), dtype=np.float32)
+        hidden = np.zeros((rows, self.spec.hidden_size), dtype=np.float32)
+        for output in outputs:
+            first, count = output.job.first_row, output.job.rows
+            for offset in np.flatnonzero(wanted[first : first + count]):
+                row, place = self._row(output, offset - count), target[first + offset]
+                if output.token is not None:
+                    tokens[place] = output.token
+                if not found:
+                    logits[place] = output.logits[row] if output.token is None else _only(output.token, len(logits[0]))
+                if output.hidden is not None:
+                    hidden[place] = output.hidden[row]
+        return Output(logits, hidden, tokens if found else None)
 
     def _run(self, jobs: list[Job], wanted: Bools) -> list[JobOutput]:
         """Runs sequences in one call, or in several where the module cannot take so many; how many is remembered.
@@ -105,5 +117,13 @@ class ForeignModel:
             if start > len(slot.tokens):
                 raise ModelError(f"position {start} follows {len(slot.tokens)} tokens; expected no gap")
             slot.rewind(start)
-            jobs.append(Job(slot, start, batch.token_ids[first:last].tolist(), first, last - first))
+            new = batch.token_ids[first:last].tolist()
+            jobs.append(Job(slot, start, new, first, last - first, batch.greedy and len(new) == 1))
         return jobs
+
+
+def _only(token: int, size: int) -> Rows:
+    """Logits of which nothing is known but the most probable token."""
+    row = np.full(size, -np.inf, dtype=np.float32)
+    row[token] = 0
+    return row

@@ -20,7 +20,7 @@ from mnemos.models.foreign.growing_cache import Buffer
 class Slot:
     """One sequence: its tokens so far and where its keys and values are: in a running group or in a snapshot's row.
 
-    encoded: what an encoder made of its prompt.
+    encoded: what an encoder made of its prompt; steady: steps of one token since it forked or returned, or many.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -28,6 +28,7 @@ class Slot:
     snapshot: Snapshot | None = None
     row: int = 0
     encoded: Tensor | None = None
+    steady: int = 1 << 30
 
     def freeze(self) -> None:
         """Turns this sequence's share of a running group, and the others', into rows of fixed tensors."""
@@ -51,7 +52,8 @@ class Slot:
     def fork(self) -> Slot:
         """A slot that continues from here separately. No tensor is copied: modules replace theirs by longer ones."""
         self.freeze()
-        return Slot(list(self.tokens), None, self.snapshot, self.row, self.encoded)
+        self.steady = 0
+        return Slot(list(self.tokens), None, self.snapshot, self.row, self.encoded, steady=0)
 
     def rewind(self, length: int) -> None:
         """Forgets the tokens after the first `length`; at 0 it restarts, with the encoder output of its prompt."""
@@ -59,6 +61,7 @@ class Slot:
             self.tokens, self.group, self.snapshot = [], None, None
         elif length < len(self.tokens):
             self.freeze()
+            self.steady = 0
             del self.tokens[length:]
 
 
@@ -102,4 +105,5 @@ class Slots:
     def clear(self, numbers: Sequence[int]) -> None:
         """Forgets what these slots hold."""
         for number in numbers:
+            self._slots[number].rewind(0)  # whoever has a place for it sees that it is free
             self._slots[number] = Slot()
