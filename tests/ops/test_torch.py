@@ -62,7 +62,7 @@ def generator(name: str) -> np.random.Generator:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_operator_equals_the_reference(case: Case, device: str) -> None:
-    ops = OnArrays(TorchOps(device, "float32"))
+    ops = OnArrays(get_ops(f"torch:{device}", dtype="float32"))
     for rows in ROWS:
         expected = case.run(REFERENCE, generator(f"{case.name} {rows}"), rows)
         result = case.run(ops, generator(f"{case.name} {rows}"), rows)
@@ -88,7 +88,7 @@ def test_no_rows_give_no_rows(case: Case) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
 def test_attention_equals_the_reference(case: AttentionCase, dtype: str, device: str) -> None:
-    ops = TorchOps(device, "float32")
+    ops = get_ops(f"torch:{device}", dtype="float32")
     source = generator(str(case))
     layout = KVLayout(2, case.kv_heads, case.head_dim, case.page_size, dtype)
     pages = case.pages * len(case.steps[0])

@@ -32,4 +32,11 @@ def _torch(device: str, dtype: str) -> Ops:
         from mnemos.ops.torch import TorchOps
     except ImportError as error:
         raise MissingDependencyError("backend 'torch' needs PyTorch: pip install 'mnemos[torch]'") from error
-    return TorchOps(device, dtype)
+    ops = TorchOps(device, dtype)
+    if ops.device.type != "cuda":
+        return ops
+    try:
+        from mnemos.ops.torch_cuda import CudaOps
+    except ImportError:  # PyTorch is there without Triton, as on Windows
+        return ops
+    return CudaOps(device, dtype)

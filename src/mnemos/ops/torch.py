@@ -82,7 +82,6 @@ class TorchOps:
     """device: "auto" uses the best one; dtype: that of weights and activations, auto: bfloat16, on a CPU float32."""
 
     name = "torch"
-    cache_dtype = "float16"
 
     def __init__(self, device: str = "auto", dtype: str = "auto") -> None:
         self.device = usable_device(device)
@@ -91,6 +90,7 @@ class TorchOps:
         if dtype not in TORCH_DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; expected auto or one of {', '.join(TORCH_DTYPES)}")
         self.dtype = TORCH_DTYPES[dtype]
+        self.cache_dtype = "bfloat16" if dtype == "bfloat16" else "float16"  # what keys and values are computed in
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else None
         self._frequencies: dict[int, tuple[RopeParams, Tensor]] = {}  # on the device
         self._angles: list[tuple[Tensor, RopeParams, Tensor, Tensor]] | None = None  # of the step that is computed
@@ -138,9 +138,10 @@ class TorchOps:
         def run(batch: TorchBatch) -> Sequence[Tensor]:
             self._angles = []
             try:
-                return forward(self, batch, cache)
+                hidden, logits, *early = forward(self, batch, cache)
             finally:
                 self._angles = None
+            return hidden, logits, *logits.max(-1), *early
 
         recorded = self.device.type in RECORDS
         graphs = DecodeGraphs(run, cache.layout, cache.pages, self.device) if recorded else None
@@ -152,8 +153,7 @@ class TorchOps:
                     outputs = graphs.step(batch)
                 if outputs is None:
                     outputs = run(TorchBatch.of(batch, cache.layout, self.device))
-            hidden, logits, *early = (output.float().cpu().numpy() for output in outputs)
-            return Output(logits=logits, hidden=hidden, early=np.stack(early) if early else None)
+                return _output(outputs, batch.greedy and not batch.early_layers)
 
         return step
 
@@ -217,12 +217,12 @@ class TorchOps:
         self, q: Tensor, k: Tensor, v: Tensor, cache: TorchCache, layer: int, batch: TorchBatch, params: AttentionParams
     ) -> Tensor:
         group, index = cache.layout.place(layer)
-        tables = batch.tables[group]
         keys, values = (side.view(-1, params.kv_heads, params.head_dim) for side in cache.values[group][index])
-        keys[tables.new_slots] = k.view(len(k), params.kv_heads, params.head_dim).to(keys.dtype)
-        values[tables.new_slots] = v.view(len(v), params.kv_heads, params.head_dim).to(values.dtype)
+        new_slots = batch.new_slots(group)
+        keys[new_slots] = k.view(len(k), params.kv_heads, params.head_dim).to(keys.dtype)
+        values[new_slots] = v.view(len(v), params.kv_heads, params.head_dim).to(values.dtype)
         out = torch.empty_like(q)
-        for part in tables.parts:
+        for part in batch.parts(group):
             own = q if part.whole else q[part.rows]
             queries = own.view(*part.rows.shape, params.heads, params.head_dim).transpose(1, 2)
             past_keys, past_values = (side[part.slots].transpose(1, 2).to(q.dtype) for side in (keys, values))
@@ -293,6 +293,32 @@ class TorchOps:
             inner = self.gated_activation(F.linear(x[row], gate[expert]), F.linear(x[row], up[expert]), kind)
             shares[row, place] = F.linear(inner, down[expert])
         return (shares * weights[:, :, None].to(x.dtype)).sum(dim=1)
+
+
+def _output(outputs: Sequence[Tensor], greedy: bool) -> Output:
+    """What a step returns. outputs: hidden, logits, each row's largest logit and the lowest id that has it, early ones.
+
+    greedy: only those ids are wanted. Where the largest logit is no finite number, all are returned, so that whoever
+    draws says what is wrong with them.
+    """
+    hidden, logits, peaks, tokens, *early = outputs
+    if greedy:
+        last, highest, found = on_host(hidden.float(), peaks.float(), tokens.int())
+        if np.isfinite(highest).all():
+            return Output(np.empty((len(found), 0), np.float32), last, found)
+    last, every, *layers = on_host(hidden.float(), logits.float(), *(one.float() for one in early))
+    return Output(every, last, early=np.stack(layers) if layers else None)
+
+
+def on_host(*tensors: Tensor) -> list[npt.NDArray[Any]]:
+    """Their values; from a GPU copied one after the other, and waited for once."""
+    if not tensors[0].is_cuda:
+        return [tensor.cpu().numpy() for tensor in tensors]
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return [copy.numpy() for copy in copies]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, part: Together, params: AttentionParams) -> Tensor:

@@ -1,36 +1,27 @@
 """Steps of one token a sequence as CUDA graphs: a single launch where a step has hundreds of small kernels.
 
-A graph is recorded for a number of sequences and of positions that they see, both rounded up, so that there are few.
-What is missing to those numbers writes to the cache's last page, which no table names, and is seen by no one.
+A graph is recorded for a number of sequences and of pages that each has, both rounded up, so that there are few. What
+is missing to those numbers reads and writes the cache's last page, which no table names.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mnemos.contract import Batch, KVLayout
-from mnemos.ops.torch_batch import Int64s, Together, TorchBatch, TorchTables, find_slots, padded
+from mnemos.ops.torch_batch import Sizes, TorchBatch, packed
 
 MOST_ROWS = 256
-FEWEST_POSITIONS = 128
-SEEN = 3  # steps of a shape that run as they are, before one is recorded
+FEWEST_PAGES = 8
+SEEN = 1  # steps of a shape that run as they are, before one is recorded
 Run = Callable[[TorchBatch], Sequence[Tensor]]
 Recorded = Callable[[], Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """rows: sequences; lengths: in each layer group, the positions that a sequence sees."""
-
-    rows: int
-    lengths: tuple[int, ...]
 
 
 class DecodeGraphs:
@@ -41,10 +32,10 @@ class DecodeGraphs:
     ) -> None:
         """pages: in each layer group, those that tables name; the cache has one more."""
         self._run, self._layout, self._device = run, layout, device
-        self._unused = [count * layout.page_size for count in pages]
-        self._recorded: dict[Shape, tuple[_Inputs, Recorded]] = {}
-        self._seen: Counter[Shape] = Counter()
-        self._record = record or _Recorder()
+        self._unused = tuple(pages)
+        self._recorded: dict[Sizes, tuple[_Inputs, Recorded]] = {}
+        self._seen: Counter[Sizes] = Counter()
+        self._record = record or Recorder()
 
     def step(self, batch: Batch) -> list[Tensor] | None:
         """What `run` returns for a batch, on the device; None where it is better run as it is."""
@@ -52,68 +43,47 @@ class DecodeGraphs:
         one_each = len(batch.token_ids) == rows == len(batch.logit_rows)
         if self._record is None or not one_each or rows > MOST_ROWS:
             return None
-        places = [find_slots(batch, self._layout, group) for group in range(len(self._layout.groups))]
-        lengths = (max(len(slots) for slots, _ in found) for _, found in places)
-        shape = Shape(_rounded(rows, 1), tuple(_rounded(length, FEWEST_POSITIONS) for length in lengths))
-        self._seen[shape] += 1
-        if shape not in self._recorded and self._seen[shape] <= SEEN:
-            return None
-        if shape not in self._recorded:
-            inputs = _Inputs(shape, self._device)
-            inputs.fill(batch, places, self._unused)
+        sizes = _rounded(Sizes.of(batch, self._layout))
+        if sizes not in self._recorded:
+            self._seen[sizes] += 1
+            if self._seen[sizes] <= SEEN:
+                return None
+            inputs = _Inputs(sizes, self._layout, self._unused, self._device)
+            inputs.fill(batch)
             try:
-                self._recorded[shape] = inputs, self._record(lambda: self._run(inputs.batch(batch)))
+                self._recorded[sizes] = inputs, self._record(lambda: self._run(inputs.batch(batch)))
             except torch.OutOfMemoryError:  # the steps themselves may still have room
                 self._record = None
                 return None
-        inputs, repeat = self._recorded[shape]
-        inputs.fill(batch, places, self._unused)
+        inputs, repeat = self._recorded[sizes]
+        inputs.fill(batch)
         return [output[:rows] for output in repeat()]
 
 
 class _Inputs:
     """What a recorded step reads: one piece of memory on the device, filled by one copy."""
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        self.shape = shape
-        rows = shape.rows
-        self._sizes = [rows, rows]
-        for length in shape.lengths:
-            self._sizes += [rows, rows * length, rows * length]
-        self._host = torch.zeros(sum(self._sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    def __init__(self, sizes: Sizes, layout: KVLayout, unused: tuple[int, ...], device: torch.device) -> None:
+        self._sizes, self._layout, self._unused = sizes, layout, unused
+        self._host = torch.zeros(sum(sizes.parts), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros_like(self._host, device=device)
-        self._rows = torch.arange(rows, device=device)
 
-    def fill(
-        self, batch: Batch, places: list[tuple[Int64s, list[tuple[Int64s, Int64s]]]], unused: Sequence[int]
-    ) -> None:
+    def fill(self, batch: Batch) -> None:
         """Copies a batch's numbers; the copy before has been read, as its results have."""
-        rows, most = batch.sequences, self.shape.rows
-        parts = [_filled(batch.token_ids, most, 0), _filled(batch.positions, most, 0)]
-        for (new_slots, found), length, slot in zip(places, self.shape.lengths, unused, strict=True):
-            slots, held = padded(found, most, length, slot)
-            held[rows:, 0] = 0
-            parts += [_filled(new_slots, most, slot), slots, held]
-        self._host.copy_(torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts])))
+        self._host.copy_(torch.from_numpy(packed(batch, self._layout, self._sizes, self._unused)))
         self._device.copy_(self._host, non_blocking=True)
 
     def batch(self, host: Batch) -> TorchBatch:
         """The batch that a recorded step is given."""
-        token_ids, positions, *rest = self._device.split(self._sizes)  # type: ignore[no-untyped-call]
-        tables = []
-        for group, length in enumerate(self.shape.lengths):
-            new_slots, slots, held = rest[3 * group : 3 * group + 3]
-            shape = self.shape.rows, length
-            part = Together(self._rows[:, None], positions[:, None], slots.view(shape), held.view(shape), whole=True)
-            tables.append(TorchTables(new_slots, [part]))
-        return TorchBatch(token_ids, positions, self._rows, tables, host)
+        return TorchBatch.unpacked(self._device, self._sizes, self._layout, host)
 
 
-class _Recorder:
+class Recorder:
     """Records CUDA graphs, which share their memory, as one ends before the next begins."""
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, run: Callable[[], Sequence[Tensor]]) -> Recorded:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -122,9 +92,11 @@ class _Recorder:
             run()  # what libraries do once, they do now
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        shared = self._pool if len(self._graphs) else None  # that of graphs that are gone cannot be used again
+        with torch.cuda.graph(graph, pool=shared, capture_error_mode="thread_local"):
             outputs = run()
         self._pool = graph.pool()
+        self._graphs.add(graph)
 
         def repeat() -> Sequence[Tensor]:
             graph.replay()
@@ -133,12 +105,11 @@ class _Recorder:
         return repeat
 
 
-def _rounded(count: int, least: int) -> int:
-    """The next power of two, at least `least`."""
-    return max(least, 1 << (count - 1).bit_length())
+def _rounded(sizes: Sizes) -> Sizes:
+    """The next powers of two, of pages at least FEWEST_PAGES."""
+    rows = _power(sizes.rows)
+    return Sizes(rows, rows, rows, tuple(max(FEWEST_PAGES, _power(count)) for count in sizes.pages))
 
 
-def _filled(values: Any, size: int, rest: int) -> Int64s:
-    whole = np.full(size, rest, dtype=np.int64)
-    whole[: len(values)] = values
-    return whole
+def _power(count: int) -> int:
+    return 1 << (count - 1).bit_length()
