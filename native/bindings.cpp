@@ -753,8 +753,9 @@ NB_MODULE(_native, m) {
       .def(
           "read",
           [](Cache &cache, int64_t page) {
-            const uint8_t *data = cache.page(page);
-            return owned_array(std::vector<uint8_t>(data, data + cache.page_bytes()));
+            std::vector<uint8_t> content(static_cast<size_t>(cache.page_bytes()));
+            cache.read(page, content.data());
+            return owned_array(std::move(content));
           },
           "page"_a)
       .def(

@@ -208,14 +208,23 @@ uint8_t *Cache::index(int64_t layer, int64_t head) const {
   return number < 0 ? nullptr : indexed_ + number * index_chunk * index_layout_.bytes;
 }
 
-void Cache::index_page(int64_t layer, int64_t head, int64_t page) {
-  uint8_t *index = this->index(layer, head);
+namespace {
+
+// Makes a head's index of a page whose cell has this content.
+void index_cell(const Cache &cache, int64_t layer, int64_t head, int64_t page, const uint8_t *cell) {
+  uint8_t *index = cache.index(layer, head);
   if (index == nullptr) return;
-  const uint8_t *data = cells(layer, head) + page * page_bytes_;
-  index += index_at(index_layout_, index_chunk_bytes(), page);
-  for (int64_t run = 0; run < index_layout_.runs; run++) {
-    index_keys(cell_, data, run * index_run, recall_->components, index_layout_, index + run * index_layout_.run_bytes);
+  const IndexLayout &layout = cache.index_layout();
+  index += index_at(layout, cache.index_chunk_bytes(), page);
+  for (int64_t run = 0; run < layout.runs; run++) {
+    index_keys(cache.cell(), cell, run * index_run, cache.recall()->components, layout, index + run * layout.run_bytes);
   }
+}
+
+}  // namespace
+
+void Cache::index_page(int64_t layer, int64_t head, int64_t page) {
+  index_cell(*this, layer, head, page, cells(layer, head) + page * page_bytes_);
 }
 
 void Cache::count_recalled(int64_t layer, int64_t head, int64_t shares, int64_t rows) {
@@ -239,6 +248,15 @@ uint8_t *Cache::page(int64_t index) {
   }
   bring(index);
   return data_ + index * page_bytes_;
+}
+
+void Cache::read(int64_t index, uint8_t *content) {
+  if (spill_ && index >= 0 && index < pages && spill_->holds(index)) {
+    spill_->read(index, 0, page_bytes_, content);
+    spill_->check();
+  } else {
+    std::memcpy(content, page(index), static_cast<size_t>(page_bytes_));
+  }
 }
 
 void Cache::spill_to(int file) { spill_ = std::make_unique<Spill>(file, page_bytes_, pages); }
@@ -270,11 +288,18 @@ void Cache::copy(int64_t source, int64_t target) {
 
 void Cache::write(int64_t index, const uint8_t *content) {
   const std::shared_lock shared(writing);
-  std::memcpy(page(index), content, static_cast<size_t>(page_bytes_));
-  for (int64_t layer = 0; indices_ > 0 && layer < layers; layer++) {
-    for (int64_t head = 0; head < kv_heads; head++) index_page(layer, head, index);
+  if (spill_ && index >= 0 && index < pages) {  // to the file without a place in memory
+    const bool resident = !spill_->holds(index);
+    spill_->write(index, content);
+    if (resident) release_memory(data_ + index * page_bytes_, static_cast<size_t>(page_bytes_));
+  } else {
+    std::memcpy(page(index), content, static_cast<size_t>(page_bytes_));
   }
-  if (spill_) put_away(index);
+  for (int64_t layer = 0; indices_ > 0 && layer < layers; layer++) {
+    for (int64_t head = 0; head < kv_heads; head++) {
+      index_cell(*this, layer, head, index, content + (layer * kv_heads + head) * cell_.bytes);
+    }
+  }
 }
 
 void Cache::release(int64_t index) {

@@ -45,6 +45,8 @@ class Cache {
   // The cell of page 0; that of page p is p * page_bytes() further on.
   uint8_t *cells(int64_t layer, int64_t head) const { return data_ + (layer * kv_heads + head) * cell_.bytes; }
   uint8_t *page(int64_t index);  // in memory; throws Error (request) if there is no such page
+  // Copies a page's content, of page_bytes, from where it is. Errors as of `page` and `Spill::check`.
+  void read(int64_t index, uint8_t *content);
 
   void copy(int64_t source, int64_t target);
   // Gives a page's memory back to the system; its content is lost.

@@ -113,9 +113,11 @@ def test_pages_in_a_file_give_the_same_bits(case: AttentionCase, dtype: str, tmp
     spilled = cache.spilled
     assert whole - recall.positions // case.page_size - 1 <= spilled + 1 and 0 < spilled < whole
     assert list(tmp_path.iterdir()) == []  # the file has no name
-    for page in range(cache.pages[0]):  # whatever needs a page brings it back
-        assert cache.read(page).any() == (page < whole)
+    contents = [cache.read(page) for page in range(whole)]  # from where they are
+    assert all(content.any() for content in contents) and cache.spilled == spilled
+    cache.copy(range(whole), range(whole))  # whatever needs a page in memory brings it back
     assert cache.spilled == 0
+    assert all(np.array_equal(cache.read(page), content) for page, content in enumerate(contents))
 
 
 Sizes = tuple[tuple[int, int, int], ...]
