@@ -61,6 +61,13 @@ def test_a_wrong_option_is_named_before_anything_is_loaded(values: dict[str, Any
         assert str(error.value).startswith(message)
 
 
+def test_the_options_are_listed_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        InferenceEngine.from_pretrained("there-is-no-such-model", load_in_8bit=True)  # type: ignore[call-arg]
+    listed = str(error.value).partition("the options are ")[2].split(", ")
+    assert len(listed) == len(set(listed)) > 10
+
+
 def test_the_constructor_names_a_wrong_option_too() -> None:
     with pytest.raises(ConfigError, match="cache_token is not an option of the engine; did you mean cache_tokens"):
         InferenceEngine(ToyModel(), cache_token=100)  # type: ignore[call-arg]

@@ -291,6 +291,8 @@ def test_a_prompt_without_tokens_begins_with_the_bos_token(counter: torch.nn.Mod
         begun = engine.generate([BOS], max_new_tokens=4)
         assert engine.generate([], bos_token_id=BOS, max_new_tokens=4) == begun
         assert engine.generate(bos_token_id=BOS, max_new_tokens=4) == begun
+        with pytest.raises(RequestError, match=r"messages of a conversation; call chat\(messages\)"):
+            engine.generate([{"role": "user", "content": "Hello"}])
         with pytest.raises(RequestError, match="the prompts are an empty list"):
             engine.generate([], max_new_tokens=4)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from mnemos.errors import RequestError
@@ -49,6 +52,23 @@ def test_what_a_tokenizer_refuses_is_a_request_error_that_names_it() -> None:
         tokenizer.encode("xa")
     with pytest.raises(RequestError, match=r"the tokenizer, a Letters, cannot decode \[0, -1\]: KeyError"):
         tokenizer.decode([0, -1])
+
+
+@pytest.mark.parametrize(
+    "returned", [[1, 2], (1, 2), [[1, 2]], np.array([1, 2]), np.array([[1, 2]]), [np.int64(1), np.int64(2)]]
+)
+def test_ids_in_every_form(returned: Any) -> None:
+    tokenizer = Letters()
+    tokenizer.encode = lambda text: returned  # type: ignore[method-assign]
+    assert adapted(tokenizer).encode("x") == [1, 2]
+
+
+@pytest.mark.parametrize("returned", [["x", "y"], [1.5], np.array([[1], [2]]), 5, None])
+def test_what_is_no_list_of_ids_is_named(returned: Any) -> None:
+    tokenizer = Letters()
+    tokenizer.encode = lambda text: returned  # type: ignore[method-assign]
+    with pytest.raises(RequestError, match=r"the tokenizer's encode returned (?s:.*); expected a list of token ids"):
+        adapted(tokenizer).encode("x")
 
 
 def test_tokens_that_only_the_model_has_have_no_text() -> None:

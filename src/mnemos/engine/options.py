@@ -280,7 +280,9 @@ def refuse_unknown(names: Mapping[str, Any], known: list[str]) -> None:
     """Raises ConfigError for the first unknown name."""
     for name in names:
         if name not in known:
-            raise ConfigError(f"{name} is not an option of the engine; {hint(name, known, 'the options')}")
+            raise ConfigError(
+                f"{name} is not an option of the engine; {hint(name, list(dict.fromkeys(known)), 'the options')}"
+            )
 
 
 def command_line(kind: type[Options]) -> list[Field[Any]]:

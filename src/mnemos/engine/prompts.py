@@ -122,6 +122,8 @@ def _read_ids(prompt: Any) -> list[int]:
                 f"a prompt in the list is an array of shape {tuple(prompt.shape)}; expected (time,) or (1, time)"
             )
         return _read_array(prompt, None).only
+    if isinstance(prompt, Mapping) and "role" in prompt:
+        raise RequestError("the prompts are messages of a conversation; call chat(messages), or stream_chat(messages)")
     if not isinstance(prompt, (list, tuple)) or not _are_ids(prompt):
         raise RequestError(f"a prompt in the list is {_describe(prompt)}; {_EXPECTED}")
     if not prompt:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from operator import index
 from typing import Any
 
-from mnemos.errors import ConfigError, RequestError, UnsupportedError
+from mnemos.errors import ConfigError, RequestError, UnsupportedError, shown
 from mnemos.text.core import END_NAMES
 
 _ANCHORS = ("\x02", "\n", ":")  # texts to continue, which hardly any token combines with what follows
@@ -72,7 +73,12 @@ class ForeignTokenizer:
         if hasattr(ids, "keys"):
             ids = ids["input_ids"]
         ids = getattr(ids, "input_ids", getattr(ids, "ids", ids))
-        return [int(token) for token in ids]
+        try:
+            row = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+            row = row[0] if len(row) == 1 and isinstance(row[0], (list, tuple)) else row  # a batch of one
+            return [index(token) for token in row]
+        except TypeError as error:
+            raise RequestError(f"the tokenizer's encode returned {shown(ids)}; expected a list of token ids") from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, continues: bool = False) -> str:
         """The text of token ids; `continues`: they continue other text, so a leading space is kept.
