@@ -83,7 +83,8 @@ OperatorClass find_class(const std::string &name) {
 const char *form_name(Form form) {
   switch (form) {
     case Form::f32: return "float32";
-    case Form::bf16: return "bfloat16";
+    case Form::bf16:
+    case Form::bf16_sums: return "bfloat16";
     default: return "int8";
   }
 }

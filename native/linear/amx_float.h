@@ -73,7 +73,10 @@ inline __attribute__((always_inline)) void add_bfloats(const uint8_t *const *wei
                                                        int64_t column, int64_t row_bytes) {
   unroll<P>([&](auto p) { AmxTiles::load<bfloat_weights + p>(weights[p], 64); });
   unroll<T>([&](auto t) {
-    AmxTiles::load<bfloat_inputs + t>(x[t] + column, row_bytes);
+    if constexpr (T == 1)
+      AmxTiles::load<bfloat_inputs + t>(x[t] + column, row_bytes);
+    else  // many rows pass by the weights in the level-1 cache
+      AmxTiles::load_passing<bfloat_inputs + t>(x[t] + column, row_bytes);
     unroll<P>([&](auto p) { AmxTiles::dot_bfloats<2 * t + p, bfloat_inputs + t, bfloat_weights + p>(); });
   });
 }

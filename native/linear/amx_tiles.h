@@ -30,6 +30,11 @@ struct AmxTiles {
   static void load(const void *rows, int64_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(Tile) : "memory");
   }
+  // The same for rows that need not stay in the level-1 cache.
+  template <int Tile>
+  static void load_passing(const void *rows, int64_t stride) {
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(Tile) : "memory");
+  }
   template <int Tile>
   static void store(void *rows, int64_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride), "i"(Tile) : "memory");

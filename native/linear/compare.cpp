@@ -49,6 +49,7 @@ std::vector<float> product(const ProductKernels &kernels, const ProductShape &sh
   Matrix matrix(shape.type, shape.rows, shape.columns, false, kernels);
   place({&matrix});
   fill(matrix, numbers, random);
+  matrix.find_raises(0, matrix.panels());
   std::vector<float> x(size_t(shape.tokens * shape.columns)), y(size_t(shape.tokens * shape.rows)),
       bias(size_t(shape.rows));
   for (float &value : x) {
@@ -82,12 +83,32 @@ bool same_alone(const ProductKernels &kernels, const ProductShape &shape) {
   return same_bits(product(kernels, shape, Numbers::any, shape.tokens), product(kernels, shape, Numbers::any, 1));
 }
 
+bool near_products(const ProductKernels &one, const ProductKernels &other, const ProductShape &shape) {
+  const std::vector<float> a = product(one, shape, Numbers::any, shape.tokens);
+  const std::vector<float> b = product(other, shape, Numbers::any, shape.tokens);
+  double squares = 0, errors = 0, largest = 0;
+  for (size_t i = 0; i < a.size(); i++) {
+    const double error = double(a[i]) - double(b[i]);
+    squares += double(b[i]) * double(b[i]), errors += error * error;
+    largest = error * error > largest ? error * error : largest;
+  }
+  return errors <= 1e-4 * squares && largest * double(a.size()) <= 2.5e-3 * squares;
+}
+
 bool same_products(const ProductKernels &one, const ProductKernels &other) {
   for (WeightType type : {WeightType::q4_1, WeightType::q8_0, WeightType::q2_k, WeightType::q6_k})
     for (bool precise : {false, true})
       if (!same_products(one, other, {type, precise, 40, 256, 21, precise})) return false;
   return same_products(one, other, {WeightType::bf16, false, 40, 333, 37, true}) &&
          same_alone(one, {WeightType::bf16, false, 40, 333, 37, false});
+}
+
+bool right_products(const ProductKernels &kernels, const ProductKernels &other) {
+  for (WeightType type : {WeightType::q4_1, WeightType::q8_0, WeightType::q2_k, WeightType::q6_k}) {
+    const ProductShape shape{type, false, 40, 256, 35, true};
+    if (!near_products(kernels, other, shape) || !same_alone(kernels, shape)) return false;
+  }
+  return true;
 }
 
 }  // namespace mnemos

@@ -55,10 +55,15 @@ std::shared_ptr<uint8_t> allocate(size_t bytes) {
   return {data, [alignment](uint8_t *p) { ::operator delete(p, alignment); }};
 }
 
-int64_t padded_columns(int64_t columns) { return (columns + 31) / 32 * 32; }
+// Rows of bfloat16 whose distance is a multiple of 1 KB would meet in a few sets of the level-1 cache when a tile is
+// loaded.
+int64_t padded_columns(Form form, int64_t rows, int64_t columns) {
+  const int64_t padded = (columns + 31) / 32 * 32;
+  return form == Form::bf16 && rows > panel_rows && padded % 512 == 0 ? padded + 32 : padded;
+}
 
 Form form_of(const Layout &layout, const ProductKernels &kernels) {
-  if (layout.quantized()) return Form::int8;
+  if (layout.quantized()) return kernels.quantized_form;
   return layout.type == WeightType::bf16 ? kernels.bf16_form : Form::f32;
 }
 
@@ -80,7 +85,9 @@ Matrix::Matrix(WeightType type, int64_t rows, int64_t columns, bool as_float32, 
                KeptBlocks kept)
     : type(type), rows(rows), columns(columns), kernels(kernels), layout(as_float32 ? layouts::f32 : layout_of(type)),
       form(form_of(layout, kernels)), kept_(std::move(kept)),
-      unit_bytes_(panel_bytes_of(layout, skips_blocks() ? 32 : columns)) {}
+      unit_bytes_(panel_bytes_of(layout, skips_blocks() ? 32 : columns)),
+      raises_(form == Form::bf16_sums ? size_t(panels() * panel_rows) : 0),
+      turns_(form == Form::bf16_sums ? size_t(panels()) : 0) {}
 
 void place(const std::vector<Matrix *> &matrices) {
   size_t total = 0;
@@ -95,9 +102,11 @@ void place(const std::vector<Matrix *> &matrices) {
 }
 
 size_t input_bytes(Form form, int64_t rows, int64_t columns) {
-  const size_t cells = size_t(rows * padded_columns(columns));
+  const int64_t padded = padded_columns(form, rows, columns);
+  const size_t cells = size_t(rows * padded);
   if (form == Form::f32) return cells * 4;
   if (form == Form::bf16) return cells * 2;
+  if (form == Form::bf16_sums) return size_t(rows * sums_row(padded).cells) * 2;
   return cells / 32 * (form == Form::int15 ? sizeof(QuantBlock<2>) : sizeof(QuantBlock<1>));
 }
 
@@ -106,12 +115,12 @@ Input bind_input(const ProductKernels &kernels, Form form, int64_t rows, int64_t
   input.form = form;
   input.rows = rows;
   input.columns = columns;
-  input.padded = padded_columns(columns);
+  input.padded = padded_columns(form, rows, columns);
   input.kernels = &kernels;
   auto *bytes = static_cast<uint8_t *>(workspace);
   if (form == Form::f32) {
     input.values = reinterpret_cast<float *>(bytes);
-  } else if (form == Form::bf16) {
+  } else if (form == Form::bf16 || form == Form::bf16_sums) {
     input.halves = reinterpret_cast<uint16_t *>(bytes);
   } else {
     input.blocks = bytes;
@@ -129,11 +138,12 @@ void prepare_columns(const Input &input, const float *x, int64_t x_stride, int64
 }
 
 void fetch_columns(const Input &input, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
-  const auto bytes = [&](int64_t columns) { return input_bytes(input.form, 1, columns); };
-  const auto *begin = input.form == Form::f32    ? reinterpret_cast<const uint8_t *>(input.values)
-                      : input.form == Form::bf16 ? reinterpret_cast<const uint8_t *>(input.halves)
+  const Form form = input.form, cells_form = form == Form::bf16_sums ? Form::bf16 : form;
+  const auto bytes = [&](int64_t columns) { return input_bytes(cells_form, 1, columns); };
+  const auto *begin = cells_form == Form::f32    ? reinterpret_cast<const uint8_t *>(input.values)
+                      : cells_form == Form::bf16 ? reinterpret_cast<const uint8_t *>(input.halves)
                                                  : input.blocks;
-  const size_t stride = bytes(input.padded), first = bytes(column_begin), last = bytes(column_end);
+  const size_t stride = input_bytes(form, 1, input.padded), first = bytes(column_begin), last = bytes(column_end);
   for (int64_t row = row_begin; row < row_end; row++) {
     const uint8_t *cells = begin + size_t(row) * stride;
     for (size_t at = first / 64 * 64; at < last; at += 64) __builtin_prefetch(cells + at, 1);

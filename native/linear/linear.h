@@ -39,7 +39,8 @@ int64_t block_columns(WeightType type);
 // Bytes of one row in the file's form.
 int64_t row_bytes(WeightType type, int64_t columns);
 
-// The kernels of one instruction set: "scalar", "avx2", "avxvnni", "avx512", "avx512_bf16", "amx"; "neon", "neon_i8mm".
+// The kernels of one instruction set: "scalar", "avx2", "avxvnni", "avx512", "avx512_bf16", "amx",
+// "amx_bf16"; "neon", "neon_i8mm".
 struct ProductKernels;
 const char *name_of(const ProductKernels &kernels);
 // Those that this machine can run, slowest first; "scalar" is always included.
@@ -47,9 +48,21 @@ std::vector<const ProductKernels *> runnable_kernels();
 // Null if the name is unknown or the machine cannot run it.
 const ProductKernels *find_kernels(const char *name);
 
-// The input form of a product: float32; bfloat16; int8 in blocks of 32 columns, each with a float32 scale; or
-// the same with 15 bits, 128 times as fine, as two int8 parts. Quantized matrices can be multiplied by both of these.
-enum class Form : int32_t { f32, bf16, int8, int15 };
+// The input form of a product: float32; bfloat16; int8 in blocks of 32 columns, each with a float32 scale; the same
+// with 15 bits, 128 times as fine, as two int8 parts; or bfloat16 with the sums of blocks (`SumsRow`). Kernels multiply
+// quantized matrices by the last one, or else by both of those before it.
+enum class Form : int32_t { f32, bf16, int8, int15, bf16_sums };
+
+// A row of Form::bf16_sums, in numbers of 16 bits: the columns, times 2^48, in every four of them the second and the
+// third one exchanged; then the sums of blocks of 32 of these, then those of 16, each followed by zeros up to a
+// multiple of 32.
+struct SumsRow {
+  int64_t block_sums, half_sums, cells;
+};
+constexpr SumsRow sums_row(int64_t padded) {
+  const int64_t halves = padded + (padded / 32 + 31) / 32 * 32;
+  return {padded, halves, halves + (padded / 16 + 31) / 32 * 32};
+}
 
 constexpr int64_t panel_rows = 16;
 
@@ -104,6 +117,15 @@ class Matrix {
     return skips_blocks() ? kept_.places.data() + kept_.first[size_t(index)] : nullptr;
   }
 
+  // With Form::bf16_sums, for each row of a panel: the power of two that brings its largest scale, or a 1024th of its
+  // largest minimum, to between 2^4 and 2^5; or `not_finite`. `find_raises` finds them in the packed bytes; pack_panels
+  // calls it.
+  static constexpr int8_t not_finite = -128;
+  const int8_t *raises(int64_t index) const { return raises_.data() + index * panel_rows; }
+  // Whether a panel of a type with minima has scales below zero.
+  bool turns(int64_t index) const { return turns_[size_t(index)] != 0; }
+  void find_raises(int64_t panel_begin, int64_t panel_end);
+
  private:
   friend void place(const std::vector<Matrix *> &matrices);
 
@@ -113,6 +135,8 @@ class Matrix {
 
   const KeptBlocks kept_;
   const size_t unit_bytes_;  // of a panel or, if some are skipped, of a block
+  std::vector<int8_t> raises_;
+  std::vector<uint8_t> turns_;
   uint8_t *data_ = nullptr;
   std::shared_ptr<uint8_t> storage_;
 };
@@ -194,7 +218,7 @@ struct Input {
   int64_t padded;  // columns, rounded up to what the form stores (a multiple of 32)
   const ProductKernels *kernels;
   float *values;  // f32: (rows, padded), zeros past `columns`
-  uint16_t *halves;  // bf16: (rows, padded), zeros past `columns`
+  uint16_t *halves;  // bf16: (rows, padded), zeros past `columns`; bf16_sums: (rows, sums_row(padded).cells)
   uint8_t *blocks;  // int8, int15: (rows, padded / 32) of QuantBlock<1>, QuantBlock<2>
   Ahead *ahead;  // or null; bind_input gives none
   bool passing;  // f32: for few rows, weights are read bypassing the caches; set by the caller, false otherwise

@@ -284,6 +284,7 @@ void lengths_amx(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, f
 
 }  // namespace
 
-const ProductKernels amx_kernels{"amx", Form::bf16, prepare_amx, multiply_amx, lengths_amx, multiply_in_tiles};
+const ProductKernels amx_kernels{"amx",        Form::bf16,  Form::int8,       prepare_amx,
+                                 multiply_amx, lengths_amx, multiply_in_tiles};
 
 }  // namespace mnemos

@@ -234,7 +234,7 @@ void lengths_all(const Matrix &matrix, int64_t panel_begin, int64_t panel_end, f
 
 template <class S>
 constexpr ProductKernels kernels_of(const char *name) {
-  return {name, S::bf16_form, prepare_all<S>, multiply_all<S>, lengths_all<S>, multiply_registers<S>};
+  return {name, S::bf16_form, Form::int8, prepare_all<S>, multiply_all<S>, lengths_all<S>, multiply_registers<S>};
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ std::vector<const ProductKernels *> runnable_kernels() {
   if (cpu.avx512) kernels.push_back(&avx512_kernels);
   if (cpu.avx512_bf16) kernels.push_back(&avx512bf16_kernels);
   if (cpu.amx) kernels.push_back(&amx_kernels);
+  if (cpu.amx_bf16) kernels.push_back(&amxbf16_kernels);
 #else
   (void)cpu;
 #endif

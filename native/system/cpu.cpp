@@ -63,6 +63,7 @@ CpuFeatures detect() {
   const bool tile_units = (d & (1u << 22)) && (d & (1u << 24)) && (d & (1u << 25));  // BF16, TILE, INT8
   features.amx =
       features.avx512_bf16 && tiles && tile_units && request_tiles() && same_products(amx_kernels, avx512_kernels);
+  features.amx_bf16 = features.amx && (d & (1u << 23)) && right_products(amxbf16_kernels, avx512_kernels);
   return features;
 }
 #elif defined(__aarch64__)
@@ -95,6 +96,7 @@ std::vector<Isa> available_levels() {
   if (features.avx512) levels.push_back(Isa::avx512);
   if (features.avx512_bf16) levels.push_back(Isa::avx512_bf16);
   if (features.amx) levels.push_back(Isa::amx);
+  if (features.amx_bf16) levels.push_back(Isa::amx_bf16);
   return levels;
 }
 
@@ -189,6 +191,7 @@ void prefer_isas(const std::string &levels) { store(preferred, parse_levels(leve
 Isa likely_isa(OperatorClass) {
   // Intel's bfloat16 dot products have half the rate of float32's multiply-adds; those of AMD's Zen 4 and 5 have twice.
   if (cpu_features().avx512_bf16 && !cpu_features().amx && is_intel()) return Isa::avx512;
+  if (cpu_features().amx) return Isa::amx;  // amx_bf16 is for those who ask for it: single rows are slower
   return available_levels().back();
 }
 
@@ -215,6 +218,7 @@ const char *isa_name(Isa isa) {
     case Isa::avx512: return "avx512";
     case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::amx: return "amx";
+    case Isa::amx_bf16: return "amx_bf16";
   }
   return "unknown";
 }

@@ -8,7 +8,7 @@
 namespace mnemos {
 
 // Levels of kernels; their names are those of the matrix products' kernels too.
-enum class Isa { scalar, neon, neon_i8mm, avx2, avxvnni, avx512, avx512_bf16, amx };
+enum class Isa { scalar, neon, neon_i8mm, avx2, avxvnni, avx512, avx512_bf16, amx, amx_bf16 };
 
 struct CpuFeatures {
   bool avx2 = false;  // with FMA, F16C and BMI2
@@ -16,6 +16,7 @@ struct CpuFeatures {
   bool avx512 = false;  // F, BW, VL, DQ and VNNI
   bool avx512_bf16 = false;  // bf16 dot products
   bool amx = false;  // int8 and bfloat16 tiles; the operating system permits them, and they computed the right bits
+  bool amx_bf16 = false;  // float16 arithmetic, for quantized weights in bfloat16 tiles
   bool neon = false;
   bool neon_dotprod = false;
   bool neon_i8mm = false;
@@ -58,7 +59,7 @@ bool bypassing_is_fast();
 int64_t near_cache_bytes();
 
 // Whether the level's attention has bfloat16 dot products, for which caches keep bfloat16 rather than float16.
-inline bool keeps_bfloats(Isa isa) { return isa == Isa::avx512_bf16 || isa == Isa::amx; }
+inline bool keeps_bfloats(Isa isa) { return isa == Isa::avx512_bf16 || isa >= Isa::amx; }
 
 const char *isa_name(Isa isa);
 // The level with that name; Error (unsupported) that names `what` if the processor has none.

@@ -195,6 +195,43 @@ void check_selection() {
   expect(!same_products(wrong, avx512_kernels), "the check at start lets rows differ by their neighbours");
 }
 
+void multiply_in_bfloat_wrongly(const Matrix &matrix, const Input &input, int64_t row_begin, int64_t row_end,
+                                int64_t panel_begin, int64_t panel_end, float *y, int64_t y_stride, const float *starts,
+                                int64_t start_stride) {
+  amxbf16_kernels.multiply(matrix, input, row_begin, row_end, panel_begin, panel_end, y, y_stride, starts,
+                           start_stride);
+  if (row_end - row_begin > 8) reinterpret_cast<uint32_t &>(y[9 * y_stride + 3]) ^= 1;
+}
+
+// Quantized weights in bfloat16: near the AVX-512 kernels with fine activations, and the bits of each row alone.
+void check_quantized_bfloats() {
+  ProductKernels wrong = amxbf16_kernels;
+  wrong.multiply = multiply_in_bfloat_wrongly;
+  expect(right_products(amxbf16_kernels, avx512_kernels), "the check at start refuses right bfloat16 kernels");
+  expect(!right_products(wrong, avx512_kernels), "the check at start lets a wrong bit of bfloat16 kernels pass");
+  int count = 0;
+  for (int32_t number = 0; number < 64; number++) {
+    const auto type = WeightType(number);
+    if (!is_weight_type(number) || !layout_of(type).quantized()) continue;
+    for (int64_t tokens : {1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 70, 272, 275, 289}) {
+      // Whole and partly empty panels, odd and even numbers of them, of blocks and of chunks.
+      const bool wide = tokens % 3 == 0;
+      const int64_t columns = block_columns(type) == 32 ? (wide ? 2144 : 96) : (wide ? 1536 : 256);
+      const int64_t rows = tokens % 4 == 0 ? 32 : tokens % 4 == 1 ? 41 : 20;
+      const ProductShape shape{type, true, rows, columns, tokens, tokens % 2 == 0};
+      const bool near = near_products(amxbf16_kernels, avx512_kernels, shape);
+      const bool alone = same_alone(amxbf16_kernels, shape);
+      if (!near || !alone)
+        printf("type %d, %lld x %lld, %lld tokens: near %d, alone %d\n", number, (long long)rows, (long long)columns,
+               (long long)tokens, int(near), int(alone));
+      expect(near, "a quantized product in bfloat16");
+      expect(alone, "bits of a row alone");
+      count++;
+    }
+  }
+  printf("quantized weights in bfloat16: %d shapes\n", count);
+}
+
 }  // namespace
 
 int main() {
@@ -207,6 +244,7 @@ int main() {
   check_instructions();
   check_bfloats();
   check_selection();
+  if (cpu_features().amx_bf16) check_quantized_bfloats();
   failures += check_attention(vector_kernels(Isa::avx512_bf16));
   const int64_t before = amx_emulator::state.bfloat_products;
   failures += check_attention(vector_kernels(Isa::amx));

@@ -23,7 +23,7 @@ const VectorKernels &vector_kernels(Isa isa) {
 #if defined(__x86_64__)
   static const VectorKernels avx512bf16_vector_kernels = avx512_with(attend_by_dots);
   static const VectorKernels amx_vector_kernels = avx512_with(attend_in_tiles, name_pages_in_tiles);
-  if (isa == Isa::amx) return amx_vector_kernels;
+  if (isa >= Isa::amx) return amx_vector_kernels;
   if (isa >= Isa::avx512_bf16) return avx512bf16_vector_kernels;
   if (isa >= Isa::avx512) return avx512_vector_kernels;
   if (isa >= Isa::avx2) return avx2_vector_kernels;

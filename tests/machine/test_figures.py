@@ -21,7 +21,7 @@ def test_the_machine_has_a_name_cores_and_bandwidth() -> None:
 @pytest.mark.parametrize("isa", _native.available_isas())
 def test_every_level_multiplies_at_a_rate_for_each_of_its_forms(isa: str) -> None:
     rates = multiply_rates(isa)
-    assert set(rates) == {"float32", "int8"} | ({"bfloat16"} if isa in ("avx512_bf16", "amx") else set())
+    assert set(rates) == {"float32", "int8"} | ({"bfloat16"} if isa in ("avx512_bf16", "amx", "amx_bf16") else set())
     assert all(1e7 < rate < 1e15 for rate in rates.values())
 
 

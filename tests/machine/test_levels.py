@@ -155,9 +155,15 @@ def test_the_likely_level_stays_unless_another_is_clearly_faster() -> None:
     likely = {operators: _native.likely_isa(operators) for operators in OPERATORS}
     lucky = measure_levels("here", lambda operators, level: 1.0 if level == likely[operators] else 0.97)
     assert lucky.levels == likely
-    other = next(level for level in reversed(_native.available_isas()) if level != likely["attention"])
-    faster = measure_levels("here", lambda operators, level: 0.5 if level == other else 1.0)
-    assert set(faster.levels.values()) == {other}
+    others = [level for level in _native.available_isas() if level not in (likely["attention"], "amx_bf16")]
+    faster = measure_levels("here", lambda operators, level: 0.5 if level == others[-1] else 1.0)
+    assert set(faster.levels.values()) == {others[-1]}
+
+
+@several
+def test_a_level_that_is_slower_for_single_rows_is_never_chosen_by_itself() -> None:
+    choice = measure_levels("here", lambda operators, level: 0.1 if level == "amx_bf16" else 1.0)
+    assert "amx_bf16" not in choice.levels.values()
 
 
 def test_operators_that_are_not_named_go_back() -> None:

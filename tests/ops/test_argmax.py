@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.ops.test_linear import random_weight
+from tests.ops.test_linear import ALL_BFLOAT_LEVEL, random_weight
 
 from mnemos import _native
 from mnemos.errors import ConfigError
@@ -44,8 +44,16 @@ def states(rows: int, columns: int) -> np.ndarray:
     return x
 
 
+def without_bounds(level: str) -> None:
+    """Skips the test at the level that multiplies a head once, in bfloat16, and needs no bounds for that."""
+    if level == ALL_BFLOAT_LEVEL:
+        assert not Head(random_weight(Kind.Q8_0, 64, 64)).program.finds_argmax
+        pytest.skip("all logits are computed there")
+
+
 @pytest.mark.parametrize("kind", BOUNDED, ids=lambda kind: kind.name)
 def test_found_alone_as_among_all(isa: str, kind: TensorType) -> None:
+    without_bounds(isa)
     columns = 576 if kind.block[0] == 32 else 1536
     for rows, vocabulary in ((1, 100), (9, 1000), (300, 77)):
         head = Head(random_weight(kind, vocabulary, columns))
@@ -58,6 +66,7 @@ def test_found_alone_as_among_all(isa: str, kind: TensorType) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_of_equal_logits_the_first(isa: str, threads: int) -> None:
     """Tokens that occur many times, and others so close to them that coarse activations cannot tell them apart."""
+    without_bounds(isa)
     columns, different, copies = 256, 50, 40
     small = random_weight(Kind.Q8_0, different, columns)
     near = small.data.reshape(different, -1).copy()
@@ -71,6 +80,7 @@ def test_of_equal_logits_the_first(isa: str, threads: int) -> None:
 
 
 def test_rows_without_a_most_probable_token_say_so(isa: str) -> None:
+    without_bounds(isa)
     weight = random_weight(Kind.Q8_0, 200, 64)
     broken = weight.data.reshape(200, 2, 34).copy()
     broken[150, 0, :2] = np.array([np.nan], np.float16).view(np.uint8)

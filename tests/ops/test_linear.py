@@ -34,7 +34,8 @@ WEIGHTS = (*FLOATS, *HALVES)
 # a product.
 PAIRED = (TensorType.Q4_1, TensorType.Q5_1, TensorType.Q4_K, TensorType.Q5_K)
 PAIRED_LEVEL = "avx512_bf16"
-BFLOAT_LEVELS = ("avx512_bf16", "amx")  # which multiply bfloat16 weights by activations in bfloat16
+BFLOAT_LEVELS = ("avx512_bf16", "amx", "amx_bf16")  # which multiply bfloat16 weights by activations in bfloat16
+ALL_BFLOAT_LEVEL = "amx_bf16"  # which rounds quantized weights and their activations to bfloat16
 
 
 def random_weight(kind: TensorType, rows: int, columns: int) -> Tensor:
@@ -87,6 +88,11 @@ def largest_error(
     """The largest error from rounding the activations, and then the sums, in each output."""
     sizes = np.abs(weight).T.astype(np.float64)
     sums = 1e-6 * (np.abs(x) @ sizes) + 1e-30
+    if kind.is_quantized and not as_float32 and level == ALL_BFLOAT_LEVEL:
+        # Codes before their offset or minimum is added are at most twice the largest weight. Those that are 2^22 times
+        # smaller than a row's largest weight are lost.
+        largest = sizes.reshape(len(sizes) // 32, 32, -1).max(axis=1).repeat(32, axis=0)
+        return 2.0**-6 * (np.abs(x) @ largest) + 2.0**-18 * np.abs(x).sum(axis=1)[:, None] * sizes.max(axis=0) + sums
     if kind.is_quantized and not as_float32:
         blocks = np.abs(x).reshape(len(x), -1, 32).max(axis=-1)
         # Half a step is lost; a step is a sum of two powers of two, up to a fifth larger than it need be.
@@ -122,6 +128,8 @@ def test_products_are_as_exact_as_the_activations(isa: str, kind: TensorType, as
 @pytest.mark.parametrize("kind", [TensorType.Q4_0, TensorType.Q4_1, TensorType.Q8_0], ids=lambda kind: kind.name)
 def test_fine_activations_multiply_integers_exactly(isa: str, kind: TensorType) -> None:
     """Codes and activations at both ends of their ranges: no sum overflows, no part loses a bit."""
+    if isa == ALL_BFLOAT_LEVEL:
+        pytest.skip("activations are bfloat16 numbers there")
     rows, columns = 20, 128
     generator = np.random.default_rng(3)
     elements, size = kind.block
@@ -189,11 +197,14 @@ def test_levels_with_fused_arithmetic_agree_bit_for_bit(kind: TensorType, precis
     finally:
         _native.select_isa("")
     plain = results.pop("scalar")  # rounds products and sums separately
+    in_bfloats = results.pop(ALL_BFLOAT_LEVEL, None)
     paired = results.pop(PAIRED_LEVEL, None) if kind in PAIRED else None
     fused = list(results.values())
     for result in fused:
         np.testing.assert_array_equal(result, fused[0])
         np.testing.assert_allclose(result, plain, rtol=1e-3, atol=1e-4 * np.abs(plain).max())
+    if in_bfloats is not None:  # without coarse activations' loss beside a single large one
+        np.testing.assert_allclose(in_bfloats, plain, rtol=1e-2, atol=(1e-2 if precise else 4e-2) * np.abs(plain).max())
     if paired is not None:
         np.testing.assert_allclose(paired, plain, rtol=1e-3, atol=(1e-4 if precise else 1e-2) * np.abs(plain).max())
 

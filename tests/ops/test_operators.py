@@ -194,7 +194,7 @@ def test_attention_equals_the_reference(case: AttentionCase, dtype: str, isa: st
     for step in _attention_steps(case, layout, pages):
         result = ops.attention(*step.qkv, stored, 1, step.batch, case.params)
         # These levels round queries and weights to bfloat16 too.
-        if dtype == "bfloat16" and isa in ("avx512_bf16", "amx"):
+        if dtype == "bfloat16" and isa in ("avx512_bf16", "amx", "amx_bf16"):
             error = np.abs(result - step.expected)
             assert error.max() < 0.02 and np.sqrt(np.mean(error**2) / np.mean(step.expected**2)) < 0.004
         else:

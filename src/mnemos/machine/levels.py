@@ -26,6 +26,7 @@ OPERATORS = ("quantized", "floats", "attention")
 """Products with quantized weights; with weights in float32, float16 or bfloat16; attention and everything else."""
 
 _CANDIDATES = 3  # levels: one that is so much lower than the best never wins
+_ON_REQUEST = ("amx_bf16",)  # faster for prompts and many sequences, slower for one: the trials do not say what matters
 _CLEARLY = 0.95  # of the likely best's seconds: below that another level is faster, rather than luckier
 _FORMAT = 1
 _MODEL = ("vendor_id", "cpu family", "model", "model name", "stepping")
@@ -89,7 +90,8 @@ def measure_levels(fingerprint: str, trial: Trial) -> Choice:
     levels, seconds = {}, {}
     for operators in OPERATORS:
         likely = str(core.likely_isa(operators))
-        candidates = {*core.available_isas()[-_CANDIDATES:], likely}
+        chosen_from = [level for level in core.available_isas() if level not in _ON_REQUEST]
+        candidates = {*chosen_from[-_CANDIDATES:], likely}
         seconds[operators] = {level: trial(operators, level) for level in sorted(candidates)}
         fastest = min(candidates, key=lambda level, times=seconds[operators]: times[level])  # type: ignore[misc]
         clear = seconds[operators][fastest] < _CLEARLY * seconds[operators][likely]
