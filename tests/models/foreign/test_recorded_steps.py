@@ -143,6 +143,21 @@ def test_what_is_recorded_computes_the_step(name: str, records: Repeats, monkeyp
     assert records.recorded >= 3 and records.repeated > records.recorded + 10
 
 
+def test_what_waits_in_a_full_row_is_not_written_to(records: Repeats, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_steps, "LEAST_ROOM", 16)
+    module = module_of("llama")
+    model = adapt(module)
+    model.reserve_states(2)
+    texts = Texts(module, model)
+    texts.step(s0=13, s1=4)
+    for _ in range(3):
+        texts.step(s0=1, s1=1)  # 16 tokens: a row of that length would have no place left
+    for _ in range(3):
+        texts.step(s1=1)
+    texts.step(s0=1, s1=1)
+    assert records.recorded > 1
+
+
 def test_other_weights_are_noticed(records: Repeats) -> None:
     module = module_of("llama")
     model = adapt(module)

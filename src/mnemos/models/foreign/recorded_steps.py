@@ -83,8 +83,8 @@ class RecordedSteps:
         """A step that it takes. plainly: runs it as the module does."""
         arena = self._arena
         try:
-            room = max(job.start for job in jobs) + 1
-            if arena is None or room > arena.room or not arena.has_rows(jobs) or self._changed():
+            room = max(job.start for job in jobs) + 2  # with one that a row writes to while it waits
+            if arena is None or room > arena.room or (arena.lacks(jobs) and (arena.is_full(jobs) or self._changed())):
                 arena = self._made(jobs, room)
                 self._leave()
                 self._arena = arena
@@ -190,12 +190,14 @@ class Arena:
         self.inputs = torch.zeros((2, rows), dtype=torch.int64, device=like[0].device)  # ids and positions
         self._host = torch.zeros((2, rows), dtype=torch.int64, pin_memory=like[0].is_cuda)
 
-    def has_rows(self, jobs: list[Job]) -> bool:
-        """Whether there is a row for each job's sequence beside those that have one."""
-        here = {id(group) for group in self._groups}
-        seated = sum(job.slot.group is not None and id(job.slot.group) in here for job in jobs)
-        free = sum(self._is_free(row) for row in range(self.rows))
-        return len(jobs) - seated <= free
+    def lacks(self, jobs: list[Job]) -> int:
+        """How many of the jobs' sequences have no row."""
+        here = {id(group) for group in self._groups if group is not None}
+        return sum(id(job.slot.group) not in here for job in jobs)
+
+    def is_full(self, jobs: list[Job]) -> bool:
+        """Whether there are too few rows for those that have none."""
+        return self.lacks(jobs) > sum(self._is_free(row) for row in range(self.rows))
 
     def seat(self, jobs: list[Job]) -> list[int]:
         """The row of each job's sequence; those that have none get one, with a copy of what they have cached."""
@@ -223,7 +225,7 @@ class Arena:
         """Sets ids and positions. Rows of other sequences write after their ends, where nothing is yet."""
         numbers = self._host.numpy()
         numbers[0] = 0
-        numbers[1] = [0 if group is None else min(group.length, self.room - 1) for group in self._groups]
+        numbers[1] = [0 if group is None else group.length for group in self._groups]
         numbers[0, rows] = [job.new[0] for job in jobs]
         self.inputs.copy_(self._host, non_blocking=True)
 
