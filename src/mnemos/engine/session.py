@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -205,8 +206,7 @@ class Session:
         scheduling: priority, tenant, deadline and cache_salt, as in GenerationConfig.
         """
         config = GenerationConfig(**scheduling)
-        self._begin()
-        try:
+        with self._changing():
             new: list[Message] = []
             if self._file.messages or _are_messages(content):
                 new = self._messages_of(content)
@@ -217,18 +217,13 @@ class Session:
             self._load(token_ids, config)
             self._host.launcher.prepare_forced(ForcedReading(), token_ids, config)().result()
             self._save(token_ids, new, config)
-        finally:
-            self._busy.release()
         return len(token_ids)
 
     def preload(self, *, cache_salt: str | None = None) -> None:
         """Brings what was said into the cache ahead of the next turn, as far as it is stored and there is room."""
-        self._begin()
-        try:
+        with self._changing():
             if self._file.tokens:
                 self._pages.load([*self._file.tokens, 0], cache_salt)
-        finally:
-            self._busy.release()
 
     def drop(self, messages: int) -> None:
         """Forgets the oldest messages after a system message, for a context that is too short for all.
@@ -236,8 +231,7 @@ class Session:
         What was said after them is read again with the next turn. RequestError if there are not as many.
         """
         file = self._file
-        self._begin()
-        try:
+        with self._changing():
             messages = COUNT.apply("messages", messages)
             start = int(bool(file.messages) and file.messages[0]["role"] == "system")
             if messages > len(file.messages) - start:
@@ -248,8 +242,6 @@ class Session:
             left = [*file.messages[:start], *file.messages[start + messages :]]
             tokens = check_tokenizer(self._host.tokenizer).encode_chat(left, False) if left else []
             self._save(tokens, [], GenerationConfig(), removed=(start, start + messages))
-        finally:
-            self._busy.release()
 
     def rewind(self, turns: int = 1, *, tokens: int | None = None) -> None:
         """Takes back the last turns, or, of a text, everything after its first `tokens` tokens.
@@ -257,8 +249,7 @@ class Session:
         What is taken back leaves the disk and the cache. RequestError if there is not that much.
         """
         file = self._file
-        self._begin()
-        try:
+        with self._changing():
             if tokens is None:
                 turns = COUNT.apply("turns", turns)
                 if turns > len(file.turns):
@@ -278,30 +269,22 @@ class Session:
             if rest:
                 self._save([*file.tokens, *rest], [], GenerationConfig())
             self._pages.forget(before, shared_length(before, file.tokens))
-        finally:
-            self._busy.release()
 
     def fork(self, name: str, turns: int | None = None) -> Session:
         """Another session that begins with this one's turns, or the first `turns` of them. FormatError if it exists."""
         file = self._file
-        self._begin()
-        try:
+        with self._changing():
             count = max(len(file.turns), 1) if turns is None else COUNT.apply("turns", turns)
             if count > len(file.turns):
                 raise RequestError(f"turns is {count}; the session {self.name!r} has {len(file.turns)} to fork")
             file.copy(session_path(file.path.parent, name), name, count)
-        finally:
-            self._busy.release()
         return self._open(name)
 
     def forget(self) -> None:
         """Deletes the session, from the disk and from the cache. It cannot be used any longer."""
-        self._begin()
-        try:
+        with self._changing():
             self._pages.forget(self._file.tokens, 0)
             self._file.remove()
-        finally:
-            self._busy.release()
 
     def close(self) -> None:
         """Lets others open the session; it stays on the disk. A turn in progress cannot be stored any longer."""
@@ -324,6 +307,15 @@ class Session:
         if self._file.closed:
             self._busy.release()
             raise RequestError(f"the session {self.name!r} is closed; open it again with engine.session")
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """For a change that ends with the call; that of a turn ends with its answer."""
+        self._begin()
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def _continued(self, prompt: Any) -> list[int]:
         """The text with a prompt after it."""
