@@ -9,9 +9,9 @@
 // smaller, without its last three bits: no conversion is needed. So that products are ordinary numbers, activations are
 // multiplied by 2^48; the total is multiplied by the power of two that undoes all this.
 //
-// Cycles on Sapphire Rapids, measured: a block of 4-bit codes takes 47 to expand and to multiply by one row. At least 32
-// of them are 16 multiply-adds and 16 shifts by 3, which go to the same unit while tiles are in use. Memory delivers a
-// block in about 39. 16 rows by 16 outputs and 32 columns take 16 in the tile unit, and about 23 with their loads.
+// Cycles on Sapphire Rapids, measured: a block of 4-bit codes takes 47 to expand and to multiply by one row. At least
+// 32 of them are 16 multiply-adds and 16 shifts by 3, which go to the same unit while tiles are in use. Memory delivers
+// a block in about 39. 16 rows by 16 outputs and 32 columns take 16 in the tile unit, and about 23 with their loads.
 #pragma once
 
 #include "linear/amx_tiles.h"
