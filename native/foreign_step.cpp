@@ -51,7 +51,8 @@ ForeignStep::Link ForeignStep::checked(MatrixPointer matrix, VectorPointer bias,
     throw config_error("a bias has " + std::to_string(bias->size()) + " values; its matrix has " +
                        std::to_string(matrix->rows) + " rows");
   }
-  return {std::move(matrix), std::move(bias), precise, {}, -1, std::vector<int64_t>(static_cast<size_t>(pool_->threads()))};
+  return {
+      std::move(matrix), std::move(bias), precise, {}, -1, std::vector<int64_t>(static_cast<size_t>(pool_->threads()))};
 }
 
 ForeignStep::Link &ForeignStep::link(int number) {
@@ -230,7 +231,7 @@ void ForeignStep::fetch_ahead() {
 bool ForeignStep::fetch(const PlainAttention &a, int thread, int64_t *left) const {
   const int64_t items = a.batch * a.heads, threads = pool_->threads(), bytes = a.count * a.head_dim * 4;
   const float *before = nullptr;
-  for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads && *left > 0; item++) {
+  for (int64_t item = items * thread / threads; item<items *(thread + 1) / threads && * left> 0; item++) {
     const int64_t b = item / a.heads, kv = item % a.heads / (a.heads / a.kv_heads);
     const float *keys = a.keys.head(b, kv);
     if (keys == before) continue;

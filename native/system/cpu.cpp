@@ -174,7 +174,8 @@ Isa find_level(const std::string &name, const char *what) {
 }
 
 Isa current_isa(OperatorClass which) {
-  for (const int level : {specified_isa(which), preferred[static_cast<size_t>(which)].load(std::memory_order_relaxed)}) {
+  for (const int level :
+       {specified_isa(which), preferred[static_cast<size_t>(which)].load(std::memory_order_relaxed)}) {
     if (level != unset) return static_cast<Isa>(level);
   }
   return likely_isa(which);

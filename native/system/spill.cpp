@@ -29,7 +29,8 @@ Spill::~Spill() { close(file_); }
 
 void Spill::write(int64_t page, const uint8_t *data) {
   for (int64_t done = 0; done < page_bytes_;) {
-    const ssize_t count = pwrite(file_, data + done, static_cast<size_t>(page_bytes_ - done), page * page_bytes_ + done);
+    const ssize_t count =
+        pwrite(file_, data + done, static_cast<size_t>(page_bytes_ - done), page * page_bytes_ + done);
     if (count < 0 && errno == EINTR) continue;
     if (count <= 0) {
       throw capacity_error("the file of pages that left memory cannot take another " + std::to_string(page_bytes_) +
