@@ -234,12 +234,13 @@ InputView input_view(nb::handle object) {
   throw config_error("a program's inputs must be float32 or int32 arrays of two axes, contiguous in memory");
 }
 
-using RecallFields = std::tuple<int64_t, int64_t, int64_t, int64_t, std::vector<bool>, std::vector<int64_t>>;
+using RecallFields = std::tuple<int64_t, int64_t, int64_t, int64_t, std::vector<bool>, std::vector<int64_t>,
+                                std::vector<std::vector<int64_t>>, bool>;
 
 std::unique_ptr<const Recall> make_recall(const RecallFields &fields) {
-  const auto &[window, recalled, sinks, farthest, heads, components] = fields;
+  const auto &[window, recalled, sinks, farthest, heads, components, naming, measured] = fields;
   return std::unique_ptr<const Recall>(
-      new Recall{{window, recalled, sinks}, farthest, {heads.begin(), heads.end()}, components});
+      new Recall{{window, recalled, sinks}, farthest, {heads.begin(), heads.end()}, components, naming, measured});
 }
 
 nb::list run_program(Program &program, Ints token_ids, Ints positions, Ints sequence_starts, Ints pages,

@@ -188,7 +188,7 @@ void Cache::number_indices(const Recall &recall) {
   const size_t heads = static_cast<size_t>(layers * kv_heads);
   const Sight &sight = recall.sight;
   if (recall.heads.size() != heads || sight.window < 1 || sight.recalled < 0 || sight.sinks < 0 || recall.farthest < 0 ||
-      cell_.slots % index_run != 0 || recall.components.empty()) {
+      cell_.slots % index_run != 0 || recall.components.empty() || recall.naming.size() != heads) {
     throw config_error("recall needs pages of a multiple of " + std::to_string(index_run) +
                        " positions, a window of a page, and to know of each of " + std::to_string(heads) +
                        " heads whether it recalls");
@@ -197,10 +197,14 @@ void Cache::number_indices(const Recall &recall) {
     if (component >= 0 && component < cell_.head_dim) continue;
     throw config_error("component " + std::to_string(component) + " is not one of " + std::to_string(cell_.head_dim));
   }
+  for (const std::vector<int64_t> &queries : recall.naming) {
+    if (!queries.empty() && *std::min_element(queries.begin(), queries.end()) < 0)
+      throw config_error("recall has a negative number of a query");
+  }
   index_layout_ = mnemos::index_layout(cell_.slots, static_cast<int64_t>(recall.components.size()));
   index_of_.clear(), indices_ = 0;
   for (const char recalls : recall.heads) index_of_.push_back(recalls ? indices_++ : -1);
-  recalled_ = std::make_unique<Recalled[]>(heads);
+  recalled_ = recall.measured ? std::make_unique<Recalled[]>(heads * max_tile_rows) : nullptr;
 }
 
 uint8_t *Cache::index(int64_t layer, int64_t head) const {
@@ -227,17 +231,36 @@ void Cache::index_page(int64_t layer, int64_t head, int64_t page) {
   index_cell(*this, layer, head, page, cells(layer, head) + page * page_bytes_);
 }
 
-void Cache::count_recalled(int64_t layer, int64_t head, int64_t shares, int64_t rows) {
-  Recalled &recalled = recalled_[static_cast<size_t>(layer * kv_heads + head)];
-  recalled.shares.fetch_add(shares, std::memory_order_relaxed);
-  recalled.rows.fetch_add(rows, std::memory_order_relaxed);
+void Cache::check_naming(int64_t queries) const {
+  for (const std::vector<int64_t> &own : recall_->naming) {
+    for (const int64_t query : own) {
+      if (query >= queries)
+        throw config_error("query " + std::to_string(query) + " is to name pages, and heads have " +
+                           std::to_string(queries));
+    }
+  }
+}
+
+void Cache::count_recalled(int64_t layer, int64_t head, int64_t query, int64_t share, int64_t change, int64_t rows) {
+  Recalled &own = recalled_[static_cast<size_t>((layer * kv_heads + head) * max_tile_rows + query)];
+  own.shares.fetch_add(share, std::memory_order_relaxed);
+  own.changes.fetch_add(change, std::memory_order_relaxed);
+  own.rows.fetch_add(rows, std::memory_order_relaxed);
 }
 
 std::vector<float> Cache::recalled() const {
-  std::vector<float> means(static_cast<size_t>(layers * kv_heads));
-  for (size_t i = 0; i < means.size() && recalled_; i++) {
-    const double rows = static_cast<double>(std::max<int64_t>(recalled_[i].rows, 1));
-    means[i] = static_cast<float>(static_cast<double>(recalled_[i].shares) / recalled_unit / rows);
+  if (!recalled_) return {};
+  const int64_t heads = layers * kv_heads;
+  int64_t queries = 0;
+  for (int64_t n = 0; n < heads * max_tile_rows; n++) {
+    if (recalled_[static_cast<size_t>(n)].rows > 0) queries = std::max(queries, n % max_tile_rows + 1);
+  }
+  std::vector<float> means(static_cast<size_t>(2 * heads * queries));
+  for (int64_t n = 0; n < heads * queries; n++) {
+    const Recalled &own = recalled_[static_cast<size_t>(n / queries * max_tile_rows + n % queries)];
+    const double rows = recalled_unit * static_cast<double>(std::max<int64_t>(own.rows, 1));
+    means[static_cast<size_t>(n)] = static_cast<float>(static_cast<double>(own.shares) / rows);
+    means[static_cast<size_t>(heads * queries + n)] = static_cast<float>(static_cast<double>(own.changes) / rows);
   }
   return means;
 }

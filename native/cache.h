@@ -27,6 +27,9 @@ struct Recall {
   int64_t farthest;  // pages farther back than this are seen as if they were as far; 0: at their true distance
   std::vector<char> heads;  // (layers, kv_heads): whether a head recalls
   std::vector<int64_t> components;  // of keys and queries, that scores are computed of
+  // (layers, kv_heads): which of a head's queries name the pages that it recalls; none: all of them.
+  std::vector<std::vector<int64_t>> naming;
+  bool measured;  // how much is recalled, and how much that changes what queries see
 };
 
 class Cache {
@@ -71,9 +74,17 @@ class Cache {
   int64_t index_chunk_bytes() const { return indices_ * index_chunk * index_layout_.bytes; }
   // Makes the index of a page whose keys are all stored.
   void index_page(int64_t layer, int64_t head, int64_t page);
-  // Adds what rows gave to the pages that they recalled, in units of 1 / recalled_unit, and the number of rows.
-  void count_recalled(int64_t layer, int64_t head, int64_t shares, int64_t rows);
-  std::vector<float> recalled() const;  // the mean share, (layers, kv_heads)
+  // Which of a head's queries name pages; none: all.
+  const std::vector<int64_t> &naming(int64_t layer, int64_t head) const {
+    return recall_->naming[static_cast<size_t>(layer * kv_heads + head)];
+  }
+  // Throws Error (config) if a head has fewer than this many queries and others name pages.
+  void check_naming(int64_t queries) const;
+  // Adds what rows of a head's query number `query` have recalled: the share of their attention, and by how much it
+  // changed what they have seen, both in units of 1 / recalled_unit; and the number of rows.
+  void count_recalled(int64_t layer, int64_t head, int64_t query, int64_t share, int64_t change, int64_t rows);
+  // The means of shares and of changes, (2, layers, kv_heads, queries), of as many queries a head as were counted.
+  std::vector<float> recalled() const;
 
  private:
   CellLayout cell_;
@@ -85,9 +96,9 @@ class Cache {
   int64_t indices_ = 0;
   uint8_t *indexed_ = nullptr;
   struct Recalled {
-    std::atomic<int64_t> shares{0}, rows{0};
+    std::atomic<int64_t> shares{0}, changes{0}, rows{0};
   };
-  std::unique_ptr<Recalled[]> recalled_;
+  std::unique_ptr<Recalled[]> recalled_;  // (layers, kv_heads, max_tile_rows), if it is measured
   std::unique_ptr<Spill> spill_;
 
   void number_indices(const Recall &recall);

@@ -47,6 +47,51 @@ bool one_token_each(const BatchView &batch) {
   return true;
 }
 
+// What a tile's rows have recalled, from their sums before and after it.
+class Effects {
+ public:
+  struct Effect {
+    int64_t share, change;  // in units of 1 / recalled_unit
+  };
+
+  explicit Effects(const AttentionTile &tile) : stride_(tile.cell->value_stride) {}
+
+  void note(const AttentionTile &tile) {
+    moments_.push_back({{tile.most, tile.most + tile.rows},
+                        {tile.total, tile.total + tile.rows},
+                        {tile.result, tile.result + tile.rows * stride_}});
+  }
+  // When all is seen: the share of a row's attention that what it recalled has, and how far its result is from what it
+  // would be if nothing had been recalled.
+  Effect of_row(const AttentionTile &tile, int64_t r) const {
+    const auto factor = [&](const Moment &moment) {  // of nothing seen, whose result is not set, none
+      return moment.total[static_cast<size_t>(r)] > 0 ? std::exp(moment.most[static_cast<size_t>(r)] - tile.most[r]) : 0.0f;
+    };
+    const Moment &before = moments_[0], &after = moments_[1];
+    const float all = tile.total[r], before_factor = factor(before), after_factor = factor(after);
+    const float share = (after_factor * after.total[static_cast<size_t>(r)] -
+                         before_factor * before.total[static_cast<size_t>(r)]) / all;
+    double square = 0;
+    for (int64_t i = 0; i < tile.cell->head_dim; i++) {
+      const auto at = static_cast<size_t>(r * stride_ + i);
+      const float was = before_factor > 0 ? before_factor * before.result[at] : 0.0f;
+      const float recalled = (after_factor * after.result[at] - was) / all;
+      const float moved = recalled - share * tile.result[static_cast<int64_t>(at)] / all;
+      square += static_cast<double>(moved) * moved;
+    }
+    const double change = std::sqrt(square) / std::max(1.0 - share, 1e-3);
+    if (!(share > 0 && share <= 1 && change < 1e6)) return {0, 0};  // none where it is not a number
+    return {static_cast<int64_t>(share * recalled_unit), static_cast<int64_t>(change * recalled_unit)};
+  }
+
+ private:
+  struct Moment {
+    std::vector<float> most, total, result;
+  };
+  const int64_t stride_;
+  std::vector<Moment> moments_;
+};
+
 // Norms, rotates and stores the key of one token and key head, and stores its value.
 void store_token(const Step &step, const Attention &a, const float *k, const float *v, int64_t sequence, int64_t t,
                  int64_t head, float *scratch) {
@@ -295,13 +340,10 @@ class AttendTask : public Task {
       see(near_sinks, sight.sinks);
       attend(tile);
     }
-    // Of each row's sum of exponentials: before and after what it recalls, each relative to its largest score then.
-    float sums[2][max_tile_rows], mosts[2][max_tile_rows];
-    const auto note = [&](int moment) {
-      std::copy_n(tile.total, tile.rows, sums[moment]), std::copy_n(tile.most, tile.rows, mosts[moment]);
-    };
+    std::optional<Effects> effects;
+    if (recall.measured && recalls && sight.recalled > 0) effects.emplace(tile);
     if (recalls && sight.recalled > 0) {
-      note(0);
+      if (effects) effects->note(tile);
       float *free = moved + tile.rows * tile.cell->value_stride;
       const Choosing choosing(step, a_, step.data(partials_, thread), query, head, free);
       const int64_t group = group_of(a_);
@@ -314,7 +356,7 @@ class AttendTask : public Task {
         part.queries = tile.queries + r * tile.cell->value_stride;
         part.result = tile.result + r * tile.cell->value_stride;
         part.most = tile.most + r, part.total = tile.total + r;
-        const int32_t *chosen = choosing.choose(r);
+        const int32_t *chosen = choosing.choose(r / group);
         const bool apart = gathered && std::any_of(chosen, chosen + sight.recalled, [&](int32_t n) {
           return a_.cache->spill()->holds(pages[n]);
         });
@@ -326,20 +368,19 @@ class AttendTask : public Task {
         for (; i < sight.recalled; i++) add_page(blocks, chosen[i], place(i), slots);
         if (!blocks.empty()) attend(part);
       }
-      note(1);
+      if (effects) effects->note(tile);
     }
     see(window, page + 1);
     attend(tile);
-    if (!recalls || sight.recalled == 0) return;
-    int64_t shares = 0;
-    for (int64_t r = 0; r < tile.rows; r++) {
-      const auto share = [&](int moment) {
-        return sums[moment][r] * std::exp(mosts[moment][r] - tile.most[r]) / tile.total[r];
-      };
-      const float given = share(1) - (sight.sinks > 0 ? share(0) : 0.0f);
-      if (given > 0 && given <= 1) shares += static_cast<int64_t>(given * static_cast<float>(recalled_unit));
+    if (!effects) return;
+    for (int64_t g = 0; g < group_of(a_); g++) {
+      Effects::Effect sum{0, 0};
+      for (int64_t r = g; r < tile.rows; r += group_of(a_)) {
+        const Effects::Effect own = effects->of_row(tile, r);
+        sum.share += own.share, sum.change += own.change;
+      }
+      a_.cache->count_recalled(a_.layer, head, g, sum.share, sum.change, tile.rows / group_of(a_));
     }
-    a_.cache->count_recalled(a_.layer, head, shares, tile.rows);
   }
 
   void write_result(const Step &step, const QueryTile &query, int64_t head, const AttentionTile &tile,

@@ -80,7 +80,7 @@ class NamingTask : public Task {
   // A tile's queries in 8 bits, with nothing named yet.
   NamingQueries prepare(const Step &step, const QueryTile &tile, int64_t head, const Named &named, float *query,
                         uint8_t *columns, int thread) const {
-    const int64_t group = group_of(a_), rows = (tile.token_end - tile.token_begin) * group;
+    const int64_t naming = naming_count(a_, head), rows = (tile.token_end - tile.token_begin) * naming;
     const int64_t padded = padded_rows(rows), width = a_.heads * a_.head_dim;
     auto *codes = reinterpret_cast<int8_t *>(columns);
     auto *sums = reinterpret_cast<int32_t *>(columns + padded * layout().groups * 4);
@@ -89,11 +89,11 @@ class NamingTask : public Task {
     std::fill_n(named.least, padded, INFINITY);
     std::fill_n(named.least, rows, -INFINITY);
     std::fill_n(named.scores, rows * named.stride, -INFINITY);
-    const float *x = step.data(q_, thread) + head * group * a_.head_dim;
+    const float *x = step.data(q_, thread) + head * group_of(a_) * a_.head_dim;
     for (int64_t r = 0; r < rows; r++) {
-      const int64_t t = tile.token_begin + r / group;
+      const int64_t t = tile.token_begin + r / naming;
       transform(step, a_.query_norm, rotation(a_.query_rope.get(), step.batch.positions[t]), a_.scale, a_.head_dim,
-                x + t * width + r % group * a_.head_dim, query);
+                x + t * width + naming_query(a_, head, r % naming) * a_.head_dim, query);
       int8_t *tile_codes = codes + r / query_columns * query_columns * layout().groups * 4;
       named.factors[r] = quantize(query, tile_codes + r % query_columns * 4, &sums[r]);
     }

@@ -33,11 +33,22 @@ inline int64_t most_recalled(const Attention &a, const BatchView &batch) {
   return most;
 }
 
+// How many of a head's queries name the pages that it recalls, and which they are.
+inline int64_t naming_count(const Attention &a, int64_t head) {
+  const std::vector<int64_t> &naming = a.cache->naming(a.layer, head);
+  return naming.empty() ? group_of(a) : static_cast<int64_t>(naming.size());
+}
+inline int64_t naming_query(const Attention &a, int64_t head, int64_t n) {
+  const std::vector<int64_t> &naming = a.cache->naming(a.layer, head);
+  return naming.empty() ? n : naming[static_cast<size_t>(n)];
+}
+
 // Rows of queries are padded to whole tiles.
 inline int64_t padded_rows(int64_t rows) { return (rows + query_columns - 1) / query_columns * query_columns; }
 inline int64_t named_floats(int64_t rows, int64_t count) { return padded_rows(rows) * (3 + 2 * named_room(count)); }
 
-// The pages that a tile's queries name in one head, in one part of all pages, among a step's partial results.
+// The pages that a tile's queries name in one head, in one part of all pages, among a step's partial results. There is
+// room for all queries of the head.
 inline Named named_pages(const Step &step, const Attention &a, float *partials, const QueryTile &tile, int64_t head,
                          int64_t part) {
   const TileSet &set = step.tile_sets[a.tile_set];
@@ -59,7 +70,7 @@ class Choosing {
   }
 
   Choosing(const Step &step, const Attention &a, float *partials, const QueryTile &tile, int64_t head, void *scratch)
-      : kernels_(*step.kernels), group_(group_of(a)), scratch_(static_cast<float *>(scratch)),
+      : kernels_(*step.kernels), naming_(naming_count(a, head)), scratch_(static_cast<float *>(scratch)),
         chosen_(reinterpret_cast<int32_t *>(scratch_ + choosing_floats(tile.recalled))),
         end_(chosen_ + tile.recalled) {
     parts_.clear();
@@ -69,15 +80,16 @@ class Choosing {
 
   void *end() const { return end_; }  // of the scratch in use
 
-  // The pages, ascending, of the token whose queries begin at a row.
-  const int32_t *choose(int64_t row) const {
-    kernels_.choose_pages(parts_.data(), static_cast<int64_t>(parts_.size()), row, group_, scratch_, chosen_);
+  // The pages, ascending, of the tile's token number `token`.
+  const int32_t *choose(int64_t token) const {
+    kernels_.choose_pages(parts_.data(), static_cast<int64_t>(parts_.size()), token * naming_, naming_, scratch_,
+                          chosen_);
     return chosen_;
   }
 
  private:
   const VectorKernels &kernels_;
-  const int64_t group_;
+  const int64_t naming_;
   float *const scratch_;
   int32_t *const chosen_, *const end_;
   static thread_local inline std::vector<Named> parts_;  // of the tile that the thread is at

@@ -123,7 +123,8 @@ def search_rows(
 
 class Cache:
     """recall: window, recalled pages, sinks and the farthest distance, all in pages; for each layer and head
-    whether it recalls; the components of keys that are indexed."""
+    whether it recalls; the components of keys that are indexed; for each layer and head which of its queries name
+    pages, none for all; and whether what is `recalled` is measured."""
 
     def __init__(
         self,
@@ -133,9 +134,9 @@ class Cache:
         page_size: int,
         dtype: str,
         pages: int,
-        recall: tuple[int, int, int, int, list[bool], list[int]] | None = None,
+        recall: tuple[int, int, int, int, list[bool], list[int], list[list[int]], bool] | None = None,
     ) -> None: ...
-    def begin_recall(self, recall: tuple[int, int, int, int, list[bool], list[int]]) -> None: ...
+    def begin_recall(self, recall: tuple[int, int, int, int, list[bool], list[int], list[list[int]], bool]) -> None: ...
     def recalled(self) -> Floats: ...
     @property
     def spilled(self) -> int: ...

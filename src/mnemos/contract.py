@@ -122,16 +122,19 @@ class Recall:
 
     Every row sees the pages of the text's first `sinks` positions and those of its last `window`, its own page
     included. In a key/value head that recalls, it also sees those `recall` / page_size of the pages between that suit
-    it best: a page's score is the largest dot product, in integers, of one of its keys in 3 bits with the row's queries
-    in 8, and on exact ties the lower page is taken (`seen_pages` in ops/recall.py). In any other head its window is
-    longer by `recall`. So every head sees as many pages, and all of a text of up to `positions`.
+    it best: a page's score is the largest dot product, in integers, of one of its keys in 3 bits with one of the row's
+    queries in 8 that name pages, and on exact ties the lower page is taken (`seen_pages` in ops/recall.py). In any
+    other head its window is longer by `recall`. So every head sees as many pages, and all of a text of up to
+    `positions`.
 
     farthest: a row sees pages that are more than this many positions before its own as if it stood this many positions
     after them, with its queries rotated so; 0: at their true distance.
 
     heads: for each layer, the key/value heads that recall, ascending. components: those of a key and a query that
-    scores are computed of, see `ModelSpec.slow_components`. Nothing depends on other rows, on how a text is cut into
-    steps, or on where its pages are stored.
+    scores are computed of, see `ModelSpec.slow_components`. naming: for each layer and each of its key/value heads,
+    which queries of its group name pages, ascending; empty, as a whole or for a head: all of them. measured: whether
+    the cache measures what is `recalled`. Nothing depends on other rows, on how a text is cut into steps, or on where
+    its pages are stored.
     """
 
     window: int
@@ -140,6 +143,12 @@ class Recall:
     heads: tuple[tuple[int, ...], ...]
     components: tuple[int, ...]
     farthest: int = 0
+    naming: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    measured: bool = False
+
+    def naming_of(self, layer: int, head: int) -> tuple[int, ...]:
+        """Which queries of a head name pages; empty: all of them."""
+        return self.naming[layer][head] if self.naming else ()
 
     @property
     def positions(self) -> int:
@@ -253,8 +262,10 @@ class RecallingCache(Cache, Protocol):
         """
 
     def recalled(self) -> Floats:
-        """Of the attention of rows that did not see all of their text, which share went to pages that they recalled:
-        the mean by layer and key/value head, (layers, kv_heads); 0 where there were no such rows."""
+        """With `Recall.measured`, what rows that did not see all of their text have recalled, (2, layers, kv_heads,
+        group), as means for each layer, key/value head and query of its group: which share of their attention went
+        there, and how far that has moved their result from what the other positions that they saw would have given.
+        0 where there were no such rows; no group where no attention was computed."""
 
 
 @runtime_checkable

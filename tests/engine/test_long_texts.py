@@ -203,22 +203,30 @@ def test_saved_prefixes_are_bound_to_the_policy(folder: Path, tmp_path: Path) ->
         assert engine.load_prefix_cache(tmp_path / "prefixes") == 9
         completion = engine.complete(tokens, max_new_tokens=9, logprobs=2)
         assert completion.usage.cached_tokens == 288 and results(completion) == expected
-    for other in (None, replace(MEMORY, recall=32)):
+    others = {
+        "memory is None": None,
+        "recall=32": replace(MEMORY, recall=32),
+        "other heads": replace(MEMORY, heads=0.2),
+    }
+    for difference, other in others.items():
         with (
             InferenceEngine(load(folder), memory=other) as engine,
-            pytest.raises(FormatError, match="made for the model"),
+            pytest.raises(FormatError, match=f"made for the model.*{difference}"),
         ):
             engine.load_prefix_cache(tmp_path / "prefixes")
 
 
 def test_far_heads_are_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MNEMOS_HOME", str(tmp_path))
-    heads = far_heads(load(folder), 0.5)
-    assert sum(map(len, heads)) == 3
+    far = far_heads(load(folder), 0.5)
+    assert sum(map(len, far.heads)) == 3
+    for heads, naming in zip(far.heads, far.naming, strict=True):
+        assert [head for head, queries in enumerate(naming) if queries] == list(heads)
     (stored,) = (tmp_path / "recall").iterdir()
     monkeypatch.setattr("mnemos.memory.calibration.measure", lambda *_: pytest.fail("measured again"))
-    assert far_heads(load(folder), 0.5) == heads
-    assert sum(map(len, far_heads(load(folder), 0.01))) == 1
+    assert far_heads(load(folder), 0.5) == far
+    one = far_heads(load(folder), 0.01)
+    assert sum(map(len, one.heads)) == 1
     stored.write_text("{")
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         far_heads(load(folder), 0.5)

@@ -278,16 +278,37 @@ def test_pages_are_copied_and_restored_with_their_index(make: Any) -> None:
         assert np.array_equal(row[0], expected[-1])
 
 
-@pytest.mark.parametrize("make", [NumpyOps, NativeOps])
-def test_the_share_of_what_was_recalled_is_measured(make: Any) -> None:
-    """With random keys, three pages of six get about half of the attention; a row that sees all recalls nothing."""
-    case, ops = CASES[0], make()
-    cache = cache_of(ops, case, "float32", recall_of(case, (1,)))
-    assert not cache.recalled().any()
-    attend(ops, case, cache, WHOLE)
-    shares = cache.recalled()
-    assert shares.shape == (2, 2) and not shares[0].any()
-    assert 0.35 < shares[1, 1] < 0.75
+@pytest.mark.parametrize("naming", [(0,), (1, 2)])
+def test_some_queries_of_a_head_name_its_pages(naming: tuple[int, ...], isa: str) -> None:
+    case = CASES[0]
+    recall = replace(recall_of(case, (0, 1)), naming=(((), ()), (naming, ())))
+    found, expected = (
+        attend(ops, case, cache_of(ops, case, "float32", recall), WHOLE) for ops in (NativeOps(), NumpyOps())
+    )
+    assert np.abs(found - expected).max() < 2e-4
+    chunks = attend(NativeOps(), case, cache_of(NativeOps(), case, "float32", recall), CHUNKS)
+    assert np.array_equal(found, chunks)
+    everybody = reference(case, "float32", recall_of(case, (0, 1)))
+    differs = np.abs(found - everybody).reshape(LENGTH, 2, -1).max(axis=2) > 1e-3
+    assert differs[recall.positions :, 0].mean() > 0.3 and not differs[:, 1].any()
+
+
+@pytest.mark.parametrize("sinks", [0, 1])
+def test_what_is_recalled_is_measured_by_query(sinks: int) -> None:
+    """The change is what would be missing if nothing were recalled; rows that see all of their text do not count."""
+    case = CASES[0]
+    recall = replace(recall_of(case, (1,), sinks), measured=True)
+    caches = [cache_of(ops, case, "float32", recall) for ops in (NativeOps(), NumpyOps())]
+    results = [attend(ops, case, cache, WHOLE) for ops, cache in zip((NativeOps(), NumpyOps()), caches, strict=True)]
+    found = [cache.recalled() for cache in caches]
+    assert found[0].shape == (2, 2, 2, 3) and not found[0][:, 0].any() and not found[0][:, 1, 0].any()
+    assert np.allclose(*found, atol=1e-4)
+    shares, changes = found[0][:, 1, 1]
+    assert shares.min() > 0.35 and shares.max() < 0.75  # three pages of six, with random keys
+    nothing = replace(recall, recall=0)
+    alone = attend(NumpyOps(), case, cache_of(NumpyOps(), case, "float32", nothing), WHOLE)
+    moved = np.linalg.norm((results[1] - alone).reshape(LENGTH, 2, 3, 64), axis=3)[recall.positions :, 1]
+    assert np.allclose(changes, moved.mean(axis=0), rtol=0.05)  # shares of almost all are limited
 
 
 def test_what_recall_cannot_hold_is_named() -> None:
@@ -311,7 +332,12 @@ def test_what_recall_cannot_hold_is_named() -> None:
         with pytest.raises(RequestError, match=message):
             ops.attention(*x, held, 1, replace(batch, memories=np.array(sizes, dtype=np.int32)), case.params)
     with pytest.raises(ConfigError, match="recalls already"):
-        cache.cores[0].begin_recall((1, 1, 1, 0, [True] * 4, [0]))
+        cache.cores[0].begin_recall((1, 1, 1, 0, [True] * 4, [0], [[]] * 4, False))
+    with pytest.raises(ConfigError, match="negative number of a query"):
+        cache_of(ops, case, "float32", replace(recall_of(case), naming=(((), ()), ((-1,), ()))))
+    cache = cache_of(ops, case, "float32", replace(recall_of(case), naming=(((), ()), ((3,), ()))))
+    with pytest.raises(ConfigError, match="query 3 is to name pages, and heads have 3"):
+        attend(ops, case, cache, WHOLE)
 
 
 def test_a_layer_with_a_window_recalls_nothing() -> None:

@@ -11,7 +11,7 @@ from typing import Literal, cast
 from mnemos.contract import WHOLE_TEXT, Model, ModelSpec, PagedModel, Recall, RecallingCache, SpillingModel
 from mnemos.decoding.memory import Memory
 from mnemos.errors import ConfigError, UnsupportedError
-from mnemos.memory.calibration import far_count, far_heads, indexed_components, usual_share
+from mnemos.memory.calibration import FarHeads, far_count, far_heads, indexed_components, usual_share
 from mnemos.memory.prefix import PrefixTree
 
 
@@ -31,8 +31,10 @@ def remember(model: Model, memory: Memory, context_length: int | None = None) ->
         if context_length > spec.context_length > page:
             distance = spec.context_length // 2 // page * page
         spec = replace(spec, context_length=context_length)
-    heads = far_heads(model, memory.heads or usual_share(spec.layout)) if memory.recall else ((),) * spec.layout.layers
-    recall = Recall(memory.window, memory.recall, memory.sinks, heads, indexed_components(spec), distance)
+    nobody = FarHeads(((),) * spec.layout.layers)
+    far = far_heads(model, memory.heads or usual_share(spec.layout)) if memory.recall else nobody
+    sizes = memory.window, memory.recall, memory.sinks
+    recall = Recall(*sizes, far.heads, indexed_components(spec), distance, far.naming)
     model.spec = replace(spec, layout=replace(spec.layout, recall=recall))
     if isinstance(model, SpillingModel):
         model.spill_folder = None if memory.folder is None else _folder(memory.folder)
@@ -47,9 +49,8 @@ def begin_recall(model: Model, tree: PrefixTree | None) -> None:
     cache = cast(RecallingCache, cast(PagedModel, model).cache)
     if cache.layout.recall is not None:
         return
-    cache.begin_recall(
-        Recall(WHOLE_TEXT, 0, 0, far_heads(model, usual_share(model.spec.layout)), indexed_components(model.spec))
-    )
+    far = far_heads(model, usual_share(model.spec.layout))
+    cache.begin_recall(Recall(WHOLE_TEXT, 0, 0, far.heads, indexed_components(model.spec), naming=far.naming))
     for node in tree.nodes() if tree is not None else ():
         page = node.pages[0]  # of the layers without a window, whose group is the first
         if page is not None:

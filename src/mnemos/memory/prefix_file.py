@@ -121,7 +121,9 @@ def difference_of(header: dict[str, Any], fingerprint: str, layout: dict[str, An
         before = header["layout"].get(name)
         if before != value:
             name = {"dtype": "kv_dtype", "recall": "memory"}.get(name, name)
-            found.append(f"{name} is {_setting(value)}, there {_setting(before)}")
+            here, there = _setting(value), _setting(before)
+            differs = f"is {here}, there {there}" if here != there else "recalls in other heads or by other queries"
+            found.append(f"{name} {differs}")
     return " and ".join(found)
 
 

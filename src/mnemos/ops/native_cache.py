@@ -69,10 +69,14 @@ class NativeCache:
     def recalled(self) -> Floats:
         """See `RecallingCache`."""
         layout = self.layout
-        shares = np.zeros((layout.layers, layout.kv_heads), dtype=np.float32)
-        for group, core in zip(layout.groups, self.cores, strict=True):
-            shares[list(group.layers)] = core.recalled().reshape(-1, layout.kv_heads)
-        return shares
+        found = [
+            core.recalled().reshape(2, len(g.layers), layout.kv_heads, -1)
+            for g, core in zip(layout.groups, self.cores, strict=True)
+        ]
+        means = np.zeros((2, layout.layers, layout.kv_heads, max(own.shape[3] for own in found)), dtype=np.float32)
+        for group, own in zip(layout.groups, found, strict=True):
+            means[:, list(group.layers), :, : own.shape[3]] = own
+        return means
 
     def read(self, page: int, group: int = 0) -> npt.NDArray[np.uint8]:
         return self.cores[group].read(page)
@@ -105,12 +109,15 @@ class NativeWindows:
             self.core.clear(int(slot))
 
 
-def _recall(layout: KVLayout, layers: Sequence[int]) -> tuple[int, int, int, int, list[bool], list[int]] | None:
-    """A layout's `recall` for some layers, in pages: window, recalled, sinks and farthest, whether each head
-    recalls, and the components that are indexed."""
+def _recall(
+    layout: KVLayout, layers: Sequence[int]
+) -> tuple[int, int, int, int, list[bool], list[int], list[list[int]], bool] | None:
+    """A layout's `recall` for some layers, in pages: window, recalled, sinks and farthest; whether each head recalls,
+    the components that are indexed, which of each head's queries name pages, and whether that is measured."""
     recall, size = layout.recall, layout.page_size
     if recall is None:
         return None
     heads = [head in recall.heads[layer] for layer in layers for head in range(layout.kv_heads)]
     sizes = recall.window // size, recall.recall // size, recall.sinks // size, recall.farthest // size
-    return *sizes, heads, list(recall.components)
+    naming = [list(recall.naming_of(layer, head)) for layer in layers for head in range(layout.kv_heads)]
+    return *sizes, heads, list(recall.components), naming, recall.measured

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mnemos.contract import Batch, Floats, Ints, KVLayout, Output, Recall
 from mnemos.formats.tensor import Tensor
 from mnemos.ops.protocol import AttentionParams, BankSource, Forward, MemoryParams, PoolParams, RopeParams, Rows
-from mnemos.ops.recall import Bytes, index_keys, see_from_nearer, seen_pages
+from mnemos.ops.recall import Bytes, index_keys, recalled_effects, see_from_nearer, seen_pages
 
 _erf = np.vectorize(erf, otypes=[np.float64])
 
@@ -28,7 +28,7 @@ class NumpyCache:
             np.zeros((len(group.layers), 2, count, *page), dtype=np.float32)
             for group, count in zip(layout.groups, self.pages, strict=True)
         ]
-        self._recalled = np.zeros((layout.layers, layout.kv_heads, 2))  # the sum of shares, and of how many rows
+        self._recalled: dict[int, list[Floats]] = {}  # by layer, of (2, rows, heads)
 
     def begin_recall(self, recall: Recall) -> None:
         """See `RecallingCache`."""
@@ -36,12 +36,16 @@ class NumpyCache:
 
     def recalled(self) -> Floats:
         """See `RecallingCache`."""
-        total, rows = np.moveaxis(self._recalled, 2, 0)
-        return np.asarray(total / np.maximum(rows, 1), dtype=np.float32)
+        found = {layer: np.concatenate(rows, axis=1) for layer, rows in self._recalled.items()}
+        heads = max((rows.shape[2] for rows in found.values()), default=0)
+        means = np.zeros((2, self.layout.layers, heads), dtype=np.float32)
+        for layer, rows in found.items():
+            means[:, layer] = rows.mean(axis=1) if rows.shape[1] else 0
+        return means.reshape(2, self.layout.layers, self.layout.kv_heads, -1)
 
-    def count_recalled(self, layer: int, shares: Floats) -> None:
-        """Adds what each of some rows (rows, kv_heads) gave to pages that it recalled."""
-        self._recalled[layer] += np.stack((shares.sum(axis=0), np.full(shares.shape[1], len(shares))), axis=1)
+    def count_recalled(self, layer: int, effects: Floats) -> None:
+        """Adds what each of some rows has recalled: shares and changes, (2, rows, heads)."""
+        self._recalled.setdefault(layer, []).append(effects)
 
     def index(self, group: int, layer: int, pages: Ints, head: int) -> tuple[Bytes, Floats]:
         """The index of a head's keys in these pages: codes (pages, page size, components) and scales; see Recall."""
@@ -227,8 +231,10 @@ class NumpyOps:
                 seen = _recalled(cache, recall, layer, scaled, positions, pages, params.kv_heads)
                 hidden = hidden | ~seen.repeat(page_size, axis=2)[:, :, : len(past)].repeat(shared, axis=0)
             probabilities = softmax(np.where(hidden, -np.inf, scores))
-            if recall is not None:
-                _count_recalled(cache, recall, layer, probabilities, positions)
+            if recall is not None and recall.measured:
+                heads = np.isin(np.arange(params.kv_heads), recall.heads[layer]).repeat(shared)
+                effects = recalled_effects(recall, page_size, probabilities, all_values, positions)
+                cache.count_recalled(layer, effects * heads)
             out[new] = np.einsum("hij,jhd->ihd", probabilities, all_values).reshape(len(positions), -1)
         return out
 
@@ -372,20 +378,9 @@ def _recalled(
         codes, scales = cache.index(group, index, pages if recalls else pages[:0], head)
         for row, position in enumerate(positions):
             own, page = queries[row].reshape(kv_heads, -1, queries.shape[2])[head], int(position) // size
-            own = own[:, list(recall.components)]
+            own = own[list(recall.naming_of(layer, head)) or slice(None)][:, list(recall.components)]
             seen[head, row, : page + 1] = seen_pages(recall, size, page, own, codes[:page], scales[:page], recalls)
     return seen
-
-
-def _count_recalled(cache: NumpyCache, recall: Recall, layer: int, probabilities: Floats, positions: Ints) -> None:
-    """Counts what rows that do not see all of their text give to pages between its sinks and their windows."""
-    size = cache.layout.page_size
-    rows = positions // size * size >= recall.positions
-    first = (positions // size + 1) * size - recall.window  # of each row's window
-    past = np.arange(probabilities.shape[2])
-    between = (past >= recall.sinks) & (past < first[:, None])
-    shares = np.where(between, probabilities, 0).sum(axis=2)  # (heads, rows)
-    cache.count_recalled(layer, shares.reshape(cache.layout.kv_heads, -1, len(positions)).mean(axis=1).T[rows])
 
 
 def _pooled(states: Floats, params: PoolParams) -> Floats:

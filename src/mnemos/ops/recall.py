@@ -110,3 +110,18 @@ def see_from_nearer(
         moved = rotate(own.reshape(len(own), -1), first + farthest - positions[rows], rope).reshape(own.shape)
         page = slice(first, first + page_size)
         scores[:, rows, page] = np.einsum("ihd,jhd->hij", moved, keys[page]) * np.float32(params.scale)
+
+
+def recalled_effects(recall: Recall, page_size: int, probabilities: Floats, values: Floats, positions: Ints) -> Floats:
+    """What those rows that do not see all of their text get from between its sinks and their windows, (2, rows, heads):
+    the share of their attention, and how far it moves their result from that of the other positions that they see.
+
+    probabilities (heads, rows, keys); values (keys, heads, head size); positions (rows,).
+    """
+    first = (positions // page_size + 1) * page_size - recall.window  # of each row's window
+    past = np.arange(probabilities.shape[2])
+    recalled = np.where((past >= recall.sinks) & (past < first[:, None]), probabilities, 0)
+    shares = recalled.sum(axis=2).T
+    result, part = (np.einsum("hij,jhd->ihd", p, values) for p in (probabilities, recalled))
+    changes = np.linalg.norm(part - shares[:, :, None] * result, axis=2) / np.maximum(1 - shares, 1e-3)
+    return np.stack((shares, changes))[:, positions // page_size * page_size >= recall.positions]
