@@ -86,7 +86,8 @@ void stored_keys(const CellLayout &cell, const uint8_t *data, int64_t slot, int6
     case CacheType::int8: {
       float scales[index_run];
       std::memcpy(scales, data + cell.key_scale_offset + slot * 4, sizeof scales);
-      for (int64_t k = 0; k < index_run; k++) keys[k] = static_cast<float>(static_cast<int8_t>(data[at + k])) * scales[k];
+      for (int64_t k = 0; k < index_run; k++)
+        keys[k] = static_cast<float>(static_cast<int8_t>(data[at + k])) * scales[k];
       break;
     }
   }
@@ -187,8 +188,9 @@ void Cache::map_index() {
 void Cache::number_indices(const Recall &recall) {
   const size_t heads = static_cast<size_t>(layers * kv_heads);
   const Sight &sight = recall.sight;
-  if (recall.heads.size() != heads || sight.window < 1 || sight.recalled < 0 || sight.sinks < 0 || recall.farthest < 0 ||
-      cell_.slots % index_run != 0 || recall.components.empty() || recall.naming.size() != heads) {
+  if (recall.heads.size() != heads || sight.window < 1 || sight.recalled < 0 || sight.sinks < 0 ||
+      recall.farthest < 0 || cell_.slots % index_run != 0 || recall.components.empty() ||
+      recall.naming.size() != heads) {
     throw config_error("recall needs pages of a multiple of " + std::to_string(index_run) +
                        " positions, a window of a page, and to know of each of " + std::to_string(heads) +
                        " heads whether it recalls");

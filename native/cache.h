@@ -34,8 +34,8 @@ struct Recall {
 
 class Cache {
  public:
-  // `recall` may be null. Throws Error (config) for sizes that are not allowed, Error (capacity) if the address space is
-  // not available.
+  // `recall` may be null. Throws Error (config) for sizes that are not allowed, Error (capacity) if the address space
+  // is not available.
   Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, int64_t page_size, CacheType type, int64_t pages,
         std::unique_ptr<const Recall> recall = nullptr);
   ~Cache();

@@ -65,12 +65,14 @@ class Effects {
   // would be if nothing had been recalled.
   Effect of_row(const AttentionTile &tile, int64_t r) const {
     const auto factor = [&](const Moment &moment) {  // of nothing seen, whose result is not set, none
-      return moment.total[static_cast<size_t>(r)] > 0 ? std::exp(moment.most[static_cast<size_t>(r)] - tile.most[r]) : 0.0f;
+      return moment.total[static_cast<size_t>(r)] > 0 ? std::exp(moment.most[static_cast<size_t>(r)] - tile.most[r])
+                                                      : 0.0f;
     };
     const Moment &before = moments_[0], &after = moments_[1];
     const float all = tile.total[r], before_factor = factor(before), after_factor = factor(after);
-    const float share = (after_factor * after.total[static_cast<size_t>(r)] -
-                         before_factor * before.total[static_cast<size_t>(r)]) / all;
+    const float share =
+        (after_factor * after.total[static_cast<size_t>(r)] - before_factor * before.total[static_cast<size_t>(r)]) /
+        all;
     double square = 0;
     for (int64_t i = 0; i < tile.cell->head_dim; i++) {
       const auto at = static_cast<size_t>(r * stride_ + i);
@@ -97,7 +99,8 @@ void store_token(const Step &step, const Attention &a, const float *k, const flo
                  int64_t head, float *scratch) {
   const CellLayout &cell = a.cache->cell();
   const int64_t position = step.batch.positions[t], at = (t * a.kv_heads + head) * a.head_dim;
-  const int64_t page = step.batch.pages[step.tables[a.group].new_pages[static_cast<size_t>(sequence)] + position / cell.slots];
+  const int64_t page =
+      step.batch.pages[step.tables[a.group].new_pages[static_cast<size_t>(sequence)] + position / cell.slots];
   uint8_t *data = a.cache->cells(a.layer, head) + page * a.cache->page_bytes();
   transform(step, a.key_norm, rotation(a.key_rope.get(), position), 1.0f, a.head_dim, k + at, scratch);
   step.kernels->store_key(cell, data, position % cell.slots, scratch);
@@ -139,7 +142,9 @@ class StoreTask : public Task {
   // The first token from t on that is not stored together with the one before it: two neighbours share words of the
   // cache, and a page is indexed by whoever stores its last key, after the others.
   static int64_t run_begin(const BatchView &batch, int64_t t, int64_t together) {
-    const auto shares = [&] { return batch.positions[t] % together != 0 && batch.positions[t] == batch.positions[t - 1] + 1; };
+    const auto shares = [&] {
+      return batch.positions[t] % together != 0 && batch.positions[t] == batch.positions[t - 1] + 1;
+    };
     while (t > 0 && t < batch.tokens && shares()) t++;
     return t;
   }
@@ -304,8 +309,7 @@ class AttendTask : public Task {
     const int64_t slots = a_.cache->cell().slots, page = step.batch.positions[query.token_begin] / slots;
     const bool recalls = a_.cache->index(a_.layer, head) != nullptr;
     const int64_t window = page + 1 - sight.window - (recalls ? 0 : sight.recalled);
-    const int32_t *pages =
-        step.batch.pages + step.tables[a_.group].new_pages[static_cast<size_t>(query.sequence)];
+    const int32_t *pages = step.batch.pages + step.tables[a_.group].new_pages[static_cast<size_t>(query.sequence)];
     thread_local std::vector<KeyBlock> blocks;
     const auto attend = [&](AttentionTile &part) {
       part.blocks = blocks.data();
@@ -335,7 +339,8 @@ class AttendTask : public Task {
       part.queries = queries;
     };
     int64_t near_sinks = 0;
-    for (; near_sinks < sight.sinks && is_far(near_sinks); near_sinks++) attend_far(tile, 0, near_sinks, pages + near_sinks);
+    for (; near_sinks < sight.sinks && is_far(near_sinks); near_sinks++)
+      attend_far(tile, 0, near_sinks, pages + near_sinks);
     if (near_sinks < sight.sinks) {
       see(near_sinks, sight.sinks);
       attend(tile);
@@ -357,9 +362,8 @@ class AttendTask : public Task {
         part.result = tile.result + r * tile.cell->value_stride;
         part.most = tile.most + r, part.total = tile.total + r;
         const int32_t *chosen = choosing.choose(r / group);
-        const bool apart = gathered && std::any_of(chosen, chosen + sight.recalled, [&](int32_t n) {
-          return a_.cache->spill()->holds(pages[n]);
-        });
+        const bool apart = gathered && std::any_of(chosen, chosen + sight.recalled,
+                                                   [&](int32_t n) { return a_.cache->spill()->holds(pages[n]); });
         const int32_t *places = apart ? gathered->gather(pages, chosen) : nullptr;
         if (apart) part.cells = gathered->cells(), part.page_bytes = a_.cache->cell().bytes;
         const auto place = [&](int64_t i) { return apart ? places + i : pages + chosen[i]; };
@@ -498,7 +502,8 @@ void resolve_tables(const BatchView &batch, int64_t groups, int64_t group, int64
   }
 }
 
-// Tokens that see all before them and those that do not are in different tiles; of the latter, a tile's are of one page.
+// Tokens that see all before them and those that do not are in different tiles; of the latter, a tile's are of one
+// page.
 static void limit_to_page(const Attention &attention, const Sight &sight, int64_t position, QueryTile &tile) {
   const int64_t slots = attention.cache->cell().slots, whole = sight.pages() * slots;
   tile.drops = position >= whole;

@@ -124,16 +124,19 @@ void Program::check_batch(const BatchView &batch) const {
 
 void Program::check_sights(const BatchView &batch) const {
   if (batch.sight_values != 3 * batch.sequences) {
-    throw request_error("the batch has " + number(batch.sight_values) + " sizes of memories; it needs three for each of its " +
-                        number(batch.sequences) + " sequences, or none");
+    throw request_error("the batch has " + number(batch.sight_values) +
+                        " sizes of memories; it needs three for each of its " + number(batch.sequences) +
+                        " sequences, or none");
   }
-  const bool recalls = std::any_of(caches_.begin(), caches_.end(), [](const auto &cache) { return cache->recall() != nullptr; });
+  const bool recalls =
+      std::any_of(caches_.begin(), caches_.end(), [](const auto &cache) { return cache->recall() != nullptr; });
   if (!recalls) throw request_error("the batch has memories, and the cache does not recall");
   for (int64_t s = 0; s < batch.sequences; s++) {
     const int32_t *own = batch.sights + 3 * s;
     if (own[0] >= (own[1] + own[2] > 0 ? 1 : 0) && own[1] >= 0 && own[2] >= 0) continue;
     throw request_error("the memory of sequence " + number(s) + " is a window of " + number(own[0]) + " pages, " +
-                        number(own[1]) + " recalled ones and " + number(own[2]) + " sinks; it needs a window of a page");
+                        number(own[1]) + " recalled ones and " + number(own[2]) +
+                        " sinks; it needs a window of a page");
   }
 }
 

@@ -11,8 +11,8 @@ namespace mnemos {
 namespace {
 
 // Has the queries of long texts name the pages that suit them best. Threads share the work of a head, as there may be
-// fewer heads that recall than threads: the pages, in parts, where there are few tiles, and otherwise a text's tiles. All
-// tokens of a share have the work of expanding an index in common.
+// fewer heads that recall than threads: the pages, in parts, where there are few tiles, and otherwise a text's tiles.
+// All tokens of a share have the work of expanding an index in common.
 class NamingTask : public Task {
  public:
   NamingTask(const Attention &attention, int q, int stored, int partials) : a_(attention), q_(q), partials_(partials) {
@@ -53,7 +53,9 @@ class NamingTask : public Task {
     const auto first = static_cast<int64_t>(set.starts[sequence]);
     const int64_t tiles = static_cast<int64_t>(set.starts[sequence + 1]) - first;
     // Single tiles of different texts go to different threads.
-    const auto bound = [&](int64_t n) { return (tiles * n + static_cast<int64_t>(sequence) % step.threads) / step.threads; };
+    const auto bound = [&](int64_t n) {
+      return (tiles * n + static_cast<int64_t>(sequence) % step.threads) / step.threads;
+    };
     for (int64_t i = by_pages ? 0 : bound(share); i < (by_pages ? tiles : bound(share + 1)); i++) {
       const QueryTile &tile = set.tiles[static_cast<size_t>(first + i)];
       if (tile.recalled == 0) continue;
@@ -64,8 +66,9 @@ class NamingTask : public Task {
     if (sets.empty()) return;
     const int64_t pages = sets.back().pages;
     const int32_t *table = step.batch.pages + step.tables[a_.group].new_pages[sequence];
-    const PageIndices own{indices, a_.cache->index_chunk_bytes(), table,
-                          pages * part / set.parts, pages * (part + 1) / set.parts, expanded};
+    const PageIndices own{
+        indices, a_.cache->index_chunk_bytes(), table, pages * part / set.parts, pages * (part + 1) / set.parts,
+        expanded};
     step.kernels->name_pages(layout(), own, sets.data(), static_cast<int64_t>(sets.size()));
   }
 

@@ -28,7 +28,8 @@ inline int64_t most_recalled(const Attention &a, const BatchView &batch) {
   for (int64_t s = 0; s < batch.sequences; s++) {
     const int64_t begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
     const Sight sight = sight_of(batch, *a.cache, s);
-    if (begin < end && batch.positions[end - 1] / a.cache->cell().slots >= sight.pages()) most = std::max(most, sight.recalled);
+    if (begin < end && batch.positions[end - 1] / a.cache->cell().slots >= sight.pages())
+      most = std::max(most, sight.recalled);
   }
   return most;
 }
@@ -56,8 +57,8 @@ inline Named named_pages(const Step &step, const Attention &a, float *partials, 
   const int64_t number = head * set.parts + part, padded = padded_rows(rows), room = named_room(count);
   float *data = partials + named_begin(set, a) + tile.named + number * named_floats(rows, count);
   float *scores = data + 3 * padded;
-  return {count, room, data, data + padded, data + 2 * padded, scores,
-          reinterpret_cast<int32_t *>(scores + padded * room)};
+  return {
+      count, room, data, data + padded, data + 2 * padded, scores, reinterpret_cast<int32_t *>(scores + padded * room)};
 }
 
 // Chooses the pages that a token recalls in one head, from those that its queries name. Works in scratch.
@@ -71,8 +72,7 @@ class Choosing {
 
   Choosing(const Step &step, const Attention &a, float *partials, const QueryTile &tile, int64_t head, void *scratch)
       : kernels_(*step.kernels), naming_(naming_count(a, head)), scratch_(static_cast<float *>(scratch)),
-        chosen_(reinterpret_cast<int32_t *>(scratch_ + choosing_floats(tile.recalled))),
-        end_(chosen_ + tile.recalled) {
+        chosen_(reinterpret_cast<int32_t *>(scratch_ + choosing_floats(tile.recalled))), end_(chosen_ + tile.recalled) {
     parts_.clear();
     for (int64_t part = 0; part < step.tile_sets[a.tile_set].parts; part++)
       parts_.push_back(named_pages(step, a, partials, tile, head, part));
@@ -101,7 +101,8 @@ class Gathered {
  public:
   static int64_t bytes(const Attention &a, const BatchView &batch) {
     if (a.recall() == nullptr || a.cache->spill() == nullptr) return 0;
-    return room(most_recalled(a, batch)) * (a.cache->cell().bytes + 16) + 128;  // vectors may reach beyond the last cell
+    return room(most_recalled(a, batch)) * (a.cache->cell().bytes + 16) +
+           128;  // vectors may reach beyond the last cell
   }
 
   Gathered(const Attention &a, const Sight &sight, int64_t head, void *scratch)
