@@ -90,7 +90,7 @@ def test_streams_responses_and_texts(client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "match"),
     [
-        (CHAT, {"messages": [user("a")], "session": "../x"}, "session is '../x'; it must be 1 to 100 letters"),
+        (CHAT, {"messages": [user("a")], "session": "../x"}, "session is '../x'; it must be 1 to 100 of a-z"),
         (
             CHAT,
             {"messages": [user("a")], "session": "x", "n": 2, "temperature": 1},
