@@ -107,9 +107,10 @@ class Recorder:
 
 def _rounded(sizes: Sizes) -> Sizes:
     """The next powers of two, of pages at least FEWEST_PAGES."""
-    rows = _power(sizes.rows)
-    return Sizes(rows, rows, rows, tuple(max(FEWEST_PAGES, _power(count)) for count in sizes.pages))
+    rows = power(sizes.rows)
+    return Sizes(rows, rows, rows, tuple(max(FEWEST_PAGES, power(count)) for count in sizes.pages))
 
 
-def _power(count: int) -> int:
+def power(count: int) -> int:
+    """The next power of two, at least `count`: there are few of them to record."""
     return 1 << (count - 1).bit_length()

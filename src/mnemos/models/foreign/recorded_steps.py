@@ -21,9 +21,8 @@ from mnemos.models.foreign.comparison import difference, tolerance
 from mnemos.models.foreign.jobs import Job, JobOutput, Rows
 from mnemos.models.foreign.slots import Group, Slot
 from mnemos.ops.torch import RECORDS, on_host
-from mnemos.ops.torch_graphs import Recorder
+from mnemos.ops.torch_graphs import MOST_ROWS, Recorder, power
 
-MOST_ROWS = 256
 LEAST_ROOM = 256  # positions
 STEADY = 4  # steps after a fork or a return, before which the next one is likely to come soon
 Run = Callable[[list[Job]], list[JobOutput]]
@@ -91,7 +90,7 @@ class RecordedSteps:
                 self._weights = self._places()
             rows = arena.seat(jobs)
             arena.fill(rows, jobs)
-            used = 1 << max(rows).bit_length()
+            used = power(max(rows) + 1)
             if used not in self._graphs:
                 return self._recorded(arena, used, rows, jobs, plainly)
             outputs = _outputs(jobs, rows, *self._graphs[used]())
@@ -142,14 +141,14 @@ class RecordedSteps:
         return logits, logits.new_empty(used, 0) if hidden is None else hidden[:, -1], *logits.max(-1)
 
     def _made(self, jobs: list[Job], room: int) -> Arena:
-        rows, least = 1 << (len(jobs) - 1).bit_length(), LEAST_ROOM
+        rows, least = power(len(jobs)), LEAST_ROOM
         if self._arena is not None:
             rows, least = max(rows, self._arena.rows), self._arena.room
         for job in jobs:
             job.slot.freeze()
         first = jobs[0].slot.snapshot
         assert first is not None
-        return Arena(first.leaves, rows, max(least, 1 << (room - 1).bit_length()), self._able)
+        return Arena(first.leaves, rows, max(least, power(room)), self._able)
 
     def _places(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self._caller.module.parameters()]
