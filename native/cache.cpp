@@ -233,9 +233,9 @@ void Cache::index_page(int64_t layer, int64_t head, int64_t page) {
   index_cell(*this, layer, head, page, cells(layer, head) + page * page_bytes_);
 }
 
-void Cache::check_naming(int64_t queries) const {
-  for (const std::vector<int64_t> &own : recall_->naming) {
-    for (const int64_t query : own) {
+void Cache::check_naming(int64_t layer, int64_t queries) const {
+  for (int64_t head = 0; head < kv_heads; head++) {
+    for (const int64_t query : naming(layer, head)) {
       if (query >= queries)
         throw config_error("query " + std::to_string(query) + " is to name pages, and heads have " +
                            std::to_string(queries));

@@ -78,8 +78,8 @@ class Cache {
   const std::vector<int64_t> &naming(int64_t layer, int64_t head) const {
     return recall_->naming[static_cast<size_t>(layer * kv_heads + head)];
   }
-  // Throws Error (config) if a head has fewer than this many queries and others name pages.
-  void check_naming(int64_t queries) const;
+  // Throws Error (config) if a query is to name pages that heads of this layer, with this many, do not have.
+  void check_naming(int64_t layer, int64_t queries) const;
   // Adds what rows of a head's query number `query` have recalled: the share of their attention, and by how much it
   // changed what they have seen, both in units of 1 / recalled_unit; and the number of rows.
   void count_recalled(int64_t layer, int64_t head, int64_t query, int64_t share, int64_t change, int64_t rows);

@@ -117,7 +117,8 @@ void Program::check_batch(const BatchView &batch) const {
   monotonic(batch.page_starts, tables, batch.table_pages, "page_starts");
   if (batch.sights != nullptr) check_sights(batch);
   for (const Attention &attention : schedule_.attentions) {
-    if (attention.recall() != nullptr) attention.cache->check_naming(attention.heads / attention.kv_heads);
+    if (attention.recall() != nullptr)
+      attention.cache->check_naming(attention.layer, attention.heads / attention.kv_heads);
   }
   for (int64_t s = 0; s < batch.sequences; s++) check_sequence(batch, s);
 }
